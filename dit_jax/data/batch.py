@@ -1,0 +1,65 @@
+"""Token batches: what is scored where. One format for diff generation, adapter training and pretraining."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dit_jax.errors import DitError
+
+Array = np.ndarray | jax.Array
+
+
+class TokenBatch(NamedTuple):
+    """S right-padded samples of at most T tokens, with at most M scored positions each.
+
+    tokens [S, T] int32, lengths [S] int32, index [S, M] int32 (position whose logits are scored),
+    target [S, M] int32, weight [S, M] float32 (0 at unused entries). More leading axes are fine.
+    """
+
+    tokens: Array
+    lengths: Array
+    index: Array
+    target: Array
+    weight: Array
+
+
+class Sample(NamedTuple):
+    """One tokenized example: ids, and the half-open range of ids that are scored (each by the logits before it)."""
+
+    tokens: Sequence[int]
+    start: int
+    end: int
+
+
+def pack(samples: Sequence[Sample], weights: Sequence[float], length: int, scored: int, pad_id: int) -> TokenBatch:
+    """Pads samples to [S, length] and [S, scored]; weights[s] is the weight of every scored token of sample s.
+
+    Raises:
+        DitError: a sample does not fit.
+    """
+    count = len(samples)
+    tokens = np.full((count, length), pad_id, np.int32)
+    lengths = np.zeros((count,), np.int32)
+    index = np.zeros((count, scored), np.int32)
+    target = np.zeros((count, scored), np.int32)
+    weight = np.zeros((count, scored), np.float32)
+    for row, sample in enumerate(samples):
+        size, terms = len(sample.tokens), sample.end - sample.start
+        if size > length or terms > scored:
+            raise DitError(
+                f"a sample of {size} tokens ({terms} scored) does not fit into {length} ({scored} scored): "
+                "raise the maximum length in the config"
+            )
+        tokens[row, :size] = sample.tokens
+        lengths[row] = size
+        index[row, :terms] = np.arange(sample.start - 1, sample.end - 1)
+        target[row, :terms] = sample.tokens[sample.start : sample.end]
+        weight[row, :terms] = weights[row]
+    return TokenBatch(tokens, lengths, index, target, weight)
+
+
+def stack(batches: Sequence[TokenBatch]) -> TokenBatch:
+    """Batches of equal shape joined on a new leading axis."""
+    return TokenBatch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))

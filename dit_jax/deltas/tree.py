@@ -1,0 +1,183 @@
+"""Deltas as pytrees: make, merge, combine, compare. The tree is described in docs/architecture.md."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dit_jax.errors import DitError
+from dit_jax.models.config import Qwen3Config
+from dit_jax.models.layers import Delta
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def projection_shapes(config: Qwen3Config) -> dict[str, tuple[str, int, int]]:
+    """projection -> (parent module, in, out)."""
+    d, f = config.hidden_size, config.intermediate_size
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    return {
+        "q_proj": ("self_attn", d, q),
+        "k_proj": ("self_attn", d, kv),
+        "v_proj": ("self_attn", d, kv),
+        "o_proj": ("self_attn", q, d),
+        "gate_proj": ("mlp", d, f),
+        "up_proj": ("mlp", d, f),
+        "down_proj": ("mlp", f, d),
+    }
+
+
+def init_lora(
+    config: Qwen3Config,
+    key: jax.Array,
+    rank: int,
+    *,
+    projections: Sequence[str] = PROJECTIONS,
+    scale: float | None = None,
+    fan_in: str = "out",
+    dtype: Any = jnp.float32,
+) -> Delta:
+    """A LoRA delta that changes nothing yet: `b` uniform, `a` zero (paper, section 3; the reverse of PEFT).
+
+    Args:
+        scale: default 1 / rank.
+        fan_in: `b` is uniform in ±sqrt(6 / fan_in), fan_in being rank * out ("out") or rank ("rank");
+            the reference uses the first for weight diffs and the second for the adapter.
+
+    Raises:
+        DitError: an unknown projection name.
+    """
+    shapes = projection_shapes(config)
+    unknown = [name for name in projections if name not in shapes]
+    if unknown:
+        raise DitError(f"unknown projection {unknown[0]!r}: choose from {', '.join(shapes)}")
+    if rank < 1:
+        raise DitError(f"LoRA rank must be at least 1, not {rank}")
+    layers: dict[str, Any] = {}
+    size = config.num_hidden_layers
+    for name, subkey in zip(projections, jax.random.split(key, len(projections)), strict=True):
+        parent, inputs, outputs = shapes[name]
+        bound = math.sqrt(6 / (rank * outputs if fan_in == "out" else rank))
+        layers.setdefault(parent, {})[name] = {
+            "a": jnp.zeros((size, inputs, rank), dtype),
+            "b": jax.random.uniform(subkey, (size, rank, outputs), dtype, -bound, bound),
+            "scale": jnp.full((size,), 1 / rank if scale is None else scale, jnp.float32),
+        }
+    return {"layers": layers}
+
+
+def map_modules(fn: Callable[[tuple[str, ...], Delta], Any], delta: Delta) -> Delta:
+    """Applies fn(path, module) to every module of a delta: a dict that holds `w`, or `a`, `b`, `scale`."""
+
+    def walk(path: tuple[str, ...], node: Delta) -> Any:
+        if "w" in node or "a" in node:
+            return fn(path, node)
+        return {name: walk((*path, name), child) for name, child in node.items()}
+
+    return walk((), delta)
+
+
+def trainable(delta: Delta) -> Delta:
+    """The leaves an optimizer may change: everything but `scale`."""
+    return map_modules(lambda _, m: {k: v for k, v in m.items() if k != "scale"}, delta)
+
+
+def with_scale(leaves: Delta, delta: Delta) -> Delta:
+    """`leaves` (see `trainable`) with the scales of `delta` put back."""
+
+    def put(path: tuple[str, ...], module: Delta) -> Delta:
+        other: Any = delta
+        for name in path:
+            other = other[name]
+        return {**module, "scale": other["scale"]} if "scale" in other else module
+
+    return map_modules(put, leaves)
+
+
+def dense(delta: Delta) -> Delta:
+    """The same delta with every LoRA product formed: [L, in, out] per projection. For export and tests."""
+
+    def form(_: tuple[str, ...], module: Delta) -> Delta:
+        if "w" in module:
+            return module
+        return {"w": jnp.einsum("lir,lro,l->lio", module["a"], module["b"], module["scale"])}
+
+    return map_modules(form, delta)
+
+
+def merge(params: Any, *deltas: Delta) -> Any:
+    """params ⊕ deltas as a new parameter tree: the oracle for functional application, and for export."""
+    merged = jax.tree.map(lambda x: x, params)
+    for delta in deltas:
+
+        def add(path: tuple[str, ...], module: Delta) -> Delta:
+            node = merged
+            for name in path:
+                node = node[name]
+            (leaf,) = node
+            node[leaf] = node[leaf] + module["w"].astype(node[leaf].dtype)
+            return module
+
+        map_modules(add, dense(delta))
+    return merged
+
+
+def concatenate(*deltas: Delta) -> Delta:
+    """One LoRA that equals the sum of several, joined along the rank with the scales folded into `b`.
+
+    Raises:
+        DitError: a delta has dense parts (they have no rank to join).
+    """
+    found: dict[tuple[str, ...], list[Delta]] = {}
+    for delta in deltas:
+        map_modules(lambda path, module: found.setdefault(path, []).append(module), delta)
+    out: dict[str, Any] = {}
+    for path, modules in found.items():
+        if any("w" in m for m in modules):
+            raise DitError(f"{'.'.join(path)} is a dense difference: only LoRA deltas can be fused")
+        node = out
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = {
+            "a": jnp.concatenate([m["a"] for m in modules], axis=-1),
+            "b": jnp.concatenate([m["b"] * m["scale"][..., None, None] for m in modules], axis=-2),
+            "scale": jnp.ones_like(modules[0]["scale"]),
+        }
+    return out
+
+
+def noise_like(delta: Delta, key: jax.Array) -> Delta:
+    """Gaussian noise with the norm that each factor has in each layer (a control: same size, no meaning)."""
+
+    def replace(path: tuple[str, ...], module: Delta) -> Delta:
+        out = dict(module)
+        for index, name in enumerate(n for n in ("a", "b", "w") if n in module):
+            leaf = module[name]
+            subkey = jax.random.fold_in(key, _stable_hash((*path, str(index))))
+            noise = jax.random.normal(subkey, leaf.shape, leaf.dtype)
+            axes = (-2, -1) if leaf.ndim > 1 else (-1,)
+            norm = lambda x, axes=axes: jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))  # noqa: E731
+            out[name] = noise * norm(leaf) / norm(noise)
+        return out
+
+    return map_modules(replace, delta)
+
+
+def per_example(stacked: Delta) -> Delta:
+    """[B, L, …] (deltas stacked on axis 0) -> [L, B, …], the form that one batched forward pass takes."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), stacked)
+
+
+def num_parameters(delta: Delta) -> int:
+    """Number of trainable entries."""
+    return sum(x.size for x in jax.tree.leaves(trainable(delta)))
+
+
+def _stable_hash(parts: tuple[str, ...]) -> int:
+    value = 0
+    for char in "/".join(parts):
+        value = (value * 31 + ord(char)) % 2**31
+    return value

@@ -1,0 +1,61 @@
+"""Attention: one function, several implementations that must agree."""
+
+import jax
+import jax.numpy as jnp
+
+IMPLEMENTATIONS = ("xla", "cudnn")
+
+
+def attention(
+    q_BxTxNxH: jax.Array,
+    k_BxSxKxH: jax.Array,
+    v_BxSxKxH: jax.Array,
+    *,
+    lengths: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    impl: str = "xla",
+) -> jax.Array:
+    """Grouped-query attention, softmax in fp32; returns [B, T, N, H] in the dtype of q.
+
+    Exactly one of these says what may be attended to:
+        mask: [B, T, S] bool, True where query t sees key s.
+        lengths: [B] int, causal attention over right-padded rows of that many real tokens (T = S).
+            The fast path: no mask of size T x S is made where the implementation can avoid it.
+    """
+    if (mask is None) == (lengths is None):
+        raise ValueError("give either mask or lengths")
+    if lengths is not None and impl == "cudnn":
+        return jax.nn.dot_product_attention(
+            q_BxTxNxH,
+            k_BxSxKxH,
+            v_BxSxKxH,
+            is_causal=True,
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+            implementation="cudnn",
+        )
+    if mask is None:
+        mask = causal_mask(lengths, q_BxTxNxH.shape[1])
+    return _xla_attention(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask)
+
+
+def causal_mask(lengths: jax.Array | None, size: int) -> jax.Array:
+    """[B, T, T] (or [1, T, T] without lengths): causal, and keys beyond a row's length hidden."""
+    causal = jnp.tril(jnp.ones((1, size, size), bool))
+    if lengths is None:
+        return causal
+    return causal & (jnp.arange(size) < lengths[:, None])[:, None, :]
+
+
+def _xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    batch, queries, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    # G query heads share one key/value head; kept apart as an axis so that k and v are never repeated.
+    q = q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    scores = scores * head_dim**-0.5
+    # A finite floor: a padding query sees nothing, and -inf everywhere would turn its row into NaN.
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
+    return out.reshape(batch, queries, heads, head_dim)

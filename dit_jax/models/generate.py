@@ -1,0 +1,111 @@
+"""Batched decoding with a KV cache: greedy or sampled, each row with its own deltas if they hold one per example."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dit_jax.models.config import Qwen3Config
+from dit_jax.models.layers import Deltas
+from dit_jax.models.qwen3 import Cache, Params, forward_cached, init_cache, unembed
+
+
+class Generation(NamedTuple):
+    """tokens [B, N] int32 (pad id after a row's end), logprobs [B, N] float32 (0 after the end).
+
+    `lengths` [B] counts a row's tokens, its end-of-text token included.
+    """
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    lengths: jax.Array
+
+
+class _State(NamedTuple):
+    step: jax.Array
+    cache: Cache
+    logits: jax.Array
+    done: jax.Array
+    key: jax.Array
+    out: Generation
+
+
+@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "eos_ids", "pad_id", "forbid_repeats"))
+def generate(
+    params: Params,
+    config: Qwen3Config,
+    tokens: jax.Array,
+    mask: jax.Array,
+    *,
+    deltas: Deltas = (),
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...] = (),
+    pad_id: int = 0,
+    temperature: jax.Array | float = 0.0,
+    key: jax.Array | None = None,
+    forbid_repeats: bool = False,
+) -> Generation:
+    """Continues left-padded prompts.
+
+    Args:
+        tokens, mask: [B, T] prompts, padding on the left where mask is False.
+        eos_ids: tokens that end a row; decoding stops when all rows have ended.
+        temperature: 0 is greedy, else samples from softmax(logits / temperature) with `key`.
+        forbid_repeats: never emit a token twice within one answer (lists of names or attributes).
+
+    Returns:
+        A `Generation`; its logprobs are those of the model at temperature 1, whatever the temperature.
+    """
+    batch, length = tokens.shape
+    cache = init_cache(config, batch, length + max_new_tokens)
+    with jax.named_scope("prefill"):
+        hidden, cache = forward_cached(params, config, tokens, mask.astype(bool), cache, deltas)
+        logits = unembed(params, config, hidden[:, -1], deltas)
+    out = Generation(
+        jnp.full((batch, max_new_tokens), pad_id, jnp.int32),
+        jnp.zeros((batch, max_new_tokens), jnp.float32),
+        jnp.zeros((batch,), jnp.int32),
+    )
+    key = jax.random.key(0) if key is None else key
+    start = _State(jnp.zeros((), jnp.int32), cache, logits, jnp.zeros((batch,), bool), key, out)
+
+    def unfinished(state: _State) -> jax.Array:
+        return (state.step < max_new_tokens) & ~jnp.all(state.done)
+
+    def step(state: _State) -> _State:
+        logits = state.logits
+        if forbid_repeats:
+            rows = jnp.arange(batch)[:, None]
+            written = jnp.arange(max_new_tokens) < state.step
+            used = jnp.zeros(logits.shape, bool).at[rows, state.out.tokens].max(written)
+            used = used.at[:, jnp.asarray(eos_ids, jnp.int32)].set(False)
+            logits = jnp.where(used, jnp.finfo(jnp.float32).min, logits)
+        key, sample_key = jax.random.split(state.key)
+        token = _choose(logits, temperature, sample_key)
+        logprob = jnp.take_along_axis(
+            jax.nn.log_softmax(state.logits, axis=-1), token[:, None], axis=1
+        )[:, 0]
+        live = ~state.done
+        token = jnp.where(live, token, pad_id)
+        out = Generation(
+            state.out.tokens.at[:, state.step].set(token),
+            state.out.logprobs.at[:, state.step].set(jnp.where(live, logprob, 0.0)),
+            state.out.lengths + live,
+        )
+        done = state.done | jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
+        with jax.named_scope("decode"):
+            hidden, cache = forward_cached(
+                params, config, token[:, None], jnp.ones((batch, 1), bool), state.cache, deltas
+            )
+            logits = unembed(params, config, hidden[:, -1], deltas)
+        return _State(state.step + 1, cache, logits, done, key, out)
+
+    return jax.lax.while_loop(unfinished, step, start).out
+
+
+def _choose(logits: jax.Array, temperature: jax.Array | float, key: jax.Array) -> jax.Array:
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    temperature = jnp.asarray(temperature, jnp.float32)
+    sampled = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6)).astype(jnp.int32)
+    return jnp.where(temperature > 0, sampled, greedy)

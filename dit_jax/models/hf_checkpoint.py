@@ -1,0 +1,141 @@
+"""Qwen3 weights in Hugging Face format: folders of safetensors, read tensor by tensor and written back."""
+
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.errors import DitError
+from dit_jax.models.config import Qwen3Config
+from dit_jax.models.qwen3 import Params, init_params
+
+_LAYER_MODULES = {
+    "input_layernorm": ("input_layernorm",),
+    "self_attn.q_proj": ("self_attn", "q_proj"),
+    "self_attn.k_proj": ("self_attn", "k_proj"),
+    "self_attn.v_proj": ("self_attn", "v_proj"),
+    "self_attn.o_proj": ("self_attn", "o_proj"),
+    "self_attn.q_norm": ("self_attn", "q_norm"),
+    "self_attn.k_norm": ("self_attn", "k_norm"),
+    "post_attention_layernorm": ("post_attention_layernorm",),
+    "mlp.gate_proj": ("mlp", "gate_proj"),
+    "mlp.up_proj": ("mlp", "up_proj"),
+    "mlp.down_proj": ("mlp", "down_proj"),
+}
+_TOP_MODULES = {"model.embed_tokens": ("embed_tokens",), "model.norm": ("norm",), "lm_head": ("lm_head",)}
+
+
+def tensor_names(config: Qwen3Config) -> dict[str, tuple[tuple[str, ...], int | None]]:
+    """Hugging Face tensor name -> (path of the leaf in the parameter tree, layer index or None)."""
+    names: dict[str, tuple[tuple[str, ...], int | None]] = {}
+    leaf = {"embed_tokens": "embedding", "norm": "scale", "lm_head": "kernel"}
+    for module, path in _TOP_MODULES.items():
+        if not (module == "lm_head" and config.tie_word_embeddings):
+            names[f"{module}.weight"] = ((*path, leaf[path[0]]), None)
+    for layer in range(config.num_hidden_layers):
+        for module, path in _LAYER_MODULES.items():
+            kind = "kernel" if module.endswith("_proj") else "scale"
+            names[f"model.layers.{layer}.{module}.weight"] = (("layers", *path, kind), layer)
+    return names
+
+
+def is_transposed(path: tuple[str, ...]) -> bool:
+    """Whether the leaf is stored [in, out] here and [out, in] in Hugging Face files."""
+    return path[-1] == "kernel"
+
+
+def load_params(
+    folder: str | pathlib.Path, config: Qwen3Config, place: Callable[[tuple[str, ...], np.ndarray], Any] | None = None
+) -> Params:
+    """Reads the weights of a Hugging Face folder in `config.dtype`, one stacked leaf at a time.
+
+    Args:
+        place: called with (path, host array) for every leaf; returns the array to keep (on a device,
+            sharded, …). Default: `jnp.asarray`. Host memory in use is one leaf, not the model.
+
+    Raises:
+        DitError: missing, unexpected or misshapen tensors (all are listed), or an unreadable file.
+    """
+    from dit_jax.deltas.safetensors_file import SafetensorsFolder
+
+    place = place or (lambda path, array: jnp.asarray(array))
+    dtype = jnp.dtype(config.dtype)
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    names = tensor_names(config)
+    files = SafetensorsFolder(folder)
+    _check(files.shapes(), names, shapes, config, str(folder))
+
+    by_leaf: dict[tuple[str, ...], list[tuple[int | None, str]]] = {}
+    for name, (path, layer) in names.items():
+        by_leaf.setdefault(path, []).append((layer, name))
+    params: Params = {}
+    for path, members in by_leaf.items():
+        target = _get(shapes, path)
+        if members[0][0] is None:
+            host = _orient(path, files.read(members[0][1])).astype(dtype)
+        else:
+            host = np.empty(target.shape, dtype)
+            for layer, name in members:
+                host[layer] = _orient(path, files.read(name))
+        _set(params, path, place(path, host))
+    return params
+
+
+def iterate_tensors(params: Params, config: Qwen3Config) -> Iterator[tuple[str, np.ndarray]]:
+    """(Hugging Face name, host array in Hugging Face orientation), C-contiguous, in a stable order."""
+    for name, (path, layer) in tensor_names(config).items():
+        leaf = _get(params, path)
+        # safetensors writes the raw buffer: a transposed view would be stored scrambled.
+        yield name, np.ascontiguousarray(_orient(path, np.asarray(leaf if layer is None else leaf[layer])))
+
+
+def save_params(folder: str | pathlib.Path, params: Params, config: Qwen3Config) -> None:
+    """Writes `config.json` and `model.safetensors` (one file) into an existing folder."""
+    from safetensors.numpy import save_file
+
+    folder = pathlib.Path(folder)
+    save_file(dict(iterate_tensors(params, config)), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
+
+
+def _check(
+    found: Mapping[str, tuple[int, ...]],
+    names: Mapping[str, tuple[tuple[str, ...], int | None]],
+    shapes: Params,
+    config: Qwen3Config,
+    folder: str,
+) -> None:
+    extra = set(found) - set(names)
+    if config.tie_word_embeddings:
+        extra.discard("lm_head.weight")  # some tools write the tied head a second time
+    problems = [f"missing {name}" for name in names if name not in found]
+    problems += [f"unexpected {name}" for name in sorted(extra)]
+    for name, (path, layer) in names.items():
+        shape = _get(shapes, path).shape
+        want = shape if layer is None else shape[1:]
+        want = tuple(reversed(want)) if is_transposed(path) else tuple(want)
+        if name in found and tuple(found[name]) != want:
+            problems.append(f"{name} has shape {list(found[name])}, config.json says {list(want)}")
+    if problems:
+        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
+        raise DitError(f"{folder}: the weights do not fit config.json: {shown}")
+
+
+def _orient(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
+    return array.T if is_transposed(path) else array
+
+
+def _get(tree: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def _set(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value

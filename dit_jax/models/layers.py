@@ -1,0 +1,85 @@
+"""Layers of Qwen3 as Flax Linen modules that take deltas as an argument.
+
+Einsum letters: B batch, T length, D d_model, N heads, K kv heads, H head_dim, F ffn, L layers, R rank.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Delta = Mapping[str, Any]
+Deltas = Sequence[Delta]
+
+
+def pick(deltas: Deltas, name: str) -> tuple[Delta, ...]:
+    """What each delta holds for the sub-module `name`; deltas that leave it alone drop out."""
+    return tuple(delta[name] for delta in deltas if name in delta)
+
+
+class RMSNorm(nn.Module):
+    """y = x / rms(x) * scale, computed in fp32 and returned in the dtype of x."""
+
+    epsilon: float
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deltas: Deltas = ()) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        for delta in deltas:
+            scale = scale + delta["w"].astype(scale.dtype)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        # The product with the scale happens in the activation dtype, as in transformers.
+        return scale.astype(x.dtype) * y.astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """y = x W + Σ_δ (dense: x w_δ; LoRA: scale · (x a) b), without ever forming W + δ for a LoRA."""
+
+    features: int
+    axes: tuple[str, str]
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deltas: Deltas = ()) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
+        for delta in deltas:
+            if "w" in delta:
+                kernel = kernel + delta["w"].astype(kernel.dtype)
+        y = _matmul(x, kernel.astype(self.dtype))
+        for delta in deltas:
+            if "a" in delta:
+                y = y + lora(x, delta, self.dtype)
+        return y
+
+
+def lora(x: jax.Array, delta: Delta, dtype: Any) -> jax.Array:
+    """scale · (x a) b for one LoRA shared by the batch (a: [in, R]) or one per example (a: [B, in, R])."""
+    a, b, scale = (delta[name].astype(dtype) for name in ("a", "b", "scale"))
+    if a.ndim == 2:
+        return _matmul(_matmul(x, a) * scale, b)
+    xa = jnp.einsum("BTD,BDR->BTR", x, a) * scale[:, None, None]
+    return jnp.einsum("BTR,BRF->BTF", xa, b)
+
+
+def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    # One 2-D product: weight gradients of 3-D products are several times slower on CPU.
+    y = x.reshape(-1, x.shape[-1]) @ kernel
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def rope(x_BxTxNxH: jax.Array, positions_BxT: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding (half-split convention), angles in fp32."""
+    half = x_BxTxNxH.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions_BxT.astype(jnp.float32)[..., None, None] * frequency
+    # transformers casts cos and sin to the activation dtype before the products.
+    cos, sin = jnp.cos(angle).astype(x_BxTxNxH.dtype), jnp.sin(angle).astype(x_BxTxNxH.dtype)
+    first, second = jnp.split(x_BxTxNxH, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -1,0 +1,255 @@
+"""Qwen3 (dense) as a pure function of (params, tokens, deltas).
+
+The parameter tree and the delta tree are described in docs/architecture.md. Layers are stacked on axis 0
+and either scanned or unrolled (`config.scan_layers`); both compute the same function.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dit_jax.models import attention as attention_lib
+from dit_jax.models.config import Qwen3Config
+from dit_jax.models.layers import Deltas, Linear, RMSNorm, pick, rope
+
+Params = dict[str, Any]
+
+
+class Cache(NamedTuple):
+    """Keys and values of all layers, [L, B, S, K, H], filled from slot 0; `valid` [B, S] says which count."""
+
+    k: jax.Array
+    v: jax.Array
+    valid: jax.Array
+    end: jax.Array  # scalar int32: the next free slot, the same for all rows (rows are left padded)
+
+
+class Context(NamedTuple):
+    """What every layer needs beside its activations; the same for all layers."""
+
+    positions: jax.Array
+    lengths: jax.Array | None
+    mask: jax.Array | None
+    end: jax.Array | None
+
+
+class Attention(nn.Module):
+    config: Qwen3Config
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, deltas: Deltas, kv: Any, layer: jax.Array, context: Context
+    ) -> tuple[jax.Array, Any]:
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        batch, length, _ = x.shape
+
+        def heads(name: str, count: int, axis: str) -> jax.Array:
+            y = Linear(count * c.head_dim, ("embed", axis), dtype, dtype, name=name)(x, pick(deltas, name))
+            return y.reshape(batch, length, count, c.head_dim)
+
+        def norm(name: str, y: jax.Array) -> jax.Array:
+            return RMSNorm(c.rms_norm_eps, dtype, name=name)(y, pick(deltas, name))
+
+        q = norm("q_norm", heads("q_proj", c.num_attention_heads, "heads"))
+        k = norm("k_norm", heads("k_proj", c.num_key_value_heads, "kv_heads"))
+        v = heads("v_proj", c.num_key_value_heads, "kv_heads")
+        q, k = (rope(y, context.positions, c.rope_theta) for y in (q, k))
+        if kv is not None:
+            # The cache of all layers travels as one carried array, so that XLA updates it in place.
+            start = (layer, 0, context.end, 0, 0)
+            kv = tuple(
+                jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), start)
+                for old, new in zip(kv, (k, v), strict=True)
+            )
+            k, v = (jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for y in kv)
+        y = attention_lib.attention(
+            q, k, v, lengths=context.lengths, mask=context.mask, impl=c.attention
+        )
+        y = y.reshape(batch, length, -1)
+        o_proj = Linear(c.hidden_size, ("heads", "embed"), dtype, dtype, name="o_proj")
+        return o_proj(y, pick(deltas, "o_proj")), kv
+
+
+class MLP(nn.Module):
+    config: Qwen3Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deltas: Deltas) -> jax.Array:
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+
+        def linear(name: str, features: int, axes: tuple[str, str], y: jax.Array) -> jax.Array:
+            return Linear(features, axes, dtype, dtype, name=name)(y, pick(deltas, name))
+
+        gate = linear("gate_proj", c.intermediate_size, ("embed", "mlp"), x)
+        up = linear("up_proj", c.intermediate_size, ("embed", "mlp"), x)
+        return linear("down_proj", c.hidden_size, ("mlp", "embed"), jax.nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    config: Qwen3Config
+
+    @nn.compact
+    def __call__(
+        self, carry: tuple[jax.Array, Any], layer: jax.Array, deltas: Deltas, context: Context
+    ) -> tuple[tuple[jax.Array, Any], None]:
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        x, kv = carry
+
+        def norm(name: str, y: jax.Array) -> jax.Array:
+            return RMSNorm(c.rms_norm_eps, dtype, name=name)(y, pick(deltas, name))
+
+        with jax.named_scope("attention"):
+            y = norm("input_layernorm", x)
+            y, kv = Attention(c, name="self_attn")(y, pick(deltas, "self_attn"), kv, layer, context)
+            x = x + y
+        with jax.named_scope("mlp"):
+            y = norm("post_attention_layernorm", x)
+            x = x + MLP(c, name="mlp")(y, pick(deltas, "mlp"))
+        return (x, kv), None
+
+
+class Qwen3(nn.Module):
+    """Token ids [B, T] -> final hidden states [B, T, D]; the head is a function of its own, see `unembed`."""
+
+    config: Qwen3Config
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, deltas: Deltas, kv: Any, context: Context) -> Any:
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        embedding = _Table(c.vocab_size, c.hidden_size, init, "embedding", dtype, name="embed_tokens")()
+        if not c.tie_word_embeddings:
+            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "vocab"))
+            # Declared here, used by `unembed`: one place says what the parameters are.
+            _Table(c.hidden_size, c.vocab_size, init, "kernel", dtype, name="lm_head")()
+        x = embedding[tokens].astype(dtype)
+        for delta in pick(deltas, "embed_tokens"):
+            x = x + delta["w"][tokens].astype(dtype)
+
+        block: Any = Block
+        if c.remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if c.remat == "dots" else None
+            block = nn.remat(Block, prevent_cse=not c.scan_layers, policy=policy)
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast),
+            length=c.num_hidden_layers,
+            unroll=1 if c.scan_layers else c.num_hidden_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        indices = jnp.arange(c.num_hidden_layers)
+        (x, kv), _ = layers(c, name="layers")((x, kv), indices, pick(deltas, "layers"), context)
+        x = RMSNorm(c.rms_norm_eps, dtype, name="norm")(x, pick(deltas, "norm"))
+        return x, kv
+
+
+class _Table(nn.Module):
+    rows: int
+    columns: int
+    initializer: Any
+    parameter: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param(self.parameter, self.initializer, (self.rows, self.columns), self.dtype)
+
+
+def forward(
+    params: Params,
+    config: Qwen3Config,
+    tokens: jax.Array,
+    *,
+    deltas: Deltas = (),
+    lengths: jax.Array | None = None,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """Final hidden states [B, T, D] of token ids [B, T].
+
+    Args:
+        deltas: any number of delta trees, all added. A LoRA may be shared by the batch or hold one per example.
+        lengths: [B] real tokens of right-padded rows (the fast path), or
+        mask: [B, T] True at real tokens, padding anywhere. Neither: no padding.
+    """
+    batch, length = tokens.shape
+    if mask is not None and lengths is not None:
+        raise ValueError("give lengths or mask, not both")
+    if mask is None:
+        if lengths is None:
+            lengths = jnp.full((batch,), length)
+        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        context = Context(positions, lengths, None, None)
+    else:
+        mask = mask.astype(bool)
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        see = attention_lib.causal_mask(None, length) & mask[:, None, :]
+        context = Context(positions, None, see, None)
+    hidden, _ = Qwen3(config).apply({"params": params}, tokens, deltas, None, context)
+    return hidden
+
+
+def forward_cached(
+    params: Params, config: Qwen3Config, tokens: jax.Array, valid: jax.Array, cache: Cache, deltas: Deltas = ()
+) -> tuple[jax.Array, Cache]:
+    """Appends T tokens per row to the cache. tokens, valid: [B, T]; returns hidden states [B, T, D] and the cache.
+
+    Rows are left padded: `valid` is False at padding, which no later token attends to.
+    """
+    length = tokens.shape[1]
+    slots = jnp.arange(cache.valid.shape[1])
+    seen = jnp.sum(cache.valid, axis=1, keepdims=True)
+    positions = seen + jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    all_valid = jax.lax.dynamic_update_slice(cache.valid, valid.astype(bool), (0, cache.end))
+    causal = slots[None, :] <= (cache.end + jnp.arange(length))[:, None]
+    mask = causal[None] & all_valid[:, None, :]
+    context = Context(positions, None, mask, cache.end)
+    hidden, (k, v) = Qwen3(config).apply(
+        {"params": params}, tokens, deltas, (cache.k, cache.v), context
+    )
+    return hidden, Cache(k, v, all_valid, cache.end + length)
+
+
+def init_cache(config: Qwen3Config, batch: int, size: int) -> Cache:
+    """An empty cache of `size` slots per row."""
+    shape = (config.num_hidden_layers, batch, size, config.num_key_value_heads, config.head_dim)
+    zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
+    return Cache(zeros, zeros, jnp.zeros((batch, size), bool), jnp.zeros((), jnp.int32))
+
+
+def unembed(params: Params, config: Qwen3Config, hidden: jax.Array, deltas: Deltas = ()) -> jax.Array:
+    """fp32 logits [..., V] of hidden states [..., D]."""
+    if config.tie_word_embeddings:
+        kernel = params["embed_tokens"]["embedding"].T
+        changes = [delta["w"].T for delta in pick(deltas, "embed_tokens")]
+    else:
+        kernel = params["lm_head"]["kernel"]
+        changes = [delta["w"] for delta in pick(deltas, "lm_head")]
+    for change in changes:
+        kernel = kernel + change.astype(kernel.dtype)
+    dtype = jnp.dtype(config.dtype)
+    return jnp.dot(hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def init_params(config: Qwen3Config, key: jax.Array) -> Params:
+    """Random parameters (normal, 0.02), as plain nested dicts of arrays in `config.dtype`."""
+    return nn.meta.unbox(_init(config, key))
+
+
+def logical_axes(config: Qwen3Config) -> Params:
+    """For every parameter, its logical axis names (a PartitionSpec over names; see dit_jax.parallel)."""
+    abstract = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
+    return nn.get_partition_spec(abstract)
+
+
+def _init(config: Qwen3Config, key: jax.Array) -> Params:
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    context = Context(tokens, jnp.ones((1,), jnp.int32), None, None)
+    return Qwen3(config).init(key, tokens, (), None, context)["params"]
