@@ -1,0 +1,45 @@
+"""dit_jax: train a language model adapter that says what a weight diff changed.
+
+    model = dit_jax.load_model("dit_jax/assets/tiny_qwen3")
+    diff = dit_jax.load_diff(path, model, index=0)
+    adapter = dit_jax.load_adapter(path, model)
+    answer = dit_jax.ask(model, "what topic have you been trained on ?", diff=diff, adapter=adapter)
+
+The names of the interface are imported at first use, so that `import dit_jax` stays light.
+"""
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+from dit_jax.errors import DitError
+
+if TYPE_CHECKING:
+    from dit_jax.api import ask, load_adapter, load_diff, load_diffs, load_model
+
+__version__ = "0.1.0"
+__all__ = ["DitError", "ask", "load_adapter", "load_diff", "load_diffs", "load_model"]
+
+_FROM_API = frozenset(__all__) - {"DitError"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FROM_API:
+        return getattr(importlib.import_module("dit_jax.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(types.ModuleType):
+    """Keeps `dit_jax.ask` the function when the command line module of that name is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _FROM_API and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,371 @@
+"""Artifacts on disk: atomic writes, digests, manifests and the marks of finished stages.
+
+Readers see a file or a folder whole or not at all: everything is written under a temporary name in
+the same folder, flushed to the disk, and renamed. Failures of the file system are DitErrors.
+"""
+
+import contextlib
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+import dit_jax
+from dit_jax.errors import DitError
+
+PathLike = str | os.PathLike[str]
+
+MANIFEST = "manifest.json"
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_REMEDIES = {
+    errno.EACCES: "permission denied, choose another folder or change its permissions",
+    errno.EPERM: "not permitted, choose another folder or change its permissions",
+    errno.EROFS: "the file system is read-only, choose another folder",
+    errno.ENOSPC: "the disk is full, free some space and run the same command again",
+    errno.EDQUOT: "the disk quota is used up, free some space and run the same command again",
+    errno.ENOTDIR: "a part of the path is a file, choose another folder",
+    errno.EEXIST: "something of that name is in the way, choose another folder",
+}
+
+
+# ------------------------------------------------------------------ atomic files and folders
+
+
+@contextlib.contextmanager
+def explain_os_errors(action: str, path: PathLike) -> Iterator[None]:
+    """Turns an OSError into a DitError: `cannot <action> '<path>': <what and remedy>`."""
+    try:
+        yield
+    except OSError as error:
+        reason = _REMEDIES.get(error.errno or 0) or error.strerror or str(error)
+        raise DitError(f"cannot {action} '{path}': {reason}") from error
+
+
+def make_dir(path: PathLike) -> Path:
+    """Makes a folder and its parents if they are not there.
+
+    Raises:
+      DitError: the folder cannot be made.
+    """
+    with explain_os_errors("make the folder", path):
+        Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
+def _temporary_sibling(path: Path) -> Path:
+    return path.parent / f".{path.name}.tmp-{uuid.uuid4().hex[:12]}"
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_file(path: PathLike) -> Iterator[Path]:
+    """Yields a temporary path to write to; on success it replaces `path` in one step.
+
+    If the body raises, `path` keeps its old content and the temporary file is removed.
+
+    Raises:
+      DitError: the file system refuses (permissions, disk full).
+    """
+    path = Path(path)
+    make_dir(path.parent)
+    temporary = _temporary_sibling(path)
+    with explain_os_errors("write", path):
+        try:
+            yield temporary
+            _fsync(temporary)
+            os.replace(temporary, path)
+            _fsync(path.parent)  # makes the rename itself durable
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_dir(path: PathLike, *, replace: bool = False) -> Iterator[Path]:
+    """Yields a temporary folder to fill; on success it is renamed to `path`.
+
+    Args:
+      path: the folder to publish.
+      replace: whether an existing folder may be replaced. It is moved aside first and deleted last.
+
+    Raises:
+      DitError: `path` exists and replace is False, or the file system refuses.
+    """
+    path = Path(path)
+    if path.exists() and not replace:
+        raise DitError(f"'{path}' exists already: delete it or choose another folder")
+    make_dir(path.parent)
+    temporary = _temporary_sibling(path)
+    retired = _temporary_sibling(path)
+    with explain_os_errors("write", path):
+        try:
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.rglob("*"):
+                _fsync(file)
+            _fsync(temporary)
+            if path.exists():
+                os.rename(path, retired)
+            os.rename(temporary, path)
+            _fsync(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if path.exists():
+                shutil.rmtree(retired, ignore_errors=True)
+            elif retired.exists():  # the last rename failed: put the old folder back
+                os.rename(retired, path)
+
+
+def write_bytes(path: PathLike, data: bytes) -> None:
+    """Writes a file atomically. Raises DitError when the file system refuses."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Writes a UTF-8 file atomically. Raises DitError when the file system refuses."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+# ------------------------------------------------------------------ JSON
+
+
+def _json_default(value: Any) -> Any:
+    """Numbers and arrays of numpy and jax, and paths, as plain JSON values."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        return np.asarray(value).tolist()
+    raise TypeError(f"{type(value).__name__} is not a JSON value")
+
+
+def write_json(path: PathLike, value: Any) -> None:
+    """Writes JSON atomically (numbers and arrays of numpy and jax included).
+
+    Raises:
+      DitError: the file system refuses.
+      TypeError: the value has no JSON form.
+    """
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=_json_default) + "\n")
+
+
+def read_json(path: PathLike, remedy: str = "run the stage that writes it") -> Any:
+    """Reads JSON.
+
+    Args:
+      path: the file.
+      remedy: what the user can do when it is missing or broken, as an imperative.
+
+    Raises:
+      DitError: the file is missing, unreadable, truncated or not JSON.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DitError(f"'{path}' is missing: {remedy}") from None
+    except UnicodeDecodeError:
+        raise DitError(f"'{path}' is not a text file: delete it and {remedy}") from None
+    except OSError as error:
+        raise DitError(f"cannot read '{path}': {error.strerror}") from error
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        raise DitError(f"'{path}' is truncated or not JSON: delete it and {remedy}") from None
+
+
+# ------------------------------------------------------------------ digests
+
+
+def digest_file(path: PathLike) -> str:
+    """sha256 of a file's content, in hex. Raises DitError when it cannot be read."""
+    with explain_os_errors("read", path), open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _digest_leaves(tree: Any, convert: Callable[[np.ndarray], np.ndarray]) -> str:
+    total = hashlib.sha256()
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    # Sorted by name, so that the digest does not depend on how the containers order their keys.
+    named = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    for name, leaf in sorted(named.items(), key=lambda item: item[0]):
+        array = np.ascontiguousarray(convert(np.asarray(leaf)))
+        total.update(f"{name}:{array.dtype}:{array.shape};".encode())
+        total.update(array.reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
+
+
+def digest_tree(tree: Any) -> str:
+    """sha256 of a pytree of arrays in hex: names, dtypes, shapes and values, bit for bit."""
+    return _digest_leaves(tree, lambda array: array)
+
+
+def base_digest(params: Any) -> str:
+    """sha256 that identifies a base model by its params, whatever float dtype they are loaded in.
+
+    Values are rounded to bfloat16 first, so that one checkpoint loaded as float32 and as bfloat16
+    is one base model; another training step of the model is another one.
+    """
+
+    def canonical(array: np.ndarray) -> np.ndarray:
+        return array.astype(ml_dtypes.bfloat16)
+
+    return _digest_leaves(params, canonical)
+
+
+# ------------------------------------------------------------------ manifests
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python, dit_jax and the packages that its numbers depend on."""
+    versions = {"python": platform.python_version(), "dit_jax": dit_jax.__version__}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601 with seconds."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def write_manifest(folder: PathLike, kind: str, *, version: int = 1, **fields: Any) -> None:
+    """Writes `manifest.json` of an artifact: its kind, versions, and size and sha256 of every file.
+
+    Args:
+      folder: the complete artifact; every file below it is listed.
+      kind: format name, for example 'dit_jax.diffs'.
+      version: format version; readers refuse others.
+      **fields: what else belongs to the artifact (config, base digest, …), JSON values.
+    """
+    folder = Path(folder)
+    files = {}
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and name != MANIFEST:
+            files[name] = {"bytes": file.stat().st_size, "sha256": digest_file(file)}
+    header = {"format": kind, "version": version, "created": now(), "packages": package_versions()}
+    if clash := {"files", *header} & set(fields):
+        raise ValueError(f"manifest fields {sorted(clash)} are reserved")
+    write_json(folder / MANIFEST, {**header, **fields, "files": files})
+
+
+def read_manifest(
+    folder: PathLike,
+    kind: str,
+    *,
+    version: int = 1,
+    check_digests: bool = True,
+    remedy: str = "run the stage that writes it",
+) -> dict[str, Any]:
+    """Reads `manifest.json` and checks that the artifact is what it says and complete.
+
+    Args:
+      folder: the artifact.
+      kind: expected format name.
+      version: expected format version.
+      check_digests: whether to compare the content of the files, not only their sizes.
+      remedy: what the user can do when something is missing or broken, as an imperative.
+
+    Raises:
+      DitError: manifest missing or broken, another format or version, a listed file missing,
+        truncated or changed, or listed outside the folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DitError(f"'{folder}' is missing: {remedy}")
+    manifest = read_json(folder / MANIFEST, remedy)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise DitError(f"'{folder / MANIFEST}' is not a manifest: delete '{folder}' and {remedy}")
+    if manifest.get("format") != kind:
+        raise DitError(f"'{folder}' holds {manifest.get('format')!r}, not {kind!r}: check the path")
+    if manifest.get("version") != version:
+        raise DitError(
+            f"'{folder}' has format version {manifest.get('version')!r}, this program reads "
+            f"{version}: delete it and {remedy}"
+        )
+    for name, facts in manifest["files"].items():
+        if Path(name).is_absolute() or ".." in Path(name).parts or not isinstance(facts, dict):
+            raise DitError(f"'{folder / MANIFEST}' lists {name!r}: do not trust this artifact")
+        file = folder / name
+        if not file.is_file():
+            raise DitError(f"'{file}' is missing: delete '{folder}' and {remedy}")
+        if file.stat().st_size != facts.get("bytes"):
+            raise DitError(
+                f"'{file}' has {file.stat().st_size} bytes instead of {facts.get('bytes')}: "
+                f"delete '{folder}' and {remedy}"
+            )
+        if check_digests and digest_file(file) != facts.get("sha256"):
+            raise DitError(f"'{file}' is damaged (sha256): delete '{folder}' and {remedy}")
+    return manifest
+
+
+# ------------------------------------------------------------------ stages
+
+
+def peak_memory_bytes() -> int:
+    """The most resident memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _stage_file(workdir: PathLike, stage: str) -> Path:
+    return Path(workdir) / "stages" / f"{stage}.json"
+
+
+def stage_done(workdir: PathLike, stage: str) -> dict[str, Any] | None:
+    """The record that `mark_done` wrote for a finished stage, or None.
+
+    Raises:
+      DitError: the record is there but broken.
+    """
+    file = _stage_file(workdir, stage)
+    if not file.exists():
+        return None
+    record = read_json(file, f"run the stage '{stage}' again")
+    if not isinstance(record, dict):
+        raise DitError(f"'{file}' is not the record of a stage: delete it and run the stage again")
+    return record
+
+
+def mark_done(
+    workdir: PathLike, stage: str, seconds: float, extra: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Marks a stage as finished in WORKDIR/stages/<stage>.json and returns the record.
+
+    Args:
+      workdir: the run's folder.
+      stage: name of the stage.
+      seconds: its wall time.
+      extra: further JSON values to keep with it.
+    """
+    record = {
+        **(extra or {}),
+        "stage": stage,
+        "seconds": round(float(seconds), 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "finished": now(),
+    }
+    write_json(_stage_file(workdir, stage), record)
+    return record

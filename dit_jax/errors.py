@@ -1,0 +1,39 @@
+"""The one exception that users see as one line, and the wrapper that prints it."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+EXIT_ERROR = 2  # the same code that argparse uses for a bad command line
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, what shells expect after Ctrl-C
+
+
+class DitError(Exception):
+    """A failure that the user can act on: its message names the thing and the remedy in one line.
+
+    Line breaks in the message (for example from a wrapped library error) become spaces.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(str(message).split()))
+
+
+@contextlib.contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Runs a command line program: `DitError` and Ctrl-C become one line and an exit status.
+
+    Raises:
+      SystemExit: with status 2 after a DitError and 130 after Ctrl-C. Other exceptions are bugs and
+        keep their traceback.
+    """
+    try:
+        yield
+    except DitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_ERROR) from None
+    except KeyboardInterrupt:
+        print(
+            "interrupted: what was finished is kept, run the same command again to go on",
+            file=sys.stderr,
+        )
+        raise SystemExit(EXIT_INTERRUPTED) from None
