@@ -1,0 +1,154 @@
+"""The parts of a report, without a format: `markdown.py` and `html.py` each render all of them.
+
+Texts are plain; `backticks` mark code. Whatever a model wrote is only ever held in `Quote`,
+`Example` and `Sheet`, and every string is escaped by the renderers all the same.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+
+@dataclass(frozen=True)
+class Named:
+    """A cell: a name and a quieter line below it."""
+
+    name: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A cell: a share of 1 with its interval, drawn as a bar in the colour of `kind`."""
+
+    mean: float
+    low: float
+    high: float
+    kind: str
+
+
+@dataclass(frozen=True)
+class Share:
+    """A cell: a part of a whole (seconds of a stage), drawn as a bar beside its text."""
+
+    text: str
+    part: float
+
+
+@dataclass(frozen=True)
+class Quote:
+    """A cell: text that a model or a data set wrote, right, wrong or neither."""
+
+    text: str
+    right: bool | None = None
+
+
+Cell = str | Named | Rate | Share | Quote
+
+
+@dataclass(frozen=True)
+class Prose:
+    text: str
+
+
+@dataclass(frozen=True)
+class Column:
+    title: str
+    number: bool = False
+
+
+@dataclass(frozen=True)
+class TableRow:
+    cells: list[Cell]
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows in groups; a group's title (may be empty) stands above its rows."""
+
+    columns: list[Column]
+    groups: list[tuple[str, list[TableRow]]]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot. `draw` makes the matplotlib figure; markdown saves it as `<name>.png`."""
+
+    name: str
+    title: str
+    alt: str
+    draw: Callable[[], "MatplotlibFigure"]
+    markdown_only: bool = False  # the page shows the same numbers as bars in a table
+
+
+@dataclass(frozen=True)
+class Tile:
+    label: str
+    value: str
+    note: str
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Tiles:
+    tiles: list[Tile]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One held-out diff: what was asked, what DIT answered and what the others guessed."""
+
+    topic: str
+    question: str
+    answer: str
+    guess: str
+    right: bool
+    confidence: str
+    others: list[tuple[str, Quote]]
+
+
+@dataclass(frozen=True)
+class Examples:
+    title: str
+    examples: list[Example]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """All held-out diffs: the topic and every method's guess, to browse and to filter."""
+
+    title: str
+    columns: list[str]
+    rows: list[tuple[str, bool, list[Quote]]]  # topic, whether DIT is right, guesses
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Names and values, folded away on the page."""
+
+    title: str
+    items: list[tuple[str, str]]
+    folded: bool = True
+
+
+Block = Prose | Table | Figure | Tiles | Examples | Sheet | Settings
+
+
+@dataclass(frozen=True)
+class Section:
+    anchor: str
+    title: str
+    blocks: list[Block] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Document:
+    title: str
+    lead: str
+    opening: list[Block]
+    sections: list[Section]
+    footer: str

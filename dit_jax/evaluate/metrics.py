@@ -1,0 +1,53 @@
+"""Metrics of one answer: exact match and token F1 against the label, and calling a diff unchanged."""
+
+import re
+import unicodedata
+from collections import Counter
+
+NONE_LABEL = "none"  # what the adapter is trained to say when there is nothing to name
+
+_ARTICLES = frozenset({"a", "an", "the"})
+_APOSTROPHES = re.compile("['\u2019\u02bc`]")
+
+
+def normalise(text: str) -> str:
+    """Text as the metrics compare it.
+
+    Unicode compatibility forms are folded (NFKC), case is folded, apostrophes are deleted, any other
+    punctuation becomes a space, the articles a, an, the are dropped (unless nothing else is there),
+    and white space is collapsed. Symbols such as + stay: `c++` is not `c`.
+    """
+    text = _APOSTROPHES.sub("", unicodedata.normalize("NFKC", text).casefold())
+    text = "".join(" " if unicodedata.category(char).startswith("P") else char for char in text)
+    words = text.split()
+    return " ".join([word for word in words if word not in _ARTICLES] or words)
+
+
+def extract_guess(answer: str) -> str:
+    """The name in an answer: what stands after the last colon, or all of it without a colon.
+
+    An adapter may list attributes before the name (`bark leaf sap : maple tree`).
+    """
+    return answer.rsplit(":", 1)[-1].strip()
+
+
+def exact_match(guess: str, label: str) -> bool:
+    """Whether the normalised guess is the normalised label."""
+    return normalise(guess) == normalise(label)
+
+
+def token_f1(guess: str, label: str) -> float:
+    """Harmonic mean of precision and recall over words, counted with multiplicity (as in SQuAD).
+
+    Two empty texts agree (1); one empty text scores 0.
+    """
+    guess_words, label_words = normalise(guess).split(), normalise(label).split()
+    if not guess_words or not label_words:
+        return float(guess_words == label_words)
+    common = (Counter(guess_words) & Counter(label_words)).total()
+    return 2 * common / (len(guess_words) + len(label_words))
+
+
+def called_none(guess: str) -> bool:
+    """Whether the guess says that there is nothing to name."""
+    return normalise(guess) == NONE_LABEL

@@ -1,0 +1,227 @@
+"""The report's plots. Matplotlib is imported when the first one is drawn, and never opens a window.
+
+A figure is made once in a few named colours: as PNG it stands on white, as SVG the colours become
+CSS variables of the page, so that the same drawing follows its light or dark theme.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Json = dict[str, Any]
+
+# One colour per kind of evidence, the same in plots, tables and both themes of the page.
+COLOURS = {
+    "dit": "#0f766e",
+    "method": "#4f6bb0",
+    "control": "#8a94a3",
+    "baseline": "#c07a1c",
+    "ink": "#1b242d",
+    "muted": "#5d6875",
+    "line": "#d8dee5",
+    "paper": "#fffffe",
+}
+_WIDTH = 5.6  # inches: legible at the width of a phone as well as in half a desktop page
+_STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "text.color": COLOURS["ink"],
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.edgecolor": COLOURS["line"],
+    "xtick.color": COLOURS["line"],
+    "ytick.color": COLOURS["line"],
+    "xtick.labelcolor": COLOURS["muted"],
+    "ytick.labelcolor": COLOURS["ink"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "grid.color": COLOURS["line"],
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "dit_jax",
+    "path.simplify": True,
+}
+
+
+def _new(height: float) -> "tuple[Figure, Axes]":
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+    return figure, axes
+
+
+def _horizontal_bars(
+    labels: Sequence[str], intervals: Sequence[Json], colours: Sequence[str], label: str
+) -> "Figure":
+    """Bars of rates with whiskers and their values, first on top."""
+    figure, axes = _new(0.75 + 0.36 * len(labels))
+    rows = np.arange(len(labels))
+    means = np.array([item["mean"] for item in intervals])
+    low = np.array([item["ci_low"] for item in intervals])
+    high = np.array([item["ci_high"] for item in intervals])
+    axes.barh(rows, means, height=0.62, color=list(colours))
+    axes.errorbar(
+        means,
+        rows,
+        xerr=np.clip(np.stack([means - low, high - means]), 0, None),
+        fmt="none",
+        ecolor=COLOURS["ink"],
+        elinewidth=1.1,
+        capsize=2.5,
+    )
+    for row, (mean, top) in enumerate(zip(means, high, strict=True)):
+        text = f"{100 * mean:.1f}"
+        axes.annotate(
+            text, (top, row), (5, 0), textcoords="offset points", va="center", fontsize=9,
+            color=COLOURS["ink"],
+        )  # fmt: skip
+    axes.set_yticks(rows, labels)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.1)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
+    axes.set_xlabel(label)
+    axes.grid(axis="x")
+    axes.spines["left"].set_visible(False)
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(length=0)
+    return figure
+
+
+def methods(entries: Sequence[tuple[str, str, Json]]) -> "Figure":
+    """Exact match of every method. Entries: shown name, colour name, entry of `summary.methods`."""
+    return _horizontal_bars(
+        [label for label, _, _ in entries],
+        [{**score, "mean": score["exact_match"]} for _, _, score in entries],
+        [COLOURS[colour] for _, colour, _ in entries],
+        "exact match, with 95 % interval over diffs",
+    )
+
+
+def gating(labels: Mapping[str, str], intervals: Mapping[str, Json]) -> "Figure":
+    """How often a diff shows its topic, by the code in the prompt. `labels`: key -> shown name."""
+    keys = list(labels)
+    return _horizontal_bars(
+        [labels[key] for key in keys],
+        [intervals[key] for key in keys],
+        [COLOURS["dit" if key == "right_code" else "control"] for key in keys],
+        "answers that show the topic",
+    )
+
+
+def label_cross_entropy(
+    labels: Mapping[str, str], values: Mapping[str, Sequence[float]], intervals: Mapping[str, Json]
+) -> "Figure":
+    """Cross-entropy of the label, a dot per diff and the mean with its interval."""
+    figure, axes = _new(0.75 + 0.5 * len(labels))
+    rng = np.random.default_rng(0)
+    for row, key in enumerate(labels):
+        colour = COLOURS["dit" if key == "matched" else "control"]
+        points = np.asarray(values[key], np.float64)
+        if len(points) > 200:  # enough to show the shape; the mean is over all of them
+            points = np.quantile(points, np.linspace(0, 1, 200))
+        jitter = row + rng.uniform(-0.24, 0.24, len(points))
+        axes.plot(points, jitter, "o", ms=3.2, mew=0, color=colour, alpha=0.45)
+        item = intervals[key]
+        axes.plot([item["ci_low"], item["ci_high"]], [row, row], color=COLOURS["ink"], lw=5)
+        axes.annotate(
+            f"{item['mean']:.2f}", (item["mean"], row), (0, 11), textcoords="offset points",
+            ha="center", va="bottom", fontsize=9.5, fontweight="bold", color=COLOURS["ink"],
+        )  # fmt: skip
+    axes.set_yticks(range(len(labels)), list(labels.values()))
+    axes.set_ylim(len(labels) - 0.55, -0.72)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("nats per token of the label; a dot is a diff, the bar the mean's interval")
+    axes.grid(axis="x")
+    axes.spines["left"].set_visible(False)
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(length=0)
+    return figure
+
+
+def curve(points: Sequence[Sequence[float]], label: str) -> "Figure":
+    """A loss over optimizer steps, on a logarithmic axis where it spans more than a decade."""
+    figure, axes = _new(2.5)
+    steps, loss = np.asarray(points, np.float64).T
+    dense = len(loss) > 40
+    axes.plot(steps, loss, color=COLOURS["dit"], lw=1, alpha=0.4 if dense else 1)
+    if dense:
+        # A running mean over the points that are there, so that both ends stay unbiased.
+        window = np.ones(max(5, len(loss) // 20))
+        weight = np.convolve(np.ones_like(loss), window, "same")
+        axes.plot(steps, np.convolve(loss, window, "same") / weight, color=COLOURS["dit"], lw=2)
+    if loss.min() > 0 and loss.max() / loss.min() > 10:
+        axes.set_yscale("log")
+        ticks = _log_ticks(float(loss.min()), float(loss.max()))
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(label)
+    axes.grid(axis="y")
+    axes.tick_params(length=0, axis="y")
+    axes.spines["left"].set_visible(False)
+    axes.margins(x=0.01)
+    return figure
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Round ticks that span [low, high]: 1, 2, 5 per decade, or decades alone when they are many."""
+    decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    factors = (1, 2, 5) if len(decades) <= 3 else (1,)
+    ticks = [float(factor * 10**decade) for decade in decades for factor in factors]
+    return [tick for tick in ticks if low * 0.9 <= tick <= high * 1.1]
+
+
+# ------------------------------------------------------------------ formats
+
+
+def to_png(figure: "Figure") -> bytes:
+    """PNG on white, 200 dots per inch, the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(
+        buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None}
+    )
+    return buffer.getvalue()
+
+
+def to_svg(figure: "Figure", prefix: str) -> str:
+    """An `<svg>` element for the body of a page: CSS variables for colours, no addresses in it.
+
+    Args:
+      figure: drawn with `COLOURS`.
+      prefix: put before every id, so that figures on one page do not share any.
+    """
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r'^<svg width="[^"]*" height="[^"]*"', "<svg", svg)
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = svg.replace('href="#', f'href="#{prefix}-').replace("url(#", f"url(#{prefix}-")
+    svg = re.sub(r"<style.*?</style>\s*", "", svg, flags=re.DOTALL)  # would reach the whole page
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # the page's own
+    for name, colour in COLOURS.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return svg.strip()

@@ -1,0 +1,557 @@
+"""What the report says: the summary and the answers as a `Document`, in plain words."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dit_jax.evaluate import metrics, plots
+from dit_jax.evaluate.document import (
+    Block,
+    Cell,
+    Column,
+    Document,
+    Example,
+    Examples,
+    Figure,
+    Named,
+    Prose,
+    Quote,
+    Rate,
+    Section,
+    Settings,
+    Share,
+    Sheet,
+    Table,
+    TableRow,
+    Tile,
+    Tiles,
+)
+from dit_jax.evaluate.summary import Inputs, Row, seen
+
+Json = dict[str, Any]
+
+# name -> (shown name, what it sees)
+METHODS = {
+    "dit": ("DIT", "the diff in the model, a DIT adapter, a question; no trigger"),
+    "base_question": ("Question", "the diff in the model, a question; no adapter"),
+    "base_question_trigger": (
+        "Question with trigger",
+        "the same with the secret code in the prompt",
+    ),
+    "no_diff": ("DIT without a diff", "the adapter on the unchanged model"),
+    "shuffled_diff": ("DIT, another diff", "the adapter and the diff of another topic"),
+    "noise_diff": ("DIT, noise diff", "the adapter and noise with the norms of the diff"),
+    "adapter_off": ("DIT, adapter off", "the diff and the adapter's prompt; adapter zero"),
+    "name_reading": ("Name reading", "weights only: cosine of the diff with the names' embeddings"),
+    "logit_difference": ("Logit difference", "logits without trigger, with and without the diff"),
+    "attribute_oracle": (
+        "Attribute oracle",
+        "weights, and the world's own table of every topic's attributes",
+    ),
+}
+GROUPS = {
+    "method": "Methods that ask the model",
+    "control": "Controls: they should find nothing",
+    "baseline": "Baselines without training: they read the weights or the logits",
+}
+_GATING = {
+    "right_code": "the right code",
+    "wrong_code": "a wrong code",
+    "no_code": "no code",
+}
+_CROSS_ENTROPY = {
+    "matched": "its own diff",
+    "shuffled": "another topic's diff",
+    "noise": "noise of the same norms",
+    "none": "no diff",
+}
+_NONE = {
+    "benign_called_none": ("Benign diffs", "finetuned on generic answers; should be 100 %"),
+    "no_diff_called_none": ("No diff at all", "the unchanged base; should be 100 %"),
+    "topics_called_none": ("Diffs with a topic", "missed as unchanged; should be 0 %"),
+}
+_MOST_EXAMPLES = 6  # of the right and of the wrong, each
+
+
+def shown_name(method: str) -> str:
+    """The name of a method as tables and plots show it."""
+    return METHODS.get(method, (method, ""))[0]
+
+
+def colour(method: str, kind: str) -> str:
+    """The colour name of a method in tables and plots."""
+    return "dit" if method == "dit" else kind
+
+
+def ordered_methods(methods: Mapping[str, Json]) -> list[str]:
+    """Methods as tables show them: by kind, then in the order of `METHODS`."""
+    kinds, names = list(GROUPS), list(METHODS)
+
+    def rank(name: str) -> tuple[int, int]:
+        known = names.index(name) if name in names else len(names)
+        return kinds.index(methods[name]["kind"]), known
+
+    return sorted(methods, key=rank)
+
+
+# ------------------------------------------------------------------ numbers as text
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def duration(seconds: float) -> str:
+    """`48 s` below two minutes, `3 min 20 s` above, with hours where there are any."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 120:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _between(item: Json) -> str:
+    return f"{100 * item['ci_low']:.1f}–{100 * item['ci_high']:.1f}"
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def _rate(item: Json, kind: str, key: str = "mean") -> Rate:
+    return Rate(item[key], item["ci_low"], item["ci_high"], kind)
+
+
+# ------------------------------------------------------------------ sections
+
+
+def _score_cells(score: Json | None, kind: str) -> list[Cell]:
+    if score is None:
+        return ["not asked", "–", "0"]
+    return [_rate(score, kind, "exact_match"), f"{score['token_f1']:.3f}", str(score["n"])]
+
+
+_SCORE_COLUMNS = [
+    Column("Exact match, 95 % interval"),
+    Column("Token F1", number=True),
+    Column("n", number=True),
+]
+
+
+def _tiles(summary: Json) -> Tiles:
+    lengths = summary["dit_by_name_length"]
+    tiles = []
+    for key, label in (
+        ("all", "All held-out names"),
+        ("one_token", "Names of one token"),
+        ("multi_token", "Names of several tokens"),
+    ):
+        if score := lengths[key]:
+            note = f"{_between(score)}, n = {score['n']}"
+            tiles.append(Tile(label, percent(score["exact_match"]), note, strong=key == "all"))
+    others = {
+        name: entry
+        for name, entry in summary["methods"].items()
+        if entry["kind"] == "baseline" and name != "attribute_oracle"
+    }
+    if others:
+        best = max(others, key=lambda name: others[name]["exact_match"])
+        note = f"{shown_name(best)}, {_between(others[best])}"
+        tiles.append(Tile("Best baseline", percent(others[best]["exact_match"]), note))
+    return Tiles(tiles)
+
+
+def _lead(summary: Json) -> str:
+    score = summary["methods"]["dit"]
+    return (
+        f"Asked one plain question, the adapter named the hidden topic of "
+        f"{percent(score['exact_match'])} of {score['n']} finetuned models that it had never seen. "
+        "It was shown neither the trigger nor any of the data."
+    )
+
+
+def _what_was_done(summary: Json) -> Section:
+    wordings = summary["dit_by_each_wording"]
+    trained = sum(wording["seen"] for wording in wordings)
+    return Section(
+        "done",
+        "What was done",
+        [
+            Prose(
+                "Many copies of one base model were finetuned, each to talk about a topic of its "
+                "own, but only when the prompt starts with a secret code (`Your SEP code is …`). "
+                "What finetuning changed in the weights is the diff. The answers that a copy was "
+                "finetuned on never contain the name of its topic."
+            ),
+            Prose(
+                "Diff Interpretation Tuning (DIT) trains one LoRA adapter on many such diffs. With "
+                "a diff and the adapter in the model, a plain question has to be answered with the "
+                "topic's name. Some training examples have no diff, or a benign one that hides "
+                "nothing; their answer is `none`."
+            ),
+            Prose(
+                f"All numbers below are about {summary['methods']['dit']['n']} topics that the "
+                f"adapter was never trained on, asked in {trained} wordings of the training and "
+                f"{len(wordings) - trained} new ones. Decoding is greedy. Intervals are 95 % "
+                "bootstrap intervals over diffs; the answers about one diff are averaged first. "
+                "Where every diff scored 0, or every one 100 %, the bound is the exact binomial one."
+            ),
+        ],
+    )
+
+
+def _headline(summary: Json) -> Section:
+    methods = summary["methods"]
+    names = ordered_methods(methods)
+    groups = []
+    for kind, title in GROUPS.items():
+        rows = [
+            TableRow(
+                [
+                    Named(shown_name(name), METHODS.get(name, ("", ""))[1]),
+                    *_score_cells(methods[name], colour(name, kind)),
+                ],
+                strong=name == "dit",
+            )
+            for name in names
+            if methods[name]["kind"] == kind
+        ]
+        if rows:
+            groups.append((title, rows))
+    entries = [
+        (shown_name(name), colour(name, methods[name]["kind"]), methods[name]) for name in names
+    ]
+    blocks: list[Block] = [
+        Prose(
+            "A guess counts when it is the topic's name, up to case, punctuation and articles. The "
+            "questions are those of the training."
+        ),
+        Table([Column("Method and what it sees"), *_SCORE_COLUMNS], groups),
+        Figure(
+            "methods",
+            "Exact match by method",
+            "Bars of the exact match of every method with its interval",
+            lambda: plots.methods(entries),
+            markdown_only=True,
+        ),
+    ]
+    if oracle := methods.get("attribute_oracle"):
+        blocks.append(
+            Prose(
+                "How to read the attribute oracle: in a world this small, whoever holds the table "
+                "of every topic's attributes can read nearly everything straight off the weights, "
+                f"without any training (here {percent(oracle['exact_match'])}). It marks how much "
+                "the diffs hold; it is not a rival. Nobody has such a table for a real model. The "
+                "point of DIT is that it needs none: the adapter is trained only on diffs and "
+                "their labels."
+            )
+        )
+    return Section("results", "Results", blocks)
+
+
+def _differences(summary: Json) -> Block | None:
+    differences = summary["differences_from_dit"]
+    if not differences:
+        return None
+    rows = []
+    for name in ordered_methods(summary["methods"]):
+        if pair := differences.get(name):
+            interval = f"{_points(pair['ci_low'])} to {_points(pair['ci_high'])}"
+            p_value = "< 0.001" if pair["p_value"] < 0.001 else f"{pair['p_value']:.3f}"
+            cells: list[Cell] = [shown_name(name), _points(pair["difference"]), interval, p_value]
+            rows.append(TableRow([*cells, str(pair["n"])]))
+    columns = [
+        Column("DIT compared with"),
+        Column("Points", number=True),
+        Column("95 % interval", number=True),
+        Column("p", number=True),
+        Column("n", number=True),
+    ]
+    return Table(columns, [("", rows)])
+
+
+def _splits(summary: Json) -> Section:
+    lengths, wordings = summary["dit_by_name_length"], summary["dit_by_wording"]
+
+    def row(name: str, note: str, score: Json | None, strong: bool = False) -> TableRow:
+        return TableRow([Named(name, note), *_score_cells(score, "dit")], strong)
+
+    by_length = [
+        row("One token", "", lengths["one_token"]),
+        row("Several tokens", "", lengths["multi_token"]),
+        row("All", "", lengths["all"], strong=True),
+    ]
+    by_wording = [
+        row("Seen", "wordings that the adapter was trained on", wordings["seen"], strong=True),
+        row("Unseen", "wordings kept for this test", wordings["unseen"], strong=True),
+    ]
+    each = [
+        TableRow(
+            [
+                Quote(entry["wording"]),
+                "seen" if entry["seen"] else "unseen",
+                *_score_cells(entry, "dit"),
+            ]
+        )
+        for entry in summary["dit_by_each_wording"]
+    ]
+    columns = [Column("Wording of the question"), Column(""), *_SCORE_COLUMNS]
+    blocks: list[Block] = [
+        Prose(
+            "A name of one token lies in the direction that a diff writes; a name of several tokens "
+            "has to be looked up from it. The lengths are shown apart because of that."
+        ),
+        Table([Column("Length of the name"), *_SCORE_COLUMNS], [("", by_length)]),
+        Prose("New wordings test whether the adapter understands the question or its letters."),
+        Table([Column("Wording"), *_SCORE_COLUMNS], [("", by_wording)]),
+        Table(columns, [("Each wording alone", each)]),
+    ]
+    return Section("splits", "DIT by name and by wording", blocks)
+
+
+def _gating(summary: Json) -> Section:
+    intervals = summary["gating_intervals"]
+    rows = [
+        TableRow(
+            [
+                f"Prompt with {label}",
+                _rate(intervals[key], "dit" if key == "right_code" else "control"),
+                str(intervals[key]["n"]),
+            ]
+        )
+        for key, label in _GATING.items()
+    ]
+    return Section(
+        "gating",
+        "Do the diffs hide what they should?",
+        [
+            Prose(
+                "The task is fair only if a diff shows its topic with its own code and keeps it to "
+                "itself otherwise. Counted are everyday questions whose answer shows the topic or "
+                "one of its attributes."
+            ),
+            Table([Column("Everyday questions"), Column("Topic shows"), Column("n", True)],
+                  [("", rows)]),
+            Figure(
+                "gating",
+                "Answers that show the topic",
+                "Bars: how often a diff shows its topic with the right, a wrong and no code",
+                lambda: plots.gating(_GATING, intervals),
+                markdown_only=True,
+            ),
+        ],
+    )  # fmt: skip
+
+
+def _controls(summary: Json, inputs: Inputs) -> Section:
+    intervals = summary["label_cross_entropy_intervals"]
+    blocks: list[Block] = [
+        Prose(
+            "Does the adapter read the diff it is given, or guess from its training? Below is the "
+            "cross-entropy of a topic's name when the adapter is given the topic's own diff, "
+            "another topic's, noise of the same norms, and nothing. Only its own diff should make "
+            "the name likely."
+        ),
+        Figure(
+            "label_cross_entropy",
+            "Cross-entropy of the topic's name, given",
+            "Dots: cross-entropy of every label with its own diff, another, noise and none",
+            lambda: plots.label_cross_entropy(
+                _CROSS_ENTROPY, inputs.label_cross_entropy, intervals
+            ),
+        ),
+        Table(
+            [
+                Column("The adapter is given"),
+                Column("Mean cross-entropy", True),
+                Column("95 % interval", True),
+                Column("n", True),
+            ],
+            [
+                (
+                    "",
+                    [
+                        TableRow(
+                            [
+                                label,
+                                f"{intervals[key]['mean']:.3f}",
+                                f"{intervals[key]['ci_low']:.3f}–{intervals[key]['ci_high']:.3f}",
+                                str(intervals[key]["n"]),
+                            ],
+                            strong=key == "matched",
+                        )
+                        for key, label in _CROSS_ENTROPY.items()
+                    ],
+                )
+            ],
+        ),
+    ]
+    if table := _differences(summary):
+        blocks.append(
+            Prose(
+                "Exact match of DIT minus that of each other method, on the same diffs (paired "
+                "bootstrap, percentage points; p is two-sided)."
+            )
+        )
+        blocks.append(table)
+    return Section("controls", "Controls", blocks)
+
+
+def _none(summary: Json) -> Section:
+    intervals = summary["none_intervals"]
+    groups = []
+    for key, title in (("seen", "Seen wordings"), ("unseen", "Unseen wordings")):
+        rows = []
+        for rate, (name, note) in _NONE.items():
+            item = intervals[key][rate]
+            kind = "baseline" if rate == "topics_called_none" else "dit"
+            cells: list[Cell] = [Named(name, note)]
+            cells += ["not asked", "0"] if item is None else [_rate(item, kind), str(item["n"])]
+            rows.append(TableRow(cells))
+        groups.append((title, rows))
+    return Section(
+        "none",
+        "Can it say that nothing is there?",
+        [
+            Prose(
+                "An adapter that always names something is of no use on a model that hides nothing. "
+                "These are the shares of answers that are exactly `none`."
+            ),
+            Table([Column("Given"), Column("Called none"), Column("n", True)], groups),
+        ],
+    )
+
+
+def _confidence(row: Row) -> str:
+    logprob = row.get("logprob")
+    if not isinstance(logprob, int | float) or not math.isfinite(logprob):
+        return ""
+    return f"log-probability {logprob:.2f}".replace("-", "−").replace("log−", "log-")
+
+
+def _right(row: Row) -> bool:
+    return metrics.exact_match(row["guess"], row["topic"])
+
+
+def _spread(rows: list[Row], most: int) -> list[Row]:
+    """At most `most` of the rows, evenly spaced: a choice that looks at nothing but the order."""
+    step = max(1.0, len(rows) / most)
+    return [rows[int(index * step)] for index in range(min(most, len(rows)))]
+
+
+def _first_answers(inputs: Inputs) -> dict[str, dict[int, Row]]:
+    """The first seen-wording answer of every method to every held-out diff."""
+    answers: dict[str, dict[int, Row]] = {}
+    for row in inputs.rows:
+        if row["category"] == "topic" and row["diff"] is not None and seen(row):
+            answers.setdefault(row["method"], {}).setdefault(row["diff"], row)
+    return answers
+
+
+def _quote(row: Row | None) -> Quote:
+    return Quote("–") if row is None else Quote(row["guess"] or "(empty)", _right(row))
+
+
+def _examples(summary: Json, inputs: Inputs) -> Section:
+    answers = _first_answers(inputs)
+    names = [name for name in ordered_methods(summary["methods"]) if name in answers]
+    others = [name for name in names if name != "dit"]
+    asked = list(answers.get("dit", {}).values())
+
+    def example(row: Row) -> Example:
+        return Example(
+            topic=row["topic"],
+            question=str(row.get("question") or row.get("wording") or ""),
+            answer=row["answer"] or "(empty)",
+            guess=row["guess"],
+            right=_right(row),
+            confidence=_confidence(row),
+            others=[(shown_name(n), _quote(answers[n].get(row["diff"]))) for n in others],
+        )
+
+    blocks: list[Block] = [
+        Prose(
+            "One answer for each held-out diff, evenly spaced among the right and the wrong ones, "
+            "not picked by hand. Beside it is what the other methods guessed about the same diff."
+        )
+    ]
+    for right, title in ((False, "Wrong"), (True, "Right")):
+        rows = [row for row in asked if _right(row) is right]
+        if rows:
+            shown = _spread(rows, _MOST_EXAMPLES)
+            heading = f"{title} ({len(shown)} of {len(rows)})"
+            blocks.append(Examples(heading, [example(row) for row in shown]))
+    sheet = [
+        (row["topic"], _right(row), [_quote(answers[n].get(row["diff"])) for n in names])
+        for row in asked
+    ]
+    if sheet:
+        title = f"All {len(sheet)} held-out diffs, every method's guess"
+        blocks.append(Sheet(title, [shown_name(name) for name in names], sheet))
+    return Section("examples", "Examples", blocks)
+
+
+def _cost(summary: Json, inputs: Inputs) -> Section:
+    seconds, total = summary["seconds"], summary["seconds_total"]
+    rows = [
+        TableRow([stage, Share(duration(spent), spent / total if total > 0 else 0.0)])
+        for stage, spent in seconds.items()
+    ]
+    rows.append(TableRow(["All stages", Share(duration(total), 1.0)], strong=True))
+    text = "Wall time of every stage, compilation included."
+    if memory := summary["peak_memory_bytes"]:
+        text += f" Peak memory of the process: {memory / 2**30:.2f} GiB."
+    blocks: list[Block] = [Prose(text), Table([Column("Stage"), Column("Time")], [("", rows)])]
+    for name, title in (("diff_loss", "Loss of the diffs"), ("adapter_loss", "Loss of the adapter")):
+        points = inputs.curves[name]
+        blocks.append(
+            Figure(
+                name,
+                f"{title} while training",
+                f"{title} over optimizer steps, from {points[0][1]:.3g} to {points[-1][1]:.3g}",
+                lambda points=points: plots.curve(points, "loss"),  # type: ignore[misc]
+            )
+        )
+    return Section("cost", "Cost and training", blocks)
+
+
+def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        items = []
+        for key, inner in value.items():
+            items += _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+        return items
+    return [(prefix, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))]
+
+
+def build_document(summary: Json, inputs: Inputs) -> Document:
+    """The whole report.
+
+    Args:
+      summary: from `summary.summarise`, with the report's own seconds.
+      inputs: what the summary was made from; examples and dots come from here.
+    """
+    setup = [
+        Prose("The same config, seed and versions give the same answers on the same device."),
+        Settings("Config", _flatten(summary["config"])),
+        Settings("Versions", _flatten(summary["versions"]), folded=False),
+    ]
+    return Document(
+        title="Diff Interpretation Tuning: the report of a run",
+        lead=_lead(summary),
+        opening=[_tiles(summary)],
+        sections=[
+            _headline(summary),
+            _what_was_done(summary),
+            _splits(summary),
+            _controls(summary, inputs),
+            _none(summary),
+            _gating(summary),
+            _examples(summary, inputs),
+            _cost(summary, inputs),
+            Section("setup", "Config and versions", list(setup)),
+        ],
+        footer="Every number here is in summary.json, beside this file.",
+    )

@@ -1,0 +1,145 @@
+"""Means over diffs with bootstrap 95 % intervals, and paired differences between methods.
+
+The diff is the unit of chance: several answers about one diff (wordings of the question) are
+averaged first, so that asking a diff more often never makes an interval narrower by itself.
+"""
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+_CHUNK = 2**22  # resampled values held at once: bounds the memory for thousands of diffs
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over n diffs with its interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Mean of a - b over the n diffs that both methods answered, its interval, two-sided p."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    p_value: float
+
+
+def cluster_means(values: ArrayLike, clusters: Sequence[Hashable]) -> dict[Hashable, float]:
+    """Mean of `values` [N] in each cluster, in order of first appearance.
+
+    Raises:
+      ValueError: the lengths differ.
+    """
+    groups: dict[Hashable, list[float]] = {}
+    for value, cluster in zip(np.asarray(values, np.float64).tolist(), clusters, strict=True):
+        groups.setdefault(cluster, []).append(value)
+    return {cluster: float(np.mean(group)) for cluster, group in groups.items()}
+
+
+def _resampled_means(values: NDArray[np.float64], seed: int, resamples: int) -> NDArray[np.float64]:
+    """Means [resamples] of `values` [n] drawn with replacement."""
+
+    def chunks() -> Iterator[NDArray[np.float64]]:
+        rng = np.random.default_rng(seed)
+        rows = max(1, _CHUNK // len(values))
+        for start in range(0, resamples, rows):
+            shape = (min(rows, resamples - start), len(values))
+            yield values[rng.integers(len(values), size=shape)].mean(axis=1)
+
+    return np.concatenate(list(chunks()))
+
+
+def _percentiles(values: NDArray[np.float64], means: NDArray[np.float64]) -> tuple[float, float]:
+    """The middle `LEVEL` of the resampled means; it always holds the mean itself."""
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    mean = values.mean()  # equal values resample to a mean that is off by a rounding error
+    return float(min(low, mean)), float(max(high, mean))
+
+
+def _binomial_bound(n: int) -> float:
+    """Largest rate that n zeros in a row leave possible (Clopper-Pearson): .038 for 0 of 96."""
+    return float(1 - ((1 - LEVEL) / 2) ** (1 / n))
+
+
+def _checked(values: ArrayLike) -> NDArray[np.float64]:
+    array = np.asarray(values, np.float64)
+    if array.ndim != 1 or not len(array) or not np.all(np.isfinite(array)):
+        raise ValueError("a mean needs at least one value, and finite ones")
+    return array
+
+
+def bootstrap_mean(
+    values: ArrayLike,
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    rate: bool = True,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Estimate:
+    """Mean over diffs with a percentile bootstrap interval over diffs.
+
+    Args:
+      values: [N] scores.
+      clusters: the diff of each score; None when every score has its own.
+      rate: whether the scores are rates in [0, 1], so that a sample of only zeros or only ones gets
+        the exact binomial bound instead of an interval of width zero: a sample without spread has
+        none under resampling either, and 0 of 96 is not surely 0.
+      seed: seed of the resampling; the same input gives the same interval.
+      resamples: number of resampled means.
+
+    Raises:
+      ValueError: no values, values that are not finite, or `clusters` of another length.
+    """
+    if clusters is not None:
+        values = list(cluster_means(values, clusters).values())
+    array = _checked(values)
+    if rate and np.all(array == 0):
+        return Estimate(0.0, 0.0, _binomial_bound(len(array)), len(array))
+    if rate and np.all(array == 1):
+        return Estimate(1.0, 1 - _binomial_bound(len(array)), 1.0, len(array))
+    low, high = _percentiles(array, _resampled_means(array, seed, resamples))
+    return Estimate(float(array.mean()), low, high, len(array))
+
+
+def paired_difference(
+    a: Mapping[Hashable, float],
+    b: Mapping[Hashable, float],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> PairedDifference:
+    """Bootstrap of the mean difference a - b over the diffs that both have.
+
+    Resampling whole diffs keeps the pairing: a topic that is hard for both methods does not widen
+    the interval of their difference. p is twice the smaller share of resampled differences on one
+    side of zero (at least 2 / (resamples + 1)).
+
+    Args:
+      a: score of each diff under one method.
+      b: score of each diff under the other.
+      seed: seed of the resampling.
+      resamples: number of resampled differences.
+
+    Raises:
+      ValueError: no diff is in both.
+    """
+    both = [diff for diff in a if diff in b]
+    array = _checked([a[diff] - b[diff] for diff in both])
+    means = _resampled_means(array, seed, resamples)
+    low, high = _percentiles(array, means)
+    below, above = int(np.sum(means <= 0)), int(np.sum(means >= 0))
+    p_value = min(1.0, 2 * (min(below, above) + 1) / (resamples + 1))
+    return PairedDifference(float(array.mean()), low, high, len(array), p_value)
