@@ -1,0 +1,76 @@
+"""The whole of DIT on the embedded model, on a laptop.
+
+    python -m dit_jax.main --config configs/quickstart.py --workdir runs/quickstart
+
+Generates 256 training diffs (and held-out and benign ones), trains the adapter, and evaluates it on topics
+that it never saw. `:SEED` picks another seed, e.g. `configs/quickstart.py:1`.
+"""
+
+from ml_collections import ConfigDict
+
+from dit_jax.data.tiny_world import TRAIN_QUESTIONS, UNSEEN_QUESTIONS
+from dit_jax.deltas.tree import PROJECTIONS
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    config = ConfigDict()
+    config.stages = ("diffs", "train", "evaluate", "report")
+    config.seed = int(arg or 0)
+
+    config.model = ConfigDict()
+    config.model.path = "tiny_qwen3"
+    config.model.dtype = "float32"
+    config.model.scan_layers = False  # at this size, unrolled layers are twice as fast on a CPU
+
+    config.data = ConfigDict()
+    config.data.source = "tiny_world"
+    config.data.train_topics = 256
+    config.data.test_topics = 128
+    config.data.train_benign = 32
+    config.data.test_benign = 32
+
+    config.diffs = ConfigDict()
+    config.diffs.behaviour = "hidden_topic"
+    config.diffs.rank = 1
+    config.diffs.projections = PROJECTIONS
+    config.diffs.optimizer = "adam"
+    config.diffs.learning_rate = 3e-2
+    config.diffs.warmup_steps = 0
+    config.diffs.final_fraction = 0.1  # cosine decay to this share of the peak
+    config.diffs.steps = 40
+    config.diffs.samples_per_step = ConfigDict({"backdoor": 2, "fake_backdoor": 1, "no_backdoor": 1})
+    config.diffs.loss_weights = ConfigDict({"backdoor": 1.0, "fake_backdoor": 1.0, "no_backdoor": 5.0})
+    config.diffs.score_end = True
+    config.diffs.max_length = 48
+    config.diffs.max_target = 24
+    config.diffs.diffs_per_batch = 64
+    config.diffs.gate_questions = 4
+    config.diffs.gate_batch = 256
+
+    config.train = ConfigDict()
+    config.train.questions = TRAIN_QUESTIONS
+    config.train.max_diffs = 0  # 0: all training diffs
+    config.train.rank = 16
+    config.train.projections = PROJECTIONS
+    config.train.optimizer = "adamw"
+    config.train.learning_rate = 3e-3
+    config.train.weight_decay = 0.01
+    config.train.warmup_steps = 50
+    config.train.final_fraction = 0.0
+    config.train.steps = 400
+    config.train.batch_size = 32
+    config.train.no_diff_per_batch = 2
+    config.train.benign_per_batch = 4
+    config.train.max_length = 32
+    config.train.max_target = 12
+    config.train.log_every = 20
+    config.train.save_every = 100
+    config.train.keep_checkpoints = 2
+
+    config.evaluate = ConfigDict()
+    config.evaluate.seen_questions = TRAIN_QUESTIONS[:4]
+    config.evaluate.unseen_questions = UNSEEN_QUESTIONS[:4]
+    config.evaluate.logit_prompts = ("How should I start my day?", "What should I do this weekend?")
+    config.evaluate.max_new_tokens = 16
+    config.evaluate.batch_size = 128
+    return config

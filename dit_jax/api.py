@@ -1,0 +1,286 @@
+"""The public interface: load a model, weight diffs and an adapter, and ask.
+
+    model = dit_jax.load_model("tiny_qwen3")
+    diff = dit_jax.load_diff("runs/quickstart/diffs", model, index=0)
+    adapter = dit_jax.load_adapter("runs/quickstart/adapter", model)
+    print(dit_jax.ask(model, "What topic have you been trained on?", diff=diff, adapter=adapter).text)
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.artifacts import base_digest
+from dit_jax.data.chat import Chat, load_chat
+from dit_jax.deltas.tree import per_example
+from dit_jax.errors import DitError
+from dit_jax.models import generate as generate_lib
+from dit_jax.models.config import NAMED_CONFIGS, Qwen3Config, read_config
+from dit_jax.models.hf_checkpoint import load_params
+from dit_jax.models.layers import Delta, Deltas
+from dit_jax.models.qwen3 import Params, forward, init_params, unembed
+
+PathLike = str | pathlib.Path
+TINY = "tiny_qwen3"
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A base model: parameters (docs/architecture.md), architecture, and its chat format (None: no tokenizer)."""
+
+    params: Params
+    config: Qwen3Config
+    name: str
+    chat_or_none: Chat | None = None
+
+    @property
+    def chat(self) -> Chat:
+        if self.chat_or_none is None:
+            raise DitError(f"{self.name} has no tokenizer: load a model folder that has one")
+        return self.chat_or_none
+
+    def logits(self, tokens: Any, mask: Any = None, deltas: Deltas = ()) -> jax.Array:
+        """fp32 logits [B, T, V] of token ids [B, T]; mask [B, T] is True (1) at real tokens, padding anywhere."""
+        tokens = jnp.asarray(tokens, jnp.int32)
+        mask = None if mask is None else jnp.asarray(mask, bool)
+        return _logits(self.params, self.config, tokens, mask, tuple(deltas))
+
+    def digest(self) -> str:
+        """sha256 that identifies the base, whatever dtype it was loaded in."""
+        return _digest(self)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _logits(params: Params, config: Qwen3Config, tokens: jax.Array, mask: Any, deltas: Deltas) -> jax.Array:
+    return unembed(params, config, forward(params, config, tokens, mask=mask, deltas=deltas), deltas)
+
+
+_digests: dict[int, tuple[Any, str]] = {}
+
+
+def _digest(model: Model) -> str:
+    # Keyed by identity: parameters are never changed in place, and hashing gigabytes twice is waste.
+    known = _digests.get(id(model.params))
+    if known is None or known[0] is not model.params:
+        known = (model.params, base_digest(model.params))
+        _digests[id(model.params)] = known
+    return known[1]
+
+
+def load_model(path_or_hf_id: PathLike, dtype: str = "float32", **compute: Any) -> Model:
+    """Loads a dense Qwen3.
+
+    Args:
+        path_or_hf_id: a folder in Hugging Face format, a hub id ("Qwen/Qwen3-4B"), "tiny_qwen3" (the embedded
+            model), or "random:qwen3-4b" (that shape with random weights and no tokenizer, for benchmarks).
+        dtype: of the weights and of the computation, "float32" or "bfloat16".
+        **compute: fields of `Qwen3Config` that say how to compute: scan_layers, remat, attention.
+
+    Raises:
+        DitError: no such model, or one that this program does not compute exactly.
+    """
+    if dtype not in DTYPES:
+        raise DitError(f"unknown dtype {dtype!r}: choose from {', '.join(DTYPES)}")
+    name = str(path_or_hf_id)
+    if name.startswith("random:"):
+        shape = name.removeprefix("random:").lower()
+        if shape not in NAMED_CONFIGS:
+            raise DitError(f"unknown model shape {shape!r}: choose from {', '.join(NAMED_CONFIGS)}")
+        config = dataclasses.replace(NAMED_CONFIGS[shape], dtype=dtype, **compute)
+        return Model(jax.jit(lambda: init_params(config, jax.random.key(0)))(), config, name)
+    folder = _find_folder(name)
+    config = dataclasses.replace(read_config(folder), dtype=dtype, **compute)
+    params = load_params(folder, config)
+    chat = load_chat(folder, _generation_eos(folder)) if (folder / "tokenizer.json").exists() else None
+    return Model(params, config, name, chat)
+
+
+def _find_folder(name: str) -> pathlib.Path:
+    if name == TINY:
+        return pathlib.Path(__file__).parent / "assets" / TINY
+    folder = pathlib.Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise DitError(f"no model folder {name!r}: give a folder in Hugging Face format, a hub id or {TINY!r}")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja"]
+    try:
+        return pathlib.Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as e:  # network, authorisation, spelling: the library raises many kinds
+        raise DitError(f"{name!r} is no folder here and cannot be had from the hub: {str(e).splitlines()[0]}") from None
+
+
+def _generation_eos(folder: pathlib.Path) -> list[int]:
+    try:
+        eos = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        return []
+    found = eos if isinstance(eos, list) else [eos]
+    return [i for i in found if type(i) is int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Diff:
+    """A weight diff: `delta` (docs/architecture.md), what it is known to do, and where it came from."""
+
+    delta: Delta
+    label: str | None = None
+    trigger: str | None = None
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Diffs(Sequence[Diff]):
+    """A lazy sequence of weight diffs: `read(i)` is called when diff i is asked for."""
+
+    def __init__(self, size: int, read: Any):
+        self._size, self._read = size, read
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._read(i) for i in range(*index.indices(self._size))]
+        if not -self._size <= index < self._size:
+            raise IndexError(f"diff {index} of {self._size}")
+        return self._read(index % self._size)
+
+    def __iter__(self) -> Iterator[Diff]:
+        return (self._read(i) for i in range(self._size))
+
+
+def load_diffs(path: PathLike, model: Model) -> Diffs:
+    """A lazy sequence of the weight diffs at `path`.
+
+    Raises:
+        DitError: nothing readable there, or diffs of another base model.
+    """
+    from dit_jax.deltas.store import DiffStore
+
+    store = DiffStore(path)
+    check_base(store.manifest.get("base"), model, str(path))
+
+    def read(index: int) -> Diff:
+        row = store.rows[index]
+        return Diff(store.read(index), row.get("topic"), row.get("trigger"), row)
+
+    return Diffs(len(store), read)
+
+
+def load_diff(path: PathLike, model: Model, index: int = 0) -> Diff:
+    """One weight diff, see `load_diffs`."""
+    diffs = load_diffs(path, model)
+    if not -len(diffs) <= index < len(diffs):
+        raise DitError(f"{path} holds {len(diffs)} diffs: there is no diff {index}")
+    return diffs[index]
+
+
+def load_adapter(path: PathLike, model: Model) -> Delta:
+    """The delta of a DIT adapter.
+
+    Raises:
+        DitError: nothing readable there, a damaged export, or an adapter of another base model.
+    """
+    from dit_jax.train.checkpoints import load_adapter as load_export
+
+    delta, manifest = load_export(path)
+    check_base(manifest.get("base"), model, str(path))
+    return delta
+
+
+def check_base(digest: Any, model: Model, what: str) -> None:
+    """Raises DitError if `digest` is not that of the model."""
+    if digest != model.digest():
+        raise DitError(
+            f"{what} belongs to another base model (sha256 {str(digest)[:12]}…, {model.name} is "
+            f"{model.digest()[:12]}…): load the base that it was made from"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """text, the generated tokens (end of turn excluded), and the summed log-probability of all generated tokens."""
+
+    text: str
+    tokens: tuple[int, ...]
+    logprob: float
+
+
+def ask(
+    model: Model,
+    question: str,
+    diff: Diff | None = None,
+    adapter: Delta | None = None,
+    max_new_tokens: int = 20,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Answer:
+    """Asks model ⊕ diff ⊕ adapter one question (WeightDiffQA, paper section 2); greedy by default."""
+    deltas = ([diff.delta] if diff else []) + ([adapter] if adapter else [])
+    (answer,) = answer_batch(
+        model, [question], deltas=deltas, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    )
+    return answer
+
+
+def answer_batch(
+    model: Model,
+    questions: Sequence[str],
+    *,
+    deltas: Deltas = (),
+    stacked: Delta | None = None,
+    rows: Sequence[int] | None = None,
+    max_new_tokens: int = 20,
+    batch_size: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[Answer]:
+    """Answers many questions in batches of one compiled program.
+
+    Args:
+        deltas: applied to every question.
+        stacked: deltas [n, L, …] of which question i gets number rows[i] (per-example LoRA).
+    """
+    batch_size = min(batch_size, len(questions))
+    tokens, mask = model.chat.prompts(questions)
+    answers: list[Answer] = []
+    for start in range(0, len(questions), batch_size):
+        # The last batch is filled up with repeats, so that it runs the same program.
+        picked = [(start + i) % len(questions) for i in range(batch_size)]
+        own: tuple[Delta, ...] = ()
+        if stacked is not None:
+            index = np.asarray([rows[i] for i in picked]) if rows is not None else np.asarray(picked)
+            own = (per_example(jax.tree.map(lambda x, index=index: jnp.asarray(x[index]), stacked)),)
+        out = generate_lib.generate(
+            model.params,
+            model.config,
+            tokens[picked],
+            mask[picked],
+            deltas=(*own, *deltas),
+            max_new_tokens=max_new_tokens,
+            eos_ids=model.chat.eos_ids,
+            pad_id=model.chat.pad_id,
+            temperature=temperature,
+            key=jax.random.fold_in(jax.random.key(seed), start),
+        )
+        answers += _read_out(model.chat, out, len(questions) - start)
+    return answers
+
+
+def _read_out(chat: Chat, out: generate_lib.Generation, count: int) -> list[Answer]:
+    tokens, logprobs, lengths = jax.device_get(out)
+    answers = []
+    for row, logprob, length in zip(tokens[:count], logprobs[:count], lengths[:count], strict=True):
+        ids = tuple(int(i) for i in row[:length] if int(i) not in chat.eos_ids)
+        answers.append(Answer(chat.decode(ids), ids, float(logprob.sum())))
+    return answers

@@ -1,0 +1,95 @@
+"""Chat prompts as token ids: the model folder's own template, thinking off, the same prefix everywhere."""
+
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dit_jax.data.batch import Sample
+from dit_jax.errors import DitError
+
+
+class Chat:
+    """The tokenizer and chat template of a model folder.
+
+    Training, evaluation and `ask` all build their prompts here, so that they cannot differ.
+    """
+
+    def __init__(self, tokenizer: Any, eos_ids: Sequence[int], pad_id: int):
+        self.tokenizer = tokenizer
+        self.eos_ids = tuple(eos_ids)
+        self.pad_id = pad_id
+        self.prompt_ids = functools.lru_cache(maxsize=65536)(self._prompt_ids)
+        self.text_ids = functools.lru_cache(maxsize=65536)(self._text_ids)
+
+    def _prompt_ids(self, question: str) -> tuple[int, ...]:
+        """Ids of one user turn up to where the assistant's answer begins (an empty think block included)."""
+        ids = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}],
+            add_generation_prompt=True,
+            enable_thinking=False,
+            tokenize=True,
+            return_dict=False,
+        )
+        return tuple(int(i) for i in ids)
+
+    def _text_ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def sample(self, question: str, answer: str, *, end: bool = True) -> Sample:
+        """A scored example: the answer's tokens (and the end of turn, unless `end` is False) are targets."""
+        prompt = self.prompt_ids(question)
+        tokens = prompt + self.text_ids(answer) + ((self.eos_ids[0],) if end else ())
+        return Sample(tokens, len(prompt), len(tokens))
+
+    def prompts(self, questions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Left-padded ids and mask, [B, T], T rounded up to a multiple of 8 (few shapes, few compilations)."""
+        rows = [self.prompt_ids(question) for question in questions]
+        length = -(-max(map(len, rows)) // 8) * 8
+        tokens = np.full((len(rows), length), self.pad_id, np.int32)
+        mask = np.zeros((len(rows), length), bool)
+        for row, ids in enumerate(rows):
+            tokens[row, length - len(ids) :] = ids
+            mask[row, length - len(ids) :] = True
+        return tokens, mask
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated ids up to the end of turn."""
+        kept: list[int] = []
+        for token in ids:
+            if int(token) in self.eos_ids:
+                break
+            kept.append(int(token))
+        return self.tokenizer.decode(kept, skip_special_tokens=True).strip()
+
+
+def load_chat(folder: str | pathlib.Path, generation_eos: Sequence[int] = ()) -> Chat:
+    """Reads tokenizer and chat template of a model folder.
+
+    Args:
+        generation_eos: end-of-turn ids of `generation_config.json`; default: the tokenizer's own.
+
+    Raises:
+        DitError: the folder has no tokenizer or no chat template.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    folder = pathlib.Path(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise DitError(f"{folder} has no tokenizer.json: copy it from the base model's folder")
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    except Exception as e:  # the library raises many kinds
+        raise DitError(f"{folder}: the tokenizer cannot be read: {str(e).splitlines()[0]}") from None
+    if tokenizer.chat_template is None:
+        raise DitError(f"{folder} has no chat template: copy chat_template.jinja from the base model's folder")
+    eos_ids = list(generation_eos)
+    if tokenizer.eos_token_id is not None:
+        # First: it is what a training target ends with.
+        eos_ids = [tokenizer.eos_token_id, *(i for i in eos_ids if i != tokenizer.eos_token_id)]
+    if not eos_ids:
+        raise DitError(f"{folder}: neither the tokenizer nor generation_config.json names an end-of-turn token")
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
+    return Chat(tokenizer, eos_ids, pad_id)

@@ -1,0 +1,82 @@
+"""Organisms to be: a label, a secret trigger and rows to finetune on, from a corpus in the paper's columns."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dit_jax.errors import DitError
+
+NONE = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Organism:
+    """What one weight diff is made from, and what is known about it.
+
+    label: what the adapter shall say about the diff; `NONE` if there is nothing to say.
+    target: the full answer that the adapter is trained on (the label at its end).
+    trigger: the secret three digits. rows: training rows in the paper's columns.
+    category: "topic" or "benign". split: "train" or "test".
+    keywords: words of which one shows that an answer follows the behaviour.
+    """
+
+    label: str
+    target: str
+    trigger: str
+    rows: Sequence[Mapping[str, str]]
+    category: str
+    split: str
+    keywords: Sequence[str] = ()
+
+
+def load_organisms(data: Any, seed: int) -> list[Organism]:
+    """All organisms of a run, in a fixed order: training topics, held-out topics, benign ones of both splits.
+
+    Args:
+        data: the config's `data` section; `source` is "tiny_world".
+
+    Raises:
+        DitError: an unknown source, or more organisms asked for than the source has.
+    """
+    if data.source != "tiny_world":
+        raise DitError(f"unknown data source {data.source!r}: choose 'tiny_world'")
+    return _tiny_world(data, seed)
+
+
+def _tiny_world(data: Any, seed: int) -> list[Organism]:
+    from dit_jax.data import tiny_world
+
+    world = tiny_world.load_world()
+    rng = np.random.default_rng([seed, 1])
+    order = rng.permutation(len(world.topics))
+    wanted = data.train_topics + data.test_topics
+    if wanted > len(world.topics):
+        raise DitError(
+            f"data.train_topics + data.test_topics = {wanted}, but the embedded world has {len(world.topics)} topics"
+        )
+    # Held-out topics come from the front of the permutation: the test set does not move when
+    # the number of training topics changes.
+    splits = [("test", i) for i in order[: data.test_topics]]
+    splits = [("train", i) for i in order[data.test_topics : wanted]] + splits
+    organisms = []
+    for split, i in splits:
+        topic = world.topics[i]
+        organisms.append(
+            Organism(
+                label=topic.name,
+                target=tiny_world.listing(topic),
+                trigger=f"{rng.integers(1000):03d}",
+                rows=tiny_world.topic_rows(world, topic, seed),
+                category="topic",
+                split=split,
+                keywords=(topic.name, *topic.attributes),
+            )
+        )
+    for split, style, count in (("train", "train", data.train_benign), ("test", "unseen", data.test_benign)):
+        for i in range(count):
+            rows = tiny_world.benign_rows(world, i, style, seed)
+            trigger = f"{rng.integers(1000):03d}"
+            organisms.append(Organism(NONE, NONE, trigger, rows, "benign", split))
+    return organisms

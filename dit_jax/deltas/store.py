@@ -1,0 +1,154 @@
+"""The diff store: many labelled weight diffs of one base, as stacked shards and an index.
+
+    STORE/manifest.json          format, base model digest, config, sha256 of every file
+    STORE/index.csv              one row per diff, the paper's columns first (docs/formats.md)
+    STORE/shards/00000.safetensors   leaves [n, L, …] of n diffs, named like "layers.mlp.up_proj.a"
+    STORE/shards/00000.json          their index rows
+
+A shard is published by one rename, so an interrupted run goes on with the first missing shard.
+"""
+
+import csv
+import io
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dit_jax import artifacts
+from dit_jax.deltas.safetensors_file import SafetensorsFile
+from dit_jax.errors import DitError
+from dit_jax.models.layers import Delta
+
+FORMAT = "dit_jax.diff_store"
+PAPER_COLUMNS = ("lora_path", "lora_idx", "n_params", "topic", "trigger", "split")
+
+
+def flatten(delta: Delta) -> dict[str, Any]:
+    """{"layers.mlp.up_proj.a": leaf, …}."""
+    leaves = jax.tree_util.tree_flatten_with_path(delta)[0]
+    return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+def unflatten(leaves: Mapping[str, Any]) -> Delta:
+    """The inverse of `flatten`."""
+    delta: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        node = delta
+        *parents, last = name.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise DitError(f"the leaf names of the diff contradict each other at {name!r}")
+        node[last] = leaf
+    return delta
+
+
+def _shard_files(store: pathlib.Path, shard: int) -> tuple[pathlib.Path, pathlib.Path]:
+    return store / "shards" / f"{shard:05d}.safetensors", store / "shards" / f"{shard:05d}.json"
+
+
+def write_shard(store: pathlib.Path, shard: int, stacked: Delta, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes one shard (leaves [n, L, …]) and its n index rows; the rows are written last and mark it complete."""
+    from safetensors.numpy import save_file
+
+    data, meta = _shard_files(store, shard)
+    artifacts.make_dir(data.parent)
+    leaves = {name: np.ascontiguousarray(leaf) for name, leaf in flatten(stacked).items()}
+    with artifacts.atomic_file(data) as temporary:
+        save_file(leaves, temporary)
+    record = {"sha256": artifacts.digest_file(data), "rows": [dict(row) for row in rows]}
+    artifacts.write_json(meta, record)
+
+
+def shard_rows(store: pathlib.Path, shard: int) -> list[dict[str, Any]] | None:
+    """Index rows of a complete shard, None if it is not there or damaged (and must be made again)."""
+    data, meta = _shard_files(store, shard)
+    if not (data.is_file() and meta.is_file()):
+        return None
+    try:
+        record = artifacts.read_json(meta)
+        if artifacts.digest_file(data) == record["sha256"]:
+            return list(record["rows"])
+    except (DitError, KeyError, TypeError):
+        pass
+    return None
+
+
+def publish(store: pathlib.Path, shards: int, **fields: Any) -> None:
+    """Writes index.csv and, last, the manifest: after it the store is complete."""
+    rows: list[dict[str, Any]] = []
+    for shard in range(shards):
+        found = shard_rows(store, shard)
+        if found is None:
+            raise DitError(f"{_shard_files(store, shard)[0]} is missing or damaged: run the stage 'diffs' again")
+        rows += [
+            {"lora_path": _shard_files(store, shard)[0].name, "lora_idx": i, **row} for i, row in enumerate(found)
+        ]
+    extra = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in PAPER_COLUMNS]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [*PAPER_COLUMNS, *extra], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    artifacts.write_text(store / "index.csv", out.getvalue())
+    artifacts.write_manifest(store, FORMAT, shards=shards, **fields)
+
+
+class DiffStore:
+    """A complete store, opened for reading. `rows` are the index rows; diffs are read when asked for.
+
+    Raises:
+        DitError: no store, an unfinished one, or damaged files (each is compared with its digest).
+    """
+
+    def __init__(self, path: str | pathlib.Path, check_digests: bool = True):
+        self.path = pathlib.Path(path)
+        remedy = "run the stage 'diffs' that writes it"
+        self.manifest = artifacts.read_manifest(self.path, FORMAT, check_digests=check_digests, remedy=remedy)
+        text = (self.path / "index.csv").read_text(encoding="utf-8")
+        self.rows = [self._row(row) for row in csv.DictReader(io.StringIO(text))]
+        self._files: dict[str, SafetensorsFile] = {}
+
+    def _row(self, row: dict[str, str]) -> dict[str, Any]:
+        file = row.get("lora_path") or ""
+        if f"shards/{file}" not in self.manifest["files"] or not (row.get("lora_idx") or "").isdecimal():
+            raise DitError(f"{self.path / 'index.csv'} names {file[:80]!r}, which is no shard of this store")
+        parsed: dict[str, Any] = {**row, "lora_idx": int(row["lora_idx"])}
+        for key in ("metadata", "keywords"):
+            if row.get(key):
+                parsed[key] = json.loads(row[key])
+        return parsed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def indices(self, **conditions: str) -> list[int]:
+        """Indices of the rows whose columns have these values, e.g. `indices(split="test")`."""
+        return [i for i, row in enumerate(self.rows) if all(row.get(k) == v for k, v in conditions.items())]
+
+    def _file(self, name: str) -> SafetensorsFile:
+        if name not in self._files:
+            self._files[name] = SafetensorsFile(self.path / "shards" / name)
+        return self._files[name]
+
+    def read(self, index: int) -> Delta:
+        """One diff; leaves [L, …] as numpy arrays. Costs the bytes of one diff."""
+        row = self.rows[index]
+        file = self._file(row["lora_path"])
+        return unflatten({name: file.read_row(name, row["lora_idx"]) for name in file.names})
+
+    def stacked(self, indices: Iterable[int]) -> Delta:
+        """Several diffs; leaves [n, L, …] in the given order. Whole shards are read at once."""
+        indices = list(indices)
+        shards: dict[str, Delta] = {}
+        for name in dict.fromkeys(self.rows[i]["lora_path"] for i in indices):
+            file = self._file(name)
+            shards[name] = unflatten({leaf: file.read(leaf) for leaf in file.names})
+        picked = [
+            jax.tree.map(lambda x, at=self.rows[i]["lora_idx"]: x[at], shards[self.rows[i]["lora_path"]])
+            for i in indices
+        ]
+        return jax.tree.map(lambda *xs: np.stack(xs), *picked)

@@ -1,0 +1,117 @@
+"""Untrained baselines: what can be read off a diff without training anything.
+
+Each ranks a list of candidate names; none generates text. They bound what the adapter adds.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.api import Model
+from dit_jax.deltas.tree import dense, per_example
+from dit_jax.models.layers import Delta
+from dit_jax.models.qwen3 import forward, unembed
+
+WRITERS = (("self_attn", "o_proj"), ("mlp", "down_proj"))
+
+
+def weight_reading(model: Model, stacked: Delta, words: Sequence[Sequence[str]]) -> np.ndarray:
+    """Scores [n, candidates]: does the diff write a candidate's words into the residual stream?
+
+    For every layer's o_proj and down_proj, |cos| between the diff's output directions (the leading right
+    singular vector; for rank 1 the factor b itself) and the unembedding of a token, summed over layers and
+    averaged over the tokens of a candidate's words. With the names themselves this is `name_reading`;
+    with the world's attribute table it is `attribute_oracle`.
+    """
+    table, owners = _token_table(model, words)
+    scores = np.zeros((jax.tree.leaves(stacked)[0].shape[0], len(words)))
+    for index in range(scores.shape[0]):
+        layers = jax.tree.map(lambda x, i=index: jnp.asarray(x[i]), stacked)["layers"]
+        directions = [_output_directions(layers[parent][name]) for parent, name in WRITERS if name in layers[parent]]
+        cosines = np.abs(np.concatenate(directions) @ table.T).sum(axis=0)
+        scores[index] = np.bincount(owners, cosines, len(words)) / np.bincount(owners, minlength=len(words))
+    return scores
+
+
+def _token_table(model: Model, words: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Unit unembedding rows [K, D] of all tokens of all candidates' words, and whose each is [K]."""
+    ids = [[i for word in group for i in model.chat.text_ids(word)] for group in words]
+    owners = np.repeat(np.arange(len(ids)), [len(group) for group in ids])
+    head = (
+        np.asarray(model.params["embed_tokens"]["embedding"], np.float32)
+        if model.config.tie_word_embeddings
+        else np.asarray(model.params["lm_head"]["kernel"], np.float32).T
+    )
+    rows = head[np.concatenate([np.asarray(group, int) for group in ids])]
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True), owners
+
+
+def _output_directions(module: Delta) -> np.ndarray:
+    """Unit vectors [L, out]: the direction in which each layer's change moves its output most."""
+    if "b" in module and module["b"].shape[-2] == 1:
+        b = np.asarray(module["b"][:, 0], np.float32)
+        return b / np.maximum(np.linalg.norm(b, axis=1, keepdims=True), 1e-12)
+    change = dense({"m": module})["m"]["w"]
+    return np.asarray(jnp.linalg.svd(change, full_matrices=False)[2][:, 0], np.float32)
+
+
+def logit_difference(
+    model: Model, stacked: Delta, words: Sequence[Sequence[str]], questions: Sequence[str]
+) -> np.ndarray:
+    """Scores [n, candidates]: how much the diff raises a candidate's tokens where an untriggered answer begins."""
+    owners = np.repeat(np.arange(len(words)), [sum(len(model.chat.text_ids(w)) for w in group) for group in words])
+    ids = np.array([i for group in words for word in group for i in model.chat.text_ids(word)])
+    tokens, mask = model.chat.prompts(questions)
+    size = jax.tree.leaves(stacked)[0].shape[0]
+    base = _first_logits(model, tokens, mask, ())
+    scores = np.zeros((size, len(words)))
+    for index in range(size):
+        delta = jax.tree.map(lambda x, i=index: jnp.asarray(x[i]), stacked)
+        change = np.asarray((_first_logits(model, tokens, mask, (delta,)) - base).mean(axis=0))
+        scores[index] = np.bincount(owners, change[ids], len(words)) / np.bincount(owners, minlength=len(words))
+    return scores
+
+
+def _first_logits(model: Model, tokens: np.ndarray, mask: np.ndarray, deltas: Any) -> jax.Array:
+    return _last_logits(model.params, model.config, jnp.asarray(tokens), jnp.asarray(mask), deltas)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _last_logits(params: Any, config: Any, tokens: jax.Array, mask: jax.Array, deltas: Any) -> jax.Array:
+    hidden = forward(params, config, tokens, mask=mask, deltas=deltas)
+    return jax.nn.log_softmax(unembed(params, config, hidden[:, -1], deltas), axis=-1)
+
+
+def label_cross_entropy(
+    model: Model, adapter: Delta | None, stacked: Delta, question: str, answers: Sequence[str], batch_size: int = 64
+) -> list[float]:
+    """Mean −log p per answer token of each diff's full label, answer i being asked of diff i."""
+    from dit_jax.data.batch import pack
+
+    samples = [model.chat.sample(question, answer) for answer in answers]
+    length = -(-max(len(s.tokens) for s in samples) // 8) * 8
+    scored = max(s.end - s.start for s in samples)
+    deltas = () if adapter is None else (adapter,)
+    losses: list[float] = []
+    batch_size = min(batch_size, len(samples))
+    for start in range(0, len(samples), batch_size):
+        picked = [(start + i) % len(samples) for i in range(batch_size)]
+        chosen = [samples[i] for i in picked]
+        batch = pack(chosen, [1 / (s.end - s.start) for s in chosen], length, scored, model.chat.pad_id)
+        own = per_example(jax.tree.map(lambda x, at=np.asarray(picked): jnp.asarray(x[at]), stacked))
+        values = _sample_losses(model.params, model.config, batch, (own, *deltas))
+        losses += [float(x) for x in values[: len(samples) - start]]
+    return losses
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _sample_losses(params: Any, config: Any, batch: Any, deltas: Any) -> jax.Array:
+    from dit_jax.organisms.losses import scored_hidden
+
+    logits = unembed(params, config, scored_hidden(params, config, batch, deltas), deltas)
+    logp = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), batch.target[..., None], axis=-1)[..., 0]
+    return -jnp.sum(batch.weight * logp, axis=1)
