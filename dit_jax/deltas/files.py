@@ -1,0 +1,148 @@
+"""Opening files of a folder that somebody else made: nothing outside it, nothing unbounded.
+
+Every path, JSON and CSV that comes from a foreign weight diff passes through here.
+"""
+
+import csv
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from dit_jax.errors import DitError
+
+MAX_JSON_BYTES = 64 * 2**20
+MAX_CSV_BYTES = 256 * 2**20
+MAX_CSV_ROWS = 1_000_000
+
+
+def short(value: object, limit: int = 80) -> str:
+    """An untrusted value for a message: strings and numbers cut to `limit`, other things by type."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= limit else value[:limit] + "…")
+    if value is None or isinstance(value, bool | float):
+        return repr(value)
+    if isinstance(value, int):
+        return repr(value) if value.bit_length() < 256 else "a huge integer"
+    return f"a {type(value).__name__}"
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether `name` is the name of a file in a folder, not a path that could lead elsewhere."""
+    return (
+        isinstance(name, str)
+        and 0 < len(name) <= 255
+        and name not in (".", "..")
+        and not any(char in name for char in "/\\\0")
+    )
+
+
+def regular_file(path: Path) -> Path:
+    """`path` if it leads to a regular file that can be opened without waiting.
+
+    Raises:
+      DitError: nothing there, or a folder, pipe, socket or device.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        raise DitError(f"'{path}' is missing or cannot be reached: check the path") from None
+    if not stat.S_ISREG(mode):
+        raise DitError(f"'{path}' is not a regular file: replace it by the real file")
+    return path
+
+
+def file_inside(folder: Path, name: object, source: object = None) -> Path:
+    """The regular file `name` of `folder`.
+
+    A symbolic link may only lead to a file in the folder, or, in a snapshot of the Hugging Face
+    cache (`models--x/snapshots/<revision>`), to the `blobs` of the same model.
+
+    Args:
+      folder: the folder that the user named.
+      name: a plain file name, possibly from an untrusted index.
+      source: the file that gave the name, for messages.
+
+    Raises:
+      DitError: not a plain file name, no regular file, or a link out of the folder.
+    """
+    said = f"'{source}' names" if source else "asked for"
+    if not is_plain_name(name):
+        raise DitError(f"{said} the file {short(name)}, which is not a plain file name: fix the entry")
+    path = folder / str(name)
+    try:
+        root, target = folder.resolve(strict=True), path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise DitError(f"'{path}' is missing: get the complete folder") from None
+    allowed = [root]
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        allowed.append(root.parent.parent / "blobs")
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise DitError(f"'{path}' is a link out of its folder: put the real file there")
+    return regular_file(path)
+
+
+def has_file(folder: Path, name: str) -> bool:
+    """Whether the folder has an entry of that name (also a dangling link: opening it will say so)."""
+    return os.path.lexists(folder / name)
+
+
+def check_links(folder: Path) -> None:
+    """Raises DitError if a safetensors or JSON file of the folder is a link out of it or no file."""
+    for entry in sorted(os.listdir(folder)):
+        if entry.endswith((".safetensors", ".json")):
+            file_inside(folder, entry)
+
+
+def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Reads a JSON object from a file of at most `max_bytes`.
+
+    Raises:
+      DitError: unreadable, too large, not UTF-8, not JSON, nested too deeply, or not an object.
+    """
+    try:
+        with open(regular_file(path), "rb") as handle:
+            raw = handle.read(max_bytes + 1)
+    except OSError as error:
+        raise DitError(f"cannot read '{path}': {error.strerror}") from None
+    if len(raw) > max_bytes:
+        raise DitError(f"'{path}' is larger than {max_bytes} bytes: it is no such file")
+    try:
+        value = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise DitError(f"'{path}' is not valid JSON: get the file again") from None
+    if not isinstance(value, dict):
+        raise DitError(f"'{path}' is not a JSON object: get the file again")
+    return value
+
+
+def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """Rows of a CSV file with a header that has at least `columns`.
+
+    Raises:
+      DitError: unreadable, too large, columns missing, a row with too few or too many fields, or a
+        field over the limit of the csv module (131,072 characters).
+    """
+    if regular_file(path).stat().st_size > MAX_CSV_BYTES:
+        raise DitError(f"'{path}' is larger than {MAX_CSV_BYTES} bytes: it is no index")
+    rows: list[dict[str, str]] = []
+    try:
+        with open(path, encoding="utf-8", newline="") as handle:
+            reader = csv.DictReader(handle, strict=True)
+            missing = [c for c in columns if c not in (reader.fieldnames or ())]
+            if missing:
+                raise DitError(f"'{path}' lacks the column {missing[0]!r}: expected {list(columns)}")
+            for row in reader:
+                if None in row or None in row.values():
+                    raise DitError(f"'{path}' line {reader.line_num} does not have the header's fields")
+                rows.append(row)
+                if len(rows) > MAX_CSV_ROWS:
+                    raise DitError(f"'{path}' has more than {MAX_CSV_ROWS} rows: it is no index")
+    except UnicodeDecodeError:
+        raise DitError(f"'{path}' is not UTF-8 text: get the file again") from None
+    except csv.Error as error:
+        raise DitError(f"'{path}' is not a valid CSV file ({error}): get the file again") from None
+    except OSError as error:
+        raise DitError(f"cannot read '{path}': {error.strerror}") from None
+    return rows

@@ -1,0 +1,210 @@
+"""Where a foreign tensor belongs in a delta: names, shapes, ranks and finite values are checked here.
+
+Modules are called as in Hugging Face models: `model.layers.N.self_attn.q_proj`. The prefixes that other
+programs put in front (`base_model.model.`, `language_model.`) are understood.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from dit_jax.deltas.files import short
+from dit_jax.deltas.tree import projection_shapes
+from dit_jax.errors import DitError
+from dit_jax.models.config import Qwen3Config
+
+Path = tuple[str, ...]
+
+_PREFIX = r"(?:base_model\.model\.)?(?:model\.language_model\.|language_model\.model\.|model\.)?"
+_LAYER = re.compile(_PREFIX + r"layers\.([0-9]{1,6})\.([a-z_.]+)")
+_TOP = re.compile(
+    r"(?:base_model\.model\.)?(?:model\.language_model\.|language_model\.(?:model\.)?|model\.)?"
+    r"(embed_tokens|norm|lm_head)"
+)
+_NORMS = {
+    "input_layernorm": ("input_layernorm",),
+    "post_attention_layernorm": ("post_attention_layernorm",),
+    "self_attn.q_norm": ("self_attn", "q_norm"),
+    "self_attn.k_norm": ("self_attn", "k_norm"),
+}
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+@dataclasses.dataclass
+class RawDiff:
+    """A weight diff as read from a foreign file, in numpy.
+
+    Attributes:
+      delta: the tree of docs/architecture.md, factors in the dtype of the file, scales in float32.
+      label: what the diff was trained on, if the file says so.
+      trigger: its trigger, if the file says so.
+      metadata: whatever else the file says about it (JSON values).
+      kind: 'diff' or 'adapter'.
+    """
+
+    delta: dict[str, Any]
+    label: str | None = None
+    trigger: str | None = None
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    kind: str = "diff"
+
+
+@dataclasses.dataclass
+class Factors:
+    """LoRA factors of one module of one layer: y += scale * (x a) b, a [in, r], b [r, out]."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+
+def locate(name: str, config: Qwen3Config, source: object) -> tuple[Path, int | None]:
+    """Path of a module in the delta tree and its layer (None outside the layers).
+
+    Raises:
+      DitError: no module of this model has that name, or the model has fewer layers.
+    """
+    if match := _TOP.fullmatch(name):
+        return (match.group(1),), None
+    match = _LAYER.fullmatch(name)
+    path = _layer_path(match.group(2)) if match else None
+    if match is None or path is None:
+        raise DitError(
+            f"'{source}' changes {short(name)}, which is no module of this model (for example "
+            "'model.layers.0.self_attn.q_proj'): use the model that the file was made for"
+        )
+    layer = int(match.group(1))
+    if layer >= config.num_hidden_layers:
+        raise DitError(
+            f"'{source}' changes {short(name)}, but the model has {config.num_hidden_layers} layers: "
+            "use the model that the file was made for"
+        )
+    return ("layers", *path), layer
+
+
+def _layer_path(module: str) -> Path | None:
+    if module in _NORMS:
+        return _NORMS[module]
+    parts = tuple(module.split("."))
+    groups = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj")}
+    groups["mlp"] = ("gate_proj", "up_proj", "down_proj")
+    return parts if len(parts) == 2 and parts[1] in groups.get(parts[0], ()) else None
+
+
+def module_name(path: Path, layer: int | None = None) -> str:
+    """The Hugging Face name of a module: the inverse of `locate`."""
+    if path[0] == "layers":
+        return f"model.layers.{layer}.{'.'.join(path[1:])}"
+    return "lm_head" if path == ("lm_head",) else f"model.{path[0]}"
+
+
+def weight_shape(path: Path, config: Qwen3Config) -> tuple[int, ...]:
+    """Shape of a module's weight in the parameter tree, without the layer axis ([in, out] for kernels)."""
+    d, v, h = config.hidden_size, config.vocab_size, config.head_dim
+    top: dict[str, tuple[int, ...]] = {"embed_tokens": (v, d), "lm_head": (d, v), "norm": (d,)}
+    if path[0] in top:
+        return top[path[0]]
+    if path[-1] in ("q_norm", "k_norm"):
+        return (h,)
+    if path[-1].endswith("norm"):
+        return (d,)
+    _, inputs, outputs = projection_shapes(config)[path[-1]]
+    return inputs, outputs
+
+
+def is_projection(path: Path) -> bool:
+    """Whether the module is one of the seven linear layers of a block."""
+    return path[-1].endswith("_proj")
+
+
+def projection_size(path: Path, name: str, config: Qwen3Config, source: object) -> tuple[int, int]:
+    """(in, out) of a projection. Raises DitError for modules that hold no LoRA here."""
+    if not is_projection(path):
+        raise DitError(
+            f"'{source}' has LoRA factors for {short(name)}: only the seven projections of a layer "
+            "(q, k, v, o, gate, up, down) can have them"
+        )
+    inputs, outputs = weight_shape(path, config)
+    return inputs, outputs
+
+
+def check_rank(rank: int, inputs: int, outputs: int, name: str, source: object) -> None:
+    """Raises DitError for an empty rank and for ranks that no real LoRA has (they would cost memory)."""
+    if not 1 <= rank <= max(inputs, outputs) + 1024:
+        raise DitError(f"'{source}': {short(name)} has the LoRA rank {rank}: expected 1 to {max(inputs, outputs)}")
+
+
+def shape_error(source: object, name: str, found: Iterable[int], wanted: Iterable[int]) -> DitError:
+    """A DitError that names both shapes."""
+    return DitError(
+        f"'{source}': {short(name)} has shape {list(found)}, this model needs {list(wanted)}: "
+        "use the model that the file was made for"
+    )
+
+
+def check_values(array: np.ndarray, name: str, source: object) -> np.ndarray:
+    """The array itself. Raises DitError if it holds no floats, or NaN or infinity."""
+    if array.dtype.name not in FLOATS:
+        raise DitError(f"'{source}': {short(name)} holds {array.dtype.name} values instead of floats")
+    if not np.isfinite(array).all():
+        raise DitError(f"'{source}': {short(name)} holds NaN or infinity: the diff is broken, get another")
+    return array
+
+
+def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The one dtype that all have, or float32 (float64 if one of them is) for a mixture."""
+    kinds = list(dict.fromkeys(np.dtype(d) for d in dtypes))
+    if len(kinds) == 1:
+        return kinds[0]
+    return np.dtype(np.float64 if np.dtype(np.float64) in kinds else np.float32)
+
+
+def stack_factors(
+    found: dict[tuple[Path, int], Callable[[], Factors]], config: Qwen3Config, source: object
+) -> dict[str, Any]:
+    """A LoRA delta from the factors of single modules, which are read one after the other.
+
+    Layers without factors get zeros; smaller ranks are padded with zeros to the largest of the
+    projection, which changes nothing.
+
+    Raises:
+      DitError: nothing was found, or what reading a module raises.
+    """
+    if not found:
+        raise DitError(f"'{source}' changes no module of this model: check that it is a weight diff for it")
+    delta: dict[str, Any] = {}
+    for path in dict.fromkeys(path for path, _ in found):
+        layers = {layer: read() for (p, layer), read in found.items() if p == path}
+        set_module(delta, path, _stack(layers, path, config))
+    return delta
+
+
+def _stack(layers: dict[int, Factors], path: Path, config: Qwen3Config) -> dict[str, np.ndarray]:
+    inputs, outputs = weight_shape(path, config)
+    size = config.num_hidden_layers
+    rank = max(f.a.shape[1] for f in layers.values())
+    dtype = common_dtype(array.dtype for f in layers.values() for array in (f.a, f.b))
+    a, b = np.zeros((size, inputs, rank), dtype), np.zeros((size, rank, outputs), dtype)
+    # A layer without factors keeps the scale of the others, so that a uniform scale stays uniform.
+    scale = np.full(size, next(iter(layers.values())).scale, np.float32)
+    for layer, factors in layers.items():
+        r = factors.a.shape[1]
+        a[layer, :, :r], b[layer, :r], scale[layer] = factors.a, factors.b, factors.scale
+    return {"a": a, "b": b, "scale": scale}
+
+
+def set_module(delta: dict[str, Any], path: Path, module: dict[str, np.ndarray]) -> None:
+    """Puts a module into a delta tree, in place."""
+    for key in path[:-1]:
+        delta = delta.setdefault(key, {})
+    delta[path[-1]] = module
+
+
+def add_once(found: dict[tuple[Path, int], Any], key: tuple[Path, int], value: Any, name: str, source: object) -> None:
+    """found[key] = value. Raises DitError if two names mean the same module."""
+    if key in found:
+        raise DitError(f"'{source}' changes {short(name)} twice, under two names: fix the file")
+    found[key] = value
