@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 import dit_jax
@@ -228,7 +228,7 @@ def base_digest(params: Any) -> str:
     """
 
     def canonical(array: np.ndarray) -> np.ndarray:
-        return array.astype(ml_dtypes.bfloat16)
+        return array.astype(jnp.dtype("bfloat16"))
 
     return _digest_leaves(params, canonical)
 

@@ -164,7 +164,7 @@ def _override(config: ConfigDict, key: str, value: Any, *, parse: bool) -> None:
         node = child
     if last not in node:
         raise DitError(_unknown_key(config, key))
-    kind = node.get_type(last)
+    kind = _kind(node, last)
     if isinstance(value, Mapping) or issubclass(kind, ConfigDict):
         if not issubclass(kind, ConfigDict) or not isinstance(value, Mapping):
             raise DitError(f"config key '{key}' is a section: set a key in it, '{key}.NAME'")
@@ -182,6 +182,13 @@ def _override(config: ConfigDict, key: str, value: Any, *, parse: bool) -> None:
         raise DitError(
             f"config key '{key}' must be {kind.__name__}, not {type(value).__name__}: {value!r}"
         ) from None
+
+
+def _kind(node: ConfigDict, name: str) -> type:
+    try:
+        return node.get_type(name)
+    except config_dict.RequiredValueError:  # a placeholder without a value knows its type
+        return node.get_ref(name).get_type()
 
 
 def _unknown_key(config: ConfigDict, key: str) -> str:

@@ -1,0 +1,52 @@
+# make quickstart   the whole pipeline on the embedded model, report in runs/quickstart/report/
+# make test         ruff, mypy and pytest
+# Both make the environment in .venv at first use. Another Python: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev quickstart lint test clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+$(BIN)/python:
+	@command -v $(PYTHON) > /dev/null || \
+	  { echo "error: there is no '$(PYTHON)': install Python 3.11 or newer, or add PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: '$(PYTHON)' is $$($(PYTHON) -V 2>&1), 3.11 or newer is needed: add PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "error: cannot make $(VENV): on Debian and Ubuntu install python3-venv"; exit 1; }
+
+# The stamps make the second run instant; a change of the requirements installs again.
+$(VENV)/.installed: pyproject.toml requirements.txt constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV), one to two minutes at first use"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	@echo "installing the tools of the checks"
+	@$(PIP) --requirement requirements-dev.txt
+	@touch $@
+
+quickstart: install
+	$(BIN)/python -m dit_jax.main --config configs/quickstart.py --workdir runs/quickstart
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Removes the environment and the caches, never the results in runs/.
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,39 @@
+"""The environment of all tests, and access to the golden files.
+
+Tests run on the CPU with 8 virtual devices, so that sharded programs are always exercised.
+"""
+
+import os
+from pathlib import Path
+
+# Before jax is imported: it reads these once.
+DEVICE_FLAG = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICE_FLAG}".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(os.environ.get("DIT_JAX_GOLDEN", ROOT.parent / "shared" / "golden"))
+NO_GOLDEN = f"no golden files at {GOLDEN}: set DIT_JAX_GOLDEN to their folder"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of golden files; the test is skipped where there is none."""
+    if not GOLDEN.is_dir():
+        pytest.skip(NO_GOLDEN)
+    return GOLDEN
+
+
+def golden_cases(prefix: str) -> list:
+    """The golden folders whose name starts with `prefix`, for `pytest.mark.parametrize`.
+
+    Without any, one parameter that is skipped and says why.
+    """
+    cases = sorted(path for path in GOLDEN.glob(f"{prefix}*") if path.is_dir())
+    if cases:
+        return [pytest.param(path, id=path.name) for path in cases]
+    reason = f"no folder {prefix}* in {GOLDEN}" if GOLDEN.is_dir() else NO_GOLDEN
+    return [pytest.param(None, id=f"no-{prefix}", marks=pytest.mark.skip(reason=reason))]

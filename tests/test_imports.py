@@ -1,0 +1,69 @@
+"""`import dit_jax` is light, its names resolve late, and the tests see the devices they need."""
+
+import json
+import subprocess
+import sys
+import types
+
+import jax
+import pytest
+from conftest import ROOT
+
+import dit_jax
+
+HEAVY = ("torch", "transformers", "datasets", "tensorflow", "tensorflow_datasets", "matplotlib")
+
+PROBE = f"""
+import json, sys, time
+start = time.perf_counter()
+import dit_jax
+seconds = time.perf_counter() - start
+print(json.dumps([seconds, [name for name in {HEAVY!r} if name in sys.modules]]))
+"""
+
+MODULES = """
+import json, pkgutil, importlib, sys
+import dit_jax
+for module in pkgutil.walk_packages(dit_jax.__path__, "dit_jax."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+print(json.dumps([name for name in %r if name in sys.modules]))
+"""
+
+
+def run(code: str):
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_import_is_light():
+    seconds, heavy = run(PROBE)
+    assert heavy == []
+    assert seconds < 3.0  # 0.1 s on an idle machine; room for a busy one
+
+
+def test_no_module_imports_the_heavy_libraries_at_the_top():
+    assert run(MODULES % (HEAVY,)) == []
+
+
+def test_the_interface_resolves():
+    for name in dit_jax.__all__:
+        assert callable(getattr(dit_jax, name))
+        assert name in dir(dit_jax)
+    with pytest.raises(AttributeError, match="load_modle"):
+        _ = dit_jax.load_modle
+
+
+def test_ask_stays_the_function():
+    import dit_jax.ask  # noqa: F401  the command line module of the same name
+
+    assert isinstance(sys.modules["dit_jax.ask"], types.ModuleType)
+    assert isinstance(dit_jax.ask, types.FunctionType)
+
+
+def test_eight_devices():
+    assert jax.default_backend() == "cpu"
+    assert jax.device_count() == 8
