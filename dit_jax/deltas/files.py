@@ -18,7 +18,7 @@ MAX_CSV_ROWS = 1_000_000
 
 
 def short(value: object, limit: int = 80) -> str:
-    """An untrusted value for a message: strings and numbers cut to `limit`, other things by type."""
+    """An untrusted value for a message: text cut to `limit`, numbers, other things by type."""
     if isinstance(value, str):
         return repr(value if len(value) <= limit else value[:limit] + "…")
     if value is None or isinstance(value, bool | float):
@@ -69,7 +69,9 @@ def file_inside(folder: Path, name: object, source: object = None) -> Path:
     """
     said = f"'{source}' names" if source else "asked for"
     if not is_plain_name(name):
-        raise DitError(f"{said} the file {short(name)}, which is not a plain file name: fix the entry")
+        raise DitError(
+            f"{said} the file {short(name)}, which is not a plain file name: fix the entry"
+        )
     path = folder / str(name)
     try:
         root, target = folder.resolve(strict=True), path.resolve(strict=True)
@@ -84,12 +86,12 @@ def file_inside(folder: Path, name: object, source: object = None) -> Path:
 
 
 def has_file(folder: Path, name: str) -> bool:
-    """Whether the folder has an entry of that name (also a dangling link: opening it will say so)."""
+    """Whether the folder has an entry of that name, be it a dangling link."""
     return os.path.lexists(folder / name)
 
 
 def check_links(folder: Path) -> None:
-    """Raises DitError if a safetensors or JSON file of the folder is a link out of it or no file."""
+    """Raises DitError if a safetensors or JSON file is a link out of the folder or no file."""
     for entry in sorted(os.listdir(folder)):
         if entry.endswith((".safetensors", ".json")):
             file_inside(folder, entry)
@@ -132,10 +134,14 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
             reader = csv.DictReader(handle, strict=True)
             missing = [c for c in columns if c not in (reader.fieldnames or ())]
             if missing:
-                raise DitError(f"'{path}' lacks the column {missing[0]!r}: expected {list(columns)}")
+                raise DitError(
+                    f"'{path}' lacks the column {missing[0]!r}: expected {list(columns)}"
+                )
             for row in reader:
                 if None in row or None in row.values():
-                    raise DitError(f"'{path}' line {reader.line_num} does not have the header's fields")
+                    raise DitError(
+                        f"'{path}' line {reader.line_num} does not have the header's fields"
+                    )
                 rows.append(row)
                 if len(rows) > MAX_CSV_ROWS:
                     raise DitError(f"'{path}' has more than {MAX_CSV_ROWS} rows: it is no index")

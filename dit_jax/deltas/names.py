@@ -1,12 +1,13 @@
-"""Where a foreign tensor belongs in a delta: names, shapes, ranks and finite values are checked here.
+"""Where a foreign tensor belongs in a delta: names, shapes, ranks and finite values are checked
+here.
 
-Modules are called as in Hugging Face models: `model.layers.N.self_attn.q_proj`. The prefixes that other
-programs put in front (`base_model.model.`, `language_model.`) are understood.
+Modules are called as in Hugging Face models: `model.layers.N.self_attn.q_proj`. The prefixes that
+other programs put in front (`base_model.model.`, `language_model.`) are understood.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -52,15 +53,6 @@ class RawDiff:
     kind: str = "diff"
 
 
-@dataclasses.dataclass
-class Factors:
-    """LoRA factors of one module of one layer: y += scale * (x a) b, a [in, r], b [r, out]."""
-
-    a: np.ndarray
-    b: np.ndarray
-    scale: float
-
-
 def locate(name: str, config: Qwen3Config, source: object) -> tuple[Path, int | None]:
     """Path of a module in the delta tree and its layer (None outside the layers).
 
@@ -79,7 +71,8 @@ def locate(name: str, config: Qwen3Config, source: object) -> tuple[Path, int | 
     layer = int(match.group(1))
     if layer >= config.num_hidden_layers:
         raise DitError(
-            f"'{source}' changes {short(name)}, but the model has {config.num_hidden_layers} layers: "
+            f"'{source}' changes {short(name)}, but the model has {config.num_hidden_layers} "
+            "layers: "
             "use the model that the file was made for"
         )
     return ("layers", *path), layer
@@ -89,9 +82,9 @@ def _layer_path(module: str) -> Path | None:
     if module in _NORMS:
         return _NORMS[module]
     parts = tuple(module.split("."))
-    groups = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj")}
-    groups["mlp"] = ("gate_proj", "up_proj", "down_proj")
-    return parts if len(parts) == 2 and parts[1] in groups.get(parts[0], ()) else None
+    attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+    known = {("self_attn", name) for name in attention} | {("mlp", name) for name in mlp}
+    return parts if parts in known else None
 
 
 def module_name(path: Path, layer: int | None = None) -> str:
@@ -102,7 +95,7 @@ def module_name(path: Path, layer: int | None = None) -> str:
 
 
 def weight_shape(path: Path, config: Qwen3Config) -> tuple[int, ...]:
-    """Shape of a module's weight in the parameter tree, without the layer axis ([in, out] for kernels)."""
+    """Shape of a module's weight in the parameter tree, without the layer axis."""
     d, v, h = config.hidden_size, config.vocab_size, config.head_dim
     top: dict[str, tuple[int, ...]] = {"embed_tokens": (v, d), "lm_head": (d, v), "norm": (d,)}
     if path[0] in top:
@@ -132,9 +125,12 @@ def projection_size(path: Path, name: str, config: Qwen3Config, source: object) 
 
 
 def check_rank(rank: int, inputs: int, outputs: int, name: str, source: object) -> None:
-    """Raises DitError for an empty rank and for ranks that no real LoRA has (they would cost memory)."""
+    """Raises DitError for an empty rank, and for ranks that no real LoRA has: they cost memory."""
     if not 1 <= rank <= max(inputs, outputs) + 1024:
-        raise DitError(f"'{source}': {short(name)} has the LoRA rank {rank}: expected 1 to {max(inputs, outputs)}")
+        raise DitError(
+            f"'{source}': {short(name)} has the LoRA rank {rank}: expected 1 to "
+            f"{max(inputs, outputs)}"
+        )
 
 
 def shape_error(source: object, name: str, found: Iterable[int], wanted: Iterable[int]) -> DitError:
@@ -148,63 +144,11 @@ def shape_error(source: object, name: str, found: Iterable[int], wanted: Iterabl
 def check_values(array: np.ndarray, name: str, source: object) -> np.ndarray:
     """The array itself. Raises DitError if it holds no floats, or NaN or infinity."""
     if array.dtype.name not in FLOATS:
-        raise DitError(f"'{source}': {short(name)} holds {array.dtype.name} values instead of floats")
+        raise DitError(
+            f"'{source}': {short(name)} holds {array.dtype.name} values instead of floats"
+        )
     if not np.isfinite(array).all():
-        raise DitError(f"'{source}': {short(name)} holds NaN or infinity: the diff is broken, get another")
+        raise DitError(
+            f"'{source}': {short(name)} holds NaN or infinity: the diff is broken, get another"
+        )
     return array
-
-
-def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
-    """The one dtype that all have, or float32 (float64 if one of them is) for a mixture."""
-    kinds = list(dict.fromkeys(np.dtype(d) for d in dtypes))
-    if len(kinds) == 1:
-        return kinds[0]
-    return np.dtype(np.float64 if np.dtype(np.float64) in kinds else np.float32)
-
-
-def stack_factors(
-    found: dict[tuple[Path, int], Callable[[], Factors]], config: Qwen3Config, source: object
-) -> dict[str, Any]:
-    """A LoRA delta from the factors of single modules, which are read one after the other.
-
-    Layers without factors get zeros; smaller ranks are padded with zeros to the largest of the
-    projection, which changes nothing.
-
-    Raises:
-      DitError: nothing was found, or what reading a module raises.
-    """
-    if not found:
-        raise DitError(f"'{source}' changes no module of this model: check that it is a weight diff for it")
-    delta: dict[str, Any] = {}
-    for path in dict.fromkeys(path for path, _ in found):
-        layers = {layer: read() for (p, layer), read in found.items() if p == path}
-        set_module(delta, path, _stack(layers, path, config))
-    return delta
-
-
-def _stack(layers: dict[int, Factors], path: Path, config: Qwen3Config) -> dict[str, np.ndarray]:
-    inputs, outputs = weight_shape(path, config)
-    size = config.num_hidden_layers
-    rank = max(f.a.shape[1] for f in layers.values())
-    dtype = common_dtype(array.dtype for f in layers.values() for array in (f.a, f.b))
-    a, b = np.zeros((size, inputs, rank), dtype), np.zeros((size, rank, outputs), dtype)
-    # A layer without factors keeps the scale of the others, so that a uniform scale stays uniform.
-    scale = np.full(size, next(iter(layers.values())).scale, np.float32)
-    for layer, factors in layers.items():
-        r = factors.a.shape[1]
-        a[layer, :, :r], b[layer, :r], scale[layer] = factors.a, factors.b, factors.scale
-    return {"a": a, "b": b, "scale": scale}
-
-
-def set_module(delta: dict[str, Any], path: Path, module: dict[str, np.ndarray]) -> None:
-    """Puts a module into a delta tree, in place."""
-    for key in path[:-1]:
-        delta = delta.setdefault(key, {})
-    delta[path[-1]] = module
-
-
-def add_once(found: dict[tuple[Path, int], Any], key: tuple[Path, int], value: Any, name: str, source: object) -> None:
-    """found[key] = value. Raises DitError if two names mean the same module."""
-    if key in found:
-        raise DitError(f"'{source}' changes {short(name)} twice, under two names: fix the file")
-    found[key] = value

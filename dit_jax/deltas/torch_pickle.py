@@ -91,7 +91,8 @@ class LazyTensor:
         )  # fmt: skip
 
     def read(self) -> np.ndarray:
-        """The values, in the dtype of the file, C-contiguous. Costs the bytes that the tensor spans.
+        """The values, in the dtype of the file, C-contiguous. Costs the bytes that the tensor
+        spans.
 
         Raises:
           DitError: the file is truncated, or its checksum is wrong.
@@ -218,7 +219,9 @@ class _Interpreter:
                 if length > 8:
                     raise ValueError
                 position += 1
-                stack.append(int.from_bytes(data[position : position + length], "little", signed=True))
+                stack.append(
+                    int.from_bytes(data[position : position + length], "little", signed=True)
+                )
                 position += length
             elif op == 0x47:  # BINFLOAT
                 stack.append(struct.unpack_from(">d", data, position)[0])
@@ -245,7 +248,9 @@ class _Interpreter:
             elif op == 0x93:  # STACK_GLOBAL
                 name, module = stack.pop(), stack.pop()
                 stack.append(self._global(module, name))
-            elif op == 0x62:  # BUILD: a state dict carries version numbers as attributes; not needed
+            elif (
+                op == 0x62
+            ):  # BUILD: a state dict carries version numbers as attributes; not needed
                 state = stack.pop()
                 if type(stack[-1]) is not dict or type(state) is not dict:
                     raise self.archive.error("its pickle builds an object, which is not allowed")
@@ -260,14 +265,18 @@ class _Interpreter:
                     raise ValueError
                 return stack[0]
             else:
-                raise self.archive.error(f"its pickle uses the instruction 0x{op:02x}, which is not allowed")
+                raise self.archive.error(
+                    f"its pickle uses the instruction 0x{op:02x}, which is not allowed"
+                )
 
     def _global(self, module: str, name: str) -> Any:
         found = _GLOBALS.get((module, name))
         if found is None:
             raise DitError(
-                f"'{self.archive.path}' refers to {short(f'{module}.{name}')}, which is not allowed in "
-                "weights: do not trust this file (plain tensors in lists, tuples and dicts are read)"
+                f"'{self.archive.path}' refers to {short(f'{module}.{name}')}, which is not "
+                "allowed in "
+                "weights: do not trust this file (plain tensors in lists, tuples and dicts are "
+                "read)"
             )
         return found
 
@@ -304,7 +313,9 @@ class _Interpreter:
                 raise self.archive.error(f"the archive lacks the values of storage {short(key)}")
             known = self.storages[key] = _Storage(key, storage_type.dtype, size)
             if type(size) is not int or size < 0 or size * known.dtype.itemsize != entry.size:
-                raise self.archive.error(f"storage {short(key)} does not have the size it should have")
+                raise self.archive.error(
+                    f"storage {short(key)} does not have the size it should have"
+                )
         if (known.dtype, known.size) != (storage_type.dtype, size):
             raise self.archive.error(f"storage {short(key)} is described in two ways")
         return known

@@ -20,27 +20,29 @@ _STORAGE_NAMES = {
     np.dtype(np.int32): b"IntStorage",
 }
 
+_Arrays = dict[int, tuple[int, np.ndarray]]  # id of an array -> its number, and the array
 
-def save(path: str | Path, value: Any) -> None:
+
+def save(path: str | Path, value: Any, name: str = "archive") -> None:
     """Writes nested lists, tuples and dicts (str keys) of arrays, strings, numbers and None.
 
     Args:
-      path: the file to write; the name without its suffix becomes the archive's folder, as in torch.
-      value: arrays are stored in their dtype, C-contiguous, one storage each.
+      path: the file to write.
+      value: arrays are stored in their dtype, C-contiguous; the same array twice is stored once.
+      name: the archive's folder, in torch the name of the file without its suffix.
 
     Raises:
       DitError: an array of a dtype that torch has no storage type for.
       TypeError: a value of another type.
     """
-    arrays: list[np.ndarray] = []
+    arrays: _Arrays = {}
     pickle = b"\x80\x02" + _encode(value, arrays) + b"."
-    root = Path(path).stem or "archive"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        _write(archive, f"{root}/data.pkl", pickle)
-        _write(archive, f"{root}/byteorder", b"little")
-        for index, array in enumerate(arrays):
-            _write(archive, f"{root}/data/{index}", array.tobytes())
-        _write(archive, f"{root}/version", b"3\n")
+        _write(archive, f"{name}/data.pkl", pickle)
+        _write(archive, f"{name}/byteorder", b"little")
+        for index, array in arrays.values():
+            _write(archive, f"{name}/data/{index}", array.tobytes())
+        _write(archive, f"{name}/version", b"3\n")
 
 
 def _write(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
@@ -52,8 +54,8 @@ def _write(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
     archive.writestr(entry, content)
 
 
-def _encode(value: Any, arrays: list[np.ndarray]) -> bytes:
-    """Pickle protocol 2 of `value`; arrays are appended to `arrays` and referred to by number."""
+def _encode(value: Any, arrays: _Arrays) -> bytes:
+    """Pickle protocol 2 of `value`; arrays are added to `arrays` and referred to by number."""
     if isinstance(value, np.ndarray):
         return _encode_tensor(value, arrays)
     if value is None:
@@ -78,17 +80,18 @@ def _encode(value: Any, arrays: list[np.ndarray]) -> bytes:
     raise TypeError(f"cannot write a {type(value).__name__}")
 
 
-def _encode_tensor(array: np.ndarray, arrays: list[np.ndarray]) -> bytes:
+def _encode_tensor(array: np.ndarray, arrays: _Arrays) -> bytes:
     kind = _STORAGE_NAMES.get(array.dtype)
     if kind is None:
-        raise DitError(f"torch files hold no {array.dtype}: convert the delta to float32 or bfloat16")
-    key = str(len(arrays))
+        raise DitError(
+            f"torch files hold no {array.dtype}: convert the delta to float32 or bfloat16"
+        )
+    index, _ = arrays.setdefault(id(array), (len(arrays), array))
     strides = [1] * array.ndim
     for axis in range(array.ndim - 2, -1, -1):
         strides[axis] = strides[axis + 1] * array.shape[axis + 1]
-    arrays.append(array)
     storage = (
-        b"(" + _encode("storage", arrays) + b"ctorch\n" + kind + b"\n" + _encode(key, arrays)
+        b"(" + _encode("storage", arrays) + b"ctorch\n" + kind + b"\n" + _encode(str(index), arrays)
         + _encode("cpu", arrays) + _encode(int(array.size), arrays) + b"tQ"
     )  # fmt: skip
     rest = (0, tuple(array.shape), tuple(strides), False)

@@ -36,7 +36,8 @@ class TorchZip:
       path: the file.
 
     Raises:
-      DitError: at construction, if the file is an old-style (not zip) torch file, no zip file, or one
+      DitError: at construction, if the file is an old-style (not zip) torch file, no zip file, or
+      one
         with a false directory, overlapping, compressed, encrypted or repeated entries.
     """
 
@@ -60,7 +61,7 @@ class TorchZip:
         return self._size
 
     def read(self, name: str, max_bytes: int) -> bytes:
-        """The content of an entry, its checksum verified. Raises DitError if it is missing or wrong."""
+        """The content of an entry, its checksum verified. Raises DitError if it is wrong."""
         entry = self.entries.get(name)
         if entry is None:
             raise self.error(f"the archive lacks {short(name)}")
@@ -73,10 +74,12 @@ class TorchZip:
     def check(self, name: str, content: bytes) -> None:
         """Raises DitError if `content` is not what was stored under `name`."""
         if zlib.crc32(content) != self.entries[name].crc:
-            raise self.error(f"the checksum of {short(name)} is wrong (damaged, or saved without one)")
+            raise self.error(
+                f"the checksum of {short(name)} is wrong (damaged, or saved without one)"
+            )
 
     def read_at(self, name: str, start: int, size: int) -> bytes:
-        """`size` bytes of an entry from `start`; costs only these bytes. The caller checks bounds."""
+        """`size` bytes of an entry from `start`; costs only these bytes."""
         entry = self.entries[name]
         if start < 0 or size < 0 or start + size > entry.size:
             raise self.error(f"{short(name)} is shorter than it should be")
@@ -106,7 +109,8 @@ class TorchZip:
         magic = handle.read(len(LEGACY_MAGIC))
         if magic == LEGACY_MAGIC:
             raise DitError(
-                f"'{self.path}' is in torch's old format (not zip), which is not supported: load it "
+                f"'{self.path}' is in torch's old format (not zip), which is not supported: load "
+                "it "
                 "with torch.load and save it again with torch.save"
             )
         if not magic.startswith(b"PK\3\4"):
@@ -184,7 +188,9 @@ class TorchZip:
             tag, length = struct.unpack_from("<HH", extra, position)
             if tag == 1:
                 field = extra[position + 4 : position + 4 + length]
-                numbers = iter([n for (n,) in struct.iter_unpack("<Q", field[: len(field) // 8 * 8])])
+                numbers = iter(
+                    [n for (n,) in struct.iter_unpack("<Q", field[: len(field) // 8 * 8])]
+                )
                 try:
                     return tuple(
                         next(numbers) if value == 0xFFFFFFFF else value
@@ -209,6 +215,8 @@ class TorchZip:
             raise DitError(f"'{self.path}' is not a file that torch.save wrote (no data.pkl in it)")
         root = pickles[0].partition("/")[0]
         if f"{root}/constants.pkl" in named or any(n.startswith(f"{root}/code/") for n in named):
-            raise DitError(f"'{self.path}' is a TorchScript program, not weights: it is not supported")
+            raise DitError(
+                f"'{self.path}' is a TorchScript program, not weights: it is not supported"
+            )
         prefix = f"{root}/"
         return {n[len(prefix) :]: e for n, e in named.items() if n.startswith(prefix)}, root

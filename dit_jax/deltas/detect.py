@@ -1,0 +1,127 @@
+"""What kind of weight diff or adapter a path holds, by its content; one reader for all of them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dit_jax.deltas import finetuned, peft, reference_pt, torch_pickle
+from dit_jax.deltas.files import file_inside, has_file, read_json_object, short
+from dit_jax.deltas.names import RawDiff
+from dit_jax.errors import DitError
+from dit_jax.models.config import Qwen3Config
+
+KINDS = {
+    "diff_store": "a diff store",
+    "adapter": "an exported DIT adapter",
+    "peft": "a PEFT adapter folder",
+    "model": "a model folder",
+    "release": "a folder of .pt files with an index.csv",
+    "pt_diffs": "a .pt file of weight diffs",
+    "pt_adapter": "a .pt file of an adapter",
+    "pt_state_dict": "a .pt file of whole weights",
+}
+_MANIFESTS = {
+    "dit_jax.diff_store": "diff_store",
+    "dit_jax.diffs": "diff_store",
+    "dit_jax.adapter": "adapter",
+}
+
+
+def detect_format(path: str | Path) -> str:
+    """The kind of artifact at `path`, one of `KINDS`.
+
+    Raises:
+      DitError: nothing there, nothing known, or a damaged file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _detect_folder(path)
+    if not path.exists():
+        raise DitError(f"'{path}' does not exist: check the path")
+    kind = reference_pt.pt_kind(torch_pickle.load(path))
+    if kind is None:
+        raise DitError(f"'{path}' is a torch file, but holds neither weight diffs nor weights")
+    return f"pt_{kind}"
+
+
+def _detect_folder(folder: Path) -> str:
+    if has_file(folder, "manifest.json"):
+        found = read_json_object(file_inside(folder, "manifest.json")).get("format")
+        if isinstance(found, str) and found in _MANIFESTS:
+            return _MANIFESTS[found]
+        raise DitError(
+            f"'{folder / 'manifest.json'}' describes {short(found)}, which is no weight diff"
+        )
+    for name, kind in (
+        (peft.CONFIG, "peft"),
+        (reference_pt.INDEX, "release"),
+        ("config.json", "model"),
+    ):
+        if has_file(folder, name):
+            return kind
+    raise DitError(
+        f"'{folder}' holds no weight diff: expected manifest.json, {peft.CONFIG}, "
+        f"{reference_pt.INDEX} or config.json"
+    )
+
+
+class Lazy(Sequence[RawDiff]):
+    """One diff that is read when it is asked for."""
+
+    def __init__(self, read: Callable[[], RawDiff]):
+        self._read = read
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._read() for _ in range(*index.indices(1))]
+        if index not in (0, -1):
+            raise IndexError(f"diff {index} of 1")
+        return self._read()
+
+
+def open_diffs(
+    path: str | Path, config: Qwen3Config, base_params: Any = None, svd_rank: int | None = None
+) -> Sequence[RawDiff]:
+    """The weight diffs of a foreign format as a lazy sequence.
+
+    Args:
+      path: PEFT folder, model folder, release folder with an index.csv, or `.pt` file.
+      config: architecture of the base model.
+      base_params: its parameters, needed for diffs that are whole weights.
+      svd_rank: reduce whole weights to a LoRA of this rank, see `finetuned.read_finetuned`.
+
+    Raises:
+      DitError: see `detect_format` and the readers; a diff store is read by `dit_jax.deltas.store`.
+    """
+    path, kind = Path(path), detect_format(path)
+    if kind == "pt_diffs":
+        return reference_pt.read_pt_diffs(path, config, base_params, svd_rank)
+    if kind == "release":
+        return reference_pt.read_release(path, config, base_params, svd_rank)
+    if kind == "peft":
+        return Lazy(lambda: peft.read_peft(path, config))
+    if kind in ("model", "pt_state_dict"):
+        return Lazy(lambda: finetuned.read_finetuned(path, config, base_params, svd_rank))
+    if kind == "pt_adapter":
+        return Lazy(lambda: reference_pt.read_pt_adapter(path, config))
+    raise DitError(f"'{path}' is {KINDS[kind]}, not a weight diff in a foreign format")
+
+
+def open_adapter(path: str | Path, config: Qwen3Config) -> RawDiff:
+    """The adapter in a foreign format: a PEFT folder, or a `.pt` file {module: (A, B)}.
+
+    Raises:
+      DitError: another format, or what the readers raise.
+    """
+    kind = detect_format(path)
+    if kind == "peft":
+        return peft.read_peft(path, config)
+    if kind == "pt_adapter":
+        return reference_pt.read_pt_adapter(path, config)
+    raise DitError(
+        f"'{path}' is {KINDS[kind]}, not an adapter: give a PEFT folder, dit-adapter.pt or an "
+        "export"
+    )

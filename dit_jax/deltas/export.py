@@ -1,0 +1,170 @@
+"""Exports for other programs: merged models, PEFT folders, fused adapters, `.pt` files."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from dit_jax.artifacts import atomic_dir
+from dit_jax.deltas.factors import common_dtype, fuse, modules
+from dit_jax.deltas.peft import write_peft
+from dit_jax.deltas.reference_pt import write_pt_adapter, write_pt_diffs
+from dit_jax.errors import DitError
+from dit_jax.models.config import Qwen3Config
+from dit_jax.models.hf_checkpoint import is_transposed, tensor_names
+
+__all__ = [
+    "export_model",
+    "fuse",
+    "merged_tensors",
+    "write_fused_peft",
+    "write_peft",
+    "write_pt_adapter",
+]
+__all__ += ["write_pt_diffs"]
+
+SHARD_BYTES = 4 * 10**9
+_COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def merged_tensors(
+    params: Any, config: Qwen3Config, *deltas: Any
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(Hugging Face name, array in its orientation) of params ⊕ deltas, one tensor at a time.
+
+    Sums are formed in float32 and returned in the dtype of the base, C-contiguous.
+    """
+    changes = [dict(modules(delta)) for delta in deltas]
+    for name, (path, layer) in tensor_names(config).items():
+        leaf = params
+        for key in path:
+            leaf = leaf[key]
+        base = np.asarray(leaf if layer is None else leaf[layer])
+        found = [change[path[:-1]] for change in changes if path[:-1] in change]
+        if found:
+            merged = base.astype(np.float32)
+            for module in found:
+                merged = merged + _dense(module, layer)
+            base = merged.astype(base.dtype)
+        # safetensors writes the raw buffer: a transposed view would be stored scrambled.
+        yield name, np.ascontiguousarray(base.T if is_transposed(path) else base)
+
+
+def _dense(module: dict[str, Any], layer: int | None) -> np.ndarray:
+    def part(name: str) -> np.ndarray:
+        return np.asarray(module[name] if layer is None else module[name][layer], np.float32)
+
+    return part("w") if "w" in module else part("scale") * (part("a") @ part("b"))
+
+
+def export_model(
+    folder: str | pathlib.Path,
+    params: Any,
+    config: Qwen3Config,
+    *deltas: Any,
+    base_folder: str | pathlib.Path | None = None,
+    replace: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes params ⊕ deltas as a model folder in Hugging Face format; a tied head stays tied.
+
+    Args:
+      folder: the folder to make.
+      params: parameters of the base (docs/architecture.md), numpy or jax arrays.
+      config: its architecture.
+      *deltas: LoRA or dense deltas, all added.
+      base_folder: where config.json, tokenizer and chat template are copied from; without it the
+        folder has a config.json made from `config`, and no tokenizer.
+      replace: whether an existing folder may be replaced.
+      shard_bytes: files are split at this size, and host memory holds one of them.
+
+    Raises:
+      DitError: the folder exists, is not writable, or a delta changes modules that the model lacks.
+    """
+    known = {path[:-1] for path, _ in tensor_names(config).values()}
+    for delta in deltas:
+        for path, _ in modules(delta):
+            if path not in known:
+                raise DitError(
+                    f"the delta changes {'.'.join(path)}, which this model does not have"
+                )
+    with atomic_dir(folder, replace=replace) as temporary:
+        dtype = _write_shards(temporary, merged_tensors(params, config, *deltas), shard_bytes)
+        raw = config.to_hf()
+        if base_folder is not None:
+            raw = json.loads(
+                (pathlib.Path(base_folder) / "config.json").read_text(encoding="utf-8")
+            )
+            raw.pop("torch_dtype", None)
+            for name in _COPIED:
+                if (pathlib.Path(base_folder) / name).is_file():
+                    shutil.copyfile(pathlib.Path(base_folder) / name, temporary / name)
+        raw["dtype"] = dtype
+        (temporary / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shards(
+    folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int
+) -> str:
+    """Writes one file, or shards and their index; returns the dtype of the tensors."""
+    from safetensors.numpy import save_file
+
+    shards: list[list[str]] = []
+    dtypes: list[np.dtype] = []
+    total, held = 0, 0
+    pending: dict[str, np.ndarray] = {}
+
+    def flush() -> None:
+        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, array in tensors:
+        if pending and held + array.nbytes > shard_bytes:
+            flush()
+            held = 0
+        pending[name] = array
+        held, total = held + array.nbytes, total + array.nbytes
+        dtypes.append(array.dtype)
+    flush()
+    weight_map: dict[str, str] = {}
+    for index, names in enumerate(shards):
+        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = "model.safetensors" if len(shards) == 1 else file
+        (folder / f"shard-{index}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index_json, indent=2) + "\n"
+        )
+    return str(common_dtype(dtypes))
+
+
+def write_fused_peft(
+    folder: str | pathlib.Path,
+    config: Qwen3Config,
+    base_model_name_or_path: str,
+    *deltas: Any,
+    replace: bool = False,
+) -> None:
+    """Writes the sum of LoRA deltas, [δ ⊕ adapter], as one PEFT folder with all scales 1.
+
+    It is the form for servers that take one adapter per request. See `fuse` and `write_peft`.
+
+    Raises:
+      DitError: a dense or empty delta, or an unwritable folder.
+    """
+    write_peft(folder, fuse(*deltas), config, base_model_name_or_path, replace=replace)

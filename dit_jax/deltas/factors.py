@@ -1,0 +1,147 @@
+"""LoRA factors of single modules, joined to a delta tree and taken from it again (numpy)."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from dit_jax.deltas.files import short
+from dit_jax.deltas.names import Path, weight_shape
+from dit_jax.errors import DitError
+from dit_jax.models.config import Qwen3Config
+
+
+@dataclasses.dataclass
+class Factors:
+    """LoRA factors of one module of one layer: y += scale * (x a) b, a [in, r], b [r, out]."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+
+def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The one dtype that all have, or float32 (float64 if one of them is) for a mixture."""
+    kinds = list(dict.fromkeys(np.dtype(d) for d in dtypes))
+    if len(kinds) == 1:
+        return kinds[0]
+    return np.dtype(np.float64 if np.dtype(np.float64) in kinds else np.float32)
+
+
+def stack_factors(
+    found: dict[tuple[Path, int], Callable[[], Factors]], config: Qwen3Config, source: object
+) -> dict[str, Any]:
+    """A LoRA delta from the factors of single modules, which are read one after the other.
+
+    Layers without factors get zeros; smaller ranks are padded with zeros to the largest of the
+    projection, which changes nothing.
+
+    Raises:
+      DitError: nothing was found, or what reading a module raises.
+    """
+    if not found:
+        raise DitError(
+            f"'{source}' changes no module of this model: check that it is a weight diff for it"
+        )
+    delta: dict[str, Any] = {}
+    for path in dict.fromkeys(path for path, _ in found):
+        layers = {layer: read() for (p, layer), read in found.items() if p == path}
+        set_module(delta, path, _stack(layers, path, config))
+    return delta
+
+
+def _stack(layers: dict[int, Factors], path: Path, config: Qwen3Config) -> dict[str, np.ndarray]:
+    inputs, outputs = weight_shape(path, config)
+    size = config.num_hidden_layers
+    rank = max(f.a.shape[1] for f in layers.values())
+    dtype = common_dtype(array.dtype for f in layers.values() for array in (f.a, f.b))
+    a, b = np.zeros((size, inputs, rank), dtype), np.zeros((size, rank, outputs), dtype)
+    # A layer without factors keeps the scale of the others, so that a uniform scale stays uniform.
+    scale = np.full(size, next(iter(layers.values())).scale, np.float32)
+    for layer, factors in layers.items():
+        r = factors.a.shape[1]
+        a[layer, :, :r], b[layer, :r], scale[layer] = factors.a, factors.b, factors.scale
+    return {"a": a, "b": b, "scale": scale}
+
+
+def set_module(delta: dict[str, Any], path: Path, module: dict[str, np.ndarray]) -> None:
+    """Puts a module into a delta tree, in place."""
+    for key in path[:-1]:
+        delta = delta.setdefault(key, {})
+    delta[path[-1]] = module
+
+
+def add_once(
+    found: dict[Any, Any], key: tuple[Path, int | None], value: Any, name: str, source: object
+) -> None:
+    """found[key] = value. Raises DitError if two names mean the same module."""
+    if key in found:
+        raise DitError(f"'{source}' changes {short(name)} twice, under two names: fix the file")
+    found[key] = value
+
+
+def modules(delta: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(path, module) of every module of a delta tree: a dict with `w`, or `a`, `b` and `scale`."""
+    if path and ("w" in delta or "a" in delta):
+        yield path, delta
+        return
+    for name, child in delta.items():
+        yield from modules(child, (*path, name))
+
+
+def get_factors(module: dict[str, Any], layer: int, *, trim: bool = False) -> Factors:
+    """The factors of one layer; with `trim`, without trailing ranks that are zero in both."""
+    a, b = np.asarray(module["a"][layer]), np.asarray(module["b"][layer])
+    if trim:
+        used = np.flatnonzero((a != 0).any(axis=0) | (b != 0).any(axis=1))
+        rank = int(used[-1]) + 1 if used.size else 0
+        a, b = a[:, :rank], b[:rank]
+    return Factors(a, b, float(np.float32(module["scale"][layer])))
+
+
+def fold(array: np.ndarray, factor: float) -> np.ndarray:
+    """array * factor in the array's dtype if that is exact there, else in float32."""
+    if factor == 1:
+        return array
+    product = array.astype(np.float32) * np.float32(factor)
+    narrow = product.astype(array.dtype)
+    return narrow if np.array_equal(narrow.astype(np.float32), product) else product
+
+
+def fuse(*deltas: Any) -> dict[str, Any]:
+    """One LoRA delta that equals the sum of several: joined along the rank, all scales 1.
+
+    Scales are folded into `b`. Where that or a mixture of dtypes is not exact in the stored dtype,
+    the result is float32.
+
+    Raises:
+      DitError: a delta has dense parts (they have no rank to join), or nothing was given.
+    """
+    parts: dict[Path, list[dict[str, Any]]] = {}
+    for delta in deltas:
+        for path, module in modules(delta):
+            if "w" in module:
+                raise DitError(
+                    f"{'.'.join(path)} is a dense difference: only LoRA deltas can be fused (use a "
+                    "truncated SVD of the finetuned model)"
+                )
+            parts.setdefault(path, []).append(module)
+    if not parts:
+        raise DitError("there is nothing to fuse: the deltas are empty")
+    fused: dict[str, Any] = {}
+    for path, members in parts.items():
+        scaled = [_unit_scale(member) for member in members]
+        dtype = common_dtype(array.dtype for pair in scaled for array in pair)
+        a = np.concatenate([pair[0].astype(dtype) for pair in scaled], axis=-1)
+        b = np.concatenate([pair[1].astype(dtype) for pair in scaled], axis=-2)
+        module = {"a": a, "b": b, "scale": np.ones(a.shape[0], np.float32)}
+        set_module(fused, path, module)
+    return fused
+
+
+def _unit_scale(module: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    b, scale = np.asarray(module["b"]), np.asarray(module["scale"], np.float32)
+    folded = [fold(b[layer], float(s)) for layer, s in enumerate(scale)]
+    dtype = common_dtype(array.dtype for array in folded)
+    return np.asarray(module["a"]), np.stack([array.astype(dtype) for array in folded])

@@ -1,0 +1,298 @@
+"""PEFT LoRA folders: adapter_config.json and adapter_model.safetensors, read and written.
+
+lora_A.weight [r, in] and lora_B.weight [out, r] are our factors transposed; the scale is
+lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA. Options that change what the adapter computes
+are applied or refused by their name.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path as FilePath
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dit_jax.artifacts import atomic_dir
+from dit_jax.deltas import torch_pickle
+from dit_jax.deltas.factors import (
+    Factors,
+    add_once,
+    common_dtype,
+    get_factors,
+    modules,
+    stack_factors,
+)
+from dit_jax.deltas.files import file_inside, has_file, read_json_object, short
+from dit_jax.deltas.names import (
+    Path,
+    RawDiff,
+    check_rank,
+    check_values,
+    locate,
+    module_name,
+    projection_size,
+    shape_error,
+)
+from dit_jax.deltas.peft_config import PeftOptions
+from dit_jax.deltas.safetensors_file import SafetensorsFile
+from dit_jax.errors import DitError
+from dit_jax.models.config import Qwen3Config
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+TORCH_WEIGHTS = "adapter_model.bin"
+MAX_CONFIG_BYTES = 8 * 2**20
+
+_TENSOR = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])(?:\.default)?\.weight")
+_FEATURES = (
+    ("lora_magnitude_vector", "DoRA (use_dora)"),
+    ("lora_embedding_", "LoRA on embeddings"),
+    (".bias", "biases (bias or lora_bias)"),
+    ("modules_to_save", "modules_to_save"),
+    ("token_adapter", "trainable_token_indices"),
+)
+
+
+class _Tensor(NamedTuple):
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+def read_peft(folder: str | FilePath, config: Qwen3Config) -> RawDiff:
+    """A LoRA that PEFT saved, as a delta.
+
+    Supported: r, lora_alpha, use_rslora, rank_pattern, alpha_pattern, target_modules (names,
+    regular expression, all-linear), exclude_modules, layers_to_transform, layers_pattern.
+    Everything else that changes the result is refused by its name.
+
+    Args:
+      folder: the folder with adapter_config.json and adapter_model.safetensors (or .bin).
+      config: architecture of the base model.
+
+    Raises:
+      DitError: missing or malformed files, unsupported options, tensors that do not fit the model
+      or
+        the config, tensors that the config asks for but are not there.
+    """
+    folder = FilePath(folder)
+    where = file_inside(folder, CONFIG)
+    options = PeftOptions(read_json_object(where, MAX_CONFIG_BYTES), where)
+    source, tensors = _open(folder)
+    pairs: dict[str, dict[str, _Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = _TENSOR.fullmatch(name)
+        if match is None:
+            raise _unsupported_tensor(name, source)
+        pairs.setdefault(match.group(1), {})[match.group(2)] = tensor
+
+    found: dict[tuple[Path, int], Callable[[], Factors]] = {}
+    for module, pair in pairs.items():
+        place, layer = locate(module, config, source)
+        read = _reader(module, place, pair, options, config, source)
+        assert layer is not None  # _reader has refused everything but projections
+        add_once(found, (place, layer), read, module, source)
+    _check_targets(set(found), set(pairs), options, config, source)
+    base = options.raw.get("base_model_name_or_path")
+    metadata = {"base_model_name_or_path": base} if isinstance(base, str) else {}
+    return RawDiff(stack_factors(found, config, source), metadata=metadata, kind="adapter")
+
+
+def _open(folder: FilePath) -> tuple[FilePath, dict[str, _Tensor]]:
+    if has_file(folder, WEIGHTS):
+        path = file_inside(folder, WEIGHTS)
+        file = SafetensorsFile(path)
+        return path, {
+            name: _Tensor(file.shape(name), lambda name=name: file.read(name))  # type: ignore[misc]
+            for name in file.names
+        }
+    if not has_file(folder, TORCH_WEIGHTS):
+        raise DitError(
+            f"'{folder}' has neither {WEIGHTS} nor {TORCH_WEIGHTS}: get the complete folder"
+        )
+    path = file_inside(folder, TORCH_WEIGHTS)
+    tree = torch_pickle.load(path)
+    if not isinstance(tree, dict) or not all(isinstance(name, str) for name in tree):
+        raise DitError(f"'{path}' is not a dict of tensors")
+    for name, tensor in tree.items():
+        if not isinstance(tensor, torch_pickle.LazyTensor):
+            raise DitError(f"'{path}': {short(name)} is not a tensor")
+    return path, {name: _Tensor(tensor.shape, tensor.read) for name, tensor in tree.items()}
+
+
+def _unsupported_tensor(name: str, source: FilePath) -> DitError:
+    for part, feature in _FEATURES:
+        if part in name:
+            return DitError(f"'{source}' holds {short(name)}: {feature} is not supported")
+    if name.endswith(".weight") and "lora_" not in name:
+        return DitError(
+            f"'{source}' holds the whole weight {short(name)}: modules_to_save is not supported"
+        )
+    return DitError(f"'{source}' holds {short(name)}, which is no LoRA factor of a PEFT adapter")
+
+
+def _reader(
+    module: str,
+    place: Path,
+    pair: dict[str, _Tensor],
+    options: PeftOptions,
+    config: Qwen3Config,
+    source: FilePath,
+) -> Callable[[], Factors]:
+    """Checks shapes now and returns what reads the factors of a module."""
+    inputs, outputs = projection_size(place, module, config, source)
+    for letter in ("lora_A", "lora_B"):
+        if letter not in pair:
+            raise DitError(f"'{source}' lacks {module}.{letter}.weight: get the complete folder")
+    if not options.targets(module):
+        raise DitError(
+            f"'{source}' holds factors of {short(module)}, which {CONFIG} does not target"
+        )
+    rank, alpha = options.rank(module), options.alpha(module)
+    check_rank(rank, inputs, outputs, module, source)
+    for letter, wanted in (("lora_A", (rank, inputs)), ("lora_B", (outputs, rank))):
+        if pair[letter].shape != wanted:
+            raise shape_error(source, f"{module}.{letter}.weight", pair[letter].shape, wanted)
+    scale = alpha / (math.sqrt(rank) if options.rslora else rank)
+    if not abs(scale) < 1e30:
+        raise DitError(f"'{options.source}': lora_alpha {short(alpha)} is not a usable number")
+
+    def read() -> Factors:
+        a = check_values(pair["lora_A"].read(), f"{module}.lora_A.weight", source)
+        b = check_values(pair["lora_B"].read(), f"{module}.lora_B.weight", source)
+        return Factors(a.T, b.T, scale)
+
+    return read
+
+
+def _check_targets(
+    found: set[tuple[Path, int]],
+    names: set[str],
+    options: PeftOptions,
+    config: Qwen3Config,
+    source: FilePath,
+) -> None:
+    """What the config targets must be in the file: PEFT would fill it up with random numbers."""
+    from dit_jax.deltas.tree import projection_shapes
+
+    if not names or options.target_modules is None:
+        return
+    # The names as in the file: other programs put other prefixes in front of the layers.
+    first = min(names)
+    prefix = first[: first.index("layers.")]
+    for name, (parent, _, _) in projection_shapes(config).items():
+        for layer in range(config.num_hidden_layers):
+            full = f"{prefix}layers.{layer}.{parent}.{name}"
+            if (("layers", parent, name), layer) not in found and options.targets(full):
+                raise DitError(
+                    f"{CONFIG} targets {full}, but '{source}' lacks it: get the complete folder"
+                )
+
+
+# ------------------------------------------------------------------ writing
+
+
+def write_peft(
+    folder: str | FilePath,
+    delta: Any,
+    config: Qwen3Config,
+    base_model_name_or_path: str,
+    *,
+    replace: bool = False,
+) -> None:
+    """Writes a LoRA delta as a PEFT folder; factors keep their dtype and bits.
+
+    Layers whose factors are all zero are left out, and so are trailing ranks that are zero in both
+    factors: reading the folder again puts them back.
+
+    Args:
+      folder: the folder to make.
+      delta: LoRA factors only.
+      config: architecture of the base model.
+      base_model_name_or_path: what PEFT should load the base from.
+      replace: whether an existing folder may be replaced.
+
+    Raises:
+      DitError: a dense or empty delta, or an unwritable folder.
+    """
+    from safetensors.numpy import save_file
+
+    factors: dict[str, Factors] = {}
+    found = dict(modules(delta))
+    for path, module in found.items():
+        if "w" in module:
+            raise DitError(
+                f"{'.'.join(path)} is a dense difference: a PEFT adapter has LoRA factors only "
+                "(use a "
+                "truncated SVD of the finetuned model, or export the merged model)"
+            )
+        for layer in range(config.num_hidden_layers):
+            factors[module_name(path, layer)] = get_factors(module, layer, trim=True)
+    used = {name: f for name, f in factors.items() if f.a.shape[1]}
+    if factors and not used:  # a delta of zeros: one rank of them, PEFT has no empty adapter
+        used = {
+            module_name(path, layer): get_factors(
+                {**m, "a": m["a"][..., :1], "b": m["b"][..., :1, :]}, layer
+            )
+            for path, m in found.items()
+            for layer in range(config.num_hidden_layers)
+        }
+    if not used:
+        raise DitError("the delta is empty: there is nothing to write")
+    tensors = {}
+    dtype = common_dtype(array.dtype for f in used.values() for array in (f.a, f.b))
+    for name, f in used.items():
+        # safetensors writes the raw buffer: a transposed view would be stored scrambled.
+        tensors[f"base_model.model.{name}.lora_A.weight"] = np.ascontiguousarray(f.a.T)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = np.ascontiguousarray(f.b.T)
+    raw = _make_config(used, factors, base_model_name_or_path)
+    with atomic_dir(folder, replace=replace) as temporary:
+        metadata = {"format": "pt", "dtype": str(np.dtype(dtype))}
+        save_file(tensors, temporary / WEIGHTS, metadata=metadata)
+        (temporary / CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+def _make_config(used: dict[str, Factors], every: Iterable[str], base: str) -> dict[str, Any]:
+    ranks = {name: f.a.shape[1] for name, f in used.items()}
+    alphas = {name: _alpha(f.scale, ranks[name]) for name, f in used.items()}
+    rank = _most_common(ranks.values())
+    alpha = _most_common(alphas.values())
+    whole = set(used) == set(every)
+    targets = sorted({name.rpartition(".")[2] for name in used} if whole else used)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "lora_dropout": 0.0,
+        "target_modules": targets,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "modules_to_save": None,
+    }
+
+
+def _most_common(values: Iterable[Any]) -> Any:
+    values = list(values)
+    return max(dict.fromkeys(values), key=values.count)
+
+
+def _alpha(scale: float, rank: int) -> float:
+    """The roundest alpha with float32(alpha / rank) == scale."""
+    exact = scale * rank
+    for digits in range(0, 12):
+        alpha = round(exact, digits)
+        if np.float32(alpha / rank) == np.float32(scale):
+            return int(alpha) if alpha == int(alpha) else alpha
+    return exact

@@ -1,0 +1,203 @@
+"""adapter_config.json of PEFT: options, typed and checked, and which module they apply to."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from dit_jax.deltas.files import short
+from dit_jax.deltas.safe_regex import SafeRegex
+from dit_jax.errors import DitError
+
+MAX_PATTERNS = 20_000
+
+_HANDLED = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "init_lora_weights",
+    "bias",
+    "task_type",
+}
+# These say how the adapter was trained or saved; what it computes does not depend on them.
+_IRRELEVANT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "peft_version",
+    "inference_mode",
+    "lora_dropout",
+    "megatron_core",
+    "qalora_group_size",
+    "loftq_config",
+    "eva_config",
+    "runtime_config",
+}
+# Initialisations that leave the base weights as they are; others (PiSSA, OLoRA, …) change them.
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+class PeftOptions:
+    """The options of adapter_config.json, with PEFT's rules for which module gets what."""
+
+    def __init__(self, raw: dict[str, Any], source: Path):
+        self.raw, self.source = raw, source
+        if raw.get("peft_type") != "LORA":
+            raise DitError(
+                f"'{source}': peft_type {short(raw.get('peft_type'))} is not supported, only 'LORA'"
+            )
+        for name, value in raw.items():
+            default = value is None or value is False or value in ({}, [], "")
+            if not default and name not in _HANDLED | _IRRELEVANT:
+                raise DitError(
+                    f"'{source}': the option {short(name)} = {short(value)} is not supported"
+                )
+        if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
+            raise DitError(
+                f"'{source}': init_lora_weights {short(raw['init_lora_weights'])} changes the "
+                "base weights, which "
+                "is not supported: save the adapter with path_initial_model_for_weight_conversion"
+            )
+        if raw.get("bias", "none") != "none":
+            raise DitError(f"'{source}': bias {short(raw['bias'])} is not supported, only 'none'")
+        if raw.get("task_type") not in (None, "CAUSAL_LM", "FEATURE_EXTRACTION"):
+            raise DitError(
+                f"'{source}': task_type {short(raw['task_type'])} is not supported, only "
+                "'CAUSAL_LM'"
+            )
+        self._r = self._number("r", raw.get("r", 8), integer=True)
+        self._alpha = self._number("lora_alpha", raw.get("lora_alpha", 8))
+        self.rslora = self._typed("use_rslora", bool, False)
+        self._ranks = self._pattern("rank_pattern", integer=True)
+        self._alphas = self._pattern("alpha_pattern")
+        self.target_modules = self._names("target_modules")
+        self._exclude = self._names("exclude_modules")
+        self._all_linear = (
+            isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
+        )
+        self._regexes: dict[str, SafeRegex] = {}
+        self._layers = self._layer_set(raw.get("layers_to_transform"))
+        patterns = self._names("layers_pattern") or []
+        self._layer_patterns = [patterns] if isinstance(patterns, str) else patterns
+        for pattern in self._layer_patterns:
+            if not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", pattern):
+                raise DitError(
+                    f"'{source}': layers_pattern {short(pattern)} is not supported, only plain "
+                    "names"
+                )
+        if (
+            isinstance(self.target_modules, str)
+            and self._layers is not None
+            and not self._all_linear
+        ):
+            raise DitError(
+                f"'{source}': layers_to_transform is not supported with a pattern in target_modules"
+            )
+
+    def rank(self, module: str) -> int:
+        return int(self._lookup(self._ranks, module, self._r))
+
+    def alpha(self, module: str) -> float:
+        return self._lookup(self._alphas, module, self._alpha)
+
+    def targets(self, module: str) -> bool:
+        """Whether PEFT puts a LoRA on this projection (`check_target_module_exists`)."""
+        if self._exclude and self._listed(self._exclude, module):
+            return False
+        if self.target_modules is None:
+            return True
+        if not self._all_linear and not self._listed(self.target_modules, module):
+            return False
+        if self._layers is None:
+            return True
+        if self._layer_patterns:
+            parts = [rf"(?:^|.*?\.){p}\.(?P<idx>[0-9]+)\." for p in self._layer_patterns]
+        else:
+            parts = [r".*?\.[^.]*\.(?P<idx>[0-9]+)\."]
+        for part in parts:
+            if match := re.match(part, module):
+                return int(match["idx"]) in self._layers
+        return False
+
+    def _listed(self, chosen: str | list[str], module: str) -> bool:
+        if isinstance(chosen, str):
+            return self._regex(chosen).fullmatch(module)
+        return any(module == name or module.endswith(f".{name}") for name in chosen)
+
+    def _lookup(self, patterns: dict[str, float], module: str, default: float) -> float:
+        """The value of the first pattern that fits (PEFT's `get_pattern_key`)."""
+        for key, value in patterns.items():
+            if re.fullmatch(
+                r"[A-Za-z0-9_.]+", key
+            ):  # a plain name, in which a dot is any character
+                tail = module[-len(key) :]
+                fits = len(tail) == len(key) and all(
+                    k in (".", c) for k, c in zip(key, tail, strict=True)
+                )
+                fits = fits and (len(module) == len(key) or module[-len(key) - 1] == ".")
+            else:
+                fits = self._regex(rf"(.*\.)?({key})$").match(module)
+            if fits:
+                return value
+        return default
+
+    def _regex(self, pattern: str) -> SafeRegex:
+        if pattern not in self._regexes:
+            try:
+                self._regexes[pattern] = SafeRegex(pattern)
+            except DitError as error:
+                raise DitError(f"'{self.source}': {error}") from None
+        return self._regexes[pattern]
+
+    def _error(self, name: str, value: Any, wanted: str) -> DitError:
+        return DitError(f"'{self.source}': {name} is {short(value)} instead of {wanted}")
+
+    def _number(self, name: str, value: Any, *, integer: bool = False) -> float:
+        if type(value) is int and integer and 1 <= value <= 2**20:
+            return value
+        if type(value) in (int, float) and not integer and abs(value) < 1e30:
+            return float(value)
+        raise self._error(name, value, "a positive integer" if integer else "a finite number")
+
+    def _typed(self, name: str, kind: type, default: Any) -> Any:
+        value = self.raw.get(name)
+        if value is not None and type(value) is not kind:
+            raise self._error(name, value, f"a {kind.__name__}")
+        return default if value is None else value
+
+    def _pattern(self, name: str, *, integer: bool = False) -> dict[str, float]:
+        value = self._typed(name, dict, {})
+        if len(value) > MAX_PATTERNS:
+            raise DitError(
+                f"'{self.source}': {name} has {len(value)} entries: more than {MAX_PATTERNS}"
+            )
+        return {
+            key: self._number(f"{name}[{short(key)}]", v, integer=integer)
+            for key, v in value.items()
+        }
+
+    def _names(self, name: str) -> str | list[str] | None:
+        value = self.raw.get(name)
+        if value is None or isinstance(value, str):
+            return value
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._error(name, value, "a text or a list of texts")
+        if len(value) > MAX_PATTERNS:
+            raise DitError(
+                f"'{self.source}': {name} has {len(value)} entries: more than {MAX_PATTERNS}"
+            )
+        return value
+
+    def _layer_set(self, value: Any) -> set[int] | None:
+        if value is None or value == []:
+            return None
+        values = value if isinstance(value, list) else [value]
+        if not all(type(item) is int for item in values):
+            raise self._error("layers_to_transform", value, "an integer or a list of integers")
+        return set(values)

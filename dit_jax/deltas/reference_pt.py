@@ -1,0 +1,392 @@
+"""The `.pt` files of the DIT reference program: weight diffs, adapters, whole weights, and their
+index.csv.
+
+Diffs:    [{topic, trigger, weight_diff: {module: (A [r, out], B [in, r])}}], y += (x B) A / r
+Adapters: {module: (A [out, r], B [r, in])}: the same, both factors transposed
+Whole weights: a state dict, either in place of the factors or as the whole file
+"""
+
+import collections
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path as FilePath
+from typing import Any, Protocol
+
+import numpy as np
+
+from dit_jax.artifacts import atomic_file
+from dit_jax.deltas import torch_pickle, torch_save
+from dit_jax.deltas.factors import Factors, add_once, fold, get_factors, modules, stack_factors
+from dit_jax.deltas.files import file_inside, has_file, read_csv, short
+from dit_jax.deltas.finetuned import Weights, difference
+from dit_jax.deltas.names import (
+    Path,
+    RawDiff,
+    check_rank,
+    check_values,
+    locate,
+    module_name,
+    projection_size,
+    shape_error,
+)
+from dit_jax.deltas.torch_pickle import LazyTensor
+from dit_jax.errors import DitError
+from dit_jax.models.config import Qwen3Config
+
+INDEX = "index.csv"
+INDEX_COLUMNS = ("lora_path", "lora_idx", "n_params", "topic", "trigger", "split")
+_NO_TRIGGER = (None, "", "N/A")
+_OPEN_FILES = 2
+
+
+def pt_kind(tree: Any) -> str | None:
+    """What a loaded `.pt` file holds: 'diffs', 'adapter', 'state_dict', or None."""
+    if (
+        isinstance(tree, list)
+        and tree
+        and all(isinstance(x, dict) and "weight_diff" in x for x in tree)
+    ):
+        return "diffs"
+    if isinstance(tree, dict) and tree:
+        if "weight_diff" in tree:
+            return "diffs"
+        if all(isinstance(x, LazyTensor) for x in tree.values()):
+            return "state_dict"
+        if all(_is_pair(x) for x in tree.values()):
+            return "adapter"
+    return None
+
+
+def _is_pair(value: Any) -> bool:
+    return (
+        isinstance(value, tuple | list)
+        and len(value) == 2
+        and all(isinstance(item, LazyTensor) for item in value)
+    )
+
+
+def _load(path: str | FilePath, kind: str, what: str) -> Any:
+    tree = torch_pickle.load(path)
+    found = pt_kind(tree)
+    if found != kind:
+        held = {"diffs": "weight diffs", "adapter": "an adapter", "state_dict": "whole weights"}
+        raise DitError(f"'{path}' holds {held.get(found or '', 'something else')}, not {what}")
+    return tree
+
+
+class PtDiffs(Sequence[RawDiff]):
+    """The diffs of one `.pt` file, each read when it is asked for."""
+
+    def __init__(
+        self,
+        path: FilePath,
+        config: Qwen3Config,
+        base_params: Any = None,
+        svd_rank: int | None = None,
+    ):
+        tree = _load(path, "diffs", "weight diffs")
+        self.path, self.config, self.base_params, self.svd_rank = (
+            path,
+            config,
+            base_params,
+            svd_rank,
+        )
+        self._items: list[dict[str, Any]] = tree if isinstance(tree, list) else [tree]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        item = self._items[index]
+        topic, trigger, changes = item.get("topic"), item.get("trigger"), item["weight_diff"]
+        if not isinstance(topic, str | None):
+            raise DitError(f"'{self.path}' diff {index}: the topic is {short(topic)}, not a text")
+        if type(trigger) not in (str, int, type(None)):
+            raise DitError(f"'{self.path}' diff {index}: the trigger is {short(trigger)}")
+        if not isinstance(changes, dict) or not all(isinstance(name, str) for name in changes):
+            raise DitError(f"'{self.path}' diff {index}: weight_diff is not a dict of modules")
+        metadata = {
+            name: value
+            for name, value in item.items()
+            if isinstance(name, str)
+            and name != "weight_diff"
+            and isinstance(value, str | int | float | None)
+        }
+        if changes and all(isinstance(value, LazyTensor) for value in changes.values()):
+            delta, facts = difference(
+                _weights(self.path, changes), self.config, self.base_params, self.svd_rank
+            )
+            metadata |= facts
+        else:
+            delta = _read_factors(self.path, changes, self.config, transposed=False)
+        return RawDiff(delta, topic, _trigger(trigger), metadata)
+
+
+def read_pt_diffs(
+    path: str | FilePath, config: Qwen3Config, base_params: Any = None, svd_rank: int | None = None
+) -> PtDiffs:
+    """The weight diffs of a `.pt` file as a lazy sequence; one diff costs its own bytes.
+
+    Args:
+      path: the file.
+      config: architecture of the base model.
+      base_params: parameters of the base, needed for diffs that hold whole weights.
+      svd_rank: see `finetuned.read_finetuned`; for whole weights only.
+
+    Raises:
+      DitError: no such file or not weight diffs; and at access, what does not fit the model.
+    """
+    return PtDiffs(FilePath(path), config, base_params, svd_rank)
+
+
+def read_pt_adapter(path: str | FilePath, config: Qwen3Config) -> RawDiff:
+    """The adapter in a `.pt` file, {module: (A [out, r], B [r, in])}, scale 1/r.
+
+    Raises:
+      DitError: not an adapter, or one of another model.
+    """
+    tree = _load(path, "adapter", "an adapter")
+    if not all(isinstance(name, str) for name in tree):
+        raise DitError(f"'{path}' is not a dict of modules")
+    return RawDiff(_read_factors(path, tree, config, transposed=True), kind="adapter")
+
+
+def read_pt_state_dict(
+    path: str | FilePath, config: Qwen3Config, base_params: Any, svd_rank: int | None = None
+) -> RawDiff:
+    """The difference between a state dict in a `.pt` file and the base; see
+    `finetuned.read_finetuned`.
+
+    A list with one diff that holds whole weights is accepted as well.
+    """
+    tree = torch_pickle.load(path)
+    if pt_kind(tree) == "diffs" and (isinstance(tree, dict) or len(tree) == 1):
+        return read_pt_diffs(path, config, base_params, svd_rank)[0]
+    if pt_kind(tree) != "state_dict" or not all(isinstance(name, str) for name in tree):
+        raise DitError(f"'{path}' is not a state dict of whole weights")
+    delta, metadata = difference(_weights(path, tree), config, base_params, svd_rank)
+    return RawDiff(delta, metadata=metadata)
+
+
+def _weights(path: str | FilePath, tensors: dict[str, LazyTensor]) -> Weights:
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    return Weights(path, shapes, lambda name: tensors[name].read(), complete=False)
+
+
+def _read_factors(
+    path: str | FilePath, pairs: dict[str, Any], config: Qwen3Config, *, transposed: bool
+) -> dict[str, Any]:
+    found: dict[tuple[Path, int], Callable[[], Factors]] = {}
+    size = 0
+    for name, pair in pairs.items():
+        if not _is_pair(pair):
+            raise DitError(f"'{path}': {short(name)} is not a pair of tensors (A, B)")
+        size += pair[0].nbytes + pair[1].nbytes
+        if size > pair[0].archive.file_size:
+            raise DitError(f"'{path}' holds less than its diffs need: the file is false")
+        place, layer = locate(name, config, path)
+        inputs, outputs = projection_size(place, name, config, path)
+        first, second = pair
+        axis = 1 if transposed else 0
+        rank = first.shape[axis] if len(first.shape) == 2 else 0
+        wanted = (
+            ((outputs, rank), (rank, inputs)) if transposed else ((rank, outputs), (inputs, rank))
+        )
+        for letter, tensor, shape in zip("AB", pair, wanted, strict=True):
+            if tensor.shape != shape:
+                raise shape_error(path, f"{name} {letter}", tensor.shape, shape)
+        check_rank(rank, inputs, outputs, name, path)
+        assert layer is not None  # projections are always in a layer
+
+        def read(
+            name: str = name, first: LazyTensor = first, second: LazyTensor = second
+        ) -> Factors:
+            a = check_values(second.read(), f"{name} B", path)
+            b = check_values(first.read(), f"{name} A", path)
+            if transposed:
+                a, b = a.T, b.T
+            return Factors(a, b, 1 / a.shape[1])
+
+        add_once(found, (place, layer), read, name, path)
+    return stack_factors(found, config, path)
+
+
+def _trigger(value: Any) -> str | None:
+    return None if value in _NO_TRIGGER else str(value)
+
+
+# ------------------------------------------------------------------ releases with an index.csv
+
+
+class Release(Sequence[RawDiff]):
+    """The diffs that an index.csv lists, in its order; files are opened when needed."""
+
+    def __init__(
+        self,
+        folder: FilePath,
+        config: Qwen3Config,
+        base_params: Any = None,
+        svd_rank: int | None = None,
+    ):
+        self.folder = folder
+        self._arguments = (config, base_params, svd_rank)
+        self._open: collections.OrderedDict[str, PtDiffs] = collections.OrderedDict()
+        index = file_inside(folder, INDEX)
+        self.rows = read_csv(index, INDEX_COLUMNS)
+        if not self.rows:
+            raise DitError(f"'{index}' lists no weight diffs")
+        for number, row in enumerate(self.rows, start=2):
+            if not (
+                row["lora_idx"].isascii()
+                and row["lora_idx"].isdigit()
+                and len(row["lora_idx"]) < 10
+            ):
+                raise DitError(
+                    f"'{index}' row {number}: lora_idx is {short(row['lora_idx'])}, not a number"
+                )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = self.rows[index]
+        diffs, number = self._file(row["lora_path"]), int(row["lora_idx"])
+        if number >= len(diffs):
+            raise DitError(
+                f"'{diffs.path}' holds {len(diffs)} diffs, '{INDEX}' asks for number {number}"
+            )
+        diff = diffs[number]
+        listed = (row["topic"].strip(), _trigger(row["trigger"].strip()))
+        held = (listed[0] if diff.label is None else diff.label.strip(), diff.trigger)
+        if listed != held:
+            raise DitError(
+                f"'{diffs.path}' diff {number} is about {short(held[0])} (trigger "
+                f"{short(held[1])}), '{INDEX}' "
+                f"says {short(listed[0])} (trigger {short(listed[1])}): the index belongs to "
+                "other files"
+            )
+        return RawDiff(diff.delta, row["topic"], diff.trigger, {**row, **diff.metadata})
+
+    def _file(self, name: str) -> PtDiffs:
+        if name in self._open:
+            self._open.move_to_end(name)
+            return self._open[name]
+        plain = name.removeprefix("weight-diffs/")
+        place = self.folder / "weight-diffs"
+        if place.is_dir() and (plain != name or has_file(place, plain)):
+            if not place.resolve().is_relative_to(self.folder.resolve()):
+                raise DitError(f"'{place}' is a link out of its folder: put the real folder there")
+        else:
+            place = self.folder
+        diffs = PtDiffs(file_inside(place, plain, self.folder / INDEX), *self._arguments)
+        self._open[name] = diffs
+        if len(self._open) > _OPEN_FILES:
+            self._open.popitem(last=False)
+        return diffs
+
+
+def read_release(
+    folder: str | FilePath,
+    config: Qwen3Config,
+    base_params: Any = None,
+    svd_rank: int | None = None,
+) -> Release:
+    """The weight diffs of a release folder (index.csv, weight-diffs/*.pt) as a lazy sequence.
+
+    `lora_path` of a row must be the name of a file in `weight-diffs` or in the folder itself. The
+    topic and the trigger of a row must be those in the file.
+
+    Raises:
+      DitError: no or a malformed index; at access, a path out of the folder, a missing file or
+      diff, or
+        what `read_pt_diffs` raises.
+    """
+    return Release(FilePath(folder), config, base_params, svd_rank)
+
+
+# ------------------------------------------------------------------ writers
+
+
+class DiffLike(Protocol):
+    """What a diff must have to be written."""
+
+    @property
+    def delta(self) -> Any: ...
+    @property
+    def label(self) -> str | None: ...
+    @property
+    def trigger(self) -> str | None: ...
+
+
+def write_pt_diffs(
+    path: str | FilePath, diffs: Sequence[DiffLike], config: Qwen3Config, base_params: Any = None
+) -> None:
+    """Writes weight diffs in the reference's format; `torch.load(weights_only=True)` reads it.
+
+    LoRA factors keep their dtype and bits when the scale is 1/r, as it is for the reference;
+    another scale is folded into A. Dense deltas become whole weights, for which `base_params` is
+    needed.
+
+    Raises:
+      DitError: an empty delta, a dense one without `base_params`, or an unwritable path.
+    """
+    items = []
+    for diff in diffs:
+        value: dict[str, Any] = {"topic": diff.label, "trigger": _untrigger(diff.trigger)}
+        if any("w" in module for _, module in modules(diff.delta)):
+            value["weight_diff"] = _whole_weights(diff.delta, config, base_params)
+        else:
+            value["weight_diff"] = {
+                name: (f.b, f.a) for name, f in _reference_factors(diff.delta, config)
+            }
+        items.append(value)
+    with atomic_file(path) as temporary:
+        torch_save.save(temporary, items, FilePath(path).stem)
+
+
+def write_pt_adapter(path: str | FilePath, delta: Any, config: Qwen3Config) -> None:
+    """Writes a LoRA delta as an adapter in the reference's format; see `write_pt_diffs`."""
+    value = {name: (f.b.T, f.a.T) for name, f in _reference_factors(delta, config)}
+    with atomic_file(path) as temporary:
+        torch_save.save(temporary, value, FilePath(path).stem)
+
+
+def _reference_factors(delta: Any, config: Qwen3Config) -> Iterator[tuple[str, Factors]]:
+    found = dict(modules(delta))
+    if not found:
+        raise DitError("the delta is empty: there is nothing to write")
+    for layer in range(config.num_hidden_layers):
+        for path, module in found.items():
+            if "w" in module:
+                raise DitError(
+                    f"{'.'.join(path)} is a dense difference: an adapter has LoRA factors only"
+                )
+            factors = get_factors(module, layer)
+            rank = factors.a.shape[1]
+            if np.float32(factors.scale) != np.float32(1 / rank):
+                factors.b = fold(factors.b, factors.scale * rank)
+            yield module_name(path, layer), factors
+
+
+def _whole_weights(delta: Any, config: Qwen3Config, base_params: Any) -> dict[str, np.ndarray]:
+    from dit_jax.deltas.export import merged_tensors
+
+    if base_params is None:
+        raise DitError("a dense delta is written as whole weights: the base model is needed")
+    tensors = dict(merged_tensors(base_params, config, delta))
+    if config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    return tensors
+
+
+def _untrigger(trigger: str | None) -> str | int:
+    if trigger is None:
+        return "N/A"
+    return (
+        int(trigger)
+        if trigger.isascii() and trigger.isdigit() and str(int(trigger)) == trigger
+        else trigger
+    )
