@@ -5,7 +5,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Compiling every installed module takes as long as the rest of the install, and most are never
+# imported: Python compiles those that are at first use, so it must be allowed to write them.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check \
+  --constraint constraints.txt
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev quickstart lint test clean
@@ -27,7 +31,7 @@ $(BIN)/python:
 
 # The stamps make the second run instant; a change of the requirements installs again.
 $(VENV)/.installed: pyproject.toml requirements.txt constraints.txt | $(BIN)/python
-	@echo "installing into $(VENV), one to two minutes at first use"
+	@echo "installing into $(VENV), about a minute at first use"
 	@$(PIP) --editable .
 	@touch $@
 

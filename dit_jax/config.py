@@ -10,6 +10,7 @@ import fnmatch
 import importlib.util
 import inspect
 import json
+import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -143,6 +144,10 @@ def _line_of(error: Exception, file: Path) -> str:
 
 def _describe(error: Exception) -> str:
     message = str(error.args[0]) if error.args else ""
+    # What a locked ConfigDict says of a key that it does not have, in the words of this module.
+    if key := re.search(r'Key "(\w+)" does not exist', message):
+        close = re.search(r'Did you mean "(\w+)"', message)
+        return f"unknown config key '{key[1]}'" + (f": did you mean '{close[1]}'?" if close else "")
     return message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"
 
 

@@ -140,6 +140,20 @@ def test_bad_config_files_are_one_line(tmp_path, text, arg, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_config_made_from_a_locked_one_cannot_add_keys(tmp_path):
+    file = tmp_path / "derived.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n"
+        "  config = ConfigDict({'train': {'learning_rate': 1.0}}).lock()\n"
+        "  config.train.lerning_rate = 2.0\n"
+        "  return config\n"
+    )
+    message = r"line 4: unknown config key 'lerning_rate': did you mean 'learning_rate'\?$"
+    with pytest.raises(DitError, match=message):
+        load_config(str(file))
+
+
 def test_missing_file_suggests_its_neighbour(path, tmp_path):
     with pytest.raises(
         DitError, match=r"no config file '.*quikstart.py': did you mean '.*/quickst"
