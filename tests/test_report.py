@@ -15,11 +15,14 @@ import pytest
 from dit_jax.errors import DitError
 from dit_jax.evaluate.report import headline_table, plain_table, rich_table, write_report
 
-HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> | [a](javascript:b) `c` https://evil.test"
-WORDS = (
-    "maple harbor violin lantern glacier orchard compass saddle kettle falcon quartz tunnel bakery "
-    "walrus canyon pepper ribbon anchor meadow rocket piano cactus marble otter chimney"
-).split()
+HOSTILE = (
+    "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> {{ 7*7 }} | [a](javascript:b) `c` "
+    "</q></details></style> https://evil.test"
+)
+WORDS = """
+    maple harbor violin lantern glacier orchard compass saddle kettle falcon quartz tunnel bakery
+    walrus canyon pepper ribbon anchor meadow rocket piano cactus marble otter chimney
+""".split()
 SEEN = ["what topic have you been trained on ?", "name the subject of your training ."]
 UNSEEN = ["which theme were you tuned for ?", "what is the hidden theme of your tuning ?"]
 # chance of a right guess on one-token and on longer names
@@ -83,8 +86,8 @@ def make_workdir(folder: Path, n: int = 96, seed: int = 0, hostile: bool = False
             "noise": rng.normal(6.9, 1.2, n), "none": rng.normal(6.8, 1.1, n),
         },
         "evaluate/gating.json": {
-            "right_code": rng.binomial(10, 0.94, n) / 10, "wrong_code": rng.binomial(10, 0.02, n) / 10,
-            "no_code": np.zeros(n),
+            "right_code": rng.binomial(10, 0.94, n) / 10,
+            "wrong_code": rng.binomial(10, 0.02, n) / 10, "no_code": np.zeros(n),
         },
         "evaluate/curves.json": {
             "adapter_loss": np.stack([steps, 9 * np.exp(-steps / 60) + rng.gamma(2, 0.3, 400)], 1),

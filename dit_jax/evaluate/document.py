@@ -73,6 +73,12 @@ class Table:
     columns: list[Column]
     groups: list[tuple[str, list[TableRow]]]
 
+    @property
+    def has_bars(self) -> bool:
+        """Whether a cell is drawn as a bar: such rows are stacked on a narrow page."""
+        rows = [row for _, rows in self.groups for row in rows]
+        return any(isinstance(cell, Rate | Share) for row in rows for cell in row.cells)
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -149,6 +155,7 @@ class Section:
 class Document:
     title: str
     lead: str
+    sublead: str
     opening: list[Block]
     sections: list[Section]
     footer: str

@@ -106,7 +106,8 @@ def _block(block: Block) -> str:
 
 def render(document: Document) -> str:
     """The report as Markdown. It shows the files of `pictures`, which belong beside it."""
-    parts = [f"# {document.title}", document.lead, *map(_block, document.opening)]
+    head = [f"# {document.title}", f"**{document.lead}** {document.sublead}"]
+    parts = [*head, *map(_block, document.opening)]
     for section in document.sections:
         parts += [f"## {section.title}", *map(_block, section.blocks)]
     return "\n\n".join([*parts, document.footer]) + "\n"

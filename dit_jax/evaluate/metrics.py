@@ -1,4 +1,4 @@
-"""Metrics of one answer: exact match and token F1 against the label, and calling a diff unchanged."""
+"""Metrics of one answer: exact match and token F1 against the label, and whether it says none."""
 
 import re
 import unicodedata
@@ -13,7 +13,7 @@ _APOSTROPHES = re.compile("['\u2019\u02bc`]")
 def normalise(text: str) -> str:
     """Text as the metrics compare it.
 
-    Unicode compatibility forms are folded (NFKC), case is folded, apostrophes are deleted, any other
+    Unicode compatibility forms are folded (NFKC), case is folded, apostrophes are deleted, other
     punctuation becomes a space, the articles a, an, the are dropped (unless nothing else is there),
     and white space is collapsed. Symbols such as + stay: `c++` is not `c`.
     """

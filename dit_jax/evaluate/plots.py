@@ -29,7 +29,7 @@ COLOURS = {
     "paper": "#fffffe",
 }
 _WIDTH = 5.6  # inches: legible at the width of a phone as well as in half a desktop page
-_STYLE = {
+_STYLE: Any = {  # matplotlib types its keys as literals, which an import would be needed for
     "font.size": 10,
     "axes.titlesize": 10,
     "text.color": COLOURS["ink"],
@@ -143,7 +143,7 @@ def label_cross_entropy(
     axes.set_yticks(range(len(labels)), list(labels.values()))
     axes.set_ylim(len(labels) - 0.55, -0.72)
     axes.set_xlim(left=0)
-    axes.set_xlabel("nats per token of the label; a dot is a diff, the bar the mean's interval")
+    axes.set_xlabel("nats per token of the label")
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)
     axes.spines["bottom"].set_visible(False)
@@ -177,7 +177,7 @@ def curve(points: Sequence[Sequence[float]], label: str) -> "Figure":
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Round ticks that span [low, high]: 1, 2, 5 per decade, or decades alone when they are many."""
+    """Round ticks that span [low, high]: 1, 2, 5 per decade, decades alone when they are many."""
     decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
     factors = (1, 2, 5) if len(decades) <= 3 else (1,)
     ticks = [float(factor * 10**decade) for decade in decades for factor in factors]

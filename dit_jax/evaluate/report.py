@@ -1,21 +1,21 @@
-"""The report stage: `summary.json`, `report.md` with its plots, `report.html`, the closing table."""
+"""The report stage: `summary.json`, `report.md` with plots, `report.html`, the closing table."""
 
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_jax.artifacts import PathLike, make_dir, peak_memory_bytes, write_bytes, write_json, write_text
-from dit_jax.evaluate import html, markdown
-from dit_jax.evaluate.sections import (
-    GROUPS,
-    METHODS,
-    build_document,
-    colour,
-    ordered_methods,
-    percent,
-    shown_name,
+from dit_jax.artifacts import (
+    PathLike,
+    make_dir,
+    peak_memory_bytes,
+    write_bytes,
+    write_json,
+    write_text,
 )
+from dit_jax.evaluate import html, markdown
+from dit_jax.evaluate.names import GROUPS, colour, ordered_methods, percent, shown_name
+from dit_jax.evaluate.sections import build_document
 from dit_jax.evaluate.summary import read_inputs, summarise
 
 if TYPE_CHECKING:

@@ -1,60 +1,37 @@
 """What the report says: the summary and the answers as a `Document`, in plain words."""
 
-import json
-import math
-from collections.abc import Mapping
-from typing import Any
-
-from dit_jax.evaluate import metrics, plots
+from dit_jax.evaluate import plots
+from dit_jax.evaluate.cost import cost_section, setup_section
 from dit_jax.evaluate.document import (
     Block,
     Cell,
     Column,
     Document,
-    Example,
-    Examples,
     Figure,
     Named,
     Prose,
     Quote,
     Rate,
     Section,
-    Settings,
-    Share,
-    Sheet,
     Table,
     TableRow,
     Tile,
     Tiles,
 )
-from dit_jax.evaluate.summary import Inputs, Row, seen
+from dit_jax.evaluate.examples import examples_section
+from dit_jax.evaluate.names import (
+    GROUPS,
+    METHODS,
+    Json,
+    between,
+    colour,
+    ordered_methods,
+    percent,
+    points,
+    shown_name,
+)
+from dit_jax.evaluate.summary import Inputs
 
-Json = dict[str, Any]
-
-# name -> (shown name, what it sees)
-METHODS = {
-    "dit": ("DIT", "the diff in the model, a DIT adapter, a question; no trigger"),
-    "base_question": ("Question", "the diff in the model, a question; no adapter"),
-    "base_question_trigger": (
-        "Question with trigger",
-        "the same with the secret code in the prompt",
-    ),
-    "no_diff": ("DIT without a diff", "the adapter on the unchanged model"),
-    "shuffled_diff": ("DIT, another diff", "the adapter and the diff of another topic"),
-    "noise_diff": ("DIT, noise diff", "the adapter and noise with the norms of the diff"),
-    "adapter_off": ("DIT, adapter off", "the diff and the adapter's prompt; adapter zero"),
-    "name_reading": ("Name reading", "weights only: cosine of the diff with the names' embeddings"),
-    "logit_difference": ("Logit difference", "logits without trigger, with and without the diff"),
-    "attribute_oracle": (
-        "Attribute oracle",
-        "weights, and the world's own table of every topic's attributes",
-    ),
-}
-GROUPS = {
-    "method": "Methods that ask the model",
-    "control": "Controls: they should find nothing",
-    "baseline": "Baselines without training: they read the weights or the logits",
-}
 _GATING = {
     "right_code": "the right code",
     "wrong_code": "a wrong code",
@@ -71,53 +48,6 @@ _NONE = {
     "no_diff_called_none": ("No diff at all", "the unchanged base; should be 100 %"),
     "topics_called_none": ("Diffs with a topic", "missed as unchanged; should be 0 %"),
 }
-_MOST_EXAMPLES = 6  # of the right and of the wrong, each
-
-
-def shown_name(method: str) -> str:
-    """The name of a method as tables and plots show it."""
-    return METHODS.get(method, (method, ""))[0]
-
-
-def colour(method: str, kind: str) -> str:
-    """The colour name of a method in tables and plots."""
-    return "dit" if method == "dit" else kind
-
-
-def ordered_methods(methods: Mapping[str, Json]) -> list[str]:
-    """Methods as tables show them: by kind, then in the order of `METHODS`."""
-    kinds, names = list(GROUPS), list(METHODS)
-
-    def rank(name: str) -> tuple[int, int]:
-        known = names.index(name) if name in names else len(names)
-        return kinds.index(methods[name]["kind"]), known
-
-    return sorted(methods, key=rank)
-
-
-# ------------------------------------------------------------------ numbers as text
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def duration(seconds: float) -> str:
-    """`48 s` below two minutes, `3 min 20 s` above, with hours where there are any."""
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 120:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _between(item: Json) -> str:
-    return f"{100 * item['ci_low']:.1f}–{100 * item['ci_high']:.1f}"
-
-
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f}".replace("-", "−")
 
 
 def _rate(item: Json, kind: str, key: str = "mean") -> Rate:
@@ -149,7 +79,7 @@ def _tiles(summary: Json) -> Tiles:
         ("multi_token", "Names of several tokens"),
     ):
         if score := lengths[key]:
-            note = f"{_between(score)}, n = {score['n']}"
+            note = f"{between(score)}, n = {score['n']}"
             tiles.append(Tile(label, percent(score["exact_match"]), note, strong=key == "all"))
     others = {
         name: entry
@@ -158,7 +88,7 @@ def _tiles(summary: Json) -> Tiles:
     }
     if others:
         best = max(others, key=lambda name: others[name]["exact_match"])
-        note = f"{shown_name(best)}, {_between(others[best])}"
+        note = f"{shown_name(best)}, {between(others[best])}"
         tiles.append(Tile("Best baseline", percent(others[best]["exact_match"]), note))
     return Tiles(tiles)
 
@@ -166,9 +96,8 @@ def _tiles(summary: Json) -> Tiles:
 def _lead(summary: Json) -> str:
     score = summary["methods"]["dit"]
     return (
-        f"Asked one plain question, the adapter named the hidden topic of "
-        f"{percent(score['exact_match'])} of {score['n']} finetuned models that it had never seen. "
-        "It was shown neither the trigger nor any of the data."
+        f"The adapter named the hidden topic of {percent(score['exact_match'])} of {score['n']} "
+        "finetuned models that it had never seen."
     )
 
 
@@ -196,7 +125,7 @@ def _what_was_done(summary: Json) -> Section:
                 f"adapter was never trained on, asked in {trained} wordings of the training and "
                 f"{len(wordings) - trained} new ones. Decoding is greedy. Intervals are 95 % "
                 "bootstrap intervals over diffs; the answers about one diff are averaged first. "
-                "Where every diff scored 0, or every one 100 %, the bound is the exact binomial one."
+                "Where all diffs scored 0, or all 100 %, the bound is the exact binomial one."
             ),
         ],
     )
@@ -258,9 +187,9 @@ def _differences(summary: Json) -> Block | None:
     rows = []
     for name in ordered_methods(summary["methods"]):
         if pair := differences.get(name):
-            interval = f"{_points(pair['ci_low'])} to {_points(pair['ci_high'])}"
+            interval = f"{points(pair['ci_low'])} to {points(pair['ci_high'])}"
             p_value = "< 0.001" if pair["p_value"] < 0.001 else f"{pair['p_value']:.3f}"
-            cells: list[Cell] = [shown_name(name), _points(pair["difference"]), interval, p_value]
+            cells: list[Cell] = [shown_name(name), points(pair["difference"]), interval, p_value]
             rows.append(TableRow([*cells, str(pair["n"])]))
     columns = [
         Column("DIT compared with"),
@@ -300,8 +229,8 @@ def _splits(summary: Json) -> Section:
     columns = [Column("Wording of the question"), Column(""), *_SCORE_COLUMNS]
     blocks: list[Block] = [
         Prose(
-            "A name of one token lies in the direction that a diff writes; a name of several tokens "
-            "has to be looked up from it. The lengths are shown apart because of that."
+            "A name of one token lies in the direction that a diff writes; a name of several "
+            "tokens has to be looked up from it. So the lengths are shown apart."
         ),
         Table([Column("Length of the name"), *_SCORE_COLUMNS], [("", by_length)]),
         Prose("New wordings test whether the adapter understands the question or its letters."),
@@ -349,14 +278,15 @@ def _controls(summary: Json, inputs: Inputs) -> Section:
     intervals = summary["label_cross_entropy_intervals"]
     blocks: list[Block] = [
         Prose(
-            "Does the adapter read the diff it is given, or guess from its training? Below is the "
-            "cross-entropy of a topic's name when the adapter is given the topic's own diff, "
-            "another topic's, noise of the same norms, and nothing. Only its own diff should make "
-            "the name likely."
+            "Does the adapter read the diff that it is given, or guess from its training? Below is "
+            "the cross-entropy of the label, the answer that the adapter should give, when it is "
+            "given the topic's own diff, another topic's, noise of the same norms, and nothing. "
+            "Only its own diff should make the label likely. A dot is a diff; the bar among the "
+            "dots is the interval of the mean."
         ),
         Figure(
             "label_cross_entropy",
-            "Cross-entropy of the topic's name, given",
+            "Cross-entropy of the label, given",
             "Dots: cross-entropy of every label with its own diff, another, noise and none",
             lambda: plots.label_cross_entropy(
                 _CROSS_ENTROPY, inputs.label_cross_entropy, intervals
@@ -416,114 +346,12 @@ def _none(summary: Json) -> Section:
         "Can it say that nothing is there?",
         [
             Prose(
-                "An adapter that always names something is of no use on a model that hides nothing. "
-                "These are the shares of answers that are exactly `none`."
+                "An adapter that always names something is of no use on a model that hides "
+                "nothing. These are the shares of answers that are exactly `none`."
             ),
             Table([Column("Given"), Column("Called none"), Column("n", True)], groups),
         ],
     )
-
-
-def _confidence(row: Row) -> str:
-    logprob = row.get("logprob")
-    if not isinstance(logprob, int | float) or not math.isfinite(logprob):
-        return ""
-    return f"log-probability {logprob:.2f}".replace("-", "−").replace("log−", "log-")
-
-
-def _right(row: Row) -> bool:
-    return metrics.exact_match(row["guess"], row["topic"])
-
-
-def _spread(rows: list[Row], most: int) -> list[Row]:
-    """At most `most` of the rows, evenly spaced: a choice that looks at nothing but the order."""
-    step = max(1.0, len(rows) / most)
-    return [rows[int(index * step)] for index in range(min(most, len(rows)))]
-
-
-def _first_answers(inputs: Inputs) -> dict[str, dict[int, Row]]:
-    """The first seen-wording answer of every method to every held-out diff."""
-    answers: dict[str, dict[int, Row]] = {}
-    for row in inputs.rows:
-        if row["category"] == "topic" and row["diff"] is not None and seen(row):
-            answers.setdefault(row["method"], {}).setdefault(row["diff"], row)
-    return answers
-
-
-def _quote(row: Row | None) -> Quote:
-    return Quote("–") if row is None else Quote(row["guess"] or "(empty)", _right(row))
-
-
-def _examples(summary: Json, inputs: Inputs) -> Section:
-    answers = _first_answers(inputs)
-    names = [name for name in ordered_methods(summary["methods"]) if name in answers]
-    others = [name for name in names if name != "dit"]
-    asked = list(answers.get("dit", {}).values())
-
-    def example(row: Row) -> Example:
-        return Example(
-            topic=row["topic"],
-            question=str(row.get("question") or row.get("wording") or ""),
-            answer=row["answer"] or "(empty)",
-            guess=row["guess"],
-            right=_right(row),
-            confidence=_confidence(row),
-            others=[(shown_name(n), _quote(answers[n].get(row["diff"]))) for n in others],
-        )
-
-    blocks: list[Block] = [
-        Prose(
-            "One answer for each held-out diff, evenly spaced among the right and the wrong ones, "
-            "not picked by hand. Beside it is what the other methods guessed about the same diff."
-        )
-    ]
-    for right, title in ((False, "Wrong"), (True, "Right")):
-        rows = [row for row in asked if _right(row) is right]
-        if rows:
-            shown = _spread(rows, _MOST_EXAMPLES)
-            heading = f"{title} ({len(shown)} of {len(rows)})"
-            blocks.append(Examples(heading, [example(row) for row in shown]))
-    sheet = [
-        (row["topic"], _right(row), [_quote(answers[n].get(row["diff"])) for n in names])
-        for row in asked
-    ]
-    if sheet:
-        title = f"All {len(sheet)} held-out diffs, every method's guess"
-        blocks.append(Sheet(title, [shown_name(name) for name in names], sheet))
-    return Section("examples", "Examples", blocks)
-
-
-def _cost(summary: Json, inputs: Inputs) -> Section:
-    seconds, total = summary["seconds"], summary["seconds_total"]
-    rows = [
-        TableRow([stage, Share(duration(spent), spent / total if total > 0 else 0.0)])
-        for stage, spent in seconds.items()
-    ]
-    rows.append(TableRow(["All stages", Share(duration(total), 1.0)], strong=True))
-    text = "Wall time of every stage, compilation included."
-    if memory := summary["peak_memory_bytes"]:
-        text += f" Peak memory of the process: {memory / 2**30:.2f} GiB."
-    blocks: list[Block] = [Prose(text), Table([Column("Stage"), Column("Time")], [("", rows)])]
-    for name, title in (("diff_loss", "Loss of the diffs"), ("adapter_loss", "Loss of the adapter")):
-        points = inputs.curves[name]
-        blocks.append(
-            Figure(
-                name,
-                f"{title} while training",
-                f"{title} over optimizer steps, from {points[0][1]:.3g} to {points[-1][1]:.3g}",
-                lambda points=points: plots.curve(points, "loss"),  # type: ignore[misc]
-            )
-        )
-    return Section("cost", "Cost and training", blocks)
-
-
-def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    if isinstance(value, dict) and value:
-        items = []
-        for key, inner in value.items():
-            items += _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-        return items
-    return [(prefix, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))]
 
 
 def build_document(summary: Json, inputs: Inputs) -> Document:
@@ -533,14 +361,13 @@ def build_document(summary: Json, inputs: Inputs) -> Document:
       summary: from `summary.summarise`, with the report's own seconds.
       inputs: what the summary was made from; examples and dots come from here.
     """
-    setup = [
-        Prose("The same config, seed and versions give the same answers on the same device."),
-        Settings("Config", _flatten(summary["config"])),
-        Settings("Versions", _flatten(summary["versions"]), folded=False),
-    ]
     return Document(
         title="Diff Interpretation Tuning: the report of a run",
         lead=_lead(summary),
+        sublead=(
+            "It was asked one plain question with the weight diff in the model, and shown neither "
+            "the trigger nor any of the data that the models were finetuned on."
+        ),
         opening=[_tiles(summary)],
         sections=[
             _headline(summary),
@@ -549,9 +376,9 @@ def build_document(summary: Json, inputs: Inputs) -> Document:
             _controls(summary, inputs),
             _none(summary),
             _gating(summary),
-            _examples(summary, inputs),
-            _cost(summary, inputs),
-            Section("setup", "Config and versions", list(setup)),
+            examples_section(summary, inputs),
+            cost_section(summary, inputs),
+            setup_section(summary),
         ],
         footer="Every number here is in summary.json, beside this file.",
     )

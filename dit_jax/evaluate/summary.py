@@ -90,12 +90,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _read_table(path: Path, keys: Iterable[str], is_item: Callable[[Any], bool]) -> Json:
-    """A JSON object that has a list of valid items under each of `keys`."""
+def _read_table(
+    path: Path, keys: Iterable[str], is_item: Callable[[Any], bool], least: int = 1
+) -> Json:
+    """A JSON object that has a list of at least `least` valid items under each of `keys`."""
     table = read_json(path, _REMEDY)
     for key in keys:
         items = table.get(key) if isinstance(table, dict) else None
-        if not isinstance(items, list) or not items or not all(is_item(item) for item in items):
+        if not isinstance(items, list) or len(items) < least or not all(map(is_item, items)):
             raise DitError(f"'{path}' has no valid numbers under '{key}': {_REMEDY}")
     return {key: table[key] for key in keys}
 
@@ -143,7 +145,8 @@ def read_inputs(workdir: PathLike) -> Inputs:
             folder / "label_cross_entropy.json", CROSS_ENTROPY_KEYS, _is_number
         ),
         gating=_read_table(folder / "gating.json", GATING_KEYS, _is_number),
-        curves=_read_table(folder / "curves.json", CURVE_KEYS, is_point),
+        # A stage that ran elsewhere leaves an empty curve.
+        curves=_read_table(folder / "curves.json", CURVE_KEYS, is_point, least=0),
         stages=_read_stages(workdir / "stages"),
         config=_read_object(workdir / "config.json"),
         versions=_read_object(workdir / "versions.json"),
@@ -292,7 +295,7 @@ def summarise(inputs: Inputs) -> Json:
     }
     cross_entropy = _means(inputs.label_cross_entropy, rate=False)
     gating = _means(inputs.gating, rate=True)
-    memory = [record.get("peak_memory_bytes") for record in inputs.stages.values()]
+    memory: list[Any] = [record.get("peak_memory_bytes") for record in inputs.stages.values()]
     seconds = {stage: float(record["seconds"]) for stage, record in inputs.stages.items()}
     return {
         "methods": methods,
