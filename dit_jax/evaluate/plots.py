@@ -28,7 +28,7 @@ COLOURS = {
     "line": "#d8dee5",
     "paper": "#fffffe",
 }
-_WIDTH = 5.6  # inches: legible at the width of a phone as well as in half a desktop page
+_WIDTH = 4.8  # inches: legible at the width of a phone as well as in half a desktop page
 _STYLE: Any = {  # matplotlib types its keys as literals, which an import would be needed for
     "font.size": 10,
     "axes.titlesize": 10,
@@ -51,23 +51,27 @@ _STYLE: Any = {  # matplotlib types its keys as literals, which an import would 
 }
 
 
-def _new(height: float) -> "tuple[Figure, Axes]":
+def _new(height: float, width: float = _WIDTH) -> "tuple[Figure, Axes]":
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
     return figure, axes
 
 
 def _horizontal_bars(
-    labels: Sequence[str], intervals: Sequence[Json], colours: Sequence[str], label: str
+    labels: Sequence[str],
+    intervals: Sequence[Json],
+    colours: Sequence[str],
+    label: str,
+    width: float = _WIDTH,
 ) -> "Figure":
     """Bars of rates with whiskers and their values, first on top."""
-    figure, axes = _new(0.75 + 0.36 * len(labels))
+    figure, axes = _new(0.75 + 0.36 * len(labels), width)
     rows = np.arange(len(labels))
     means = np.array([item["mean"] for item in intervals])
     low = np.array([item["ci_low"] for item in intervals])
@@ -107,6 +111,7 @@ def methods(entries: Sequence[tuple[str, str, Json]]) -> "Figure":
         [{**score, "mean": score["exact_match"]} for _, _, score in entries],
         [COLOURS[colour] for _, colour, _ in entries],
         "exact match, with 95 % interval over diffs",
+        width=6.8,  # for Markdown, where it stands alone
     )
 
 
@@ -127,6 +132,8 @@ def label_cross_entropy(
     """Cross-entropy of the label, a dot per diff and the mean with its interval."""
     figure, axes = _new(0.75 + 0.5 * len(labels))
     rng = np.random.default_rng(0)
+    # Butt ends: a wide line's default ends would stick out beyond the interval.
+    bar: Json = {"color": COLOURS["ink"], "lw": 5, "solid_capstyle": "butt"}
     for row, key in enumerate(labels):
         colour = COLOURS["dit" if key == "matched" else "control"]
         points = np.asarray(values[key], np.float64)
@@ -135,7 +142,7 @@ def label_cross_entropy(
         jitter = row + rng.uniform(-0.24, 0.24, len(points))
         axes.plot(points, jitter, "o", ms=3.2, mew=0, color=colour, alpha=0.45)
         item = intervals[key]
-        axes.plot([item["ci_low"], item["ci_high"]], [row, row], color=COLOURS["ink"], lw=5)
+        axes.plot([item["ci_low"], item["ci_high"]], [row, row], **bar)
         axes.annotate(
             f"{item['mean']:.2f}", (item["mean"], row), (0, 11), textcoords="offset points",
             ha="center", va="bottom", fontsize=9.5, fontweight="bold", color=COLOURS["ink"],

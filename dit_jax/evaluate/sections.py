@@ -233,7 +233,7 @@ def _splits(summary: Json) -> Section:
             "tokens has to be looked up from it. So the lengths are shown apart."
         ),
         Table([Column("Length of the name"), *_SCORE_COLUMNS], [("", by_length)]),
-        Prose("New wordings test whether the adapter understands the question or its letters."),
+        Prose("New wordings show whether the adapter understands the question or knows it by heart."),
         Table([Column("Wording"), *_SCORE_COLUMNS], [("", by_wording)]),
         Table(columns, [("Each wording alone", each)]),
     ]
