@@ -241,7 +241,7 @@ def answer_batch(
     stacked: Delta | None = None,
     rows: Sequence[int] | None = None,
     max_new_tokens: int = 20,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[Answer]:
@@ -250,12 +250,13 @@ def answer_batch(
     Args:
         deltas: applied to every question.
         stacked: deltas [n, L, …] of which question i gets number rows[i] (per-example LoRA).
+        batch_size: rows per batch, filled up with repeats: calls of one size share one program.
+            Default: all questions at once, at most 256.
     """
-    batch_size = min(batch_size, len(questions))
+    batch_size = batch_size or min(256, len(questions))
     tokens, mask = model.chat.prompts(questions)
     answers: list[Answer] = []
     for start in range(0, len(questions), batch_size):
-        # The last batch is filled up with repeats, so that it runs the same program.
         picked = [(start + i) % len(questions) for i in range(batch_size)]
         own: tuple[Delta, ...] = ()
         if stacked is not None:

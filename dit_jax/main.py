@@ -67,7 +67,8 @@ def run_stage(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> dic
     if stage == "pretrain":
         from dit_jax.train.pretrain import pretrain
 
-        return pretrain(config, workdir) or {}
+        pretrain(config, workdir)
+        return {}
     if stage == "diffs":
         from dit_jax.data.organisms import load_organisms
         from dit_jax.organisms.generate import generate_diffs
@@ -82,9 +83,11 @@ def run_stage(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> dic
         from dit_jax.evaluate.run import evaluate_run
 
         return evaluate_run(model, workdir, config.evaluate, config.seed)
-    from dit_jax.evaluate.report import print_headline, write_report
+    import rich
 
-    print_headline(write_report(workdir))
+    from dit_jax.evaluate.report import headline_table, write_report
+
+    rich.print(headline_table(write_report(workdir)))
     print(f"report: {workdir / 'report' / 'report.html'}", flush=True)
     return {}
 

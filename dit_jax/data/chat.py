@@ -45,9 +45,9 @@ class Chat:
         return Sample(tokens, len(prompt), len(tokens))
 
     def prompts(self, questions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Left-padded ids and mask, [B, T], T rounded up to a multiple of 8 (few shapes, few compilations)."""
+        """Left-padded ids and mask, [B, T], T rounded up to a multiple of 32 (few shapes, few compilations)."""
         rows = [self.prompt_ids(question) for question in questions]
-        length = -(-max(map(len, rows)) // 8) * 8
+        length = -(-max(map(len, rows)) // 32) * 32
         tokens = np.full((len(rows), length), self.pad_id, np.int32)
         mask = np.zeros((len(rows), length), bool)
         for row, ids in enumerate(rows):

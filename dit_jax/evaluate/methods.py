@@ -61,7 +61,7 @@ def answer_rows(
     kind: str,
     category: str,
     seen: bool,
-    adapter: Delta | None,
+    adapter: Delta,
     stacked: Delta | None = None,
     trigger_seed: int | None = None,
     evaluate: Any,
@@ -69,6 +69,7 @@ def answer_rows(
     """Rows of answers.jsonl: every question put to every diff.
 
     Args:
+        adapter: for methods without one, zeros: all methods then run the same compiled program.
         stacked: deltas to use instead of the diffs' own (controls).
         trigger_seed: put the diff's secret code before the question (`base_question_trigger`).
     """
@@ -80,7 +81,7 @@ def answer_rows(
     answers = answer_batch(
         model,
         prompts,
-        deltas=() if adapter is None else (adapter,),
+        deltas=(adapter,),
         stacked=diffs.stacked if stacked is None else stacked,
         rows=[row for row, _ in pairs],
         max_new_tokens=evaluate.max_new_tokens,
@@ -92,12 +93,16 @@ def answer_rows(
     ]
 
 
-def no_diff_rows(model: Model, questions: Sequence[str], *, seen: bool, adapter: Delta, evaluate: Any) -> list[Any]:
-    """The adapter on the bare base, for the calibration of "none"."""
+def no_diff_rows(
+    model: Model, diffs: HeldOut, questions: Sequence[str], *, seen: bool, adapter: Delta, evaluate: Any
+) -> list[dict[str, Any]]:
+    """The adapter on the bare base (a zero diff), for the calibration of "none"."""
     answers = answer_batch(
         model,
         questions,
         deltas=(adapter,),
+        stacked=zeros(diffs.stacked),
+        rows=[0] * len(questions),
         max_new_tokens=evaluate.max_new_tokens,
         batch_size=evaluate.batch_size,
     )

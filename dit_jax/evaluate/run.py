@@ -4,6 +4,8 @@ import json
 import pathlib
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dit_jax import artifacts
@@ -34,6 +36,7 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
         raise DitError("there are no held-out topics to evaluate on: raise data.test_topics and start a new workdir")
     seen, unseen = list(config.seen_questions), list(config.unseen_questions)
     question = seen[0]
+    off = jax.tree.map(jnp.zeros_like, adapter)
 
     # ---------------------------------------------------------------- answers
     rows: list[dict[str, Any]] = []
@@ -48,9 +51,9 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
             rows += methods.answer_rows(model, topics, questions, category="topic", **dit)
             if len(benign):
                 rows += methods.answer_rows(model, benign, questions, category="benign", **dit)
-            rows += methods.no_diff_rows(model, questions, seen=known, adapter=adapter, evaluate=config)
+            rows += methods.no_diff_rows(model, topics, questions, seen=known, adapter=adapter, evaluate=config)
             progress.advance()
-        plain = {**topic, "kind": "method", "seen": True, "adapter": None}
+        plain = {**topic, "kind": "method", "seen": True, "adapter": off}
         rows += methods.answer_rows(model, topics, [question], method="base_question", **plain)
         rows += methods.answer_rows(
             model, topics, [question], method="base_question_trigger", trigger_seed=seed, **plain
@@ -63,7 +66,7 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
             )
             progress.advance()
         rows += methods.answer_rows(
-            model, topics, [question], method="adapter_off", trigger_seed=None, adapter=None, **control
+            model, topics, [question], method="adapter_off", adapter=off, **control
         )
         progress.advance()
 

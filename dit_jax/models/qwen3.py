@@ -240,7 +240,8 @@ def unembed(params: Params, config: Qwen3Config, hidden: jax.Array, deltas: Delt
 
 def init_params(config: Qwen3Config, key: jax.Array) -> Params:
     """Random parameters (normal, 0.02), as plain nested dicts of arrays in `config.dtype`."""
-    return nn.meta.unbox(_init(config, key))
+    # Compiled: run eagerly, the scan over layers would compile piece by piece.
+    return nn.meta.unbox(jax.jit(_init, static_argnums=0)(config, key))
 
 
 def logical_axes(config: Qwen3Config) -> Params:

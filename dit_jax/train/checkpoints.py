@@ -48,7 +48,7 @@ class Checkpoints:
 
         Unsound ones are named on stderr and deleted, so that training can write that step again.
         """
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), like)
+        abstract = jax.tree.map(lambda x: _abstract(np.shape(x), x.dtype), like)
         steps = sorted((int(p.name) for p in self.folder.iterdir() if p.name.isdecimal()), reverse=True)
         for step in steps:
             try:
@@ -95,7 +95,7 @@ def load_adapter(
     remedy = "run the stage 'train' that writes it"
     manifest = artifacts.read_manifest(folder, ADAPTER_FORMAT, remedy=remedy)
     abstract = store.unflatten(
-        {name: jax.ShapeDtypeStruct(tuple(shape), dtype) for name, (shape, dtype) in manifest["leaves"].items()}
+        {name: _abstract(tuple(shape), dtype) for name, (shape, dtype) in manifest["leaves"].items()}
     )
     try:
         adapter = jax.device_get(ocp.load((folder / "checkpoint").absolute(), abstract))
@@ -104,3 +104,8 @@ def load_adapter(
     if artifacts.digest_tree(adapter) != manifest["digest"]:
         raise DitError(f"{folder} is damaged (its values differ from the digest): {remedy}")
     return jax.tree.map(place, adapter), manifest
+
+
+def _abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    # Orbax restores onto a sharding; without one it falls back to whatever devices wrote the file.
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))

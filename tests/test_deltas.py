@@ -1,0 +1,110 @@
+"""Deltas: applied functionally = merged into the weights; any number at once; nothing leaks between rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_qwen3 import TINY, logits, random_lora
+
+import dit_jax
+from dit_jax.deltas import tree
+from dit_jax.models.qwen3 import init_params
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_params(TINY, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jax.random.randint(jax.random.key(1), (3, 9), 0, TINY.vocab_size)
+
+
+def test_applied_equals_merged_for_lora_dense_and_both(params, tokens):
+    lora, other = random_lora(TINY, 1), random_lora(TINY, 2, rank=5)
+    dense = tree.dense(other)
+    for deltas in [(lora,), (dense,), (lora, other), (lora, dense, other)]:
+        merged = logits(tree.merge(params, *deltas), TINY, tokens)
+        np.testing.assert_allclose(logits(params, TINY, tokens, deltas=deltas), merged, atol=2e-5)
+    assert np.abs(logits(params, TINY, tokens, deltas=(lora,)) - logits(params, TINY, tokens)).max() > 0.1
+
+
+def test_dense_deltas_reach_every_parameter(params, tokens):
+    def rename(path, leaf):
+        return 0.05 * jax.random.normal(jax.random.key(len(str(path))), leaf.shape)
+
+    changes = jax.tree_util.tree_map_with_path(rename, params)
+
+    def as_delta(node):
+        if not isinstance(next(iter(node.values())), dict):
+            return {"w": next(iter(node.values()))}
+        return {name: as_delta(child) for name, child in node.items()}
+
+    delta = as_delta(changes)
+    expected = logits(jax.tree.map(jnp.add, params, changes), TINY, tokens)
+    np.testing.assert_allclose(logits(params, TINY, tokens, deltas=(delta,)), expected, atol=2e-5)
+    np.testing.assert_allclose(logits(tree.merge(params, delta), TINY, tokens), expected, atol=2e-5)
+
+
+def test_an_absent_delta_is_exactly_the_base(params, tokens):
+    base = np.asarray(logits(params, TINY, tokens))
+    np.testing.assert_array_equal(logits(params, TINY, tokens, deltas=({}, {"layers": {}})), base)
+    fresh = tree.init_lora(TINY, jax.random.key(0), 4)
+    np.testing.assert_array_equal(logits(params, TINY, tokens, deltas=(fresh,)), base)
+
+
+def test_one_lora_per_example_equals_a_loop_and_rows_do_not_mix(params, tokens):
+    diffs = [random_lora(TINY, s) for s in (1, 2, 3)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *diffs)
+    adapter = random_lora(TINY, 7, rank=4)
+    together = logits(params, TINY, tokens, deltas=(tree.per_example(stacked), adapter))
+    for row, diff in enumerate(diffs):
+        alone = logits(params, TINY, tokens[row : row + 1], deltas=(diff, adapter))
+        np.testing.assert_allclose(together[row], alone[0], atol=1e-5)
+    changed = jax.tree.map(lambda x: x.at[1].multiply(3.0), stacked)
+    other = logits(params, TINY, tokens, deltas=(tree.per_example(changed), adapter))
+    np.testing.assert_array_equal(other[0], together[0])
+    np.testing.assert_array_equal(other[2], together[2])
+    assert np.abs(other[1] - together[1]).max() > 1e-3
+
+
+def test_vmap_over_diffs_equals_a_loop(params, tokens):
+    diffs = [random_lora(TINY, s) for s in (1, 2, 3)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *diffs)
+    mapped = jax.vmap(lambda diff: logits(params, TINY, tokens, deltas=(diff,)))(stacked)
+    for out, diff in zip(mapped, diffs, strict=True):
+        np.testing.assert_allclose(out, logits(params, TINY, tokens, deltas=(diff,)), atol=1e-5)
+
+
+def test_concatenated_along_the_rank_is_the_sum(params, tokens):
+    diff, adapter = random_lora(TINY, 1), random_lora(TINY, 2, rank=5)
+    fused = tree.concatenate(diff, adapter)
+    expected = logits(params, TINY, tokens, deltas=(diff, adapter))
+    np.testing.assert_allclose(logits(params, TINY, tokens, deltas=(fused,)), expected, atol=1e-5)
+    assert fused["layers"]["mlp"]["up_proj"]["a"].shape[-1] == 7
+
+
+def test_noise_has_the_norms_of_the_diff_and_nothing_else_of_it():
+    diff = random_lora(TINY, 1)
+    noise = tree.noise_like(diff, jax.random.key(3))
+
+    def compare(path, module):
+        other = noise
+        for name in path:
+            other = other[name]
+        for factor in ("a", "b"):
+            one, two = (np.asarray(x[factor]).reshape(TINY.num_hidden_layers, -1) for x in (module, other))
+            np.testing.assert_allclose(np.linalg.norm(one, axis=1), np.linalg.norm(two, axis=1), rtol=1e-5)
+            cosine = (one * two).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(two, axis=1)
+            assert np.abs(cosine).max() < 0.6
+        return module
+
+    tree.map_modules(compare, diff)
+
+
+def test_unknown_projections_and_ranks_are_refused():
+    with pytest.raises(dit_jax.DitError, match="'q_porj'"):
+        tree.init_lora(TINY, jax.random.key(0), 1, projections=("q_porj",))
+    with pytest.raises(dit_jax.DitError, match="rank"):
+        tree.init_lora(TINY, jax.random.key(0), 0)

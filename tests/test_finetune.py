@@ -1,0 +1,141 @@
+"""Finetuning: the loss against its definition, many diffs against a loop, and gradients for the delta alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_qwen3 import TINY, logits, random_lora
+
+import dit_jax
+from dit_jax.data.batch import Sample, TokenBatch, pack, stack
+from dit_jax.deltas import tree
+from dit_jax.models.qwen3 import init_params
+from dit_jax.organisms.finetune import finetune, finetune_many, make_optimizer
+from dit_jax.organisms.losses import batch_loss, scored_hidden
+
+
+@pytest.fixture(scope="module")
+def params():
+    # Larger than the usual initialisation, so that the base has something to say.
+    return jax.tree.map(lambda x: 4 * x if x.ndim > 2 else x, init_params(TINY, jax.random.key(0)))
+
+
+def make_batch(seed: int) -> TokenBatch:
+    """Two samples scored by cross-entropy, three by KL."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for _ in range(5):
+        size = int(rng.integers(6, 12))
+        samples.append(Sample(tuple(rng.integers(1, TINY.vocab_size, size)), int(rng.integers(2, 5)), size))
+    return pack(samples, [0.5, 0.25, 1.0, 2.0, 0.75], 12, 10, pad_id=0)
+
+
+def make_batches(seed: int, steps: int = 4) -> TokenBatch:
+    return stack([make_batch(100 * seed + step) for step in range(steps)])
+
+
+@functools.partial(jax.jit, static_argnames="optimizer")
+def finetune_one(params, start, batches, optimizer):
+    return finetune(params, TINY, start, batches, optimizer=optimizer, num_ce=2)
+
+
+def expected_loss(params, batch, delta, num_ce):
+    """Straight from the definition, one scored token at a time, with full logits."""
+    total = 0.0
+    with_delta = np.asarray(jax.nn.log_softmax(logits(params, TINY, batch.tokens, deltas=(delta,))), np.float64)
+    base = np.asarray(jax.nn.log_softmax(logits(params, TINY, batch.tokens)), np.float64)
+    for s in range(batch.tokens.shape[0]):
+        for m in range(batch.index.shape[1]):
+            at = batch.index[s, m]
+            if s < num_ce:
+                total -= batch.weight[s, m] * with_delta[s, at, batch.target[s, m]]
+            else:
+                total += batch.weight[s, m] * (np.exp(base[s, at]) * (base[s, at] - with_delta[s, at])).sum()
+    return total
+
+
+@pytest.mark.parametrize("chunk_elements", [2**26, 7 * TINY.vocab_size])
+def test_loss_is_its_definition_whole_and_in_chunks(params, chunk_elements):
+    batch, delta = make_batch(0), random_lora(TINY, 1)
+    teacher = scored_hidden(params, TINY, TokenBatch(*(x[2:] for x in batch)))
+
+    def loss(delta):
+        return batch_loss(params, TINY, batch, (delta,), 2, teacher, chunk_elements)[0]
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(delta)
+    np.testing.assert_allclose(value, expected_loss(params, batch, delta, 2), rtol=1e-5)
+    whole = jax.jit(jax.grad(lambda d: batch_loss(params, TINY, batch, (d,), 2, teacher)[0]))(delta)
+    for one, two in zip(jax.tree.leaves(grads), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_targets_are_scored_by_the_logits_before_them():
+    batch = pack([Sample((5, 6, 7, 8), 2, 4)], [1.0], 6, 3, pad_id=0)
+    np.testing.assert_array_equal(batch.index[0, :2], [1, 2])
+    np.testing.assert_array_equal(batch.target[0, :2], [7, 8])
+    np.testing.assert_array_equal(batch.weight[0], [1, 1, 0])
+    with pytest.raises(dit_jax.DitError, match="does not fit"):
+        pack([Sample(tuple(range(9)), 2, 4)], [1.0], 6, 3, pad_id=0)
+
+
+def test_many_diffs_at_once_equal_a_loop_and_do_not_touch_each_other(params):
+    optimizer = make_optimizer("adam", 1e-2, 4, final_fraction=0.1)
+    starts = [tree.init_lora(TINY, jax.random.key(s), 2) for s in (1, 2, 3)]
+    batches = [make_batches(s) for s in (1, 2, 3)]
+
+    def together(batches):
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *starts)
+        return finetune_many(params, TINY, stacked, stack(batches), optimizer=optimizer, num_ce=2)
+
+    trained, losses = together(batches)
+    for i, (start, batch) in enumerate(zip(starts, batches, strict=True)):
+        alone, own_losses = finetune_one(params, start, batch, optimizer)
+        np.testing.assert_allclose(losses["ce"][i], own_losses["ce"], rtol=1e-4)
+        for one, two in zip(jax.tree.leaves(trained), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(one[i], two, atol=2e-4)
+    assert float(losses["ce"][0, -1]) != float(losses["ce"][1, -1])
+
+    neighbours_changed, _ = together([batches[0], make_batches(8), make_batches(9)])
+    for one, two in zip(jax.tree.leaves(trained), jax.tree.leaves(neighbours_changed), strict=True):
+        np.testing.assert_array_equal(one[0], two[0])
+
+
+def test_finetuning_lowers_the_loss_and_leaves_the_scale_alone(params):
+    batch = make_batch(3)
+    batches = stack([batch] * 30)
+    start = tree.init_lora(TINY, jax.random.key(1), 4)
+    trained, losses = finetune_one(params, start, batches, make_optimizer("adam", 2e-2, 30))
+    assert losses["ce"][-1] < 0.7 * losses["ce"][0]
+    assert losses["kl"][0] == pytest.approx(0, abs=1e-5) and losses["kl"][-1] > 1e-4
+    scale = trained["layers"]["mlp"]["up_proj"]["scale"]
+    np.testing.assert_array_equal(scale, start["layers"]["mlp"]["up_proj"]["scale"])
+    np.testing.assert_array_equal(scale, 0.25)
+
+
+def test_only_the_delta_is_differentiated(params):
+    """The compiled step holds no gradient of the base: nothing of the size of its kernels leaves the backward."""
+    batches = make_batches(1, steps=1)
+    start = tree.init_lora(TINY, jax.random.key(1), 1)
+    optimizer = make_optimizer("adam", 1e-2, 1)
+    jaxpr = jax.make_jaxpr(
+        lambda params, start: finetune(params, TINY, start, batches, optimizer=optimizer, num_ce=2)
+    )(params, start)
+    text = str(jaxpr)
+    layers, d, f = TINY.num_hidden_layers, TINY.hidden_size, TINY.intermediate_size
+    # The stacked kernel enters once (and is scanned over); a gradient of it would be another [L, D, F].
+    produced = [line for line in text.splitlines() if f":f32[{layers},{d},{f}]" in line.split("=")[0] and "=" in line]
+    assert not produced
+
+
+def test_learning_rate_schedule_warms_up_and_decays():
+    optimizer = make_optimizer("adam", 1.0, 10, warmup_steps=2, final_fraction=0.5)
+    state, params = optimizer.init({"x": jnp.zeros(())}), {"x": jnp.zeros(())}
+    sizes = []
+    for _ in range(11):
+        updates, state = optimizer.update({"x": jnp.ones(())}, state, params)
+        sizes.append(-float(updates["x"]))
+    np.testing.assert_allclose(sizes[:3], [0.0, 0.5, 1.0], atol=1e-3)
+    np.testing.assert_allclose(sizes[10], 0.5, atol=1e-3)
+    assert all(a >= b for a, b in zip(sizes[2:], sizes[3:], strict=False))

@@ -1,0 +1,264 @@
+"""The model against transformers: logits, padding, decoding. And its deltas against merged weights."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import golden_cases
+
+import dit_jax
+from dit_jax.deltas import tree
+from dit_jax.deltas.safetensors_file import SafetensorsFile
+from dit_jax.models.config import Qwen3Config, parse_config
+from dit_jax.models.generate import generate
+from dit_jax.models.qwen3 import forward, init_params, logical_axes, unembed
+
+TINY = Qwen3Config(97, 32, 48, 3, 4, 2, 16, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return init_params(TINY, jax.random.key(0))
+
+
+def random_lora(config: Qwen3Config, seed: int, rank: int = 2, size: float = 0.1):
+    delta = tree.init_lora(config, jax.random.key(seed), rank)
+
+    def fill(path, module):
+        a = size * jax.random.normal(jax.random.key(seed + len(path[-1])), module["a"].shape)
+        return {**module, "a": a}
+
+    return tree.map_modules(fill, delta)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def logits(params, config, tokens, deltas=()):
+    return unembed(params, config, forward(params, config, tokens, deltas=deltas), deltas)
+
+
+# ------------------------------------------------------------------ against transformers
+
+SHAPES = {
+    "tied": {"tie_word_embeddings": True, "num_key_value_heads": 2},
+    "untied": {"tie_word_embeddings": False, "num_key_value_heads": 4},
+    "one_kv_head_theta_5e6": {"tie_word_embeddings": True, "num_key_value_heads": 1, "rope_theta": 5e6},
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=list(SHAPES))
+def reference(request, tmp_path_factory):
+    """(transformers model, our model of the same folder)."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    options = dict(SHAPES[request.param])
+    theta = options.pop("rope_theta", 1e6)
+    config = transformers.Qwen3Config(
+        vocab_size=211,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        head_dim=16,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        initializer_range=0.2,
+        **options,
+    )
+    torch.manual_seed(0)
+    theirs = transformers.Qwen3ForCausalLM(config).eval().float()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "norm" in name:  # ones would hide a forgotten scale
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs.save_pretrained(folder)
+    return theirs, dit_jax.load_model(folder)
+
+
+def their_logits(theirs, tokens, mask=None):
+    import torch
+
+    with torch.no_grad():
+        mask = None if mask is None else torch.tensor(mask)
+        return theirs(torch.tensor(tokens), attention_mask=mask).logits.numpy()
+
+
+def test_logits_equal_transformers_beyond_500_tokens(reference):
+    theirs, ours = reference
+    tokens = np.random.default_rng(0).integers(0, 211, (1, 520))
+    np.testing.assert_allclose(ours.logits(tokens), their_logits(theirs, tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_logits_equal_transformers(reference, side):
+    theirs, ours = reference
+    tokens = np.random.default_rng(1).integers(0, 211, (3, 20))
+    mask = np.ones((3, 20), int)
+    for row, padding in enumerate((0, 7, 13)):
+        mask[row, slice(0, padding) if side == "left" else slice(20 - padding, 20)] = 0
+    ours, expected = ours.logits(tokens, mask), their_logits(theirs, tokens, mask)
+    np.testing.assert_allclose(ours[mask == 1], expected[mask == 1], atol=1e-4)
+
+
+def test_greedy_tokens_equal_transformers_on_a_left_padded_batch(reference):
+    import torch
+
+    theirs, ours = reference
+    tokens = np.random.default_rng(2).integers(3, 211, (3, 12))
+    mask = np.ones((3, 12), int)
+    mask[1, :5] = 0
+    expected = theirs.generate(
+        torch.tensor(tokens), attention_mask=torch.tensor(mask), max_new_tokens=24, do_sample=False,
+        eos_token_id=None, pad_token_id=0,
+    )[:, 12:]  # fmt: skip
+    out = generate(ours.params, ours.config, jnp.asarray(tokens), jnp.asarray(mask), max_new_tokens=24)
+    np.testing.assert_array_equal(out.tokens, expected)
+
+
+def test_bf16_stays_near_fp32(reference, tmp_path):
+    theirs, ours = reference
+    theirs.save_pretrained(tmp_path)
+    low = dit_jax.load_model(tmp_path, dtype="bfloat16")
+    assert low.params["norm"]["scale"].dtype == jnp.bfloat16
+    tokens = np.random.default_rng(0).integers(0, 211, (2, 30))
+    high = np.asarray(ours.logits(tokens))
+    assert np.abs(low.logits(tokens) - high).mean() < 0.05 * np.abs(high).mean()
+
+
+# ------------------------------------------------------------------ the golden folder
+
+
+@pytest.mark.parametrize("folder", golden_cases("qwen3-"))
+def test_golden_logits_and_greedy_tokens(folder):
+    model = dit_jax.load_model(folder)
+    file = SafetensorsFile(folder / "expected.safetensors")
+    expected = {name: file.read(name) for name in file.names}
+    long = model.logits(expected["long_ids"][None])[0, -64:]
+    np.testing.assert_allclose(long, expected["long_logits_last64"], atol=1e-4)
+    for side in ("left", "right"):
+        mask = expected[f"{side}_mask"] == 1
+        ours = model.logits(expected[f"{side}_ids"], mask)
+        np.testing.assert_allclose(ours[mask], expected[f"{side}_logits"][mask], atol=1e-4)
+    prompt = jnp.asarray(expected["long_ids"][None, :40], jnp.int32)
+    out = generate(model.params, model.config, prompt, jnp.ones_like(prompt), max_new_tokens=24)
+    np.testing.assert_array_equal(out.tokens[0], expected["greedy40"])
+
+
+# ------------------------------------------------------------------ one function, several ways to compute it
+
+
+@pytest.mark.parametrize("change", [{"scan_layers": False}, {"remat": "full"}, {"remat": "dots"}])
+def test_layers_unrolled_or_rematerialised_compute_the_same(tiny, change):
+    other = dataclasses.replace(TINY, **change)
+    tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 97)
+    delta = random_lora(TINY, 3)
+
+    def loss(delta, config):
+        return jnp.sum(logits(tiny, config, tokens, deltas=(delta,)) ** 2)
+
+    value, grads = jax.jit(jax.value_and_grad(loss), static_argnums=1)(delta, TINY)
+    other_value, other_grads = jax.jit(jax.value_and_grad(loss), static_argnums=1)(delta, other)
+    np.testing.assert_allclose(value, other_value, rtol=1e-6)
+    for one, two in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4 * float(jnp.abs(one).max()))
+
+
+def test_no_token_sees_a_later_one(tiny):
+    tokens = jax.random.randint(jax.random.key(1), (1, 8), 0, 97)
+    embedding = tiny["embed_tokens"]["embedding"]
+
+    def at_position_4(noise):
+        delta = {"embed_tokens": {"w": jnp.zeros_like(embedding).at[tokens[0]].set(noise)}}
+        return jnp.sum(forward(tiny, TINY, tokens, deltas=(delta,))[0, 4])
+
+    distinct = jnp.arange(8)[None] + 10
+    tokens = distinct
+    grads = jax.jit(jax.grad(at_position_4))(jnp.zeros((8, TINY.hidden_size)))
+    reach = jnp.abs(grads).sum(axis=1) > 0
+    np.testing.assert_array_equal(reach, [True] * 5 + [False] * 3)
+
+
+def test_decoding_with_a_cache_equals_decoding_without(tiny):
+    tokens = jax.random.randint(jax.random.key(1), (3, 7), 0, 97)
+    diffs = jax.tree.map(lambda *x: jnp.stack(x), *(random_lora(TINY, s) for s in (3, 4, 5)))
+    deltas = (tree.per_example(diffs), random_lora(TINY, 9))
+    out = generate(tiny, TINY, tokens, jnp.ones_like(tokens), deltas=deltas, max_new_tokens=6)
+    text = tokens
+    for _ in range(6):
+        step = logits(tiny, TINY, text, deltas=deltas)[:, -1]
+        text = jnp.concatenate([text, jnp.argmax(step, axis=-1)[:, None]], axis=1)
+    np.testing.assert_array_equal(out.tokens, text[:, 7:])
+    picked = jax.nn.log_softmax(logits(tiny, TINY, text, deltas=deltas)[:, 6:-1], axis=-1)
+    expected = jnp.take_along_axis(picked, out.tokens[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(out.logprobs, expected, atol=1e-4)
+
+
+def test_rows_stop_at_the_end_of_text_token(tiny):
+    tokens = jax.random.randint(jax.random.key(1), (2, 5), 0, 97)
+    free = generate(tiny, TINY, tokens, jnp.ones_like(tokens), max_new_tokens=5)
+    eos = int(free.tokens[0, 2])
+    out = generate(tiny, TINY, tokens, jnp.ones_like(tokens), max_new_tokens=5, eos_ids=(eos,), pad_id=1)
+    first = list(np.asarray(free.tokens[0])).index(eos)
+    assert int(out.lengths[0]) == first + 1
+    np.testing.assert_array_equal(out.tokens[0, first + 1 :], 1)
+    np.testing.assert_array_equal(out.logprobs[0, first + 1 :], 0)
+
+
+def test_sampling_follows_the_distribution_and_the_seed(tiny):
+    prompt = jnp.ones((4000, 1), jnp.int32)
+    args = {"max_new_tokens": 1, "temperature": 1.0}
+    out = generate(tiny, TINY, prompt, prompt, key=jax.random.key(1), **args)
+    again = generate(tiny, TINY, prompt, prompt, key=jax.random.key(1), **args)
+    np.testing.assert_array_equal(out.tokens, again.tokens)
+    expected = jax.nn.softmax(logits(tiny, TINY, prompt[:1])[0, -1])
+    seen = np.bincount(np.asarray(out.tokens[:, 0]), minlength=97) / 4000
+    assert np.abs(seen - expected).sum() < 0.2
+
+
+def test_every_parameter_has_logical_axes():
+    shapes = jax.eval_shape(lambda: init_params(TINY, jax.random.key(0)))
+    for shape, axes in zip(jax.tree.leaves(shapes), jax.tree.leaves(logical_axes(TINY)), strict=True):
+        assert len(axes) == len(shape.shape)
+
+
+# ------------------------------------------------------------------ config.json
+
+
+def test_rope_theta_is_read_in_both_spellings_and_missed_when_absent():
+    raw = {k: v for k, v in TINY.to_hf().items() if k != "rope_parameters"}
+    assert parse_config({**raw, "rope_theta": 5e6}, "x").rope_theta == 5e6
+    assert parse_config({**raw, "rope_parameters": {"rope_theta": 5e6}}, "x").rope_theta == 5e6
+    with pytest.raises(dit_jax.DitError, match="rope_theta"):
+        parse_config(raw, "x")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "qwen3_moe"}, "qwen3_moe"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "yarn"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"use_sliding_window": True}, "sliding"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_size": -4}, "hidden_size"),
+    ],
+)
+def test_unsupported_configs_are_refused_by_name(change, named):
+    with pytest.raises(dit_jax.DitError, match=named):
+        parse_config({**TINY.to_hf(), **change}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("0.6b", 0.596), ("1.7b", 1.72), ("4b", 4.02), ("8b", 8.19), ("14b", 14.77), ("32b", 32.76)],
+)
+def test_named_shapes_have_the_published_sizes(name, billions):
+    from dit_jax.models.config import NAMED_CONFIGS
+
+    config = NAMED_CONFIGS[f"qwen3-{name}"]
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+    assert sum(x.size for x in leaves) == config.num_parameters()
+    assert config.num_parameters() / 1e9 == pytest.approx(billions, rel=0.01)
