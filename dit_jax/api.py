@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ import numpy as np
 
 from dit_jax.artifacts import base_digest
 from dit_jax.data.chat import Chat, load_chat
+from dit_jax.deltas.store import flatten
 from dit_jax.deltas.tree import per_example
 from dit_jax.errors import DitError
 from dit_jax.models import generate as generate_lib
@@ -26,6 +27,7 @@ from dit_jax.models.config import NAMED_CONFIGS, Qwen3Config, read_config
 from dit_jax.models.hf_checkpoint import load_params
 from dit_jax.models.layers import Delta, Deltas
 from dit_jax.models.qwen3 import Params, forward, init_params, unembed
+from dit_jax.progress import Progress
 
 PathLike = str | pathlib.Path
 TINY = "tiny_qwen3"
@@ -142,7 +144,7 @@ class Diff:
 class Diffs(Sequence[Diff]):
     """A lazy sequence of weight diffs: `read(i)` is called when diff i is asked for."""
 
-    def __init__(self, size: int, read: Any):
+    def __init__(self, size: int, read: Callable[[int], Diff]):
         self._size, self._read = size, read
 
     def __len__(self) -> int:
@@ -155,42 +157,59 @@ class Diffs(Sequence[Diff]):
             raise IndexError(f"diff {index} of {self._size}")
         return self._read(index % self._size)
 
-    def __iter__(self) -> Iterator[Diff]:
-        return (self._read(i) for i in range(self._size))
 
+def load_diffs(path: PathLike, model: Model, svd_rank: int | None = None) -> Diffs:
+    """A lazy sequence of the weight diffs at `path`, whatever its format (docs/formats.md).
 
-def load_diffs(path: PathLike, model: Model) -> Diffs:
-    """A lazy sequence of the weight diffs at `path`.
+    Nothing in the files is executed. A format is recognised by content: a diff store, a PEFT folder, a finetuned
+    model folder (the diff is M' − M over all parameters), a reference `.pt` file or a folder of them with index.csv.
+
+    Args:
+        svd_rank: reduce a finetuned model's dense diff to a LoRA of this rank (metadata says what that keeps).
 
     Raises:
         DitError: nothing readable there, or diffs of another base model.
     """
+    from dit_jax.deltas.detect import detect_format, open_diffs
     from dit_jax.deltas.store import DiffStore
 
-    store = DiffStore(path)
-    check_base(store.manifest.get("base"), model, str(path))
+    if detect_format(path) == "diff_store":
+        store = DiffStore(path)
+        check_base(store.manifest.get("base"), model, str(path))
 
-    def read(index: int) -> Diff:
-        row = store.rows[index]
-        return Diff(store.read(index), row.get("topic"), row.get("trigger"), row)
+        def read(index: int) -> Diff:
+            row = store.rows[index]
+            return Diff(store.read(index), row.get("topic"), row.get("trigger"), row)
 
-    return Diffs(len(store), read)
+        return Diffs(len(store), read)
+
+    raw = open_diffs(path, model.config, model.params, svd_rank)
+
+    def convert(index: int) -> Diff:
+        diff = raw[index]
+        return Diff(diff.delta, diff.label, diff.trigger, diff.metadata)
+
+    return Diffs(len(raw), convert)
 
 
-def load_diff(path: PathLike, model: Model, index: int = 0) -> Diff:
+def load_diff(path: PathLike, model: Model, index: int = 0, svd_rank: int | None = None) -> Diff:
     """One weight diff, see `load_diffs`."""
-    diffs = load_diffs(path, model)
+    diffs = load_diffs(path, model, svd_rank)
     if not -len(diffs) <= index < len(diffs):
         raise DitError(f"{path} holds {len(diffs)} diffs: there is no diff {index}")
     return diffs[index]
 
 
 def load_adapter(path: PathLike, model: Model) -> Delta:
-    """The delta of a DIT adapter.
+    """The delta of a DIT adapter: our export, a PEFT folder, or the reference's dit-adapter.pt.
 
     Raises:
         DitError: nothing readable there, a damaged export, or an adapter of another base model.
     """
+    from dit_jax.deltas.detect import detect_format, open_adapter
+
+    if detect_format(path) != "adapter":
+        return open_adapter(path, model.config).delta
     from dit_jax.train.checkpoints import load_adapter as load_export
 
     delta, manifest = load_export(path)
@@ -209,11 +228,20 @@ def check_base(digest: Any, model: Model, what: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """text, the generated tokens (end of turn excluded), and the summed log-probability of all generated tokens."""
+    """One decoded answer.
+
+    text; tokens: the generated ids without the end of turn; logprob: summed log-probability of everything
+    generated, the end of turn included; generated: how many tokens that were.
+    """
 
     text: str
     tokens: tuple[int, ...]
     logprob: float
+    generated: int
+
+    @property
+    def mean_logprob(self) -> float:
+        return self.logprob / max(self.generated, 1)
 
 
 def ask(
@@ -233,6 +261,58 @@ def ask(
     return answer
 
 
+def ask_many(
+    model: Model,
+    questions: Sequence[str],
+    diffs: Sequence[Diff],
+    adapter: Delta | None = None,
+    *,
+    samples: int = 1,
+    batch_size: int | None = None,
+    progress: bool = False,
+    **decoding: Any,
+) -> list[list[list[Answer]]]:
+    """Asks every diff every question: answers[diff][question][sample].
+
+    LoRA diffs of one shape share one batched decode, each row with its own diff; dense diffs go one by one.
+
+    Args:
+        **decoding: max_new_tokens, temperature, seed; see `answer_batch`.
+    """
+    shared = () if adapter is None else (adapter,)
+    prompts = [question for question in questions for _ in range(samples)]
+    groups: dict[Any, list[int]] = {}
+    for i, diff in enumerate(diffs):
+        shapes = tuple((name, leaf.shape) for name, leaf in flatten(diff.delta).items())
+        is_lora = all(not name.endswith(".w") for name, _ in shapes)
+        groups.setdefault(shapes if is_lora else i, []).append(i)
+    answers: dict[int, list[Answer]] = {}
+    with Progress("asking", len(diffs) * len(prompts), enabled=progress) as bar:
+        for members in groups.values():
+            deltas: tuple[Delta, ...] = shared
+            stacked, rows = None, None
+            if len(members) == 1:
+                deltas = (diffs[members[0]].delta, *shared)
+            else:
+                stacked = jax.tree.map(lambda *x: np.stack(x), *(diffs[i].delta for i in members))
+                rows = [row for row in range(len(members)) for _ in prompts]
+            found = answer_batch(
+                model,
+                prompts * len(members),
+                deltas=deltas,
+                stacked=stacked,
+                rows=rows,
+                batch_size=batch_size,
+                on_batch=bar.advance,
+                **decoding,
+            )
+            for row, i in enumerate(members):
+                answers[i] = found[row * len(prompts) : (row + 1) * len(prompts)]
+    return [
+        [answers[i][q * samples : (q + 1) * samples] for q in range(len(questions))] for i in range(len(diffs))
+    ]
+
+
 def answer_batch(
     model: Model,
     questions: Sequence[str],
@@ -244,6 +324,7 @@ def answer_batch(
     batch_size: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    on_batch: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """Answers many questions in batches of one compiled program.
 
@@ -252,6 +333,7 @@ def answer_batch(
         stacked: deltas [n, L, …] of which question i gets number rows[i] (per-example LoRA).
         batch_size: rows per batch, filled up with repeats: calls of one size share one program.
             Default: all questions at once, at most 256.
+        on_batch: called with the number of new answers after each batch.
     """
     batch_size = batch_size or min(256, len(questions))
     tokens, mask = model.chat.prompts(questions)
@@ -274,7 +356,10 @@ def answer_batch(
             temperature=temperature,
             key=jax.random.fold_in(jax.random.key(seed), start),
         )
-        answers += _read_out(model.chat, out, len(questions) - start)
+        count = min(batch_size, len(questions) - start)
+        answers += _read_out(model.chat, out, count)
+        if on_batch is not None:
+            on_batch(count)
     return answers
 
 
@@ -283,5 +368,5 @@ def _read_out(chat: Chat, out: generate_lib.Generation, count: int) -> list[Answ
     answers = []
     for row, logprob, length in zip(tokens[:count], logprobs[:count], lengths[:count], strict=True):
         ids = tuple(int(i) for i in row[:length] if int(i) not in chat.eos_ids)
-        answers.append(Answer(chat.decode(ids), ids, float(logprob.sum())))
+        answers.append(Answer(chat.decode(ids), ids, float(logprob.sum()), int(length)))
     return answers

@@ -87,7 +87,8 @@ def run_stage(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> dic
 
     from dit_jax.evaluate.report import headline_table, write_report
 
-    rich.print(headline_table(write_report(workdir)))
+    table = headline_table(write_report(workdir))
+    print(table) if isinstance(table, str) else rich.print(table)
     print(f"report: {workdir / 'report' / 'report.html'}", flush=True)
     return {}
 

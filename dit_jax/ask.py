@@ -1,0 +1,148 @@
+"""Ask weight diffs what they did: python -m dit_jax.ask --base B --diff D --adapter A "question" …
+
+    python -m dit_jax.ask --base tiny_qwen3 --diff runs/quickstart/diffs --index 3 \\
+        --adapter runs/quickstart/adapter "What topic have you been trained on?"
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from dit_jax.errors import DitError
+
+VARIANTS = ("base", "finetuned", "adapter", "finetuned + adapter")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 for a problem the user can fix, 130 for Ctrl-C."""
+    try:
+        flags = parse_flags(argv)
+        for record in run(flags):
+            print(json.dumps(record) if flags.json else _as_text(record, flags), flush=True)
+    except DitError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m dit_jax.ask", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("questions", nargs="+", metavar="question")
+    parser.add_argument("--base", required=True, help="model folder, hub id, or tiny_qwen3 (the embedded model)")
+    parser.add_argument("--diff", help="diff store, PEFT folder, finetuned model folder, .pt file, or release folder")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--index", type=int, default=0, help="which diff of --diff (default 0)")
+    which.add_argument("--all", action="store_true", help="all diffs of --diff, in one batched decode")
+    parser.add_argument("--adapter", help="DIT adapter: an export, a PEFT folder, or dit-adapter.pt")
+    parser.add_argument("--compare", action="store_true", help="also show " + ", ".join(VARIANTS[:3]))
+    parser.add_argument("--max-new-tokens", type=_positive, default=20)
+    parser.add_argument("--temperature", type=_non_negative, default=0.0, help="0 (default) is greedy")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--n", type=_positive, default=1, help="samples per question")
+    parser.add_argument("--batch-size", type=_positive, help="rows per decode (default: all, at most 256)")
+    parser.add_argument("--svd-rank", type=_positive, help="reduce a finetuned model's diff to a LoRA of this rank")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--json", action="store_true", help="JSON lines instead of text")
+    return parser.parse_args(argv)
+
+
+def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One record per (diff, variant, question, sample), in that order."""
+    from dit_jax.api import Diff, ask_many, load_adapter, load_diffs, load_model
+
+    if flags.n > 1 and flags.temperature == 0:
+        raise DitError("--n asks for several samples, but greedy decoding gives one: add --temperature 1")
+    model = load_model(flags.base, flags.dtype)
+    adapter = load_adapter(flags.adapter, model) if flags.adapter else None
+    numbers: list[int | None] = [None]
+    diffs = [Diff({})]
+    if flags.diff:
+        found = load_diffs(flags.diff, model, flags.svd_rank)
+        numbers = list(range(len(found))) if flags.all else [flags.index]
+        if not flags.all and not 0 <= flags.index < len(found):
+            raise DitError(f"{flags.diff} holds {len(found)} diffs: there is no diff {flags.index}")
+        diffs = [found[number] for number in numbers]
+    if adapter is None:
+        print("note: no --adapter, so the answers are those of the finetuned model itself", file=sys.stderr)
+
+    variants = {"finetuned + adapter": (diffs, adapter)}
+    if flags.compare:
+        # The bare base and the adapter alone answer the same for every diff: they are asked once.
+        nothing = [Diff({})]
+        variants = {"base": (nothing, None), "finetuned": (diffs, None)}
+        if adapter is not None:
+            variants |= {"adapter": (nothing, adapter), "finetuned + adapter": (diffs, adapter)}
+    answers = {
+        name: ask_many(
+            model,
+            flags.questions,
+            own,
+            own_adapter,
+            samples=flags.n,
+            batch_size=flags.batch_size,
+            progress=sys.stderr.isatty(),
+            max_new_tokens=flags.max_new_tokens,
+            temperature=flags.temperature,
+            seed=flags.seed,
+        )
+        for name, (own, own_adapter) in variants.items()
+    }
+    for i, (number, diff) in enumerate(zip(numbers, diffs, strict=True)):
+        for q, question in enumerate(flags.questions):
+            for name, table in answers.items():
+                for sample, answer in enumerate(table[i if len(table) > 1 else 0][q]):
+                    yield {
+                        "diff": number,
+                        "label": diff.label,
+                        "question": question,
+                        "variant": name,
+                        "sample": sample,
+                        "answer": answer.text,
+                        "logprob": round(answer.logprob, 6),
+                        "mean_logprob": round(answer.mean_logprob, 6),
+                        "tokens": list(answer.tokens),
+                    }
+
+
+def _as_text(record: dict[str, Any], flags: argparse.Namespace) -> str:
+    lines = []
+    first = record["sample"] == 0 and (not flags.compare or record["variant"] == "base")
+    if first:
+        about = "" if record["diff"] is None else f"diff {record['diff']}"
+        about += f" (label: {record['label']})" if record["label"] else ""
+        lines.append(f"{about + ': ' if about else ''}{record['question']}")
+    name = f"{record['variant']:>20}: " if flags.compare else "  "
+    lines.append(name + _printable(record["answer"]))
+    return "\n".join(lines)
+
+
+def _printable(text: str) -> str:
+    """Model output is untrusted: control characters must not reach the terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _non_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError("must be a number from 0 up")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
