@@ -5,17 +5,22 @@ import sys
 from collections.abc import Iterator
 
 EXIT_ERROR = 2  # the same code that argparse uses for a bad command line
+MAX_MESSAGE = 1000
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what shells expect after Ctrl-C
 
 
 class DitError(Exception):
     """A failure that the user can act on: its message names the thing and the remedy in one line.
 
-    Line breaks in the message (for example from a wrapped library error) become spaces.
+    Line breaks in the message (for example from a wrapped library error) become spaces, and very
+    long messages (for example with a value from an untrusted file) are cut in the middle.
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(str(message).split()))
+        line = " ".join(str(message).split())
+        if len(line) > MAX_MESSAGE:
+            line = f"{line[: MAX_MESSAGE // 2]} … {line[-MAX_MESSAGE // 2 :]}"
+        super().__init__(line)
 
 
 @contextlib.contextmanager

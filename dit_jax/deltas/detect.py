@@ -34,9 +34,13 @@ def detect_format(path: str | Path) -> str:
       DitError: nothing there, nothing known, or a damaged file.
     """
     path = Path(path)
-    if path.is_dir():
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, ValueError):  # a path that cannot be: too long, a NUL in it
+        raise DitError(f"'{path}' is not a usable path: check it") from None
+    if is_folder:
         return _detect_folder(path)
-    if not path.exists():
+    if not exists:
         raise DitError(f"'{path}' does not exist: check the path")
     kind = reference_pt.pt_kind(torch_pickle.load(path))
     if kind is None:

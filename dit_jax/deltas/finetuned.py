@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.deltas.factors import Factors, add_once, modules, set_module, stack_factors
-from dit_jax.deltas.files import check_links, short
+from dit_jax.deltas.files import check_links, file_inside, read_json_object, short
 from dit_jax.deltas.names import (
     Path,
     RawDiff,
@@ -21,7 +21,7 @@ from dit_jax.deltas.names import (
 )
 from dit_jax.deltas.safetensors_file import SafetensorsFolder
 from dit_jax.errors import DitError
-from dit_jax.models.config import Qwen3Config, read_config
+from dit_jax.models.config import Qwen3Config, parse_config
 
 _SAME_FIELDS = (
     "hidden_size",
@@ -73,7 +73,8 @@ def read_finetuned(
 
         return read_pt_state_dict(path, config, base_params, svd_rank)
     check_links(path)
-    theirs = read_config(path)
+    where = file_inside(path, "config.json")
+    theirs = parse_config(read_json_object(where), str(where))
     for field in _SAME_FIELDS:
         found, wanted = getattr(theirs, field), getattr(config, field)
         if found != wanted:

@@ -49,6 +49,7 @@ _TENSOR = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])(?:\.default)?\.weigh
 _FEATURES = (
     ("lora_magnitude_vector", "DoRA (use_dora)"),
     ("lora_embedding_", "LoRA on embeddings"),
+    (".base_layer.", "LoRA on embeddings"),
     (".bias", "biases (bias or lora_bias)"),
     ("modules_to_save", "modules_to_save"),
     ("token_adapter", "trainable_token_indices"),

@@ -67,7 +67,7 @@ class SafetensorsFile:
                 dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
             except (TypeError, KeyError, ValueError):
                 raise self._error(f"the entry of tensor {name[:80]!r} is malformed") from None
-            if dtype not in _DTYPES:
+            if not isinstance(dtype, str) or dtype not in _DTYPES:
                 raise self._error(f"tensor {name[:80]!r} has the unsupported dtype {str(dtype)[:20]!r}")
             numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
             if len(numbers) > 16 or any(type(n) is not int or not 0 <= n < 2**48 for n in numbers):

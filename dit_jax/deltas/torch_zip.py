@@ -171,6 +171,8 @@ class TorchZip:
             name = raw.decode("utf-8")
         except UnicodeDecodeError:
             raise self.error("an entry's name is not text") from None
+        if "/code/" in name or name.endswith("/constants.pkl"):
+            raise DitError(f"'{self.path}' is a TorchScript program, which is not supported")
         if flags & 1:
             raise self.error(f"{short(name)} is encrypted, which is not supported")
         if method != 0:
@@ -214,9 +216,5 @@ class TorchZip:
         if len(pickles) != 1:
             raise DitError(f"'{self.path}' is not a file that torch.save wrote (no data.pkl in it)")
         root = pickles[0].partition("/")[0]
-        if f"{root}/constants.pkl" in named or any(n.startswith(f"{root}/code/") for n in named):
-            raise DitError(
-                f"'{self.path}' is a TorchScript program, not weights: it is not supported"
-            )
         prefix = f"{root}/"
         return {n[len(prefix) :]: e for n, e in named.items() if n.startswith(prefix)}, root

@@ -1,0 +1,146 @@
+"""Small models, deltas and files that the tests of the foreign formats share."""
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+
+from dit_jax.deltas.tree import projection_shapes
+from dit_jax.models.config import Qwen3Config
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+# The key and value projections are square, so a transposed factor would still fit.
+CONFIG = Qwen3Config(
+    vocab_size=67,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    tie_word_embeddings=True,
+)
+UNTIED = dataclasses.replace(CONFIG, tie_word_embeddings=False)
+
+
+def random_lora(config=CONFIG, seed=0, rank=2, dtype=np.float32, scale=None, projections=None):
+    """A LoRA delta of random numbers in all layers; scale 1/rank unless given."""
+    rng = np.random.default_rng(seed)
+    layers: dict = {}
+    size = config.num_hidden_layers
+    for name, (parent, inputs, outputs) in projection_shapes(config).items():
+        if projections is None or name in projections:
+            layers.setdefault(parent, {})[name] = {
+                "a": (0.3 * rng.normal(size=(size, inputs, rank))).astype(dtype),
+                "b": (0.3 * rng.normal(size=(size, rank, outputs))).astype(dtype),
+                "scale": np.full(size, 1 / rank if scale is None else scale, np.float32),
+            }
+    return {"layers": layers}
+
+
+def assert_same(found, wanted, path="delta"):
+    """Both trees have the same keys, and arrays of the same dtype, shape and bits."""
+    assert type(found) is type(wanted), path
+    if isinstance(wanted, dict):
+        assert list(sorted(found)) == list(sorted(wanted)), path
+        for key in wanted:
+            assert_same(found[key], wanted[key], f"{path}.{key}")
+    else:
+        assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape), path
+        assert found.tobytes() == wanted.tobytes(), path
+
+
+def hf_model(folder, config=CONFIG, seed=0, dtype=None, **save):
+    """A random Qwen3 that transformers makes and writes; returns the torch model."""
+    import torch
+    import transformers
+
+    raw = {k: v for k, v in config.to_hf().items() if k not in ("architectures", "model_type")}
+    torch.manual_seed(seed)
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**raw))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model = model.to(dtype or torch.float32).eval()
+    model.save_pretrained(folder, **save)
+    return model
+
+
+def perturb(model, seed=1, size=0.05):
+    """Adds noise to every parameter of a torch model, in place."""
+    import torch
+
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(size * torch.randn_like(parameter))
+    return model
+
+
+def torch_logits(model, tokens):
+    """float32 logits [B, T, V] of a torch model."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.as_tensor(tokens)).logits.float().numpy()
+
+
+def our_logits(folder, tokens, *deltas):
+    """float32 logits [B, T, V] of the model in `folder` with deltas, by our program."""
+    import dit_jax
+
+    return np.asarray(dit_jax.load_model(folder).logits(tokens, deltas=deltas))
+
+
+def merged_logits(model, tokens, *deltas):
+    """float32 logits [B, T, V] of a torch model with LoRA deltas added to its weights.
+
+    Straight from the definition of a delta, and without compiling anything.
+    """
+    import copy
+
+    import torch
+
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for delta in deltas:
+            for parent, group in delta["layers"].items():
+                for name, module in group.items():
+                    a, b, scale = (module[key].astype(np.float64) for key in ("a", "b", "scale"))
+                    for layer in range(len(a)):
+                        weight = model.get_submodule(f"model.layers.{layer}.{parent}.{name}").weight
+                        weight += torch.from_numpy((scale[layer] * (a[layer] @ b[layer])).T).float()
+    return torch_logits(model, tokens)
+
+
+def to_torch(array):
+    """A numpy array, bfloat16 included, as a torch tensor."""
+    import torch
+
+    if array.dtype == BF16:
+        return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def from_torch(tensor):
+    """A torch tensor, bfloat16 included, as a numpy array."""
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.uint16).numpy().view(BF16)
+    return tensor.numpy()
+
+
+TOKENS = np.random.default_rng(7).integers(0, CONFIG.vocab_size, (2, 12))
+
+
+def random_params(config=CONFIG, seed=0):
+    """Random parameters in the layout of docs/architecture.md, in numpy."""
+    import jax
+
+    from dit_jax.models.qwen3 import init_params
+
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return jax.tree.map(lambda x: (0.1 * rng.normal(size=x.shape)).astype(np.float32), shapes)
