@@ -131,13 +131,21 @@ def rich_table(summary: dict[str, Any]) -> "Table":
 
 
 def headline_table(summary: dict[str, Any]) -> "Table | str":
-    """The closing table: a rich renderable on a terminal, plain text in a pipe or without rich.
-
-    `rich.print` (or `print` for the text) shows it.
-    """
+    """The closing table: a rich renderable on a terminal, plain text in a pipe or without rich."""
     if not sys.stdout.isatty():
         return plain_table(summary)
     try:
         return rich_table(summary)
     except ImportError:
         return plain_table(summary)
+
+
+def print_headline(summary: dict[str, Any]) -> None:
+    """Prints the closing table; in a pipe unwrapped, whatever the width of the terminal."""
+    table = headline_table(summary)
+    if isinstance(table, str):
+        print(table, flush=True)
+    else:
+        import rich
+
+        rich.print(table)

@@ -233,7 +233,10 @@ def _splits(summary: Json) -> Section:
             "tokens has to be looked up from it. So the lengths are shown apart."
         ),
         Table([Column("Length of the name"), *_SCORE_COLUMNS], [("", by_length)]),
-        Prose("New wordings show whether the adapter understands the question or knows it by heart."),
+        Prose(
+            "New wordings show whether the adapter understands the question or knows the trained "
+            "ones by heart."
+        ),
         Table([Column("Wording"), *_SCORE_COLUMNS], [("", by_wording)]),
         Table(columns, [("Each wording alone", each)]),
     ]

@@ -1,0 +1,185 @@
+"""The pages of the report: well-formed, self-contained, safe with hostile answers, in a browser."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+from synthetic_run import HOSTILE, KINDS, SEEN, answers, page, reported
+
+
+@pytest.fixture(name="reported", scope="module")
+def reported_fixture():
+    return reported()
+
+
+# ------------------------------------------------------------------ the page
+
+
+class Outline(HTMLParser):
+    """Checks that tags are balanced, and collects tags, ids, links and text."""
+
+    VOID = {"meta", "br", "img", "input", "link", "hr"}
+
+    def __init__(self):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):  # SVG
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style",):
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def outline(reported) -> Outline:
+    parser = Outline()
+    parser.feed(page(reported[0]))
+    parser.close()
+    assert parser.open == []
+    return parser
+
+
+def test_page_is_well_formed_and_its_links_lead_somewhere(outline):
+    ids = [value for name, value in outline.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    links = [v for name, v in outline.attributes if name in ("href", "xlink:href", "for")]
+    assert links and {link.removeprefix("#") for link in links} <= set(ids)
+    source = " ".join(value for _, value in outline.attributes)
+    assert set(re.findall(r"url\(#([^)]*)\)", source)) <= set(ids)
+
+
+def test_page_needs_nothing_from_outside(outline, reported):
+    assert not {"script", "img", "link", "iframe", "object", "embed", "base"} & set(outline.tags)
+    markup = [value for name, value in outline.attributes if name != "content"]
+    assert not [value for value in markup if re.search(r"https?:|//|@import", value)]
+    text = page(reported[0]).replace(html.escape("https://evil.test"), "")
+    assert not re.search(r"https?://|@import|url\((?!#)", text)
+    policy = [value for _, value in outline.attributes if value.startswith("default-src 'none'")]
+    assert policy and "script-src" not in policy[0]
+
+
+def test_hostile_answers_are_text(outline, reported):
+    """Answer, guess and topic hold markup of HTML, Jinja and Markdown: all are shown as written."""
+    source = page(reported[0])
+    assert "<script" not in source and "onerror=alert(2)>" not in source
+    assert not [name for name, _ in outline.attributes if name.startswith("on")]
+    assert HOSTILE in outline.text
+    assert "49" not in outline.text.split("evil.test")[0][-200:]
+    markdown = (reported[0] / "report/report.md").read_text()
+    assert "<script" not in markdown and "<img" not in markdown
+    assert "[a](" not in markdown and "https://" not in markdown
+
+
+def test_page_says_what_matters(outline):
+    text = " ".join(outline.text.split())
+    for phrase in (
+        "attribute oracle: in a world this small",
+        "The point of DIT is that it needs none",
+        "Names of several tokens",
+        "wordings kept for this test",
+        "Wrong (6 of",
+        "Right (6 of",
+        "diffs.rank",
+        "0.10.2",
+        "81 s",
+    ):
+        assert phrase in text, phrase
+    assert outline.tags.count("svg") == 3
+
+
+def test_examples_come_from_the_answers(outline, reported):
+    """The sheet has one row for each held-out diff and every method's own guess in it."""
+    source = page(reported[0])
+    sheet = source[source.index('class="sheet"') :]
+    sheet = sheet[: sheet.index("</table>")]
+    row = r'<tr class="(is-right|is-wrong)"><th scope="row">(.*?)</th>(.*?)</tr>'
+    rows = re.findall(row, sheet)
+    assert len(rows) == 96
+    asked = [r for r in answers(reported[0]) if r["category"] == "topic"]
+    first = {(r["method"], r["diff"]): r for r in asked if r["wording"] in ("", SEEN[0])}
+    for diff, (verdict, topic, cells) in enumerate(rows):
+        guesses = re.findall(r'<q class="quote">(.*?)</q> <b class="(right|wrong)"', cells)
+        dit = first["dit", diff]
+        expected = (dit["topic"], dit["guess"], verdict.removeprefix("is-"))
+        assert (html.unescape(topic), html.unescape(guesses[0][0]), guesses[0][1]) == expected
+        marks = {(first[name, diff]["guess"] == first[name, diff]["topic"]) for name in KINDS}
+        assert len(guesses) == len(KINDS)
+        assert {mark == "right" for _, mark in guesses} == marks
+
+
+def test_markdown_shows_the_pictures_beside_it(reported):
+    folder = reported[0] / "report"
+    text = (folder / "report.md").read_text()
+    names = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert sorted(names) == sorted(path.name for path in folder.glob("*.png"))
+    assert len(names) == 5
+    for name in names:
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    for line in text.splitlines():  # a stray | or line break would tear a table
+        if line.startswith("| ") and "DIT's answer" not in line:
+            assert line.endswith("|"), line
+    assert "| **DIT**<br>" in text
+
+
+# ------------------------------------------------------------------ in a browser
+
+_PROBE = """<body style="margin:0"><iframe src="PAGE" style="border:0;width:WIDTHpx;height:900px">
+</iframe><pre id="out"></pre><script>
+onload = () => {
+  const page = document.querySelector("iframe").contentDocument, root = page.documentElement;
+  page.querySelectorAll("details").forEach(item => item.open = true);
+  const css = name => page.defaultView.getComputedStyle(page.body)[name];
+  document.getElementById("out").textContent = JSON.stringify({
+    overflow: root.scrollWidth - root.clientWidth, background: css("backgroundColor"),
+    color: css("color"), scripts: page.scripts.length, images: page.images.length,
+    svg: page.querySelector("svg").getBoundingClientRect().width,
+    headline: page.querySelector("h2").getBoundingClientRect().width});
+};</script>"""
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (360, True)])
+def test_page_in_a_browser(reported, tmp_path, width, dark):
+    """Nothing sticks out at the width of a desk or a phone, and the theme follows the system."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    probe = tmp_path / "probe.html"
+    address = (reported[0] / "report/report.html").as_uri()
+    probe.write_text(_PROBE.replace("PAGE", address).replace("WIDTH", str(width)))
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}", "--allow-file-access-from-files",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--window-size=1300,1000",
+        "--virtual-time-budget=5000", "--dump-dom", probe.as_uri(),
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    found = re.search(r'<pre id="out">(.*?)</pre>', result.stdout, re.DOTALL)
+    assert found and found[1], result.stderr[-2000:]
+    seen = json.loads(html.unescape(found[1]))
+    assert seen["overflow"] == 0
+    assert seen["scripts"] == seen["images"] == 0
+    assert 250 < seen["svg"] <= width
+    red = {name: int(re.findall(r"\d+", seen[name])[0]) for name in ("background", "color")}
+    assert (red["background"] < red["color"]) is dark
