@@ -1,5 +1,6 @@
 """Metrics of one answer: exact match and token F1 against the label, and whether it says none."""
 
+import functools
 import re
 import unicodedata
 from collections import Counter
@@ -10,6 +11,7 @@ _ARTICLES = frozenset({"a", "an", "the"})
 _APOSTROPHES = re.compile("['\u2019\u02bc`]")
 
 
+@functools.lru_cache(maxsize=2**16)  # a run has few different answers and scores them often
 def normalise(text: str) -> str:
     """Text as the metrics compare it.
 

@@ -166,9 +166,13 @@ def _unit(row: Row, index: int) -> object:
     return row["diff"] if row["diff"] is not None else f"answer {index}"
 
 
-def _rate(rows: list[Row], score: Callable[[Row], float]) -> Estimate:
+def _per_unit(rows: list[Row], score: Callable[[Row], float]) -> dict[Any, float]:
     units = [_unit(row, index) for index, row in enumerate(rows)]
-    return bootstrap_mean([float(score(row)) for row in rows], units)
+    return dict(cluster_means([float(score(row)) for row in rows], units))
+
+
+def _rate(rows: list[Row], score: Callable[[Row], float]) -> Estimate:
+    return bootstrap_mean(list(_per_unit(rows, score).values()))
 
 
 def _match(row: Row) -> float:
@@ -180,12 +184,12 @@ def _score(rows: list[Row]) -> Json | None:
     if not rows:
         return None
     match = _rate(rows, _match)
-    f1 = _rate(rows, lambda row: metrics.token_f1(row["guess"], row["topic"]))
+    f1 = _per_unit(rows, lambda row: metrics.token_f1(row["guess"], row["topic"]))
     return {
         "exact_match": match.mean,
         "ci_low": match.low,
         "ci_high": match.high,
-        "token_f1": f1.mean,
+        "token_f1": sum(f1.values()) / len(f1),
         "n": match.n,
     }
 
@@ -239,15 +243,10 @@ def _by_wording(rows: list[Row]) -> list[Json]:
 
 def _differences(by_method: Mapping[str, list[Row]]) -> Json:
     """Exact match of `dit` minus that of every other method, over the diffs that both answered."""
-
-    def per_diff(rows: list[Row]) -> dict[Any, float]:
-        units = [_unit(row, index) for index, row in enumerate(rows)]
-        return dict(cluster_means([_match(row) for row in rows], units))
-
-    dit = per_diff(by_method["dit"])
+    dit = _per_unit(by_method["dit"], _match)
     differences = {}
     for name, rows in by_method.items():
-        other = per_diff(rows)
+        other = _per_unit(rows, _match)
         if name != "dit" and any(diff in dit for diff in other):
             pair = paired_difference(dit, other)
             differences[name] = {
