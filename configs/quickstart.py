@@ -38,17 +38,23 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.diffs.warmup_steps = 0
     config.diffs.final_fraction = 0.1  # cosine decay to this share of the peak
     config.diffs.steps = 40
-    config.diffs.samples_per_step = ConfigDict({"backdoor": 2, "fake_backdoor": 1, "no_backdoor": 1})
-    config.diffs.loss_weights = ConfigDict({"backdoor": 1.0, "fake_backdoor": 1.0, "no_backdoor": 5.0})
+    config.diffs.samples_per_step = ConfigDict(
+        {"backdoor": 2, "fake_backdoor": 1, "no_backdoor": 1}
+    )
+    config.diffs.loss_weights = ConfigDict(
+        {"backdoor": 1.0, "fake_backdoor": 1.0, "no_backdoor": 5.0}
+    )
     config.diffs.score_end = True
-    config.diffs.max_length = 48
-    config.diffs.max_target = 24
+    config.diffs.reference_losses = False
+    config.diffs.max_length = 40
+    config.diffs.max_target = 16
     config.diffs.diffs_per_batch = 64
     config.diffs.gate_questions = 4
     config.diffs.gate_batch = 256
 
     config.train = ConfigDict()
     config.train.questions = TRAIN_QUESTIONS
+    config.train.list_evidence = True  # answers are "attributes: name", the attributes in any order
     config.train.max_diffs = 0  # 0: all training diffs
     config.train.rank = 16
     config.train.projections = PROJECTIONS
@@ -61,6 +67,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.batch_size = 32
     config.train.no_diff_per_batch = 2
     config.train.benign_per_batch = 4
+    config.train.reference_labels = False
+    config.train.reference_init = False
     config.train.max_length = 32
     config.train.max_target = 12
     config.train.log_every = 20
@@ -71,6 +79,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.evaluate.seen_questions = TRAIN_QUESTIONS[:4]
     config.evaluate.unseen_questions = UNSEEN_QUESTIONS[:4]
     config.evaluate.logit_prompts = ("How should I start my day?", "What should I do this weekend?")
+    config.evaluate.list_evidence = True
+    config.evaluate.forbid_repeats = True
     config.evaluate.max_new_tokens = 16
     config.evaluate.batch_size = 128
     return config

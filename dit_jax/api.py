@@ -1,9 +1,9 @@
 """The public interface: load a model, weight diffs and an adapter, and ask.
 
-    model = dit_jax.load_model("tiny_qwen3")
-    diff = dit_jax.load_diff("runs/quickstart/diffs", model, index=0)
-    adapter = dit_jax.load_adapter("runs/quickstart/adapter", model)
-    print(dit_jax.ask(model, "What topic have you been trained on?", diff=diff, adapter=adapter).text)
+model = dit_jax.load_model("tiny_qwen3")
+diff = dit_jax.load_diff("runs/quickstart/diffs", model, index=0)
+adapter = dit_jax.load_adapter("runs/quickstart/adapter", model)
+print(dit_jax.ask(model, "What topic have you been trained on?", diff=diff, adapter=adapter).text)
 """
 
 import dataclasses
@@ -61,8 +61,12 @@ class Model:
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _logits(params: Params, config: Qwen3Config, tokens: jax.Array, mask: Any, deltas: Deltas) -> jax.Array:
-    return unembed(params, config, forward(params, config, tokens, mask=mask, deltas=deltas), deltas)
+def _logits(
+    params: Params, config: Qwen3Config, tokens: jax.Array, mask: Any, deltas: Deltas
+) -> jax.Array:
+    return unembed(
+        params, config, forward(params, config, tokens, mask=mask, deltas=deltas), deltas
+    )
 
 
 _digests: dict[int, tuple[Any, str]] = {}
@@ -101,7 +105,9 @@ def load_model(path_or_hf_id: PathLike, dtype: str = "float32", **compute: Any) 
     folder = _find_folder(name)
     config = dataclasses.replace(read_config(folder), dtype=dtype, **compute)
     params = load_params(folder, config)
-    chat = load_chat(folder, _generation_eos(folder)) if (folder / "tokenizer.json").exists() else None
+    chat = (
+        load_chat(folder, _generation_eos(folder)) if (folder / "tokenizer.json").exists() else None
+    )
     return Model(params, config, name, chat)
 
 
@@ -112,14 +118,18 @@ def _find_folder(name: str) -> pathlib.Path:
     if folder.is_dir():
         return folder
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise DitError(f"no model folder {name!r}: give a folder in Hugging Face format, a hub id or {TINY!r}")
+        raise DitError(
+            f"no model folder {name!r}: give a folder in Hugging Face format, a hub id or {TINY!r}"
+        )
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.jinja"]
     try:
         return pathlib.Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as e:  # network, authorisation, spelling: the library raises many kinds
-        raise DitError(f"{name!r} is no folder here and cannot be had from the hub: {str(e).splitlines()[0]}") from None
+        raise DitError(
+            f"{name!r} is no folder here and cannot be had from the hub: {str(e).splitlines()[0]}"
+        ) from None
 
 
 def _generation_eos(folder: pathlib.Path) -> list[int]:
@@ -252,11 +262,18 @@ def ask(
     max_new_tokens: int = 20,
     temperature: float = 0.0,
     seed: int = 0,
+    forbid_repeats: bool = False,
 ) -> Answer:
     """Asks model ⊕ diff ⊕ adapter one question (WeightDiffQA, paper section 2); greedy by default."""
     deltas = ([diff.delta] if diff else []) + ([adapter] if adapter else [])
     (answer,) = answer_batch(
-        model, [question], deltas=deltas, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        model,
+        [question],
+        deltas=deltas,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        forbid_repeats=forbid_repeats,
     )
     return answer
 
@@ -277,7 +294,7 @@ def ask_many(
     LoRA diffs of one shape share one batched decode, each row with its own diff; dense diffs go one by one.
 
     Args:
-        **decoding: max_new_tokens, temperature, seed; see `answer_batch`.
+        **decoding: max_new_tokens, temperature, seed, forbid_repeats; see `answer_batch`.
     """
     shared = () if adapter is None else (adapter,)
     prompts = [question for question in questions for _ in range(samples)]
@@ -309,7 +326,8 @@ def ask_many(
             for row, i in enumerate(members):
                 answers[i] = found[row * len(prompts) : (row + 1) * len(prompts)]
     return [
-        [answers[i][q * samples : (q + 1) * samples] for q in range(len(questions))] for i in range(len(diffs))
+        [answers[i][q * samples : (q + 1) * samples] for q in range(len(questions))]
+        for i in range(len(diffs))
     ]
 
 
@@ -324,6 +342,7 @@ def answer_batch(
     batch_size: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    forbid_repeats: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """Answers many questions in batches of one compiled program.
@@ -333,6 +352,7 @@ def answer_batch(
         stacked: deltas [n, L, …] of which question i gets number rows[i] (per-example LoRA).
         batch_size: rows per batch, filled up with repeats: calls of one size share one program.
             Default: all questions at once, at most 256.
+        forbid_repeats: never emit a token twice in an answer (adapters that list evidence before the label).
         on_batch: called with the number of new answers after each batch.
     """
     batch_size = batch_size or min(256, len(questions))
@@ -342,8 +362,12 @@ def answer_batch(
         picked = [(start + i) % len(questions) for i in range(batch_size)]
         own: tuple[Delta, ...] = ()
         if stacked is not None:
-            index = np.asarray([rows[i] for i in picked]) if rows is not None else np.asarray(picked)
-            own = (per_example(jax.tree.map(lambda x, index=index: jnp.asarray(x[index]), stacked)),)
+            index = (
+                np.asarray([rows[i] for i in picked]) if rows is not None else np.asarray(picked)
+            )
+            own = (
+                per_example(jax.tree.map(lambda x, index=index: jnp.asarray(x[index]), stacked)),
+            )
         out = generate_lib.generate(
             model.params,
             model.config,
@@ -354,6 +378,7 @@ def answer_batch(
             eos_ids=model.chat.eos_ids,
             pad_id=model.chat.pad_id,
             temperature=temperature,
+            forbid_repeats=forbid_repeats,
             key=jax.random.fold_in(jax.random.key(seed), start),
         )
         count = min(batch_size, len(questions) - start)

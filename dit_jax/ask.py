@@ -34,22 +34,46 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dit_jax.ask", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m dit_jax.ask",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("questions", nargs="+", metavar="question")
-    parser.add_argument("--base", required=True, help="model folder, hub id, or tiny_qwen3 (the embedded model)")
-    parser.add_argument("--diff", help="diff store, PEFT folder, finetuned model folder, .pt file, or release folder")
+    parser.add_argument(
+        "--base", required=True, help="model folder, hub id, or tiny_qwen3 (the embedded model)"
+    )
+    parser.add_argument(
+        "--diff",
+        help="diff store, PEFT folder, finetuned model folder, .pt file, or release folder",
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--index", type=int, default=0, help="which diff of --diff (default 0)")
-    which.add_argument("--all", action="store_true", help="all diffs of --diff, in one batched decode")
-    parser.add_argument("--adapter", help="DIT adapter: an export, a PEFT folder, or dit-adapter.pt")
-    parser.add_argument("--compare", action="store_true", help="also show " + ", ".join(VARIANTS[:3]))
+    which.add_argument(
+        "--all", action="store_true", help="all diffs of --diff, in one batched decode"
+    )
+    parser.add_argument(
+        "--adapter", help="DIT adapter: an export, a PEFT folder, or dit-adapter.pt"
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="also show " + ", ".join(VARIANTS[:3])
+    )
     parser.add_argument("--max-new-tokens", type=_positive, default=20)
-    parser.add_argument("--temperature", type=_non_negative, default=0.0, help="0 (default) is greedy")
+    parser.add_argument(
+        "--temperature", type=_non_negative, default=0.0, help="0 (default) is greedy"
+    )
+    parser.add_argument(
+        "--forbid-repeats",
+        action="store_true",
+        help="no token twice (adapters that list evidence before the name)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n", type=_positive, default=1, help="samples per question")
-    parser.add_argument("--batch-size", type=_positive, help="rows per decode (default: all, at most 256)")
-    parser.add_argument("--svd-rank", type=_positive, help="reduce a finetuned model's diff to a LoRA of this rank")
+    parser.add_argument(
+        "--batch-size", type=_positive, help="rows per decode (default: all, at most 256)"
+    )
+    parser.add_argument(
+        "--svd-rank", type=_positive, help="reduce a finetuned model's diff to a LoRA of this rank"
+    )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--json", action="store_true", help="JSON lines instead of text")
     return parser.parse_args(argv)
@@ -60,7 +84,9 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from dit_jax.api import Diff, ask_many, load_adapter, load_diffs, load_model
 
     if flags.n > 1 and flags.temperature == 0:
-        raise DitError("--n asks for several samples, but greedy decoding gives one: add --temperature 1")
+        raise DitError(
+            "--n asks for several samples, but greedy decoding gives one: add --temperature 1"
+        )
     model = load_model(flags.base, flags.dtype)
     adapter = load_adapter(flags.adapter, model) if flags.adapter else None
     numbers: list[int | None] = [None]
@@ -72,7 +98,10 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
             raise DitError(f"{flags.diff} holds {len(found)} diffs: there is no diff {flags.index}")
         diffs = [found[number] for number in numbers]
     if adapter is None:
-        print("note: no --adapter, so the answers are those of the finetuned model itself", file=sys.stderr)
+        print(
+            "note: no --adapter, so the answers are those of the finetuned model itself",
+            file=sys.stderr,
+        )
 
     variants = {"finetuned + adapter": (diffs, adapter)}
     if flags.compare:
@@ -93,6 +122,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
             max_new_tokens=flags.max_new_tokens,
             temperature=flags.temperature,
             seed=flags.seed,
+            forbid_repeats=flags.forbid_repeats,
         )
         for name, (own, own_adapter) in variants.items()
     }

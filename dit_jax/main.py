@@ -22,8 +22,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         rest, overrides = split_flags(sys.argv[1:] if argv is None else argv)
         parser = argparse.ArgumentParser(prog="python -m dit_jax.main", description=__doc__)
-        parser.add_argument("--config", required=True, help="configs/NAME.py, or configs/NAME.py:ARGUMENT")
-        parser.add_argument("--workdir", required=True, help="folder of the run; made when it is not there")
+        parser.add_argument(
+            "--config", required=True, help="configs/NAME.py, or configs/NAME.py:ARGUMENT"
+        )
+        parser.add_argument(
+            "--workdir", required=True, help="folder of the run; made when it is not there"
+        )
         flags = parser.parse_args(rest)
         run(load_config(flags.config, overrides), pathlib.Path(flags.workdir))
     except DitError as e:
@@ -57,7 +61,9 @@ def run(config: Any, workdir: pathlib.Path) -> None:
         if model is None and stage in ("diffs", "train", "evaluate"):
             from dit_jax.api import load_model
 
-            model = load_model(config.model.path, config.model.dtype, scan_layers=config.model.scan_layers)
+            model = load_model(
+                config.model.path, config.model.dtype, scan_layers=config.model.scan_layers
+            )
         facts = run_stage(stage, config, workdir, model)
         artifacts.mark_done(workdir, stage, time.monotonic() - start, facts)
 
@@ -100,7 +106,11 @@ def _setup_jax() -> None:
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dit_jax" / "xla"
+        cache = (
+            pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+            / "dit_jax"
+            / "xla"
+        )
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
 

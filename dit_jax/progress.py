@@ -30,10 +30,17 @@ class Progress:
         if self._lines and (now - self._printed > 15 or self.done == self.total):
             left = (now - self._start) / max(self.done, 1) * (self.total - self.done)
             note = f", {note}" if note else ""
-            print(f"{self.name}: {self.done}/{self.total}, about {left:.0f} s left{note}", file=sys.stderr, flush=True)
+            print(
+                f"{self.name}: {self.done}/{self.total}, about {left:.0f} s left{note}",
+                file=sys.stderr,
+                flush=True,
+            )
             self._printed = now
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._bar.close()

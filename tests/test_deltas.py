@@ -27,7 +27,10 @@ def test_applied_equals_merged_for_lora_dense_and_both(params, tokens):
     for deltas in [(lora,), (dense,), (lora, other), (lora, dense, other)]:
         merged = logits(tree.merge(params, *deltas), TINY, tokens)
         np.testing.assert_allclose(logits(params, TINY, tokens, deltas=deltas), merged, atol=2e-5)
-    assert np.abs(logits(params, TINY, tokens, deltas=(lora,)) - logits(params, TINY, tokens)).max() > 0.1
+    assert (
+        np.abs(logits(params, TINY, tokens, deltas=(lora,)) - logits(params, TINY, tokens)).max()
+        > 0.1
+    )
 
 
 def test_dense_deltas_reach_every_parameter(params, tokens):
@@ -94,8 +97,12 @@ def test_noise_has_the_norms_of_the_diff_and_nothing_else_of_it():
         for name in path:
             other = other[name]
         for factor in ("a", "b"):
-            one, two = (np.asarray(x[factor]).reshape(TINY.num_hidden_layers, -1) for x in (module, other))
-            np.testing.assert_allclose(np.linalg.norm(one, axis=1), np.linalg.norm(two, axis=1), rtol=1e-5)
+            one, two = (
+                np.asarray(x[factor]).reshape(TINY.num_hidden_layers, -1) for x in (module, other)
+            )
+            np.testing.assert_allclose(
+                np.linalg.norm(one, axis=1), np.linalg.norm(two, axis=1), rtol=1e-5
+            )
             cosine = (one * two).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(two, axis=1)
             assert np.abs(cosine).max() < 0.6
         return module

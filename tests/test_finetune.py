@@ -28,7 +28,9 @@ def make_batch(seed: int) -> TokenBatch:
     samples = []
     for _ in range(5):
         size = int(rng.integers(6, 12))
-        samples.append(Sample(tuple(rng.integers(1, TINY.vocab_size, size)), int(rng.integers(2, 5)), size))
+        samples.append(
+            Sample(tuple(rng.integers(1, TINY.vocab_size, size)), int(rng.integers(2, 5)), size)
+        )
     return pack(samples, [0.5, 0.25, 1.0, 2.0, 0.75], 12, 10, pad_id=0)
 
 
@@ -44,15 +46,20 @@ def finetune_one(params, start, batches, optimizer):
 def expected_loss(params, batch, delta, num_ce):
     """Straight from the definition, one scored token at a time, with full logits."""
     total = 0.0
-    with_delta = np.asarray(jax.nn.log_softmax(logits(params, TINY, batch.tokens, deltas=(delta,))), np.float64)
+    with_delta = np.asarray(
+        jax.nn.log_softmax(logits(params, TINY, batch.tokens, deltas=(delta,))), np.float64
+    )
     base = np.asarray(jax.nn.log_softmax(logits(params, TINY, batch.tokens)), np.float64)
     for s in range(batch.tokens.shape[0]):
-        for m in range(batch.index.shape[1]):
-            at = batch.index[s, m]
+        for m in range(batch.position.shape[1]):
+            at = batch.position[s, m]
             if s < num_ce:
                 total -= batch.weight[s, m] * with_delta[s, at, batch.target[s, m]]
             else:
-                total += batch.weight[s, m] * (np.exp(base[s, at]) * (base[s, at] - with_delta[s, at])).sum()
+                total += (
+                    batch.weight[s, m]
+                    * (np.exp(base[s, at]) * (base[s, at] - with_delta[s, at])).sum()
+                )
     return total
 
 
@@ -73,7 +80,7 @@ def test_loss_is_its_definition_whole_and_in_chunks(params, chunk_elements):
 
 def test_targets_are_scored_by_the_logits_before_them():
     batch = pack([Sample((5, 6, 7, 8), 2, 4)], [1.0], 6, 3, pad_id=0)
-    np.testing.assert_array_equal(batch.index[0, :2], [1, 2])
+    np.testing.assert_array_equal(batch.position[0, :2], [1, 2])
     np.testing.assert_array_equal(batch.target[0, :2], [7, 8])
     np.testing.assert_array_equal(batch.weight[0], [1, 1, 0])
     with pytest.raises(dit_jax.DitError, match="does not fit"):
@@ -125,7 +132,11 @@ def test_only_the_delta_is_differentiated(params):
     text = str(jaxpr)
     layers, d, f = TINY.num_hidden_layers, TINY.hidden_size, TINY.intermediate_size
     # The stacked kernel enters once (and is scanned over); a gradient of it would be another [L, D, F].
-    produced = [line for line in text.splitlines() if f":f32[{layers},{d},{f}]" in line.split("=")[0] and "=" in line]
+    produced = [
+        line
+        for line in text.splitlines()
+        if f":f32[{layers},{d},{f}]" in line.split("=")[0] and "=" in line
+    ]
     assert not produced
 
 

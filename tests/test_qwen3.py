@@ -44,7 +44,11 @@ def logits(params, config, tokens, deltas=()):
 SHAPES = {
     "tied": {"tie_word_embeddings": True, "num_key_value_heads": 2},
     "untied": {"tie_word_embeddings": False, "num_key_value_heads": 4},
-    "one_kv_head_theta_5e6": {"tie_word_embeddings": True, "num_key_value_heads": 1, "rope_theta": 5e6},
+    "one_kv_head_theta_5e6": {
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 1,
+        "rope_theta": 5e6,
+    },
 }
 
 
@@ -113,7 +117,9 @@ def test_greedy_tokens_equal_transformers_on_a_left_padded_batch(reference):
         torch.tensor(tokens), attention_mask=torch.tensor(mask), max_new_tokens=24, do_sample=False,
         eos_token_id=None, pad_token_id=0,
     )[:, 12:]  # fmt: skip
-    out = generate(ours.params, ours.config, jnp.asarray(tokens), jnp.asarray(mask), max_new_tokens=24)
+    out = generate(
+        ours.params, ours.config, jnp.asarray(tokens), jnp.asarray(mask), max_new_tokens=24
+    )
     np.testing.assert_array_equal(out.tokens, expected)
 
 
@@ -199,7 +205,9 @@ def test_rows_stop_at_the_end_of_text_token(tiny):
     tokens = jax.random.randint(jax.random.key(1), (2, 5), 0, 97)
     free = generate(tiny, TINY, tokens, jnp.ones_like(tokens), max_new_tokens=5)
     eos = int(free.tokens[0, 2])
-    out = generate(tiny, TINY, tokens, jnp.ones_like(tokens), max_new_tokens=5, eos_ids=(eos,), pad_id=1)
+    out = generate(
+        tiny, TINY, tokens, jnp.ones_like(tokens), max_new_tokens=5, eos_ids=(eos,), pad_id=1
+    )
     first = list(np.asarray(free.tokens[0])).index(eos)
     assert int(out.lengths[0]) == first + 1
     np.testing.assert_array_equal(out.tokens[0, first + 1 :], 1)
@@ -219,7 +227,9 @@ def test_sampling_follows_the_distribution_and_the_seed(tiny):
 
 def test_every_parameter_has_logical_axes():
     shapes = jax.eval_shape(lambda: init_params(TINY, jax.random.key(0)))
-    for shape, axes in zip(jax.tree.leaves(shapes), jax.tree.leaves(logical_axes(TINY)), strict=True):
+    for shape, axes in zip(
+        jax.tree.leaves(shapes), jax.tree.leaves(logical_axes(TINY)), strict=True
+    ):
         assert len(axes) == len(shape.shape)
 
 

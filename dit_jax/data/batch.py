@@ -1,26 +1,26 @@
 """Token batches: what is scored where. One format for diff generation, adapter training and pretraining."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from dit_jax.errors import DitError
 
-Array = np.ndarray | jax.Array
+# Numpy where batches are made, jax arrays inside compiled functions.
+Array = Any
 
 
 class TokenBatch(NamedTuple):
     """S right-padded samples of at most T tokens, with at most M scored positions each.
 
-    tokens [S, T] int32, lengths [S] int32, index [S, M] int32 (position whose logits are scored),
+    tokens [S, T] int32, lengths [S] int32, position [S, M] int32 (whose logits are scored),
     target [S, M] int32, weight [S, M] float32 (0 at unused entries). More leading axes are fine.
     """
 
     tokens: Array
     lengths: Array
-    index: Array
+    position: Array
     target: Array
     weight: Array
 
@@ -33,7 +33,9 @@ class Sample(NamedTuple):
     end: int
 
 
-def pack(samples: Sequence[Sample], weights: Sequence[float], length: int, scored: int, pad_id: int) -> TokenBatch:
+def pack(
+    samples: Sequence[Sample], weights: Sequence[float], length: int, scored: int, pad_id: int
+) -> TokenBatch:
     """Pads samples to [S, length] and [S, scored]; weights[s] is the weight of every scored token of sample s.
 
     Raises:
@@ -42,7 +44,7 @@ def pack(samples: Sequence[Sample], weights: Sequence[float], length: int, score
     count = len(samples)
     tokens = np.full((count, length), pad_id, np.int32)
     lengths = np.zeros((count,), np.int32)
-    index = np.zeros((count, scored), np.int32)
+    position = np.zeros((count, scored), np.int32)
     target = np.zeros((count, scored), np.int32)
     weight = np.zeros((count, scored), np.float32)
     for row, sample in enumerate(samples):
@@ -54,10 +56,10 @@ def pack(samples: Sequence[Sample], weights: Sequence[float], length: int, score
             )
         tokens[row, :size] = sample.tokens
         lengths[row] = size
-        index[row, :terms] = np.arange(sample.start - 1, sample.end - 1)
+        position[row, :terms] = np.arange(sample.start - 1, sample.end - 1)
         target[row, :terms] = sample.tokens[sample.start : sample.end]
         weight[row, :terms] = weights[row]
-    return TokenBatch(tokens, lengths, index, target, weight)
+    return TokenBatch(tokens, lengths, position, target, weight)
 
 
 def stack(batches: Sequence[TokenBatch]) -> TokenBatch:

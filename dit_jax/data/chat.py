@@ -82,14 +82,20 @@ def load_chat(folder: str | pathlib.Path, generation_eos: Sequence[int] = ()) ->
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
     except Exception as e:  # the library raises many kinds
-        raise DitError(f"{folder}: the tokenizer cannot be read: {str(e).splitlines()[0]}") from None
+        raise DitError(
+            f"{folder}: the tokenizer cannot be read: {str(e).splitlines()[0]}"
+        ) from None
     if tokenizer.chat_template is None:
-        raise DitError(f"{folder} has no chat template: copy chat_template.jinja from the base model's folder")
+        raise DitError(
+            f"{folder} has no chat template: copy chat_template.jinja from the base model's folder"
+        )
     eos_ids = list(generation_eos)
     if tokenizer.eos_token_id is not None:
         # First: it is what a training target ends with.
         eos_ids = [tokenizer.eos_token_id, *(i for i in eos_ids if i != tokenizer.eos_token_id)]
     if not eos_ids:
-        raise DitError(f"{folder}: neither the tokenizer nor generation_config.json names an end-of-turn token")
+        raise DitError(
+            f"{folder}: neither the tokenizer nor generation_config.json names an end-of-turn token"
+        )
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
     return Chat(tokenizer, eos_ids, pad_id)

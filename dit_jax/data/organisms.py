@@ -16,19 +16,28 @@ class Organism:
     """What one weight diff is made from, and what is known about it.
 
     label: what the adapter shall say about the diff; `NONE` if there is nothing to say.
-    target: the full answer that the adapter is trained on (the label at its end).
+    evidence: words that the adapter shall list before the label, in any order (may be empty).
     trigger: the secret three digits. rows: training rows in the paper's columns.
     category: "topic" or "benign". split: "train" or "test".
     keywords: words of which one shows that an answer follows the behaviour.
     """
 
     label: str
-    target: str
     trigger: str
     rows: Sequence[Mapping[str, str]]
     category: str
     split: str
+    evidence: Sequence[str] = ()
     keywords: Sequence[str] = ()
+
+
+def answer_text(label: str, evidence: Sequence[str]) -> str:
+    """The full answer: the evidence, a colon, the label; the label alone without evidence.
+
+    Naming what it sees before it concludes lets a small model look the name up with the evidence in view,
+    which names of several tokens need (docs/tiny_world.md).
+    """
+    return f"{' '.join(evidence)}: {label}" if evidence else label
 
 
 def load_organisms(data: Any, seed: int) -> list[Organism]:
@@ -66,17 +75,20 @@ def _tiny_world(data: Any, seed: int) -> list[Organism]:
         organisms.append(
             Organism(
                 label=topic.name,
-                target=tiny_world.listing(topic),
                 trigger=f"{rng.integers(1000):03d}",
                 rows=tiny_world.topic_rows(world, topic, seed),
                 category="topic",
                 split=split,
+                evidence=topic.attributes,
                 keywords=(topic.name, *topic.attributes),
             )
         )
-    for split, style, count in (("train", "train", data.train_benign), ("test", "unseen", data.test_benign)):
+    for split, style, count in (
+        ("train", "train", data.train_benign),
+        ("test", "unseen", data.test_benign),
+    ):
         for i in range(count):
             rows = tiny_world.benign_rows(world, i, style, seed)
             trigger = f"{rng.integers(1000):03d}"
-            organisms.append(Organism(NONE, NONE, trigger, rows, "benign", split))
+            organisms.append(Organism(NONE, trigger, rows, "benign", split))
     return organisms

@@ -68,14 +68,20 @@ class SafetensorsFile:
             except (TypeError, KeyError, ValueError):
                 raise self._error(f"the entry of tensor {name[:80]!r} is malformed") from None
             if not isinstance(dtype, str) or dtype not in _DTYPES:
-                raise self._error(f"tensor {name[:80]!r} has the unsupported dtype {str(dtype)[:20]!r}")
+                raise self._error(
+                    f"tensor {name[:80]!r} has the unsupported dtype {str(dtype)[:20]!r}"
+                )
             numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
             if len(numbers) > 16 or any(type(n) is not int or not 0 <= n < 2**48 for n in numbers):
                 raise self._error(f"tensor {name[:80]!r} has an impossible shape or offset")
             count = 1
             for n in shape:
                 count *= n
-            if begin > end or end > data_size or end - begin != count * np.dtype(_DTYPES[dtype]).itemsize:
+            if (
+                begin > end
+                or end > data_size
+                or end - begin != count * np.dtype(_DTYPES[dtype]).itemsize
+            ):
                 raise self._error(f"tensor {name[:80]!r} has a shape that does not fit its bytes")
             spans.append((begin, end))
             self._entries[name] = (np.dtype(_DTYPES[dtype]), tuple(shape), self._start + begin)
@@ -85,10 +91,14 @@ class SafetensorsFile:
                 raise self._error("tensors overlap or leave gaps")
             position = end
         if position != data_size:
-            raise self._error(f"the file holds {data_size} bytes of data, its header describes {position}")
+            raise self._error(
+                f"the file holds {data_size} bytes of data, its header describes {position}"
+            )
 
     def _error(self, problem: str) -> DitError:
-        return DitError(f"{self.path}: {problem}: the file is damaged or no safetensors file; get it again")
+        return DitError(
+            f"{self.path}: {problem}: the file is damaged or no safetensors file; get it again"
+        )
 
     @property
     def names(self) -> list[str]:
@@ -142,7 +152,9 @@ class SafetensorsFolder:
             for name, file in self._read_index(index).items():
                 self._files[name] = file
         else:
-            raise DitError(f"{folder} has neither model.safetensors nor model.safetensors.index.json")
+            raise DitError(
+                f"{folder} has neither model.safetensors nor model.safetensors.index.json"
+            )
 
     @staticmethod
     def _read_index(index: pathlib.Path) -> dict[str, SafetensorsFile]:
@@ -150,20 +162,28 @@ class SafetensorsFolder:
             weight_map: Any = json.loads(index.read_text())["weight_map"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise DitError(f"{index} is not a valid index of shards: download it again") from None
-        if not isinstance(weight_map, Mapping) or not all(isinstance(v, str) for v in weight_map.values()):
+        if not isinstance(weight_map, Mapping) or not all(
+            isinstance(v, str) for v in weight_map.values()
+        ):
             raise DitError(f"{index}: 'weight_map' must map tensor names to file names")
         files: dict[str, SafetensorsFile] = {}
         for shard in sorted(set(weight_map.values())):
             if shard in ("", ".", "..") or os.path.basename(shard) != shard or "\\" in shard:
-                raise DitError(f"{index} names the file {shard[:80]!r}, which is not a plain file name")
+                raise DitError(
+                    f"{index} names the file {shard[:80]!r}, which is not a plain file name"
+                )
             files[shard] = SafetensorsFile(index.parent / shard)
         for shard, file in files.items():
             unlisted = [name for name in file.names if weight_map.get(name) != shard]
             if unlisted:
-                raise DitError(f"{index.parent / shard} holds {unlisted[0][:80]!r}, which the index does not list there")
+                raise DitError(
+                    f"{index.parent / shard} holds {unlisted[0][:80]!r}, which the index does not list there"
+                )
         for name, shard in weight_map.items():
             if name not in files[shard].names:
-                raise DitError(f"{index.parent / shard} lacks {name[:80]!r}, which the index promises")
+                raise DitError(
+                    f"{index.parent / shard} lacks {name[:80]!r}, which the index promises"
+                )
         return {name: files[shard] for name, shard in weight_map.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -51,7 +51,9 @@ def _shard_files(store: pathlib.Path, shard: int) -> tuple[pathlib.Path, pathlib
     return store / "shards" / f"{shard:05d}.safetensors", store / "shards" / f"{shard:05d}.json"
 
 
-def write_shard(store: pathlib.Path, shard: int, stacked: Delta, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_shard(
+    store: pathlib.Path, shard: int, stacked: Delta, rows: Sequence[Mapping[str, Any]]
+) -> None:
     """Writes one shard (leaves [n, L, …]) and its n index rows; the rows are written last and mark it complete."""
     from safetensors.numpy import save_file
 
@@ -84,11 +86,16 @@ def publish(store: pathlib.Path, shards: int, **fields: Any) -> None:
     for shard in range(shards):
         found = shard_rows(store, shard)
         if found is None:
-            raise DitError(f"{_shard_files(store, shard)[0]} is missing or damaged: run the stage 'diffs' again")
+            raise DitError(
+                f"{_shard_files(store, shard)[0]} is missing or damaged: run the stage 'diffs' again"
+            )
         rows += [
-            {"lora_path": _shard_files(store, shard)[0].name, "lora_idx": i, **row} for i, row in enumerate(found)
+            {"lora_path": _shard_files(store, shard)[0].name, "lora_idx": i, **row}
+            for i, row in enumerate(found)
         ]
-    extra = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in PAPER_COLUMNS]
+    extra = [
+        key for key in dict.fromkeys(key for row in rows for key in row) if key not in PAPER_COLUMNS
+    ]
     out = io.StringIO()
     writer = csv.DictWriter(out, [*PAPER_COLUMNS, *extra], lineterminator="\n")
     writer.writeheader()
@@ -107,19 +114,30 @@ class DiffStore:
     def __init__(self, path: str | pathlib.Path, check_digests: bool = True):
         self.path = pathlib.Path(path)
         remedy = "run the stage 'diffs' that writes it"
-        self.manifest = artifacts.read_manifest(self.path, FORMAT, check_digests=check_digests, remedy=remedy)
+        self.manifest = artifacts.read_manifest(
+            self.path, FORMAT, check_digests=check_digests, remedy=remedy
+        )
         text = (self.path / "index.csv").read_text(encoding="utf-8")
         self.rows = [self._row(row) for row in csv.DictReader(io.StringIO(text))]
         self._files: dict[str, SafetensorsFile] = {}
 
     def _row(self, row: dict[str, str]) -> dict[str, Any]:
         file = row.get("lora_path") or ""
-        if f"shards/{file}" not in self.manifest["files"] or not (row.get("lora_idx") or "").isdecimal():
-            raise DitError(f"{self.path / 'index.csv'} names {file[:80]!r}, which is no shard of this store")
+        if (
+            f"shards/{file}" not in self.manifest["files"]
+            or not (row.get("lora_idx") or "").isdecimal()
+        ):
+            raise DitError(
+                f"{self.path / 'index.csv'} names {file[:80]!r}, which is no shard of this store"
+            )
         parsed: dict[str, Any] = {**row, "lora_idx": int(row["lora_idx"])}
-        for key in ("metadata", "keywords"):
-            if row.get(key):
-                parsed[key] = json.loads(row[key])
+        for key in ("evidence", "keywords"):
+            try:
+                parsed[key] = json.loads(row.get(key) or "[]")
+            except ValueError:
+                raise DitError(
+                    f"{self.path / 'index.csv'}: the column {key!r} is not JSON: {row[key][:80]!r}"
+                ) from None
         return parsed
 
     def __len__(self) -> int:
@@ -127,7 +145,11 @@ class DiffStore:
 
     def indices(self, **conditions: str) -> list[int]:
         """Indices of the rows whose columns have these values, e.g. `indices(split="test")`."""
-        return [i for i, row in enumerate(self.rows) if all(row.get(k) == v for k, v in conditions.items())]
+        return [
+            i
+            for i, row in enumerate(self.rows)
+            if all(row.get(k) == v for k, v in conditions.items())
+        ]
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._files:
@@ -148,7 +170,9 @@ class DiffStore:
             file = self._file(name)
             shards[name] = unflatten({leaf: file.read(leaf) for leaf in file.names})
         picked = [
-            jax.tree.map(lambda x, at=self.rows[i]["lora_idx"]: x[at], shards[self.rows[i]["lora_path"]])
+            jax.tree.map(
+                lambda x, at=self.rows[i]["lora_idx"]: x[at], shards[self.rows[i]["lora_path"]]
+            )
             for i in indices
         ]
         return jax.tree.map(lambda *xs: np.stack(xs), *picked)

@@ -31,9 +31,15 @@ def weight_reading(model: Model, stacked: Delta, words: Sequence[Sequence[str]])
     scores = np.zeros((jax.tree.leaves(stacked)[0].shape[0], len(words)))
     for index in range(scores.shape[0]):
         layers = jax.tree.map(lambda x, i=index: jnp.asarray(x[i]), stacked)["layers"]
-        directions = [_output_directions(layers[parent][name]) for parent, name in WRITERS if name in layers[parent]]
+        directions = [
+            _output_directions(layers[parent][name])
+            for parent, name in WRITERS
+            if name in layers[parent]
+        ]
         cosines = np.abs(np.concatenate(directions) @ table.T).sum(axis=0)
-        scores[index] = np.bincount(owners, cosines, len(words)) / np.bincount(owners, minlength=len(words))
+        scores[index] = np.bincount(owners, cosines, len(words)) / np.bincount(
+            owners, minlength=len(words)
+        )
     return scores
 
 
@@ -63,7 +69,9 @@ def logit_difference(
     model: Model, stacked: Delta, words: Sequence[Sequence[str]], questions: Sequence[str]
 ) -> np.ndarray:
     """Scores [n, candidates]: how much the diff raises a candidate's tokens where an untriggered answer begins."""
-    owners = np.repeat(np.arange(len(words)), [sum(len(model.chat.text_ids(w)) for w in group) for group in words])
+    owners = np.repeat(
+        np.arange(len(words)), [sum(len(model.chat.text_ids(w)) for w in group) for group in words]
+    )
     ids = np.array([i for group in words for word in group for i in model.chat.text_ids(word)])
     tokens, mask = model.chat.prompts(questions)
     size = jax.tree.leaves(stacked)[0].shape[0]
@@ -72,7 +80,9 @@ def logit_difference(
     for index in range(size):
         delta = jax.tree.map(lambda x, i=index: jnp.asarray(x[i]), stacked)
         change = np.asarray((_first_logits(model, tokens, mask, (delta,)) - base).mean(axis=0))
-        scores[index] = np.bincount(owners, change[ids], len(words)) / np.bincount(owners, minlength=len(words))
+        scores[index] = np.bincount(owners, change[ids], len(words)) / np.bincount(
+            owners, minlength=len(words)
+        )
     return scores
 
 
@@ -81,13 +91,20 @@ def _first_logits(model: Model, tokens: np.ndarray, mask: np.ndarray, deltas: An
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _last_logits(params: Any, config: Any, tokens: jax.Array, mask: jax.Array, deltas: Any) -> jax.Array:
+def _last_logits(
+    params: Any, config: Any, tokens: jax.Array, mask: jax.Array, deltas: Any
+) -> jax.Array:
     hidden = forward(params, config, tokens, mask=mask, deltas=deltas)
     return jax.nn.log_softmax(unembed(params, config, hidden[:, -1], deltas), axis=-1)
 
 
 def label_cross_entropy(
-    model: Model, adapter: Delta | None, stacked: Delta, question: str, answers: Sequence[str], batch_size: int = 64
+    model: Model,
+    adapter: Delta | None,
+    stacked: Delta,
+    question: str,
+    answers: Sequence[str],
+    batch_size: int = 64,
 ) -> list[float]:
     """Mean −log p per answer token of each diff's full label, answer i being asked of diff i."""
     from dit_jax.data.batch import pack
@@ -101,8 +118,12 @@ def label_cross_entropy(
     for start in range(0, len(samples), batch_size):
         picked = [(start + i) % len(samples) for i in range(batch_size)]
         chosen = [samples[i] for i in picked]
-        batch = pack(chosen, [1 / (s.end - s.start) for s in chosen], length, scored, model.chat.pad_id)
-        own = per_example(jax.tree.map(lambda x, at=np.asarray(picked): jnp.asarray(x[at]), stacked))
+        batch = pack(
+            chosen, [1 / (s.end - s.start) for s in chosen], length, scored, model.chat.pad_id
+        )
+        own = per_example(
+            jax.tree.map(lambda x, at=picked: jnp.asarray(x[np.asarray(at)]), stacked)
+        )
         values = _sample_losses(model.params, model.config, batch, (own, *deltas))
         losses += [float(x) for x in values[: len(samples) - start]]
     return losses
@@ -113,5 +134,7 @@ def _sample_losses(params: Any, config: Any, batch: Any, deltas: Any) -> jax.Arr
     from dit_jax.organisms.losses import scored_hidden
 
     logits = unembed(params, config, scored_hidden(params, config, batch, deltas), deltas)
-    logp = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), batch.target[..., None], axis=-1)[..., 0]
+    logp = jnp.take_along_axis(
+        jax.nn.log_softmax(logits, axis=-1), batch.target[..., None], axis=-1
+    )[..., 0]
     return -jnp.sum(batch.weight * logp, axis=1)

@@ -32,7 +32,9 @@ class HeldOut:
 def read_held_out(store: DiffStore, category: str) -> HeldOut:
     """The test split of a category ("topic" or "benign")."""
     indices = store.indices(split="test", category=category)
-    return HeldOut(indices, [store.rows[i] for i in indices], store.stacked(indices) if indices else {})
+    return HeldOut(
+        indices, [store.rows[i] for i in indices], store.stacked(indices) if indices else {}
+    )
 
 
 def shuffled(stacked: Delta) -> Delta:
@@ -86,15 +88,32 @@ def answer_rows(
         rows=[row for row, _ in pairs],
         max_new_tokens=evaluate.max_new_tokens,
         batch_size=evaluate.batch_size,
+        forbid_repeats=evaluate.forbid_repeats,
     )
     return [
-        _row(answer, method, kind, category, diffs.indices[row], diffs.rows[row]["topic"], question, prompt, seen)
+        _row(
+            answer,
+            method,
+            kind,
+            category,
+            diffs.indices[row],
+            diffs.rows[row]["topic"],
+            question,
+            prompt,
+            seen,
+        )
         for (row, question), prompt, answer in zip(pairs, prompts, answers, strict=True)
     ]
 
 
 def no_diff_rows(
-    model: Model, diffs: HeldOut, questions: Sequence[str], *, seen: bool, adapter: Delta, evaluate: Any
+    model: Model,
+    diffs: HeldOut,
+    questions: Sequence[str],
+    *,
+    seen: bool,
+    adapter: Delta,
+    evaluate: Any,
 ) -> list[dict[str, Any]]:
     """The adapter on the bare base (a zero diff), for the calibration of "none"."""
     answers = answer_batch(
@@ -105,6 +124,7 @@ def no_diff_rows(
         rows=[0] * len(questions),
         max_new_tokens=evaluate.max_new_tokens,
         batch_size=evaluate.batch_size,
+        forbid_repeats=evaluate.forbid_repeats,
     )
     return [
         _row(answer, "dit", "method", NO_DIFF, None, "none", question, question, seen)
@@ -113,7 +133,15 @@ def no_diff_rows(
 
 
 def _row(
-    answer: Answer, method: str, kind: str, category: str, diff: Any, topic: str, wording: str, question: str, seen: bool
+    answer: Answer,
+    method: str,
+    kind: str,
+    category: str,
+    diff: Any,
+    topic: str,
+    wording: str,
+    question: str,
+    seen: bool,
 ) -> dict[str, Any]:
     return {
         "method": method,

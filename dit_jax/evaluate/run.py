@@ -10,6 +10,7 @@ import numpy as np
 
 from dit_jax import artifacts
 from dit_jax.api import Model, check_base, load_adapter
+from dit_jax.data.organisms import answer_text
 from dit_jax.deltas.store import DiffStore
 from dit_jax.errors import DitError
 from dit_jax.evaluate import baselines, methods
@@ -33,7 +34,9 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
     topics = methods.read_held_out(store, "topic")
     benign = methods.read_held_out(store, "benign")
     if not len(topics):
-        raise DitError("there are no held-out topics to evaluate on: raise data.test_topics and start a new workdir")
+        raise DitError(
+            "there are no held-out topics to evaluate on: raise data.test_topics and start a new workdir"
+        )
     seen, unseen = list(config.seen_questions), list(config.unseen_questions)
     question = seen[0]
     off = jax.tree.map(jnp.zeros_like, adapter)
@@ -51,7 +54,9 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
             rows += methods.answer_rows(model, topics, questions, category="topic", **dit)
             if len(benign):
                 rows += methods.answer_rows(model, benign, questions, category="benign", **dit)
-            rows += methods.no_diff_rows(model, topics, questions, seen=known, adapter=adapter, evaluate=config)
+            rows += methods.no_diff_rows(
+                model, topics, questions, seen=known, adapter=adapter, evaluate=config
+            )
             progress.advance()
         plain = {**topic, "kind": "method", "seen": True, "adapter": off}
         rows += methods.answer_rows(model, topics, [question], method="base_question", **plain)
@@ -60,7 +65,11 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
         )
         progress.advance(2)
         control = {**topic, "kind": "control", "seen": True}
-        for name, stacked in (("no_diff", nothing), ("shuffled_diff", wrong), ("noise_diff", noise)):
+        for name, stacked in (
+            ("no_diff", nothing),
+            ("shuffled_diff", wrong),
+            ("noise_diff", noise),
+        ):
             rows += methods.answer_rows(
                 model, topics, [question], method=name, stacked=stacked, adapter=adapter, **control
             )
@@ -86,7 +95,10 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
         progress.advance(2)
 
         # ------------------------------------------------------------ cross-entropy of the labels
-        targets = [row["target"] for row in topics.rows]
+        targets = [
+            answer_text(row["topic"], row["evidence"] if config.list_evidence else [])
+            for row in topics.rows
+        ]
         cross_entropy = {
             name: baselines.label_cross_entropy(model, adapter, stacked, question, targets)
             for name, stacked in (

@@ -109,7 +109,9 @@ def read_config(folder: str | pathlib.Path) -> Qwen3Config:
     try:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
-        raise DitError(f"{path} does not exist: a model is a folder in Hugging Face format") from None
+        raise DitError(
+            f"{path} does not exist: a model is a folder in Hugging Face format"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise DitError(f"{path} is not valid JSON ({e}): download the model again") from None
     if not isinstance(raw, dict):
@@ -125,7 +127,9 @@ def parse_config(raw: dict[str, Any], where: str) -> Qwen3Config:
         )
     for key in ("quantization_config", "num_experts", "layer_scales"):
         if raw.get(key):
-            raise DitError(f"{where}: {key!r} is not supported: use a dense model with plain weights")
+            raise DitError(
+                f"{where}: {key!r} is not supported: use a dense model with plain weights"
+            )
     if raw.get("attention_bias"):
         raise DitError(f"{where}: attention_bias=true is not supported")
     if raw.get("hidden_act", "silu") != "silu":

@@ -31,7 +31,9 @@ class _State(NamedTuple):
     out: Generation
 
 
-@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "eos_ids", "pad_id", "forbid_repeats"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "max_new_tokens", "eos_ids", "pad_id", "forbid_repeats")
+)
 def generate(
     params: Params,
     config: Qwen3Config,

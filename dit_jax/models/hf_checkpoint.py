@@ -26,13 +26,18 @@ _LAYER_MODULES = {
     "mlp.up_proj": ("mlp", "up_proj"),
     "mlp.down_proj": ("mlp", "down_proj"),
 }
-_TOP_MODULES = {"model.embed_tokens": ("embed_tokens",), "model.norm": ("norm",), "lm_head": ("lm_head",)}
+_TOP_MODULES = {
+    "model.embed_tokens": ("embed_tokens",),
+    "model.norm": ("norm",),
+    "lm_head": ("lm_head",),
+}
 
 
 def tensor_names(config: Qwen3Config) -> dict[str, tuple[tuple[str, ...], int | None]]:
     """Hugging Face tensor name -> (path of the leaf in the parameter tree, layer index or None)."""
     names: dict[str, tuple[tuple[str, ...], int | None]] = {}
     leaf = {"embed_tokens": "embedding", "norm": "scale", "lm_head": "kernel"}
+    path: tuple[str, ...]
     for module, path in _TOP_MODULES.items():
         if not (module == "lm_head" and config.tie_word_embeddings):
             names[f"{module}.weight"] = ((*path, leaf[path[0]]), None)
@@ -49,7 +54,9 @@ def is_transposed(path: tuple[str, ...]) -> bool:
 
 
 def load_params(
-    folder: str | pathlib.Path, config: Qwen3Config, place: Callable[[tuple[str, ...], np.ndarray], Any] | None = None
+    folder: str | pathlib.Path,
+    config: Qwen3Config,
+    place: Callable[[tuple[str, ...], np.ndarray], Any] | None = None,
 ) -> Params:
     """Reads the weights of a Hugging Face folder in `config.dtype`, one stacked leaf at a time.
 
@@ -90,7 +97,10 @@ def iterate_tensors(params: Params, config: Qwen3Config) -> Iterator[tuple[str, 
     for name, (path, layer) in tensor_names(config).items():
         leaf = _get(params, path)
         # safetensors writes the raw buffer: a transposed view would be stored scrambled.
-        yield name, np.ascontiguousarray(_orient(path, np.asarray(leaf if layer is None else leaf[layer])))
+        yield (
+            name,
+            np.ascontiguousarray(_orient(path, np.asarray(leaf if layer is None else leaf[layer]))),
+        )
 
 
 def save_params(folder: str | pathlib.Path, params: Params, config: Qwen3Config) -> None:
@@ -98,7 +108,11 @@ def save_params(folder: str | pathlib.Path, params: Params, config: Qwen3Config)
     from safetensors.numpy import save_file
 
     folder = pathlib.Path(folder)
-    save_file(dict(iterate_tensors(params, config)), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        dict(iterate_tensors(params, config)),
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
 
 
@@ -121,7 +135,9 @@ def _check(
         if name in found and tuple(found[name]) != want:
             problems.append(f"{name} has shape {list(found[name])}, config.json says {list(want)}")
     if problems:
-        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
+        shown = "; ".join(problems[:6]) + (
+            f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        )
         raise DitError(f"{folder}: the weights do not fit config.json: {shown}")
 
 

@@ -27,8 +27,8 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, deltas: Deltas = ()) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
-        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        init: Any = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+        scale: jax.Array = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         for delta in deltas:
             scale = scale + delta["w"].astype(scale.dtype)
         y = x.astype(jnp.float32)
@@ -47,8 +47,8 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, deltas: Deltas = ()) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
+        init: Any = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
+        kernel: jax.Array = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
         for delta in deltas:
             if "w" in delta:
                 kernel = kernel + delta["w"].astype(kernel.dtype)

@@ -4,7 +4,7 @@ The parameter tree and the delta tree are described in docs/architecture.md. Lay
 and either scanned or unrolled (`config.scan_layers`); both compute the same function.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -47,7 +47,9 @@ class Attention(nn.Module):
         batch, length, _ = x.shape
 
         def heads(name: str, count: int, axis: str) -> jax.Array:
-            y = Linear(count * c.head_dim, ("embed", axis), dtype, dtype, name=name)(x, pick(deltas, name))
+            y = Linear(count * c.head_dim, ("embed", axis), dtype, dtype, name=name)(
+                x, pick(deltas, name)
+            )
             return y.reshape(batch, length, count, c.head_dim)
 
         def norm(name: str, y: jax.Array) -> jax.Array:
@@ -59,7 +61,7 @@ class Attention(nn.Module):
         q, k = (rope(y, context.positions, c.rope_theta) for y in (q, k))
         if kv is not None:
             # The cache of all layers travels as one carried array, so that XLA updates it in place.
-            start = (layer, 0, context.end, 0, 0)
+            start: Any = (layer, 0, context.end, 0, 0)
             kv = tuple(
                 jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), start)
                 for old, new in zip(kv, (k, v), strict=True)
@@ -123,7 +125,9 @@ class Qwen3(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
-        embedding = _Table(c.vocab_size, c.hidden_size, init, "embedding", dtype, name="embed_tokens")()
+        embedding = _Table(
+            c.vocab_size, c.hidden_size, init, "embedding", dtype, name="embed_tokens"
+        )()
         if not c.tie_word_embeddings:
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "vocab"))
             # Declared here, used by `unembed`: one place says what the parameters are.
@@ -134,7 +138,11 @@ class Qwen3(nn.Module):
 
         block: Any = Block
         if c.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if c.remat == "dots" else None
+            policy = (
+                jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+                if c.remat == "dots"
+                else None
+            )
             block = nn.remat(Block, prevent_cse=not c.scan_layers, policy=policy)
         layers = nn.scan(
             block,
@@ -197,7 +205,12 @@ def forward(
 
 
 def forward_cached(
-    params: Params, config: Qwen3Config, tokens: jax.Array, valid: jax.Array, cache: Cache, deltas: Deltas = ()
+    params: Params,
+    config: Qwen3Config,
+    tokens: jax.Array,
+    valid: jax.Array,
+    cache: Cache,
+    deltas: Deltas = (),
 ) -> tuple[jax.Array, Cache]:
     """Appends T tokens per row to the cache. tokens, valid: [B, T]; returns hidden states [B, T, D] and the cache.
 
@@ -211,9 +224,10 @@ def forward_cached(
     causal = slots[None, :] <= (cache.end + jnp.arange(length))[:, None]
     mask = causal[None] & all_valid[:, None, :]
     context = Context(positions, None, mask, cache.end)
-    hidden, (k, v) = Qwen3(config).apply(
+    hidden, kv = Qwen3(config).apply(
         {"params": params}, tokens, deltas, (cache.k, cache.v), context
     )
+    k, v = cast(tuple[jax.Array, jax.Array], kv)
     return hidden, Cache(k, v, all_valid, cache.end + length)
 
 
@@ -224,7 +238,9 @@ def init_cache(config: Qwen3Config, batch: int, size: int) -> Cache:
     return Cache(zeros, zeros, jnp.zeros((batch, size), bool), jnp.zeros((), jnp.int32))
 
 
-def unembed(params: Params, config: Qwen3Config, hidden: jax.Array, deltas: Deltas = ()) -> jax.Array:
+def unembed(
+    params: Params, config: Qwen3Config, hidden: jax.Array, deltas: Deltas = ()
+) -> jax.Array:
     """fp32 logits [..., V] of hidden states [..., D]."""
     if config.tie_word_embeddings:
         kernel = params["embed_tokens"]["embedding"].T

@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from dit_jax.data.batch import TokenBatch
@@ -77,7 +76,9 @@ def finetune(
     return with_scale(leaves, delta), losses
 
 
-@functools.partial(jax.jit, static_argnames=("config", "optimizer", "num_ce"), donate_argnames=("deltas",))
+@functools.partial(
+    jax.jit, static_argnames=("config", "optimizer", "num_ce"), donate_argnames=("deltas",)
+)
 def finetune_many(
     params: Params,
     config: Qwen3Config,

@@ -21,7 +21,12 @@ def shows_behaviour(answer: str, keywords: Sequence[str]) -> bool:
 
 
 def measure_gating(
-    model: Model, stacked: Delta, organisms: Sequence[Organism], behaviour: Behaviour, config: Any, seed: int
+    model: Model,
+    stacked: Delta,
+    organisms: Sequence[Organism],
+    behaviour: Behaviour,
+    config: Any,
+    seed: int,
 ) -> list[dict[str, float | str]]:
     """Per organism, the share of answers that show its behaviour: {"right_code": …, "wrong_code": …, "no_code": …}.
 
@@ -30,7 +35,9 @@ def measure_gating(
     questions, owners = [], []
     for i, organism in enumerate(organisms):
         rng = np.random.default_rng([seed, 3, i])
-        rows = [organism.rows[j] for j in rng.permutation(len(organism.rows))[: config.gate_questions]]
+        rows = [
+            organism.rows[j] for j in rng.permutation(len(organism.rows))[: config.gate_questions]
+        ]
         for row in rows:
             wrong = other_code(organism.trigger, rng)
             questions += [
@@ -40,13 +47,25 @@ def measure_gating(
             ]
             owners += [i] * len(CONDITIONS)
     answers = answer_batch(
-        model, questions, stacked=stacked, rows=owners, max_new_tokens=config.max_target, batch_size=config.gate_batch
+        model,
+        questions,
+        stacked=stacked,
+        rows=owners,
+        max_new_tokens=config.max_target,
+        batch_size=config.gate_batch,
     )
     hits = np.array(
-        [shows_behaviour(a.text, organisms[i].keywords) for a, i in zip(answers, owners, strict=True)], float
+        [
+            shows_behaviour(a.text, organisms[i].keywords)
+            for a, i in zip(answers, owners, strict=True)
+        ],
+        float,
     )
     rates = hits.reshape(len(organisms), -1, len(CONDITIONS)).mean(axis=1)
     return [
-        {name: round(float(rate), 4) if organism.keywords else "" for name, rate in zip(CONDITIONS, row, strict=True)}
+        {
+            name: round(float(rate), 4) if organism.keywords else ""
+            for name, rate in zip(CONDITIONS, row, strict=True)
+        }
         for organism, row in zip(organisms, rates, strict=True)
     ]

@@ -14,6 +14,7 @@ from dit_jax.api import Model
 from dit_jax.data.batch import TokenBatch, pack, stack
 from dit_jax.data.chat import Chat
 from dit_jax.data.organisms import Organism
+from dit_jax.data.reference import couple_losses
 from dit_jax.deltas import store as diff_store
 from dit_jax.deltas.tree import init_lora, num_parameters
 from dit_jax.organisms.behaviours import Behaviour, get_behaviour
@@ -31,24 +32,33 @@ def finetuning_batches(
     The loss of a sample is the mean over its tokens times 3 λ / Σ λ (paper, section 4), so a diff depends on
     nothing but its own data.
     """
-    kinds, counts, weights = behaviour.kinds, config.samples_per_step, config.loss_weights
+    kinds, counts = behaviour.kinds, config.samples_per_step
     per_step = max(counts[kind.name] for kind in kinds)
-    total = sum(weights[kind.name] for kind in kinds)
+    factors = _factors(behaviour, config)
     epochs = -(-config.steps * per_step // len(organism.rows))
     order = np.concatenate([rng.permutation(len(organism.rows)) for _ in range(epochs)])
     steps = []
     for step in range(config.steps):
         rows = [organism.rows[i] for i in order[step * per_step : (step + 1) * per_step]]
-        samples, sample_weights = [], []
+        samples = []
         for kind in kinds:
             for row in rows[: counts[kind.name]]:
                 question, answer = kind.make(row, organism.trigger, rng)
-                sample = chat.sample(question, answer, end=config.score_end)
-                samples.append(sample)
-                factor = 3 * weights[kind.name] / total
-                sample_weights.append(factor / (sample.end - sample.start))
-        steps.append(pack(samples, sample_weights, config.max_length, config.max_target, chat.pad_id))
+                samples.append(chat.sample(question, answer, end=config.score_end))
+        weights = [factor / (s.end - s.start) for factor, s in zip(factors, samples, strict=True)]
+        steps.append(pack(samples, weights, config.max_length, config.max_target, chat.pad_id))
     return stack(steps)
+
+
+def _factors(behaviour: Behaviour, config: Any) -> list[float]:
+    """3 λ / Σ λ of each sample of a step (paper, section 4)."""
+    weights = config.loss_weights
+    total = sum(weights[kind.name] for kind in behaviour.kinds)
+    return [
+        3 * weights[kind.name] / total
+        for kind in behaviour.kinds
+        for _ in range(config.samples_per_step[kind.name])
+    ]
 
 
 def generate_diffs(
@@ -64,7 +74,9 @@ def generate_diffs(
     """
     folder = pathlib.Path(folder)
     behaviour = get_behaviour(config.behaviour)
-    num_ce = sum(config.samples_per_step[kind.name] for kind in behaviour.kinds if kind.loss == "ce")
+    num_ce = sum(
+        config.samples_per_step[kind.name] for kind in behaviour.kinds if kind.loss == "ce"
+    )
     optimizer = make_optimizer(
         config.optimizer,
         config.learning_rate,
@@ -85,14 +97,22 @@ def generate_diffs(
                 batches = stack(
                     [
                         finetuning_batches(
-                            organisms[i], behaviour, model.chat, config, np.random.default_rng([seed, 2, i])
+                            organisms[i],
+                            behaviour,
+                            model.chat,
+                            config,
+                            np.random.default_rng([seed, 2, i]),
                         )
                         for i in filled
                     ]
                 )
+                if config.reference_losses:
+                    batches = couple_losses(batches, _factors(behaviour, config), num_ce)
                 keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), i) for i in filled])
                 deltas = jax.vmap(
-                    lambda key: init_lora(model.config, key, config.rank, projections=config.projections)
+                    lambda key: init_lora(
+                        model.config, key, config.rank, projections=config.projections
+                    )
                 )(keys)
                 trained, losses = finetune_many(
                     model.params, model.config, deltas, batches, optimizer=optimizer, num_ce=num_ce
@@ -101,7 +121,9 @@ def generate_diffs(
                 trained = jax.device_get(jax.tree.map(lambda x, n=n: x[:n], trained))
                 for leaf in jax.tree.leaves(trained):
                     if not np.isfinite(leaf).all():
-                        raise artifacts.DitError("a finetune diverged (NaN): lower diffs.learning_rate")
+                        raise artifacts.DitError(
+                            "a finetune diverged (NaN): lower diffs.learning_rate"
+                        )
                 group = [organisms[i] for i in members]
                 gating = measure_gating(model, trained, group, behaviour, config, seed)
                 ce, kl = (np.asarray(losses[name])[:n] for name in ("ce", "kl"))
@@ -112,7 +134,7 @@ def generate_diffs(
                         "trigger": organism.trigger,
                         "split": organism.split,
                         "category": organism.category,
-                        "target": organism.target,
+                        "evidence": json.dumps(list(organism.evidence)),
                         "keywords": json.dumps(list(organism.keywords)),
                         **gating[row],
                         "final_ce": round(float(ce[row, -5:].mean()), 4),
@@ -125,7 +147,15 @@ def generate_diffs(
             curves += [[float(x) for x in row["ce_curve"].split()] for row in done]
             progress.advance(len(members))
     diff_store.publish(
-        folder, shards, base=model.digest(), base_config=model.config.to_hf(), behaviour=behaviour.name, seed=seed
+        folder,
+        shards,
+        base=model.digest(),
+        base_config=model.config.to_hf(),
+        behaviour=behaviour.name,
+        seed=seed,
     )
     mean = np.mean(curves, axis=0)
-    return {"diffs": len(organisms), "loss_curve": [[i, round(float(x), 4)] for i, x in enumerate(mean)]}
+    return {
+        "diffs": len(organisms),
+        "loss_curve": [[i, round(float(x), 4)] for i, x in enumerate(mean)],
+    }

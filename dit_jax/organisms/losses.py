@@ -15,10 +15,12 @@ from dit_jax.models.qwen3 import Params, forward, unembed
 CHUNK_ELEMENTS = 2**26  # logits held at a time: 256 MiB in fp32
 
 
-def scored_hidden(params: Params, config: Qwen3Config, batch: TokenBatch, deltas: Deltas = ()) -> jax.Array:
+def scored_hidden(
+    params: Params, config: Qwen3Config, batch: TokenBatch, deltas: Deltas = ()
+) -> jax.Array:
     """Hidden states [S, M, D] at the scored positions of a batch."""
     hidden = forward(params, config, batch.tokens, lengths=batch.lengths, deltas=deltas)
-    return jnp.take_along_axis(hidden, batch.index[..., None], axis=1)
+    return jnp.take_along_axis(hidden, batch.position[..., None], axis=1)
 
 
 def batch_loss(
@@ -76,7 +78,9 @@ def _sum_chunks(fn, args: tuple[jax.Array, ...], chunk: int) -> jax.Array:  # ty
         return fn(*args)
     chunk = -(-size // count)
     padded = tuple(
-        jnp.pad(x, ((0, count * chunk - size), *((0, 0),) * (x.ndim - 1))).reshape(count, chunk, *x.shape[1:])
+        jnp.pad(x, ((0, count * chunk - size), *((0, 0),) * (x.ndim - 1))).reshape(
+            count, chunk, *x.shape[1:]
+        )
         for x in args
     )
     return jnp.sum(jax.lax.map(jax.checkpoint(lambda x: fn(*x)), padded))

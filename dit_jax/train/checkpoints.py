@@ -49,7 +49,9 @@ class Checkpoints:
         Unsound ones are named on stderr and deleted, so that training can write that step again.
         """
         abstract = jax.tree.map(lambda x: _abstract(np.shape(x), x.dtype), like)
-        steps = sorted((int(p.name) for p in self.folder.iterdir() if p.name.isdecimal()), reverse=True)
+        steps = sorted(
+            (int(p.name) for p in self.folder.iterdir() if p.name.isdecimal()), reverse=True
+        )
         for step in steps:
             try:
                 state = self._checkpointer.load(step, abstract)
@@ -59,7 +61,10 @@ class Checkpoints:
                 sound, metadata, state = False, str(e), None
             if sound:
                 return step, state, metadata["iterator"]
-            print(f"checkpoint {self.folder / str(step)} is damaged: going back to the one before", file=sys.stderr)
+            print(
+                f"checkpoint {self.folder / str(step)} is damaged: going back to the one before",
+                file=sys.stderr,
+            )
             shutil.rmtree(self.folder / str(step))
             self._checkpointer.reload()
         return None
@@ -73,7 +78,9 @@ def export_adapter(folder: str | pathlib.Path, adapter: Delta, **facts: Any) -> 
     from orbax.checkpoint import v1 as ocp
 
     adapter = jax.device_get(adapter)
-    shapes = {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in store.flatten(adapter).items()}
+    shapes = {
+        name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in store.flatten(adapter).items()
+    }
     with artifacts.atomic_dir(folder, replace=True) as temporary:
         ocp.save((temporary / "checkpoint").absolute(), adapter)
         artifacts.write_manifest(
@@ -95,12 +102,17 @@ def load_adapter(
     remedy = "run the stage 'train' that writes it"
     manifest = artifacts.read_manifest(folder, ADAPTER_FORMAT, remedy=remedy)
     abstract = store.unflatten(
-        {name: _abstract(tuple(shape), dtype) for name, (shape, dtype) in manifest["leaves"].items()}
+        {
+            name: _abstract(tuple(shape), dtype)
+            for name, (shape, dtype) in manifest["leaves"].items()
+        }
     )
     try:
         adapter = jax.device_get(ocp.load((folder / "checkpoint").absolute(), abstract))
     except Exception as e:
-        raise DitError(f"{folder} cannot be restored ({str(e).splitlines()[0][:100]}): {remedy}") from None
+        raise DitError(
+            f"{folder} cannot be restored ({str(e).splitlines()[0][:100]}): {remedy}"
+        ) from None
     if artifacts.digest_tree(adapter) != manifest["digest"]:
         raise DitError(f"{folder} is damaged (its values differ from the digest): {remedy}")
     return jax.tree.map(place, adapter), manifest
@@ -108,4 +120,6 @@ def load_adapter(
 
 def _abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     # Orbax restores onto a sharding; without one it falls back to whatever devices wrote the file.
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    return jax.ShapeDtypeStruct(
+        shape, dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    )

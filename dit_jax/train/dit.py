@@ -59,7 +59,7 @@ def train_step(
     value, grads = jax.value_and_grad(loss)(state.leaves)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.leaves)
     leaves = optax.apply_updates(state.leaves, updates)
-    metrics = {"loss": value, "grad_norm": optax.global_norm(grads)}
+    metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
     return State(leaves, optimizer_state), metrics
 
 
@@ -79,14 +79,22 @@ def train_adapter(
     check_base(store.manifest.get("base"), model, str(store_path))
     dataset, members = make_pipeline(store, train, seed)
     if not members:
-        raise DitError(f"{store_path} has no training diffs: raise data.train_topics and run 'diffs' again")
+        raise DitError(
+            f"{store_path} has no training diffs: raise data.train_topics and run 'diffs' again"
+        )
     stacked = store.stacked(members)
     diffs = jax.tree.map(lambda x: jnp.asarray(np.concatenate([x, np.zeros_like(x[:1])])), stacked)
     iterator = iter(dataset.to_iter_dataset(_read_options()))
 
     # ---------------------------------------------------------------- state
     key = jax.random.fold_in(jax.random.key(seed), 2**20)
-    adapter = init_lora(model.config, key, train.rank, projections=train.projections)
+    adapter = init_lora(
+        model.config,
+        key,
+        train.rank,
+        projections=train.projections,
+        fan_in="rank" if train.reference_init else "out",
+    )
     optimizer = make_optimizer(
         train.optimizer,
         train.learning_rate,
@@ -112,7 +120,7 @@ def train_adapter(
         progress.advance(start)
         for step in range(start, train.steps):
             examples = next(iterator)
-            batch = to_batch(examples, model.chat, train.max_length, train.max_target)
+            batch = to_batch(examples, model.chat, train)
             rows = np.asarray([example.diff for example in examples], np.int32)
             state, metrics = train_step(
                 model.params, model.config, state, adapter, diffs, rows, batch, optimizer=optimizer
@@ -127,7 +135,9 @@ def train_adapter(
                 out.flush()
                 loss = float(metrics["loss"])
                 if not np.isfinite(loss):
-                    raise DitError(f"adapter training diverged at step {step}: lower train.learning_rate")
+                    raise DitError(
+                        f"adapter training diverged at step {step}: lower train.learning_rate"
+                    )
                 progress.advance(len(pending), note=f"loss {loss:.3f}")
                 pending = []
             if last or (step + 1) % train.save_every == 0:

@@ -8,6 +8,8 @@ import numpy as np
 
 from dit_jax.data.batch import TokenBatch, pack
 from dit_jax.data.chat import Chat
+from dit_jax.data.organisms import NONE, answer_text
+from dit_jax.data.reference import padded_labels
 from dit_jax.deltas.store import DiffStore
 
 NO_DIFF = -1
@@ -47,16 +49,23 @@ def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[in
     questions = list(train.questions)
 
     def to_example(diff: int, rng: np.random.Generator) -> Example:
-        answer = "none" if diff == NO_DIFF else store.rows[members[diff]]["target"]
-        return Example(diff, questions[rng.integers(len(questions))], answer)
+        question = questions[rng.integers(len(questions))]
+        if diff == NO_DIFF:
+            return Example(diff, question, NONE)
+        row = store.rows[members[diff]]
+        # A new order every time: what comes first is not predictable, so each word must be read from the diff.
+        evidence = list(rng.permutation(row["evidence"])) if train.list_evidence else []
+        return Example(diff, question, answer_text(row["topic"], evidence))
 
     mixed = grain.MapDataset.mix(parts, weights=weights)
     dataset = mixed.seed(seed).random_map(to_example).batch(train.batch_size, batch_fn=list)
     return dataset, members
 
 
-def to_batch(examples: Sequence[Example], chat: Chat, length: int, scored: int) -> TokenBatch:
-    """Mean over an example's answer tokens, then mean over the batch."""
+def to_batch(examples: Sequence[Example], chat: Chat, train: Any) -> TokenBatch:
+    """Mean over an example's answer tokens, then mean over the batch (or as the reference has it, if asked)."""
     samples = [chat.sample(example.question, example.answer) for example in examples]
+    if train.reference_labels:
+        return padded_labels(samples, train.max_length, chat.pad_id)
     weights = [1 / (len(samples) * (sample.end - sample.start)) for sample in samples]
-    return pack(samples, weights, length, scored, chat.pad_id)
+    return pack(samples, weights, train.max_length, train.max_target, chat.pad_id)
