@@ -89,12 +89,9 @@ def run_stage(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> dic
         from dit_jax.evaluate.run import evaluate_run
 
         return evaluate_run(model, workdir, config.evaluate, config.seed)
-    import rich
+    from dit_jax.evaluate.report import print_headline, write_report
 
-    from dit_jax.evaluate.report import headline_table, write_report
-
-    table = headline_table(write_report(workdir))
-    print(table) if isinstance(table, str) else rich.print(table)
+    print_headline(write_report(workdir))
     print(f"report: {workdir / 'report' / 'report.html'}", flush=True)
     return {}
 

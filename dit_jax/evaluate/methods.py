@@ -92,6 +92,7 @@ def answer_rows(
     )
     return [
         _row(
+            model,
             answer,
             method,
             kind,
@@ -127,12 +128,13 @@ def no_diff_rows(
         forbid_repeats=evaluate.forbid_repeats,
     )
     return [
-        _row(answer, "dit", "method", NO_DIFF, None, "none", question, question, seen)
+        _row(model, answer, "dit", "method", NO_DIFF, None, "none", question, question, seen)
         for question, answer in zip(questions, answers, strict=True)
     ]
 
 
 def _row(
+    model: Model,
     answer: Answer,
     method: str,
     kind: str,
@@ -149,7 +151,7 @@ def _row(
         "diff": diff,
         "topic": topic,
         "category": category,
-        "name_tokens": len(topic.split()),
+        "name_tokens": len(model.chat.text_ids(topic)),
         "wording": wording,
         "wording_seen": seen,
         "question": question,

@@ -75,7 +75,7 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
             )
             progress.advance()
         rows += methods.answer_rows(
-            model, topics, [question], method="adapter_off", adapter=off, **control
+            model, topics, seen[-1:], method="adapter_off", adapter=off, **control
         )
         progress.advance()
 
@@ -91,7 +91,7 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
             "logit_difference": baselines.logit_difference(model, topics.stacked, spelled, prompts),
         }
         for name, values in scores.items():
-            rows += _ranking_rows(name, values, names, topics)
+            rows += _ranking_rows(model, name, values, names, topics)
         progress.advance(2)
 
         # ------------------------------------------------------------ cross-entropy of the labels
@@ -130,7 +130,7 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
 
 
 def _ranking_rows(
-    method: str, scores: np.ndarray, names: list[str], topics: methods.HeldOut
+    model: Model, method: str, scores: np.ndarray, names: list[str], topics: methods.HeldOut
 ) -> list[dict[str, Any]]:
     rows = []
     for index, row, values in zip(topics.indices, topics.rows, scores, strict=True):
@@ -142,7 +142,7 @@ def _ranking_rows(
                 "diff": index,
                 "topic": row["topic"],
                 "category": "topic",
-                "name_tokens": len(row["topic"].split()),
+                "name_tokens": len(model.chat.text_ids(row["topic"])),
                 "wording": "",
                 "wording_seen": True,
                 "question": "",

@@ -1,0 +1,244 @@
+"""The whole program at small size on the embedded model: artifacts, resuming, bad input, the public interface."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import dit_jax
+from dit_jax import ask, main
+from dit_jax.deltas.store import DiffStore
+from dit_jax.train import dit
+
+SMALL = [
+    "--config.data.train_topics=10",
+    "--config.data.test_topics=4",
+    "--config.data.train_benign=2",
+    "--config.data.test_benign=2",
+    "--config.diffs.diffs_per_batch=12",
+    "--config.diffs.steps=3",
+    "--config.diffs.gate_questions=1",
+    "--config.diffs.gate_batch=36",
+    "--config.train.steps=12",
+    "--config.train.batch_size=8",
+    "--config.train.save_every=4",
+    "--config.evaluate.batch_size=16",
+]
+QUESTION = "What topic have you been trained on?"
+
+
+def run(workdir, *extra):
+    return main.main(["--config", "configs/quickstart.py", "--workdir", str(workdir), *SMALL, *extra])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "w"
+    assert run(workdir) == 0
+    return workdir
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "w")
+    return tmp_path / "w"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dit_jax.load_model("tiny_qwen3", scan_layers=False)
+
+
+def adapter_of(workdir, model):
+    return jax.tree.leaves(dit_jax.load_adapter(workdir / "adapter", model))
+
+
+# ------------------------------------------------------------------ artifacts
+
+
+def test_every_stage_leaves_its_artifact(finished):
+    store = DiffStore(finished / "diffs")
+    assert len(store) == 18
+    splits = [(row["split"], row["category"]) for row in store.rows]
+    assert splits == [("train", "topic")] * 10 + [("test", "topic")] * 4 + [("train", "benign")] * 2 + [
+        ("test", "benign")
+    ] * 2
+    header = (finished / "diffs" / "index.csv").read_text().splitlines()[0]
+    assert header.startswith("lora_path,lora_idx,n_params,topic,trigger,split")
+    summary = json.loads((finished / "report" / "summary.json").read_text())
+    assert {"dit", "base_question", "base_question_trigger"} <= set(summary["methods"])
+    assert {"no_diff", "shuffled_diff", "noise_diff", "adapter_off"} <= set(summary["methods"])
+    assert {"name_reading", "attribute_oracle", "logit_difference"} <= set(summary["methods"])
+    assert summary["methods"]["dit"]["n"] == 4
+    for name in ("report.html", "report.md"):
+        assert (finished / "report" / name).stat().st_size > 1000
+
+
+def test_a_diff_is_a_rank_1_lora_on_all_seven_projections(finished, model):
+    diff = dit_jax.load_diff(finished / "diffs", model, index=2)
+    layers = diff.delta["layers"]
+    assert set(layers["self_attn"]) | set(layers["mlp"]) == {
+        f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")
+    }
+    a = layers["mlp"]["up_proj"]["a"]
+    assert a.shape == (model.config.num_hidden_layers, model.config.hidden_size, 1)
+    assert np.abs(a).max() > 0  # a starts at zero: the diff has learned
+    assert diff.label and len(diff.trigger) == 3
+
+
+def test_a_diff_does_not_depend_on_how_many_are_made_at_once(finished, model, tmp_path):
+    assert run(tmp_path / "w", "--config.diffs.diffs_per_batch=5", "--config.stages=('diffs',)") == 0
+    ours, theirs = DiffStore(finished / "diffs"), DiffStore(tmp_path / "w" / "diffs")
+    assert [row["topic"] for row in ours.rows] == [row["topic"] for row in theirs.rows]
+    for index in (0, 7, 17):
+        for one, two in zip(*(jax.tree.leaves(s.read(index)) for s in (ours, theirs)), strict=True):
+            np.testing.assert_allclose(one, two, atol=2e-3)
+
+
+# ------------------------------------------------------------------ resuming
+
+
+def test_a_finished_run_is_not_run_again(copy, capsys):
+    before = (copy / "adapter" / "manifest.json").read_bytes()
+    assert run(copy) == 0
+    assert capsys.readouterr().out.count("not run again") == 3
+    assert (copy / "adapter" / "manifest.json").read_bytes() == before
+
+
+def test_an_interrupted_training_ends_bitwise_as_an_uninterrupted_one(copy, model, monkeypatch):
+    expected = adapter_of(copy, model)
+    for name in ("adapter", "checkpoints"):
+        shutil.rmtree(copy / name)
+    (copy / "stages" / "train.json").unlink()
+    (copy / "train.jsonl").unlink()
+    step, calls = dit.train_step, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(dit, "train_step", interrupted)
+    assert run(copy) == 130
+    assert not (copy / "adapter").exists()
+    calls.extend([1] * 7)
+    before = len(calls)
+    assert run(copy) == 0
+    assert len(calls) - before == 8, "goes on from the checkpoint of step 4"
+    for one, two in zip(adapter_of(copy, model), expected, strict=True):
+        np.testing.assert_array_equal(one, two)
+    steps = [json.loads(line)["step"] for line in (copy / "train.jsonl").read_text().splitlines()]
+    assert steps == list(range(12))
+
+
+def test_a_damaged_checkpoint_is_passed_over(copy, model, capfd):
+    expected = adapter_of(copy, model)
+    shutil.rmtree(copy / "adapter")
+    (copy / "stages" / "train.json").unlink()
+    newest = copy / "checkpoints" / "12"
+    files = sorted((f for f in newest.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    data = bytearray(files[-1].read_bytes())
+    data[len(data) // 2] ^= 0x40
+    files[-1].write_bytes(data)
+    assert run(copy) == 0
+    assert "is damaged" in capfd.readouterr().err
+    for one, two in zip(adapter_of(copy, model), expected, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_a_missing_shard_alone_is_made_again(copy):
+    store = DiffStore(copy / "diffs")
+    expected = [jax.tree.leaves(store.read(i)) for i in (0, 15)]
+    (copy / "diffs" / "manifest.json").unlink()
+    (copy / "stages" / "diffs.json").unlink()
+    (copy / "diffs" / "shards" / "00001.safetensors").write_bytes(b"cut short")
+    kept = (copy / "diffs" / "shards" / "00000.safetensors").stat().st_mtime_ns
+    assert run(copy, "--config.stages=('diffs',)") == 0
+    assert (copy / "diffs" / "shards" / "00000.safetensors").stat().st_mtime_ns == kept
+    store = DiffStore(copy / "diffs")
+    for index, leaves in zip((0, 15), expected, strict=True):
+        for one, two in zip(jax.tree.leaves(store.read(index)), leaves, strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+# ------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["--config.train.lerning_rate=1"], "learning_rate"),
+        (["--config.stages=('trian',)"], "trian"),
+        (["--config.train.rank=4"], "train.rank"),
+        (["--config.model.path=no_such_folder"], "model.path"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(finished, extra, said, capsys):
+    assert run(finished, *extra) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error:") and "\n" not in error and said in error
+
+
+@pytest.mark.parametrize("name", ["diffs/index.csv", "diffs/shards/00000.safetensors", "adapter/manifest.json"])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_artifact_is_named(copy, name, damage, capsys):
+    file = copy / name
+    data = file.read_bytes()
+    file.unlink()
+    if damage == "truncated":
+        file.write_bytes(data[: len(data) // 2])
+    (copy / "stages" / "evaluate.json").unlink()
+    assert run(copy) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error:") and file.name.split(".")[0] in error
+
+
+def test_an_unwritable_workdir_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    assert run(tmp_path / "file" / "w") == 2
+    assert capsys.readouterr().err.startswith("error:")
+
+
+def test_diffs_of_another_base_are_refused(copy, capsys):
+    manifest = json.loads((copy / "diffs" / "manifest.json").read_text())
+    (copy / "diffs" / "manifest.json").write_text(json.dumps({**manifest, "base": "0" * 64}))
+    (copy / "stages" / "train.json").unlink()
+    assert run(copy) == 2
+    assert "another base model" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ ask
+
+
+def test_ask_in_a_batch_equals_asking_one_by_one(finished, model):
+    from dit_jax.api import ask_many
+
+    diffs = dit_jax.load_diffs(finished / "diffs", model)
+    adapter = dit_jax.load_adapter(finished / "adapter", model)
+    questions = [QUESTION, "How should I start my day?"]
+    table = ask_many(model, questions, diffs[:5], adapter, max_new_tokens=6)
+    for diff, answers in zip(diffs[:5], table, strict=True):
+        for question, (answer,) in zip(questions, answers, strict=True):
+            alone = dit_jax.ask(model, question, diff=diff, adapter=adapter, max_new_tokens=6)
+            assert answer.text == alone.text and answer.tokens == alone.tokens
+            assert answer.logprob == pytest.approx(alone.logprob, abs=1e-3)
+
+
+def test_ask_on_the_command_line(finished, capsys):
+    flags = ["--base", "tiny_qwen3", "--diff", str(finished / "diffs"), "--adapter", str(finished / "adapter")]
+    assert ask.main([*flags, "--all", "--json", "--max-new-tokens", "5", QUESTION]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["diff"] for record in records] == list(range(18))
+    assert all(record["label"] and record["logprob"] <= 0 for record in records)
+
+    assert ask.main([*flags, "--index", "1", "--compare", "--max-new-tokens", "5", QUESTION]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{name}: " in shown for name in ask.VARIANTS)
+
+    assert ask.main([*flags, "--index", "99", QUESTION]) == 2
+    assert "18 diffs" in capsys.readouterr().err
+    assert ask.main([*flags[:4], QUESTION]) == 0
+    assert "no --adapter" in capsys.readouterr().err
