@@ -4,12 +4,16 @@ import contextlib
 import gc
 import os
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+from format_cases import CONFIG, random_lora
 
+from dit_jax.deltas import detect, export, reference_pt, torch_save
+from dit_jax.deltas.names import RawDiff
 from dit_jax.errors import DitError
 
 SECONDS = 20  # the machine may be busy; what is caught here would take minutes or for ever
@@ -102,3 +106,35 @@ def check_sound(delta):
             leaves += leaf.values()
         else:
             assert isinstance(leaf, np.ndarray) and np.isfinite(leaf.astype(np.float64)).all()
+
+
+# folder -> the file in it that detection is given
+KINDS = {"diffs": "x.pt", "adapter": "x.pt", "weights": "x.pt", "model": "", "shards": "", "peft": "",
+         "release": ""}  # fmt: skip
+
+
+def read(root, name, params):
+    return detect.open_diffs(root / name / KINDS[name], CONFIG, params)[0]
+
+
+def make_good(root, params):
+    """Fills a folder with well-formed files of every format; all readers have been used then."""
+    delta = random_lora()
+    (root / "diffs").mkdir()
+    diffs = [RawDiff(random_lora(seed=i), f"topic {i}", str(i)) for i in range(2)]
+    reference_pt.write_pt_diffs(root / "diffs" / "x.pt", diffs, CONFIG)
+    (root / "adapter").mkdir()
+    reference_pt.write_pt_adapter(root / "adapter" / "x.pt", delta, CONFIG)
+    export.export_model(root / "model", params, CONFIG, delta)
+    export.export_model(root / "shards", params, CONFIG, delta, shard_bytes=40_000)
+    (root / "weights").mkdir()
+    tensors = dict(export.merged_tensors(params, CONFIG, delta))
+    torch_save.save(root / "weights" / "x.pt", tensors)
+    export.write_peft(root / "peft", delta, CONFIG, "base")
+    (root / "release" / "weight-diffs").mkdir(parents=True)
+    shutil.copy(root / "diffs" / "x.pt", root / "release" / "weight-diffs" / "a.pt")
+    rows = "lora_path,lora_idx,n_params,topic,trigger,split\na.pt,1,9,topic 1,1,train\n"
+    (root / "release" / "index.csv").write_text(rows)
+    for name in KINDS:
+        assert outcome(lambda name=name: read(root, name, params), root / name) == "loaded"
+    return root

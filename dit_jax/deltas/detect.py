@@ -33,19 +33,24 @@ def detect_format(path: str | Path) -> str:
     Raises:
       DitError: nothing there, nothing known, or a damaged file.
     """
-    path = Path(path)
+    return _inspect(Path(path))[0]
+
+
+def _inspect(path: Path) -> tuple[str, Any]:
+    """The kind of artifact at `path`, and what a `.pt` file holds: parsing a large one takes seconds."""
     try:
         is_folder, exists = path.is_dir(), path.exists()
     except (OSError, ValueError):  # a path that cannot be: too long, a NUL in it
         raise DitError(f"'{path}' is not a usable path: check it") from None
     if is_folder:
-        return _detect_folder(path)
+        return _detect_folder(path), None
     if not exists:
         raise DitError(f"'{path}' does not exist: check the path")
-    kind = reference_pt.pt_kind(torch_pickle.load(path))
+    tree = torch_pickle.load(path)
+    kind = reference_pt.pt_kind(tree)
     if kind is None:
         raise DitError(f"'{path}' is a torch file, but holds neither weight diffs nor weights")
-    return f"pt_{kind}"
+    return f"pt_{kind}", tree
 
 
 def _detect_folder(folder: Path) -> str:
@@ -100,9 +105,10 @@ def open_diffs(
     Raises:
       DitError: see `detect_format` and the readers; a diff store is read by `dit_jax.deltas.store`.
     """
-    path, kind = Path(path), detect_format(path)
+    path = Path(path)
+    kind, tree = _inspect(path)
     if kind == "pt_diffs":
-        return reference_pt.read_pt_diffs(path, config, base_params, svd_rank)
+        return reference_pt.PtDiffs(path, config, base_params, svd_rank, tree)
     if kind == "release":
         return reference_pt.read_release(path, config, base_params, svd_rank)
     if kind == "peft":

@@ -82,14 +82,11 @@ class PtDiffs(Sequence[RawDiff]):
         config: Qwen3Config,
         base_params: Any = None,
         svd_rank: int | None = None,
+        tree: Any = None,
     ):
-        tree = _load(path, "diffs", "weight diffs")
-        self.path, self.config, self.base_params, self.svd_rank = (
-            path,
-            config,
-            base_params,
-            svd_rank,
-        )
+        tree = _load(path, "diffs", "weight diffs") if tree is None else tree
+        self.path, self.config = path, config
+        self.base_params, self.svd_rank = base_params, svd_rank
         self._items: list[dict[str, Any]] = tree if isinstance(tree, list) else [tree]
 
     def __len__(self) -> int:
