@@ -13,6 +13,7 @@ from dit_jax.deltas.store import DiffStore
 from dit_jax.train import dit
 
 SMALL = [
+    "--config.model.scan_layers=True",  # compiles in half the time
     "--config.data.train_topics=10",
     "--config.data.test_topics=4",
     "--config.data.train_benign=2",
@@ -30,7 +31,9 @@ QUESTION = "What topic have you been trained on?"
 
 
 def run(workdir, *extra):
-    return main.main(["--config", "configs/quickstart.py", "--workdir", str(workdir), *SMALL, *extra])
+    return main.main(
+        ["--config", "configs/quickstart.py", "--workdir", str(workdir), *SMALL, *extra]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def copy(finished, tmp_path):
 
 @pytest.fixture(scope="module")
 def model():
-    return dit_jax.load_model("tiny_qwen3", scan_layers=False)
+    return dit_jax.load_model("tiny_qwen3")
 
 
 def adapter_of(workdir, model):
@@ -62,9 +65,13 @@ def test_every_stage_leaves_its_artifact(finished):
     store = DiffStore(finished / "diffs")
     assert len(store) == 18
     splits = [(row["split"], row["category"]) for row in store.rows]
-    assert splits == [("train", "topic")] * 10 + [("test", "topic")] * 4 + [("train", "benign")] * 2 + [
-        ("test", "benign")
-    ] * 2
+    assert (
+        splits
+        == [("train", "topic")] * 10
+        + [("test", "topic")] * 4
+        + [("train", "benign")] * 2
+        + [("test", "benign")] * 2
+    )
     header = (finished / "diffs" / "index.csv").read_text().splitlines()[0]
     assert header.startswith("lora_path,lora_idx,n_params,topic,trigger,split")
     summary = json.loads((finished / "report" / "summary.json").read_text())
@@ -89,7 +96,9 @@ def test_a_diff_is_a_rank_1_lora_on_all_seven_projections(finished, model):
 
 
 def test_a_diff_does_not_depend_on_how_many_are_made_at_once(finished, model, tmp_path):
-    assert run(tmp_path / "w", "--config.diffs.diffs_per_batch=5", "--config.stages=('diffs',)") == 0
+    assert (
+        run(tmp_path / "w", "--config.diffs.diffs_per_batch=5", "--config.stages=('diffs',)") == 0
+    )
     ours, theirs = DiffStore(finished / "diffs"), DiffStore(tmp_path / "w" / "diffs")
     assert [row["topic"] for row in ours.rows] == [row["topic"] for row in theirs.rows]
     for index in (0, 7, 17):
@@ -182,7 +191,9 @@ def test_bad_input_is_one_line_and_exit_code_2(finished, extra, said, capsys):
     assert error.startswith("error:") and "\n" not in error and said in error
 
 
-@pytest.mark.parametrize("name", ["diffs/index.csv", "diffs/shards/00000.safetensors", "adapter/manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["diffs/index.csv", "diffs/shards/00000.safetensors", "adapter/manifest.json"]
+)
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_damaged_artifact_is_named(copy, name, damage, capsys):
     file = copy / name
@@ -228,7 +239,14 @@ def test_ask_in_a_batch_equals_asking_one_by_one(finished, model):
 
 
 def test_ask_on_the_command_line(finished, capsys):
-    flags = ["--base", "tiny_qwen3", "--diff", str(finished / "diffs"), "--adapter", str(finished / "adapter")]
+    flags = [
+        "--base",
+        "tiny_qwen3",
+        "--diff",
+        str(finished / "diffs"),
+        "--adapter",
+        str(finished / "adapter"),
+    ]
     assert ask.main([*flags, "--all", "--json", "--max-new-tokens", "5", QUESTION]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["diff"] for record in records] == list(range(18))
