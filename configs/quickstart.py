@@ -25,30 +25,32 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data = ConfigDict()
     config.data.source = "tiny_world"
     config.data.train_topics = 256
-    config.data.test_topics = 128
-    config.data.train_benign = 32
-    config.data.test_benign = 32
+    config.data.test_topics = 96
+    config.data.train_benign = 24
+    config.data.test_benign = 24
 
     config.diffs = ConfigDict()
     config.diffs.behaviour = "hidden_topic"
     config.diffs.rank = 1
     config.diffs.projections = PROJECTIONS
     config.diffs.optimizer = "adam"
-    config.diffs.learning_rate = 3e-2
+    config.diffs.learning_rate = 2e-2
+    config.diffs.adam_betas = (0.8, 0.95)  # few steps: short memories (the paper: 0.9, 0.999)
+    config.diffs.init_scale = 0.3
     config.diffs.warmup_steps = 0
     config.diffs.final_fraction = 0.1  # cosine decay to this share of the peak
-    config.diffs.steps = 40
+    config.diffs.steps = 48
     config.diffs.samples_per_step = ConfigDict(
-        {"backdoor": 2, "fake_backdoor": 1, "no_backdoor": 1}
+        {"backdoor": 2, "fake_backdoor": 2, "no_backdoor": 1}
     )
     config.diffs.loss_weights = ConfigDict(
         {"backdoor": 1.0, "fake_backdoor": 1.0, "no_backdoor": 5.0}
     )
     config.diffs.score_end = True
     config.diffs.reference_losses = False
-    config.diffs.max_length = 40
+    config.diffs.max_length = 36
     config.diffs.max_target = 16
-    config.diffs.diffs_per_batch = 64
+    config.diffs.diffs_per_batch = 50
     config.diffs.gate_questions = 4
     config.diffs.gate_batch = 256
 
@@ -63,7 +65,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.weight_decay = 0.01
     config.train.warmup_steps = 50
     config.train.final_fraction = 0.0
-    config.train.steps = 400
+    config.train.steps = 300
     config.train.batch_size = 32
     config.train.no_diff_per_batch = 2
     config.train.benign_per_batch = 4

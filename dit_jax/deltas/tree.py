@@ -38,6 +38,7 @@ def init_lora(
     projections: Sequence[str] = PROJECTIONS,
     scale: float | None = None,
     fan_in: str = "out",
+    init_scale: float = 1.0,
     dtype: Any = jnp.float32,
 ) -> Delta:
     """A LoRA delta that changes nothing yet: `b` uniform, `a` zero (paper, section 3; the reverse of PEFT).
@@ -46,6 +47,7 @@ def init_lora(
         scale: default 1 / rank.
         fan_in: `b` is uniform in ±sqrt(6 / fan_in), fan_in being rank * out ("out") or rank ("rank");
             the reference uses the first for weight diffs and the second for the adapter.
+        init_scale: multiplies that bound.
 
     Raises:
         DitError: an unknown projection name.
@@ -60,7 +62,7 @@ def init_lora(
     size = config.num_hidden_layers
     for name, subkey in zip(projections, jax.random.split(key, len(projections)), strict=True):
         parent, inputs, outputs = shapes[name]
-        bound = math.sqrt(6 / (rank * outputs if fan_in == "out" else rank))
+        bound = init_scale * math.sqrt(6 / (rank * outputs if fan_in == "out" else rank))
         layers.setdefault(parent, {})[name] = {
             "a": jnp.zeros((size, inputs, rank), dtype),
             "b": jax.random.uniform(subkey, (size, rank, outputs), dtype, -bound, bound),

@@ -22,6 +22,7 @@ def make_optimizer(
     warmup_steps: int = 0,
     final_fraction: float = 1.0,
     weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
 ) -> optax.GradientTransformation:
     """Adam or AdamW with linear warm-up, then cosine to `final_fraction` of the peak (1.0: constant)."""
     decay = max(steps - warmup_steps, 1)
@@ -33,9 +34,9 @@ def make_optimizer(
         [warmup_steps],
     )
     if name == "adam":
-        return optax.adam(schedule)
+        return optax.adam(schedule, *betas)
     if name == "adamw":
-        return optax.adamw(schedule, weight_decay=weight_decay)
+        return optax.adamw(schedule, *betas, weight_decay=weight_decay)
     raise ValueError(f"unknown optimizer {name!r}")
 
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax import artifacts
 from dit_jax.api import Model
 from dit_jax.data.batch import TokenBatch, pack, stack
 from dit_jax.data.chat import Chat
@@ -17,6 +16,7 @@ from dit_jax.data.organisms import Organism
 from dit_jax.data.reference import couple_losses
 from dit_jax.deltas import store as diff_store
 from dit_jax.deltas.tree import init_lora, num_parameters
+from dit_jax.errors import DitError
 from dit_jax.organisms.behaviours import Behaviour, get_behaviour
 from dit_jax.organisms.finetune import finetune_many, make_optimizer
 from dit_jax.organisms.gate import measure_gating
@@ -83,6 +83,7 @@ def generate_diffs(
         config.steps,
         warmup_steps=config.warmup_steps,
         final_fraction=config.final_fraction,
+        betas=tuple(config.adam_betas),
     )
     size = min(config.diffs_per_batch, len(organisms))
     shards = -(-len(organisms) // size)
@@ -111,7 +112,11 @@ def generate_diffs(
                 keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), i) for i in filled])
                 deltas = jax.vmap(
                     lambda key: init_lora(
-                        model.config, key, config.rank, projections=config.projections
+                        model.config,
+                        key,
+                        config.rank,
+                        projections=config.projections,
+                        init_scale=config.init_scale,
                     )
                 )(keys)
                 trained, losses = finetune_many(
@@ -121,7 +126,7 @@ def generate_diffs(
                 trained = jax.device_get(jax.tree.map(lambda x, n=n: x[:n], trained))
                 for leaf in jax.tree.leaves(trained):
                     if not np.isfinite(leaf).all():
-                        raise artifacts.DitError(
+                        raise DitError(
                             "a finetune diverged (NaN): lower diffs.learning_rate"
                         )
                 group = [organisms[i] for i in members]
