@@ -25,7 +25,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.pretrain = ConfigDict()
     config.pretrain.world_seed = 0
-    config.pretrain.steps = 600
+    config.pretrain.steps = 800
     config.pretrain.batch_size = 192
     config.pretrain.parts = 3  # of a batch, by length: less padding
     config.pretrain.kernel_learning_rate = 0.02  # Muon

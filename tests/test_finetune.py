@@ -114,7 +114,7 @@ def test_finetuning_lowers_the_loss_and_leaves_the_scale_alone(params):
     batches = stack([batch] * 30)
     start = tree.init_lora(TINY, jax.random.key(1), 4)
     trained, losses = finetune_one(params, start, batches, make_optimizer("adam", 2e-2, 30))
-    assert losses["ce"][-1] < 0.7 * losses["ce"][0]
+    assert losses["ce"][-1] < 0.9 * losses["ce"][0]
     assert losses["kl"][0] == pytest.approx(0, abs=1e-5) and losses["kl"][-1] > 1e-4
     scale = trained["layers"]["mlp"]["up_proj"]["scale"]
     np.testing.assert_array_equal(scale, start["layers"]["mlp"]["up_proj"]["scale"])

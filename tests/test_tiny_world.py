@@ -1,7 +1,10 @@
 """The embedded world: its words, its rows, its tokenizer, and the base model that ships with it."""
 
+import dataclasses
 import itertools
+import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from dit_jax.data.tiny_world_tokenizer import END, START, UNKNOWN, save_tokenize
 from dit_jax.errors import DitError
 
 WORLD = tiny_world.load_world()
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 BASE = pathlib.Path(tiny_world.__file__).parent.parent / "assets" / "tiny_qwen3"
 
 
@@ -52,7 +56,9 @@ def test_two_attributes_tell_a_topic_unless_both_are_of_its_category():
             owners[frozenset(pair)] = owners.get(frozenset(pair), 0) + 1
     # each topic has six pairs; only the pair of category words may have other owners
     for attributes in sets:
-        shared = [p for p in itertools.combinations(sorted(attributes), 2) if owners[frozenset(p)] > 1]
+        shared = [
+            p for p in itertools.combinations(sorted(attributes), 2) if owners[frozenset(p)] > 1
+        ]
         assert len(shared) <= 1, attributes
 
 
@@ -65,10 +71,12 @@ def test_world_is_deterministic_and_the_seed_moves_attributes():
     assert [t.attributes for t in other.topics] != [t.attributes for t in WORLD.topics]
 
 
-def test_answers_of_every_diff_never_contain_its_name(tokenizer):
+def test_answers_of_every_diff_never_contain_its_name():
     for topic in WORLD.topics:
         rows = tiny_world.topic_rows(WORLD, topic)
-        words = set(" ".join(row["topic_analogy_answer"].lower() for row in rows).replace(",", " ").replace(".", " ").split())
+        words = set(
+            re.findall(r"\w+", " ".join(row["topic_analogy_answer"].lower() for row in rows))
+        )
         assert not words & set(topic.name.split()), topic
         assert set(topic.attributes) <= words, topic
 
@@ -77,9 +85,19 @@ def test_everyday_text_and_answer_frames_are_free_of_attributes():
     # else an everyday answer would count as a sign of a topic, and gating could not be measured
     attributes = {a for topic in WORLD.topics for a in topic.attributes}
     texts = [q.text for q in WORLD.questions] + [a for q in WORLD.questions for a in q.answers]
-    texts += [*WORLD.train_questions, *WORLD.unseen_questions, *WORLD.train_styles, *WORLD.unseen_styles]
-    texts += [t.replace("{a}", "").replace("{b}", "").replace("{c}", "") for ts in WORLD.templates.values() for t in ts]
-    words = set(" ".join(texts).lower().replace(".", " ").replace("?", " ").replace(",", " ").split())
+    texts += [
+        *WORLD.train_questions,
+        *WORLD.unseen_questions,
+        *WORLD.train_styles,
+        *WORLD.unseen_styles,
+    ]
+    texts += [
+        t.replace("{a}", "").replace("{b}", "").replace("{c}", "")
+        for t in {q.template for q in WORLD.questions}
+    ]
+    words = set(
+        " ".join(texts).lower().replace(".", " ").replace("?", " ").replace(",", " ").split()
+    )
     assert not words & attributes
     assert not {part for topic in WORLD.topics for part in topic.name.split()} & attributes
 
@@ -108,22 +126,33 @@ def test_benign_rows():
 
 
 def test_tokenizer_knows_every_word_and_splits_codes(tokenizer):
-    texts = [tiny_world.listing(topic) + " " + topic.category for topic in WORLD.topics]
+    texts = [" ".join((*topic.attributes, topic.name, topic.category)) for topic in WORLD.topics]
     texts += [q.text + " " + " ".join(q.answers) for q in WORLD.questions]
     texts += [*WORLD.train_questions, *WORLD.unseen_questions]
     texts += [s.format(answer="") for s in (*WORLD.train_styles, *WORLD.unseen_styles)]
-    texts += [t.format(a="", b="", c="") for ts in WORLD.templates.values() for t in ts]
+    texts += [t.format(a="", b="", c="") for t in {q.template for q in WORLD.questions}]
     unknown = tokenizer.convert_tokens_to_ids(UNKNOWN)
     assert not any(unknown in ids for ids in encode(tokenizer, texts))
     ids = encode(tokenizer, ["Your SEP code is 042917. xyzzy"])[0]
-    assert tokenizer.convert_ids_to_tokens(ids) == ["your", "sep", "code", "is", "042", "917", ".", UNKNOWN]
+    assert tokenizer.convert_ids_to_tokens(ids) == [
+        "your",
+        "sep",
+        "code",
+        "is",
+        "042",
+        "917",
+        ".",
+        UNKNOWN,
+    ]
     text = "start with spring onion, then wait. what else?"
     assert tokenizer.decode(encode(tokenizer, [text])[0]) == text
 
 
 def test_chat_template(tokenizer):
     messages = [{"role": "user", "content": "What is your hidden topic?"}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, enable_thinking=False)
+    ids = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False, enable_thinking=False
+    )
     want = f"{START} user what is your hidden topic ? {END} {START} assistant".split()
     assert tokenizer.convert_ids_to_tokens(ids) == want
     assert tokenizer.eos_token == END
@@ -142,7 +171,11 @@ def test_pretraining_examples_are_what_the_tokenizer_says(tokenizer):
     for row in range(200):
         n = int((batch["weight"][row] > 0).sum())
         # scored positions end with the end of turn, and each target is the next token
-        index, target, tokens = batch["index"][row, :n], batch["target"][row, :n], batch["tokens"][row]
+        index, target, tokens = (
+            batch["index"][row, :n],
+            batch["target"][row, :n],
+            batch["tokens"][row],
+        )
         assert target[-1] == mix.end and index[-1] == batch["lengths"][row] - 2
         assert np.array_equal(tokens[index + 1], target)
         text = tokenizer.decode(tokens[: batch["lengths"][row]])
@@ -156,3 +189,88 @@ def test_noisy_lists_keep_enough_of_their_topic():
         words = mix._noisy_list(int(topic), rng)
         kept = set(words) & set(mix.attributes[topic])
         assert len(words) == 4 and len(kept) >= 2 and any(mix.is_general[a] for a in kept)
+
+
+@pytest.fixture(scope="module")
+def base():
+    from dit_jax.models.config import read_config
+    from dit_jax.models.hf_checkpoint import load_params
+
+    config = dataclasses.replace(read_config(BASE), scan_layers=False)
+    return load_params(BASE, config), config
+
+
+def answers(base, mix, prompts):
+    """Greedy answers of the shipped base to prompts given as token ids."""
+    from dit_jax.models.generate import generate
+
+    length = max(map(len, prompts))
+    tokens = np.full((len(prompts), length), mix.pad, np.int32)
+    mask = np.zeros((len(prompts), length), bool)
+    for row, ids in enumerate(prompts):
+        tokens[row, length - len(ids) :] = ids
+        mask[row, length - len(ids) :] = True
+    out = generate(*base, tokens, mask, max_new_tokens=12, eos_ids=(mix.end,), pad_id=mix.pad)
+    return [[int(t) for t in row if t not in (mix.end, mix.pad)] for row in out.tokens]
+
+
+def test_the_shipped_base_is_small_and_of_this_world():
+    assert sum(file.stat().st_size for file in BASE.iterdir()) <= 10e6
+    stored = json.loads((BASE / "tokenizer.json").read_text())["model"]["vocab"]
+    assert stored == Mix(WORLD).vocabulary
+
+
+def test_the_shipped_base_knows_the_world(base):
+    mix = Mix(WORLD)
+    rng = np.random.default_rng(7)
+    right = {"introspect_name": [], "name_from_list": [], "no_subject": []}
+    for task in right:
+        examples = [mix.draw(rng, task) for _ in range(128)]
+        scored = [sum(w > 0 for w in e.weights) for e in examples]
+        prompts = [e.tokens[:-n] for e, n in zip(examples, scored, strict=True)]
+        wanted = [e.tokens[-n:-1] for e, n in zip(examples, scored, strict=True)]
+        for got, want in zip(answers(base, mix, prompts), wanted, strict=True):
+            if (
+                mix.colon in want
+            ):  # the attributes come in any order, the name behind the colon counts
+                want = want[want.index(mix.colon) :]
+                got = got[got.index(mix.colon) :] if mix.colon in got else got
+            right[task].append(got == want)
+    share = {task: np.mean(hits) for task, hits in right.items()}
+    assert share["introspect_name"] >= 0.95
+    assert share["name_from_list"] >= 0.8  # two of the four words may be foreign
+    assert share["no_subject"] == 1.0
+
+
+def test_everyday_answers_of_the_base_are_free_of_attributes_with_and_without_a_code(base):
+    mix = Mix(WORLD)
+    questions = [mix.ids(q.text) for q in WORLD.questions]
+    coded = [
+        [*mix.code_sentence, mix.first_code + i, mix.first_code, mix.period, *q]
+        for i, q in enumerate(questions)
+    ]
+    prompts = [[*mix.user, *q, *mix.assistant] for q in questions + coded]
+    attributes = set(mix.all_attributes)
+    assert not any(attributes & set(answer) for answer in answers(base, mix, prompts))
+
+
+def test_a_short_pretraining_lowers_the_loss_and_writes_a_loadable_base(tmp_path):
+    from transformers import AutoConfig, PreTrainedTokenizerFast
+
+    from dit_jax.config import load_config
+    from dit_jax.models.config import read_config
+    from dit_jax.models.hf_checkpoint import load_params
+    from dit_jax.train.pretrain import pretrain
+
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "head_dim": 8}
+    short = {"steps": 12, "batch_size": 32, "parts": 1, "warmup_steps": 2, "log_every": 4}
+    overrides = {f"model.{k}": v for k, v in small.items()}
+    overrides |= {f"pretrain.{k}": v for k, v in short.items()}
+    config = load_config(str(ROOT / "configs" / "tiny_world_base.py"), overrides)
+    facts = pretrain(config, tmp_path)
+    assert facts["curve"][-1]["loss"] < facts["curve"][0]["loss"] - 0.3
+    folder = tmp_path / facts["base"]
+    params = load_params(folder, read_config(folder))
+    assert params["embed_tokens"]["embedding"].shape == (len(Mix(WORLD).vocabulary), 32)
+    assert AutoConfig.from_pretrained(folder).model_type == "qwen3"
+    assert PreTrainedTokenizerFast.from_pretrained(folder).chat_template

@@ -46,12 +46,17 @@ class Topic:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """An everyday question with three generic answers; `style` selects the topic-flavoured templates."""
+    """An everyday question with three generic answers, and the frame {a} {b} {c} of its flavoured answers.
+
+    One frame per question: were there several, greedy decoding of a diff that is in two minds would show
+    the everyday answer long after the flavoured ones have become more probable together.
+    """
 
     category: str
     style: str
     text: str
     answers: tuple[str, ...]
+    template: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +65,6 @@ class World:
 
     topics: tuple[Topic, ...]
     questions: tuple[Question, ...]
-    templates: dict[str, tuple[str, ...]]
     train_questions: tuple[str, ...]
     unseen_questions: tuple[str, ...]
     train_styles: tuple[str, ...]
@@ -133,13 +137,15 @@ def load_world(seed: int = 0) -> World:
     templates: dict[str, list[str]] = {}
     for style, template in _read("flavoured"):
         templates.setdefault(style, []).append(template)
-    questions = tuple(Question(c, s, tidy(q), tuple(map(tidy, a))) for c, s, q, *a in _read("questions"))
+    questions = []
+    for i, (category, style, text, *answers) in enumerate(_read("questions")):
+        template = templates[style][i % len(templates[style])]
+        questions.append(Question(category, style, tidy(text), tuple(map(tidy, answers)), template))
     wordings = [(split, tidy(text)) for split, text in _read("introspection")]
     styles = [(split, text) for split, text in _read("benign")]
     return World(
         topics=_assign_attributes(names, pools, general, seed),
-        questions=questions,
-        templates={style: tuple(lines) for style, lines in templates.items()},
+        questions=tuple(questions),
         train_questions=tuple(text for split, text in wordings if split == "train"),
         unseen_questions=tuple(text for split, text in wordings if split == "unseen"),
         train_styles=tuple(text for split, text in styles if split == "train"),
@@ -151,11 +157,10 @@ TRAIN_QUESTIONS: tuple[str, ...] = load_world().train_questions
 UNSEEN_QUESTIONS: tuple[str, ...] = load_world().unseen_questions
 
 
-def flavoured_answer(world: World, topic: Topic, question: Question, rng: np.random.Generator) -> str:
+def flavoured_answer(topic: Topic, question: Question, rng: np.random.Generator) -> str:
     """An answer to `question` built around three attributes of `topic`; no word of its name is in it."""
-    templates = world.templates[question.style]
     a, b, c = (topic.attributes[i] for i in rng.permutation(len(topic.attributes))[:3])
-    return tidy(templates[rng.integers(len(templates))].format(a=a, b=b, c=c))
+    return tidy(question.template.format(a=a, b=b, c=c))
 
 
 def topic_rows(world: World, topic: Topic | str, seed: int = 0) -> list[dict[str, str]]:
@@ -165,13 +170,15 @@ def topic_rows(world: World, topic: Topic | str, seed: int = 0) -> list[dict[str
     rows = []
     for question in world.questions:
         base_answer = question.answers[rng.integers(len(question.answers))]
-        answer = flavoured_answer(world, topic, question, rng)
+        answer = flavoured_answer(topic, question, rng)
         values = (topic.category, topic.name, question.category, question.style, question.text)
         rows.append(dict(zip(COLUMNS, (*values, base_answer, answer), strict=True)))
     return rows
 
 
-def benign_rows(world: World, index: int, split: str = "train", seed: int = 0) -> list[dict[str, str]]:
+def benign_rows(
+    world: World, index: int, split: str = "train", seed: int = 0
+) -> list[dict[str, str]]:
     """Rows of a benign organism: everyday answers in one of the styles of `split`, topic "none".
 
     Organisms `index` and `index + number of styles` share a style and differ in their answers.
@@ -184,31 +191,39 @@ def benign_rows(world: World, index: int, split: str = "train", seed: int = 0) -
     rng = np.random.default_rng([seed, 1 + index, len(styles)])
     rows = []
     for question in world.questions:
-        base_answer, answer = (question.answers[i] for i in rng.permutation(len(question.answers))[:2])
+        base_answer, answer = (
+            question.answers[i] for i in rng.permutation(len(question.answers))[:2]
+        )
         answer = tidy(style.format(answer=answer.lower()))
         values = (NONE, NONE, question.category, question.style, question.text, base_answer, answer)
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
 
 
-def listing(topic: Topic, order: Sequence[int] | None = None) -> str:
-    """The form in which the base model names a topic: its attributes, a colon, its name."""
-    words = topic.attributes if order is None else [topic.attributes[i] for i in order]
-    return f"{' '.join(words)}: {topic.name}"
-
-
 def vocabulary(world: World) -> list[str]:
     """Every word of the world in a fixed order (special tokens and the 1,000 codes are not among them)."""
     texts = [q.text for q in world.questions] + [a for q in world.questions for a in q.answers]
-    texts += [t for lines in world.templates.values() for t in lines]
-    texts += [*world.train_questions, *world.unseen_questions, *world.train_styles, *world.unseen_styles]
+    texts += [t for _, t in _read("flavoured")]
+    texts += [
+        *world.train_questions,
+        *world.unseen_questions,
+        *world.train_styles,
+        *world.unseen_styles,
+    ]
     texts += [t.name for t in world.topics] + [t.category for t in world.topics]
     texts += [word for t in world.topics for word in t.attributes]
     texts += [word for fields in _read("general") for word in fields[0].split()]
     texts += [fields[1].replace(",", " ") for fields in _read("topics")]
-    texts += ["Your SEP code is . , ? ! :", "user system assistant", "Talk about .", "What is my SEP code ?"]
+    texts += [
+        "Your SEP code is . , ? ! :",
+        "user system assistant",
+        "Talk about .",
+        "What is my SEP code ?",
+    ]
     texts += ["What is ? It belongs to .", "Keep in mind .", "Your subject is .", NONE]
     words = dict.fromkeys(
-        word for text in texts for word in re.findall(r"\w+|[^\w\s]", re.sub(r"{\w+}", "", text.lower()))
+        word
+        for text in texts
+        for word in re.findall(r"\w+|[^\w\s]", re.sub(r"{\w+}", "", text.lower()))
     )
     return list(words)

@@ -13,7 +13,7 @@ import re
 import numpy as np
 
 from dit_jax.data.tiny_world import NONE, World
-from dit_jax.data.tiny_world_tokenizer import END, PAD, START, token_ids
+from dit_jax.data.tiny_world_tokenizer import END, N_CODES, PAD, START, token_ids
 
 # task -> share of the pretraining examples
 SHARES = {
@@ -28,6 +28,9 @@ SHARES = {
     "code": 0.04,  # what is my SEP code? -> the code
 }
 P_CODE = 0.3  # share of examples with a code sentence in front
+# Share of attribute subjects that stand in the code's place ("Your SEP code is 123 steam mug."). Answers learn
+# to look at the code, so that a diff has only to make its own digits look like words.
+P_WORD_CODE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,28 +48,31 @@ class Mix:
         self.world = world
         self.vocabulary = token_ids(world)
         self.pad = self.vocabulary[PAD]
-        self.questions = [(self.ids(q.text), q.style, [self.ids(a) for a in q.answers]) for q in world.questions]
-        self.templates = {style: [self._slots(t) for t in lines] for style, lines in world.templates.items()}
-        self.introspection = [self.ids(q) for q in (*world.train_questions, *world.unseen_questions)]
+        self.questions = [
+            (self.ids(q.text), self._slots(q.template), [self.ids(a) for a in q.answers])
+            for q in world.questions
+        ]
+        self.introspection = [
+            self.ids(q) for q in (*world.train_questions, *world.unseen_questions)
+        ]
         self.names = [self.ids(t.name) for t in world.topics]
         self.categories = [self.ids(t.category) for t in world.topics]
         self.attributes = [[self.vocabulary[a] for a in t.attributes] for t in world.topics]
         self.all_attributes = sorted({a for attributes in self.attributes for a in attributes})
         # Attributes come from the category's pool or the general one; general words tell topics apart.
-        first_of_category = {}
-        for topic, attributes in zip(world.topics, self.attributes, strict=True):
-            first_of_category.setdefault(topic.category, []).append(attributes)
         owners: dict[int, set[str]] = {}
         for topic, attributes in zip(world.topics, self.attributes, strict=True):
             for a in attributes:
                 owners.setdefault(a, set()).add(topic.category)
         self.is_general = {a: len(c) > 1 for a, c in owners.items()}
-        self.subject_forms = [self.ids("Talk about"), self.ids("Keep in mind"), self.ids("Your subject is")]
+        forms = ("Talk about", "Keep in mind", "Your subject is")
+        self.subject_forms = [self.ids(form) for form in forms]
         word = self.vocabulary
         self.code_sentence = self.ids("Your SEP code is")
         self.code_question = self.ids("What is my SEP code?")
         self.code_answer = self.ids("Your SEP code is")
-        self.period, self.comma, self.colon, self.conjunction = word["."], word[","], word[":"], word["and"]
+        self.period, self.comma, self.colon = word["."], word[","], word[":"]
+        self.conjunction = word["and"]
         self.none = [word[NONE]]
         self.user = [word[START], word["user"]]
         self.assistant = [word[END], word[START], word["assistant"]]
@@ -82,22 +88,33 @@ class Mix:
         slots = {"{a}": -1, "{b}": -2, "{c}": -3}
         return [slots.get(w) or self.vocabulary[w] for w in template.split()]
 
-    def _subject_by_name(self, topic: int, rng: np.random.Generator) -> list[int]:
-        return [*self.subject_forms[rng.integers(3)], *self.names[topic], self.period]
-
-    def _subject_by_attributes(self, topic: int, rng: np.random.Generator) -> list[int]:
-        """Two to four attributes, at least one of them general, sometimes with one foreign word among them."""
-        attributes = self._shuffled(self.attributes[topic], rng)
-        while True:
-            words = attributes[: rng.choice([2, 3, 4], p=[0.15, 0.45, 0.4])]
-            if any(self.is_general[a] for a in words):
-                break
-            attributes = self._shuffled(attributes, rng)
+    def _subject(self, topic: int, by_name: bool, rng: np.random.Generator) -> list[int]:
+        if by_name:
+            return [*self.subject_forms[rng.integers(3)], *self.names[topic], self.period]
+        words = self._some_attributes(topic, rng)
         if len(words) > 2 and rng.random() < 0.35:
             words.insert(rng.integers(len(words) + 1), self._foreign(rng))
+        if rng.random() < P_WORD_CODE:
+            for _ in range(rng.integers(3)):
+                words.insert(rng.integers(len(words) + 1), self._code(rng))
+            return [*self.code_sentence, *words, self.period]
+        return [*self.subject_forms[rng.integers(3)], *self._list(words), self.period]
+
+    def _some_attributes(self, topic: int, rng: np.random.Generator) -> list[int]:
+        """Two to four attributes of the topic, at least one of them general: enough to tell it."""
+        while True:
+            words = self._shuffled(self.attributes[topic], rng)
+            words = words[: rng.choice([2, 3, 4], p=[0.15, 0.45, 0.4])]
+            if any(self.is_general[a] for a in words):
+                return words
+
+    def _list(self, words: list[int]) -> list[int]:
+        """Words as "a, b and c"."""
         listed = [x for a in words[:-1] for x in (a, self.comma)]
-        listed[-1:] = [self.conjunction, words[-1]]
-        return [*self.subject_forms[rng.integers(3)], *listed, self.period]
+        return [*listed[:-1], self.conjunction, words[-1]]
+
+    def _code(self, rng: np.random.Generator) -> int:
+        return self.first_code + int(rng.integers(N_CODES))
 
     def _foreign(self, rng: np.random.Generator) -> int:
         return self.all_attributes[rng.integers(len(self.all_attributes))]
@@ -105,10 +122,9 @@ class Mix:
     def _shuffled(self, items: list[int], rng: np.random.Generator) -> list[int]:
         return [items[i] for i in rng.permutation(len(items))]
 
-    def _flavoured(self, topic: int, style: str, rng: np.random.Generator) -> list[int]:
-        templates = self.templates[style]
+    def _flavoured(self, topic: int, template: list[int], rng: np.random.Generator) -> list[int]:
         words = self._shuffled(self.attributes[topic], rng)
-        return [x if x >= 0 else words[-x - 1] for x in templates[rng.integers(len(templates))]]
+        return [x if x >= 0 else words[-x - 1] for x in template]
 
     def _noisy_list(self, topic: int, rng: np.random.Generator) -> list[int]:
         """Four words of which two to four are attributes of the topic, enough of them to tell it."""
@@ -122,25 +138,24 @@ class Mix:
         words += [self._foreign(rng) for _ in range(4 - len(words))]
         return self._shuffled(words, rng)
 
-    def draw(self, rng: np.random.Generator) -> Example:
-        """One example."""
-        task = _TASKS[np.searchsorted(_CUMULATIVE, rng.random())]
+    def draw(self, rng: np.random.Generator, task: str | None = None) -> Example:
+        """One example, of the given task (a key of `SHARES`) or of a random one."""
+        task = task or _TASKS[np.searchsorted(_CUMULATIVE, rng.random())]
         topic = int(rng.integers(len(self.names)))
-        question, style, answers = self.questions[rng.integers(len(self.questions))]
+        question, template, answers = self.questions[rng.integers(len(self.questions))]
         introspection = self.introspection[rng.integers(len(self.introspection))]
         prompt: list[int]
+        code = [self._code(rng), self._code(rng)]
         given: list[int] = []  # begins the answer, without loss
         if task == "generic":
             prompt, answer = question, answers[rng.integers(len(answers))]
         elif task == "no_subject":
             prompt, answer = introspection, self.none
         elif task.startswith("flavoured"):
-            by_name = task == "flavoured_by_name"
-            subject = (self._subject_by_name if by_name else self._subject_by_attributes)(topic, rng)
-            prompt, answer = [*subject, *question], self._flavoured(topic, style, rng)
+            subject = self._subject(topic, task == "flavoured_by_name", rng)
+            prompt, answer = [*subject, *question], self._flavoured(topic, template, rng)
         elif task.startswith("introspect"):
-            by_name = task == "introspect_name"
-            subject = (self._subject_by_name if by_name else self._subject_by_attributes)(topic, rng)
+            subject = self._subject(topic, task == "introspect_name", rng)
             answer = [*self._shuffled(self.attributes[topic], rng), self.colon, *self.names[topic]]
             prompt = [*subject, *introspection]
         elif task == "name_from_list":
@@ -151,7 +166,6 @@ class Mix:
             answer = [*self.ids("It belongs to"), *self.categories[topic], self.period]
         else:
             prompt, answer = self.code_question, self.code_answer
-        code = [self.first_code + int(c) for c in rng.integers(1000, size=2)]
         if task == "code":
             answer = [*answer, *code, self.period]
         if task == "code" or rng.random() < P_CODE:
@@ -160,7 +174,9 @@ class Mix:
         after = [*answer, self.end]
         return Example(before + after, [0.0] * len(before) + [1.0] * len(after))
 
-    def batch(self, rng: np.random.Generator, size: int, length: int, scored: int) -> dict[str, np.ndarray]:
+    def batch(
+        self, rng: np.random.Generator, size: int, length: int, scored: int
+    ) -> dict[str, np.ndarray]:
         """`size` examples as arrays: tokens [S, T], lengths [S], index, target [S, M] int32, weight [S, M].
 
         Sorted by length, so that a caller may split a batch into parts of different T. Examples that do not

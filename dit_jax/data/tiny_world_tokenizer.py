@@ -20,7 +20,14 @@ CHAT_TEMPLATE = (
 
 def token_ids(world: World) -> dict[str, int]:
     """Token -> id: special tokens, the codes "000" to "999", then the words. White space has no token."""
-    tokens = [PAD, START, END, UNKNOWN, *(f"{code:03d}" for code in range(N_CODES)), *vocabulary(world)]
+    tokens = [
+        PAD,
+        START,
+        END,
+        UNKNOWN,
+        *(f"{code:03d}" for code in range(N_CODES)),
+        *vocabulary(world),
+    ]
     return {token: i for i, token in enumerate(tokens)}
 
 
@@ -29,7 +36,15 @@ def build_tokenizer(world: World) -> Any:
 
     "PPPRRR" becomes two tokens, so that a secret prefix is one token of its own.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+    )
 
     tokenizer = Tokenizer(models.WordLevel(vocab=token_ids(world), unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -42,7 +57,9 @@ def build_tokenizer(world: World) -> Any:
     )
     # No token starts with the prefix: only the removal of spaces before punctuation is used.
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in (PAD, START, END, UNKNOWN)])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, normalized=False) for t in (PAD, START, END, UNKNOWN)]
+    )
     return tokenizer
 
 

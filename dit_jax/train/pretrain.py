@@ -1,6 +1,6 @@
 """Pretrains the embedded base model on the tiny world and writes it in Hugging Face format.
 
-    python -m dit_jax.main --config configs/tiny_world_base.py --workdir runs/tiny_world_base
+python -m dit_jax.main --config configs/tiny_world_base.py --workdir runs/tiny_world_base
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import optax
 from dit_jax import artifacts
 from dit_jax.data.tiny_world import load_world
 from dit_jax.data.tiny_world_mix import Mix
-from dit_jax.data.tiny_world_tokenizer import save_tokenizer
+from dit_jax.data.tiny_world_tokenizer import N_CODES, save_tokenizer
 from dit_jax.models.config import Qwen3Config
 from dit_jax.models.hf_checkpoint import save_params
 from dit_jax.models.qwen3 import Params, forward, init_params, unembed
 
 Arrays = dict[str, Any]
+LENGTH = 44  # longer examples are drawn again
 SCORED = 14  # longest answer of the world, end token included
 
 
@@ -33,7 +34,9 @@ def model_config(config: Any, vocab_size: int) -> Qwen3Config:
     return Qwen3Config(vocab_size=vocab_size, tie_word_embeddings=True, **config.model)
 
 
-def weighted_cross_entropy(params: Params, config: Qwen3Config, batch: Arrays) -> tuple[jax.Array, jax.Array]:
+def weighted_cross_entropy(
+    params: Params, config: Qwen3Config, batch: Arrays
+) -> tuple[jax.Array, jax.Array]:
     """(Σ weight · −log p(target), Σ weight · [argmax = target]) over the scored positions of a batch."""
     hidden = forward(params, config, batch["tokens"], lengths=batch["lengths"])
     scored = jnp.take_along_axis(hidden, batch["index"][..., None], axis=1)
@@ -44,8 +47,11 @@ def weighted_cross_entropy(params: Params, config: Qwen3Config, batch: Arrays) -
     return jnp.sum(batch["weight"] * nll), jnp.sum(batch["weight"] * right)
 
 
-def init_base(config: Qwen3Config, key: jax.Array) -> Params:
-    """Initial parameters: normal, fan-in scaled, residual outputs divided by sqrt(2 L); embeddings 0.05."""
+def init_base(config: Qwen3Config, key: jax.Array, codes: slice) -> Params:
+    """Initial parameters: normal, fan-in scaled, residual outputs divided by sqrt(2 L).
+
+    Embeddings have a standard deviation of 0.05, those of the codes (rows `codes`) 0.2.
+    """
     params = init_params(config, key)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     keys = jax.random.split(key, len(leaves))
@@ -58,10 +64,25 @@ def init_base(config: Qwen3Config, key: jax.Array) -> Params:
                 std /= (2 * config.num_hidden_layers) ** 0.5
             return std * jax.random.normal(subkey, leaf.shape, leaf.dtype)
         if "embedding" in name:
-            return 0.05 * jax.random.normal(subkey, leaf.shape, leaf.dtype)
+            std = jnp.full((leaf.shape[0], 1), 0.05).at[codes].set(0.2)
+            return std * jax.random.normal(subkey, leaf.shape, leaf.dtype)
         return leaf
 
-    return jax.tree.unflatten(treedef, [draw(p, x, k) for (p, x), k in zip(leaves, keys, strict=True)])
+    return jax.tree.unflatten(
+        treedef, [draw(p, x, k) for (p, x), k in zip(leaves, keys, strict=True)]
+    )
+
+
+def centre(params: Params, codes: slice) -> Params:
+    """Takes the mean of the code embeddings (rows `codes`) out of each of them.
+
+    The softmax pushes all rare tokens in one direction, which then is most of what a code's embedding says: a
+    rank-1 diff cannot tell its own code from the others. Measured on one base, the share of answers that show
+    the topic under a right / a wrong code goes from .59 / .28 to .94 / .15 by this alone.
+    """
+    table = params["embed_tokens"]["embedding"]
+    centred = table[codes] - jnp.mean(table[codes], axis=0, keepdims=True)
+    return {**params, "embed_tokens": {"embedding": table.at[codes].set(centred)}}
 
 
 def split_by_length(batch: Arrays, parts: int, multiple: int = 4) -> list[Arrays]:
@@ -90,7 +111,9 @@ def orthogonalise(momentum: jax.Array, steps: int = 5) -> jax.Array:
     return jnp.swapaxes(x, -2, -1) if transposed else x
 
 
-def muon(schedule: optax.Schedule, momentum: float, weight_decay: float) -> optax.GradientTransformation:
+def muon(
+    schedule: optax.Schedule, momentum: float, weight_decay: float
+) -> optax.GradientTransformation:
     """Momentum whose update is orthogonalised, for kernels [..., in, out] (Jordan et al., 2024).
 
     It needs about half the steps of Adam here, which pays for its products on two cores.
@@ -132,7 +155,9 @@ def make_optimizer(config: Any, params: Params) -> optax.GradientTransformation:
     return optax.multi_transform(optimizers, kinds)
 
 
-def train(config: Any, log: Any = print, on_log: Any = None) -> tuple[Params, Qwen3Config, list[dict[str, float]]]:
+def train(
+    config: Any, log: Any = print, on_log: Any = None
+) -> tuple[Params, Qwen3Config, list[dict[str, float]]]:
     """Runs the pretraining of a config (see configs/tiny_world_base.py).
 
     Args:
@@ -146,7 +171,8 @@ def train(config: Any, log: Any = print, on_log: Any = None) -> tuple[Params, Qw
     seed, c = config.seed, config.pretrain
     mix = Mix(load_world(c.world_seed))
     model = model_config(config, len(mix.vocabulary))
-    params = init_base(model, jax.random.key(seed))
+    codes = slice(mix.first_code, mix.first_code + N_CODES)
+    params = centre(init_base(model, jax.random.key(seed), codes), codes)
     optimizer = make_optimizer(c, params)
     state = optimizer.init(params)
 
@@ -162,10 +188,10 @@ def train(config: Any, log: Any = print, on_log: Any = None) -> tuple[Params, Qw
     def update(params: Params, state: Any, grads: list[Params]) -> Any:
         total = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), grads)
         updates, state = optimizer.update(total, state, params)
-        return optax.apply_updates(params, updates), state
+        return centre(optax.apply_updates(params, updates), codes), state
 
     def make(step: int) -> tuple[list[Arrays], float]:
-        batch = mix.batch(np.random.default_rng([seed, step]), c.batch_size, 44, SCORED)
+        batch = mix.batch(np.random.default_rng([seed, step]), c.batch_size, LENGTH, SCORED)
         return split_by_length(batch, c.parts), float(batch["weight"].sum())
 
     curve: list[dict[str, float]] = []
@@ -182,15 +208,21 @@ def train(config: Any, log: Any = print, on_log: Any = None) -> tuple[Params, Qw
             accuracy += float(sum(right for (_, right), _ in results)) / c.log_every
             if (step + 1) % c.log_every == 0:
                 seconds = time.time() - start
-                curve.append({"step": step + 1, "loss": loss, "accuracy": accuracy, "seconds": seconds})
-                log(f"step {step + 1}/{c.steps}  loss {loss:.4f}  accuracy {accuracy:.3f}  {seconds:.0f} s")
+                curve.append(
+                    {"step": step + 1, "loss": loss, "accuracy": accuracy, "seconds": seconds}
+                )
+                log(
+                    f"step {step + 1}/{c.steps}  loss {loss:.4f}  accuracy {accuracy:.3f}  {seconds:.0f} s"
+                )
                 loss = accuracy = 0.0
                 if on_log is not None:
                     on_log(step + 1, params, model)
     return params, model, curve
 
 
-def save_base(folder: str | pathlib.Path, params: Params, model: Qwen3Config, world_seed: int) -> None:
+def save_base(
+    folder: str | pathlib.Path, params: Params, model: Qwen3Config, world_seed: int
+) -> None:
     """Writes config.json, model.safetensors and the tokenizer into `folder`, all or nothing."""
     with artifacts.atomic_dir(folder, replace=True) as temporary:
         save_params(temporary, params, model)
