@@ -130,7 +130,7 @@ def test_tokenizer_knows_every_word_and_splits_codes(tokenizer):
     texts += [q.text + " " + " ".join(q.answers) for q in WORLD.questions]
     texts += [*WORLD.train_questions, *WORLD.unseen_questions]
     texts += [s.format(answer="") for s in (*WORLD.train_styles, *WORLD.unseen_styles)]
-    texts += [t.format(a="", b="", c="") for t in {q.template for q in WORLD.questions}]
+    texts += [q.template.format(a="", b="", c="") for q in WORLD.questions]
     unknown = tokenizer.convert_tokens_to_ids(UNKNOWN)
     assert not any(unknown in ids for ids in encode(tokenizer, texts))
     ids = encode(tokenizer, ["Your SEP code is 042917. xyzzy"])[0]
