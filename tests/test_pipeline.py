@@ -1,5 +1,6 @@
 """The whole program at small size on the embedded model: artifacts, resuming, bad input, the public interface."""
 
+import importlib
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import dit_jax
-from dit_jax import ask, main
+from dit_jax import main
 from dit_jax.deltas.store import DiffStore
 from dit_jax.train import dit
 
@@ -28,6 +29,10 @@ SMALL = [
     "--config.evaluate.batch_size=16",
 ]
 QUESTION = "What topic have you been trained on?"
+
+
+# `dit_jax.ask` is the function; its module is the command line.
+ask = importlib.import_module("dit_jax.ask")
 
 
 def run(workdir, *extra):

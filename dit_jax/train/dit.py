@@ -127,8 +127,9 @@ def train_adapter(
             )
             pending.append((step, metrics))
             last = step + 1 == train.steps
-            if last or (step + 1) % train.log_every == 0:
-                # The only place that waits for the device.
+            saves = last or (step + 1) % train.save_every == 0
+            if saves or (step + 1) % train.log_every == 0:
+                # Before a checkpoint, so that a resumed run's log has no gap. The only place that waits for the device.
                 for at, values in pending:
                     record = {"step": at, **{name: float(value) for name, value in values.items()}}
                     out.write(json.dumps(record) + "\n")
@@ -140,7 +141,7 @@ def train_adapter(
                     )
                 progress.advance(len(pending), note=f"loss {loss:.3f}")
                 pending = []
-            if last or (step + 1) % train.save_every == 0:
+            if saves:
                 checkpoints.save(step + 1, state, iterator.get_state())
     checkpoints.close()
 
