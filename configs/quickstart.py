@@ -85,4 +85,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.evaluate.forbid_repeats = True
     config.evaluate.max_new_tokens = 16
     config.evaluate.batch_size = 128
-    return config
+    return config.lock()

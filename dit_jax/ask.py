@@ -6,11 +6,12 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-from dit_jax.errors import DitError
+from dit_jax.errors import DitError, exit_on_error, printable
 
 VARIANTS = ("base", "finetuned", "adapter", "finetuned + adapter")
 
@@ -18,17 +19,15 @@ VARIANTS = ("base", "finetuned", "adapter", "finetuned + adapter")
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for a problem the user can fix, 130 for Ctrl-C."""
     try:
-        flags = parse_flags(argv)
-        for record in run(flags):
-            print(json.dumps(record) if flags.json else _as_text(record, flags), flush=True)
-    except DitError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+        with exit_on_error():
+            flags = parse_flags(argv)
+            for record in run(flags):
+                print(json.dumps(record) if flags.json else _as_text(record, flags), flush=True)
     except BrokenPipeError:
-        sys.stderr.close()
-        return 0
+        # The reader (head, less) has what it wanted; Python's own flush at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit as stop:
+        return int(stop.code or 0)
     return 0
 
 
@@ -148,16 +147,11 @@ def _as_text(record: dict[str, Any], flags: argparse.Namespace) -> str:
     first = record["sample"] == 0 and (not flags.compare or record["variant"] == "base")
     if first:
         about = "" if record["diff"] is None else f"diff {record['diff']}"
-        about += f" (label: {record['label']})" if record["label"] else ""
+        about += f" (label: {printable(record['label'])})" if record["label"] else ""
         lines.append(f"{about + ': ' if about else ''}{record['question']}")
     name = f"{record['variant']:>20}: " if flags.compare else "  "
-    lines.append(name + _printable(record["answer"]))
+    lines.append(name + printable(record["answer"]))
     return "\n".join(lines)
-
-
-def _printable(text: str) -> str:
-    """Model output is untrusted: control characters must not reach the terminal."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _positive(text: str) -> int:

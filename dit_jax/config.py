@@ -23,7 +23,7 @@ from dit_jax.errors import DitError
 
 CONFIG_FILE = "config.json"
 # Keys that may differ between two runs in one workdir: what to run, and when to print or save.
-FREE_KEYS = ("stages", "*log_every", "*save_every", "*checkpoint_every", "*progress")
+FREE_KEYS = ("stages", "*log_every", "*save_every", "*keep_checkpoints")
 _SHOWN_DIFFERENCES = 5
 _ABSENT = object()
 
@@ -307,6 +307,15 @@ def config_diff(old: ConfigDict, new: ConfigDict, ignore: Iterable[str] = ()) ->
 
 def _show(value: Any) -> str:
     return "absent" if value is _ABSENT else repr(value)
+
+
+def check_minimum(config: ConfigDict, minimum: Mapping[str, float]) -> None:
+    """Raises DitError for a number below its minimum; keys that the config does not have are left out."""
+    values = flatten(config)
+    for key, least in minimum.items():
+        value = values.get(key, least)
+        if not isinstance(value, int | float) or not value >= least:
+            raise DitError(f"config key '{key}' must be a number from {least} up, not {value!r}")
 
 
 # ------------------------------------------------------------------ on disk

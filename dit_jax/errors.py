@@ -5,19 +5,30 @@ import sys
 from collections.abc import Iterator
 
 EXIT_ERROR = 2  # the same code that argparse uses for a bad command line
-MAX_MESSAGE = 1000
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what shells expect after Ctrl-C
+MAX_MESSAGE = 1000
+
+
+def printable(text: str) -> str:
+    """Text with control characters escaped: what models and files say must not reach a terminal raw."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error message, or the error's type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class DitError(Exception):
     """A failure that the user can act on: its message names the thing and the remedy in one line.
 
-    Line breaks in the message (for example from a wrapped library error) become spaces, and very
-    long messages (for example with a value from an untrusted file) are cut in the middle.
+    Line breaks in the message (for example from a wrapped library error) become spaces, control
+    characters are escaped, and very long messages (for example with a value from an untrusted file)
+    are cut in the middle.
     """
 
     def __init__(self, message: str):
-        line = " ".join(str(message).split())
+        line = printable(" ".join(str(message).split()))
         if len(line) > MAX_MESSAGE:
             line = f"{line[: MAX_MESSAGE // 2]} … {line[-MAX_MESSAGE // 2 :]}"
         super().__init__(line)

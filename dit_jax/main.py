@@ -11,31 +11,61 @@ import time
 from typing import Any
 
 from dit_jax import artifacts
-from dit_jax.config import check_workdir, load_config, split_flags
-from dit_jax.errors import DitError
+from dit_jax.config import check_minimum, check_workdir, load_config, split_flags
+from dit_jax.errors import DitError, exit_on_error
 
-ORDER = ("pretrain", "diffs", "train", "evaluate", "report")
+# The stages in their order, each with the folder of the workdir that it leaves.
+ARTIFACTS = {
+    "pretrain": "base",
+    "diffs": "diffs",
+    "train": "adapter",
+    "evaluate": "evaluate",
+    "report": "report",
+}
+# Numbers with which no stage can run are refused before the first one starts.
+MINIMUM = {
+    "seed": 0,
+    "data.train_topics": 0,
+    "data.test_topics": 0,
+    "data.train_benign": 0,
+    "data.test_benign": 0,
+    "diffs.rank": 1,
+    "diffs.steps": 1,
+    "diffs.diffs_per_batch": 1,
+    "diffs.gate_questions": 1,
+    "diffs.gate_batch": 1,
+    "train.max_diffs": 0,
+    "train.rank": 1,
+    "train.steps": 1,
+    "train.batch_size": 1,
+    "train.no_diff_per_batch": 0,
+    "train.benign_per_batch": 0,
+    "train.log_every": 1,
+    "train.save_every": 1,
+    "train.keep_checkpoints": 1,
+    "evaluate.max_new_tokens": 1,
+    "evaluate.batch_size": 1,
+    "pretrain.steps": 1,
+    "pretrain.log_every": 1,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for a problem the user can fix, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m dit_jax.main", description=__doc__)
+    parser.add_argument(
+        "--config", required=True, help="configs/NAME.py, or configs/NAME.py:ARGUMENT"
+    )
+    parser.add_argument(
+        "--workdir", required=True, help="folder of the run; made when it is not there"
+    )
     try:
-        rest, overrides = split_flags(sys.argv[1:] if argv is None else argv)
-        parser = argparse.ArgumentParser(prog="python -m dit_jax.main", description=__doc__)
-        parser.add_argument(
-            "--config", required=True, help="configs/NAME.py, or configs/NAME.py:ARGUMENT"
-        )
-        parser.add_argument(
-            "--workdir", required=True, help="folder of the run; made when it is not there"
-        )
-        flags = parser.parse_args(rest)
-        run(load_config(flags.config, overrides), pathlib.Path(flags.workdir))
-    except DitError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on from here", file=sys.stderr)
-        return 130
+        with exit_on_error():
+            rest, overrides = split_flags(sys.argv[1:] if argv is None else argv)
+            flags = parser.parse_args(rest)
+            run(load_config(flags.config, overrides), pathlib.Path(flags.workdir))
+    except SystemExit as stop:
+        return int(stop.code or 0)
     return 0
 
 
@@ -43,17 +73,20 @@ def run(config: Any, workdir: pathlib.Path) -> None:
     """Runs the stages of `config` that are not finished in `workdir`.
 
     Raises:
-        DitError: an unknown stage, a workdir of another config, or what a stage raises.
+        DitError: an unknown stage, a number out of range, a workdir of another config, or what a stage raises.
     """
-    unknown = [stage for stage in config.stages if stage not in ORDER]
+    unknown = [stage for stage in config.stages if stage not in ARTIFACTS]
     if unknown:
-        raise DitError(f"unknown stage {unknown[0]!r}: stages are {', '.join(ORDER)}")
+        raise DitError(f"unknown stage {unknown[0]!r}: stages are {', '.join(ARTIFACTS)}")
+    check_minimum(config, MINIMUM)
     check_workdir(config, workdir)
     artifacts.write_json(workdir / "versions.json", artifacts.package_versions())
     _setup_jax()
     model: Any = None
-    for stage in (name for name in ORDER if name in config.stages):
-        if artifacts.stage_done(workdir, stage) and stage != "report":
+    for stage in (name for name in ARTIFACTS if name in config.stages):
+        # A record without its artifact counts for nothing: the folder was deleted to have it made again.
+        done = artifacts.stage_done(workdir, stage) and (workdir / ARTIFACTS[stage]).is_dir()
+        if done and stage != "report":
             print(f"[{stage}] done before, not run again", flush=True)
             continue
         print(f"[{stage}]", flush=True)
@@ -73,8 +106,7 @@ def run_stage(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> dic
     if stage == "pretrain":
         from dit_jax.train.pretrain import pretrain
 
-        pretrain(config, workdir)
-        return {}
+        return pretrain(config, workdir)
     if stage == "diffs":
         from dit_jax.data.organisms import load_organisms
         from dit_jax.organisms.generate import generate_diffs

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.data.batch import Sample
-from dit_jax.errors import DitError
+from dit_jax.errors import DitError, first_line
 
 
 class Chat:
@@ -82,9 +82,7 @@ def load_chat(folder: str | pathlib.Path, generation_eos: Sequence[int] = ()) ->
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
     except Exception as e:  # the library raises many kinds
-        raise DitError(
-            f"{folder}: the tokenizer cannot be read: {str(e).splitlines()[0]}"
-        ) from None
+        raise DitError(f"{folder}: the tokenizer cannot be read: {first_line(e)}") from None
     if tokenizer.chat_template is None:
         raise DitError(
             f"{folder} has no chat template: copy chat_template.jinja from the base model's folder"
