@@ -6,6 +6,9 @@ import pathlib
 from typing import Any
 
 from dit_jax.errors import DitError
+from dit_jax.models.attention import IMPLEMENTATIONS
+
+DTYPES = ("float32", "bfloat16")
 
 _INT_FIELDS = {
     "vocab_size": "vocab_size",
@@ -42,6 +45,22 @@ class Qwen3Config:
     scan_layers: bool = True
     remat: str = "none"
     attention: str = "xla"
+
+    def __post_init__(self) -> None:
+        """Raises DitError for a way to compute that does not exist."""
+        for name, known in (
+            ("dtype", DTYPES),
+            ("remat", ("none", "full", "dots")),
+            ("attention", IMPLEMENTATIONS),
+        ):
+            if getattr(self, name) not in known:
+                raise DitError(
+                    f"unknown {name} {getattr(self, name)!r}: choose from {', '.join(known)}"
+                )
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise DitError(
+                "attention 'cudnn' computes in bfloat16 only: choose that dtype or 'xla'"
+            )
 
     def num_parameters(self) -> int:
         """Number of parameters, counting a tied head once."""
@@ -112,7 +131,9 @@ def read_config(folder: str | pathlib.Path) -> Qwen3Config:
         raise DitError(
             f"{path} does not exist: a model is a folder in Hugging Face format"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except OSError as e:
+        raise DitError(f"{path} cannot be read: {e.strerror}") from None
+    except (ValueError, RecursionError) as e:
         raise DitError(f"{path} is not valid JSON ({e}): download the model again") from None
     if not isinstance(raw, dict):
         raise DitError(f"{path} is not a JSON object: download the model again")
@@ -135,6 +156,8 @@ def parse_config(raw: dict[str, Any], where: str) -> Qwen3Config:
     if raw.get("hidden_act", "silu") != "silu":
         raise DitError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
     layer_types = raw.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise DitError(f"{where}: 'layer_types' must be a list, not {layer_types!r}")
     if raw.get("use_sliding_window") or any(kind != "full_attention" for kind in layer_types):
         raise DitError(f"{where}: sliding-window attention is not supported")
 

@@ -107,7 +107,10 @@ def generate(
 
 
 def _choose(logits: jax.Array, temperature: jax.Array | float, key: jax.Array) -> jax.Array:
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     temperature = jnp.asarray(temperature, jnp.float32)
-    sampled = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6)).astype(jnp.int32)
-    return jnp.where(temperature > 0, sampled, greedy)
+    # A branch, not a select: greedy decoding must not pay for a random number per logit.
+    return jax.lax.cond(
+        temperature > 0,
+        lambda: jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6)),
+        lambda: jnp.argmax(logits, axis=-1),
+    ).astype(jnp.int32)

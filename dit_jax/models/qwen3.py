@@ -4,6 +4,7 @@ The parameter tree and the delta tree are described in docs/architecture.md. Lay
 and either scanned or unrolled (`config.scan_layers`); both compute the same function.
 """
 
+import contextlib
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -171,6 +172,13 @@ class _Table(nn.Module):
         return self.param(self.parameter, self.initializer, (self.rows, self.columns), self.dtype)
 
 
+def _precision(config: Qwen3Config) -> contextlib.AbstractContextManager[None]:
+    """float32 means float32: by default GPUs and TPUs round the factors of such products to TF32 or bfloat16."""
+    if config.dtype == "float32":
+        return jax.default_matmul_precision("float32")
+    return contextlib.nullcontext()
+
+
 def forward(
     params: Params,
     config: Qwen3Config,
@@ -200,7 +208,8 @@ def forward(
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         see = attention_lib.causal_mask(None, length) & mask[:, None, :]
         context = Context(positions, None, see, None)
-    hidden, _ = Qwen3(config).apply({"params": params}, tokens, deltas, None, context)
+    with _precision(config):
+        hidden, _ = Qwen3(config).apply({"params": params}, tokens, deltas, None, context)
     return hidden
 
 
@@ -224,9 +233,10 @@ def forward_cached(
     causal = slots[None, :] <= (cache.end + jnp.arange(length))[:, None]
     mask = causal[None] & all_valid[:, None, :]
     context = Context(positions, None, mask, cache.end)
-    hidden, kv = Qwen3(config).apply(
-        {"params": params}, tokens, deltas, (cache.k, cache.v), context
-    )
+    with _precision(config):
+        hidden, kv = Qwen3(config).apply(
+            {"params": params}, tokens, deltas, (cache.k, cache.v), context
+        )
     k, v = cast(tuple[jax.Array, jax.Array], kv)
     return hidden, Cache(k, v, all_valid, cache.end + length)
 
@@ -251,7 +261,10 @@ def unembed(
     for change in changes:
         kernel = kernel + change.astype(kernel.dtype)
     dtype = jnp.dtype(config.dtype)
-    return jnp.dot(hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+    with _precision(config):
+        return jnp.dot(
+            hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32
+        )
 
 
 def init_params(config: Qwen3Config, key: jax.Array) -> Params:
