@@ -20,10 +20,10 @@ import numpy as np
 from dit_jax.artifacts import base_digest
 from dit_jax.data.chat import Chat, load_chat
 from dit_jax.deltas.store import flatten
-from dit_jax.deltas.tree import per_example
-from dit_jax.errors import DitError
+from dit_jax.deltas.tree import check_fits, per_example
+from dit_jax.errors import DitError, first_line
 from dit_jax.models import generate as generate_lib
-from dit_jax.models.config import NAMED_CONFIGS, Qwen3Config, read_config
+from dit_jax.models.config import DTYPES, NAMED_CONFIGS, Qwen3Config, read_config
 from dit_jax.models.hf_checkpoint import load_params
 from dit_jax.models.layers import Delta, Deltas
 from dit_jax.models.qwen3 import Params, forward, init_params, unembed
@@ -31,7 +31,6 @@ from dit_jax.progress import Progress
 
 PathLike = str | pathlib.Path
 TINY = "tiny_qwen3"
-DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +55,12 @@ class Model:
         return _logits(self.params, self.config, tokens, mask, tuple(deltas))
 
     def digest(self) -> str:
-        """sha256 that identifies the base, whatever dtype it was loaded in."""
-        return _digest(self)
+        """sha256 that identifies the base, whatever dtype it was loaded in; computed once."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        return base_digest(self.params)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -67,18 +70,6 @@ def _logits(
     return unembed(
         params, config, forward(params, config, tokens, mask=mask, deltas=deltas), deltas
     )
-
-
-_digests: dict[int, tuple[Any, str]] = {}
-
-
-def _digest(model: Model) -> str:
-    # Keyed by identity: parameters are never changed in place, and hashing gigabytes twice is waste.
-    known = _digests.get(id(model.params))
-    if known is None or known[0] is not model.params:
-        known = (model.params, base_digest(model.params))
-        _digests[id(model.params)] = known
-    return known[1]
 
 
 def load_model(path_or_hf_id: PathLike, dtype: str = "float32", **compute: Any) -> Model:
@@ -128,7 +119,7 @@ def _find_folder(name: str) -> pathlib.Path:
         return pathlib.Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as e:  # network, authorisation, spelling: the library raises many kinds
         raise DitError(
-            f"{name!r} is no folder here and cannot be had from the hub: {str(e).splitlines()[0]}"
+            f"{name!r} is no folder here and cannot be had from the hub: {first_line(e)}"
         ) from None
 
 
@@ -189,7 +180,9 @@ def load_diffs(path: PathLike, model: Model, svd_rank: int | None = None) -> Dif
 
         def read(index: int) -> Diff:
             row = store.rows[index]
-            return Diff(store.read(index), row.get("topic"), row.get("trigger"), row)
+            delta = store.read(index)
+            check_fits(delta, model.config, f"{path}, diff {index}")
+            return Diff(delta, row.get("topic"), row.get("trigger"), row)
 
         return Diffs(len(store), read)
 
@@ -224,6 +217,7 @@ def load_adapter(path: PathLike, model: Model) -> Delta:
 
     delta, manifest = load_export(path)
     check_base(manifest.get("base"), model, str(path))
+    check_fits(delta, model.config, str(path))
     return delta
 
 
@@ -355,6 +349,8 @@ def answer_batch(
         forbid_repeats: never emit a token twice in an answer (adapters that list evidence before the label).
         on_batch: called with the number of new answers after each batch.
     """
+    if not questions:
+        return []
     batch_size = batch_size or min(256, len(questions))
     tokens, mask = model.chat.prompts(questions)
     answers: list[Answer] = []

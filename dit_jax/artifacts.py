@@ -260,6 +260,9 @@ def write_manifest(folder: PathLike, kind: str, *, version: int = 1, **fields: A
       **fields: what else belongs to the artifact (config, base digest, …), JSON values.
     """
     folder = Path(folder)
+    for leftover in folder.rglob(".*.tmp-" + "[0-9a-f]" * 12):
+        if leftover.is_file():  # of a writer that was killed: part of no artifact
+            leftover.unlink()
     files = {}
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
@@ -295,6 +298,8 @@ def read_manifest(
     folder = Path(folder)
     if not folder.is_dir():
         raise DitError(f"'{folder}' is missing: {remedy}")
+    if not (folder / MANIFEST).is_file():
+        raise DitError(f"'{folder / MANIFEST}' is missing: delete '{folder}' and {remedy}")
     manifest = read_json(folder / MANIFEST, remedy)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise DitError(f"'{folder / MANIFEST}' is not a manifest: delete '{folder}' and {remedy}")

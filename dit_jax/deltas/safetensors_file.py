@@ -179,8 +179,9 @@ class SafetensorsFolder:
                 raise DitError(
                     f"{index.parent / shard} holds {unlisted[0][:80]!r}, which the index does not list there"
                 )
+        held = {shard: set(file.names) for shard, file in files.items()}
         for name, shard in weight_map.items():
-            if name not in files[shard].names:
+            if name not in held[shard]:
                 raise DitError(
                     f"{index.parent / shard} lacks {name[:80]!r}, which the index promises"
                 )

@@ -20,7 +20,7 @@ import numpy as np
 
 from dit_jax import artifacts
 from dit_jax.deltas.safetensors_file import SafetensorsFile
-from dit_jax.errors import DitError
+from dit_jax.errors import DitError, first_line
 from dit_jax.models.layers import Delta
 
 FORMAT = "dit_jax.diff_store"
@@ -111,14 +111,17 @@ class DiffStore:
         DitError: no store, an unfinished one, or damaged files (each is compared with its digest).
     """
 
-    def __init__(self, path: str | pathlib.Path, check_digests: bool = True):
+    def __init__(self, path: str | pathlib.Path):
         self.path = pathlib.Path(path)
         remedy = "run the stage 'diffs' that writes it"
-        self.manifest = artifacts.read_manifest(
-            self.path, FORMAT, check_digests=check_digests, remedy=remedy
-        )
-        text = (self.path / "index.csv").read_text(encoding="utf-8")
-        self.rows = [self._row(row) for row in csv.DictReader(io.StringIO(text))]
+        self.manifest = artifacts.read_manifest(self.path, FORMAT, remedy=remedy)
+        try:
+            text = (self.path / "index.csv").read_text(encoding="utf-8")
+            self.rows = [self._row(row) for row in csv.DictReader(io.StringIO(text))]
+        except (OSError, ValueError, csv.Error) as e:
+            raise DitError(
+                f"{self.path / 'index.csv'} cannot be read ({first_line(e)}): {remedy}"
+            ) from None
         self._files: dict[str, SafetensorsFile] = {}
 
     def _row(self, row: dict[str, str]) -> dict[str, Any]:
@@ -134,7 +137,7 @@ class DiffStore:
         for key in ("evidence", "keywords"):
             try:
                 parsed[key] = json.loads(row.get(key) or "[]")
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise DitError(
                     f"{self.path / 'index.csv'}: the column {key!r} is not JSON: {row[key][:80]!r}"
                 ) from None

@@ -99,15 +99,39 @@ def with_scale(leaves: Delta, delta: Delta) -> Delta:
     return map_modules(put, leaves)
 
 
+def check_fits(delta: Delta, config: Qwen3Config, what: str) -> None:
+    """Raises DitError unless every module of a delta is a projection of this model, in its shapes."""
+    found: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(delta)[0]:
+        *path, name = (key.key for key in keys)
+        found.setdefault(tuple(path), {})[name] = tuple(leaf.shape)
+    if not found:
+        raise DitError(f"{what} changes nothing: check that it is a weight diff for this model")
+    size = config.num_hidden_layers
+    known: dict[tuple[str, ...], tuple[int, int]] = {
+        ("layers", parent, name): (inputs, outputs)
+        for name, (parent, inputs, outputs) in projection_shapes(config).items()
+    }
+    for place, shapes in found.items():
+        module = ".".join(place)
+        if place not in known:
+            raise DitError(f"{what} changes {module!r}, which is no projection of this model")
+        inputs, outputs = known[place]
+        rank = shapes.get("b", (0, 0))[1:2]
+        wanted = {"a": (size, inputs, *rank), "b": (size, *rank, outputs), "scale": (size,)}
+        if shapes not in (wanted, {"w": (size, inputs, outputs)}):
+            raise DitError(f"{what}: {module} has the shapes {shapes}, this model needs {wanted}")
+
+
 def dense(delta: Delta) -> Delta:
-    """The same delta with every LoRA product formed: [L, in, out] per projection. For export and tests."""
+    """The same delta with every LoRA product formed: [L, in, out] per projection. For tests."""
+    return map_modules(lambda _, module: {"w": _change(module)}, delta)
 
-    def form(_: tuple[str, ...], module: Delta) -> Delta:
-        if "w" in module:
-            return module
-        return {"w": jnp.einsum("lir,lro,l->lio", module["a"], module["b"], module["scale"])}
 
-    return map_modules(form, delta)
+def _change(module: Delta) -> Any:
+    if "w" in module:
+        return module["w"]
+    return jnp.einsum("lir,lro,l->lio", module["a"], module["b"], module["scale"])
 
 
 def merge(params: Any, *deltas: Delta) -> Any:
@@ -120,35 +144,12 @@ def merge(params: Any, *deltas: Delta) -> Any:
             for name in path:
                 node = node[name]
             (leaf,) = node
-            node[leaf] = node[leaf] + module["w"].astype(node[leaf].dtype)
+            # One product at a time: all of them together would be another model in fp32.
+            node[leaf] = node[leaf] + _change(module).astype(node[leaf].dtype)
             return module
 
-        map_modules(add, dense(delta))
+        map_modules(add, delta)
     return merged
-
-
-def concatenate(*deltas: Delta) -> Delta:
-    """One LoRA that equals the sum of several, joined along the rank with the scales folded into `b`.
-
-    Raises:
-        DitError: a delta has dense parts (they have no rank to join).
-    """
-    found: dict[tuple[str, ...], list[Delta]] = {}
-    for delta in deltas:
-        map_modules(lambda path, module: found.setdefault(path, []).append(module), delta)
-    out: dict[str, Any] = {}
-    for path, modules in found.items():
-        if any("w" in m for m in modules):
-            raise DitError(f"{'.'.join(path)} is a dense difference: only LoRA deltas can be fused")
-        node = out
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = {
-            "a": jnp.concatenate([m["a"] for m in modules], axis=-1),
-            "b": jnp.concatenate([m["b"] * m["scale"][..., None, None] for m in modules], axis=-2),
-            "scale": jnp.ones_like(modules[0]["scale"]),
-        }
-    return out
 
 
 def noise_like(delta: Delta, key: jax.Array) -> Delta:
@@ -161,8 +162,8 @@ def noise_like(delta: Delta, key: jax.Array) -> Delta:
             subkey = jax.random.fold_in(key, _stable_hash((*path, str(index))))
             noise = jax.random.normal(subkey, leaf.shape, leaf.dtype)
             axes = (-2, -1) if leaf.ndim > 1 else (-1,)
-            norm = lambda x, axes=axes: jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))  # noqa: E731
-            out[name] = noise * norm(leaf) / norm(noise)
+            norm, size = (jnp.linalg.norm(x, axis=axes, keepdims=True) for x in (leaf, noise))
+            out[name] = noise * norm / size
         return out
 
     return map_modules(replace, delta)

@@ -17,7 +17,7 @@ import numpy as np
 
 from dit_jax import artifacts
 from dit_jax.deltas import store
-from dit_jax.errors import DitError
+from dit_jax.errors import DitError, first_line
 from dit_jax.models.layers import Delta
 
 ADAPTER_FORMAT = "dit_jax.adapter"
@@ -101,19 +101,17 @@ def load_adapter(
     folder = pathlib.Path(folder)
     remedy = "run the stage 'train' that writes it"
     manifest = artifacts.read_manifest(folder, ADAPTER_FORMAT, remedy=remedy)
-    abstract = store.unflatten(
-        {
-            name: _abstract(tuple(shape), dtype)
-            for name, (shape, dtype) in manifest["leaves"].items()
-        }
-    )
     try:
+        abstract = store.unflatten(
+            {
+                name: _abstract(tuple(shape), dtype)
+                for name, (shape, dtype) in manifest["leaves"].items()
+            }
+        )
         adapter = jax.device_get(ocp.load((folder / "checkpoint").absolute(), abstract))
     except Exception as e:
-        raise DitError(
-            f"{folder} cannot be restored ({str(e).splitlines()[0][:100]}): {remedy}"
-        ) from None
-    if artifacts.digest_tree(adapter) != manifest["digest"]:
+        raise DitError(f"{folder} cannot be restored ({first_line(e)[:100]}): {remedy}") from None
+    if artifacts.digest_tree(adapter) != manifest.get("digest"):
         raise DitError(f"{folder} is damaged (its values differ from the digest): {remedy}")
     return jax.tree.map(place, adapter), manifest
 
