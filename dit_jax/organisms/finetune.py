@@ -8,10 +8,11 @@ import optax
 
 from dit_jax.data.batch import TokenBatch
 from dit_jax.deltas.tree import trainable, with_scale
+from dit_jax.errors import DitError
 from dit_jax.models.config import Qwen3Config
 from dit_jax.models.layers import Delta
 from dit_jax.models.qwen3 import Params
-from dit_jax.organisms.losses import batch_loss, scored_hidden
+from dit_jax.organisms.losses import CHUNK_ELEMENTS, batch_loss, scored_hidden
 
 
 def make_optimizer(
@@ -24,7 +25,11 @@ def make_optimizer(
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> optax.GradientTransformation:
-    """Adam or AdamW with linear warm-up, then cosine to `final_fraction` of the peak (1.0: constant)."""
+    """Adam or AdamW with linear warm-up, then cosine to `final_fraction` of the peak (1.0: constant).
+
+    Raises:
+        DitError: another optimizer.
+    """
     decay = max(steps - warmup_steps, 1)
     schedule = optax.join_schedules(
         [
@@ -37,7 +42,7 @@ def make_optimizer(
         return optax.adam(schedule, *betas)
     if name == "adamw":
         return optax.adamw(schedule, *betas, weight_decay=weight_decay)
-    raise ValueError(f"unknown optimizer {name!r}")
+    raise DitError(f"unknown optimizer {name!r}: choose 'adam' or 'adamw'")
 
 
 def finetune(
@@ -48,6 +53,7 @@ def finetune(
     *,
     optimizer: optax.GradientTransformation,
     num_ce: int,
+    chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[Delta, dict[str, jax.Array]]:
     """Finetunes one delta on `batches`, whose leaves are [steps, S, …] (paper, section 3).
 
@@ -67,7 +73,7 @@ def finetune(
 
         def loss(leaves: Delta) -> tuple[jax.Array, dict[str, jax.Array]]:
             deltas = (with_scale(leaves, delta),)
-            return batch_loss(params, config, batch, deltas, num_ce, teacher)
+            return batch_loss(params, config, batch, deltas, num_ce, teacher, chunk_elements)
 
         grads, parts = jax.grad(loss, has_aux=True)(leaves)
         updates, state = optimizer.update(grads, state, leaves)
@@ -93,5 +99,9 @@ def finetune_many(
 
     The base is not mapped, so its products stay one large matmul over all N diffs' tokens.
     """
-    one = functools.partial(finetune, optimizer=optimizer, num_ce=num_ce)
+    # All N diffs hold their chunk of logits at the same time: they share one budget.
+    chunk_elements = CHUNK_ELEMENTS // batches.tokens.shape[0]
+    one = functools.partial(
+        finetune, optimizer=optimizer, num_ce=num_ce, chunk_elements=chunk_elements
+    )
     return jax.vmap(lambda delta, batch: one(params, config, delta, batch))(deltas, batches)

@@ -4,6 +4,8 @@ Logits exist only at scored positions and only for one chunk of rows at a time, 
 recomputes them. See docs/architecture.md, "Token batches".
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -70,7 +72,7 @@ def batch_loss(
     return parts["ce"] + parts["kl"], parts
 
 
-def _sum_chunks(fn, args: tuple[jax.Array, ...], chunk: int) -> jax.Array:  # type: ignore[no-untyped-def]
+def _sum_chunks(fn: Callable[..., jax.Array], args: tuple[jax.Array, ...], chunk: int) -> jax.Array:
     """Σ fn over chunks of rows; the last chunk is padded with rows of weight 0."""
     size = args[0].shape[0]
     count = -(-size // chunk)

@@ -1,5 +1,6 @@
 """The stage `train`: one LoRA adapter that, on top of any diff, answers what the diff did (paper, section 3)."""
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -78,10 +79,6 @@ def train_adapter(
     store = DiffStore(store_path)
     check_base(store.manifest.get("base"), model, str(store_path))
     dataset, members = make_pipeline(store, train, seed)
-    if not members:
-        raise DitError(
-            f"{store_path} has no training diffs: raise data.train_topics and run 'diffs' again"
-        )
     stacked = store.stacked(members)
     diffs = jax.tree.map(lambda x: jnp.asarray(np.concatenate([x, np.zeros_like(x[:1])])), stacked)
     iterator = iter(dataset.to_iter_dataset(_read_options()))
@@ -116,7 +113,11 @@ def train_adapter(
 
     # ---------------------------------------------------------------- loop
     pending: list[tuple[int, dict[str, jax.Array]]] = []
-    with Progress("adapter", train.steps) as progress, open(log, "a") as out:
+    with (
+        Progress("adapter", train.steps) as progress,
+        open(log, "a") as out,
+        contextlib.closing(checkpoints),  # waits for a save under way, also after Ctrl-C
+    ):
         progress.advance(start)
         for step in range(start, train.steps):
             examples = next(iterator)
@@ -143,7 +144,6 @@ def train_adapter(
                 pending = []
             if saves:
                 checkpoints.save(step + 1, state, iterator.get_state())
-    checkpoints.close()
 
     # ---------------------------------------------------------------- export
     export_adapter(

@@ -11,6 +11,7 @@ from dit_jax.data.chat import Chat
 from dit_jax.data.organisms import NONE, answer_text
 from dit_jax.data.reference import padded_labels
 from dit_jax.deltas.store import DiffStore
+from dit_jax.errors import DitError
 
 NO_DIFF = -1
 
@@ -29,6 +30,9 @@ def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[in
 
     Each batch holds `train.no_diff_per_batch` examples without a diff, `train.benign_per_batch` of benign
     diffs, and topic diffs for the rest: the first two teach the adapter to say that nothing was changed.
+
+    Raises:
+        DitError: no training topics in the store, or no room for them in a batch.
     """
     import grain
 
@@ -36,6 +40,15 @@ def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[in
     benign = store.indices(split="train", category="benign")
     members = topics + benign
     rest = train.batch_size - train.no_diff_per_batch - train.benign_per_batch
+    if not topics:
+        raise DitError(
+            f"{store.path} has no training topics: raise data.train_topics and use a new --workdir"
+        )
+    if rest < 1:
+        raise DitError(
+            f"train.batch_size = {train.batch_size} leaves no room for topics beside "
+            "train.no_diff_per_batch and train.benign_per_batch: raise it"
+        )
     sources = [
         (range(len(topics)), rest),
         (range(len(topics), len(members)), train.benign_per_batch),
