@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.api import Model
-from dit_jax.deltas.tree import dense, per_example
+from dit_jax.data.batch import pack
+from dit_jax.deltas.tree import per_example
 from dit_jax.models.layers import Delta
 from dit_jax.models.qwen3 import forward, unembed
+from dit_jax.organisms.losses import scored_hidden
 
 WRITERS = (("self_attn", "o_proj"), ("mlp", "down_proj"))
 
@@ -58,11 +60,15 @@ def _token_table(model: Model, words: Sequence[Sequence[str]]) -> tuple[np.ndarr
 
 def _output_directions(module: Delta) -> np.ndarray:
     """Unit vectors [L, out]: the direction in which each layer's change moves its output most."""
-    if "b" in module and module["b"].shape[-2] == 1:
-        b = np.asarray(module["b"][:, 0], np.float32)
-        return b / np.maximum(np.linalg.norm(b, axis=1, keepdims=True), 1e-12)
-    change = dense({"m": module})["m"]["w"]
-    return np.asarray(jnp.linalg.svd(change, full_matrices=False)[2][:, 0], np.float32)
+    if "w" in module:
+        change = np.asarray(module["w"], np.float32)
+    else:
+        a, b = (np.asarray(module[name], np.float32) for name in ("a", "b"))
+        if b.shape[1] == 1:
+            return b[:, 0] / np.maximum(np.linalg.norm(b[:, 0], axis=1, keepdims=True), 1e-12)
+        # a = q r with orthonormal q, so r b has the right singular vectors of a b, at [R, out].
+        change = np.linalg.qr(a, mode="r") @ b
+    return np.linalg.svd(change, full_matrices=False)[2][:, 0]
 
 
 def logit_difference(
@@ -100,19 +106,16 @@ def _last_logits(
 
 def label_cross_entropy(
     model: Model,
-    adapter: Delta | None,
+    adapter: Delta,
     stacked: Delta,
     question: str,
     answers: Sequence[str],
     batch_size: int = 64,
 ) -> list[float]:
     """Mean −log p per answer token of each diff's full label, answer i being asked of diff i."""
-    from dit_jax.data.batch import pack
-
     samples = [model.chat.sample(question, answer) for answer in answers]
     length = -(-max(len(s.tokens) for s in samples) // 8) * 8
     scored = max(s.end - s.start for s in samples)
-    deltas = () if adapter is None else (adapter,)
     losses: list[float] = []
     batch_size = min(batch_size, len(samples))
     for start in range(0, len(samples), batch_size):
@@ -124,15 +127,13 @@ def label_cross_entropy(
         own = per_example(
             jax.tree.map(lambda x, at=picked: jnp.asarray(x[np.asarray(at)]), stacked)
         )
-        values = _sample_losses(model.params, model.config, batch, (own, *deltas))
+        values = _sample_losses(model.params, model.config, batch, (own, adapter))
         losses += [float(x) for x in values[: len(samples) - start]]
     return losses
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _sample_losses(params: Any, config: Any, batch: Any, deltas: Any) -> jax.Array:
-    from dit_jax.organisms.losses import scored_hidden
-
     logits = unembed(params, config, scored_hidden(params, config, batch, deltas), deltas)
     logp = jnp.take_along_axis(
         jax.nn.log_softmax(logits, axis=-1), batch.target[..., None], axis=-1

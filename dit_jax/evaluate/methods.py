@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from dit_jax.api import Answer, Model, answer_batch
+from dit_jax.data.organisms import NONE
 from dit_jax.deltas.store import DiffStore
 from dit_jax.deltas.tree import noise_like
 from dit_jax.evaluate.metrics import extract_guess
@@ -128,7 +129,7 @@ def no_diff_rows(
         forbid_repeats=evaluate.forbid_repeats,
     )
     return [
-        _row(model, answer, "dit", "method", NO_DIFF, None, "none", question, question, seen)
+        _row(model, answer, "dit", "method", NO_DIFF, None, NONE, question, question, seen)
         for question, answer in zip(questions, answers, strict=True)
     ]
 

@@ -5,7 +5,7 @@ import re
 import unicodedata
 from collections import Counter
 
-NONE_LABEL = "none"  # what the adapter is trained to say when there is nothing to name
+from dit_jax.data.organisms import NONE
 
 _ARTICLES = frozenset({"a", "an", "the"})
 _APOSTROPHES = re.compile("['\u2019\u02bc`]")
@@ -52,4 +52,4 @@ def token_f1(guess: str, label: str) -> float:
 
 def called_none(guess: str) -> bool:
     """Whether the guess says that there is nothing to name."""
-    return normalise(guess) == NONE_LABEL
+    return normalise(guess) == NONE

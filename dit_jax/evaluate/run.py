@@ -33,11 +33,14 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
     adapter = load_adapter(workdir / "adapter", model)
     topics = methods.read_held_out(store, "topic")
     benign = methods.read_held_out(store, "benign")
-    if not len(topics):
+    if len(topics) < 2:
         raise DitError(
-            "there are no held-out topics to evaluate on: raise data.test_topics and start a new workdir"
+            "evaluation needs two held-out topics or more (each is another's shuffled control): "
+            "raise data.test_topics and use a new --workdir"
         )
     seen, unseen = list(config.seen_questions), list(config.unseen_questions)
+    if not seen:
+        raise DitError("config key 'evaluate.seen_questions' is empty: give at least one question")
     question = seen[0]
     off = jax.tree.map(jnp.zeros_like, adapter)
 
