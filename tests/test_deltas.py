@@ -8,6 +8,7 @@ from test_qwen3 import TINY, logits, random_lora
 
 import dit_jax
 from dit_jax.deltas import tree
+from dit_jax.deltas.factors import fuse
 from dit_jax.models.qwen3 import init_params
 
 
@@ -82,7 +83,7 @@ def test_vmap_over_diffs_equals_a_loop(params, tokens):
 
 def test_concatenated_along_the_rank_is_the_sum(params, tokens):
     diff, adapter = random_lora(TINY, 1), random_lora(TINY, 2, rank=5)
-    fused = tree.concatenate(diff, adapter)
+    fused = fuse(diff, adapter)
     expected = logits(params, TINY, tokens, deltas=(diff, adapter))
     np.testing.assert_allclose(logits(params, TINY, tokens, deltas=(fused,)), expected, atol=1e-5)
     assert fused["layers"]["mlp"]["up_proj"]["a"].shape[-1] == 7
