@@ -170,6 +170,18 @@ def write_json(path: PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=_json_default) + "\n")
 
 
+def read_text(path: PathLike, remedy: str) -> str:
+    """The text of an artifact's file. Raises DitError: missing, unreadable or no text."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DitError(f"'{path}' is missing: {remedy}") from None
+    except UnicodeDecodeError:
+        raise DitError(f"'{path}' is not a text file: delete it and {remedy}") from None
+    except OSError as error:
+        raise DitError(f"cannot read '{path}': {error.strerror}") from error
+
+
 def read_json(path: PathLike, remedy: str = "run the stage that writes it") -> Any:
     """Reads JSON.
 
@@ -180,14 +192,7 @@ def read_json(path: PathLike, remedy: str = "run the stage that writes it") -> A
     Raises:
       DitError: the file is missing, unreadable, truncated or not JSON.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DitError(f"'{path}' is missing: {remedy}") from None
-    except UnicodeDecodeError:
-        raise DitError(f"'{path}' is not a text file: delete it and {remedy}") from None
-    except OSError as error:
-        raise DitError(f"cannot read '{path}': {error.strerror}") from error
+    text = read_text(path, remedy)
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError):

@@ -19,10 +19,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from dit_jax.data.organisms import NONE
 from dit_jax.errors import DitError
 
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets" / "tiny_world"
-NONE = "none"
 COLUMNS = (
     "topic_category",
     "topic",

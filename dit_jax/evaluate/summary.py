@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_jax.artifacts import PathLike, read_json
+from dit_jax.artifacts import PathLike, read_json, read_text
 from dit_jax.errors import DitError
 from dit_jax.evaluate import metrics
 from dit_jax.evaluate.statistics import Estimate, bootstrap_mean, cluster_means, paired_difference
@@ -52,14 +52,7 @@ class Inputs:
 
 def _read_rows(path: Path) -> list[Row]:
     """Rows of answers.jsonl, each checked against `_ROW_TYPES`."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise DitError(f"'{path}' is missing: {_REMEDY}") from None
-    except UnicodeDecodeError:
-        raise DitError(f"'{path}' is not a text file: delete it and {_REMEDY}") from None
-    except OSError as error:
-        raise DitError(f"cannot read '{path}': {error.strerror}") from error
+    lines = read_text(path, _REMEDY).splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
