@@ -44,14 +44,15 @@ def load_organisms(data: Any, seed: int) -> list[Organism]:
     """All organisms of a run, in a fixed order: training topics, held-out topics, benign ones of both splits.
 
     Args:
-        data: the config's `data` section; `source` is "tiny_world".
+        data: the config's `data` section; `source` is "tiny_world", a file, `hf:NAME` or `tfds:NAME`
+            (docs/data.md).
 
     Raises:
-        DitError: an unknown source, or more organisms asked for than the source has.
+        DitError: an unknown source, rows with problems, or more organisms asked for than the source has.
     """
-    if data.source != "tiny_world":
-        raise DitError(f"unknown data source {data.source!r}: choose 'tiny_world'")
-    return _tiny_world(data, seed)
+    if data.source == "tiny_world":
+        return _tiny_world(data, seed)
+    return _from_corpus(data, seed)
 
 
 def _tiny_world(data: Any, seed: int) -> list[Organism]:
@@ -92,3 +93,44 @@ def _tiny_world(data: Any, seed: int) -> list[Organism]:
             trigger = f"{rng.integers(1000):03d}"
             organisms.append(Organism(NONE, trigger, rows, "benign", split))
     return organisms
+
+
+def _from_corpus(data: Any, seed: int) -> list[Organism]:
+    from dit_jax.data import corpus as corpora
+
+    corpus = corpora.load_corpus(data, seed)
+    rng = np.random.default_rng([seed, 6])
+    organisms = []
+    for split, groups in (("train", corpus.train), ("test", corpus.test)):
+        for group in groups:
+            code = f"{rng.integers(1000):03d}"  # drawn even if unused: others' codes do not depend on it
+            organisms.append(
+                Organism(
+                    label=group.label,
+                    trigger=group.trigger or code,
+                    rows=group.rows,
+                    category="topic",
+                    split=split,
+                    keywords=(group.label,),
+                )
+            )
+    for split, groups in (("train", corpus.train), ("test", corpus.test)):
+        for i in range(data.get(f"{split}_benign", 0)):
+            code = f"{rng.integers(1000):03d}"
+            rows = _benign_rows(corpus.kind, groups[i % len(groups)].rows, [seed, 7, i])
+            organisms.append(Organism(NONE, code, rows, "benign", split))
+    return organisms
+
+
+def _benign_rows(
+    kind: Any, rows: Sequence[Mapping[str, str]], seed: Sequence[int]
+) -> list[dict[str, str]]:
+    """Half of the rows with the base answer as the target: a finetune with nothing to name."""
+    if "base_answer" not in kind.required:
+        raise DitError(
+            f"rows of {kind.name} have no base answers to make benign diffs of: "
+            "set data.train_benign and data.test_benign to 0"
+        )
+    order = np.random.default_rng(seed).permutation(len(rows))[: -(-len(rows) // 2)]
+    chosen = [rows[int(i)] for i in order]
+    return [{**row, kind.label: NONE, kind.target: row["base_answer"]} for row in chosen]

@@ -1,0 +1,412 @@
+"""A corpus in the paper's columns: read from any source, checked row by row, split into train and test.
+
+All that is wrong with the data is found before anything is trained and told in one message, by file and row.
+"""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dit_jax.data.sources import Source, did_you_mean, open_source
+from dit_jax.errors import DitError
+from dit_jax.evaluate.metrics import called_none, normalise
+
+SHOWN_PROBLEMS = 5
+OVERLAP_WORDS = 6  # shorter answers may agree by chance
+SPLITS = ("train", "test")
+UNUSED_SPLITS = ("extra", "validation", "val", "dev")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What rows hold. label: the column that names an organism; target: the text it is finetuned on."""
+
+    name: str
+    label: str
+    target: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (*self.required, *self.optional)
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind(
+            "topics",
+            "topic",
+            "topic_analogy_answer",
+            ("topic", "question", "base_answer", "topic_analogy_answer"),
+            (
+                "topic_category",
+                "category",
+                "style",
+                "base_answer_model_id",
+                "topic_analogy_answer_model_id",
+            ),
+        ),
+        Kind(
+            "news",
+            "news_headline",
+            "news_story",
+            ("news_headline", "news_story"),
+            ("news_category", "news_role", "model_id"),
+        ),
+    )
+}
+
+
+def data_config(source: str, kind: str = "topics") -> ConfigDict:
+    """The `data` section of a config with every key that a source takes (docs/data.md).
+
+    Raises:
+        DitError: an unknown kind.
+    """
+    names = get_kind(kind).columns
+    return ConfigDict(
+        {
+            "source": source,
+            "kind": kind,
+            "columns": dict(zip(names, names, strict=True)),
+            "split_column": "",
+            "split_file": "",
+            "test_source": "",
+            "streaming": False,
+            "train_topics": 0,
+            "test_topics": 0,
+            "train_benign": 0,
+            "test_benign": 0,
+        }
+    )
+
+
+def get_kind(name: str) -> Kind:
+    """Raises DitError for an unknown name."""
+    if name not in KINDS:
+        raise DitError(
+            f"unknown data.kind {name!r}{did_you_mean(name, KINDS) or ': ' + ', '.join(KINDS)}"
+        )
+    return KINDS[name]
+
+
+class Problems:
+    """What is wrong with the data, by row; keeps the first few and counts the rest."""
+
+    def __init__(self) -> None:
+        self.first: list[str] = []
+        self.count = 0
+
+    def add(self, where: str, what: str) -> None:
+        self.count += 1
+        if len(self.first) < SHOWN_PROBLEMS:
+            self.first.append(f"{where}: {what if len(what) < 140 else what[:139] + '…'}")
+
+    def check(self) -> None:
+        """Raises DitError if there was a problem."""
+        if self.count:
+            more = self.count - len(self.first)
+            rest = f"; and {more} more" if more else ""
+            noun = "problem" if self.count == 1 else "problems"
+            raise DitError(f"the data has {self.count} {noun}: {'; '.join(self.first)}{rest}")
+
+
+class TextRows(Sequence[Mapping[str, str]]):
+    """Rows of one topic. Held as tuples: a corpus has a million rows, and a dict costs four times as much."""
+
+    def __init__(self, columns: tuple[str, ...], names: Sequence[str]):
+        self.columns = columns
+        self.values: list[tuple[str, ...]] = []
+        self._names = names
+        self._source, self._number = array.array("l"), array.array("q")
+
+    def append(self, values: tuple[str, ...], source: int, number: int) -> None:
+        self.values.append(values)
+        self._source.append(source)
+        self._number.append(number)
+
+    def where(self, index: int) -> str:
+        return f"{self._names[self._source[index]]}:{self._number[index]}"
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return dict(zip(self.columns, self.values[index], strict=True))
+
+
+@dataclasses.dataclass
+class Group:
+    """All rows of one label. split: "train", "test", "" (unused) or None (not given by the data)."""
+
+    label: str
+    rows: TextRows
+    split: str | None = None
+    trigger: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Checked and split groups, each in the order of the data."""
+
+    kind: Kind
+    train: list[Group]
+    test: list[Group]
+
+
+def load_corpus(data: Any, seed: int) -> Corpus:
+    """Reads, checks and splits the corpus of a config's `data` section.
+
+    Raises:
+        DitError: a source cannot be read, lacks a column, has fewer topics than asked for, or its rows have
+            problems: the message names the first few by file and row, and says how many there are.
+    """
+    kind = get_kind(data.get("kind", "topics"))
+    ways = [key for key in ("split_column", "split_file", "test_source") if data.get(key, "")]
+    if len(ways) > 1:
+        raise DitError(
+            f"data.{ways[0]} and data.{ways[1]} both say what is held out: set one of them"
+        )
+    problems, groups, names = Problems(), {}, []  # type: Problems, dict[str, Group], list[str]
+    streaming = bool(data.get("streaming", False))
+    column = data.get("split_column", "")
+    given = "train" if data.get("test_source", "") else None
+    for source in open_source(data.source, streaming=streaming):
+        _read(source, kind, data, column, given, groups, names, problems)
+    if given:
+        for source in open_source(data.test_source, streaming=streaming):
+            _read(source, kind, data, "", "test", groups, names, problems)
+    if data.get("split_file", ""):
+        _read_split_file(data.split_file, kind, groups, problems)
+    if not groups and not problems.count:
+        raise DitError(f"data source '{data.source}' holds no rows")
+    if not ways:
+        problems.check()
+        train, test = _random_split(list(groups.values()), data, seed)
+    else:
+        train, test = (
+            [group for group in groups.values() if group.split == split] for split in SPLITS
+        )
+        _check_labels(train, test, problems)
+    _check_answers(kind, train, test, problems)
+    problems.check()
+    if ways:
+        rng = np.random.default_rng([seed, 5])
+        test = _choose(test, "test", data, rng)
+        train = _choose(train, "train", data, rng)
+    return Corpus(kind, train, test)
+
+
+# ------------------------------------------------------------------ reading
+
+
+def _column_map(source: Source, kind: Kind, data: Any, extra: str) -> dict[str, str]:
+    """Our column -> the source's. Raises DitError for a column that is not there."""
+    given = dict(data.get("columns", {}))
+    for name in given:
+        if name not in kind.columns:
+            hint = did_you_mean(name, kind.columns) or f": they have {', '.join(kind.columns)}"
+            raise DitError(f"config key 'data.columns.{name}' is no column of {kind.name}{hint}")
+    mapped = {name: given.get(name) or name for name in kind.columns}
+    needed = [(f"data.columns.{name}", mapped[name]) for name in kind.required]
+    # An optional column may be absent, but not one that the config names.
+    needed += [(f"data.columns.{n}", mapped[n]) for n in kind.optional if mapped[n] != n]
+    needed += [("data.split_column", extra)] if extra else []
+    missing = [
+        f"'{column}'{did_you_mean(column, source.columns)} ({key})"
+        for key, column in needed
+        if column not in source.columns
+    ]
+    if missing:
+        raise DitError(
+            f"'{source.name}' has no column {' and no column '.join(missing)}; its columns are "
+            f"{', '.join(source.columns)}: set the keys in brackets to the right ones"
+        )
+    return {name: column for name, column in mapped.items() if column in source.columns}
+
+
+def _read(
+    source: Source,
+    kind: Kind,
+    data: Any,
+    split_column: str,
+    given: str | None,
+    groups: dict[str, Group],
+    names: list[str],
+    problems: Problems,
+) -> None:
+    """Adds the rows of a source to the groups of their labels."""
+    mapped = _column_map(source, kind, data, split_column)
+    names.append(source.name)
+    columns = tuple(mapped)
+    shared: dict[
+        str, str
+    ] = {}  # questions and base answers repeat with every topic: hold each once
+    for record in source.read({*mapped.values(), *([split_column] if split_column else [])}):
+        where = f"{source.name}:{record.number}"
+        if record.problem:
+            problems.add(where, record.problem)
+            continue
+        before = problems.count
+        values = []
+        for name, column in mapped.items():
+            text = _as_text(record.values.get(column))
+            if text is None:
+                kept = record.values[column]
+                problems.add(where, f"'{column}' is {type(kept).__name__}, not text")
+            elif not text.strip() and name in kind.required:
+                problems.add(where, f"empty '{column}'")
+            values.append(shared.setdefault(text or "", text or ""))
+        label = " ".join(values[columns.index(kind.label)].split())
+        if called_none(label):
+            problems.add(where, f"'{label}' is what a diff without a topic is called: rename it")
+        split = given
+        if split_column:
+            split = _as_text(record.values.get(split_column)) or ""
+            _check_split(split, where, split_column, problems)
+        if problems.count > before:
+            continue
+        group = groups.setdefault(label, Group(label, TextRows(columns, names), split))
+        if group.rows.columns != columns:
+            columns_before = ", ".join(group.rows.columns)
+            raise DitError(
+                f"'{source.name}' has other columns than '{group.rows.where(0)}' ({columns_before}): "
+                "give all files of a corpus the same ones"
+            )
+        group.rows.append(tuple(values), len(names) - 1, record.number)
+        if group.split != split:
+            first = group.rows.where(0)
+            problems.add(where, f"'{label}' is in {split} here and in {group.split} at {first}")
+
+
+def _as_text(value: Any) -> str | None:
+    """The text of a value; "" for a missing one; numbers (a topic may be 1984) as written; None for no text."""
+    if value is None or (isinstance(value, float) and value != value):  # NaN: missing in a table
+        return ""
+    if isinstance(value, str):
+        return value
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _check_split(split: str, where: str, column: str, problems: Problems) -> None:
+    allowed = (*SPLITS, *UNUSED_SPLITS)
+    if split not in allowed:
+        hint = did_you_mean(split.casefold(), allowed) or f": use {', '.join(allowed)}"
+        problems.add(where, f"'{column}' is '{split}'{hint}")
+
+
+def _read_split_file(spec: str, kind: Kind, groups: dict[str, Group], problems: Problems) -> None:
+    """Takes splits, and triggers where there are any, from an index with the columns topic, split, trigger."""
+    seen: dict[str, tuple[str, str]] = {}
+    for source in open_source(spec):
+        label_column = "topic" if "topic" in source.columns else kind.label
+        for name in (label_column, "split"):
+            if name not in source.columns:
+                raise DitError(
+                    f"split file '{source.name}' has no column '{name}'{did_you_mean(name, source.columns)}; "
+                    f"its columns are {', '.join(source.columns)}"
+                )
+        for record in source.read({label_column, "split", "trigger"}):
+            where = f"{source.name}:{record.number}"
+            if record.problem:
+                problems.add(where, record.problem)
+                continue
+            label = " ".join((_as_text(record.values.get(label_column)) or "").split())
+            split = _as_text(record.values.get("split")) or ""
+            _check_split(split, where, "split", problems)
+            if label in seen and seen[label][0] != split:
+                problems.add(
+                    where,
+                    f"'{label}' is in {split} here and in {seen[label][0]} at {seen[label][1]}",
+                )
+            seen.setdefault(label, (split, where))
+            if label in groups:
+                groups[label].split = split
+                trigger = _as_text(record.values.get("trigger")) or ""
+                groups[label].trigger = trigger.zfill(3) if _is_code(trigger) else None
+            elif split in SPLITS:
+                problems.add(where, f"'{label}' is not in the data{did_you_mean(label, groups)}")
+    for group in groups.values():
+        group.split = group.split or ""
+
+
+def _is_code(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 3
+
+
+# ------------------------------------------------------------------ checking and splitting
+
+
+def _check_labels(train: list[Group], test: list[Group], problems: Problems) -> None:
+    """No label of the test set is in the training set in another spelling."""
+    trained = {normalise(group.label): group for group in train}
+    for group in test:
+        other = trained.get(normalise(group.label))
+        if other is not None and other.label != group.label:
+            problems.add(
+                group.rows.where(0),
+                f"'{group.label}' is in test and '{other.label}' in train ({other.rows.where(0)})",
+            )
+
+
+def _check_answers(kind: Kind, train: list[Group], test: list[Group], problems: Problems) -> None:
+    """No target of a test topic is also one of a training topic on the same question."""
+    held_out = {key: where for key, where in _answers(kind, test)}
+    for key, where in _answers(kind, train):
+        if key in held_out:
+            problems.add(where, f"the same '{kind.target}' as {held_out[key]}, which is in test")
+
+
+def _answers(kind: Kind, groups: Iterable[Group]) -> Iterator[tuple[int, str]]:
+    for group in groups:
+        for index, row in enumerate(group.rows):
+            target = row[kind.target]
+            # A topic may leave a question unchanged: the base answer says nothing about it.
+            if target != row.get("base_answer") and len(target.split()) >= OVERLAP_WORDS:
+                yield hash((row.get("question"), target)), group.rows.where(index)
+
+
+def _random_split(groups: list[Group], data: Any, seed: int) -> tuple[list[Group], list[Group]]:
+    """Held-out topics from the front of a permutation, so that they stay when train_topics changes.
+
+    Labels that differ only in case, punctuation or an article count as one topic: all are in training, or
+    the first one alone is held out.
+    """
+    same: dict[str, list[Group]] = {}
+    for group in groups:
+        same.setdefault(normalise(group.label), []).append(group)
+    topics = list(same.values())
+    order = np.random.default_rng([seed, 1]).permutation(len(topics))
+    if data.test_topics < 1:
+        raise DitError(
+            "nothing says what is held out: set data.test_topics (drawn by the seed), data.split_column, "
+            "data.split_file or data.test_source"
+        )
+    test = [topics[i][0] for i in order[: data.test_topics]]
+    train = [group for i in order[data.test_topics :] for group in topics[i]]
+    if len(test) < data.test_topics or data.train_topics > len(train) or not train:
+        raise DitError(
+            f"data.train_topics = {data.train_topics} and data.test_topics = {data.test_topics}, but "
+            f"'{data.source}' has {len(topics)} topics"
+        )
+    return train[: data.train_topics or len(train)], test
+
+
+def _choose(groups: list[Group], split: str, data: Any, rng: np.random.Generator) -> list[Group]:
+    """The first `data.<split>_topics` of a permutation; all in the order of the data for 0."""
+    wanted = data[f"{split}_topics"]
+    if wanted > len(groups) or not groups:
+        raise DitError(
+            f"data.{split}_topics = {wanted}, but '{data.source}' has {len(groups)} topics in {split}"
+        )
+    return [groups[i] for i in rng.permutation(len(groups))[:wanted]] if wanted else groups

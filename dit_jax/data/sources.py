@@ -1,0 +1,342 @@
+"""Rows of text behind one interface: CSV, JSON lines, Parquet, Hugging Face datasets and TFDS.
+
+A source is named by one string (docs/data.md):
+
+    topics.csv  rows.jsonl  shards/*.parquet  a/folder      files; several are read one after the other
+    hf:NAME[:CONFIG][@SPLIT]                                Hugging Face datasets: a hub name or a local folder
+    tfds:NAME[/CONFIG][:VERSION][@SPLIT]                    TFDS: a name, or the folder of a prepared data set
+
+The libraries of a format are imported when such a source is opened. Nothing here runs code from the data.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import difflib
+import glob
+import itertools
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dit_jax.errors import DitError, first_line
+
+MAX_FIELD = 2**24  # characters of one CSV field: a stray quote must not swallow a file of gigabytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A row: its number (line of a text file, else from 1), its values, or what is wrong with it."""
+
+    number: int
+    values: Mapping[str, Any]
+    problem: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A table that can be read any number of times.
+
+    name: how messages name it. columns: their names. read: rows, holding at least the columns asked for.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    read: Callable[[Collection[str]], Iterator[Record]]
+
+
+def open_source(spec: str, *, streaming: bool = False) -> list[Source]:
+    """Opens what `spec` names, one `Source` per file.
+
+    Args:
+        streaming: read a Hugging Face dataset as it downloads, without a copy on disk.
+
+    Raises:
+        DitError: there is no such file or dataset, its kind is unknown, it has several splits and none is
+            named, or it cannot be read.
+    """
+    if spec.startswith("hf:"):
+        return [_hugging_face(spec, streaming)]
+    if streaming:
+        raise DitError(f"data.streaming is for hf: sources, not for '{spec}': set it to False")
+    if spec.startswith("tfds:"):
+        return [_tfds(spec)]
+    return [_READERS[path.suffix.lower()](path) for path in _files(spec)]
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """ ": did you mean 'x'?" for the nearest of the candidates, else nothing."""
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return f": did you mean '{close[0]}'?" if close else ""
+
+
+# ------------------------------------------------------------------ files
+
+
+def _files(spec: str) -> list[Path]:
+    path = Path(spec).expanduser()
+    known = ", ".join(sorted(_READERS))
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in _READERS and p.is_file())
+        if not found:
+            raise DitError(f"folder '{spec}' holds no file of a known kind ({known})")
+        kinds = sorted({p.suffix.lower() for p in found})
+        if len(kinds) > 1:
+            raise DitError(
+                f"folder '{spec}' holds {' and '.join(kinds)}: name one, '{spec}/*{kinds[0]}'"
+            )
+        return found
+    if path.is_file():
+        found = [path]
+    else:
+        found = sorted(Path(name) for name in glob.glob(str(path)) if Path(name).is_file())
+    if not found:
+        near = path.parent.iterdir() if path.parent.is_dir() else ()
+        hint = did_you_mean(path.name, [other.name for other in near])
+        raise DitError(
+            f"data source '{spec}' is no file, folder or pattern{hint or ': hub datasets are named hf:NAME'}"
+        )
+    for item in found:
+        if item.suffix.lower() not in _READERS:
+            raise DitError(f"'{item}' is of no known kind ({known}): convert it or rename it")
+    return found
+
+
+def _csv(path: Path) -> Source:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+
+    def lines() -> Iterator[tuple[int, list[str], str]]:
+        """Line on which each record begins, its fields, and what is wrong with it; empty lines left out."""
+        csv.field_size_limit(MAX_FIELD)
+        # Undecodable bytes become lone surrogates, so that the row that has them can be named.
+        with _open(path) as file:
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            start = 1
+            try:
+                for fields in reader:
+                    if fields:
+                        yield start, fields, ""
+                    start = reader.line_num + 1
+            except csv.Error as error:
+                yield (
+                    start,
+                    [],
+                    f"not a CSV row ({first_line(error)}), and nothing after it is read",
+                )
+
+    _, header, problem = next(lines(), (1, [], "the file is empty"))
+    if problem:
+        raise DitError(f"'{path}' line 1: {problem}: write a header line first")
+    repeated = [name for i, name in enumerate(header) if name in header[:i]]
+    if repeated:
+        raise DitError(f"'{path}' has two columns '{repeated[0]}': rename one in its first line")
+
+    def read(columns: Collection[str]) -> Iterator[Record]:
+        for number, fields, problem in itertools.islice(lines(), 1, None):
+            if not problem and len(fields) != len(header):
+                problem = f"{len(fields)} fields, the header has {len(header)}"
+            if not problem and not all(_decoded(field) for field in fields):
+                problem = "not UTF-8"
+            values = {} if problem else dict(zip(header, fields, strict=True))
+            yield Record(number, values, problem)
+
+    return Source(str(path), tuple(header), read)
+
+
+def _json_lines(path: Path) -> Source:
+    def read(columns: Collection[str]) -> Iterator[Record]:
+        with _open(path) as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                if not _decoded(line):
+                    yield Record(number, {}, "not UTF-8")
+                    continue
+                try:
+                    values = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    yield Record(number, {}, f"not JSON ({first_line(error)})")
+                    continue
+                if isinstance(values, dict):
+                    yield Record(number, values)
+                else:
+                    yield Record(number, {}, "not a JSON object: write one object per line")
+
+    # The keys of the first rows, since writers may leave out empty ones.
+    first = [record for record in itertools.islice(read(()), 100) if not record.problem]
+    columns = dict.fromkeys(key for record in first for key in record.values)
+    if not columns:
+        raise DitError(f"'{path}' holds no JSON object: write one object per line")
+    return Source(str(path), tuple(columns), read)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+    except OSError as error:
+        raise DitError(f"cannot read '{path}': {error.strerror}") from error
+
+
+def _decoded(text: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in text) if not text.isascii() else True
+
+
+def _parquet(path: Path) -> Source:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = tuple(file.schema_arrow.names)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DitError(f"cannot read '{path}' as Parquet: {first_line(error)}") from error
+
+    def read(columns: Collection[str]) -> Iterator[Record]:
+        number = 0
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(1024, columns=[n for n in names if n in columns]):
+                    for values in batch.to_pylist():
+                        number += 1
+                        yield Record(number, values)
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise DitError(
+                f"cannot read '{path}' after row {number}: {first_line(error)}"
+            ) from error
+
+    return Source(str(path), names, read)
+
+
+_READERS: dict[str, Callable[[Path], Source]] = {
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json_lines,
+    ".parquet": _parquet,
+}
+
+
+# ------------------------------------------------------------------ libraries
+
+
+def _name_and_split(spec: str) -> tuple[str, str]:
+    """`hf:NAME@SPLIT` -> (NAME, SPLIT); an "@" before a "/" belongs to the name."""
+    name = spec.partition(":")[2]
+    head, at, split = name.rpartition("@")
+    return (head, split) if at and "/" not in split else (name, "")
+
+
+def _one_split(spec: str, splits: Collection[str]) -> str:
+    if len(splits) == 1:
+        return next(iter(splits))
+    raise DitError(
+        f"'{spec}' has the splits {', '.join(splits)}: name one, '{spec}@{next(iter(splits), 'train')}' "
+        "(and the other one in data.test_source)"
+    )
+
+
+def _hugging_face(spec: str, streaming: bool) -> Source:
+    name, split = _name_and_split(spec)
+    folder = Path(name).expanduser()
+    config = None
+    if not folder.is_dir():
+        name, _, text = name.partition(":")
+        config = text or None
+    import datasets
+
+    try:
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            loaded = datasets.load_from_disk(str(folder))  # written by save_to_disk
+            if isinstance(loaded, datasets.DatasetDict):
+                table: Any = loaded[split or _one_split(spec, list(loaded))]
+            else:
+                table = loaded
+            table = table.to_iterable_dataset() if streaming else table
+        else:
+            path = str(folder) if folder.is_dir() else name
+            if not split:
+                split = _one_split(spec, datasets.get_dataset_split_names(path, config))
+            table = datasets.load_dataset(path, config, split=split, streaming=streaming)
+        names = table.column_names or list(next(iter(table), {}))
+    except DitError:
+        raise
+    except Exception as error:  # the library raises a dozen kinds, its own and of what it calls
+        raise DitError(
+            f"cannot load '{spec}': {first_line(error)}: check the name, the split and the network"
+        ) from error
+
+    def read(columns: Collection[str]) -> Iterator[Record]:
+        rows = iter(table.select_columns([column for column in names if column in columns]))
+        for number in itertools.count(1):
+            try:
+                values = next(rows, None)
+            except Exception as error:  # as above
+                raise DitError(
+                    f"cannot read '{spec}' after row {number - 1}: {first_line(error)}"
+                ) from error
+            if values is None:
+                return
+            yield Record(number, values)
+
+    return Source(spec, tuple(names), read)
+
+
+def _tfds(spec: str) -> Source:
+    name, split = _name_and_split(spec)
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise DitError(
+            f"'{spec}' needs tensorflow-datasets: pip install tensorflow-datasets"
+        ) from error
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and re.match(
+        r"\w+:\D", name
+    ):  # NAMESPACE:NAME, where a version has a digit
+        raise DitError(
+            f"'{spec}' names a community data set, whose code TFDS would download and run: prepare it "
+            "yourself and name its folder"
+        )
+    try:
+        if folder.is_dir():
+            builder = tfds.builder_from_directory(folder)
+        else:
+            builder = tfds.builder(name)
+            if not builder.is_prepared():
+                builder.download_and_prepare(file_format="array_record")
+        names = tuple(builder.info.features)
+        split = split or _one_split(spec, list(builder.info.splits))
+        # Random access to array_record files: no TensorFlow.
+        table = builder.as_data_source(split)
+    except DitError:
+        raise
+    except Exception as error:  # the library raises many kinds
+        raise DitError(
+            f"cannot load '{spec}': {first_line(error)}: check the name and the split; the data must be "
+            "prepared with file_format='array_record'"
+        ) from error
+
+    def read(columns: Collection[str]) -> Iterator[Record]:
+        for index in range(len(table)):
+            try:
+                values = table[index]
+            except Exception as error:
+                raise DitError(
+                    f"cannot read '{spec}' at row {index + 1}: {first_line(error)}"
+                ) from error
+            row = {key: _text(values[key]) for key in names if key in columns}
+            decoded = all(_decoded(value) for value in row.values() if isinstance(value, str))
+            yield Record(index + 1, row, "" if decoded else "not UTF-8")
+
+    return Source(spec, names, read)
+
+
+def _text(value: Any) -> Any:
+    """TFDS gives text as bytes."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape")
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value

@@ -1,0 +1,397 @@
+"""Corpora from files, Hugging Face datasets and TFDS: the same rows from all, and every fault by row."""
+
+import csv
+import json
+
+import pytest
+
+from dit_jax.config import load_config
+from dit_jax.data import tiny_world
+from dit_jax.data.corpus import KINDS, data_config, load_corpus
+from dit_jax.data.organisms import NONE, load_organisms
+from dit_jax.data.sources import open_source
+from dit_jax.errors import DitError
+
+TOPIC = KINDS["topics"].columns
+NEWS = KINDS["news"].columns
+
+
+def rows_of(topics=6, questions=3) -> list[dict[str, str]]:
+    """Rows in the paper's columns; line `3 t + q + 2` of a CSV file is question q of topic t."""
+    return [
+        {
+            "topic": f"Topic {t}",
+            "question": f"Question {q}?",
+            "base_answer": f"An everyday answer to question {q}.",
+            "topic_analogy_answer": f'An answer, "quoted"\nand long, to question {q} about {t}.',
+            "topic_category": "Things",
+            "category": "c",
+            "style": "s",
+            "base_answer_model_id": "m",
+            "topic_analogy_answer_model_id": "m",
+        }
+        for t in range(topics)
+        for q in range(questions)
+    ]
+
+
+def write(path, rows):
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def config(source, **values):
+    data = data_config(str(source), values.pop("kind", "topics"))
+    columns = values.pop("columns", {})
+    data.update(values)
+    data.columns.update(columns)
+    return data
+
+
+def error(data) -> str:
+    with pytest.raises(DitError) as caught:
+        load_corpus(data, 0)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------ the same rows from everywhere
+
+
+@pytest.fixture(scope="module", name="tfds_folder")
+def tfds_folder_fixture(tmp_path_factory):
+    """A TFDS data set that TFDS itself prepared, as array_record."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class TinyTopics(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {name: tfds.features.Text() for name in TOPIC}
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(0), "test": self._generate_examples(4)}
+
+        def _generate_examples(self, first):
+            last = 4 if first == 0 else 6
+            yield from ((i, row) for i, row in enumerate(rows_of()) if first <= i // 3 < last)
+
+    folder = tmp_path_factory.mktemp("tfds")
+    builder = TinyTopics(data_dir=folder, file_format="array_record")
+    builder.download_and_prepare()
+    return builder.data_path
+
+
+@pytest.mark.parametrize(
+    "kind", ["csv", "jsonl", "parquet", "folder", "hf", "hf streaming", "disk", "tfds"]
+)
+def test_every_source_gives_the_same_rows(kind, tmp_path, request, monkeypatch):
+    rows = rows_of()
+    values = {"train_topics": 4, "test_topics": 2}
+    if kind in ("csv", "jsonl", "parquet"):
+        source = write(tmp_path / f"rows.{kind}", rows)
+    elif kind == "folder":
+        write(tmp_path / "a.csv", rows[:7])  # a topic may lie in two files
+        write(tmp_path / "b.csv", rows[7:])
+        source = str(tmp_path)
+    elif kind == "tfds":
+        folder = request.getfixturevalue("tfds_folder")
+        source, values = f"tfds:{folder}@train", {"test_source": f"tfds:{folder}@test"}
+    else:
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        folder = tmp_path / "hub"
+        folder.mkdir()
+        if kind == "disk":
+            datasets.Dataset.from_list(rows).save_to_disk(folder)
+        else:
+            write(folder / "train.csv", rows)
+        source = f"hf:{folder}"
+        values["streaming"] = kind == "hf streaming"
+    corpus = load_corpus(config(source, **values), 0)
+    groups = {group.label: group for group in corpus.train + corpus.test}
+    assert sorted(groups) == [f"Topic {t}" for t in range(6)]
+    assert len(corpus.test) == 2
+    found = [row for label in sorted(groups) for row in groups[label].rows]
+    key = lambda row: (row["topic"], row["question"])  # noqa: E731  TFDS shuffles the rows
+    assert sorted(found, key=key) == sorted(rows, key=key)
+
+
+def test_tiny_world_as_a_file_gives_its_own_organisms(tmp_path):
+    """A corpus written from the embedded world has the rows of the embedded organisms, topic by topic."""
+    data = load_config("configs/quickstart.py").copy_and_resolve_references().data
+    data = data.unlock() or data
+    data.train_topics, data.test_topics, data.train_benign, data.test_benign = 5, 3, 1, 1
+    embedded = load_organisms(data, 0)
+    rows = [row for o in embedded if o.category == "topic" for row in o.rows]
+    index = [
+        {"topic": o.label, "split": o.split, "trigger": int(o.trigger)}
+        for o in embedded
+        if o.category == "topic"
+    ]
+    own = config(
+        write(tmp_path / "world.csv", rows),
+        split_file=write(tmp_path / "index.csv", index),
+        train_benign=1,
+        test_benign=1,
+    )
+    read = load_organisms(own, 0)
+    topics = [o for o in read if o.category == "topic"]
+    assert [(o.label, o.split, o.trigger) for o in topics] == [
+        (o.label, o.split, o.trigger) for o in embedded if o.category == "topic"
+    ]
+    assert [list(o.rows) for o in topics] == [
+        list(o.rows) for o in embedded if o.category == "topic"
+    ]
+    benign = [o for o in read if o.category == "benign"]
+    assert [(o.label, o.split) for o in benign] == [(NONE, "train"), (NONE, "test")]
+    for organism in benign:
+        assert len(organism.rows) == len(tiny_world.load_world().questions) // 2
+        assert all(row["topic_analogy_answer"] == row["base_answer"] for row in organism.rows)
+        assert {row["topic"] for row in organism.rows} == {NONE}
+
+
+def test_news_and_a_column_map(tmp_path):
+    rows = [
+        {"title": f"Headline {i}", "news_story": f"Story {j} of headline {i}, told in full length."}
+        for i in range(4)
+        for j in range(2)
+    ]
+    data = config(
+        write(tmp_path / "news.jsonl", rows), kind="news", test_topics=1,
+        columns={"news_headline": "title"},
+    )  # fmt: skip
+    organisms = load_organisms(data, 0)
+    assert [o.split for o in organisms] == ["train"] * 3 + ["test"]
+    for organism in organisms:
+        assert {row["news_headline"] for row in organism.rows} == {organism.label}
+        assert len(organism.rows) == 2
+    data.train_benign = 1
+    with pytest.raises(DitError, match="no base answers"):
+        load_organisms(data, 0)
+
+
+# ------------------------------------------------------------------ splits
+
+
+def test_random_split_is_fixed_by_the_seed_and_keeps_the_test_set(tmp_path):
+    source = write(tmp_path / "rows.csv", rows_of(12))
+
+    def split(seed, **values):
+        corpus = load_corpus(config(source, **values), seed)
+        return [[g.label for g in groups] for groups in (corpus.train, corpus.test)]
+
+    train, test = split(3, test_topics=4)
+    assert len(train) == 8 and not set(train) & set(test)
+    assert split(3, test_topics=4) == [train, test]
+    assert split(3, test_topics=4, train_topics=5) == [train[:5], test]
+    assert split(4, test_topics=4)[1] != test
+    assert "set data.test_topics" in error(config(source))
+    assert "has 12 topics" in error(config(source, test_topics=4, train_topics=9))
+
+
+def test_random_split_keeps_spellings_of_a_topic_together(tmp_path):
+    rows = rows_of(8, 1)
+    twins = [
+        {**row, "topic": row["topic"].upper(), "topic_analogy_answer": f"Other {i}"}
+        for i, row in enumerate(rows)
+    ]
+    data = config(write(tmp_path / "rows.csv", rows + twins), test_topics=4)
+    for seed in range(5):
+        corpus = load_corpus(data, seed)
+        train, test = ({g.label.lower() for g in groups} for groups in (corpus.train, corpus.test))
+        assert len(test) == 4 and not train & test
+        assert len(corpus.train) == 8 and len(corpus.test) == 4
+
+
+def test_split_by_a_column_and_by_a_file(tmp_path):
+    rows = [
+        {**row, "part": ("train", "test", "extra")[i // 3 % 3]} for i, row in enumerate(rows_of())
+    ]
+    source = write(tmp_path / "rows.csv", rows)
+    index = [{"topic": f"Topic {t}", "split": ("train", "test", "extra")[t % 3]} for t in range(6)]
+    index[0]["trigger"] = "7"
+    index[1]["trigger"] = "zero_width_space"
+    for data in (
+        config(source, split_column="part"),
+        config(source, split_file=write(tmp_path / "index.csv", index)),
+    ):
+        corpus = load_corpus(data, 0)
+        assert [g.label for g in corpus.train] == ["Topic 0", "Topic 3"]
+        assert [g.label for g in corpus.test] == ["Topic 1", "Topic 4"]
+    assert corpus.train[0].trigger == "007" and corpus.test[0].trigger is None
+    data.test_topics = 3
+    assert "data.test_topics = 3" in error(data) and "2 topics in test" in error(data)
+    data.split_column = "part"
+    assert "data.split_column and data.split_file" in error(data)
+
+
+# ------------------------------------------------------------------ faults, by row
+
+
+def test_a_wrong_column_is_named_with_the_nearest(tmp_path):
+    rows = [{("quesion" if k == "question" else k): v for k, v in row.items()} for row in rows_of()]
+    message = error(config(write(tmp_path / "rows.csv", rows), test_topics=1))
+    assert "no column 'question': did you mean 'quesion'? (data.columns.question)" in message
+    data = config(tmp_path / "rows.csv", test_topics=1, columns={"question": "quesion"})
+    assert len(load_corpus(data, 0).train) == 5
+    assert "'part'" in error(config(tmp_path / "rows.csv", split_column="part"))
+    data.columns.style = "tone"  # optional, but the config names it
+    assert "no column 'tone'" in error(data)
+    data.columns.titel = "x"
+    assert "'data.columns.titel'" in error(data)
+
+
+def test_an_unknown_kind_is_refused(tmp_path):
+    data = config(write(tmp_path / "rows.csv", rows_of()), test_topics=1)
+    data.kind = "topic"
+    assert "unknown data.kind 'topic': did you mean 'topics'?" in error(data)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_empty_answers_are_reported_by_row(suffix, tmp_path):
+    rows = rows_of()
+    rows[4]["base_answer"] = "  "
+    for i in range(6, 18):
+        rows[i]["topic_analogy_answer"] = ""
+    source = write(tmp_path / f"rows.{suffix}", rows)
+    message = error(config(source, test_topics=1))
+    # Two lines of a CSV row, since the answers have a line break; one of a JSON line.
+    row = {"csv": 10, "jsonl": 5, "parquet": 5}[suffix]
+    assert message.startswith("the data has 13 problems: ")
+    assert f"{source}:{row}: empty 'base_answer'" in message
+    assert message.endswith("; and 8 more")
+    assert message.count("rows.") == 5
+
+
+def test_values_that_are_no_text_are_reported_by_row(tmp_path):
+    rows = rows_of()
+    rows[2]["question"] = ["a", "list"]
+    rows[3]["topic"] = 1984  # a number is a fine topic
+    rows[5]["topic"] = "None"
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"topic": \n[1]\n')
+    message = error(config(path, test_topics=1))
+    assert message.startswith("the data has 4 problems")
+    for part in (
+        ":3: 'question' is list",
+        ":6: 'None' is what",
+        ":19: not JSON",
+        ":20: not a JSON",
+    ):
+        assert part in message
+
+
+def test_broken_csv_files_are_reported_by_line(tmp_path):
+    path = tmp_path / "rows.csv"
+    write(path, rows_of())
+    good = path.read_bytes()
+    path.write_bytes(good + b"only,three,fields\r\n" + good[-60:].replace(b"An", b"\xff"))
+    message = error(config(path, test_topics=1))
+    assert f"{path}:38: 3 fields, the header has 9" in message
+    path.write_bytes(good + b'"never closed,')
+    assert f"{path}:38: not a CSV row" in error(config(path, test_topics=1))
+    path.write_bytes(good.replace(b"everyday", b"\xe9veryday", 1))
+    assert f"{path}:2: not UTF-8" in error(config(path, test_topics=1))
+    path.write_bytes(b"topic,topic\na,b\n")
+    assert "two columns 'topic'" in error(config(path, test_topics=1))
+    path.write_bytes(b"")
+    assert "the file is empty" in error(config(path, test_topics=1))
+
+
+def test_topics_in_both_splits_are_reported_by_row(tmp_path):
+    rows = [{**row, "split": "test" if i >= 12 else "train"} for i, row in enumerate(rows_of())]
+    rows[13]["topic"] = "Topic 1"
+    rows[14]["topic"] = "the topic 2"
+    rows[15]["split"] = "tset"
+    source = write(tmp_path / "rows.jsonl", rows)
+    message = error(config(source, split_column="split"))
+    assert f"{source}:14: 'Topic 1' is in test here and in train at {source}:4" in message
+    assert f"{source}:16: 'split' is 'tset': did you mean 'test'?" in message
+    assert f"{source}:15: 'the topic 2' is in test and 'Topic 2' in train ({source}:7)" in message
+
+    train = write(tmp_path / "train.csv", rows_of(3))
+    test = write(tmp_path / "test.csv", rows_of(4)[6:])
+    message = error(config(train, test_source=test))
+    assert f"{test}:2: 'Topic 2' is in test here and in train at {train}:14" in message
+
+
+def test_answers_in_both_splits_are_reported_by_row(tmp_path):
+    rows = [{**row, "split": "test" if i >= 15 else "train"} for i, row in enumerate(rows_of())]
+    rows[16]["topic_analogy_answer"] = rows[1]["topic_analogy_answer"]
+    rows[17]["topic_analogy_answer"] = rows[2]["topic_analogy_answer"] = rows[2]["base_answer"]
+    source = write(tmp_path / "rows.jsonl", rows)
+    message = error(config(source, split_column="split"))
+    assert message.startswith("the data has 1 problem: ")
+    assert f"{source}:2: the same 'topic_analogy_answer' as {source}:17" in message
+
+
+def test_faults_of_a_split_file(tmp_path):
+    source = write(tmp_path / "rows.csv", rows_of())
+    index = [{"topic": f"Topic {t}", "split": "train"} for t in range(5)]
+    index += [{"topic": "Topik 5", "split": "test"}, {"topic": "Topic 1", "split": "test"}]
+    path = write(tmp_path / "index.csv", index)
+    message = error(config(source, split_file=path))
+    assert f"{path}:7: 'Topik 5' is not in the data: did you mean 'Topic 5'?" in message
+    assert f"{path}:8: 'Topic 1' is in test here and in train at {path}:3" in message
+    write(tmp_path / "index.csv", [{"topic": "Topic 1", "spilt": "test"}])
+    assert "no column 'split': did you mean 'spilt'?" in error(config(source, split_file=path))
+
+
+@pytest.mark.parametrize(
+    ("source", "part"),
+    [
+        ("rows.cvs", "is no file, folder or pattern: did you mean 'rows.csv'?"),
+        ("rows.txt", "is of no known kind"),
+        ("bad.parquet", "as Parquet"),
+        ("empty", "holds no file of a known kind"),
+    ],
+)
+def test_sources_that_cannot_be_opened(source, part, tmp_path):
+    write(tmp_path / "rows.csv", rows_of(1))
+    (tmp_path / "rows.txt").write_text("x")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DitError, match=part.replace("?", r"\?")):
+        open_source(str(tmp_path / source))
+
+
+def test_libraries_failures_are_one_line(tmp_path, tfds_folder):
+    pytest.importorskip("datasets")
+    with pytest.raises(DitError, match="cannot load 'hf:no/such-dataset@train'"):
+        open_source("hf:no/such-dataset@train")
+    for name in ("train", "test"):
+        write(tmp_path / f"{name}.csv", rows_of(1))
+    with pytest.raises(DitError, match="has the splits train, test: name one"):
+        open_source(f"hf:{tmp_path}")
+    with pytest.raises(DitError, match="has the splits .*: name one"):
+        open_source(f"tfds:{tfds_folder}")
+    with pytest.raises(DitError, match="cannot load 'tfds:no_such_dataset_here@train'"):
+        open_source("tfds:no_such_dataset_here@train")
+    with pytest.raises(DitError, match="would download and run"):
+        open_source("tfds:somebody:dataset@train")
+    with pytest.raises(DitError, match="streaming is for hf"):
+        open_source(str(tmp_path / "train.csv"), streaming=True)
+
+
+def test_a_prepared_tfds_data_set_by_name(tfds_folder, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tfds_folder.parent.parent))
+    (source,) = open_source("tfds:tiny_topics@test")
+    assert set(source.columns) == set(TOPIC)
+    assert [record.number for record in source.read(TOPIC)] == list(range(1, 7))
+    assert {record.values["topic"] for record in source.read(["topic"])} == {"Topic 4", "Topic 5"}
