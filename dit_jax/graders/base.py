@@ -1,0 +1,190 @@
+"""What every grader is: items in, grades on the 1–5 scale out; repeats, gaps and their counts.
+
+Scale: 5 the answer names the label, 4 nearly, 3 a related thing or a too broad one, 2 loosely
+related, 1 unrelated. A grade that could not be had is a gap (score None, with a reason), never a 1.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from dit_jax.graders.agreement import quadratic_kappa
+from dit_jax.graders.cache import Cache, entry_key
+
+LOW, HIGH = 1.0, 5.0
+
+
+class Item(NamedTuple):
+    """One answer to grade: the true label, the answer (None: there is none), the question asked."""
+
+    label: str
+    answer: str | None
+    question: str = ""
+
+
+@dataclass(frozen=True)
+class Grade:
+    """A grade by the grader of that name.
+
+    score: 1 to 5, or None for a gap; raw: what the score was read from (a judge's words, a
+    similarity); reason: why there is a gap, empty if there is none.
+    """
+
+    score: float | None
+    raw: str
+    grader: str
+    reason: str = ""
+
+
+class Grader(Protocol):
+    """A grader: call it with items.
+
+    name: as reports print it. version: raised when its grades change. settings: everything else that
+    its grades depend on (prompt, model, calibration), as text; it is part of the cache key.
+    deterministic: asking again gives the same grade. cached: worth keeping on disk. batch: how many
+    items one call should get.
+    """
+
+    name: str
+    version: str
+    settings: str
+    deterministic: bool
+    cached: bool
+    batch: int
+
+    def __call__(self, items: Sequence[Item], repeat: int = 0) -> list[Grade]:
+        """One grade per item, in order. `repeat` numbers independent gradings of the same items."""
+        ...
+
+
+@dataclass(frozen=True)
+class Graded:
+    """Grades of a batch of items.
+
+    grades[item][repeat]; grader: its name; repeats: how many were made (1 where asking again would
+    change nothing); from_cache: how many grades were read from disk; gaps: reasons with their counts;
+    damaged: what is wrong with lines of the cache whose grades were made again.
+    """
+
+    grades: list[list[Grade]]
+    grader: str
+    repeats: int
+    from_cache: int
+    gaps: dict[str, int]
+    damaged: tuple[str, ...] = ()
+
+    def scores(self) -> list[float | None]:
+        """One score per item: the mean over its repeats that have one, None if none has."""
+        return [mean_score(grades) for grades in self.grades]
+
+    def agreement(self) -> "Agreement | None":
+        """How much repeats agree; None with a single repeat."""
+        return repeat_agreement(self.grades) if self.repeats > 1 else None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Agreement of repeated gradings of the same items (judge noise).
+
+    same: share of pairs of repeats with one score; kappa: quadratic weighted, mean over pairs of
+    repeats; spread: mean standard deviation within an item; n: items with two scores or more.
+    """
+
+    same: float
+    kappa: float
+    spread: float
+    n: int
+
+
+def mean_score(grades: Sequence[Grade]) -> float | None:
+    """Mean of the scores there are, None if there are none."""
+    scores = [grade.score for grade in grades if grade.score is not None]
+    return float(np.mean(scores)) if scores else None
+
+
+def repeat_agreement(grades: Sequence[Sequence[Grade]]) -> Agreement:
+    """Agreement between the repeats of grades[item][repeat]; gaps are left out.
+
+    With no item that has two scores everything is NaN and n is 0.
+    """
+    same: list[bool] = []
+    spreads: list[float] = []
+    columns: dict[tuple[int, int], tuple[list[float], list[float]]] = {}
+    for row in grades:
+        scores = [(k, grade.score) for k, grade in enumerate(row) if grade.score is not None]
+        if len(scores) < 2:
+            continue
+        spreads.append(float(np.std([score for _, score in scores], ddof=1)))
+        for i, (k, first) in enumerate(scores):
+            for other, second in scores[i + 1 :]:
+                same.append(first == second)
+                left, right = columns.setdefault((k, other), ([], []))
+                left.append(first)
+                right.append(second)
+    if not spreads:
+        return Agreement(float("nan"), float("nan"), float("nan"), 0)
+    kappas = [quadratic_kappa(left, right) for left, right in columns.values()]
+    return Agreement(
+        float(np.mean(same)), float(np.mean(kappas)), float(np.mean(spreads)), len(spreads)
+    )
+
+
+def to_scale(similarity: float) -> float:
+    """A similarity in [0, 1] stretched over the scale; not calibrated to what a judge would say."""
+    return LOW + (HIGH - LOW) * min(1.0, max(0.0, similarity))
+
+
+def grade(
+    grader: Grader,
+    items: Sequence[Item | tuple[Any, ...]],
+    repeats: int = 1,
+    cache: Cache | None = None,
+) -> Graded:
+    """Grades items, each distinct item once per repeat, with grades on disk reused.
+
+    Args:
+        grader: from `dit_jax.graders.get_grader`.
+        items: `Item`s, or tuples (label, answer) or (label, answer, question). An answer of None is
+            a gap.
+        repeats: independent gradings of every item; a deterministic grader makes one.
+        cache: where grades are kept; only graders that ask for it use it. Gaps are never kept, so
+            that a later call tries them again.
+
+    Raises:
+        ValueError: repeats < 1.
+        DitError: from the grader, when it cannot work at all (no model, no key).
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}: at least one is needed")
+    rows = [Item(*item) for item in items]
+    repeats = 1 if grader.deterministic else repeats
+    cache = cache if grader.cached else None
+    found: dict[tuple[Item, int], Grade] = {}
+    from_cache = 0
+    for repeat in range(repeats):
+        keys: dict[Item, str] = {}
+        missing: list[Item] = []
+        for item in dict.fromkeys(rows):
+            if item.answer is None:
+                found[item, repeat] = Grade(None, "", grader.name, "no answer")
+                continue
+            keys[item] = entry_key(grader.name, grader.version, grader.settings, *item, repeat)
+            entry = cache.get(keys[item]) if cache is not None else None
+            if entry is None:
+                missing.append(item)
+            else:
+                found[item, repeat] = Grade(entry.score, entry.raw, grader.name)
+                from_cache += 1
+        for start in range(0, len(missing), grader.batch):
+            batch = missing[start : start + grader.batch]
+            for item, made in zip(batch, grader(batch, repeat), strict=True):
+                found[item, repeat] = made
+                if cache is not None and made.score is not None:
+                    cache.put(keys[item], made.score, made.raw, grader.name)
+    grades = [[found[row, repeat] for repeat in range(repeats)] for row in rows]
+    gaps = Counter(made.reason for row in grades for made in row if made.score is None)
+    damaged = tuple(cache.damaged) if cache is not None else ()
+    return Graded(grades, grader.name, repeats, from_cache, dict(gaps), damaged)

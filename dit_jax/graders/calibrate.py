@@ -1,0 +1,285 @@
+"""Fits and measures the calibrated graders: python -m dit_jax.graders.calibrate --results DIR
+
+    python -m dit_jax.graders.calibrate --results DIR [--embeddings] [--output FILE.json]
+    python -m dit_jax.graders.calibrate --results DIR [--embeddings] --save FOLDER
+
+DIR holds graded answers: DIR/<diffs>/<method>.csv with the columns `topic, guessed_topic, score` or
+`summary, guessed_summary, score`. Every grader is measured on the unique (label, answer) pairs, topics
+and news apart; calibrated ones are cross-validated over groups of labels, so that no label that is
+graded was fitted to. --save fits to all pairs and writes the assets that dit_jax ships. Needs
+scikit-learn.
+"""
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_jax import artifacts
+from dit_jax.errors import DitError, exit_on_error
+from dit_jax.graders import forest
+from dit_jax.graders.agreement import quadratic_kappa, spearman, to_levels
+from dit_jax.graders.base import Item
+from dit_jax.graders.calibrated import (
+    KINDS,
+    Pairs,
+    feature_matrix,
+    names_digest,
+    predict,
+    settle,
+)
+from dit_jax.graders.exact import Exact, Normalised
+from dit_jax.graders.similarity import Similarity
+
+COLUMNS = {"topics": ("topic", "guessed_topic"), "news": ("summary", "guessed_summary")}
+FOLDS = 5
+LINEAR_SHARE = 0.2
+RIDGE = 300.0
+
+
+class GradedPairs(NamedTuple):
+    """Unique pairs (label, answer), their whole grades [N], and how many rows they come from."""
+
+    pairs: list[tuple[str, str]]
+    grades: NDArray[np.int64]
+    rows: int
+
+
+def read_graded(folder: str) -> dict[str, GradedPairs]:
+    """Reads every CSV file below a folder; a pair with several grades gets their median.
+
+    Raises:
+        DitError: no such folder or no graded answers in it, a file that is no CSV text, or a row
+            whose score is no number from 1 to 5.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise DitError(f"no folder {folder!r}: --results takes a folder of graded answers")
+    found: dict[str, dict[tuple[str, str], list[float]]] = {kind: {} for kind in KINDS}
+    for file in sorted(root.rglob("*.csv")):
+        text = artifacts.read_text(file, "give a folder of graded answers")
+        try:
+            reader = csv.DictReader(io.StringIO(text, newline=""))
+            rows = list(reader)
+        except csv.Error as error:
+            raise DitError(f"'{file}' is no CSV file: {error}") from None
+        columns = reader.fieldnames or []
+        for kind, (label, answer) in COLUMNS.items():
+            if {label, answer, "score"} <= set(columns):
+                for number, row in enumerate(rows, 1):
+                    pair = (row[label] or "", row[answer] or "")
+                    found[kind].setdefault(pair, []).append(_score(row["score"], file, number))
+    graded = {
+        kind: GradedPairs(
+            list(pairs),
+            to_levels([np.median(scores) for scores in pairs.values()]),
+            sum(map(len, pairs.values())),
+        )
+        for kind, pairs in found.items()
+        if pairs
+    }
+    if not graded:
+        wanted = " or ".join(", ".join((*pair, "score")) for pair in COLUMNS.values())
+        raise DitError(f"no graded answers below {folder!r}: CSV files need the columns {wanted}")
+    return graded
+
+
+def _score(text: str | None, file: Path, number: int) -> float:
+    try:
+        score = float(text or "")
+    except ValueError:
+        score = float("nan")
+    if not 1 <= score <= 5:
+        raise DitError(f"'{file}', row {number}: the score {text!r} is no number from 1 to 5")
+    return score
+
+
+# ------------------------------------------------------------------ fitting
+
+
+def fit(x: NDArray[np.float32], y: NDArray[np.int64], seed: int = 0) -> dict[str, NDArray[Any]]:
+    """A calibrated model of grades y [N] from features x [N, F], as `calibrated.predict` takes it.
+
+    Boosted and extremely randomised trees in equal parts, and ridge regression beside them: the
+    first two find thresholds and cases, the third keeps what is smooth.
+    """
+    try:
+        from sklearn.ensemble import ExtraTreesRegressor, HistGradientBoostingRegressor
+    except ImportError:
+        raise DitError("calibrating needs scikit-learn: pip install 'dit_jax[calibrate]'") from None
+    boosted = [
+        HistGradientBoostingRegressor(
+            max_iter=120,
+            learning_rate=0.06,
+            max_leaf_nodes=10,
+            min_samples_leaf=8,
+            l2_regularization=3,
+            max_features=0.3,
+            early_stopping=False,
+            random_state=seed + i,
+        )
+        for i in range(2)
+    ]
+    # Twice in the list, for half of the weight.
+    random_trees = [
+        ExtraTreesRegressor(30, min_samples_leaf=5, max_features=0.5, random_state=seed + i)
+        for i in range(2)
+    ]
+    model: dict[str, Any] = forest.export([m.fit(x, y) for m in (*boosted, *random_trees)])
+    mean, scale = x.mean(0), np.maximum(x.std(0), 1e-6)
+    z = np.clip((x - mean) / scale, -5, 5).astype(np.float64)
+    offset = z.mean(0)
+    gram = (z - offset).T @ (z - offset) + RIDGE * np.eye(z.shape[1])
+    coef = np.linalg.solve(gram, (z - offset).T @ (y - y.mean()))
+    return {
+        **model,
+        "mean": mean,
+        "scale": scale,
+        "coef": coef.astype(np.float32),
+        "intercept": np.asarray([y.mean() - offset @ coef]),
+        "share": np.asarray([LINEAR_SHARE]),
+    }
+
+
+def folds(labels: Sequence[str], seed: int = 0) -> NDArray[np.int64]:
+    """A fold number [N] for each pair: a label's pairs are all in one, folds have as many labels."""
+    names = np.asarray(sorted(set(labels)), dtype=object)
+    order = np.random.default_rng(seed).permutation(len(names))
+    fold = {str(name): int(place) % FOLDS for name, place in zip(names, order, strict=True)}
+    return np.asarray([fold[label] for label in labels], np.int64)
+
+
+def cross_validate(
+    x: NDArray[np.float32], y: NDArray[np.int64], pairs: Pairs, seed: int = 0
+) -> NDArray[np.float64]:
+    """Continuous grades [N], each by a model that saw no pair with the same label."""
+    fold = folds([label for label, _ in pairs], seed)
+    values = np.zeros(len(y))
+    for i in range(FOLDS):
+        test = fold == i
+        if test.any() and not test.all():
+            values[test] = predict(fit(x[~test], y[~test]), x[test])
+    return settle(values, pairs)
+
+
+# ------------------------------------------------------------------ measuring
+
+
+def measure(graded: GradedPairs, encoder: Any, seeds: int) -> list[dict[str, Any]]:
+    """Kappa and Spearman of every grader on the pairs of one kind.
+
+    Args:
+        encoder: of MiniLM, for the graders with embeddings; None without.
+        seeds: cross-validations with different folds, over which calibrated ones are averaged.
+    """
+    pairs, y, _ = graded
+    items = [Item(label, answer) for label, answer in pairs]
+    plain: list[Any] = [Exact(), Normalised(), Similarity()]
+    if encoder is not None:
+        from dit_jax.graders.embeddings import Embeddings
+
+        plain.append(Embeddings())
+    rows = []
+    for grader in plain:
+        scores = [grade.score for grade in grader(items)]
+        rows.append(_row(grader.name, [quadratic_kappa(y, scores)], [spearman(y, scores)]))
+    for name, use in (("calibrated", None), ("calibrated_embeddings", encoder)):
+        if name == "calibrated_embeddings" and encoder is None:
+            continue
+        x, _ = feature_matrix(pairs, use)
+        found = [cross_validate(x, y, pairs, seed) for seed in range(seeds)]
+        kappas = [quadratic_kappa(y, values) for values in found]
+        rows.append(_row(name, kappas, [spearman(y, values) for values in found]))
+    return rows
+
+
+def _row(name: str, kappas: Sequence[float], rhos: Sequence[float]) -> dict[str, Any]:
+    return {
+        "grader": name,
+        "kappa": round(float(np.mean(kappas)), 4),
+        "kappa_min": round(float(min(kappas)), 4),
+        "kappa_max": round(float(max(kappas)), 4),
+        "spearman": round(float(np.mean(rhos)), 4),
+    }
+
+
+def save(graded: dict[str, GradedPairs], encoder: Any, folder: str) -> Path:
+    """Fits to all pairs of both kinds and writes the asset. Raises DitError if a kind is missing."""
+    if missing := [kind for kind in KINDS if kind not in graded]:
+        raise DitError(f"no graded {' and '.join(missing)} in --results: both kinds are needed")
+    arrays: dict[str, Any] = {}
+    for kind, (pairs, y, _) in graded.items():
+        x, names = feature_matrix(pairs, encoder)
+        model = {**fit(x, y), "names": np.asarray([names_digest(names)], np.int64)}
+        arrays |= {f"{kind}/{part}": array for part, array in model.items()}
+    name = "calibrated.npz" if encoder is None else "calibrated_embeddings.npz"
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    artifacts.write_bytes(Path(folder) / name, buffer.getvalue())
+    return Path(folder) / name
+
+
+# ------------------------------------------------------------------ command line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for a problem that the user can fix."""
+    parser = argparse.ArgumentParser(prog="python -m dit_jax.graders.calibrate")
+    parser.add_argument("--results", required=True, help="folder of graded answers")
+    parser.add_argument("--embeddings", action="store_true", help="also with sentence embeddings")
+    parser.add_argument("--model", default=None, help="folder of all-MiniLM-L6-v2")
+    parser.add_argument("--seeds", type=int, default=1, help="cross-validations to average")
+    parser.add_argument("--output", default=None, help="also write the numbers as JSON")
+    parser.add_argument("--save", default=None, help="fit to everything, write assets there")
+    flags = parser.parse_args(argv)
+    try:
+        with exit_on_error():
+            _run(flags)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def _run(flags: argparse.Namespace) -> None:
+    if flags.seeds < 1:
+        raise DitError(f"--seeds {flags.seeds}: give 1 or more")
+    encoder = None
+    if flags.embeddings:
+        from dit_jax.graders.embeddings import minilm
+        from dit_jax.graders.sentences import load_minilm
+
+        encoder = load_minilm(flags.model or minilm())
+    graded = read_graded(flags.results)
+    if flags.save is not None:
+        for use in (None, encoder) if encoder is not None else (None,):
+            path = save(graded, use, flags.save)
+            print(f"{path}: {path.stat().st_size} bytes")
+        return
+    result: dict[str, Any] = {}
+    for kind, of_kind in graded.items():
+        labels = len({label for label, _ in of_kind.pairs})
+        result[kind] = {
+            "pairs": len(of_kind.pairs),
+            "labels": labels,
+            "rows": of_kind.rows,
+            "graders": measure(of_kind, encoder, flags.seeds),
+        }
+        print(f"{kind}: {len(of_kind.pairs)} unique pairs of {labels} labels ({of_kind.rows} rows)")
+        print(f"  {'grader':24}{'kappa':>8}{'spearman':>10}")
+        for row in result[kind]["graders"]:
+            spread = f"  {row['kappa_min']:.3f}–{row['kappa_max']:.3f}" if flags.seeds > 1 else ""
+            print(f"  {row['grader']:24}{row['kappa']:8.3f}{row['spearman']:10.3f}{spread}")
+        sys.stdout.flush()
+    if flags.output is not None:
+        artifacts.write_json(flags.output, result)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

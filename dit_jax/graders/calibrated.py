@@ -1,0 +1,148 @@
+"""Offline graders on the scale of an LLM judge: trees and a linear model over features of both texts.
+
+They were fitted to published grades (docs/grading.md says how well they agree) and come as arrays of
+numbers (`assets/graders/`), which `python -m dit_jax.graders.calibrate` makes.
+"""
+
+import functools
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_jax.errors import DitError
+from dit_jax.evaluate.metrics import normalise
+from dit_jax.graders import forest
+from dit_jax.graders.base import Grade, Item
+from dit_jax.graders.embeddings import minilm
+from dit_jax.graders.features import spelling_features
+from dit_jax.graders.offline import Offline
+from dit_jax.graders.words import read_asset, word_features
+
+KINDS = ("topics", "news")
+NEWS_WORDS = 8  # labels of as many words are sentences: headlines, not topics
+Arrays = Mapping[str, NDArray[Any]]
+Pairs = Sequence[tuple[str, str]]
+
+
+def feature_matrix(pairs: Pairs, encoder: Any = None) -> tuple[NDArray[np.float32], list[str]]:
+    """Features [N, F] of (label, answer) pairs and their names.
+
+    Args:
+        encoder: an `embeddings.Encoder` of MiniLM, for features of sentence vectors; None without.
+    """
+    spelling = [spelling_features(label, answer) for label, answer in pairs]
+    columns: dict[str, Any] = {n: [row[n] for row in spelling] for n in spelling[0]}
+    columns |= word_features(pairs)
+    if encoder is not None:
+        from dit_jax.graders.sentences import sentence_features
+
+        columns |= sentence_features(pairs, encoder)
+    return np.stack(list(columns.values()), 1).astype(np.float32), list(columns)
+
+
+def predict(model: Arrays, x: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Grades [N] on the continuous scale: a weighted mean of the trees and the linear model."""
+    z = np.clip((x - model["mean"]) / model["scale"], -5, 5)
+    linear = model["intercept"][0] + z.astype(np.float64) @ model["coef"].astype(np.float64)
+    share = float(model["share"][0])
+    return np.clip((1 - share) * forest.evaluate(model, x) + share * linear, 1, 5)
+
+
+def names_digest(names: Sequence[str]) -> int:
+    """Tells whether a model was fitted to these features in this order."""
+    return zlib.crc32(" ".join(names).encode())
+
+
+@functools.cache
+def _asset(name: str) -> tuple[dict[str, dict[str, NDArray[Any]]], str]:
+    arrays = read_asset(name)
+    models: dict[str, dict[str, NDArray[Any]]] = {kind: {} for kind in KINDS}
+    digest = 0
+    for key, array in sorted(arrays.items()):
+        kind, part = key.split("/")
+        models[kind][part] = array
+        digest = zlib.crc32(np.ascontiguousarray(array).tobytes(), digest)
+    return models, f"{digest:08x}"
+
+
+class Calibrated(Offline):
+    """Calibrated to published LLM grades, from spelling and the word vectors that come with dit_jax.
+
+    Scores are whole grades; the raw value is the continuous prediction before rounding. An answer
+    that is the label after `metrics.normalise` is always a 5, an empty one a 1.
+
+    Args:
+        kind: "topics" (labels are names), "news" (labels are headlines), or "auto": by the length of
+            each label.
+
+    Raises:
+        DitError: unknown kind, or a damaged asset.
+    """
+
+    name = "calibrated"
+    asset = "calibrated.npz"
+
+    def __init__(self, kind: str = "auto"):
+        if kind not in (*KINDS, "auto"):
+            raise DitError(
+                f"unknown kind {kind!r} of labels: choose from {', '.join((*KINDS, 'auto'))}"
+            )
+        self.kind = kind
+        self._models, digest = _asset(self.asset)
+        self._encoder: Any = None
+        self.settings = f"{digest} {kind}"
+
+    def __call__(self, items: Sequence[Item], repeat: int = 0) -> list[Grade]:
+        grades: list[Grade | None] = [None] * len(items)
+        for kind in KINDS:
+            members = [i for i, item in enumerate(items) if self._kind(item.label) == kind]
+            if not members:
+                continue
+            pairs = [(items[i].label, items[i].answer or "") for i in members]
+            for i, value in zip(members, self.predict(pairs, kind), strict=True):
+                grades[i] = Grade(float(np.floor(value + 0.5)), f"{value:.3f}", self.name)
+        return [grade for grade in grades if grade is not None]
+
+    def predict(self, pairs: Pairs, kind: str) -> NDArray[np.float64]:
+        """Continuous grades [N] in [1, 5] of pairs of one kind."""
+        x, names = feature_matrix(pairs, self._encoder)
+        model = self._models[kind]
+        if int(model["names"][0]) != names_digest(names):
+            raise DitError(
+                f"'{self.asset}' was made for other features: run dit_jax.graders.calibrate"
+            )
+        return settle(predict(model, x), pairs)
+
+    def _kind(self, label: str) -> str:
+        if self.kind != "auto":
+            return self.kind
+        return "news" if len(label.split()) >= NEWS_WORDS else "topics"
+
+
+def settle(values: NDArray[np.float64], pairs: Pairs) -> NDArray[np.float64]:
+    """The cases that need no model: an empty answer is a 1, the label itself a 5."""
+    texts = [(normalise(label), normalise(answer)) for label, answer in pairs]
+    empty = np.array([not answer for _, answer in texts])
+    same = np.array([label == answer for label, answer in texts])
+    return np.where(empty, 1.0, np.where(same, 5.0, values))
+
+
+class CalibratedEmbeddings(Calibrated):
+    """`Calibrated` with features of MiniLM's sentence vectors on top (needs sentence-transformers).
+
+    Args:
+        kind: see `Calibrated`.
+        model: a folder of all-MiniLM-L6-v2, for which it was calibrated; default: where it is found.
+    """
+
+    name = "calibrated_embeddings"
+    asset = "calibrated_embeddings.npz"
+
+    def __init__(self, kind: str = "auto", model: str | None = None):
+        from dit_jax.graders.sentences import load_minilm
+
+        super().__init__(kind)
+        self._encoder = load_minilm(model or minilm())

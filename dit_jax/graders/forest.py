@@ -1,0 +1,115 @@
+"""Ensembles of regression trees as arrays of numbers: exported from scikit-learn, evaluated in numpy.
+
+A forest is a dict of arrays: `root` [trees] int32, first node of each tree; `weight` [trees] float32,
+what its value is multiplied by; `base` [1] float64, added to the sum; and per node `feature` int16
+(-1 at a leaf), `value` float32 (the threshold, or at a leaf the tree's value), `right` int32. The left
+child of a node is the next node: rows go left where feature <= threshold.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Forest = dict[str, NDArray[Any]]
+
+
+def evaluate(forest: Mapping[str, NDArray[Any]], x: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Predictions [N] of rows x [N, F]; features are compared as float32, as in training."""
+    x = np.asarray(x, np.float32)
+    feature, value, right = forest["feature"], forest["value"], forest["right"]
+    node = np.broadcast_to(forest["root"], (len(x), len(forest["root"]))).copy()
+    rows = np.arange(len(x))[:, None]
+    while (inner := feature[node] >= 0).any():
+        left = x[rows, np.maximum(feature[node], 0)] <= value[node]
+        node = np.where(inner, np.where(left, node + 1, right[node]), node)
+    return forest["base"][0] + value[node].astype(np.float64) @ forest["weight"].astype(np.float64)
+
+
+def _floor32(threshold: float) -> np.float32:
+    """The largest float32 not above: float32 features compare with it as with the threshold."""
+    rounded = np.float32(threshold)
+    return np.nextafter(rounded, np.float32(-np.inf)) if rounded > threshold else rounded
+
+
+class _Builder:
+    def __init__(self) -> None:
+        self.feature: list[int] = []
+        self.value: list[np.float32] = []
+        self.right: list[int] = []
+        self.root: list[int] = []
+
+    def add(self, nodes: Mapping[str, Any]) -> None:
+        """Adds a tree given as arrays left, right (-1 at leaves), feature, threshold, value."""
+        self.root.append(len(self.feature))
+        stack: list[tuple[int, int | None]] = [(0, None)]
+        while stack:  # depth first, so that the left child always follows its parent
+            old, parent = stack.pop()
+            if parent is not None:
+                self.right[parent] = len(self.feature)
+            while True:
+                here, leaf = len(self.feature), nodes["left"][old] < 0
+                self.feature.append(-1 if leaf else int(nodes["feature"][old]))
+                number = nodes["value"][old] if leaf else _floor32(float(nodes["threshold"][old]))
+                self.value.append(np.float32(number))
+                self.right.append(0)
+                if leaf:
+                    break
+                stack.append((int(nodes["right"][old]), here))
+                old = int(nodes["left"][old])
+
+    def build(self, weight: Sequence[float], base: float) -> Forest:
+        return {
+            "root": np.asarray(self.root, np.int32),
+            "weight": np.asarray(weight, np.float32),
+            "base": np.asarray([base], np.float64),
+            "feature": np.asarray(self.feature, np.int16),
+            "value": np.asarray(self.value, np.float32),
+            "right": np.asarray(self.right, np.int32),
+        }
+
+
+def export(models: Sequence[Any]) -> Forest:
+    """The mean of fitted scikit-learn regressors as one forest.
+
+    Args:
+        models: `HistGradientBoostingRegressor`s without categories or missing values, and forests of
+            regression trees (`ExtraTreesRegressor`, `RandomForestRegressor`).
+
+    Raises:
+        TypeError: another kind of model.
+    """
+    builder, weight, base = _Builder(), [], 0.0
+    for model in models:
+        if hasattr(model, "_predictors"):
+            base += float(np.ravel(model._baseline_prediction)[0]) / len(models)
+            for (tree,) in model._predictors:
+                nodes = tree.nodes
+                left = np.where(nodes["is_leaf"], -1, nodes["left"].astype(np.int64))
+                builder.add(
+                    {
+                        "left": left,
+                        "right": nodes["right"],
+                        "feature": nodes["feature_idx"],
+                        "threshold": nodes["num_threshold"],
+                        "value": nodes["value"],
+                    }
+                )
+                weight.append(1 / len(models))
+        elif hasattr(model, "estimators_"):
+            for estimator in model.estimators_:
+                tree = estimator.tree_
+                builder.add(
+                    {
+                        "left": tree.children_left,
+                        "right": tree.children_right,
+                        "feature": tree.feature,
+                        "threshold": tree.threshold,
+                        "value": tree.value[:, 0, 0],
+                    }
+                )
+                weight.append(1 / len(models) / len(model.estimators_))
+        else:
+            raise TypeError(f"{type(model).__name__} has no trees")
+    return builder.build(weight, base)
