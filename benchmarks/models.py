@@ -1,0 +1,65 @@
+"""Which model a benchmark runs, and the sizes it runs at: shapes by name, presets by suite and machine."""
+
+import dataclasses
+import pathlib
+import re
+
+from dit_jax.errors import DitError
+from dit_jax.models.config import NAMED_CONFIGS, Qwen3Config, read_config
+
+SUITES = ("diffs", "train", "ask")
+TINY_FOLDER = pathlib.Path(__file__).parent.parent / "dit_jax" / "assets" / "tiny_qwen3"
+
+# Sizes that --diffs, --steps, … override. "tiny" is the embedded world's (configs/quickstart.py), "slice" a few
+# layers of a released shape on a CPU, "full" a released shape on an accelerator (the paper's recipe: diffs
+# of rank 1 in steps of 2 questions x 3 kinds of samples, an adapter of rank 16 in batches of 8).
+PRESETS: dict[tuple[str, str], dict[str, int]] = {
+    ("diffs", "tiny"): dict(
+        diffs=48, batch=48, steps=16, samples=5, num_ce=2, length=36, scored=16
+    ),
+    ("diffs", "slice"): dict(diffs=4, batch=4, steps=3, samples=3, num_ce=1, length=48, scored=16),
+    ("diffs", "full"): dict(
+        diffs=32, batch=16, steps=4, samples=6, num_ce=2, length=256, scored=128
+    ),
+    ("train", "tiny"): dict(diffs=64, batch=32, steps=24, length=32, scored=12),
+    ("train", "slice"): dict(diffs=8, batch=8, steps=4, length=32, scored=8),
+    ("train", "full"): dict(diffs=64, batch=8, steps=12, length=64, scored=16),
+    ("ask", "tiny"): dict(diffs=100, batch=100, length=24, new_tokens=16),
+    ("ask", "slice"): dict(diffs=32, batch=32, length=32, new_tokens=8),
+    ("ask", "full"): dict(diffs=100, batch=100, length=32, new_tokens=20),
+}
+
+
+def shape(name: str) -> Qwen3Config:
+    """The architecture called NAME or NAME-Nlayers, e.g. "tiny", "qwen3-4b", "qwen3-0.6b-4layers".
+
+    Raises:
+        DitError: no such shape.
+    """
+    match = re.fullmatch(r"(?P<base>.+?)(-(?P<layers>\d+)layers)?", name)
+    base, layers = match["base"], match["layers"]
+    if base == "tiny":
+        config = read_config(TINY_FOLDER)
+    elif base in NAMED_CONFIGS:
+        config = NAMED_CONFIGS[base]
+    else:
+        known = ", ".join(("tiny", *NAMED_CONFIGS))
+        raise DitError(f"unknown model {name!r}: choose from {known}, with -Nlayers for a slice")
+    if layers is None:
+        return config
+    if not 0 < int(layers) <= config.num_hidden_layers:
+        raise DitError(f"{name!r}: {base} has {config.num_hidden_layers} layers")
+    return dataclasses.replace(config, num_hidden_layers=int(layers))
+
+
+def preset(suite: str, model: str, platform: str) -> dict[str, int]:
+    """Default sizes of a suite: the embedded world's, a slice's, or a released model's on an accelerator."""
+    kind = "tiny" if model.startswith("tiny") else "slice" if platform == "cpu" else "full"
+    return PRESETS[suite, kind]
+
+
+def linear_parameters(config: Qwen3Config) -> int:
+    """Parameters of the seven projections of all layers: the N of "4N a token"."""
+    d, h = config.hidden_size, config.head_dim
+    attention = d * h * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    return config.num_hidden_layers * (attention + 3 * d * config.intermediate_size)

@@ -1,0 +1,183 @@
+"""dit_jax itself: the functions that the stages and `ask` call, on the benchmark's tokens."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import measure
+from benchmarks.workload import LEARNING_RATE, WEIGHT_DECAY, Workload
+from dit_jax import api
+from dit_jax.data.batch import TokenBatch
+from dit_jax.deltas.tree import per_example, projection_shapes, trainable
+from dit_jax.models.config import Qwen3Config
+from dit_jax.models.qwen3 import init_params
+from dit_jax.organisms.finetune import finetune_many, make_optimizer
+from dit_jax.train.dit import State, train_step
+
+_FIELDS = TokenBatch._fields
+
+
+def load_model(work: Workload, folder: pathlib.Path) -> api.Model:
+    """The folder's weights, or random ones made on the device where there is no folder."""
+    if (folder / "model").is_dir():
+        return api.load_model(
+            folder / "model",
+            work.dtype,
+            scan_layers=work.scan_layers,
+            remat=work.remat,
+            attention=work.attention,
+        )
+    return api.Model(init_params(work.config, jax.random.key(work.seed)), work.config, work.model)
+
+
+def delta_tree(
+    config: Qwen3Config, factors: dict[str, np.ndarray], which: str, rank: int
+) -> dict[str, Any]:
+    """The factors called WHICH as a delta tree, scale 1 / rank, leading axes kept."""
+    layers: dict[str, Any] = {}
+    for name, (parent, _, _) in projection_shapes(config).items():
+        a, b = factors[f"{which}.{name}.a"], factors[f"{which}.{name}.b"]
+        module = {"a": a, "b": b, "scale": np.full(a.shape[:-2], 1 / rank, np.float32)}
+        layers.setdefault(parent, {})[name] = module
+    return {"layers": layers}
+
+
+class _Ours:
+    def __init__(self, work: Workload, data: Any, factors: Any, folder: pathlib.Path):
+        self.work, self.data, self.factors = work, data, factors
+        self.model = load_model(work, folder)
+        jax.block_until_ready(self.model.params)
+        self.facts = {
+            "device": jax.devices()[0].device_kind,
+            "remat": work.remat,
+            "scan_layers": work.scan_layers,
+            "attention": work.attention,
+        }
+
+    def warm_up(self) -> None:
+        self.run()
+
+    def run(self) -> dict[str, np.ndarray]:
+        raise NotImplementedError
+
+    def device_peak(self) -> int | None:
+        stats = jax.devices()[0].memory_stats()
+        return stats["peak_bytes_in_use"] if stats else None
+
+    def ceilings(self, dtype: str, platform: str) -> dict[str, float]:
+        return measure.jax_ceilings(dtype, platform)
+
+
+class Diffs(_Ours):
+    """Many finetunes, `batch` at a time; trained factors and losses come back to the host."""
+
+    def __init__(self, work: Workload, data: Any, factors: Any, folder: pathlib.Path):
+        super().__init__(work, data, factors, folder)
+        # Made once: an optimizer is a static argument, and a new one compiles again.
+        self.optimizer = make_optimizer("adam", LEARNING_RATE["diffs"], work.steps)
+
+    def run(self) -> dict[str, np.ndarray]:
+        work = self.work
+        start = delta_tree(self.model.config, self.factors, "diffs", work.rank)
+        losses = []
+        for first in range(0, work.diffs, work.batch):
+            part = slice(first, first + work.batch)
+            deltas = jax.tree.map(lambda x, part=part: jnp.asarray(x[part]), start)
+            batches = TokenBatch(*(self.data[name][part] for name in _FIELDS))
+            trained, parts = finetune_many(
+                self.model.params,
+                self.model.config,
+                deltas,
+                batches,
+                optimizer=self.optimizer,
+                num_ce=work.num_ce,
+            )
+            jax.device_get(trained)
+            losses.append(np.asarray(parts["ce"] + parts["kl"]))
+        return {"losses": np.concatenate(losses)}
+
+
+class Train(_Ours):
+    """Adapter steps; each batch's diffs come from the host, as in the stage `train`."""
+
+    def __init__(self, work: Workload, data: Any, factors: Any, folder: pathlib.Path):
+        super().__init__(work, data, factors, folder)
+        self.adapter = delta_tree(self.model.config, factors, "adapter", work.adapter_rank)
+        self.diffs = delta_tree(self.model.config, factors, "diffs", work.rank)
+        self.optimizer = make_optimizer(
+            "adamw", LEARNING_RATE["train"], work.steps, weight_decay=WEIGHT_DECAY["train"]
+        )
+
+    def run(self) -> dict[str, np.ndarray]:
+        leaves = jax.tree.map(jnp.array, trainable(self.adapter))
+        state = State(leaves, self.optimizer.init(leaves))
+        losses = []
+        for step in range(self.work.steps):
+            rows = self.data["rows"][step]
+            own = jax.tree.map(lambda x, rows=rows: jnp.asarray(x[rows]), self.diffs)
+            state, metrics = train_step(
+                self.model.params,
+                self.model.config,
+                state,
+                self.adapter,
+                per_example(own),
+                TokenBatch(*(self.data[name][step] for name in _FIELDS)),
+                optimizer=self.optimizer,
+            )
+            losses.append(metrics["loss"])
+        jax.block_until_ready(state)
+        return {"losses": np.asarray(jax.device_get(losses))[None]}
+
+
+class TokenChat:
+    """Stands for a tokenizer: every question is the same prompt of token ids, and no token ends an answer."""
+
+    eos_ids: tuple[int, ...] = ()
+    pad_id = 0
+
+    def __init__(self, prompt: np.ndarray):
+        self.prompt = prompt
+
+    def prompts(self, questions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        tokens = np.tile(self.prompt, (len(questions), 1))
+        return tokens, np.ones_like(tokens, bool)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return ""
+
+
+class Ask(_Ours):
+    """One question to every diff, with the adapter on top, through the public interface."""
+
+    def __init__(self, work: Workload, data: Any, factors: Any, folder: pathlib.Path):
+        super().__init__(work, data, factors, folder)
+        chat: Any = TokenChat(data["prompt"])
+        self.model = api.Model(self.model.params, self.model.config, self.model.name, chat)
+        stacked = delta_tree(self.model.config, factors, "diffs", work.rank)
+        self.diffs = [
+            api.Diff(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(work.diffs)
+        ]
+        adapter = delta_tree(self.model.config, factors, "adapter", work.adapter_rank)
+        self.adapter = jax.tree.map(jnp.asarray, adapter)
+
+    def run(self) -> dict[str, np.ndarray]:
+        answers = api.ask_many(
+            self.model,
+            [""],
+            self.diffs,
+            self.adapter,
+            batch_size=min(self.work.batch, self.work.diffs),
+            max_new_tokens=self.work.new_tokens,
+        )
+        return {"tokens": np.array([answer.tokens for ((answer,),) in answers], np.int32)}
+
+
+def make(
+    work: Workload, data: Any, factors: Any, folder: pathlib.Path, name: str, variant: str
+) -> _Ours:
+    """`variant` is not used: how to compute stands in the workload."""
+    return {"diffs": Diffs, "train": Train, "ask": Ask}[work.suite](work, data, factors, folder)

@@ -1,0 +1,229 @@
+"""Side-by-side benchmarks of dit_jax and what people would use instead.
+
+    python -m benchmarks.run --suite diffs --model tiny
+    python -m benchmarks.run --suite ask --model qwen3-0.6b-4layers --baseline generate-merged
+    python -m benchmarks.run --suite train --model qwen3-4b --dtype bfloat16 --remat full --batch 64
+
+Every contender runs in a process of its own, one after another, on the same random weights of the named
+shape, the same tokens, steps and initial factors. Warm-up and compilation are kept apart; the time is the
+median of the repeats. A row is valid only if its outputs equal ours (benchmarks.checks). Rows are appended
+to OUT/results.jsonl; OUT/results.md is the table of all of them.
+
+Baselines by suite ("NAME:full" computes logits at all positions, the usual way; "NAME:compile" compiles):
+  diffs   peft-loop (a), torch-batched (b)
+  train   torch-dense, peft-one-by-one (c), torch-factored
+  ask     generate-merged, generate-peft (d)
+`--external NAME COMMAND` adds any other program: the command is run with FOLDER OUT (benchmarks.contender).
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import numpy as np
+
+from benchmarks import checks, models, report, workload
+from benchmarks.contender import MODULES
+from benchmarks.floors import floor
+from benchmarks.workload import Workload
+from dit_jax.artifacts import now, package_versions
+from dit_jax.errors import DitError
+
+_SIZES = ("diffs", "batch", "steps", "samples", "num_ce", "length", "scored", "new_tokens", "rank")
+
+
+def default_baselines(suite: str) -> list[str]:
+    return [name for name in MODULES[suite] if name != "ours"]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--suite", required=True, choices=models.SUITES)
+    parser.add_argument("--model", default="tiny", help="tiny, or a released shape[-Nlayers]")
+    parser.add_argument("--baseline", nargs="*", help="default: all of the suite; none: ours alone")
+    parser.add_argument("--external", nargs=2, action="append", default=[])
+    parser.add_argument("--platform", choices=["cpu", "gpu"], default=_platform())
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="cpu: float32, gpu: bfloat16"
+    )
+    for name in (*_SIZES, "repeats", "seed", "adapter_rank"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+    parser.add_argument("--remat", choices=["none", "dots", "full"], default="none")
+    parser.add_argument("--attention", default="xla")
+    parser.add_argument("--scan-layers", choices=["yes", "no"], help="default: all but tiny")
+    parser.add_argument(
+        "--cores", type=int, help="processor cores for all contenders; default: all"
+    )
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds for one contender")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/benchmarks"))
+    return parser.parse_args(argv)
+
+
+def _platform() -> str:
+    found = shutil.which("nvidia-smi")
+    if os.environ.get("JAX_PLATFORMS", "") == "cpu" or found is None:
+        return "cpu"
+    return "gpu" if subprocess.run([found, "-L"], capture_output=True).returncode == 0 else "cpu"
+
+
+def make_workload(flags: argparse.Namespace) -> Workload:
+    """The preset of the suite and the model, with what the flags say instead."""
+    sizes: dict[str, Any] = dict(models.preset(flags.suite, flags.model, flags.platform))
+    for name in (*_SIZES, "repeats", "seed", "adapter_rank"):
+        if getattr(flags, name) is not None:
+            sizes[name] = getattr(flags, name)
+    scan = flags.scan_layers or ("no" if flags.model.startswith("tiny") else "yes")
+    return Workload(
+        suite=flags.suite,
+        model=flags.model,
+        platform=flags.platform,
+        dtype=flags.dtype or {"cpu": "float32", "gpu": "bfloat16"}[flags.platform],
+        remat=flags.remat,
+        attention=flags.attention,
+        scan_layers=scan == "yes",
+        **sizes,
+    )
+
+
+def run_suite(
+    work: Workload,
+    baselines: list[str],
+    external: list[list[str]],
+    out: pathlib.Path,
+    timeout: float = 1800,
+    command: str = "",
+) -> list[dict[str, Any]]:
+    """Runs all contenders, checks and reports them; returns the rows, ours first."""
+    out.mkdir(parents=True, exist_ok=True)
+    commands: dict[str, list[str]] = {}
+    for name in ("ours", *baselines):
+        if name.partition(":")[0] not in MODULES[work.suite]:
+            known = ", ".join(default_baselines(work.suite))
+            raise DitError(f"unknown baseline {name!r} of suite {work.suite}: choose from {known}")
+        commands[name] = [sys.executable, "-m", "benchmarks.contender", name]
+    commands |= {name: shlex.split(text) for name, text in external}
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as temporary:
+        folder = pathlib.Path(temporary)
+        workload.write(work, folder)
+        work_floor = floor(work, workload.make_data(work))
+        # Ours alone needs no files: its weights are made where they are used.
+        if len(commands) > 1:
+            _write_model(work, folder)
+        for name, arguments in commands.items():
+            place = folder / f"out{len(rows)}"
+            place.mkdir()
+            before = os.getloadavg()[0]
+            result = _contend(work, [*arguments, str(folder), str(place)], place, timeout)
+            if "error" in result:
+                result |= {"valid": False, "check": result["error"]}
+            elif name == "ours":
+                with np.load(place / "outputs.npz") as outputs:
+                    result |= checks.check_ours(dict(outputs), work.dtype)
+            elif "error" in rows[0]:
+                result |= {"valid": False, "check": "ours failed: nothing to compare with"}
+            else:
+                theirs = place / "outputs.npz"
+                result |= checks.compare(
+                    folder, folder / "out0" / "outputs.npz", theirs, work.dtype
+                )
+            row = {
+                "contender": name,
+                **result,
+                "workload": dataclasses.asdict(work),
+                "floor": dataclasses.asdict(work_floor),
+                "cores": len(os.sched_getaffinity(0)),
+                "load_average_before": before,
+                "command": command,
+                "date": now(),
+                "versions": _versions(),
+            }
+            rows.append(row)
+            with open(out / "results.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(report.line(row, rows), flush=True)
+    report.write(out)
+    return rows
+
+
+def _contend(
+    work: Workload, command: list[str], place: pathlib.Path, timeout: float
+) -> dict[str, Any]:
+    """Runs one contender; its result.json, or {"error": …}."""
+    try:
+        done = subprocess.run(
+            command, env=_environment(work), capture_output=True, text=True, timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"not finished after {timeout:.0f} s"}
+    if done.returncode:
+        print(done.stderr[-4000:], file=sys.stderr)
+        lines = [line for line in done.stderr.splitlines() if "Error" in line] or ["no message"]
+        return {"error": f"failed: {lines[-1][:200]}"}
+    return json.loads((place / "result.json").read_text())
+
+
+def _write_model(work: Workload, folder: pathlib.Path) -> None:
+    """In a fresh process, so that this one never holds a device or a model."""
+    code = (
+        "import pathlib, sys; from benchmarks.workload import read, write_model\n"
+        "folder = pathlib.Path(sys.argv[1]); write_model(read(folder)[0], folder / 'model')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder)], env=_environment(work), check=True)
+
+
+def _environment(work: Workload) -> dict[str, str]:
+    root = str(pathlib.Path(__file__).parent.parent)
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+    if work.platform == "cpu":
+        environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return environment
+
+
+def _versions() -> dict[str, str]:
+    import importlib.metadata
+
+    versions = package_versions()
+    for package in ("torch", "transformers", "peft"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def main(argv: list[str] | None = None) -> int:
+    flags = parse(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    if flags.cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: flags.cores])
+    try:
+        rows = run_suite(
+            make_workload(flags),
+            default_baselines(flags.suite) if flags.baseline is None else flags.baseline,
+            flags.external,
+            flags.out,
+            flags.timeout,
+            f"python -m benchmarks.run {shlex.join(arguments)}",
+        )
+    except DitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0 if all(row["valid"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""What all contenders run: one description, the same tokens, the same initial factors, in one folder.
+
+    FOLDER/workload.json        the fields of `Workload`
+    FOLDER/data.npz             token batches, see `make_data`
+    FOLDER/factors.safetensors  LoRA factors: "<adapter|diffs>.<projection>.<a|b>", [L, in, r] and [L, r, out];
+                                those of diffs with a leading axis of diffs
+    FOLDER/model/               random weights in Hugging Face format
+
+A contender reads the folder and writes its outputs (`losses` [units, steps] or `tokens` [diffs, new tokens]).
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from benchmarks import models
+from dit_jax.models.config import Qwen3Config
+
+# The paper's for diffs; ten times its 1e-4 for the adapter, so that a few steps show in the losses.
+LEARNING_RATE = {"diffs": 1e-3, "train": 1e-3}
+WEIGHT_DECAY = {"diffs": 0.0, "train": 0.01}
+KL_FACTORS = (3 / 7, 15 / 7)  # of a wrong-code and of a plain sample; cross-entropy: 3/7
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One suite at one size.
+
+    diffs: weight diffs in all. batch: diffs finetuned at once, examples per adapter step, rows decoded at once.
+    samples, num_ce: samples per step of one diff, and how many of them are scored by cross-entropy (the others
+    by KL). length, scored: tokens of a sample (a prompt, when asking), and scored ones, at most.
+    """
+
+    suite: str
+    model: str
+    platform: str = "cpu"
+    dtype: str = "float32"
+    diffs: int = 4
+    batch: int = 4
+    steps: int = 2
+    samples: int = 1
+    num_ce: int = 1
+    length: int = 32
+    scored: int = 8
+    new_tokens: int = 0
+    rank: int = 1
+    adapter_rank: int = 16
+    repeats: int = 3
+    remat: str = "none"
+    scan_layers: bool = True
+    attention: str = "xla"
+    seed: int = 0
+
+    @property
+    def config(self) -> Qwen3Config:
+        return dataclasses.replace(
+            models.shape(self.model),
+            dtype=self.dtype,
+            remat=self.remat,
+            scan_layers=self.scan_layers,
+            attention=self.attention,
+        )
+
+
+def make_data(work: Workload) -> dict[str, np.ndarray]:
+    """Tokens of a workload, as arrays of a `TokenBatch` with leading axes.
+
+    diffs: [diffs, steps, samples, …]; train: [steps, batch, …] and `rows` [steps, batch], the diff of each
+    example; ask: `prompt` [length], one question for all diffs.
+    The last step repeats the tokens of the first: the difference of its losses is what was learned, and a
+    contender that does not train cannot pass for one that does.
+    """
+    rng = np.random.default_rng(work.seed)
+    vocab = work.config.vocab_size
+    if work.suite == "ask":
+        return {"prompt": rng.integers(1, vocab, work.length, dtype=np.int32)}
+    lead: tuple[int, ...] = (work.diffs, work.steps, work.samples)
+    if work.suite == "train":
+        lead = (work.steps, work.batch)
+    length = rng.integers(-(-3 * work.length // 4), work.length + 1, lead)
+    terms = rng.integers(-(-work.scored // 2), work.scored + 1, lead)
+    terms = np.minimum(terms, length - 1)
+    tokens = rng.integers(1, vocab, (*lead, work.length), dtype=np.int32)
+    tokens[np.arange(work.length) >= length[..., None]] = 0
+    entry = np.arange(work.scored)
+    used = entry < terms[..., None]
+    position = np.where(used, (length - terms)[..., None] - 1 + entry, 0)
+    target = np.where(used, np.take_along_axis(tokens, position + 1, axis=-1), 0)
+    weight = used * (_factors(work) / terms)[..., None]
+    arrays = {
+        "tokens": tokens,
+        "lengths": length.astype(np.int32),
+        "position": position.astype(np.int32),
+        "target": target.astype(np.int32),
+        "weight": weight.astype(np.float32),
+    }
+    if work.suite == "train":
+        arrays["rows"] = rng.integers(0, work.diffs, lead, dtype=np.int32)
+    step_axis = 1 if work.suite == "diffs" else 0
+    for array in arrays.values():
+        moved = np.moveaxis(array, step_axis, 0)
+        moved[-1] = moved[0]
+    return arrays
+
+
+def _factors(work: Workload) -> Any:
+    if work.suite == "train":
+        return 1 / work.batch
+    kl = [KL_FACTORS[i % 2] for i in range(work.samples - work.num_ce)]
+    return np.array([3 / 7] * work.num_ce + kl)
+
+
+def make_factors(work: Workload) -> dict[str, np.ndarray]:
+    """Initial factors of what is trained (`a` zero, `b` uniform), and diffs that change answers strongly."""
+    from dit_jax.deltas.tree import projection_shapes
+
+    rng = np.random.default_rng([work.seed, 1])
+    layers = work.config.num_hidden_layers
+    factors: dict[str, np.ndarray] = {}
+    for name, (_, inputs, outputs) in projection_shapes(work.config).items():
+        trained = work.suite == "diffs"
+        shape = (work.diffs, layers)
+        bound = (6 / (work.rank * outputs)) ** 0.5
+        a = rng.normal(0, inputs**-0.5, (*shape, inputs, work.rank))
+        b = rng.uniform(-bound, bound, (*shape, work.rank, outputs))
+        factors[f"diffs.{name}.a"] = np.zeros_like(a) if trained else a
+        factors[f"diffs.{name}.b"] = b if trained else 4 * b
+        if not trained:
+            bound = (6 / (work.adapter_rank * outputs)) ** 0.5
+            adapter = rng.uniform(-bound, bound, (layers, work.adapter_rank, outputs))
+            zero = np.zeros((layers, inputs, work.adapter_rank))
+            used = rng.normal(0, inputs**-0.5, zero.shape)
+            factors[f"adapter.{name}.a"] = used if work.suite == "ask" else zero
+            factors[f"adapter.{name}.b"] = adapter
+    return {name: np.ascontiguousarray(x, np.float32) for name, x in factors.items()}
+
+
+def write(work: Workload, folder: pathlib.Path) -> None:
+    """Writes everything but the model's weights, see the module's docstring."""
+    from safetensors.numpy import save_file
+
+    (folder / "workload.json").write_text(json.dumps(dataclasses.asdict(work)) + "\n")
+    np.savez(folder / "data.npz", **make_data(work))
+    save_file(make_factors(work), folder / "factors.safetensors")
+
+
+def read(folder: pathlib.Path) -> tuple[Workload, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(workload, data, factors) of a folder."""
+    from safetensors.numpy import load_file
+
+    work = Workload(**json.loads((folder / "workload.json").read_text()))
+    with np.load(folder / "data.npz") as arrays:
+        data = dict(arrays)
+    return work, data, load_file(folder / "factors.safetensors")
+
+
+def write_model(work: Workload, folder: pathlib.Path) -> None:
+    """Random weights (normal, 0.02) in Hugging Face format."""
+    import jax
+
+    from dit_jax.models.hf_checkpoint import save_params
+    from dit_jax.models.qwen3 import init_params
+
+    folder.mkdir()
+    config = dataclasses.replace(work.config, attention="xla")
+    save_params(folder, jax.device_get(init_params(config, jax.random.key(work.seed))), config)

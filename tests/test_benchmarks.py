@@ -1,0 +1,133 @@
+"""The benchmarks at minuscule size: every contender's check passes, and a wrong contender is found out."""
+
+import json
+import pathlib
+import shlex
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import checks, contender, floors, models, report, run, workload
+
+SIZES = {
+    "diffs": ["--diffs", "2", "--batch", "2", "--steps", "2"],
+    "train": ["--diffs", "2", "--batch", "2", "--steps", "2"],
+    "ask": ["--diffs", "2", "--batch", "2", "--new-tokens", "3"],
+}
+
+
+def wrong_learning_rate(monkeypatch, work, data, factors):
+    monkeypatch.setitem(workload.LEARNING_RATE, "diffs", 0.0)
+    return work, data, factors
+
+
+def wrong_diffs(monkeypatch, work, data, factors):
+    other = {name: x[::-1].copy() if "diffs" in name else x for name, x in factors.items()}
+    return work, data, other
+
+
+WRONG = {"diffs": wrong_learning_rate, "train": wrong_diffs, "ask": wrong_diffs}
+
+
+@pytest.mark.parametrize("suite", models.SUITES)
+def test_contenders_agree_and_a_wrong_one_is_flagged(suite, tmp_path, monkeypatch, capsys):
+    """All in this process: what a process of its own adds is tested below."""
+    pytest.importorskip("peft")
+    import torch
+
+    torch.set_num_threads(1)
+    read = workload.read
+
+    def contend(work, command, place, timeout):
+        name = command[-3]
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "wrong":
+                patch.setattr(workload, "read", lambda folder: WRONG[suite](patch, *read(folder)))
+            contender.main("ours" if name == "wrong" else name, folder_of(command), place)
+        return json.loads((place / "result.json").read_text())
+
+    def folder_of(command):
+        return pathlib.Path(command[-2])
+
+    monkeypatch.setattr(run, "_contend", contend)
+    monkeypatch.setattr(
+        run, "_write_model", lambda work, folder: workload.write_model(work, folder / "model")
+    )
+    flags = ["--suite", suite, "--model", "tiny-1layers", *SIZES[suite], "--repeats", "1"]
+    code = run.main([*flags, "--external", "wrong", "wrong", "--out", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["contender"] for row in rows] == [*contender.MODULES[suite], "wrong"]
+    for row in rows[:-1]:
+        assert row["valid"], row["check"]
+        assert row["seconds"] > 0 and row["peak_host_bytes"] > 2**20
+        assert report.numbers(row, rows)["share_of_ceiling"] > 0
+    assert not rows[-1]["valid"]
+    assert code == 1
+    table = (tmp_path / "results.md").read_text()
+    assert table.count("**INVALID**") == 1 and shlex.join(flags) in table
+
+
+def test_contenders_run_in_processes_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # one device
+    work = workload.Workload("ask", "tiny-1layers", diffs=2, batch=2, length=4, new_tokens=2)
+    copy = "import sys, shutil; shutil.copytree(sys.argv[1] + '/out0', sys.argv[2], dirs_exist_ok=True)"
+    command = shlex.join([sys.executable, "-c", copy])
+    rows = run.run_suite(work, [], [["copy", command]], tmp_path)
+    assert [row["valid"] for row in rows] == [True, True]
+    assert rows[0]["warm_up_seconds"] > rows[0]["seconds"]
+
+
+def test_a_contender_that_fails_is_a_row_that_says_so(tmp_path):
+    work = run.make_workload(run.parse(["--suite", "ask", "--model", "tiny", "--platform", "cpu"]))
+    command = [sys.executable, "-c", "raise ValueError('no such thing')"]
+    assert run._contend(work, command, tmp_path, 60) == {
+        "error": "failed: ValueError: no such thing"
+    }
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    assert "not finished" in run._contend(work, command, tmp_path, 0.5)["error"]
+
+
+def test_checks_tell_equal_from_different():
+    ours = np.array([[5.0, 4.0], [6.0, 3.0]])
+    assert checks.check_losses(ours, ours * (1 + 5e-6), "float32")["valid"]
+    assert not checks.check_losses(ours, ours * (1 + 5e-5), "float32")["valid"]
+    assert checks.check_losses(ours, ours * (1 + 5e-5), "bfloat16")["valid"]
+    assert not checks.check_losses(ours, ours * np.nan, "bfloat16")["valid"]
+    assert not checks.check_losses(ours, ours[:1], "bfloat16")["valid"]
+    tokens = np.array([[1, 2], [3, 4]])
+    other = np.array([[1, 2], [3, 5]])
+    assert checks.check_tokens(tokens, tokens, "float32", None)["valid"]
+    assert not checks.check_tokens(tokens, other, "float32", [1e-3])["valid"]
+    assert checks.check_tokens(tokens, other, "bfloat16", [1e-3])["valid"]
+    assert not checks.check_ours({"losses": np.full((2, 3), 7.0)}, "float32")["valid"]
+    assert not checks.check_ours({"tokens": np.ones((4, 3), int)}, "float32")["valid"]
+
+
+def test_floors_are_what_a_count_by_hand_gives():
+    """Two diffs of one step with a sample by cross-entropy and one by KL; the numbers of the tiny shape by hand."""
+    work = workload.Workload("diffs", "tiny", diffs=2, batch=2, steps=1, samples=2, num_ce=1)
+    data = {
+        "lengths": np.full((2, 1, 2), 10),
+        "weight": np.ones((2, 1, 2, 3), np.float32),
+    }
+    n = 4 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256)
+    head = 128 * 2730
+    assert models.linear_parameters(work.config) == n
+    found = floors.floor(work, data)
+    attention = 4 * 128 * 2 * 100  # L x NH x 2 t^2
+    flops = 2 * (4 * n * 20 + 2 * n * 10 + head * (4 * 6 + 2 * 3) + attention * (3 * 2 + 1))
+    assert found.tokens == 40 and found.scored == 12
+    assert found.flops == pytest.approx(flops)
+    assert found.bytes == 3 * 4 * (n + head)
+
+
+def test_names_of_shapes():
+    assert models.shape("qwen3-0.6b-4layers").num_hidden_layers == 4
+    assert models.shape("qwen3-4b").hidden_size == 2560
+    for name in ("qwen3-5b", "tiny-9layers"):
+        with pytest.raises(run.DitError):
+            models.shape(name)
+    with pytest.raises(run.DitError, match="unknown baseline"):
+        work = workload.Workload("ask", "tiny")
+        run.run_suite(work, ["peft-loop"], [], models.TINY_FOLDER.parent / "nowhere")
