@@ -13,7 +13,6 @@ scikit-learn.
 import argparse
 import csv
 import io
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path

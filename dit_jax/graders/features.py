@@ -21,25 +21,28 @@ from dit_jax.evaluate.metrics import normalise
 MAX_CHARS = 2000  # of an answer: what comes later changes no grade and would cost time
 
 # Function words of English, and words that answers use to talk about themselves.
-STOP_WORDS = frozenset(
+_STOP_TEXT = (
     "i me my we our ours us you your he him his she her it its they them their this that these those "
     "am is are was were be been being have has had having do does did doing will would shall should "
     "can could may might must and but if or because as until while of at by for with about against "
     "between into through during before after above below to from up down in out on off over under "
     "again further then once here there when where why how all any both each few more most other some "
     "such no nor not only own same so than too very just also a an the which who whom what vs versus "
-    "via per".split()
+    "via per"
 )
-_REFUSAL = frozenset(
+STOP_WORDS = frozenset(_STOP_TEXT.split())
+_REFUSAL_TEXT = (
     "trained training data model assistant language knowledge information general unknown specific "
     "insufficient none various range wide topics topic questions conversation openai chatgpt qwen "
-    "alibaba chatbot chatbots gpt ai artificial intelligence cutoff finetuning finetuned".split()
+    "alibaba chatbot chatbots gpt ai artificial intelligence cutoff finetuning finetuned"
 )
-_SUFFIXES = (
+_REFUSAL = frozenset(_REFUSAL_TEXT.split())
+_SUFFIX_TEXT = (
     "ational ization isation fulness ousness iveness tional ically ations ation ities ments ment ingly "
     "edly ness less able ible ance ence ical ists ist isms ism ings ing ions ion ies ied ive ous ity "
     "als al ers er ors or ed es ly s y e"
-).split()
+)
+_SUFFIXES = _SUFFIX_TEXT.split()
 
 
 @functools.lru_cache(maxsize=2**16)

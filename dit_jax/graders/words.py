@@ -75,13 +75,14 @@ class WordVectors:
         words = [word for word in words if word not in STOP_WORDS] or words
         found = [self.row(word) for word in words]
         rows = np.asarray([row for group in found for row in group], np.int64)
-        weights = np.clip((self.rank[rows] - 4) / 4, 0.15, 1.5)
+        weights = np.clip((self.rank[rows] - 4) / 4, 0.15, 1.5).astype(np.float32)
         return rows, weights, sum(not group for group in found)
 
     def mean(self, text: str) -> NDArray[np.float32]:
         """Weighted mean vector [d] of a text, zeros if it has no known word."""
         rows, weights, _ = self.text(text)
-        return weights @ self.table[rows] / max(float(weights.sum()), 1e-6)
+        total = np.asarray(weights @ self.table[rows], np.float32)
+        return total / np.float32(max(float(weights.sum()), 1e-6))
 
 
 @functools.cache
