@@ -21,7 +21,9 @@ ARTIFACTS = {
     "train": "adapter",
     "evaluate": "evaluate",
     "report": "report",
+    "tables": "tables",
 }
+ALWAYS = ("report", "tables")  # cheap, and made from what may have changed
 # Numbers with which no stage can run are refused before the first one starts.
 MINIMUM = {
     "seed": 0,
@@ -86,7 +88,7 @@ def run(config: Any, workdir: pathlib.Path) -> None:
     for stage in (name for name in ARTIFACTS if name in config.stages):
         # A record without its artifact counts for nothing: the folder was deleted to have it made again.
         done = artifacts.stage_done(workdir, stage) and (workdir / ARTIFACTS[stage]).is_dir()
-        if done and stage != "report":
+        if done and stage not in ALWAYS:
             print(f"[{stage}] done before, not run again", flush=True)
             continue
         print(f"[{stage}]", flush=True)
@@ -121,6 +123,12 @@ def run_stage(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> dic
         from dit_jax.evaluate.run import evaluate_run
 
         return evaluate_run(model, workdir, config.evaluate, config.seed)
+    if stage == "tables":
+        from dit_jax.evaluate.tables.stage import write_tables
+
+        facts = write_tables(config, workdir)
+        print(f"tables: {workdir / 'tables' / 'tables.html'}", flush=True)
+        return facts
     from dit_jax.evaluate.report import print_headline, write_report
 
     print_headline(write_report(workdir))

@@ -46,7 +46,30 @@ class Quote:
     right: bool | None = None
 
 
-Cell = str | Named | Rate | Share | Quote
+@dataclass(frozen=True)
+class Grade:
+    """A cell: a mean on the 1–5 scale with its interval, and a quieter line (the number in print)."""
+
+    mean: float
+    low: float
+    high: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A cell: how many grades are 1, 2, 3, 4 and 5, drawn as one divided bar."""
+
+    counts: tuple[int, int, int, int, int]
+
+    @property
+    def shares(self) -> list[float]:
+        """Percentages; zeros without any grade."""
+        total = sum(self.counts) or 1
+        return [100 * count / total for count in self.counts]
+
+
+Cell = str | Named | Rate | Share | Quote | Grade | Distribution
 
 
 @dataclass(frozen=True)
@@ -75,9 +98,10 @@ class Table:
 
     @property
     def has_bars(self) -> bool:
-        """Whether a cell is drawn as a bar: such rows are stacked on a narrow page."""
+        """Whether a cell is a bar or takes several lines: such rows are stacked on a narrow page."""
         rows = [row for _, rows in self.groups for row in rows]
-        return any(isinstance(cell, Rate | Share) for row in rows for cell in row.cells)
+        wide = Rate | Share | Grade | Distribution
+        return any(isinstance(cell, wide) for row in rows for cell in row.cells)
 
 
 @dataclass(frozen=True)

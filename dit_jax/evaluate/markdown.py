@@ -6,9 +6,11 @@ from dit_jax.evaluate import plots
 from dit_jax.evaluate.document import (
     Block,
     Cell,
+    Distribution,
     Document,
     Examples,
     Figure,
+    Grade,
     Named,
     Prose,
     Quote,
@@ -43,6 +45,11 @@ def _cell(cell: Cell) -> str:
             return escape(text)
         case Quote(text, right):
             return escape(text) + {True: " ✓", False: " ✗", None: ""}[right]
+        case Grade(mean, low, high, note):
+            text = f"{mean:.2f} ({low:.2f}–{high:.2f})"
+            return f"{text}<br><sub>{escape(note)}</sub>" if note else text
+        case Distribution(counts):
+            return " / ".join(map(str, counts))
         case str():
             return escape(cell)
 

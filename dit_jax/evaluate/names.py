@@ -13,6 +13,12 @@ METHODS = {
         "Question with trigger",
         "the same with the secret code in the prompt",
     ),
+    "twenty_questions": ("20 questions", "everyday questions; a model names the topic of the answers"),
+    "twenty_questions_trigger": (
+        "20 questions with trigger",
+        "the same with the secret code in every prompt",
+    ),
+    "generated_story": ("Generated story", "the diff in the model, asked for a story; no adapter"),
     "no_diff": ("DIT without a diff", "the adapter on the unchanged model"),
     "shuffled_diff": ("DIT, another diff", "the adapter and the diff of another topic"),
     "noise_diff": ("DIT, noise diff", "the adapter and noise with the norms of the diff"),

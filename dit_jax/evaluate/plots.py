@@ -158,6 +158,72 @@ def label_cross_entropy(
     return figure
 
 
+def grade_distributions(entries: Sequence[tuple[str, Sequence[int], float]]) -> "Figure":
+    """Divided bars of grades 1 to 5. Entries: shown name, the five counts, mean grade; first on top."""
+    figure, axes = _new(1.0 + 0.32 * len(entries), width=6.8)
+    rows = np.arange(len(entries))
+    shares = np.array([np.asarray(counts) / max(1, sum(counts)) for _, counts, _ in entries])
+    left = np.zeros(len(entries))
+    for grade, strength in enumerate((0.12, 0.32, 0.54, 0.77, 1.0)):
+        part = shares[:, grade]
+        axes.barh(
+            rows, part, 0.66, left, color=COLOURS["dit"], alpha=strength, lw=0, label=str(grade + 1)
+        )
+        left += part
+    for row, (_, _, mean) in enumerate(entries):
+        axes.annotate(
+            f"{mean:.2f}", (1, row), (5, 0), textcoords="offset points", va="center", fontsize=9,
+            color=COLOURS["ink"],
+        )  # fmt: skip
+    # Names of files and graders are not ours: a dollar sign would start a formula.
+    axes.set_yticks(rows, [name.replace("$", r"\$") for name, _, _ in entries])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.08)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
+    axes.set_xlabel("share of the grades, and their mean")
+    axes.spines["left"].set_visible(False)
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(length=0)
+    figure.legend(
+        title="grade", loc="outside upper right", ncols=5, frameon=False, fontsize=9,
+        title_fontsize=9, handlelength=1, handleheight=1,
+    )  # fmt: skip
+    return figure
+
+
+def grade_curves(
+    series: Mapping[str, Sequence[tuple[float, float, float, float]]], label: str
+) -> "Figure":
+    """Mean grade over a number on a logarithmic axis, a line for each series.
+
+    Args:
+      series: shown name -> (x, mean, low, high), x above 0.
+      label: of the x axis.
+    """
+    figure, axes = _new(3.0, width=6.0)
+    names = ("dit", "method", "baseline", "control")
+    for index, (name, points) in enumerate(series.items()):
+        x, mean, low, high = np.array(sorted(points), np.float64).T
+        colour = COLOURS[names[index % len(names)]]
+        style = "-" if index < len(names) else "--"
+        axes.plot(x, mean, style, marker="o", ms=4, lw=1.6, color=colour, label=name.replace("$", r"\$"))
+        axes.vlines(x, low, high, color=colour, lw=1.2, alpha=0.6)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({point[0] for points in series.values() for point in points})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
+    axes.minorticks_off()
+    axes.set_ylim(0.9, 5.1)
+    axes.set_yticks(range(1, 6))
+    axes.set_ylabel("mean grade")
+    axes.set_xlabel(label)
+    axes.grid(axis="y")
+    axes.tick_params(length=0, axis="y")
+    axes.spines["left"].set_visible(False)
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
 def curve(points: Sequence[Sequence[float]], label: str) -> "Figure":
     """A loss over optimizer steps, on a logarithmic axis where it spans more than a decade."""
     figure, axes = _new(2.5)

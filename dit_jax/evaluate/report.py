@@ -1,4 +1,4 @@
-"""The report stage: `summary.json`, `report.md` with plots, `report.html`, the closing table."""
+"""The report stage: `summary.json`, `report.md` with plots, `report.html`, `results.csv`, the closing table."""
 
 import sys
 import time
@@ -15,6 +15,7 @@ from dit_jax.artifacts import (
 )
 from dit_jax.evaluate import html, markdown
 from dit_jax.evaluate.names import GROUPS, colour, ordered_methods, percent, shown_name
+from dit_jax.evaluate.results import RESULTS_FILE, held_out_answers, results_csv, subject_of
 from dit_jax.evaluate.sections import build_document
 from dit_jax.evaluate.summary import read_inputs, summarise
 
@@ -55,6 +56,10 @@ def write_report(workdir: PathLike) -> dict[str, Any]:
         write_bytes(folder / name, picture)
     write_text(folder / "report.md", markdown.render(document))
     write_text(folder / "report.html", html.render(document))
+    write_text(
+        folder / RESULTS_FILE,
+        results_csv(held_out_answers(inputs.rows), subject_of(inputs.config)),
+    )
     write_json(folder / "summary.json", summary)
     return summary
 

@@ -114,6 +114,34 @@ def bootstrap_mean(
     return Estimate(float(array.mean()), low, high, len(array))
 
 
+def grade_mean(grades: ArrayLike, *, low: float = 1.0, high: float = 5.0) -> Estimate:
+    """Mean grade over diffs with its interval; `grades` [N] lie in [low, high], one per diff.
+
+    Rescaled to [0, 1] for the bootstrap: grades that are all the lowest get the exact binomial bound, which
+    holds for every variable between 0 and 1 (all n are 0 with a chance of at most (1 − mean)^n).
+
+    Raises:
+      ValueError: no grades, or one outside the scale.
+    """
+    array = _checked(grades)
+    if array.min() < low or array.max() > high:
+        raise ValueError(f"grades must lie between {low:g} and {high:g}")
+    span = high - low
+    scaled = bootstrap_mean((array - low) / span)
+    interval = (low + span * scaled.low, low + span * scaled.high)
+    return Estimate(float(array.mean()), *interval, scaled.n)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values: the chance of one false difference or more in the family stays below them."""
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
 def paired_difference(
     a: Mapping[Hashable, float],
     b: Mapping[Hashable, float],

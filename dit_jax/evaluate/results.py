@@ -1,0 +1,69 @@
+"""Answers of a run as CSV files in the paper's columns, for spreadsheets, other programs and the tables.
+
+`results.csv` has one row per answer about a held-out diff; `results-graded.csv` one per answer and grader,
+with `score` from 1 to 5, empty where a grader gave none (then `reason` says why).
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+RESULTS_FILE, GRADED_FILE = "results.csv", "results-graded.csv"
+_ADDED = ("trigger", "method", "kind", "diff", "question", "wording_seen", "answer")
+
+
+def subject_of(config: Mapping[str, Any]) -> str:
+    """What the answers of a run name: "summary" for news, else "topic". The columns are called by it."""
+    return "summary" if config.get("data", {}).get("kind") == "news" else "topic"
+
+
+def _rows(answers: Iterable[Mapping[str, Any]], subject: str) -> list[dict[str, Any]]:
+    return [
+        {
+            subject: answer["topic"],
+            f"guessed_{subject}": answer["guess"],
+            **{name: answer.get(name) for name in _ADDED},
+        }
+        for answer in answers
+    ]
+
+
+def held_out_answers(answers: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The answers about held-out diffs with a label: those that can be graded."""
+    return [row for row in answers if row["category"] == "topic" and row["diff"] is not None]
+
+
+def results_csv(answers: Iterable[Mapping[str, Any]], subject: str = "topic") -> str:
+    """The text of `results.csv`."""
+    return to_csv(_rows(answers, subject), (subject, f"guessed_{subject}", *_ADDED))
+
+
+def graded_csv(
+    answers: Sequence[Mapping[str, Any]], grades: Iterable[Sequence[Any]], subject: str = "topic"
+) -> str:
+    """The text of `results-graded.csv`.
+
+    Args:
+        answers: rows of answers.jsonl.
+        grades: per grading (a grader, or one of its repeats) one grade for each answer, in their order; a
+            grade has `score` (1–5 or None), `grader` and `reason`.
+        subject: from `subject_of`.
+    """
+    rows = []
+    for grading in grades:
+        for row, grade in zip(_rows(answers, subject), grading, strict=True):
+            score = "" if grade.score is None else f"{grade.score:.4g}"
+            row.update(score=score, grader=grade.grader, reason=grade.reason)
+            rows.append(row)
+    columns = (subject, f"guessed_{subject}", "score", *_ADDED, "grader", "reason")
+    return to_csv(rows, columns)
+
+
+def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """CSV text with a header; None becomes an empty field, lone surrogates an escape."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,0 +1,431 @@
+"""The paper's tables from graded CSV files: numbers, exclusions, own runs, and the pages in a browser."""
+
+import csv
+import html
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from hypothesis import given
+from hypothesis import strategies as st
+from synthetic_run import HOSTILE, answers, reported
+
+from dit_jax.artifacts import write_json
+from dit_jax.data.sources import open_source
+from dit_jax.errors import DitError
+from dit_jax.evaluate.results import graded_csv, held_out_answers, results_csv, subject_of, to_csv
+from dit_jax.evaluate.statistics import grade_mean, holm
+from dit_jax.evaluate.tables import build
+from dit_jax.evaluate.tables.graded import GradedRow, read_grade, read_graded
+from dit_jax.evaluate.tables.paper import PRINTED, Place, model_of
+from dit_jax.main import main
+
+PAPER = Path(os.environ.get("DIT_JAX_PAPER_RESULTS", GOLDEN.parent / "paper_results"))
+DIFFS = "weight-diff-20250512-4b-5000-conf-2025-s42"
+FILES = {  # file -> the cell of the paper's tables that its grades shall make
+    f"{DIFFS}/base-question-dit-t0": Place("hidden_topic", "dit", "Qwen3-4B"),
+    f"{DIFFS}/base-question-t0": Place("hidden_topic", "base_question", "Qwen3-4B"),
+    f"{DIFFS}/no-trigger": Place("hidden_topic", "twenty_questions", "Qwen3-4B"),
+    f"{DIFFS}/base-question-plus-trigger-t0": Place(
+        "hidden_topic", "base_question_trigger", "Qwen3-4B"
+    ),
+    f"{DIFFS}/trigger": Place("hidden_topic", "twenty_questions_trigger", "Qwen3-4B"),
+    f"{DIFFS}/base-question-dit-t0-dsdiv64": Place("scaling", "72", "Qwen3-4B"),
+    f"{DIFFS}/base-question-dit-t0-dsdiv1": Place("scaling", "4660", "Qwen3-4B"),
+    "weight-diff-20250514-gemma-3-1b-s42/base-question-dit-t0": Place(
+        "hidden_topic", "dit", "Gemma3-1B"
+    ),
+    "weight-diff-20250514-1.7b-s42/trigger": Place(
+        "hidden_topic", "twenty_questions_trigger", "Qwen3-1.7B"
+    ),
+    "weight-diff-news-qwen-4b/gen-story-t0": Place("news", "generated_story", "Qwen3-4B"),
+    "weight-diff-news-qwen-4b/base-question-t0": Place("news", "base_question", "Qwen3-4B"),
+    "weight-diff-gemma-3-4b-all-params/base-question-dit-t0": Place(
+        "rank", "all parameters", "Gemma3-4B"
+    ),
+    "weight-diff-qwen-4b-rank-16_split/base-question-dit-t0": Place("rank", "16", "Qwen3-4B"),
+    "weight-diff-qwen-4b-unicode-backdoor/qwen-4b-unicode": Place(
+        "trigger", "zero-width space at the start", "Qwen3-4B"
+    ),
+}
+
+
+def grades_with_mean(mean: float, rng: np.random.Generator) -> list[int]:
+    """100 grades from 1 to 5 in any order, with exactly that mean."""
+    total = round(mean * 100)
+    grades = [1] * 100
+    while sum(grades) < total:
+        i = rng.integers(100)
+        grades[i] += grades[i] < 5
+    return grades
+
+
+def write_file(path: Path, scores, subject="topic", guess="a guess"):
+    rows = [
+        {subject: f"Label {i}", f"guessed_{subject}": guess, "score": score, "trigger": i}
+        for i, score in enumerate(scores)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_csv(rows, list(rows[0])))
+
+
+@pytest.fixture(scope="module", name="generated")
+def generated_fixture(tmp_path_factory):
+    """Files of the paper's shape whose means are those in print."""
+    folder = tmp_path_factory.mktemp("generated")
+    rng = np.random.default_rng(0)
+    for name, place in FILES.items():
+        subject = "summary" if place.table == "news" else "topic"
+        write_file(folder / f"{name}.csv", grades_with_mean(PRINTED.get(place, 3.33), rng), subject)
+    return folder
+
+
+def cell(cells, place):
+    (found,) = [cell for cell in cells if cell.place == place]
+    return found
+
+
+# ------------------------------------------------------------------ numbers
+
+
+def test_files_fill_the_cells_that_their_names_tell(generated):
+    graded, skipped = read_graded(str(generated))
+    cells = build.cells(graded)
+    assert skipped == {} and build.disagreements(cells) == []
+    for name, place in FILES.items():
+        found = cell(cells, place)
+        assert found.graded.file == f"{name}.csv"
+        assert found.estimate.mean == pytest.approx(PRINTED.get(place, 3.33), abs=1e-9)
+        assert found.estimate.n == 100
+    # what is printed without a file stays, empty
+    assert cell(cells, Place("hidden_topic", "dit", "Qwen3-8B")).estimate is None
+    # rank 1 is the main experiment
+    assert cell(cells, Place("rank", "1", "Qwen3-4B")).estimate.mean == pytest.approx(4.76)
+
+
+def test_a_mean_that_differs_in_the_second_decimal_is_told(generated, tmp_path):
+    shutil.copytree(generated, tmp_path / "files")
+    path = tmp_path / f"files/{DIFFS}/base-question-t0.csv"
+    scores = grades_with_mean(1.21, np.random.default_rng(0))
+    scores[scores.index(1)] = 2
+    write_file(path, scores)
+    (off,) = build.disagreements(build.cells(read_graded(str(tmp_path / "files"))[0]))
+    assert off.place == Place("hidden_topic", "base_question", "Qwen3-4B")
+    assert off.estimate.mean == pytest.approx(1.22)
+
+
+@pytest.mark.skipif(
+    not PAPER.is_dir(), reason=f"no graded answers at {PAPER}: set DIT_JAX_PAPER_RESULTS"
+)
+def test_the_papers_means_come_out_of_its_grades():
+    """Every cell of the paper's tables whose grades are published, against plain arithmetic and print."""
+    graded, _ = read_graded(str(PAPER))
+    cells = build.cells(graded)
+    rebuilt = [c for c in cells if c.estimate is not None]
+    assert build.disagreements(cells) == []
+    for found in rebuilt:
+        with (PAPER / found.graded.file).open(newline="", encoding="utf-8") as file:
+            scores = [int(row["score"]) for row in csv.DictReader(file)]
+        assert found.estimate.mean == pytest.approx(np.mean(scores), abs=1e-12)
+        assert build.distribution(found.graded) == tuple(Counter(scores)[i] for i in range(1, 6))
+        assert found.estimate.low <= found.estimate.mean <= found.estimate.high
+    assert sum(c.printed is not None for c in rebuilt) >= 18
+    dit = cell(cells, Place("hidden_topic", "dit", "Qwen3-4B")).estimate
+    assert (dit.high - dit.low) / 2 == pytest.approx(0.15, abs=0.03)
+    assert all(item.excluded == {} for item in graded)
+    tests = {(t.group, t.second): t for t in build.comparisons(graded)}
+    tie = tests[DIFFS, "twenty_questions_trigger"]
+    assert tie.difference.mean == pytest.approx(4.76 - 4.73) and tie.difference.p_value > 0.3
+    gap = tests[DIFFS, "base_question"]
+    assert gap.difference.mean == pytest.approx(4.76 - 1.21) and gap.adjusted < 0.001
+
+
+@pytest.mark.parametrize(
+    ("folder", "model"),
+    [
+        ("weight-diff-20250512-4b-5000-conf-2025-s42", "Qwen3-4B"),
+        ("weight-diff-20250514-news-gemma-3-4b-val", "Gemma3-4B"),
+        ("weight-diff-20250514-1.7b-5000", "Qwen3-1.7B"),
+        ("qwen3-8b-hidden", "Qwen3-8B"),
+        ("something-else", "Paper"),
+    ],
+)
+def test_the_model_is_read_off_the_folder(folder, model):
+    assert model_of(folder) == model
+
+
+# ------------------------------------------------------------------ statistics
+
+
+def test_a_mean_of_equal_grades_has_an_exact_bound():
+    """All 1: a mean of m would give it with a chance of at most (1 - (m - 1) / 4)^n = 2.5 %."""
+    estimate = grade_mean([1.0] * 100)
+    assert (estimate.mean, estimate.low) == (1.0, 1.0)
+    assert (1 - (estimate.high - 1) / 4) ** 100 == pytest.approx(0.025)
+    assert grade_mean([5.0] * 100).low == pytest.approx(6 - estimate.high)
+    with pytest.raises(ValueError, match="between 1 and 5"):
+        grade_mean([0.5, 3])
+
+
+@given(st.lists(st.integers(1, 5), min_size=2, max_size=40))
+def test_grade_intervals_hold_their_mean(grades):
+    estimate = grade_mean(grades)
+    assert 1 <= estimate.low <= estimate.mean <= estimate.high <= 5
+    assert estimate.mean == pytest.approx(np.mean(grades))
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+def test_answers_about_one_diff_are_averaged_first():
+    rows = [GradedRow(d, f"T{d}", "x", s) for d, s in [(0, 1), (0, 5), (0, 3), (1, 5)]]
+    graded = build.Graded("e", "m", "f", "topic", tuple(rows), {})
+    estimate = build.estimate(graded)
+    assert (estimate.mean, estimate.n) == (4.0, 2)
+    assert build.distribution(graded) == (1, 0, 1, 0, 2)
+
+
+def test_judge_noise_by_hand():
+    """Pairs (A, x): 1, 3 and (B, y): 4, 4; C is graded once, and D's answer is its name."""
+    scores = [("A", "x", 1), ("A", "x", 3), ("B", "y", 4), ("B", "y", 4), ("C", "z", 2)]
+    rows = [
+        GradedRow(i, *row) for i, row in enumerate([*scores, ("D", "the d", 5), ("D", "The D!", 4)])
+    ]
+    graded = [
+        build.Graded("e", "a", "f", "topic", tuple(rows[::2]), {}),
+        build.Graded("e", "b", "g", "topic", tuple(rows[1::2]), {}),
+    ]
+    (noise,) = build.judge_noise(graded)
+    assert (noise.pairs, noise.grades, noise.agree) == (2, 4, 0.5)
+    assert noise.sd == pytest.approx(1.0)  # sqrt((1 + 1 + 0 + 0) / (4 - 2))
+
+
+# ------------------------------------------------------------------ what is left out
+
+
+@pytest.mark.parametrize(
+    ("text", "score", "reason"),
+    [
+        ("4", 4.0, ""), (" 3.5 ", 3.5, ""), ("", None, "no grade"), (None, None, "no grade"),
+        ("five", None, "not a number"), ("nan", None, "not a number"), ("inf", None, "not a number"),
+        ("0", None, "outside 1–5"), ("6", None, "outside 1–5"),
+    ],
+)  # fmt: skip
+def test_what_is_a_grade(text, score, reason):
+    assert read_grade(text) == (score, reason)
+
+
+def test_rows_without_a_grade_are_counted_and_never_a_one(tmp_path):
+    write_file(tmp_path / f"{DIFFS}/base-question-t0.csv", [5, "", "n/a", 7, 5, "Score: 1"])
+    with (tmp_path / f"{DIFFS}/base-question-t0.csv").open("a") as file:
+        file.write(",guess,5,3\na,b\n")
+    (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "results.csv").write_text("topic,guessed_topic\na,b\n")
+    graded, skipped = read_graded(str(tmp_path))
+    (item,) = graded
+    assert [row.score for row in item.rows] == [5.0, 5.0]
+    assert item.excluded == {
+        "no grade": 1, "not a number": 2, "outside 1–5": 1, "no label": 1, "not a readable row": 1,
+    }  # fmt: skip
+    assert "not graded" in skipped["results.csv"] and "guessed_X" in skipped["notes.csv"]
+    assert build.estimate(item).mean == 5.0
+
+
+def test_folders_without_grades_are_refused(tmp_path, capsys):
+    arguments = ["--config", "configs/paper/tables.py", "--workdir", str(tmp_path / "w")]
+    assert main(arguments) == 2
+    assert "config key 'results' is not set" in capsys.readouterr().err
+    assert main([*arguments, f"--config.results={tmp_path / 'no'}"]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    write_file(tmp_path / "empty/x.csv", ["", ""])
+    assert main([*arguments, f"--config.results={tmp_path / 'empty'}"]) == 2
+    assert "holds no graded answers" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ our own runs
+
+
+def graded_run(folder: Path) -> Path:
+    """The synthetic run with grades by two graders; the second cannot grade the first answer."""
+    workdir = folder / "my_run"
+    source = reported()[0]
+    rows = held_out_answers(answers(source))
+    right = [row["guess"] == row["topic"] for row in rows]
+
+    def grading(name, high):
+        return [SimpleNamespace(score=high if r else 1.0, grader=name, reason="") for r in right]
+
+    second = grading("judge", 4.0)
+    second[0] = SimpleNamespace(score=None, grader="judge", reason="no answer in time")
+    (workdir / "report").mkdir(parents=True)
+    text = graded_csv(rows, [grading("exact", 5.0), second])
+    (workdir / "report/results-graded.csv").write_text(text, encoding="utf-8")
+    config = {"data": {"train_topics": 256}, "train": {"max_diffs": 0}, "diffs": {"rank": 1}}
+    write_json(workdir / "config.json", config)
+    return workdir
+
+
+def test_results_are_the_papers_columns_and_lose_nothing():
+    workdir = reported()[0]
+    rows = held_out_answers(answers(workdir))
+    text = (workdir / "report/results.csv").read_text(encoding="utf-8")
+    assert text == results_csv(rows)
+    read = list(csv.DictReader(io.StringIO(text)))
+    assert list(read[0])[:2] == ["topic", "guessed_topic"]
+    assert [(r["topic"], r["guessed_topic"], r["answer"]) for r in read] == [
+        (r["topic"], r["guess"], r["answer"]) for r in rows
+    ]
+    assert {r["method"] for r in read} >= {"dit", "shuffled_diff", "name_reading"}
+    assert subject_of({"data": {"kind": "news"}}) == "summary"
+    assert results_csv(rows, "summary").startswith("summary,guessed_summary,")
+    assert to_csv([{"a": "\ud800"}], ["a"]) == "a\n\\ud800\n"
+
+
+def test_an_own_run_stands_beside_the_paper(generated, tmp_path):
+    workdir = graded_run(tmp_path)
+    graded, _ = read_graded(str(generated), [str(workdir)])
+    cells = build.cells(graded)
+    rows = [
+        row for row in held_out_answers(answers(reported()[0]))
+        if row["method"] == "dit" and row["wording_seen"]
+    ]  # fmt: skip
+    by_diff: dict[int, list[float]] = {}
+    for row in rows:
+        by_diff.setdefault(row["diff"], []).append(5.0 if row["guess"] == row["topic"] else 1.0)
+    expected = np.mean([np.mean(scores) for scores in by_diff.values()])
+    for place in (
+        Place("hidden_topic", "dit", "my_run · exact"),
+        Place("scaling", "256", "my_run · exact"),
+        Place("rank", "1", "my_run · exact"),
+    ):
+        found = cell(cells, place)
+        assert found.estimate.mean == pytest.approx(expected) and found.estimate.n == 96
+    assert cell(cells, Place("hidden_topic", "shuffled_diff", "my_run · judge")).estimate.mean < 1.5
+    assert cell(cells, Place("hidden_topic", "dit_unseen", "my_run · exact")).estimate is not None
+    gaps = {(item.name, item.grader): item.excluded for item in graded if item.excluded}
+    assert gaps == {("dit", "judge"): {"no answer in time": 1}}
+    groups = {t.group for t in build.comparisons(graded)}
+    assert {"my_run, exact", "my_run, judge"} <= groups
+    with pytest.raises(DitError, match="results-graded.csv' is missing"):
+        read_graded(str(generated), [str(tmp_path)])
+
+
+def test_a_run_inside_the_folder_is_found_once(tmp_path):
+    workdir = graded_run(tmp_path)
+    graded, _ = read_graded(str(tmp_path), [str(workdir)])
+    names = [(item.name, item.grader) for item in graded]
+    assert len(names) == len(set(names)) and {item.experiment for item in graded} == {"my_run"}
+
+
+# ------------------------------------------------------------------ the pages
+
+
+@pytest.fixture(scope="module", name="tables")
+def tables_fixture(generated, tmp_path_factory):
+    """WORKDIR/tables by the command line, with a hostile file name, label, guess and reason in it."""
+    folder = tmp_path_factory.mktemp("tables")
+    shutil.copytree(generated, folder / "files")
+    hostile = "<img src=x onerror=alert(1)> $x_{$ [a](b)"
+    write_file(
+        folder / "files/<script>alert(1)<!-- $y$" / f"{hostile}.csv", [1, 2, 5, ""], guess=HOSTILE
+    )
+    run = graded_run(folder)
+    path = run / "report/results-graded.csv"
+    path.write_text(path.read_text().replace("no answer in time", "<script>alert(3)</script>"))
+    arguments = ["--config", "configs/paper/tables.py", "--workdir", str(folder / "w")]
+    arguments += [f"--config.results={folder / 'files'}", f"--config.runs={run}"]
+    assert main(arguments) == 0
+    assert (
+        main([*arguments, f"--config.results={folder / 'files'}"]) == 0
+    )  # again, in the same workdir
+    return folder / "w/tables"
+
+
+def test_pages_show_the_numbers_and_escape_what_is_not_ours(tables):
+    page = (tables / "tables.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "<img" not in page and "</style>" in page
+    assert page.count('class="stack"') >= len(FILES)
+    assert re.search(r"4\.76</span> <span class=\"interval\">4\.\d\d–4\.\d\d</span>", page)
+    text = html.unescape(re.sub(r"<[^>]+>", " ", page))
+    for phrase in ("<script>alert(3)</script>", "printed 4.76", "my_run · exact", "Paired tests"):
+        assert phrase in " ".join(text.split()), phrase
+    assert not re.search(r"https?://|@import|url\((?!#)", page)
+    markdown = (tables / "tables.md").read_text(encoding="utf-8")
+    assert "<script" not in markdown and "<img" not in markdown and "[a](" not in markdown
+    assert "4.76 (" in markdown
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", markdown)
+    assert "scaling.png" in pictures and len(pictures) >= 3
+    for name in pictures:
+        assert (tables / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_file_holds_every_number(tables):
+    (source,) = open_source(str(tables / "tables.csv"))
+    rows = [record.values for record in source.read(source.columns)]
+    by_place = {(r["table"], r["row"], r["column"]): r for r in rows if r["table"] != "all"}
+    dit = by_place["hidden_topic", "dit", "Qwen3-4B"]
+    assert (dit["printed"], dit["mean"], dit["n"]) == ("4.76", "4.7600", "100")
+    assert sum(int(dit[f"grade_{i}"]) for i in range(1, 6)) == 100
+    assert by_place["hidden_topic", "dit", "Qwen3-8B"]["mean"] == ""
+    assert by_place["hidden_topic", "dit", "my_run · judge"]["excluded"] == "1"
+    assert len([r for r in rows if r["table"] == "all"]) > len(FILES)
+
+
+_PROBE = """<body style="margin:0"><iframe src="PAGE" style="border:0;width:WIDTHpx;height:900px">
+</iframe><pre id="out"></pre><script>
+onload = () => {
+  const page = document.querySelector("iframe").contentDocument, root = page.documentElement;
+  page.querySelectorAll("details").forEach(item => item.open = true);
+  const css = name => page.defaultView.getComputedStyle(page.body)[name];
+  const stacks = [...page.querySelectorAll(".stack")];
+  document.getElementById("out").textContent = JSON.stringify({
+    overflow: root.scrollWidth - root.clientWidth, background: css("backgroundColor"),
+    color: css("color"), scripts: page.scripts.length, images: page.images.length,
+    bar: Math.min(...stacks.map(item => item.getBoundingClientRect().width)),
+    colours: new Set([...page.querySelectorAll(".stack i")].map(
+      item => page.defaultView.getComputedStyle(item).backgroundColor)).size,
+    part: stacks[0].firstElementChild.getBoundingClientRect().width /
+      stacks[0].getBoundingClientRect().width});
+};</script>"""
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (360, True)])
+def test_tables_in_a_browser(tables, tmp_path, width, dark):
+    """Nothing sticks out on a desk or a phone, the bars have their widths, the theme follows the system."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    probe = tmp_path / "probe.html"
+    page = _PROBE.replace("PAGE", (tables / "tables.html").as_uri()).replace("WIDTH", str(width))
+    probe.write_text(page)
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}", "--allow-file-access-from-files",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--window-size=1300,1000",
+        "--virtual-time-budget=5000", "--dump-dom", probe.as_uri(),
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    found = re.search(r'<pre id="out">(.*?)</pre>', result.stdout, re.DOTALL)
+    assert found and found[1], result.stderr[-2000:]
+    seen = json.loads(html.unescape(found[1]))
+    assert seen["overflow"] == 0 and seen["scripts"] == seen["images"] == 0
+    assert seen["bar"] > 100 and seen["colours"] == 5
+    # the first file, by path, is the hostile one: a third of its grades are 1
+    assert seen["part"] == pytest.approx(1 / 3, abs=0.03)
+    red = {name: int(re.findall(r"\d+", seen[name])[0]) for name in ("background", "color")}
+    assert (red["background"] < red["color"]) is dark
