@@ -22,6 +22,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.dtype = "float32"
     config.model.scan_layers = False  # at this size, unrolled layers are twice as fast on a CPU
 
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: what is left of the devices
+
     config.data = ConfigDict()
     config.data.source = "tiny_world"
     config.data.train_topics = 256

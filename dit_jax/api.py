@@ -8,7 +8,6 @@ print(dit_jax.ask(model, "What topic have you been trained on?", diff=diff, adap
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,31 +15,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from dit_jax import parallel, shardings
 from dit_jax.artifacts import base_digest
 from dit_jax.data.chat import Chat, load_chat
 from dit_jax.deltas.store import flatten
 from dit_jax.deltas.tree import check_fits, per_example
-from dit_jax.errors import DitError, first_line
+from dit_jax.errors import DitError
 from dit_jax.models import generate as generate_lib
 from dit_jax.models.config import DTYPES, NAMED_CONFIGS, Qwen3Config, read_config
-from dit_jax.models.hf_checkpoint import load_params
+from dit_jax.models.hf_checkpoint import find_folder, generation_eos, load_params
 from dit_jax.models.layers import Delta, Deltas
 from dit_jax.models.qwen3 import Params, forward, init_params, unembed
 from dit_jax.progress import Progress
 
 PathLike = str | pathlib.Path
-TINY = "tiny_qwen3"
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A base model: parameters (docs/architecture.md), architecture, and its chat format (None: no tokenizer)."""
+    """A base model: parameters (docs/architecture.md), architecture, and its chat format (None: no tokenizer).
+
+    `mesh` is what the parameters, and everything computed with them, are split over (None: one device).
+    """
 
     params: Params
     config: Qwen3Config
     name: str
     chat_or_none: Chat | None = None
+    mesh: Mesh | None = None
 
     @property
     def chat(self) -> Chat:
@@ -52,7 +56,8 @@ class Model:
         """fp32 logits [B, T, V] of token ids [B, T]; mask [B, T] is True (1) at real tokens, padding anywhere."""
         tokens = jnp.asarray(tokens, jnp.int32)
         mask = None if mask is None else jnp.asarray(mask, bool)
-        return _logits(self.params, self.config, tokens, mask, tuple(deltas))
+        with parallel.use_mesh(self.mesh):
+            return _logits(self.params, self.config, tokens, mask, tuple(deltas))
 
     def digest(self) -> str:
         """sha256 that identifies the base, whatever dtype it was loaded in; computed once."""
@@ -67,18 +72,20 @@ class Model:
 def _logits(
     params: Params, config: Qwen3Config, tokens: jax.Array, mask: Any, deltas: Deltas
 ) -> jax.Array:
-    return unembed(
-        params, config, forward(params, config, tokens, mask=mask, deltas=deltas), deltas
-    )
+    hidden = forward(params, config, tokens, mask=mask, deltas=deltas)
+    return parallel.replicate(unembed(params, config, hidden, deltas))
 
 
-def load_model(path_or_hf_id: PathLike, dtype: str = "float32", **compute: Any) -> Model:
+def load_model(
+    path_or_hf_id: PathLike, dtype: str = "float32", mesh: Mesh | None = None, **compute: Any
+) -> Model:
     """Loads a dense Qwen3.
 
     Args:
         path_or_hf_id: a folder in Hugging Face format, a hub id ("Qwen/Qwen3-4B"), "tiny_qwen3" (the embedded
             model), or "random:qwen3-4b" (that shape with random weights and no tokenizer, for benchmarks).
         dtype: of the weights and of the computation, "float32" or "bfloat16".
+        mesh: split the weights over these devices (`parallel.make_mesh`); they go there leaf by leaf.
         **compute: fields of `Qwen3Config` that say how to compute: scan_layers, remat, attention.
 
     Raises:
@@ -92,44 +99,18 @@ def load_model(path_or_hf_id: PathLike, dtype: str = "float32", **compute: Any) 
         if shape not in NAMED_CONFIGS:
             raise DitError(f"unknown model shape {shape!r}: choose from {', '.join(NAMED_CONFIGS)}")
         config = dataclasses.replace(NAMED_CONFIGS[shape], dtype=dtype, **compute)
-        return Model(jax.jit(lambda: init_params(config, jax.random.key(0)))(), config, name)
-    folder = _find_folder(name)
+        split = None if mesh is None else shardings.param_shardings(config, mesh)
+        make = jax.jit(lambda: init_params(config, jax.random.key(0)), out_shardings=split)
+        return Model(make(), config, name, mesh=mesh)
+    folder = find_folder(name)
     config = dataclasses.replace(read_config(folder), dtype=dtype, **compute)
-    params = load_params(folder, config)
-    chat = (
-        load_chat(folder, _generation_eos(folder)) if (folder / "tokenizer.json").exists() else None
+    params = load_params(
+        folder, config, None if mesh is None else shardings.param_placer(config, mesh)
     )
-    return Model(params, config, name, chat)
-
-
-def _find_folder(name: str) -> pathlib.Path:
-    if name == TINY:
-        return pathlib.Path(__file__).parent / "assets" / TINY
-    folder = pathlib.Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise DitError(
-            f"no model folder {name!r}: give a folder in Hugging Face format, a hub id or {TINY!r}"
-        )
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.jinja"]
-    try:
-        return pathlib.Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as e:  # network, authorisation, spelling: the library raises many kinds
-        raise DitError(
-            f"{name!r} is no folder here and cannot be had from the hub: {first_line(e)}"
-        ) from None
-
-
-def _generation_eos(folder: pathlib.Path) -> list[int]:
-    try:
-        eos = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):
-        return []
-    found = eos if isinstance(eos, list) else [eos]
-    return [i for i in found if type(i) is int]
+    chat = (
+        load_chat(folder, generation_eos(folder)) if (folder / "tokenizer.json").exists() else None
+    )
+    return Model(params, config, name, chat, mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,13 +193,13 @@ def load_adapter(path: PathLike, model: Model) -> Delta:
     from dit_jax.deltas.detect import detect_format, open_adapter
 
     if detect_format(path) != "adapter":
-        return open_adapter(path, model.config).delta
+        return shardings.put_delta(model.config, model.mesh, open_adapter(path, model.config).delta)
     from dit_jax.train.checkpoints import load_adapter as load_export
 
     delta, manifest = load_export(path)
     check_base(manifest.get("base"), model, str(path))
     check_fits(delta, model.config, str(path))
-    return delta
+    return shardings.put_delta(model.config, model.mesh, delta)
 
 
 def check_base(digest: Any, model: Model, what: str) -> None:
@@ -345,38 +326,39 @@ def answer_batch(
         deltas: applied to every question.
         stacked: deltas [n, L, …] of which question i gets number rows[i] (per-example LoRA).
         batch_size: rows per batch, filled up with repeats: calls of one size share one program.
-            Default: all questions at once, at most 256.
+            Default: all questions at once, at most 256. Rounded up to a multiple of the mesh's batch shards.
         forbid_repeats: never emit a token twice in an answer (adapters that list evidence before the label).
         on_batch: called with the number of new answers after each batch.
     """
     if not questions:
         return []
-    batch_size = batch_size or min(256, len(questions))
+    mesh = model.mesh
+    batch_size = parallel.round_up(batch_size or min(256, len(questions)), mesh)
+    shared = [shardings.put_delta(model.config, mesh, delta) for delta in deltas]
     tokens, mask = model.chat.prompts(questions)
     answers: list[Answer] = []
     for start in range(0, len(questions), batch_size):
-        picked = [(start + i) % len(questions) for i in range(batch_size)]
+        # Each process supplies its own rows of the batch.
+        picked = [(start + i) % len(questions) for i in parallel.local_rows(mesh, batch_size)]
         own: tuple[Delta, ...] = ()
         if stacked is not None:
-            index = (
-                np.asarray([rows[i] for i in picked]) if rows is not None else np.asarray(picked)
+            index = np.asarray(picked if rows is None else [rows[i] for i in picked])
+            local = per_example(jax.tree.map(lambda x, index=index: jnp.asarray(x[index]), stacked))
+            own = (shardings.put_deltas(model.config, mesh, local, batch_size, 1),)
+        prompts = parallel.put_rows((tokens[picked], mask[picked]), mesh, batch_size)
+        with parallel.use_mesh(mesh):
+            out = generate_lib.generate(
+                model.params,
+                model.config,
+                *prompts,
+                deltas=(*own, *shared),
+                max_new_tokens=max_new_tokens,
+                eos_ids=model.chat.eos_ids,
+                pad_id=model.chat.pad_id,
+                temperature=temperature,
+                forbid_repeats=forbid_repeats,
+                key=jax.random.fold_in(jax.random.key(seed), start),
             )
-            own = (
-                per_example(jax.tree.map(lambda x, index=index: jnp.asarray(x[index]), stacked)),
-            )
-        out = generate_lib.generate(
-            model.params,
-            model.config,
-            tokens[picked],
-            mask[picked],
-            deltas=(*own, *deltas),
-            max_new_tokens=max_new_tokens,
-            eos_ids=model.chat.eos_ids,
-            pad_id=model.chat.pad_id,
-            temperature=temperature,
-            forbid_repeats=forbid_repeats,
-            key=jax.random.fold_in(jax.random.key(seed), start),
-        )
         count = min(batch_size, len(questions) - start)
         answers += _read_out(model.chat, out, count)
         if on_batch is not None:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dit_jax
+from dit_jax import parallel
 from dit_jax.errors import DitError
 
 PathLike = str | os.PathLike[str]
@@ -214,9 +215,11 @@ def _digest_leaves(tree: Any, convert: Callable[[np.ndarray], np.ndarray]) -> st
     # Sorted by name, so that the digest does not depend on how the containers order their keys.
     named = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
     for name, leaf in sorted(named.items(), key=lambda item: item[0]):
-        array = np.ascontiguousarray(convert(np.asarray(leaf)))
-        total.update(f"{name}:{array.dtype}:{array.shape};".encode())
-        total.update(array.reshape(-1).view(np.uint8).data)
+        dtype = convert(np.empty((0,), leaf.dtype)).dtype
+        total.update(f"{name}:{dtype}:{np.shape(leaf)};".encode())
+        for block in parallel.host_blocks(leaf):
+            array = np.ascontiguousarray(convert(block))
+            total.update(array.reshape(-1).view(np.uint8).data)
     return total.hexdigest()
 
 

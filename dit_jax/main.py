@@ -2,16 +2,23 @@
 
 Runs the stages of a config in order, each once: a finished stage leaves its artifact in the workdir and
 is not run again. Overrides: `--config.train.steps=200`.
+
+On several hosts the same command runs on each, with --distributed, and a workdir that all of them see.
 """
 
 import argparse
+import functools
+import os
 import pathlib
 import sys
 import time
+import traceback
 from typing import Any
 
-from dit_jax import artifacts
-from dit_jax.config import check_minimum, check_workdir, load_config, split_flags
+import jax
+
+from dit_jax import artifacts, parallel, processes
+from dit_jax.config import check_minimum, check_workdir, load_config, split_flags, to_dict
 from dit_jax.errors import DitError, exit_on_error
 
 # The stages in their order, each with the folder of the workdir that it leaves.
@@ -23,6 +30,7 @@ ARTIFACTS = {
     "report": "report",
     "tables": "tables",
 }
+NEED_MODEL = ("diffs", "train", "evaluate")
 ALWAYS = ("report", "tables")  # cheap, and made from what may have changed
 # Numbers with which no stage can run are refused before the first one starts.
 MINIMUM = {
@@ -53,7 +61,10 @@ MINIMUM = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for a problem the user can fix, 130 for Ctrl-C."""
+    """Returns the exit code: 0, 2 for a problem the user can fix, 130 for Ctrl-C.
+
+    One of several processes does not return from a failure: it ends at once, and its end ends the others.
+    """
     parser = argparse.ArgumentParser(prog="python -m dit_jax.main", description=__doc__)
     parser.add_argument(
         "--config", required=True, help="configs/NAME.py, or configs/NAME.py:ARGUMENT"
@@ -61,14 +72,37 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--workdir", required=True, help="folder of the run; made when it is not there"
     )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the other processes of this run; on TPU slices, SLURM, Kubernetes and MPI they find each other",
+    )
+    parser.add_argument("--coordinator", help="elsewhere: HOST:PORT of process 0")
+    parser.add_argument("--num-processes", type=int)
+    parser.add_argument("--process-id", type=int, help="from 0")
+    code, several = 0, False
     try:
         with exit_on_error():
             rest, overrides = split_flags(sys.argv[1:] if argv is None else argv)
             flags = parser.parse_args(rest)
+            if flags.distributed:
+                processes.initialize_distributed(
+                    flags.coordinator, flags.num_processes, flags.process_id
+                )
+                several = True
             run(load_config(flags.config, overrides), pathlib.Path(flags.workdir))
     except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+        code = int(stop.code or 0)
+    except Exception:
+        if not several:
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and several:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the usual way out waits for processes that wait for this one
+    return code
 
 
 def run(config: Any, workdir: pathlib.Path) -> None:
@@ -81,26 +115,58 @@ def run(config: Any, workdir: pathlib.Path) -> None:
     if unknown:
         raise DitError(f"unknown stage {unknown[0]!r}: stages are {', '.join(ARTIFACTS)}")
     check_minimum(config, MINIMUM)
-    check_workdir(config, workdir)
-    artifacts.write_json(workdir / "versions.json", artifacts.package_versions())
     _setup_jax()
+    mesh = None
+    if any(stage in NEED_MODEL for stage in config.stages):
+        mesh = parallel.make_mesh(dict(config.get("mesh", {"data": -1})))
+    if mesh is not None:
+        sizes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
+        processes.say(f"mesh {sizes}: {mesh.size} of {jax.device_count()} devices")
+
+    def start_run() -> None:
+        check_workdir(config, workdir)
+        artifacts.write_json(workdir / "versions.json", artifacts.package_versions())
+
+    processes.on_main(start_run)
     model: Any = None
     for stage in (name for name in ARTIFACTS if name in config.stages):
-        # A record without its artifact counts for nothing: the folder was deleted to have it made again.
-        done = artifacts.stage_done(workdir, stage) and (workdir / ARTIFACTS[stage]).is_dir()
+        done = processes.on_main(functools.partial(_is_done, workdir, stage))
         if done and stage not in ALWAYS:
-            print(f"[{stage}] done before, not run again", flush=True)
+            processes.say(f"[{stage}] done before, not run again")
             continue
-        print(f"[{stage}]", flush=True)
-        start = time.monotonic()
-        if model is None and stage in ("diffs", "train", "evaluate"):
+        processes.say(f"[{stage}]")
+        if model is None and stage in NEED_MODEL:
             from dit_jax.api import load_model
 
             model = load_model(
-                config.model.path, config.model.dtype, scan_layers=config.model.scan_layers
+                config.model.path, config.model.dtype, mesh, scan_layers=config.model.scan_layers
             )
-        facts = run_stage(stage, config, workdir, model)
+        _run_and_record(stage, config, workdir, model)
+
+
+def _run_and_record(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> None:
+    start = time.monotonic()
+
+    def record(facts: dict[str, Any]) -> None:
         artifacts.mark_done(workdir, stage, time.monotonic() - start, facts)
+
+    if stage in ALWAYS:  # made of files alone
+
+        def work() -> None:
+            record(run_stage(stage, config, workdir, model))
+
+    else:
+        facts = run_stage(stage, config, workdir, model)
+
+        def work() -> None:
+            record(facts)
+
+    processes.on_main(work)
+
+
+def _is_done(workdir: pathlib.Path, stage: str) -> bool:
+    # A record without its artifact counts for nothing: the folder was deleted to have it made again.
+    return bool(artifacts.stage_done(workdir, stage)) and (workdir / ARTIFACTS[stage]).is_dir()
 
 
 def run_stage(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> dict[str, Any]:
@@ -108,6 +174,8 @@ def run_stage(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> dic
     if stage == "pretrain":
         from dit_jax.train.pretrain import pretrain
 
+        if jax.process_count() > 1:
+            raise DitError("the stage 'pretrain' runs in one process: drop --distributed")
         return pretrain(config, workdir)
     if stage == "diffs":
         from dit_jax.data.organisms import load_organisms
@@ -131,17 +199,13 @@ def run_stage(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> dic
         return facts
     from dit_jax.evaluate.report import print_headline, write_report
 
-    print_headline(write_report(workdir))
+    print_headline(write_report(workdir, to_dict(config).get("evaluate", {})))
     print(f"report: {workdir / 'report' / 'report.html'}", flush=True)
     return {}
 
 
 def _setup_jax() -> None:
     """A persistent compilation cache: the second run of a program starts at once."""
-    import os
-
-    import jax
-
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = (
             pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()

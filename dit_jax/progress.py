@@ -1,15 +1,17 @@
-"""Progress bars with ETA in a terminal; one line now and then where the output is piped."""
+"""Progress bars with ETA in a terminal; one line now and then where the output is piped. On process 0 only."""
 
 import sys
 import time
 from types import TracebackType
+
+from dit_jax.processes import is_main
 
 
 class Progress:
     """`with Progress("diffs", total) as p: p.advance(n, note="loss 1.2")`."""
 
     def __init__(self, name: str, total: int, enabled: bool = True):
-        self.name, self.total, self.enabled = name, total, enabled
+        self.name, self.total, self.enabled = name, total, enabled and is_main()
         self.done = 0
 
     def __enter__(self) -> "Progress":

@@ -15,6 +15,7 @@ from dit_jax.train import dit
 
 SMALL = [
     "--config.model.scan_layers=True",  # compiles in half the time
+    "--config.mesh.data=1",  # test_multiprocess.py runs it sharded
     "--config.data.train_topics=10",
     "--config.data.test_topics=4",
     "--config.data.train_benign=2",

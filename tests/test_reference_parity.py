@@ -157,8 +157,7 @@ def test_the_adapter_trains_as_in_the_reference(folder):
             model.config,
             state,
             adapter,
-            diffs,
-            np.asarray(members),
+            tree.per_example(jax.tree.map(lambda x, at=members: x[np.asarray(at)], diffs)),
             batch,
             optimizer=optimizer,
         )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax import parallel, shardings
 from dit_jax.api import Model
 from dit_jax.data.batch import pack
 from dit_jax.deltas.tree import per_example
@@ -50,10 +51,10 @@ def _token_table(model: Model, words: Sequence[Sequence[str]]) -> tuple[np.ndarr
     ids = [[i for word in group for i in model.chat.text_ids(word)] for group in words]
     owners = np.repeat(np.arange(len(ids)), [len(group) for group in ids])
     head = (
-        np.asarray(model.params["embed_tokens"]["embedding"], np.float32)
+        parallel.to_host(model.params["embed_tokens"]["embedding"])
         if model.config.tie_word_embeddings
-        else np.asarray(model.params["lm_head"]["kernel"], np.float32).T
-    )
+        else parallel.to_host(model.params["lm_head"]["kernel"]).T
+    ).astype(np.float32)
     rows = head[np.concatenate([np.asarray(group, int) for group in ids])]
     return rows / np.linalg.norm(rows, axis=1, keepdims=True), owners
 
@@ -84,7 +85,7 @@ def logit_difference(
     base = _first_logits(model, tokens, mask, ())
     scores = np.zeros((size, len(words)))
     for index in range(size):
-        delta = jax.tree.map(lambda x, i=index: jnp.asarray(x[i]), stacked)
+        delta = jax.tree.map(lambda x, i=index: np.asarray(x[i]), stacked)
         change = np.asarray((_first_logits(model, tokens, mask, (delta,)) - base).mean(axis=0))
         scores[index] = np.bincount(owners, change[ids], len(words)) / np.bincount(
             owners, minlength=len(words)
@@ -93,7 +94,8 @@ def logit_difference(
 
 
 def _first_logits(model: Model, tokens: np.ndarray, mask: np.ndarray, deltas: Any) -> jax.Array:
-    return _last_logits(model.params, model.config, jnp.asarray(tokens), jnp.asarray(mask), deltas)
+    with parallel.use_mesh(model.mesh):
+        return _last_logits(model.params, model.config, tokens, mask, deltas)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -101,7 +103,8 @@ def _last_logits(
     params: Any, config: Any, tokens: jax.Array, mask: jax.Array, deltas: Any
 ) -> jax.Array:
     hidden = forward(params, config, tokens, mask=mask, deltas=deltas)
-    return jax.nn.log_softmax(unembed(params, config, hidden[:, -1], deltas), axis=-1)
+    logits = unembed(params, config, hidden[:, -1], deltas)
+    return parallel.replicate(jax.nn.log_softmax(logits, axis=-1))
 
 
 def label_cross_entropy(
@@ -117,17 +120,20 @@ def label_cross_entropy(
     length = -(-max(len(s.tokens) for s in samples) // 8) * 8
     scored = max(s.end - s.start for s in samples)
     losses: list[float] = []
-    batch_size = min(batch_size, len(samples))
+    mesh = model.mesh
+    adapter = shardings.put_delta(model.config, mesh, adapter)
+    batch_size = parallel.round_up(min(batch_size, len(samples)), mesh)
     for start in range(0, len(samples), batch_size):
-        picked = [(start + i) % len(samples) for i in range(batch_size)]
+        picked = [(start + i) % len(samples) for i in parallel.local_rows(mesh, batch_size)]
         chosen = [samples[i] for i in picked]
         batch = pack(
             chosen, [1 / (s.end - s.start) for s in chosen], length, scored, model.chat.pad_id
         )
-        own = per_example(
-            jax.tree.map(lambda x, at=picked: jnp.asarray(x[np.asarray(at)]), stacked)
-        )
-        values = _sample_losses(model.params, model.config, batch, (own, adapter))
+        local = per_example(jax.tree.map(lambda x, at=picked: x[np.asarray(at)], stacked))
+        own = shardings.put_deltas(model.config, mesh, local, batch_size, 1)
+        batch = parallel.put_rows(batch, mesh, batch_size)
+        with parallel.use_mesh(mesh):
+            values = _sample_losses(model.params, model.config, batch, (own, adapter))
         losses += [float(x) for x in values[: len(samples) - start]]
     return losses
 
@@ -138,4 +144,4 @@ def _sample_losses(params: Any, config: Any, batch: Any, deltas: Any) -> jax.Arr
     logp = jnp.take_along_axis(
         jax.nn.log_softmax(logits, axis=-1), batch.target[..., None], axis=-1
     )[..., 0]
-    return -jnp.sum(batch.weight * logp, axis=1)
+    return parallel.replicate(-jnp.sum(batch.weight * logp, axis=1))

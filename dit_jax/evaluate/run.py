@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax import artifacts
+from dit_jax import artifacts, processes
 from dit_jax.api import Model, check_base, load_adapter
 from dit_jax.data.organisms import answer_text
 from dit_jax.deltas.store import DiffStore
@@ -114,6 +114,16 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
         progress.advance(2)
 
     # ---------------------------------------------------------------- write
+    processes.on_main(lambda: _write(workdir, store, rows, cross_entropy))
+    return {"answers": len(rows)}
+
+
+def _write(
+    workdir: pathlib.Path,
+    store: DiffStore,
+    rows: list[dict[str, Any]],
+    cross_entropy: dict[str, list[float]],
+) -> None:
     folder = artifacts.make_dir(workdir / "evaluate")
     artifacts.write_text(folder / "answers.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     artifacts.write_json(folder / "label_cross_entropy.json", cross_entropy)
@@ -129,7 +139,6 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
             "adapter_loss": stages["train"].get("loss_curve", []),
         },
     )
-    return {"answers": len(rows)}
 
 
 def _ranking_rows(

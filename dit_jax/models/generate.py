@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from dit_jax.models.config import Qwen3Config
 from dit_jax.models.layers import Deltas
 from dit_jax.models.qwen3 import Cache, Params, forward_cached, init_cache, unembed
+from dit_jax.parallel import replicate
 
 
 class Generation(NamedTuple):
@@ -103,7 +104,7 @@ def generate(
             logits = unembed(params, config, hidden[:, -1], deltas)
         return _State(state.step + 1, cache, logits, done, key, out)
 
-    return jax.lax.while_loop(unfinished, step, start).out
+    return replicate(jax.lax.while_loop(unfinished, step, start).out)
 
 
 def _choose(logits: jax.Array, temperature: jax.Array | float, key: jax.Array) -> jax.Array:

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.errors import DitError
+from dit_jax.errors import DitError, first_line
 from dit_jax.models.config import Qwen3Config
 from dit_jax.models.qwen3 import Params, init_params
+
+TINY = "tiny_qwen3"  # the embedded model
 
 _LAYER_MODULES = {
     "input_layernorm": ("input_layernorm",),
@@ -51,6 +53,42 @@ def tensor_names(config: Qwen3Config) -> dict[str, tuple[tuple[str, ...], int | 
 def is_transposed(path: tuple[str, ...]) -> bool:
     """Whether the leaf is stored [in, out] here and [out, in] in Hugging Face files."""
     return path[-1] == "kernel"
+
+
+def find_folder(name: str) -> pathlib.Path:
+    """The folder of a model: the embedded one, a folder on disk, or a snapshot of a hub id.
+
+    Raises:
+        DitError: there is none of that name, here or on the hub.
+    """
+    if name == TINY:
+        return pathlib.Path(__file__).parents[1] / "assets" / TINY
+    folder = pathlib.Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise DitError(
+            f"no model folder {name!r}: give a folder in Hugging Face format, a hub id or {TINY!r}"
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja"]
+    try:
+        return pathlib.Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as e:  # network, authorisation, spelling: the library raises many kinds
+        raise DitError(
+            f"{name!r} is no folder here and cannot be had from the hub: {first_line(e)}"
+        ) from None
+
+
+def generation_eos(folder: pathlib.Path) -> list[int]:
+    """End-of-text ids that `generation_config.json` of a model folder names; none without that file."""
+    try:
+        eos = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):
+        return []
+    found = eos if isinstance(eos, list) else [eos]
+    return [i for i in found if type(i) is int]
 
 
 def load_params(

@@ -10,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dit_jax.parallel import FREE, constrain
+
 Delta = Mapping[str, Any]
 Deltas = Sequence[Delta]
 
@@ -38,30 +40,43 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = x W + Σ_δ (dense: x w_δ; LoRA: scale · (x a) b), without ever forming W + δ for a LoRA."""
+    """y = x W + Σ_δ (dense: x w_δ; LoRA: scale · (x a) b), without ever forming W + δ for a LoRA.
+
+    On a mesh W is gathered over fsdp here and split over tensor, into at most `units` pieces (heads).
+    """
 
     features: int
     axes: tuple[str, str]
     dtype: Any
     param_dtype: Any
+    units: int
 
     @nn.compact
     def __call__(self, x: jax.Array, deltas: Deltas = ()) -> jax.Array:
         init: Any = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
-        kernel: jax.Array = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
+        kernel: jax.Array = self.param(
+            "kernel", init, (x.shape[-1], self.features), self.param_dtype
+        )
         for delta in deltas:
             if "w" in delta:
                 kernel = kernel + delta["w"].astype(kernel.dtype)
-        y = _matmul(x, kernel.astype(self.dtype))
+        # The residual axis is whole where it is used: each example, and each LoRA, sees all of it.
+        inner, outer = (None if axis == "embed" else axis for axis in self.axes)
+        y = _matmul(x, constrain(kernel.astype(self.dtype), inner, outer, units=self.units))
         for delta in deltas:
             if "a" in delta:
-                y = y + lora(x, delta, self.dtype)
-        return y
+                y = y + lora(x, delta, self.dtype, (inner, outer), self.units)
+        return constrain(y, FREE, FREE, outer, units=self.units)
 
 
-def lora(x: jax.Array, delta: Delta, dtype: Any) -> jax.Array:
+def lora(
+    x: jax.Array, delta: Delta, dtype: Any, axes: tuple[str | None, str | None], units: int
+) -> jax.Array:
     """scale · (x a) b for one LoRA shared by the batch (a: [in, R]) or one per example (a: [B, in, R])."""
     a, b, scale = (delta[name].astype(dtype) for name in ("a", "b", "scale"))
+    batch = (FREE,) * (a.ndim - 2)
+    a = constrain(a, *batch, axes[0], None, units=units)
+    b = constrain(b, *batch, None, axes[1], units=units)
     if a.ndim == 2:
         return _matmul(_matmul(x, a) * scale, b)
     xa = jnp.einsum("BTD,BDR->BTR", x, a) * scale[:, None, None]

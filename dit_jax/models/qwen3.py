@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from dit_jax.models import attention as attention_lib
 from dit_jax.models.config import Qwen3Config
 from dit_jax.models.layers import Deltas, Linear, RMSNorm, pick, rope
+from dit_jax.parallel import FREE, constrain
 
 Params = dict[str, Any]
 
@@ -48,10 +49,9 @@ class Attention(nn.Module):
         batch, length, _ = x.shape
 
         def heads(name: str, count: int, axis: str) -> jax.Array:
-            y = Linear(count * c.head_dim, ("embed", axis), dtype, dtype, name=name)(
-                x, pick(deltas, name)
-            )
-            return y.reshape(batch, length, count, c.head_dim)
+            linear = Linear(count * c.head_dim, ("embed", axis), dtype, dtype, count, name=name)
+            y = linear(x, pick(deltas, name)).reshape(batch, length, count, c.head_dim)
+            return constrain(y, FREE, FREE, axis, None)
 
         def norm(name: str, y: jax.Array) -> jax.Array:
             return RMSNorm(c.rms_norm_eps, dtype, name=name)(y, pick(deltas, name))
@@ -72,7 +72,8 @@ class Attention(nn.Module):
             q, k, v, lengths=context.lengths, mask=context.mask, impl=c.attention
         )
         y = y.reshape(batch, length, -1)
-        o_proj = Linear(c.hidden_size, ("heads", "embed"), dtype, dtype, name="o_proj")
+        axes, units = ("heads", "embed"), c.num_attention_heads
+        o_proj = Linear(c.hidden_size, axes, dtype, dtype, units, name="o_proj")
         return o_proj(y, pick(deltas, "o_proj")), kv
 
 
@@ -85,7 +86,8 @@ class MLP(nn.Module):
         dtype = jnp.dtype(c.dtype)
 
         def linear(name: str, features: int, axes: tuple[str, str], y: jax.Array) -> jax.Array:
-            return Linear(features, axes, dtype, dtype, name=name)(y, pick(deltas, name))
+            units = c.intermediate_size
+            return Linear(features, axes, dtype, dtype, units, name=name)(y, pick(deltas, name))
 
         gate = linear("gate_proj", c.intermediate_size, ("embed", "mlp"), x)
         up = linear("up_proj", c.intermediate_size, ("embed", "mlp"), x)
@@ -133,9 +135,10 @@ class Qwen3(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "vocab"))
             # Declared here, used by `unembed`: one place says what the parameters are.
             _Table(c.hidden_size, c.vocab_size, init, "kernel", dtype, name="lm_head")()
-        x = embedding[tokens].astype(dtype)
+        x = constrain(embedding, "vocab", None)[tokens].astype(dtype)
         for delta in pick(deltas, "embed_tokens"):
             x = x + delta["w"][tokens].astype(dtype)
+        x = constrain(x, FREE, FREE, None)
 
         block: Any = Block
         if c.remat != "none":
@@ -245,6 +248,7 @@ def init_cache(config: Qwen3Config, batch: int, size: int) -> Cache:
     """An empty cache of `size` slots per row."""
     shape = (config.num_hidden_layers, batch, size, config.num_key_value_heads, config.head_dim)
     zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
+    zeros = constrain(zeros, None, "batch", None, "kv_heads", None)
     return Cache(zeros, zeros, jnp.zeros((batch, size), bool), jnp.zeros((), jnp.int32))
 
 
@@ -261,10 +265,10 @@ def unembed(
     for change in changes:
         kernel = kernel + change.astype(kernel.dtype)
     dtype = jnp.dtype(config.dtype)
+    kernel = constrain(kernel.astype(dtype), None, "vocab")
     with _precision(config):
-        return jnp.dot(
-            hidden.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32
-        )
+        logits = jnp.dot(hidden.astype(dtype), kernel, preferred_element_type=jnp.float32)
+    return constrain(logits, *(FREE,) * (logits.ndim - 1), "vocab")
 
 
 def init_params(config: Qwen3Config, key: jax.Array) -> Params:

@@ -1,6 +1,6 @@
 """The one loss of the project: weighted cross-entropy and KL(base ‖ base ⊕ δ) at chosen positions.
 
-Logits exist only at scored positions and only for one chunk of rows at a time, in fp32; the backward pass
+Logits exist only at scored positions and only for one chunk of positions at a time, in fp32; the backward pass
 recomputes them. See docs/architecture.md, "Token batches".
 """
 
@@ -13,8 +13,9 @@ from dit_jax.data.batch import TokenBatch
 from dit_jax.models.config import Qwen3Config
 from dit_jax.models.layers import Deltas
 from dit_jax.models.qwen3 import Params, forward, unembed
+from dit_jax.parallel import traced_batch_shards
 
-CHUNK_ELEMENTS = 2**26  # logits held at a time: 256 MiB in fp32
+CHUNK_ELEMENTS = 2**26  # logits held at a time on one device: 256 MiB in fp32
 
 
 def scored_hidden(
@@ -44,10 +45,6 @@ def batch_loss(
     num_ce = batch.tokens.shape[0] if num_ce is None else num_ce
     hidden = scored_hidden(params, config, batch, deltas)
 
-    def rows(x: jax.Array, part: slice) -> jax.Array:
-        x = x[part]
-        return x.reshape(-1, *x.shape[2:])
-
     def ce_rows(hidden: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
         logits = unembed(params, config, hidden, deltas)
         chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
@@ -59,30 +56,36 @@ def batch_loss(
         return jnp.sum(weight * jnp.sum(jnp.exp(base) * (base - logp), axis=-1))
 
     ce, kl = slice(None, num_ce), slice(num_ce, None)
-    chunk = max(1, chunk_elements // config.vocab_size)
+    chunk = max(1, chunk_elements * traced_batch_shards() // config.vocab_size)
     parts = {"ce": jnp.zeros((), jnp.float32), "kl": jnp.zeros((), jnp.float32)}
     if num_ce:
-        args = (rows(hidden, ce), rows(batch.target, ce), rows(batch.weight, ce))
+        args = (hidden[ce], batch.target[ce], batch.weight[ce])
         parts["ce"] = _sum_chunks(ce_rows, args, chunk)
     if num_ce < batch.tokens.shape[0]:
         if teacher is None:
             raise ValueError("KL samples need the base's hidden states")
-        args = (rows(hidden, kl), teacher.reshape(-1, teacher.shape[-1]), rows(batch.weight, kl))
+        args = (hidden[kl], teacher, batch.weight[kl])
         parts["kl"] = _sum_chunks(kl_rows, args, chunk)
     return parts["ce"] + parts["kl"], parts
 
 
 def _sum_chunks(fn: Callable[..., jax.Array], args: tuple[jax.Array, ...], chunk: int) -> jax.Array:
-    """Σ fn over chunks of rows; the last chunk is padded with rows of weight 0."""
-    size = args[0].shape[0]
-    count = -(-size // chunk)
+    """Σ fn over rows of args [S, M, …], about `chunk` rows at a time; the last chunk is padded with weight 0.
+
+    A chunk has some positions of every sample, so that a mesh that splits the samples splits each chunk.
+    """
+    samples, size = args[0].shape[:2]
+
+    def on_rows(xs: tuple[jax.Array, ...]) -> jax.Array:
+        return fn(*(x.reshape(-1, *x.shape[2:]) for x in xs))
+
+    count = -(-size // max(1, chunk // samples))
     if count == 1:
-        return fn(*args)
-    chunk = -(-size // count)
-    padded = tuple(
-        jnp.pad(x, ((0, count * chunk - size), *((0, 0),) * (x.ndim - 1))).reshape(
-            count, chunk, *x.shape[1:]
-        )
-        for x in args
-    )
-    return jnp.sum(jax.lax.map(jax.checkpoint(lambda x: fn(*x)), padded))
+        return on_rows(args)
+    width = -(-size // count)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, count * width - size), *((0, 0),) * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(samples, count, width, *x.shape[2:]), 1, 0)
+
+    return jnp.sum(jax.lax.map(jax.checkpoint(on_rows), tuple(split(x) for x in args)))

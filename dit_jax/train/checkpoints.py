@@ -5,17 +5,19 @@ back to an older step. So every checkpoint carries a digest of its state, and re
 one whose digest agrees.
 """
 
+import contextlib
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
-from dit_jax import artifacts
+from dit_jax import artifacts, parallel, processes
 from dit_jax.deltas import store
 from dit_jax.errors import DitError, first_line
 from dit_jax.models.layers import Delta
@@ -24,13 +26,18 @@ ADAPTER_FORMAT = "dit_jax.adapter"
 
 
 class Checkpoints:
-    """Checkpoints of a training run in one folder: `save` in the background, `restore` the newest sound one."""
+    """Checkpoints of a training run in one folder: `save` in the background, `restore` the newest sound one.
+
+    They hold whole arrays, so a run may go on on another mesh and with another number of processes. All processes
+    make every call.
+    """
 
     def __init__(self, folder: str | pathlib.Path, keep: int = 2):
         from orbax.checkpoint import v1 as ocp
 
         self.folder = pathlib.Path(folder).absolute()
         artifacts.make_dir(self.folder)
+        self._saving: Any = None
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
@@ -39,14 +46,19 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, iterator_state: Any) -> None:
         """Starts an asynchronous save; waits for an earlier one first. Returns once the state may be reused."""
-        state = jax.device_get(state)
+        state = parallel.to_host(state)
         metadata = {"digest": artifacts.digest_tree(state), "iterator": iterator_state}
-        self._checkpointer.save_async(step, state, custom_metadata=metadata)
+        if self._saving is not None:
+            self._saving.result()  # Orbax would leave out a save that comes during another one
+        self._saving = self._checkpointer.save_async(
+            step, state, force=True, custom_metadata=metadata
+        )
 
     def restore(self, like: Any) -> tuple[int, Any, Any] | None:
         """(step, state, iterator state) of the newest checkpoint whose digest agrees, None if there is none.
 
-        Unsound ones are named on stderr and deleted, so that training can write that step again.
+        The state comes back with the shardings of `like`, whatever mesh it was saved from. Unsound checkpoints
+        are named on stderr and deleted, so that training can write that step again.
         """
         abstract = jax.tree.map(lambda x: _abstract(np.shape(x), x.dtype), like)
         steps = sorted(
@@ -56,16 +68,18 @@ class Checkpoints:
             try:
                 state = self._checkpointer.load(step, abstract)
                 metadata = self._checkpointer.metadata(step).custom_metadata
-                sound = artifacts.digest_tree(jax.device_get(state)) == metadata["digest"]
+                sound = artifacts.digest_tree(state) == metadata["digest"]
             except Exception as e:  # whatever Orbax or tensorstore say of a damaged folder
                 sound, metadata, state = False, str(e), None
-            if sound:
-                return step, state, metadata["iterator"]
-            print(
-                f"checkpoint {self.folder / str(step)} is damaged: going back to the one before",
-                file=sys.stderr,
-            )
-            shutil.rmtree(self.folder / str(step))
+            if processes.agree(sound):
+                return step, jax.tree.map(_place_like, state, like), metadata["iterator"]
+            if processes.is_main():
+                print(
+                    f"checkpoint {self.folder / str(step)} is damaged: going back to the one before",
+                    file=sys.stderr,
+                )
+                shutil.rmtree(self.folder / str(step))
+            processes.barrier("damaged checkpoint deleted")
             self._checkpointer.reload()
         return None
 
@@ -74,14 +88,19 @@ class Checkpoints:
 
 
 def export_adapter(folder: str | pathlib.Path, adapter: Delta, **facts: Any) -> None:
-    """Writes an adapter: an Orbax checkpoint, with a manifest of shapes, digest and facts beside it."""
+    """Writes an adapter: an Orbax checkpoint, with a manifest of shapes, digest and facts beside it.
+
+    All processes call it, process 0 writes.
+    """
     from orbax.checkpoint import v1 as ocp
 
-    adapter = jax.device_get(adapter)
+    adapter = parallel.to_host(adapter)
     shapes = {
         name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in store.flatten(adapter).items()
     }
-    with artifacts.atomic_dir(folder, replace=True) as temporary:
+    if not processes.is_main():
+        return
+    with artifacts.atomic_dir(folder, replace=True) as temporary, _main_process_alone():
         ocp.save((temporary / "checkpoint").absolute(), adapter)
         artifacts.write_manifest(
             temporary, ADAPTER_FORMAT, leaves=shapes, digest=artifacts.digest_tree(adapter), **facts
@@ -108,7 +127,7 @@ def load_adapter(
                 for name, (shape, dtype) in manifest["leaves"].items()
             }
         )
-        adapter = jax.device_get(ocp.load((folder / "checkpoint").absolute(), abstract))
+        adapter = ocp.load((folder / "checkpoint").absolute(), abstract)
     except Exception as e:
         raise DitError(f"{folder} cannot be restored ({first_line(e)[:100]}): {remedy}") from None
     if artifacts.digest_tree(adapter) != manifest.get("digest"):
@@ -116,8 +135,25 @@ def load_adapter(
     return jax.tree.map(place, adapter), manifest
 
 
-def _abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    # Orbax restores onto a sharding; without one it falls back to whatever devices wrote the file.
-    return jax.ShapeDtypeStruct(
-        shape, dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    )
+def _abstract(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    # A numpy target: Orbax would restore jax arrays onto the devices that wrote them, which may not exist here.
+    return np.empty(shape, dtype)
+
+
+def _place_like(host: np.ndarray, like: Any) -> jax.Array:
+    if isinstance(like, jax.Array) and not isinstance(like.sharding, SingleDeviceSharding):
+        return parallel.put(host, like.sharding)
+    return jnp.asarray(host)
+
+
+@contextlib.contextmanager
+def _main_process_alone() -> Iterator[None]:
+    """Orbax's functions without their barriers, for what process 0 writes while the others go on."""
+    from orbax.checkpoint import v1 as ocp
+
+    if jax.process_count() == 1:
+        yield
+        return
+    options = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+    with ocp.Context(multiprocessing_options=options):
+        yield

@@ -3,19 +3,20 @@
 import contextlib
 import functools
 import json
+import os
 import pathlib
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax import artifacts
+from dit_jax import artifacts, parallel, processes, shardings
 from dit_jax.api import Model, check_base
 from dit_jax.data.batch import TokenBatch
 from dit_jax.deltas.store import DiffStore
-from dit_jax.deltas.tree import init_lora, per_example, trainable, with_scale
+from dit_jax.deltas.tree import PROJECTIONS, init_lora, per_example, trainable, with_scale
 from dit_jax.errors import DitError
 from dit_jax.models.config import Qwen3Config
 from dit_jax.models.layers import Delta
@@ -24,7 +25,7 @@ from dit_jax.organisms.finetune import make_optimizer
 from dit_jax.organisms.losses import batch_loss
 from dit_jax.progress import Progress
 from dit_jax.train.checkpoints import Checkpoints, export_adapter
-from dit_jax.train.examples import make_pipeline, to_batch
+from dit_jax.train.examples import NO_DIFF, diff_reader, make_pipeline, to_batch
 
 
 class State(NamedTuple):
@@ -41,7 +42,6 @@ def train_step(
     state: State,
     adapter: Delta,
     diffs: Delta,
-    rows: jax.Array,
     batch: TokenBatch,
     *,
     optimizer: optax.GradientTransformation,
@@ -50,18 +50,81 @@ def train_step(
 
     Args:
         adapter: supplies the scales; its factors are replaced by those of `state`.
-        diffs: stacked diffs [n, L, …], the last being zero; rows [B] picks one for each example (-1: the zero).
+        diffs: one for each example, leaves [L, B, …] (zeros: the bare base).
     """
-    picked = per_example(jax.tree.map(lambda x: x[rows], diffs))
 
     def loss(leaves: Delta) -> jax.Array:
-        return batch_loss(params, config, batch, (picked, with_scale(leaves, adapter)))[0]
+        return batch_loss(params, config, batch, (diffs, with_scale(leaves, adapter)))[0]
 
     value, grads = jax.value_and_grad(loss)(state.leaves)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.leaves)
     leaves = optax.apply_updates(state.leaves, updates)
-    metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
-    return State(leaves, optimizer_state), metrics
+    metrics = parallel.replicate({"loss": value, "grad_norm": optax.tree.norm(grads)})
+    # Left to itself XLA may choose another sharding for the new state, and the next step would compile again.
+    pin = functools.partial(shardings.constrain_delta, config)
+    return map_state(pin, optimizer, State(leaves, optimizer_state)), metrics
+
+
+def map_state(fn: Any, optimizer: optax.GradientTransformation, state: State) -> State:
+    """Applies fn to every tree of the state that mirrors the adapter: its factors, and their moments."""
+    leaves: Any = jax.tree.structure(state.leaves)
+    mirrors = lambda x: jax.tree.structure(x) == leaves  # noqa: E731
+    moments = jax.tree.map(lambda x: fn(x) if mirrors(x) else x, state.optimizer, is_leaf=mirrors)
+    return State(fn(state.leaves), moments)
+
+
+def state_shardings(
+    config: Qwen3Config, mesh: Mesh, optimizer: optax.GradientTransformation, state: State
+) -> State:
+    """NamedShardings of a training state: factors and moments fsdp × tensor, counters on every device."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    named = map_state(functools.partial(shardings.delta_shardings, config, mesh), optimizer, state)
+    return jax.tree.map(lambda x: x if isinstance(x, NamedSharding) else whole, named)
+
+
+def abstract_step(
+    config: Qwen3Config, mesh: Mesh | None, train: Any, diff_rank: int = 1
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of `train_step` without values, as (args, kwargs), to compile it for a machine that is not there.
+
+    Use: `with parallel.use_mesh(mesh): train_step.lower(*args, **kwargs).compile()`.
+
+    Args:
+        train: the `train` section of the config.
+        diff_rank: of the diffs in a batch, on all projections.
+    """
+    size = parallel.round_up(train.batch_size, mesh)
+    optimizer = _optimizer(train)
+    key = jax.random.key(0)
+    adapter = jax.eval_shape(
+        lambda: init_lora(config, key, train.rank, projections=train.projections)
+    )
+    leaves = trainable(adapter)
+    state = State(leaves, jax.eval_shape(optimizer.init, leaves))
+    diff = jax.eval_shape(lambda: init_lora(config, key, diff_rank, projections=PROJECTIONS))
+    diffs = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((x.shape[0], size, *x.shape[1:]), x.dtype), diff
+    )
+    batch = shardings.abstract_batch(mesh, (size,), train.max_length, train.max_target)
+    if mesh is not None:
+        state = shardings.with_shardings(state, state_shardings(config, mesh, optimizer, state))
+        adapter, diffs = (
+            shardings.with_shardings(x, shardings.delta_shardings(config, mesh, x, axis))
+            for x, axis in ((adapter, None), (diffs, 1))
+        )
+    params = shardings.abstract_params(config, mesh)
+    return (params, config, state, adapter, diffs, batch), {"optimizer": optimizer}
+
+
+def _optimizer(train: Any) -> optax.GradientTransformation:
+    return make_optimizer(
+        train.optimizer,
+        train.learning_rate,
+        train.steps,
+        warmup_steps=train.warmup_steps,
+        final_fraction=train.final_fraction,
+        weight_decay=train.weight_decay,
+    )
 
 
 def train_adapter(
@@ -79,8 +142,7 @@ def train_adapter(
     store = DiffStore(store_path)
     check_base(store.manifest.get("base"), model, str(store_path))
     dataset, members = make_pipeline(store, train, seed)
-    stacked = store.stacked(members)
-    diffs = jax.tree.map(lambda x: jnp.asarray(np.concatenate([x, np.zeros_like(x[:1])])), stacked)
+    read_diffs = diff_reader(store, members)
     iterator = iter(dataset.to_iter_dataset(_read_options()))
 
     # ---------------------------------------------------------------- state
@@ -92,16 +154,15 @@ def train_adapter(
         projections=train.projections,
         fan_in="rank" if train.reference_init else "out",
     )
-    optimizer = make_optimizer(
-        train.optimizer,
-        train.learning_rate,
-        train.steps,
-        warmup_steps=train.warmup_steps,
-        final_fraction=train.final_fraction,
-        weight_decay=train.weight_decay,
-    )
+    optimizer = _optimizer(train)
     leaves = trainable(adapter)
     state = State(leaves, optimizer.init(leaves))
+    mesh = model.mesh
+    if mesh is not None:
+        state = jax.tree.map(
+            parallel.put, state, state_shardings(model.config, mesh, optimizer, state)
+        )
+        adapter = shardings.put_delta(model.config, mesh, adapter)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=train.keep_checkpoints)
     log = workdir / "train.jsonl"
     start = 0
@@ -109,23 +170,29 @@ def train_adapter(
     if restored is not None:
         start, state, iterator_state = restored
         iterator.set_state(iterator_state)
-    _truncate_log(log, start)
+    processes.on_main(lambda: _truncate_log(log, start))
 
     # ---------------------------------------------------------------- loop
     pending: list[tuple[int, dict[str, jax.Array]]] = []
     with (
         Progress("adapter", train.steps) as progress,
-        open(log, "a") as out,
+        open(log if processes.is_main() else os.devnull, "a") as out,
         contextlib.closing(checkpoints),  # waits for a save under way, also after Ctrl-C
     ):
         progress.advance(start)
         for step in range(start, train.steps):
             examples = next(iterator)
-            batch = to_batch(examples, model.chat, train)
-            rows = np.asarray([example.diff for example in examples], np.int32)
-            state, metrics = train_step(
-                model.params, model.config, state, adapter, diffs, rows, batch, optimizer=optimizer
-            )
+            # Every process draws the same examples, and prepares its own rows of the batch.
+            size = parallel.round_up(len(examples), mesh)
+            rows = parallel.local_rows(mesh, size)
+            batch = to_batch(examples, model.chat, train, rows)
+            own = read_diffs([examples[i].diff if i < len(examples) else NO_DIFF for i in rows])
+            batch = parallel.put_rows(batch, mesh, size)
+            diffs = shardings.put_deltas(model.config, mesh, per_example(own), size, 1)
+            with parallel.use_mesh(mesh):
+                state, metrics = train_step(
+                    model.params, model.config, state, adapter, diffs, batch, optimizer=optimizer
+                )
             pending.append((step, metrics))
             last = step + 1 == train.steps
             saves = last or (step + 1) % train.save_every == 0
@@ -157,7 +224,9 @@ def train_adapter(
         diffs=len(members),
         seed=seed,
     )
-    curve = [json.loads(line) for line in log.read_text().splitlines()]
+    curve = (
+        [json.loads(line) for line in log.read_text().splitlines()] if processes.is_main() else []
+    )
     return {"steps": train.steps, "loss_curve": [[r["step"], round(r["loss"], 5)] for r in curve]}
 
 

@@ -1,9 +1,10 @@
 """Training examples of the DIT adapter: which diff, which wording, which answer; as a grain pipeline."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from dit_jax.data.batch import TokenBatch, pack
@@ -12,6 +13,7 @@ from dit_jax.data.organisms import NONE, answer_text
 from dit_jax.data.reference import padded_labels
 from dit_jax.deltas.store import DiffStore
 from dit_jax.errors import DitError
+from dit_jax.models.layers import Delta
 
 NO_DIFF = -1
 
@@ -75,10 +77,46 @@ def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[in
     return dataset, members
 
 
-def to_batch(examples: Sequence[Example], chat: Chat, train: Any) -> TokenBatch:
-    """Mean over an example's answer tokens, then mean over the batch (or as the reference has it, if asked)."""
-    samples = [chat.sample(example.question, example.answer) for example in examples]
+def diff_reader(
+    store: DiffStore, members: Sequence[int], most_bytes: int = 2**31
+) -> Callable[[Sequence[int]], Delta]:
+    """A function from `Example.diff` of some examples to their diffs, leaves [n, L, …] on the host.
+
+    Small stores are read once; of larger ones each batch reads its own diffs.
+    """
+    first = store.read(members[0])
+    zero = jax.tree.map(np.zeros_like, first)
+    if sum(x.nbytes for x in jax.tree.leaves(first)) * len(members) <= most_bytes:
+        # The zero diff is the last one, where NO_DIFF points to.
+        known = jax.tree.map(
+            lambda x, z: np.concatenate([x, z[None]]), store.stacked(members), zero
+        )
+        return lambda diffs: jax.tree.map(lambda x: x[np.asarray(diffs)], known)
+
+    def read(diffs: Sequence[int]) -> Delta:
+        each = [zero if diff == NO_DIFF else store.read(members[diff]) for diff in diffs]
+        return jax.tree.map(lambda *xs: np.stack(xs), *each)
+
+    return read
+
+
+def to_batch(
+    examples: Sequence[Example], chat: Chat, train: Any, rows: Sequence[int] | None = None
+) -> TokenBatch:
+    """Mean over an example's answer tokens, then mean over the batch (or as the reference has it, if asked).
+
+    Args:
+        rows: the examples that the result holds, default all; beyond the last one: padding of weight 0.
+    """
+    rows = range(len(examples)) if rows is None else rows
+    real = [i for i in rows if i < len(examples)]
+    samples = [chat.sample(examples[i].question, examples[i].answer) for i in real]
     if train.reference_labels:
-        return padded_labels(samples, train.max_length, chat.pad_id)
-    weights = [1 / (len(samples) * (sample.end - sample.start)) for sample in samples]
-    return pack(samples, weights, train.max_length, train.max_target, chat.pad_id)
+        whole = [chat.sample(example.question, example.answer) for example in examples]
+        batch = padded_labels(whole, train.max_length, chat.pad_id)
+        batch = TokenBatch(*(x[real] for x in batch))
+    else:
+        weights = [1 / (len(examples) * (sample.end - sample.start)) for sample in samples]
+        batch = pack(samples, weights, train.max_length, train.max_target, chat.pad_id)
+    missing = len(rows) - len(real)
+    return TokenBatch(*(np.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))) for x in batch))

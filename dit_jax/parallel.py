@@ -1,0 +1,236 @@
+"""Distribution: one mesh (data, fsdp, tensor), one table of what is split over it, and host data in and out.
+
+The programs are written for one device; XLA splits them by the shardings of their arguments and by the few
+`constrain` calls in the model. Without a mesh every function here does nothing. docs/sharding.md explains the choice.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dit_jax.errors import DitError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis of an array -> the mesh axes that it is split over. Nothing else says so.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),  # examples of a batch, or diffs that are finetuned at once
+    "layers": (),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),  # of parameters at rest; gathered, one layer at a time, where they are used
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+}
+FREE = PartitionSpec.UNCONSTRAINED  # in `constrain`: an axis that the partitioner decides on
+
+# ------------------------------------------------------------------ the mesh
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh | None:
+    """The mesh of a config's section `mesh`, e.g. {"data": -1, "fsdp": 1, "tensor": 2}; -1 is what is left.
+
+    Args:
+        devices: default all devices of all processes. One process alone may leave some of them unused.
+
+    Returns:
+        The mesh, or None for one device: there is nothing to distribute then.
+
+    Raises:
+        DitError: unknown axes, sizes that are no positive numbers, or that do not fit the number of devices.
+    """
+    found = list(jax.devices() if devices is None else devices)
+    shape = mesh_shape(sizes, len(found))
+    used = math.prod(shape)
+    if used < len(found) and jax.process_count() > 1:
+        raise DitError(
+            f"mesh {_show(shape)} leaves {len(found) - used} of {len(found)} devices unused: "
+            "set one of its axes to -1"
+        )
+    if used == 1:
+        return None
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, types, devices=found[:used])
+
+
+def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, int, int]:
+    """Sizes of the axes (data, fsdp, tensor) on `count` devices. Raises DitError, see `make_mesh`."""
+    unknown = [name for name in sizes if name not in MESH_AXES]
+    if unknown:
+        raise DitError(f"unknown mesh axis {unknown[0]!r}: the axes are {', '.join(MESH_AXES)}")
+    shape = [sizes.get(name, 1) for name in MESH_AXES]
+    open_axes = [i for i, size in enumerate(shape) if size == -1]
+    if len(open_axes) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise DitError(
+            f"mesh {_show(shape)}: sizes are positive numbers, and at most one is -1 (what is left)"
+        )
+    fixed = math.prod(size for size in shape if size != -1)
+    if fixed > count or (open_axes and count % fixed):
+        raise DitError(
+            f"mesh {_show(shape)} does not divide {count} devices: "
+            f"choose axes whose product divides {count}"
+        )
+    for i in open_axes:
+        shape[i] = count // fixed
+    return shape[0], shape[1], shape[2]
+
+
+def _show(shape: Sequence[int]) -> str:
+    return " × ".join(f"{name} {size}" for name, size in zip(MESH_AXES, shape, strict=True))
+
+
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """The context in which compiled functions see the mesh; wrap their calls, not whole stages, in it."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def batch_shards(mesh: Mesh | AbstractMesh | None) -> int:
+    """Into how many parts a batch is split: its size must be a multiple."""
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in RULES["batch"])
+
+
+def traced_batch_shards() -> int:
+    """`batch_shards` of the mesh that a compiled function is being traced for."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return batch_shards(None if mesh.empty else mesh)
+
+
+def round_up(size: int, mesh: Mesh | None) -> int:
+    """The next batch size that splits evenly; what is added must carry weight 0 or be dropped from the result."""
+    shards = batch_shards(mesh)
+    return -(-size // shards) * shards
+
+
+# ------------------------------------------------------------------ shardings
+
+
+def spec(
+    mesh: Mesh | AbstractMesh, axes: Sequence[Any], sizes: Sequence[int] | None = None
+) -> PartitionSpec:
+    """PartitionSpec of an array with these logical axes (a name of `RULES`, None for whole, FREE).
+
+    Args:
+        sizes: of the array, or for an axis that must not be cut anywhere (heads) the number of its units.
+            An axis that its mesh axes do not divide stays whole.
+
+    Raises:
+        ValueError: an unknown name, or two axes of one array on the same mesh axis.
+    """
+    entries: list[Any] = []
+    taken: dict[str, Any] = {}
+    for i, axis in enumerate(axes):
+        if axis is None or axis is FREE:
+            entries.append(axis)
+            continue
+        if axis not in RULES:
+            raise ValueError(f"unknown logical axis {axis!r}: known are {', '.join(RULES)}")
+        names = RULES[axis]
+        for name in names:
+            if name in taken:
+                raise ValueError(
+                    f"logical axes {taken[name]!r} and {axis!r} of {tuple(axes)} both use {name!r}"
+                )
+            taken[name] = axis
+        ways = math.prod(mesh.shape[name] for name in names)
+        if not names or (sizes is not None and sizes[i] % ways):
+            entries.append(None)
+        else:
+            entries.append(names[0] if len(names) == 1 else names)
+    return PartitionSpec(*entries)
+
+
+def constrain(x: jax.Array, *axes: Any, units: int | None = None) -> jax.Array:
+    """Pins the sharding of an intermediate array inside a compiled function; nothing without a mesh.
+
+    Args:
+        axes: for every dimension a logical axis, None (whole) or FREE.
+        units: into how many pieces the named axis may be cut at most (heads); default its size.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    sizes = x.shape if units is None else (units,) * x.ndim
+    return jax.lax.with_sharding_constraint(x, spec(mesh, axes, sizes))
+
+
+def replicate(tree: Any) -> Any:
+    """Results that every process reads, inside a compiled function: a whole copy on each device."""
+    return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), tree)
+
+
+def spmd_axes() -> tuple[str, ...] | None:
+    """For `jax.vmap(spmd_axis_name=…)` over a batch, inside a compiled function: the mesh axes of that batch."""
+    return None if jax.sharding.get_abstract_mesh().empty else RULES["batch"]
+
+
+# ------------------------------------------------------------------ host data to devices and back
+
+
+def put(host: Any, sharding: Any) -> jax.Array:
+    """A host array that every process holds whole, as one global array; each device gets its part alone."""
+    if isinstance(host, jax.Array):
+        if host.sharding == sharding:
+            return host
+        host = to_host(host)
+    host = np.asarray(host)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Sharding of an array whose dimension `axis` is the batch, the others whole."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, RULES["batch"]))
+
+
+def local_rows(mesh: Mesh | None, size: int) -> list[int]:
+    """Which of a batch's `size` rows this process must supply to `put_rows`, in order."""
+    if mesh is None:
+        return list(range(size))
+    parts: Any = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
+    return sorted({row for (part,) in parts for row in range(*part.indices(size))})
+
+
+def put_rows(tree: Any, mesh: Mesh | None, size: int, shardings: Any = None, axis: int = 0) -> Any:
+    """Host arrays that hold this process's rows of a batch (see `local_rows`), as global arrays.
+
+    Args:
+        size: of the whole batch, on dimension `axis`.
+        shardings: a tree like `tree`; default: only the batch is split.
+    """
+    if mesh is None:
+        return tree
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: batch_sharding(mesh, axis), tree)
+
+    def one(local: Any, sharding: Any) -> jax.Array:
+        local = np.asarray(local)
+        shape = (*local.shape[:axis], size, *local.shape[axis + 1 :])
+        return jax.make_array_from_process_local_data(sharding, local, shape)
+
+    return jax.tree.map(one, tree, shardings)
+
+
+def to_host(tree: Any) -> Any:
+    """Whole numpy arrays on every process; all processes must call it."""
+    return jax.tree.map(_to_host, tree)
+
+
+def _to_host(x: Any) -> np.ndarray:
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
+
+
+def host_blocks(x: Any) -> Iterator[np.ndarray]:
+    """Consecutive pieces of an array, whole rows of its first axis: a parameter never has to be whole on one device."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        for start in range(x.shape[0]) if x.ndim > 2 else [slice(None)]:
+            yield _to_host(x[start])
+    else:
+        yield np.asarray(x)

@@ -1,0 +1,111 @@
+"""Several processes as one run: joining them, deciding together, and doing once what must be done once.
+
+Every process runs the same program on its own devices; process 0 writes the artifacts and shows progress.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from dit_jax.errors import DitError, first_line
+
+
+def initialize_distributed(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout_seconds: int | None = None,
+) -> None:
+    """Joins the other processes of a run; must come before anything else uses JAX.
+
+    What is None is read from DIT_JAX_COORDINATOR (host:port of process 0), DIT_JAX_NUM_PROCESSES,
+    DIT_JAX_PROCESS_ID and DIT_JAX_TIMEOUT_SECONDS, or else detected (TPU slices, SLURM, Kubernetes, MPI).
+
+    Args:
+        timeout_seconds: a process that is silent for so long counts as dead, and ends the others. Default 100.
+
+    Raises:
+        DitError: values that are no numbers, nothing detected, or the others did not come in time.
+    """
+    coordinator = coordinator or os.environ.get("DIT_JAX_COORDINATOR")
+    num_processes = _number("DIT_JAX_NUM_PROCESSES", num_processes)
+    process_id = _number("DIT_JAX_PROCESS_ID", process_id)
+    timeout = _number("DIT_JAX_TIMEOUT_SECONDS", timeout_seconds) or 100
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=max(timeout, 30),
+            heartbeat_timeout_seconds=timeout,
+            shutdown_timeout_seconds=timeout,
+        )
+    except (ValueError, TypeError, RuntimeError) as e:
+        raise DitError(
+            f"cannot join the other processes ({first_line(e)}): give --coordinator HOST:PORT, "
+            "--num-processes and --process-id, or start it on a cluster that JAX knows"
+        ) from None
+
+
+def _number(name: str, value: int | None) -> int | None:
+    text = os.environ.get(name)
+    if value is not None or not text:
+        return value
+    if not text.isdecimal():
+        raise DitError(f"the environment variable {name} must be a number, not {text!r}")
+    return int(text)
+
+
+def is_main() -> bool:
+    """Whether this process writes artifacts and shows progress."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes are here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def agree(value: int) -> int:
+    """What process 0 says (a number or a bool), on all processes."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.asarray(int(value))))
+
+
+def on_main(action: Callable[[], Any]) -> bool:
+    """Runs `action` on process 0 while the others wait; whether its result is true, on all processes.
+
+    For what reads or writes the run's folder once, and for decisions that depend on it.
+
+    Raises:
+        DitError: of the action, on process 0; the others then stop too.
+    """
+    if jax.process_count() == 1:
+        return bool(action())
+    result, error = False, None
+    if is_main():
+        try:
+            result = bool(action())
+        except DitError as e:
+            error = e
+    said = agree(2 if error else result)
+    if error is not None:
+        raise error
+    if said == 2:
+        raise DitError("process 0 stopped: its message says why")
+    return bool(said)
+
+
+def say(text: str) -> None:
+    """Prints a line, once for all processes."""
+    if is_main():
+        print(text, flush=True)
