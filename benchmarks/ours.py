@@ -9,14 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure
-from benchmarks.workload import LEARNING_RATE, WEIGHT_DECAY, Workload
+from benchmarks.workload import LEARNING_RATE, WEIGHT_DECAY, Workload, random_params
 from dit_jax import api
 from dit_jax.data.batch import TokenBatch
 from dit_jax.deltas.tree import per_example, projection_shapes, trainable
 from dit_jax.models.config import Qwen3Config
-from dit_jax.models.qwen3 import init_params
 from dit_jax.organisms.finetune import finetune_many, make_optimizer
-from dit_jax.train.dit import State, train_step
 
 _FIELDS = TokenBatch._fields
 
@@ -31,7 +29,7 @@ def load_model(work: Workload, folder: pathlib.Path) -> api.Model:
             remat=work.remat,
             attention=work.attention,
         )
-    return api.Model(init_params(work.config, jax.random.key(work.seed)), work.config, work.model)
+    return api.Model(random_params(work), work.config, work.model)
 
 
 def delta_tree(
@@ -113,6 +111,8 @@ class Train(_Ours):
         )
 
     def run(self) -> dict[str, np.ndarray]:
+        from dit_jax.train.dit import State, train_step  # with the packages of checkpoints and data
+
         leaves = jax.tree.map(jnp.array, trainable(self.adapter))
         state = State(leaves, self.optimizer.init(leaves))
         losses = []

@@ -66,6 +66,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cores", type=int, help="processor cores for all contenders; default: all"
     )
+    parser.add_argument(
+        "--weights", type=pathlib.Path, help="keep random weights here for the next run"
+    )
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for one contender")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/benchmarks"))
     return parser.parse_args(argv)
@@ -104,8 +107,13 @@ def run_suite(
     out: pathlib.Path,
     timeout: float = 1800,
     command: str = "",
+    weights: pathlib.Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Runs all contenders, checks and reports them; returns the rows, ours first."""
+    """Runs all contenders, checks and reports them; returns the rows, ours first.
+
+    Args:
+        weights: a folder that keeps the random weights for the next run of this model.
+    """
     out.mkdir(parents=True, exist_ok=True)
     commands: dict[str, list[str]] = {}
     for name in ("ours", *baselines):
@@ -121,7 +129,10 @@ def run_suite(
         work_floor = floor(work, workload.make_data(work))
         # Ours alone needs no files: its weights are made where they are used.
         if len(commands) > 1:
-            _write_model(work, folder)
+            kept = (weights or folder).absolute() / f"{work.model}-{work.dtype}"
+            if not kept.exists():
+                _write_model(work, folder, kept)
+            (folder / "model").symlink_to(kept)
         for name, arguments in commands.items():
             place = folder / f"out{len(rows)}"
             place.mkdir()
@@ -175,13 +186,14 @@ def _contend(
     return json.loads((place / "result.json").read_text())
 
 
-def _write_model(work: Workload, folder: pathlib.Path) -> None:
+def _write_model(work: Workload, folder: pathlib.Path, model: pathlib.Path) -> None:
     """In a fresh process, so that this one never holds a device or a model."""
     code = (
         "import pathlib, sys; from benchmarks.workload import read, write_model\n"
-        "folder = pathlib.Path(sys.argv[1]); write_model(read(folder)[0], folder / 'model')"
+        "folder, model = map(pathlib.Path, sys.argv[1:]); write_model(read(folder)[0], model)"
     )
-    subprocess.run([sys.executable, "-c", code, str(folder)], env=_environment(work), check=True)
+    command = [sys.executable, "-c", code, str(folder), str(model)]
+    subprocess.run(command, env=_environment(work), check=True)
 
 
 def _environment(work: Workload) -> dict[str, str]:
@@ -218,6 +230,7 @@ def main(argv: list[str] | None = None) -> int:
             flags.out,
             flags.timeout,
             f"python -m benchmarks.run {shlex.join(arguments)}",
+            flags.weights,
         )
     except DitError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -157,13 +157,40 @@ def read(folder: pathlib.Path) -> tuple[Workload, dict[str, np.ndarray], dict[st
     return work, data, load_file(folder / "factors.safetensors")
 
 
+def random_params(work: Workload) -> Any:
+    """Random weights (normal, 0.02; norms 1), made leaf by leaf and layer by layer: 32B fits while it is made."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+
+    from dit_jax.models.qwen3 import init_params
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        def one(key: jax.Array) -> jax.Array:
+            return (0.02 * jax.random.normal(key, shape[1:])).astype(dtype)
+
+        return jax.lax.map(one, jax.random.split(key, shape[0]))
+
+    shapes = jax.eval_shape(lambda: init_params(work.config, jax.random.key(0)))
+    leaves, structure = jax.tree.flatten_with_path(shapes)
+    made = []
+    for number, (path, leaf) in enumerate(leaves):
+        key = jax.random.fold_in(jax.random.key(work.seed), number)
+        is_norm = path[-1].key == "scale"
+        make = (lambda _, *args: jnp.ones(*args)) if is_norm else normal
+        made.append(make(key, leaf.shape, leaf.dtype))
+    return jax.tree.unflatten(structure, made)
+
+
 def write_model(work: Workload, folder: pathlib.Path) -> None:
-    """Random weights (normal, 0.02) in Hugging Face format."""
+    """The same weights in Hugging Face format; written under another name and renamed, so never half."""
     import jax
 
     from dit_jax.models.hf_checkpoint import save_params
-    from dit_jax.models.qwen3 import init_params
 
-    folder.mkdir()
-    config = dataclasses.replace(work.config, attention="xla")
-    save_params(folder, jax.device_get(init_params(config, jax.random.key(work.seed))), config)
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    unfinished.mkdir(parents=True)
+    save_params(unfinished, jax.device_get(random_params(work)), work.config)
+    unfinished.rename(folder)

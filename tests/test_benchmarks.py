@@ -52,7 +52,7 @@ def test_contenders_agree_and_a_wrong_one_is_flagged(suite, tmp_path, monkeypatc
 
     monkeypatch.setattr(run, "_contend", contend)
     monkeypatch.setattr(
-        run, "_write_model", lambda work, folder: workload.write_model(work, folder / "model")
+        run, "_write_model", lambda work, _, model: workload.write_model(work, model)
     )
     flags = ["--suite", suite, "--model", "tiny-1layers", *SIZES[suite], "--repeats", "1"]
     code = run.main([*flags, "--external", "wrong", "wrong", "--out", str(tmp_path)])

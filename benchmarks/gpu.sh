@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# The GPU suite on one large card (written for 80 GB or more), without a network, in under 25 minutes.
+#
+#   benchmarks/gpu.sh [diffs] [train] [ask] [growth]      default: all of them
+#
+#   PYTHON   interpreter with a CUDA jax (default python3)
+#   WHEELS   folder of wheels to install first, for what the image lacks
+#   OUT      results (default runs/benchmarks-gpu)
+#   MODEL    shape (default qwen3-4b)
+#
+# Baselines are left out where PyTorch, transformers or PEFT is missing. A command that fails or takes too
+# long is a row that says so; the others run on.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3} OUT=${OUT:-runs/benchmarks-gpu} MODEL=${MODEL:-qwen3-4b}
+SCRATCH=$(mktemp -d)
+trap 'rm -rf "$SCRATCH"' EXIT
+if [ -n "${WHEELS:-}" ]; then
+  "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$SCRATCH/site" "$WHEELS"/*.whl
+  export PYTHONPATH="$SCRATCH/site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$SCRATCH/compiled}
+export XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+bench() { # suite, seconds for the command, flags
+  local suite=$1 limit=$2
+  shift 2
+  echo "== $suite $*"
+  timeout "$limit" "$PYTHON" -m benchmarks.run --suite "$suite" --platform gpu --dtype bfloat16 \
+    --weights "$SCRATCH" --out "$OUT" "$@" || echo "== exit $?"
+}
+against() { # the baselines that can run here
+  "$PYTHON" -c 'import torch, transformers, peft' 2> /dev/null && echo "$@"
+}
+
+diffs() {
+  # shellcheck disable=SC2046
+  bench diffs 300 --model "$MODEL" --remat full --repeats 2 --baseline $(against torch-batched peft-loop)
+  for remat in full dots; do
+    bench diffs 90 --model "$MODEL" --remat $remat --attention cudnn --repeats 2 --baseline
+  done
+}
+train() {
+  # shellcheck disable=SC2046
+  bench train 240 --model "$MODEL" --baseline $(against torch-dense torch-factored peft-one-by-one)
+  bench train 90 --model "$MODEL" --batch 64 --remat full --baseline
+  bench train 90 --model "$MODEL" --batch 256 --diffs 256 --steps 4 --remat full --baseline
+  bench train 120 --model qwen3-8b --batch 64 --steps 4 --remat full --baseline
+}
+ask() {
+  # shellcheck disable=SC2046
+  bench ask 360 --model "$MODEL" --repeats 1 --baseline $(against generate-merged generate-peft)
+  bench ask 90 --model "$MODEL" --baseline
+  bench ask 180 --model qwen3-32b --baseline
+}
+growth() {
+  timeout 180 "$PYTHON" -m benchmarks.growth --model qwen3-0.6b --platform gpu --dtype bfloat16 --remat full \
+    --repeats 2 --sizes 4 16 64 --lengths 64 256 --out "$OUT" || echo "== exit $?"
+}
+
+for stage in "${@:-diffs}" $([ $# -eq 0 ] && echo train ask growth); do
+  "$stage"
+done
+cat "$OUT/results.md"
