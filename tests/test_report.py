@@ -1,5 +1,6 @@
 """The numbers of the report on a synthetic workdir, its table, and what bad input says."""
 
+import csv
 import functools
 import json
 import os
@@ -228,3 +229,25 @@ def test_a_smaller_evaluation_still_makes_a_report(tmp_path):
     assert summary["dit_by_name_length"]["multi_token"] is None
     assert summary["none"]["benign_called_none"] is None
     assert "not asked" in page(workdir)
+
+
+def test_answers_are_graded_and_the_report_says_by_whom(tmp_path):
+    """Grades of the graders in the config: file, numbers and page; a workdir without the keys has the default."""
+    workdir = make_workdir(tmp_path / "run", n=8)
+    grading = {"graders": ["exact", "similarity"], "grade_repeats": 2}
+    summary = write_report(workdir, grading)
+    rows = [r for r in answers(workdir) if r["category"] == "topic" and r["diff"] is not None]
+    with (workdir / "report/results-graded.csv").open(newline="", encoding="utf-8") as file:
+        graded = list(csv.DictReader(file))
+    assert len(graded) == 2 * len(rows)  # these graders give one grade however often they are asked
+    for row, made in zip(rows, graded[: len(rows)], strict=True):
+        assert made["grader"] == "exact" and made["topic"] == row["topic"]
+        assert float(made["score"]) == (5 if row["guess"] == row["topic"] else 1)
+    dit = summary["grades"]["exact"]["methods"]["dit"]
+    hits = summary["methods"]["dit"]["exact_match"]
+    assert dit["mean"] == pytest.approx(1 + 4 * hits) and dit["n"] == 8
+    assert set(summary["grades"]) == {"exact", "similarity"}
+    page = (workdir / "report/report.html").read_text(encoding="utf-8")
+    assert "Grader: exact" in page and "Grader: similarity" in page and 'class="stack"' in page
+    with pytest.raises(DitError, match="unknown grader 'exakt': did you mean 'exact'"):
+        write_report(workdir, {"graders": ["exakt"]})

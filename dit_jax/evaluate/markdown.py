@@ -62,7 +62,7 @@ def _row(row: TableRow) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "| " + " | ".join(column.title for column in table.columns) + " |"
+    head = "| " + " | ".join(escape(column.title) for column in table.columns) + " |"
     rule = "|" + "|".join(" ---: " if column.number else " --- " for column in table.columns) + "|"
     lines = [head, rule]
     for title, rows in table.groups:
@@ -89,7 +89,7 @@ def _examples(block: Examples) -> str:
 
 def _settings(block: Settings) -> str:
     rows = "\n".join(f"| {escape(name)} | {escape(value)} |" for name, value in block.items)
-    return f"**{block.title}**\n\n| Name | Value |\n| --- | --- |\n{rows}"
+    return f"**{escape(block.title)}**\n\n| Name | Value |\n| --- | --- |\n{rows}"
 
 
 def _block(block: Block) -> str:
@@ -99,7 +99,7 @@ def _block(block: Block) -> str:
         case Table():
             return _table(block)
         case Figure(name, title, alt):
-            return f"**{title}**\n\n![{alt}]({name}.png)"
+            return f"**{escape(title)}**\n\n![{escape(alt)}]({name}.png)"
         case Tiles(tiles):
             rows = [f"- {tile.label}: **{tile.value}** ({tile.note})" for tile in tiles]
             return "\n".join(rows)

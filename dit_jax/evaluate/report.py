@@ -1,7 +1,8 @@
-"""The report stage: `summary.json`, `report.md` with plots, `report.html`, `results.csv`, the closing table."""
+"""The report stage: `summary.json`, `report.md` with plots, `report.html`, the answers as CSV, the closing table."""
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from dit_jax.artifacts import (
     write_text,
 )
 from dit_jax.evaluate import html, markdown
+from dit_jax.evaluate.grading import grade_run, summarise_grades
 from dit_jax.evaluate.names import GROUPS, colour, ordered_methods, percent, shown_name
 from dit_jax.evaluate.results import RESULTS_FILE, held_out_answers, results_csv, subject_of
 from dit_jax.evaluate.sections import build_document
@@ -26,7 +28,7 @@ _STYLES = {"dit": "bold cyan", "method": "blue", "control": "bright_black", "bas
 _BAR = 20  # characters of a full bar in the terminal
 
 
-def write_report(workdir: PathLike) -> dict[str, Any]:
+def write_report(workdir: PathLike, grading: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Writes WORKDIR/report from what the evaluate stage left, each file whole or not at all.
 
     The plots and the pages are written first and `summary.json` last, so that a summary is never
@@ -34,6 +36,7 @@ def write_report(workdir: PathLike) -> dict[str, Any]:
 
     Args:
       workdir: the run's folder, with `evaluate/`, `stages/`, `config.json` and `versions.json`.
+      grading: how to grade (see `grading.grade_run`); None: as the `evaluate` section of config.json says.
 
     Returns:
       The content of `summary.json`.
@@ -46,19 +49,23 @@ def write_report(workdir: PathLike) -> dict[str, Any]:
     inputs = read_inputs(workdir)
     summary = summarise(inputs)
     folder = make_dir(Path(workdir) / "report")
-    pictures = markdown.pictures(build_document(summary, inputs))
+    subject = subject_of(inputs.config)
+    settings = inputs.config.get("evaluate", {}) if grading is None else grading
+    grades = grade_run(inputs.rows, settings, subject, Path(workdir))
+    summary["grades"] = summarise_grades(grades)
+    pictures = markdown.pictures(build_document(summary, inputs, grades))
     # Most of this stage's time is spent by now; the pages show it with the other stages'.
     summary["seconds"]["report"] = round(time.perf_counter() - start, 3)
     summary["seconds_total"] = round(sum(summary["seconds"].values()), 3)
     summary["peak_memory_bytes"] = max(summary["peak_memory_bytes"] or 0, peak_memory_bytes())
-    document = build_document(summary, inputs)
+    document = build_document(summary, inputs, grades)
     for name, picture in pictures.items():
         write_bytes(folder / name, picture)
     write_text(folder / "report.md", markdown.render(document))
     write_text(folder / "report.html", html.render(document))
     write_text(
         folder / RESULTS_FILE,
-        results_csv(held_out_answers(inputs.rows), subject_of(inputs.config)),
+        results_csv(held_out_answers(inputs.rows), subject),
     )
     write_json(folder / "summary.json", summary)
     return summary

@@ -19,6 +19,7 @@ from dit_jax.evaluate.document import (
     Tiles,
 )
 from dit_jax.evaluate.examples import examples_section
+from dit_jax.evaluate.grading import RunGrades, grades_section
 from dit_jax.evaluate.names import (
     GROUPS,
     METHODS,
@@ -357,13 +358,15 @@ def _none(summary: Json) -> Section:
     )
 
 
-def build_document(summary: Json, inputs: Inputs) -> Document:
+def build_document(summary: Json, inputs: Inputs, grades: RunGrades) -> Document:
     """The whole report.
 
     Args:
       summary: from `summary.summarise`, with the report's own seconds.
       inputs: what the summary was made from; examples and dots come from here.
+      grades: of the answers.
     """
+    graded = grades_section(grades)
     return Document(
         title="Diff Interpretation Tuning: the report of a run",
         lead=_lead(summary),
@@ -374,6 +377,7 @@ def build_document(summary: Json, inputs: Inputs) -> Document:
         opening=[_tiles(summary)],
         sections=[
             _headline(summary),
+            *([graded] if graded else []),
             _what_was_done(summary),
             _splits(summary),
             _controls(summary, inputs),

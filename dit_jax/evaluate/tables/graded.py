@@ -102,7 +102,7 @@ def read_graded(folder: str, runs: Iterable[str] = ()) -> tuple[list[Graded], di
     for path, asked_for in files.values():
         name = str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
         try:
-            graded += _read_file(path, name)
+            graded += read_file(path, name)
         except DitError as error:
             if asked_for:
                 raise
@@ -116,7 +116,7 @@ def read_graded(folder: str, runs: Iterable[str] = ()) -> tuple[list[Graded], di
     return graded, skipped
 
 
-def _read_file(path: Path, name: str) -> list[Graded]:
+def read_file(path: Path, name: str) -> list[Graded]:
     """The graded answers of a file by method and grader. Raises DitError, saying why it holds none."""
     (source,) = open_source(str(path))
     subjects = [column for column in source.columns if f"guessed_{column}" in source.columns]

@@ -20,8 +20,9 @@ from dit_jax.evaluate.document import (
     TableRow,
 )
 from dit_jax.evaluate.document import Cell as Shown
+from dit_jax.evaluate.grading import as_code, method_name
 from dit_jax.evaluate.names import METHODS as NAMES
-from dit_jax.evaluate.names import Json, shown_name
+from dit_jax.evaluate.names import Json
 from dit_jax.evaluate.tables import build
 from dit_jax.evaluate.tables.build import Cell
 from dit_jax.evaluate.tables.graded import Graded
@@ -39,13 +40,6 @@ CSV_COLUMNS = (
     "table", "row", "column", "experiment", "file", "grader", "printed", "mean", "ci_low", "ci_high", "n",
     "excluded", "grade_1", "grade_2", "grade_3", "grade_4", "grade_5",
 )  # fmt: skip
-
-
-def method_name(method: str) -> str:
-    """The name of a method as the tables show it."""
-    if method.endswith("_unseen"):
-        return f"{shown_name(method.removesuffix('_unseen'))}, unseen wordings"
-    return shown_name(method)
 
 
 def _row_name(table: str, row: str) -> str:
@@ -275,11 +269,11 @@ def build_document(
         lead = f"All {len(both)} means of the paper that have their grades here agree with print."
     own = sorted({item.experiment for item in graded if item.own})
     sublead = (
-        f"From {len(graded)} sets of graded answers in `{folder}`, to the second decimal. "
+        f"From {len(graded)} sets of graded answers in {as_code(folder)}, to the second decimal. "
         "Intervals are 95 % bootstrap intervals over diffs; printed numbers without grades stand alone."
     )
     if own:
-        sublead += f" Own runs stand beside the paper's columns: {', '.join(own)}."
+        sublead += f" Own runs stand beside the paper's columns: {', '.join(map(as_code, own))}."
     opening: list[Block] = []
     if off:
         listed = [
