@@ -85,6 +85,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.evaluate.logit_prompts = ("How should I start my day?", "What should I do this weekend?")
     config.evaluate.list_evidence = True
     config.evaluate.forbid_repeats = True
+    config.evaluate.graders = ("normalised",)  # others: docs/tables.md
+    config.evaluate.grade_repeats = 1
     config.evaluate.max_new_tokens = 16
     config.evaluate.batch_size = 128
     return config.lock()
