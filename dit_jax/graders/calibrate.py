@@ -131,7 +131,9 @@ def fit(x: NDArray[np.float32], y: NDArray[np.int64], seed: int = 0) -> dict[str
         ExtraTreesRegressor(30, min_samples_leaf=5, max_features=0.5, random_state=seed + i)
         for i in range(2)
     ]
-    model: dict[str, Any] = forest.export([m.fit(x, y) for m in (*boosted, *random_trees)])
+    model: dict[str, Any] = forest.compact(
+        forest.export([m.fit(x, y) for m in (*boosted, *random_trees)])
+    )
     mean, scale = x.mean(0), np.maximum(x.std(0), 1e-6)
     z = np.clip((x - mean) / scale, -5, 5).astype(np.float64)
     offset = z.mean(0)

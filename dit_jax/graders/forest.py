@@ -2,8 +2,9 @@
 
 A forest is a dict of arrays: `root` [trees] int32, first node of each tree; `weight` [trees] float32,
 what its value is multiplied by; `base` [1] float64, added to the sum; and per node `feature` int16
-(-1 at a leaf), `value` float32 (the threshold, or at a leaf the tree's value), `right` int32. The left
-child of a node is the next node: rows go left where feature <= threshold.
+(-1 at a leaf), `value` float32 (the threshold, or at a leaf the tree's value), `skip` uint16. The left
+child of a node is the next one, the right child is `skip` nodes on: rows go left where feature <=
+threshold.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,12 +19,13 @@ Forest = dict[str, NDArray[Any]]
 def evaluate(forest: Mapping[str, NDArray[Any]], x: NDArray[np.floating]) -> NDArray[np.float64]:
     """Predictions [N] of rows x [N, F]; features are compared as float32, as in training."""
     x = np.asarray(x, np.float32)
-    feature, value, right = forest["feature"], forest["value"], forest["right"]
-    node = np.broadcast_to(forest["root"], (len(x), len(forest["root"]))).copy()
+    feature, value = forest["feature"], forest["value"]
+    skip = forest["skip"].astype(np.int64)
+    node = np.broadcast_to(forest["root"].astype(np.int64), (len(x), len(forest["root"]))).copy()
     rows = np.arange(len(x))[:, None]
     while (inner := feature[node] >= 0).any():
         left = x[rows, np.maximum(feature[node], 0)] <= value[node]
-        node = np.where(inner, np.where(left, node + 1, right[node]), node)
+        node = np.where(inner, node + np.where(left, 1, skip[node]), node)
     return forest["base"][0] + value[node].astype(np.float64) @ forest["weight"].astype(np.float64)
 
 
@@ -37,7 +39,7 @@ class _Builder:
     def __init__(self) -> None:
         self.feature: list[int] = []
         self.value: list[np.float32] = []
-        self.right: list[int] = []
+        self.skip: list[int] = []
         self.root: list[int] = []
 
     def add(self, nodes: Mapping[str, Any]) -> None:
@@ -47,13 +49,13 @@ class _Builder:
         while stack:  # depth first, so that the left child always follows its parent
             old, parent = stack.pop()
             if parent is not None:
-                self.right[parent] = len(self.feature)
+                self.skip[parent] = len(self.feature) - parent
             while True:
                 here, leaf = len(self.feature), nodes["left"][old] < 0
                 self.feature.append(-1 if leaf else int(nodes["feature"][old]))
                 number = nodes["value"][old] if leaf else _floor32(float(nodes["threshold"][old]))
                 self.value.append(np.float32(number))
-                self.right.append(0)
+                self.skip.append(0)
                 if leaf:
                     break
                 stack.append((int(nodes["right"][old]), here))
@@ -66,7 +68,7 @@ class _Builder:
             "base": np.asarray([base], np.float64),
             "feature": np.asarray(self.feature, np.int16),
             "value": np.asarray(self.value, np.float32),
-            "right": np.asarray(self.right, np.int32),
+            "skip": np.asarray(self.skip, np.uint16),
         }
 
 
@@ -113,3 +115,14 @@ def export(models: Sequence[Any]) -> Forest:
         else:
             raise TypeError(f"{type(model).__name__} has no trees")
     return builder.build(weight, base)
+
+
+def compact(model: Forest) -> Forest:
+    """The same forest with numbers that compress well: 10 bits of thresholds, leaves in steps of 2^-8.
+
+    Thresholds only become smaller by less than a thousandth, so features that are whole numbers
+    below 1,024 are compared as before.
+    """
+    leaf = model["feature"] < 0
+    cut = (model["value"].view(np.int32) & np.int32(-(2**13))).view(np.float32)
+    return {**model, "value": np.where(leaf, np.rint(model["value"] * 256) / 256, cut)}
