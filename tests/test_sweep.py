@@ -1,0 +1,294 @@
+"""Sweeps: named overrides become runs, commands, one table and one plot; failures hide nothing."""
+
+import csv
+import json
+import os
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+from dit_jax import artifacts, main, sweep, sweep_table
+from dit_jax.config import flatten, load_config, split_flags
+
+CONFIG = """
+from ml_collections import ConfigDict
+def get_config(arg=None):
+    return ConfigDict({
+        "stages": ("diffs", "train", "report"), "seed": 0, "note": "", "ranks": (1, 2),
+        "diffs": {"steps": 5}, "train": {"rank": 1, "flag": False},
+    })
+"""
+SWEEP = """
+CONFIG = "{config}"
+SWEPT = "train.rank"
+METRIC = "methods.dit.exact_match"
+def get_sweep(arg=None):
+    for rank in (1, 2, 16):
+        yield f"rank_{{rank}}", {{"train": {{"rank": rank, "flag": True}}, "note": "it's $HOME; a b", "ranks": (3,)}}
+"""
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "base.py").write_text(CONFIG)
+    (tmp_path / "ranks.py").write_text(SWEEP.format(config=tmp_path / "base.py"))
+    return tmp_path
+
+
+@pytest.fixture
+def fake_run(monkeypatch):
+    """Stands in for `main.run`: leaves what a run leaves; fails where its `broken` says so."""
+
+    def run(config, workdir):
+        run.made.append(workdir.name)
+        main.check_workdir(config, workdir)
+        if workdir.name in run.broken:
+            raise run.broken[workdir.name]
+        for stage in config.stages:
+            folder = artifacts.make_dir(workdir / main.ARTIFACTS[stage])
+            if stage == "diffs" and not artifacts.stage_done(workdir, stage):
+                artifacts.write_text(folder / "shard", "made by " + workdir.name)
+                artifacts.write_manifest(folder, "dit_jax.diffs")
+            if not artifacts.stage_done(workdir, stage):
+                artifacts.mark_done(workdir, stage, 1.5)
+        score = {"exact_match": config.train.rank / 20, "ci_low": 0.0, "ci_high": 1.0, "n": 7}
+        summary = {"methods": {"dit": score}, "seconds_total": 3.25}
+        artifacts.write_json(workdir / "report" / "summary.json", summary)
+
+    run.made, run.broken = [], {}
+    monkeypatch.setattr(main, "run", run)
+    return run
+
+
+def call(files, *flags, file="ranks.py"):
+    return sweep.main_sweep(["--sweep", str(files / file), "--workdir", str(files / "w"), *flags])
+
+
+def table(files):
+    with open(files / "w" / "sweep.csv") as handle:
+        return list(csv.DictReader(handle))
+
+
+# ------------------------------------------------------------------ what runs
+
+
+def test_runs_every_run_once_and_ends_with_table_and_plot(files, fake_run, capsys):
+    assert call(files) == 0
+    assert fake_run.made == ["rank_1", "rank_2", "rank_16"]
+    rows = table(files)
+    assert [(row["run"], row["train.rank"], row["status"]) for row in rows] == [
+        ("rank_1", "1", "done"), ("rank_2", "2", "done"), ("rank_16", "16", "done"),
+    ]  # fmt: skip
+    assert [float(row["methods.dit.exact_match"]) for row in rows] == [0.05, 0.1, 0.8]
+    assert "| rank_16 | 16 " in capsys.readouterr().out
+    assert "0.8000" in (files / "w" / "sweep.md").read_text()
+    assert (files / "w" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+    assert call(files) == 0  # finished runs are skipped, not run again
+    assert len(fake_run.made) == 3
+    assert capsys.readouterr().out.count("done before") == 3
+
+
+def test_a_failed_run_is_reported_and_hides_no_other(files, fake_run, capsys):
+    fake_run.broken = {"rank_1": sweep.DitError("the disk is full"), "rank_2": ValueError("a bug")}
+    assert call(files) == 1
+    assert fake_run.made == ["rank_1", "rank_2", "rank_16"]
+    shown = capsys.readouterr()
+    assert "error: rank_1: the disk is full" in shown.err
+    assert "error: 2 of 3 runs failed: rank_1, rank_2" in shown.err
+    assert "ValueError: a bug" in shown.err and "Traceback" in shown.err
+    assert [row["status"] for row in table(files)] == [
+        "the disk is full",
+        "ValueError: a bug",
+        "done",
+    ]
+
+    fake_run.broken = {}
+    assert call(files) == 0
+    assert fake_run.made[3:] == ["rank_1", "rank_2"]  # what failed is tried again, alone
+    assert [row["status"] for row in table(files)] == ["done"] * 3
+
+
+def test_one_index_makes_one_run(files, fake_run, capsys):
+    assert call(files, "--index", "2") == 0
+    assert fake_run.made == ["rank_16"]
+    assert [row["status"] for row in table(files)] == ["not run", "not run", "done"]
+    for index in ("3", "-1"):
+        assert call(files, "--index", index) == 2
+        assert "the sweep has runs 0 to 2" in capsys.readouterr().err
+    assert call(files, "--table") == 0
+    assert fake_run.made == ["rank_16"]
+
+
+def test_ctrl_c_ends_the_sweep(files, fake_run):
+    fake_run.broken = {"rank_2": KeyboardInterrupt()}
+    assert call(files) == 130
+    assert fake_run.made == ["rank_1", "rank_2"]
+
+
+def test_listed_commands_make_the_same_configs(files, fake_run, capsys):
+    assert call(files, "--list", "--config.seed=3") == 0
+    assert not fake_run.made and not (files / "w").exists()
+    lines = capsys.readouterr().out.splitlines()
+    runs = sweep.load_sweep(str(files / "ranks.py"), ["seed=3"]).runs
+    assert len(lines) == len(runs) == 3
+    for line, run in zip(lines, runs, strict=True):
+        words = shlex.split(line)
+        assert words[:5] == ["python", "-m", "dit_jax.main", "--config", str(files / "base.py")]
+        assert words[5:7] == ["--workdir", str(files / "w" / run.name)]
+        rest, overrides = split_flags(words[3:])
+        made = flatten(load_config(rest[1], overrides))
+        assert made == flatten(run.config)
+        assert made["note"] == "it's $HOME; a b" and made["ranks"] == [3] and made["seed"] == 3
+        assert made["train.flag"] is True
+
+
+# ------------------------------------------------------------------ sharing
+
+
+def test_runs_with_the_same_diffs_share_them(files, fake_run, capsys):
+    assert call(files) == 0
+    shards = [files / "w" / f"rank_{rank}" / "diffs" / "shard" for rank in (1, 2, 16)]
+    assert [shard.read_text() for shard in shards] == ["made by rank_1"] * 3
+    assert len({os.stat(shard).st_ino for shard in shards}) == 1  # links: no space on the disk
+    record = json.loads((files / "w" / "rank_16" / "stages" / "diffs.json").read_text())
+    assert record["shared_from"] in ("rank_1", "rank_2") and record["seconds"] == 1.5
+    assert capsys.readouterr().out.count("are the same: taken from there") == 2
+
+
+def test_runs_with_other_diffs_do_not_share(files, fake_run):
+    text = (files / "ranks.py").read_text().replace('"ranks": (3,)', '"diffs.steps": rank')
+    (files / "ranks.py").write_text(text)
+    assert call(files) == 0
+    for rank in (1, 2, 16):
+        assert (
+            files / "w" / f"rank_{rank}" / "diffs" / "shard"
+        ).read_text() == f"made by rank_{rank}"
+
+
+def test_unfinished_diffs_are_not_shared(files, fake_run):
+    assert call(files, "--index", "0") == 0
+    (files / "w" / "rank_1" / "stages" / "diffs.json").unlink()
+    assert call(files, "--index", "1") == 0
+    assert (files / "w" / "rank_2" / "diffs" / "shard").read_text() == "made by rank_2"
+
+
+# ------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"rank": rank', '"rnak": rank', "run 'rank_1' of sweep .* unknown config key 'train.rnak'"),
+        ('"rank": rank', '"rank": "many"', "config key 'train.rank' must be int, not str"),
+        ('"train.rank"', '"train.size"', "SWEPT = 'train.size' is no key"),
+        ('f"rank_{rank}"', '"same"', "two runs named 'same'"),
+        ('f"rank_{rank}"', '"../up"', "a run named '../up'"),
+        ('f"rank_{rank}"', "rank", "a run named 1"),
+        ("(1, 2, 16)", "()", "has no runs"),
+        ("SWEPT =", "OTHER =", "has no SWEPT"),
+        ("get_sweep", "get_runs", "no function get_sweep"),
+        ("(1, 2, 16)", "missing", ", line 6: name 'missing' is not defined"),
+        ("SWEPT =", "SWEPT = (", "line 3: SyntaxError"),
+        ("base.py", "bose.py", "no config file"),
+    ],
+)  # fmt: skip
+def test_a_bad_sweep_file_is_one_line(files, fake_run, capsys, old, new, said):
+    text = (files / "ranks.py").read_text()
+    assert old in text
+    (files / "ranks.py").write_text(text.replace(old, new))
+    assert call(files) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error:") and "\n" not in error
+    assert re.search(said, error), error
+    assert not fake_run.made
+
+
+def test_unknown_overrides_and_missing_files_are_one_line(files, fake_run, capsys):
+    assert call(files, "--config.train.rnak=1") == 2
+    assert "did you mean 'train.rank'" in capsys.readouterr().err
+    assert call(files, file="none.py") == 2
+    assert "there is no sweep file" in capsys.readouterr().err
+
+
+def test_a_changed_sweep_does_not_mix_with_the_old_runs(files, fake_run, capsys):
+    assert call(files) == 0
+    assert call(files, "--config.seed=1") == 1
+    assert "belongs to another config (seed: 0 -> 1)" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ table and plot
+
+
+def test_rows_say_what_is_wrong_with_a_summary(tmp_path):
+    def row(text, metric="methods.dit.exact_match"):
+        artifacts.write_text(tmp_path / "report" / "summary.json", text)
+        return sweep_table.read_row("a", 1, metric, tmp_path, None)
+
+    assert "'dit' should be, it has other" in row('{"methods": {"other": 1}}').status
+    assert "no number" in row('{"methods": {"dit": {"exact_match": null}}}').status
+    assert "truncated" in row('{"methods"').status
+    assert row('{"seconds_total": 2}', "seconds_total").metric == 2.0
+
+
+def test_the_mean_over_seeds_stands_below_the_table():
+    rows = [
+        sweep_table.Row(f"s{i}", i, x, None, None, 9, 1.0, "done") for i, x in enumerate((0.2, 0.4))
+    ]
+    assert "Mean over 2 seeds: 0.3000, standard deviation 0.1414." in sweep_table.markdown(
+        rows, "seed", "m"
+    )
+    assert "Mean" not in sweep_table.markdown(rows, "rank", "m")
+
+
+def test_the_plot_stands_over_the_swept_value():
+    def axes(values, swept="x"):
+        rows = [sweep_table.Row(f"r{v}", v, 0.5, 0.4, 0.6, 9, 1.0, "done") for v in values]
+        return sweep_table.plot(rows, swept, "m").axes[0]
+
+    scaled = axes((256, 4, 16))
+    assert scaled.get_xscale() == "log"
+    assert list(scaled.lines[0].get_xdata()) == [4.0, 16.0, 256.0]
+    assert list(axes((0, 1)).lines[0].get_xdata()) == [0.0, 1.0]
+    words = axes(("a$b$", "c"))
+    assert [text.get_text() for text in words.get_xticklabels()] == [r"ra\$b\$", "rc"]
+    assert axes((0, 1, 2), "seed").lines[0].get_linestyle() == "None"
+
+
+# ------------------------------------------------------------------ the shipped sweeps
+
+
+def test_the_shipped_sweeps_are_valid(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    scaling = sweep.load_sweep("configs/sweeps/data_scaling.py")
+    assert [run.config.train.max_diffs for run in scaling.runs] == [4, 8, 16, 32, 64, 128, 256]
+    assert len({run.config.train.steps for run in scaling.runs}) == 1
+    seeds = sweep.load_sweep("configs/sweeps/seeds.py")
+    assert [run.config.seed for run in seeds.runs] == [0, 1, 2]
+    for shipped in (ROOT / "configs" / "sweeps").glob("*.py"):
+        assert f"--sweep configs/sweeps/{shipped.name}" in shipped.read_text()
+
+
+def test_data_scaling_at_small_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    flags = ["--sweep", "configs/sweeps/data_scaling.py:tiny", "--workdir", str(tmp_path)]
+    short = [
+        "model.scan_layers=True",
+        "evaluate.max_new_tokens=6",
+    ]  # compiles and decodes in less time
+    assert sweep.main_sweep([*flags, *(f"--config.{text}" for text in short)]) == 0
+    shown = capsys.readouterr().out
+    assert "the diffs of 'diffs_4' are the same" in shown
+    with open(tmp_path / "sweep.csv") as handle:
+        rows = list(csv.DictReader(handle))
+    assert [row["status"] for row in rows] == ["done", "done"]
+    for row in rows:
+        folder = tmp_path / row["run"]
+        summary = json.loads((folder / "report" / "summary.json").read_text())
+        assert float(row["methods.dit.exact_match"]) == summary["methods"]["dit"]["exact_match"]
+        manifest = json.loads((folder / "adapter" / "manifest.json").read_text())
+        assert manifest["diffs"] == int(row["train.max_diffs"]) + 2  # and the benign ones
+    shards = [tmp_path / row["run"] / "diffs" / "shards" / "00000.safetensors" for row in rows]
+    assert os.path.samefile(*shards)
