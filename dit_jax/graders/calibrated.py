@@ -22,6 +22,7 @@ from dit_jax.graders.offline import Offline
 from dit_jax.graders.words import read_asset, word_features
 
 KINDS = ("topics", "news")
+MIDDLE = 2.5  # what predictions are stretched away from
 NEWS_WORDS = 8  # labels of as many words are sentences: headlines, not topics
 Arrays = Mapping[str, NDArray[Any]]
 Pairs = Sequence[tuple[str, str]]
@@ -31,12 +32,14 @@ def feature_matrix(pairs: Pairs, encoder: Any = None) -> tuple[NDArray[np.float3
     """Features [N, F] of (label, answer) pairs and their names.
 
     Args:
-        encoder: an `embeddings.Encoder` of MiniLM, for features of sentence vectors; None without.
+        encoder: an `embeddings.Encoder` of MiniLM, for features of its sentence vectors; None for
+            those of the word vectors that come with dit_jax.
     """
     spelling = [spelling_features(label, answer) for label, answer in pairs]
     columns: dict[str, Any] = {n: [row[n] for row in spelling] for n in spelling[0]}
-    columns |= word_features(pairs)
-    if encoder is not None:
+    if encoder is None:
+        columns |= word_features(pairs)
+    else:  # which know better what the word vectors know, and measured the same with both
         from dit_jax.graders.sentences import sentence_features
 
         columns |= sentence_features(pairs, encoder)
@@ -47,8 +50,9 @@ def predict(model: Arrays, x: NDArray[np.float32]) -> NDArray[np.float64]:
     """Grades [N] on the continuous scale: a weighted mean of the trees and the linear model."""
     z = np.clip((x - model["mean"]) / model["scale"], -5, 5)
     linear = model["intercept"][0] + z.astype(np.float64) @ model["coef"].astype(np.float64)
-    share = float(model["share"][0])
-    return np.clip((1 - share) * forest.evaluate(model, x) + share * linear, 1, 5)
+    share, stretch = float(model["share"][0]), float(model["stretch"][0])
+    value = (1 - share) * forest.evaluate(model, x) + share * linear
+    return np.clip(MIDDLE + stretch * (value - MIDDLE), 1, 5)
 
 
 def names_digest(names: Sequence[str]) -> int:
@@ -131,7 +135,7 @@ def settle(values: NDArray[np.float64], pairs: Pairs) -> NDArray[np.float64]:
 
 
 class CalibratedEmbeddings(Calibrated):
-    """`Calibrated` with features of MiniLM's sentence vectors on top (needs sentence-transformers).
+    """`Calibrated` with MiniLM's sentence vectors instead of word vectors (needs sentence-transformers).
 
     Args:
         kind: see `Calibrated`.

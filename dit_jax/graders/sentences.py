@@ -24,6 +24,7 @@ WHITENED = (32, 96)
 ANSWER_COMPONENTS = 24
 BACKDROP = 256
 _NEAREST = 4  # of the backdrop
+PROBE = "science"
 _SAME_MODEL = 0.99
 
 
@@ -47,7 +48,7 @@ def load_minilm(model: str) -> Encoder:
         DitError: it cannot be had (see `embeddings.load_encoder`), or it is another model.
     """
     encoder = load_encoder(model)
-    (vector,), probe = encoder(["science"]), _space()["probe"]
+    (vector,), probe = encoder([PROBE]), _space()["probe"]
     if vector.shape != probe.shape or float(vector @ probe) < _SAME_MODEL:
         raise DitError(
             f"{model!r} is not all-MiniLM-L6-v2, which 'calibrated_embeddings' was calibrated for: "
@@ -107,7 +108,7 @@ def make(vectors: NDArray[np.float32], probe: NDArray[np.float32]) -> dict[str, 
 
     Args:
         vectors: [n, D], unit, of common words.
-        probe: [D], of the word "science"; tells the model.
+        probe: [D], of `PROBE`; tells the model.
     """
     mean = vectors.mean(0)
     variances, axes = np.linalg.eigh(np.cov((vectors - mean).T))

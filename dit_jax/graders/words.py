@@ -2,7 +2,7 @@
 
 The asset (`assets/graders/words.npz`) holds, for each of some 20,000 common English words, its CRC-32
 and the leading principal components of the encoder's vector of that word in 4 bits each. Words are
-in order of frequency, so that a row's number says how rare its word is. `make` makes it.
+in order of frequency, so that a row's number says how rare its word is. `dit_jax.graders.vectors` makes it.
 """
 
 import functools
