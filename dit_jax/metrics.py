@@ -53,7 +53,7 @@ class Work(NamedTuple):
 
     def plus(self, other: "Work") -> "Work":
         """The sum, field by field."""
-        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+        return Work._make(a + b for a, b in zip(self, other, strict=True))
 
 
 def count_work(batch: TokenBatch, *, share: float = 1.0, diffs: int = 0, steps: int = 1) -> Work:
@@ -67,7 +67,7 @@ def count_work(batch: TokenBatch, *, share: float = 1.0, diffs: int = 0, steps: 
     lengths = np.asarray(batch.lengths, np.float64)
     scored = np.count_nonzero(np.asarray(batch.weight))
     sums = (lengths.sum() / share, scored / share, np.square(lengths).sum() / share)
-    return Work(*map(float, sums), diffs, steps)
+    return Work(float(sums[0]), float(sums[1]), float(sums[2]), diffs, steps)
 
 
 def train_flops(config: Qwen3Config, work: Work) -> float:
