@@ -1,5 +1,6 @@
 # make quickstart   the whole pipeline on the embedded model, report in runs/quickstart/report/
 # make test         ruff, mypy and pytest
+# make bench        the CPU benchmarks beside PEFT, PyTorch and transformers, table in runs/benchmarks/
 # Both make the environment in .venv at first use. Another Python: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -12,11 +13,11 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart lint test clean
+.PHONY: help install install-dev quickstart lint test bench clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -49,6 +50,13 @@ lint: install-dev
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Side by side on an otherwise idle machine; the random weights of the slice are made once.
+BENCH := $(BIN)/python -m benchmarks.run --platform cpu --weights runs/weights --out runs/benchmarks
+bench: install-dev
+	-for suite in diffs train ask; do $(BENCH) --suite $$suite --model tiny; done
+	-for suite in diffs train ask; do $(BENCH) --suite $$suite --model qwen3-0.6b-4layers --repeats 2; done
+	@cat runs/benchmarks/results.md
 
 # Removes the environment and the caches, never the results in runs/.
 clean:

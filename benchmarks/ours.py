@@ -118,7 +118,7 @@ class Train(_Ours):
         losses = []
         for step in range(self.work.steps):
             rows = self.data["rows"][step]
-            own = jax.tree.map(lambda x, rows=rows: jnp.asarray(x[rows]), self.diffs)
+            own = jax.tree.map(lambda x, rows=rows: x[rows], self.diffs)
             state, metrics = train_step(
                 self.model.params,
                 self.model.config,

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import checks, contender, floors, models, report, run, workload
+from benchmarks import checks, contender, floors, growth, models, report, run, workload
 
 SIZES = {
     "diffs": ["--diffs", "2", "--batch", "2", "--steps", "2"],
@@ -131,3 +131,24 @@ def test_names_of_shapes():
     with pytest.raises(run.DitError, match="unknown baseline"):
         work = workload.Workload("ask", "tiny")
         run.run_suite(work, ["peft-loop"], [], models.TINY_FOLDER.parent / "nowhere")
+
+
+def test_growth_fits_and_plots(tmp_path):
+    def row(axis, diffs, tokens, seconds, held):
+        return {
+            "axis": axis,
+            "workload": {"diffs": diffs},
+            "floor": {"tokens": tokens},
+            "seconds": seconds,
+            "peak_host_bytes": held * 2**20,
+        }
+
+    by_diffs = [row("diffs", n, 100 * n, 0.02 * n, 50 + 3 * n) for n in (16, 32, 64)]
+    by_tokens = [row("tokens", 16, n, 1 + 2e-6 * n, 1) for n in (1000, 2000, 4000)]
+    said = growth.plot(by_diffs + by_tokens, tmp_path / "growth.png")
+    assert said == [
+        "time per token 200 to 200 µs from 16 to 64 diffs at once",
+        "peak memory 50 MiB + 3.00 MiB per diff",
+        "time 1 s + 2 µs per token",
+    ]
+    assert (tmp_path / "growth.png").stat().st_size > 5000

@@ -171,7 +171,8 @@ def noise_like(delta: Delta, key: jax.Array) -> Delta:
 
 def per_example(stacked: Delta) -> Delta:
     """[B, L, …] (deltas stacked on axis 0) -> [L, B, …], the form that one batched forward pass takes."""
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), stacked)
+    # The arrays' own method: host arrays stay on the host, and one transfer takes them all.
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), stacked)
 
 
 def num_parameters(delta: Delta) -> int:
