@@ -22,9 +22,10 @@ from dit_jax import artifacts
 from dit_jax.errors import DitError
 
 CONFIG_FILE = "config.json"
-# Keys that may differ between two runs in one workdir: what to run, on which devices, when to print or save,
-# and the inputs of the stage `tables`, which is always run again.
-FREE_KEYS = ("stages", "mesh", "*log_every", "*save_every", "*keep_checkpoints", "results", "runs")
+# Keys that may differ between two runs in one workdir: what to run, on which devices, when to print, save or
+# trace, and the inputs of the stage `tables`, which is always run again.
+_WHEN = ("*log_every", "*save_every", "*keep_checkpoints", "*.profile")
+FREE_KEYS = ("stages", "mesh", *_WHEN, "results", "runs")
 _SHOWN_DIFFERENCES = 5
 _ABSENT = object()
 

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax import artifacts
+from dit_jax import artifacts, processes
 from dit_jax.data.batch import TokenBatch
 from dit_jax.event_file import EventFile
 from dit_jax.models.config import Qwen3Config
@@ -83,12 +83,12 @@ def train_flops(config: Qwen3Config, work: Work) -> float:
 
 @functools.lru_cache
 def matmul_flops(dtype: str) -> float:
-    """FLOPs per second of one device in square matmuls of this dtype: the best of three, about 0.1 s.
+    """FLOPs per second of one device in square matmuls of this dtype: the best of three.
 
     A float32 product is a full float32 product here, as in the model.
     """
     device = jax.local_devices()[0]
-    n, repeats = (1024, 2) if device.platform == "cpu" else (4096, 32)
+    n, repeats = (1024, 1) if device.platform == "cpu" else (4096, 32)
 
     @jax.jit
     def chain(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -283,7 +283,7 @@ class Profile:
     def _stop(self) -> None:
         self._tracing = False
         jax.profiler.stop_trace()
-        print(f"profile: {self._folder}", flush=True)
+        processes.say(f"profile: {self._folder}")
 
     def __enter__(self) -> "Profile":
         return self

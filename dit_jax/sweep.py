@@ -41,7 +41,7 @@ from dit_jax.errors import DitError, exit_on_error, first_line
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]{0,99}")
 # Sections that the diffs do not depend on: runs that differ in nothing else have the same diffs.
-AFTER_DIFFS = (*FREE_KEYS, "train", "evaluate", "grade", "profile")
+AFTER_DIFFS = (*FREE_KEYS, "train", "evaluate")
 
 
 class Run(NamedTuple):

@@ -11,6 +11,7 @@ import pytest
 import dit_jax
 from dit_jax import main
 from dit_jax.deltas.store import DiffStore
+from dit_jax.metrics import read_records
 from dit_jax.train import dit
 
 SMALL = [
@@ -89,6 +90,20 @@ def test_every_stage_leaves_its_artifact(finished):
         assert (finished / "report" / name).stat().st_size > 1000
 
 
+def test_the_stages_report_their_speed(finished):
+    for stage, steps in (("diffs", [12, 18]), ("train", list(range(12)))):
+        records = read_records(finished / "metrics" / f"{stage}.jsonl")
+        assert [record["step"] for record in records] == steps
+        rates = {"loss", "step_seconds", "tokens_per_second", "mfu", "process_peak_bytes"}
+        assert rates <= set(records[-1])
+        assert 0 < records[-1]["mfu"] < 1.5
+        (events,) = (finished / "metrics" / "tensorboard" / stage).iterdir()
+        assert events.stat().st_size > 100 * len(records)
+    logged = [json.loads(line) for line in (finished / "train.jsonl").read_text().splitlines()]
+    assert [r["grad_norm"] for r in records] == [r["grad_norm"] for r in logged]
+    assert "diffs_per_hour" in read_records(finished / "metrics" / "diffs.jsonl")[0]
+
+
 def test_a_diff_is_a_rank_1_lora_on_all_seven_projections(finished, model):
     diff = dit_jax.load_diff(finished / "diffs", model, index=2)
     layers = diff.delta["layers"]
@@ -141,12 +156,15 @@ def test_an_interrupted_training_ends_bitwise_as_an_uninterrupted_one(copy, mode
     assert not (copy / "adapter").exists()
     calls.extend([1] * 7)
     before = len(calls)
-    assert run(copy) == 0
+    assert run(copy, "--config.train.profile=5,7") == 0  # tracing changes nothing
     assert len(calls) - before == 8, "goes on from the checkpoint of step 4"
     for one, two in zip(adapter_of(copy, model), expected, strict=True):
         np.testing.assert_array_equal(one, two)
     steps = [json.loads(line)["step"] for line in (copy / "train.jsonl").read_text().splitlines()]
     assert steps == list(range(12))
+    curve = read_records(copy / "metrics" / "train.jsonl")
+    assert [record["step"] for record in curve] == steps
+    assert list((copy / "metrics" / "profile" / "train").rglob("*.xplane.pb"))
 
 
 def test_a_damaged_checkpoint_is_passed_over(copy, model, capfd):
@@ -174,6 +192,8 @@ def test_a_missing_shard_alone_is_made_again(copy):
     assert run(copy, "--config.stages=('diffs',)") == 0
     assert (copy / "diffs" / "shards" / "00000.safetensors").stat().st_mtime_ns == kept
     store = DiffStore(copy / "diffs")
+    curve = read_records(copy / "metrics" / "diffs.jsonl")
+    assert [record["step"] for record in curve] == [12, 18]  # once
     for index, leaves in zip((0, 15), expected, strict=True):
         for one, two in zip(jax.tree.leaves(store.read(index)), leaves, strict=True):
             np.testing.assert_array_equal(one, two)

@@ -18,6 +18,7 @@ from dit_jax.data.batch import TokenBatch
 from dit_jax.deltas.store import DiffStore
 from dit_jax.deltas.tree import PROJECTIONS, init_lora, per_example, trainable, with_scale
 from dit_jax.errors import DitError
+from dit_jax.metrics import Meter, Metrics, Profile, count_work
 from dit_jax.models.config import Qwen3Config
 from dit_jax.models.layers import Delta
 from dit_jax.models.qwen3 import Params
@@ -174,18 +175,23 @@ def train_adapter(
 
     # ---------------------------------------------------------------- loop
     pending: list[tuple[int, dict[str, jax.Array]]] = []
+    meter, folder = Meter(model.config, mesh), workdir / "metrics"
     with (
         Progress("adapter", train.steps) as progress,
         open(log if processes.is_main() else os.devnull, "a") as out,
         contextlib.closing(checkpoints),  # waits for a save under way, also after Ctrl-C
+        Metrics(folder, "train", lambda step: step < start, processes.is_main()) as curves,
+        Profile(folder / "profile" / "train", train.get("profile", (0, 0))) as profile,
     ):
         progress.advance(start)
         for step in range(start, train.steps):
+            profile.step(step, state)
             examples = next(iterator)
             # Every process draws the same examples, and prepares its own rows of the batch.
             size = parallel.round_up(len(examples), mesh)
             rows = parallel.local_rows(mesh, size)
             batch = to_batch(examples, model.chat, train, rows)
+            meter.add(count_work(batch, share=len(rows) / size))
             own = read_diffs([examples[i].diff if i < len(examples) else NO_DIFF for i in rows])
             batch = parallel.put_rows(batch, mesh, size)
             diffs = shardings.put_deltas(model.config, mesh, per_example(own), size, 1)
@@ -199,9 +205,11 @@ def train_adapter(
             if saves or (step + 1) % train.log_every == 0:
                 # Before a checkpoint, so that a resumed run's log has no gap. The only place that waits for the device.
                 for at, values in pending:
-                    record = {"step": at, **{name: float(value) for name, value in values.items()}}
-                    out.write(json.dumps(record) + "\n")
+                    numbers = {name: float(value) for name, value in values.items()}
+                    out.write(json.dumps({"step": at, **numbers}) + "\n")
+                    curves.write(at, {**numbers, **(meter.lap() if at == step else {})})
                 out.flush()
+                curves.flush()
                 loss = float(metrics["loss"])
                 if not np.isfinite(loss):
                     raise DitError(
