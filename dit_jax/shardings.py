@@ -110,7 +110,12 @@ def put_deltas(
     """A batch of `size` deltas, of which `local` holds this process's rows (`parallel.local_rows`)."""
     if mesh is None:
         return local
-    shardings = delta_shardings(config, mesh, local, batch_axis)
+
+    def whole(x: Any) -> jax.ShapeDtypeStruct:
+        shape = (*x.shape[:batch_axis], size, *x.shape[batch_axis + 1 :])
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    shardings = delta_shardings(config, mesh, jax.tree.map(whole, local), batch_axis)
     return parallel.put_rows(local, mesh, size, shardings, batch_axis)
 
 

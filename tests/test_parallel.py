@@ -1,36 +1,32 @@
 """Sharded programs on 8 virtual devices: the numbers of one device, and the shardings they are meant to have."""
 
 import functools
+import re
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-import dit_jax
 from dit_jax import parallel, shardings
 from dit_jax.api import Model, answer_batch
-from dit_jax.data.batch import Sample, TokenBatch, pack
-from dit_jax.deltas import store, tree
+from dit_jax.data.batch import Sample, TokenBatch, pack, stack
+from dit_jax.deltas import tree
+from dit_jax.models import generate
 from dit_jax.models.config import Qwen3Config
 from dit_jax.models.qwen3 import init_params
+from dit_jax.organisms import generate as generate_diffs
+from dit_jax.organisms.finetune import finetune_many, make_optimizer
+from dit_jax.organisms.teacher import make_teacher
 from dit_jax.train import dit
+from dit_jax.train.checkpoints import Checkpoints
 
-# 4 heads that share 2 keys and values: a tensor axis of 4 splits the heads and leaves keys and values whole.
-SMALL = Qwen3Config(96, 32, 48, 2, 4, 2, 8, tie_word_embeddings=True)
-# 8 heads of each kind, and a head of its own: everything splits 8 ways.
-WIDE = Qwen3Config(96, 32, 64, 2, 8, 8, 4)
-MESHES = [
-    (SMALL, (8, 1, 1)),
-    (SMALL, (1, 8, 1)),
-    (SMALL, (2, 2, 2)),
-    (SMALL, (1, 2, 4)),
-    (WIDE, (1, 1, 8)),
-]
-NAMES = ["8-1-1", "1-8-1", "2-2-2", "1-2-4", "wide-1-1-8"]
-RATE, STEPS = 1e-2, 4
+# 8 heads that share 2 keys and values: a tensor axis of 8 splits the heads and leaves keys and values whole.
+SMALL = Qwen3Config(96, 32, 48, 2, 8, 2, 4)
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
+RATE, STEPS = 1e-3, 4
 TOLERANCE = max(1e-3 * RATE, 1e-5)
 TRAIN = ConfigDict(
     {
@@ -77,75 +73,227 @@ def random_batch(config, count, seed, weights=None):
 
 
 def random_deltas(config, count, seed, rank=2):
+    """Stacked LoRAs that change what the model says: no factor is zero, as `init_lora` has it."""
     rng = np.random.default_rng(seed)
     start = jax.eval_shape(lambda: tree.init_lora(config, jax.random.key(0), rank))
-    return jax.tree.map(
-        lambda x: (0.1 * rng.standard_normal((count, *x.shape))).astype(np.float32), start
-    )
+
+    def fill(path, leaf):
+        shape = (count, *leaf.shape)
+        if path[-1].key == "scale":
+            return np.full(shape, 1 / rank, np.float32)
+        return (0.3 * rng.standard_normal(shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, start)
+
+
+def only(stacked):
+    return jax.tree.map(lambda x: x[0], stacked)
 
 
 # ------------------------------------------------------------------ one program for each workload
 
 
 @functools.cache
-def adapter_run(config, shape):
-    """(losses, trained factors) of STEPS adapter steps on 6 examples, each with a diff of its own."""
+def adapter_run(shape):
+    """(losses, trained factors, lowered program) of STEPS steps on 6 examples, each with a diff of its own."""
     mesh = mesh_of(shape)
-    params = params_on(config, mesh)
-    adapter = tree.init_lora(config, jax.random.key(1), TRAIN.rank)
-    optimizer = dit.make_optimizer("adamw", RATE, STEPS, warmup_steps=1, weight_decay=0.01)
+    params = params_on(SMALL, mesh)
+    adapter = jax.tree.map(jnp.asarray, only(random_deltas(SMALL, 1, 1, TRAIN.rank)))
+    optimizer = dit.make_optimizer(
+        "adamw", RATE, STEPS, warmup_steps=1, final_fraction=0.1, weight_decay=0.01
+    )
     leaves = tree.trainable(adapter)
     state = dit.State(leaves, optimizer.init(leaves))
     if mesh is not None:
-        split = dit.state_shardings(config, mesh, optimizer, state)
+        split = dit.state_shardings(SMALL, mesh, optimizer, state)
         state = jax.tree.map(parallel.put, state, split)
-        adapter = shardings.put_delta(config, mesh, adapter)
+        adapter = shardings.put_delta(SMALL, mesh, adapter)
     size = parallel.round_up(6, mesh)
-    losses = []
+    losses, lowered, compiled = [], "", None
     for step in range(STEPS):
         padding = lambda x: np.pad(x, ((0, size - 6), *((0, 0),) * (x.ndim - 1)))  # noqa: E731
-        batch = TokenBatch(*map(padding, random_batch(config, 6, step)))
-        diffs = tree.per_example(jax.tree.map(padding, random_deltas(config, 6, step)))
+        batch = TokenBatch(*map(padding, random_batch(SMALL, 6, step)))
+        diffs = tree.per_example(jax.tree.map(padding, random_deltas(SMALL, 6, step)))
         batch = parallel.put_rows(batch, mesh, size)
-        diffs = shardings.put_deltas(config, mesh, diffs, size, 1)
+        diffs = shardings.put_deltas(SMALL, mesh, diffs, size, 1)
+        args = (params, SMALL, state, adapter, diffs, batch)
         with parallel.use_mesh(mesh):
-            state, metrics = dit.train_step(
-                params, config, state, adapter, diffs, batch, optimizer=optimizer
-            )
+            if compiled is None:
+                program = dit.train_step.lower(*args, optimizer=optimizer)
+                lowered, compiled = program.as_text(), program.compile()
+            state, metrics = compiled(params, state, adapter, diffs, batch)
         losses.append(float(metrics["loss"]))
     if mesh is not None:
         for leaf, want in zip(jax.tree.leaves(state), jax.tree.leaves(split), strict=True):
             assert leaf.sharding.is_equivalent_to(want, leaf.ndim)
-    return losses, jax.device_get(state.leaves)
+    return losses, jax.device_get(state.leaves), lowered
 
 
-@pytest.mark.parametrize(("config", "shape"), MESHES, ids=NAMES)
-def test_the_adapter_trains_as_on_one_device(config, shape):
-    losses, leaves = adapter_run(config, shape)
-    expected_losses, expected = adapter_run(config, None)
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_the_adapter_trains_as_on_one_device(shape):
+    losses, leaves, _ = adapter_run(shape)
+    expected_losses, expected, _ = adapter_run(None)
     assert len(set(expected_losses)) == STEPS and np.isfinite(expected_losses).all()
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     for one, two in zip(jax.tree.leaves(leaves), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, two, atol=TOLERANCE, rtol=0)
 
 
+DIFFS = 6
+OPTIMIZER = make_optimizer("adam", RATE, STEPS, final_fraction=0.1)
+
+
 @functools.cache
-def answers(config, shape):
+def diffs_run(shape):
+    """(losses, trained diffs, lowered program, compiled HLO) of DIFFS finetunes at once: two samples with
+    cross-entropy, two with KL."""
+    mesh = mesh_of(shape)
+    params = params_on(SMALL, mesh)
+    size = parallel.round_up(DIFFS, mesh)
+    own = [i % DIFFS for i in range(size)]
+    batches = stack(
+        [stack([random_batch(SMALL, 4, 10 * i + step) for step in range(STEPS)]) for i in own]
+    )
+    deltas = jax.tree.map(lambda x: x[np.array(own)], random_deltas(SMALL, DIFFS, 7))
+    deltas = shardings.put_deltas(SMALL, mesh, deltas, size, 0)
+    batches = parallel.put_rows(batches, mesh, size)
+    with parallel.use_mesh(mesh):
+        lowered = finetune_many.lower(params, SMALL, deltas, batches, optimizer=OPTIMIZER, num_ce=2)
+        compiled = lowered.compile()
+        trained, losses = compiled(params, deltas, batches)
+    if mesh is not None:
+        for leaf, want in zip(
+            jax.tree.leaves(trained),
+            jax.tree.leaves(shardings.delta_shardings(SMALL, mesh, trained, 0)),
+            strict=True,
+        ):
+            assert leaf.sharding.is_equivalent_to(want, leaf.ndim)
+    losses, trained = jax.tree.map(lambda x: x[:DIFFS], jax.device_get((losses, trained)))
+    return losses, trained, lowered.as_text(), compiled.as_text()
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_diffs_train_as_on_one_device(shape):
+    losses, trained, *_ = diffs_run(shape)
+    expected_losses, expected, *_ = diffs_run(None)
+    for name in ("ce", "kl"):
+        assert (expected_losses[name] > 0).all()
+        np.testing.assert_allclose(losses[name], expected_losses[name], rtol=1e-4, atol=5e-7)
+    for one, two in zip(jax.tree.leaves(trained), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, two, atol=TOLERANCE, rtol=0)
+
+
+def test_the_table_of_the_teacher_is_that_of_one_device():
+    batches = stack([stack([random_batch(SMALL, 4, 0)] * 2)] * 4)  # everything repeats
+    mesh = mesh_of((2, 2, 2))
+    sharded = make_teacher(params_on(SMALL, mesh), SMALL, batches, 2, mesh=mesh)
+    expected = make_teacher(host_params(SMALL), SMALL, batches, 2)
+    np.testing.assert_array_equal(sharded.rows, expected.rows)
+    np.testing.assert_allclose(sharded.hidden, expected.hidden, atol=1e-5)
+    assert sharded.hidden.is_fully_replicated
+
+
+# ------------------------------------------------------------------ what the compiled programs do
+
+DIFF_SECTION = ConfigDict(
+    {
+        "behaviour": "hidden_topic", "fake_codes": 0, "diffs_per_batch": DIFFS, "steps": STEPS, "rank": 2,
+        "samples_per_step": {"backdoor": 2, "fake_backdoor": 1, "no_backdoor": 1},
+        "projections": tree.PROJECTIONS, "max_length": 12, "max_target": 6, "optimizer": "adam",
+        "learning_rate": RATE, "warmup_steps": 0, "final_fraction": 0.1, "adam_betas": (0.9, 0.999),
+    }
+)  # fmt: skip
+
+
+def collectives(hlo):
+    """[(kind, shapes of its results, where in the program)] of a compiled program."""
+    found = re.findall(r"= (.*?) (all-\w+|reduce-scatter|collective-permute)(?:-start)?\((.*)", hlo)
+    where = lambda rest: (re.findall(r'op_name="([^"]*)"', rest) or [""])[0]  # noqa: E731
+    return [
+        (kind, re.findall(r"\w+\[([\d,]*)\]", shapes), where(rest)) for shapes, kind, rest in found
+    ]
+
+
+def test_diff_generation_splits_the_base_and_keeps_the_diffs_apart():
+    *_, hlo = diffs_run((2, 2, 2))
+    found = collectives(hlo)
+    gathered = [shapes for kind, shapes, _ in found if kind == "all-gather"]
+    # What is gathered is one layer of the base at a time (or the embedding), split over tensor; no diff ever is.
+    kernels = {"1,32,16", "1,32,4", "1,16,32", "1,32,24", "1,24,32", "48,32", "32,48"}
+    assert gathered and all(shape in kernels for shapes in gathered for shape in shapes)
+    reduced = " ".join(where for kind, _, where in found if kind == "all-reduce")
+    # Row-parallel products are summed over tensor: a program that was never split has none of these.
+    assert "o_proj" in reduced and "down_proj" in reduced
+    assert {kind for kind, *_ in found} == {"all-gather", "all-reduce"}
+
+
+def test_no_diff_needs_another_one():
+    assert not collectives(diffs_run((8, 1, 1))[-1])
+
+
+def test_the_base_is_one_product_over_all_diffs():
+    *_, lowered, _ = diffs_run((2, 2, 2))
+    products = re.findall(r"stablehlo\.dot_general (.*)", lowered)
+    kernels = ("32x32", "32x8", "32x48", "48x32")  # q and o, k and v, gate and up, down
+    base = [line for line in products if re.search(rf", tensor<({'|'.join(kernels)})xf32>", line)]
+    assert len(base) >= 14  # seven of the teacher, seven of the student, and the backward pass
+    assert not any("batching_dims" in line for line in base)
+
+
+def test_planning_compiles_the_programs_that_run():
+    mesh = mesh_of((2, 2, 2))
+    args, options = generate_diffs.abstract_step(SMALL, mesh, DIFF_SECTION)
+    with parallel.use_mesh(mesh):
+        assert finetune_many.lower(*args, **options).as_text() == diffs_run((2, 2, 2))[2]
+        args, options = dit.abstract_step(SMALL, mesh, TRAIN, diff_rank=2)
+        assert dit.train_step.lower(*args, **options).as_text() == adapter_run((2, 2, 2))[2]
+        args, options = generate.abstract_arguments(SMALL, mesh, 3, 9, 6, 2, 4)
+        compiled = generate.generate.lower(*args, **options).compile()
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(compiled.output_shardings))
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+def test_a_checkpoint_comes_back_on_another_mesh(tmp_path):
+    adapter = only(random_deltas(SMALL, 1, 3))
+    for shape, other in ((None, (2, 2, 2)), ((2, 2, 2), (1, 1, 8)), ((1, 1, 8), None)):
+        saved, like = (
+            jax.tree.map(jnp.asarray, shardings.put_delta(SMALL, mesh_of(x), adapter))
+            for x in (shape, other)
+        )
+        checkpoints = Checkpoints(tmp_path / str(other))
+        checkpoints.save(1, saved, {"next": 5})
+        checkpoints.close()
+        checkpoints = Checkpoints(tmp_path / str(other))
+        step, state, iterator = checkpoints.restore(jax.tree.map(jnp.zeros_like, like))
+        checkpoints.close()
+        assert (step, iterator) == (1, {"next": 5})
+        for found, want, value in zip(*map(jax.tree.leaves, (state, like, adapter)), strict=True):
+            assert found.sharding.is_equivalent_to(want.sharding, found.ndim)
+            np.testing.assert_array_equal(found, value)
+
+
+# ------------------------------------------------------------------ asking
+
+
+@functools.cache
+def answers(shape):
     """Greedy answers to 7 questions in batches of 3, each with a diff of its own, under one adapter."""
     mesh = mesh_of(shape)
     rng = np.random.default_rng(5)
-    tokens = rng.integers(1, config.vocab_size, (7, 9))
+    tokens = rng.integers(1, SMALL.vocab_size, (7, 9))
     mask = np.arange(9) >= rng.integers(0, 5, (7, 1))
     chat = types.SimpleNamespace(
         prompts=lambda questions: (tokens, mask), eos_ids=(3,), pad_id=0, decode=str
     )
-    model = Model(params_on(config, mesh), config, "test", chat, mesh)
-    (adapter,) = (jax.tree.map(lambda x: x[0], random_deltas(config, 1, 8, rank=4)),)
+    model = Model(params_on(SMALL, mesh), SMALL, "test", chat, mesh)
+    adapter = only(random_deltas(SMALL, 1, 8, rank=4))
     return answer_batch(
         model,
         [""] * 7,
         deltas=(adapter,),
-        stacked=random_deltas(config, 4, 9),
+        stacked=random_deltas(SMALL, 4, 9),
         rows=[0, 1, 2, 3, 0, 1, 2],
         max_new_tokens=6,
         batch_size=3,
@@ -153,126 +301,10 @@ def answers(config, shape):
     )
 
 
-@pytest.mark.parametrize(("config", "shape"), MESHES, ids=NAMES)
-def test_greedy_answers_are_those_of_one_device(config, shape):
-    found, expected = answers(config, shape), answers(config, None)
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_greedy_answers_are_those_of_one_device(shape):
+    found, expected = answers(shape), answers(None)
     assert len({answer.tokens for answer in expected}) == 7
     for one, two in zip(found, expected, strict=True):
         assert one.tokens == two.tokens
         assert one.logprob == pytest.approx(two.logprob, abs=1e-4)
-
-
-# ------------------------------------------------------------------ the table
-
-GOLDEN = {
-    "embed_tokens.embedding": P("tensor", "fsdp"),
-    "layers.input_layernorm.scale": P(None, None),
-    "layers.mlp.down_proj.kernel": P(None, "tensor", "fsdp"),
-    "layers.mlp.gate_proj.kernel": P(None, "fsdp", "tensor"),
-    "layers.mlp.up_proj.kernel": P(None, "fsdp", "tensor"),
-    "layers.post_attention_layernorm.scale": P(None, None),
-    "layers.self_attn.k_norm.scale": P(None, None),
-    "layers.self_attn.k_proj.kernel": P(None, "fsdp", "tensor"),
-    "layers.self_attn.o_proj.kernel": P(None, "tensor", "fsdp"),
-    "layers.self_attn.q_norm.scale": P(None, None),
-    "layers.self_attn.q_proj.kernel": P(None, "fsdp", "tensor"),
-    "layers.self_attn.v_proj.kernel": P(None, "fsdp", "tensor"),
-    "lm_head.kernel": P("fsdp", "tensor"),
-    "norm.scale": P(None),
-}
-
-
-def specs(tree_of_shardings):
-    return {name: leaf.spec for name, leaf in store.flatten(tree_of_shardings).items()}
-
-
-def test_every_parameter_has_its_sharding():
-    assert specs(shardings.param_shardings(WIDE, mesh_of((2, 2, 2)))) == GOLDEN
-    tied = {name: spec for name, spec in GOLDEN.items() if not name.startswith("lm_head")}
-    assert specs(shardings.param_shardings(SMALL, mesh_of((2, 2, 2)))) == tied
-
-
-def test_what_does_not_divide_stays_whole():
-    found = specs(shardings.param_shardings(SMALL, mesh_of((1, 2, 4))))
-    assert found["layers.self_attn.q_proj.kernel"] == P(None, "fsdp", "tensor")
-    # 2 heads of keys and values on 4 devices: a head is never cut, though its 16 numbers would divide.
-    assert found["layers.self_attn.k_proj.kernel"] == P(None, "fsdp", None)
-
-
-def test_a_device_holds_its_part_alone():
-    params = params_on(SMALL, mesh_of((2, 2, 2)))
-    kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
-    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 16, 24)}
-    np.testing.assert_array_equal(kernel, host_params(SMALL)["layers"]["mlp"]["up_proj"]["kernel"])
-
-
-def test_deltas_follow_the_parameters_that_they_change():
-    mesh = mesh_of((2, 2, 2))
-    one = jax.tree.map(lambda x: x[0], random_deltas(SMALL, 1, 0))
-    shared = specs(shardings.delta_shardings(SMALL, mesh, one))
-    assert shared["layers.self_attn.q_proj.a"] == P(None, "fsdp", None)
-    assert shared["layers.self_attn.q_proj.b"] == P(None, None, "tensor")
-    assert shared["layers.mlp.down_proj.a"] == P(None, "tensor", None)
-    assert shared["layers.mlp.down_proj.b"] == P(None, None, "fsdp")
-    rows = ("data", "fsdp")
-    stacked = specs(shardings.delta_shardings(SMALL, mesh, random_deltas(SMALL, 4, 0), 0))
-    assert stacked["layers.self_attn.q_proj.a"] == P(rows, None, None, None)
-    assert stacked["layers.self_attn.q_proj.b"] == P(rows, None, None, "tensor")
-    each = tree.per_example(random_deltas(SMALL, 4, 0))
-    each = specs(shardings.delta_shardings(SMALL, mesh, each, 1))
-    assert each["layers.mlp.down_proj.a"] == P(None, rows, "tensor", None)
-    assert each["layers.mlp.down_proj.scale"] == P(None, rows)
-    dense = {
-        "layers": {"input_layernorm": {"w": np.zeros((2, 32))}},
-        "embed_tokens": {"w": np.zeros((96, 32))},
-    }
-    found = specs(shardings.delta_shardings(SMALL, mesh, dense))
-    assert found == {
-        "layers.input_layernorm.w": P(None, None),
-        "embed_tokens.w": P("tensor", "fsdp"),
-    }
-
-
-def test_two_axes_of_an_array_cannot_share_a_mesh_axis():
-    mesh = mesh_of((2, 2, 2))
-    for axes in (("batch", "embed"), ("heads", "mlp"), ("vocab", None, "kv_heads")):
-        with pytest.raises(ValueError, match="both use"):
-            parallel.spec(mesh, axes)
-    with pytest.raises(ValueError, match="unknown logical axis 'head'"):
-        parallel.spec(mesh, ("head",))
-
-
-# ------------------------------------------------------------------ the mesh
-
-
-def test_minus_1_is_what_is_left():
-    assert parallel.mesh_shape({"data": -1, "fsdp": 2, "tensor": 2}, 16) == (4, 2, 2)
-    assert parallel.mesh_shape({"tensor": -1}, 8) == (1, 1, 8)
-    assert dict(mesh_of((-1, 2, 1)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
-    assert mesh_of((1, 1, 1)) is None
-
-
-@pytest.mark.parametrize(
-    ("sizes", "said"),
-    [
-        ({"data": -1, "fsdp": 3}, "data -1 × fsdp 3 × tensor 1 does not divide 8 devices"),
-        ({"data": 16}, "does not divide 8 devices"),
-        ({"data": -1, "fsdp": -1}, "at most one is -1"),
-        ({"data": 0}, "positive"),
-        ({"modle": 2}, "unknown mesh axis 'modle'"),
-    ],
-)
-def test_a_mesh_that_does_not_fit_is_refused(sizes, said):
-    with pytest.raises(dit_jax.DitError, match=said):
-        parallel.make_mesh(sizes)
-
-
-def test_uneven_batches_are_rounded_up_and_come_back():
-    mesh = mesh_of((2, 2, 2))
-    assert parallel.round_up(5, mesh) == 8 and parallel.round_up(8, mesh) == 8
-    assert parallel.round_up(5, None) == 5
-    assert parallel.local_rows(mesh, 8) == list(range(8))
-    rows = np.arange(24.0).reshape(3, 8)
-    there = parallel.put_rows({"x": rows}, mesh, 8, axis=1)["x"]
-    assert there.sharding.spec == P(None, ("data", "fsdp"))
-    np.testing.assert_array_equal(parallel.to_host(there), rows)

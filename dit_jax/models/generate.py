@@ -1,15 +1,17 @@
 """Batched decoding with a KV cache: greedy or sampled, each row with its own deltas if they hold one per example."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from dit_jax import parallel, shardings
+from dit_jax.deltas.tree import init_lora
 from dit_jax.models.config import Qwen3Config
 from dit_jax.models.layers import Deltas
 from dit_jax.models.qwen3 import Cache, Params, forward_cached, init_cache, unembed
-from dit_jax.parallel import replicate
 
 
 class Generation(NamedTuple):
@@ -104,7 +106,7 @@ def generate(
             logits = unembed(params, config, hidden[:, -1], deltas)
         return _State(state.step + 1, cache, logits, done, key, out)
 
-    return replicate(jax.lax.while_loop(unfinished, step, start).out)
+    return parallel.replicate(jax.lax.while_loop(unfinished, step, start).out)
 
 
 def _choose(logits: jax.Array, temperature: jax.Array | float, key: jax.Array) -> jax.Array:
@@ -115,3 +117,43 @@ def _choose(logits: jax.Array, temperature: jax.Array | float, key: jax.Array) -
         lambda: jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6)),
         lambda: jnp.argmax(logits, axis=-1),
     ).astype(jnp.int32)
+
+
+def abstract_arguments(
+    config: Qwen3Config,
+    mesh: Mesh | None,
+    batch: int,
+    length: int,
+    max_new_tokens: int,
+    diff_rank: int = 1,
+    adapter_rank: int = 16,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of `generate` without values, as (args, kwargs), to compile it for a machine that is not there.
+
+    Use: `with parallel.use_mesh(mesh): generate.lower(*args, **kwargs).compile()`.
+
+    Args:
+        batch, length: prompts, each with a diff of its own, under one adapter; all projections.
+    """
+    batch = parallel.round_up(batch, mesh)
+    tokens, mask = (jax.ShapeDtypeStruct((batch, length), dtype) for dtype in (jnp.int32, bool))
+    adapter, diff = (
+        jax.eval_shape(lambda rank=rank: init_lora(config, jax.random.key(0), rank))
+        for rank in (adapter_rank, diff_rank)
+    )
+    diffs = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((x.shape[0], batch, *x.shape[1:]), x.dtype), diff
+    )
+    if mesh is not None:
+        tokens, mask = shardings.with_shardings(
+            (tokens, mask), (parallel.batch_sharding(mesh),) * 2
+        )
+        adapter, diffs = (
+            shardings.with_shardings(x, shardings.delta_shardings(config, mesh, x, axis))
+            for x, axis in ((adapter, None), (diffs, 1))
+        )
+    params = shardings.abstract_params(config, mesh)
+    return (params, config, tokens, mask), {
+        "deltas": (diffs, adapter),
+        "max_new_tokens": max_new_tokens,
+    }

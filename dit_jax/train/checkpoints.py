@@ -5,11 +5,10 @@ back to an older step. So every checkpoint carries a digest of its state, and re
 one whose digest agrees.
 """
 
-import contextlib
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -90,7 +89,7 @@ class Checkpoints:
 def export_adapter(folder: str | pathlib.Path, adapter: Delta, **facts: Any) -> None:
     """Writes an adapter: an Orbax checkpoint, with a manifest of shapes, digest and facts beside it.
 
-    All processes call it, process 0 writes.
+    All processes call it.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -98,13 +97,26 @@ def export_adapter(folder: str | pathlib.Path, adapter: Delta, **facts: Any) -> 
     shapes = {
         name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in store.flatten(adapter).items()
     }
-    if not processes.is_main():
-        return
-    with artifacts.atomic_dir(folder, replace=True) as temporary, _main_process_alone():
-        ocp.save((temporary / "checkpoint").absolute(), adapter)
-        artifacts.write_manifest(
-            temporary, ADAPTER_FORMAT, leaves=shapes, digest=artifacts.digest_tree(adapter), **facts
-        )
+    folder = pathlib.Path(folder).absolute()
+    written = (
+        folder.parent / f".{folder.name}.checkpoint"
+    )  # a name that all processes know: Orbax asks all of them
+    processes.on_main(lambda: shutil.rmtree(written, ignore_errors=True))
+    artifacts.make_dir(folder.parent)
+    ocp.save(written, adapter)
+
+    def publish() -> None:
+        with artifacts.atomic_dir(folder, replace=True) as temporary:
+            written.rename(temporary / "checkpoint")
+            artifacts.write_manifest(
+                temporary,
+                ADAPTER_FORMAT,
+                leaves=shapes,
+                digest=artifacts.digest_tree(adapter),
+                **facts,
+            )
+
+    processes.on_main(publish)
 
 
 def load_adapter(
@@ -144,16 +156,3 @@ def _place_like(host: np.ndarray, like: Any) -> jax.Array:
     if isinstance(like, jax.Array) and not isinstance(like.sharding, SingleDeviceSharding):
         return parallel.put(host, like.sharding)
     return jnp.asarray(host)
-
-
-@contextlib.contextmanager
-def _main_process_alone() -> Iterator[None]:
-    """Orbax's functions without their barriers, for what process 0 writes while the others go on."""
-    from orbax.checkpoint import v1 as ocp
-
-    if jax.process_count() == 1:
-        yield
-        return
-    options = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
-    with ocp.Context(multiprocessing_options=options):
-        yield
