@@ -30,6 +30,7 @@ ARTIFACTS = {
     "report": "report",
     "tables": "tables",
 }
+COMPUTE = ("scan_layers", "remat", "attention")  # of config.model: how to compute, see Qwen3Config
 NEED_MODEL = ("diffs", "train", "evaluate")
 ALWAYS = ("report", "tables")  # cheap, and made from what may have changed
 # Numbers with which no stage can run are refused before the first one starts.
@@ -128,6 +129,7 @@ def run(config: Any, workdir: pathlib.Path) -> None:
         artifacts.write_json(workdir / "versions.json", artifacts.package_versions())
 
     processes.on_main(start_run)
+    processes.say(f"writing to {workdir}; curves: tensorboard --logdir {workdir / 'metrics'}")
     model: Any = None
     for stage in (name for name in ARTIFACTS if name in config.stages):
         done = processes.on_main(functools.partial(_is_done, workdir, stage))
@@ -138,9 +140,8 @@ def run(config: Any, workdir: pathlib.Path) -> None:
         if model is None and stage in NEED_MODEL:
             from dit_jax.api import load_model
 
-            model = load_model(
-                config.model.path, config.model.dtype, mesh, scan_layers=config.model.scan_layers
-            )
+            compute = {name: config.model[name] for name in COMPUTE if name in config.model}
+            model = load_model(config.model.path, config.model.dtype, mesh, **compute)
         _run_and_record(stage, config, workdir, model)
 
 
