@@ -198,10 +198,10 @@ class Metrics:
         artifacts.write_text(self._file, "".join(lines))
         # An event file cannot be shortened: a new one is written from the records, and the old ones go.
         events = artifacts.make_dir(Path(folder) / "tensorboard" / name)
-        old = list(events.glob("events.out.tfevents.*"))
-        stamp = f"{time.time_ns():020d}"
+        current = events / f"events.out.tfevents.{len(kept):010d}.dit_jax"
+        old = [file for file in events.glob("events.out.tfevents.*") if file != current]
         with artifacts.explain_os_errors("write", events):
-            self._events = EventFile(events / f"events.out.tfevents.{stamp}.dit_jax", time.time())
+            self._events = EventFile(current, time.time())
             self._lines = open(self._file, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
         for record in sorted(kept.values(), key=lambda record: record["step"]):
             self._add_event(record)

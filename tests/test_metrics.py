@@ -105,6 +105,10 @@ def test_a_resumed_run_has_the_curve_once(tmp_path):
     assert [(step, values["train/loss"]) for step, _, values in events] == list(enumerate(expected))
     assert events[0][1] == first[0]["time"]
 
+    with metrics.Metrics(tmp_path, "train", lambda step: step < 4):  # killed before its first step
+        pass
+    assert len(lines(tmp_path)) == len(read_events(tmp_path / "tensorboard" / "train")) == 4
+
     with metrics.Metrics(tmp_path, "train"):  # a new start keeps nothing
         pass
     assert lines(tmp_path) == [] == read_events(tmp_path / "tensorboard" / "train")
