@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dit_jax.models import attention as attention_lib
+from dit_jax.models import head
 from dit_jax.models.config import Qwen3Config
 from dit_jax.models.layers import Deltas, Linear, RMSNorm, pick, rope
 from dit_jax.parallel import FREE, constrain
@@ -256,7 +257,12 @@ def unembed(
     params: Params, config: Qwen3Config, hidden: jax.Array, deltas: Deltas = ()
 ) -> jax.Array:
     """fp32 logits [..., V] of hidden states [..., D]."""
-    if config.tie_word_embeddings:
+    dtype = jnp.dtype(config.dtype)
+    tied = config.tie_word_embeddings
+    if tied and not pick(deltas, "embed_tokens") and head.prefers_chunks(config.vocab_size):
+        embedding = params["embed_tokens"]["embedding"].astype(dtype)
+        return head.tied_logits(hidden.astype(dtype), embedding)
+    if tied:
         kernel = params["embed_tokens"]["embedding"].T
         changes = [delta["w"].T for delta in pick(deltas, "embed_tokens")]
     else:
@@ -264,7 +270,6 @@ def unembed(
         changes = [delta["w"] for delta in pick(deltas, "lm_head")]
     for change in changes:
         kernel = kernel + change.astype(kernel.dtype)
-    dtype = jnp.dtype(config.dtype)
     kernel = constrain(kernel.astype(dtype), None, "vocab")
     with _precision(config):
         logits = jnp.dot(hidden.astype(dtype), kernel, preferred_element_type=jnp.float32)
