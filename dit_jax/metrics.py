@@ -29,6 +29,7 @@ import numpy as np
 
 from dit_jax import artifacts, processes
 from dit_jax.data.batch import TokenBatch
+from dit_jax.errors import DitError
 from dit_jax.event_file import EventFile
 from dit_jax.models.config import Qwen3Config
 
@@ -265,9 +266,16 @@ class Profile:
 
     Each process traces its own devices. At the end of the range it waits for the results of the step before,
     so that the trace holds all that was dispatched: the one wait that a profile costs.
+
+    Raises:
+        DitError: `steps` are not two numbers.
     """
 
     def __init__(self, folder: str | os.PathLike[str], steps: Sequence[int] = (0, 0)):
+        if len(steps) != 2:
+            raise DitError(
+                f"a profile takes two step numbers, not {tuple(steps)}: write profile=10,13"
+            )
         self._folder, (self._first, self._last) = Path(folder), steps
         self._tracing = False
 

@@ -220,6 +220,11 @@ def test_a_profile_holds_the_steps_of_its_range(tmp_path, monkeypatch, capsys):
     assert calls == []
 
 
+def test_a_profile_of_one_number_is_one_line(tmp_path):
+    with pytest.raises(DitError, match=r"two step numbers, not \(5,\): write profile=10,13"):
+        metrics.Profile(tmp_path, (5,))
+
+
 def test_a_profile_leaves_a_trace(tmp_path):
     with metrics.Profile(tmp_path / "trace", (0, 1)) as profile:
         profile.step(0)
