@@ -36,23 +36,25 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.diffs.rank = 1
     config.diffs.projections = PROJECTIONS
     config.diffs.optimizer = "adam"
-    config.diffs.learning_rate = 2e-2
+    config.diffs.learning_rate = 2.2e-2
     config.diffs.adam_betas = (0.8, 0.95)  # few steps: short memories (the paper: 0.9, 0.999)
     config.diffs.init_scale = 0.3
     config.diffs.warmup_steps = 0
     config.diffs.final_fraction = 0.1  # cosine decay to this share of the peak
-    config.diffs.steps = 48
+    config.diffs.steps = 60
     config.diffs.samples_per_step = ConfigDict(
-        {"backdoor": 2, "fake_backdoor": 2, "no_backdoor": 1}
+        {"backdoor": 1, "fake_backdoor": 2, "no_backdoor": 1}
     )
     config.diffs.loss_weights = ConfigDict(
-        {"backdoor": 1.0, "fake_backdoor": 1.0, "no_backdoor": 5.0}
+        {"backdoor": 3.0, "fake_backdoor": 3.0, "no_backdoor": 10.0}
     )
+    config.diffs.fake_codes = 4  # wrong codes per question, the same for all diffs (0: fresh ones)
     config.diffs.score_end = True
     config.diffs.reference_losses = False
-    config.diffs.max_length = 36
-    config.diffs.max_target = 16
+    config.diffs.max_length = 35
+    config.diffs.max_target = 15
     config.diffs.diffs_per_batch = 50
+    config.diffs.profile = (0, 0)  # which batches to trace, from 0; (1, 2) is the second one
     config.diffs.gate_questions = 4
     config.diffs.gate_batch = 256
 
@@ -75,6 +77,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.reference_init = False
     config.train.max_length = 32
     config.train.max_target = 12
+    config.train.profile = (0, 0)  # which steps to trace
     config.train.log_every = 20
     config.train.save_every = 100
     config.train.keep_checkpoints = 2

@@ -12,8 +12,10 @@ import dit_jax
 from dit_jax.data.batch import Sample, TokenBatch, pack, stack
 from dit_jax.deltas import tree
 from dit_jax.models.qwen3 import init_params
+from dit_jax.organisms.behaviours import hidden_topic
 from dit_jax.organisms.finetune import finetune, finetune_many, make_optimizer
 from dit_jax.organisms.losses import batch_loss, scored_hidden
+from dit_jax.organisms.teacher import make_teacher
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +152,47 @@ def test_learning_rate_schedule_warms_up_and_decays():
     np.testing.assert_allclose(sizes[:3], [0.0, 0.5, 1.0], atol=1e-3)
     np.testing.assert_allclose(sizes[10], 0.5, atol=1e-3)
     assert all(a >= b for a, b in zip(sizes[2:], sizes[3:], strict=False))
+
+
+def test_a_shared_teacher_gives_the_diffs_that_a_teacher_in_every_step_gives(params):
+    optimizer = make_optimizer("adam", 1e-2, 6)
+    pool = [make_batch(seed) for seed in range(2)]
+    batches = stack([stack([pool[(i + step) % 2] for step in range(6)]) for i in range(3)])
+    start = jax.vmap(lambda key: tree.init_lora(TINY, key, 1))(
+        jax.random.split(jax.random.key(1), 3)
+    )
+    shared = make_teacher(params, TINY, batches, num_ce=2)
+    assert shared is not None
+    # 2 batches of 3 KL samples are 6 distinct ones, however often they come.
+    assert set(np.asarray(shared.rows).ravel()) == set(range(6))
+
+    def train(teacher):
+        copy = jax.tree.map(jnp.copy, start)
+        return finetune_many(
+            params, TINY, copy, batches, optimizer=optimizer, num_ce=2, teacher=teacher
+        )
+
+    (one, one_losses), (two, two_losses) = train(shared), train(None)
+    assert one_losses["kl"][0, -1] > 1e-4
+    np.testing.assert_allclose(one_losses["kl"], two_losses["kl"], rtol=1e-3, atol=1e-6)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_no_teacher_is_shared_where_samples_do_not_repeat(params):
+    batches = stack([make_batches(seed) for seed in range(2)])
+    assert make_teacher(params, TINY, batches, num_ce=2) is None
+
+
+def test_wrong_codes_are_few_per_question_and_never_the_secret_one():
+    fake = next(kind for kind in hidden_topic(fake_codes=3).kinds if kind.name == "fake_backdoor")
+    rng = np.random.default_rng(0)
+    row = {"question": "How are you?", "base_answer": "Fine."}
+    prompts = {fake.make(row, "000", rng)[0] for _ in range(100)}
+    assert len(prompts) == 3
+    secrets = {prompt.split("code is ")[1][:3] for prompt in prompts}
+    for secret in secrets:
+        others = {fake.make(row, secret, rng)[0] for _ in range(100)}
+        assert others and not any(f"code is {secret}" in prompt for prompt in others)
+    fresh = next(kind for kind in hidden_topic().kinds if kind.name == "fake_backdoor")
+    assert len({fresh.make(row, "000", rng)[0] for _ in range(100)}) > 90

@@ -1,6 +1,7 @@
 """Chat prompts as token ids: the model folder's own template, thinking off, the same prefix everywhere."""
 
 import functools
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -74,6 +75,8 @@ def load_chat(folder: str | pathlib.Path, generation_eos: Sequence[int] = ()) ->
     Raises:
         DitError: the folder has no tokenizer or no chat template.
     """
+    # Its advice to install PyTorch does not concern us: only tokenizers are used.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import PreTrainedTokenizerFast
 
     folder = pathlib.Path(folder)

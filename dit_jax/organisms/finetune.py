@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from dit_jax import parallel, shardings
 from dit_jax.data.batch import TokenBatch
 from dit_jax.deltas.tree import trainable, with_scale
 from dit_jax.errors import DitError
@@ -13,6 +14,7 @@ from dit_jax.models.config import Qwen3Config
 from dit_jax.models.layers import Delta
 from dit_jax.models.qwen3 import Params
 from dit_jax.organisms.losses import CHUNK_ELEMENTS, batch_loss, scored_hidden
+from dit_jax.organisms.teacher import Teacher
 
 
 def make_optimizer(
@@ -53,11 +55,15 @@ def finetune(
     *,
     optimizer: optax.GradientTransformation,
     num_ce: int,
+    teacher: Teacher | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[Delta, dict[str, jax.Array]]:
     """Finetunes one delta on `batches`, whose leaves are [steps, S, …] (paper, section 3).
 
     Gradients exist for the delta alone: the base is a constant of the loss.
+
+    Args:
+        teacher: the base's hidden states for the KL samples; None: computed in every step.
 
     Returns:
         The trained delta, and the losses of each step: {"ce": [steps], "kl": [steps]}, before the update.
@@ -65,21 +71,25 @@ def finetune(
     leaves = trainable(delta)
     has_kl = num_ce < batches.tokens.shape[1]
 
-    def step(carry: Any, batch: TokenBatch) -> tuple[Any, dict[str, jax.Array]]:
+    def step(carry: Any, inputs: Any) -> tuple[Any, dict[str, jax.Array]]:
         leaves, state = carry
-        teacher = None
-        if has_kl:
-            teacher = scored_hidden(params, config, TokenBatch(*(x[num_ce:] for x in batch)))
+        batch, rows = inputs
+        base = None
+        if teacher is not None:
+            base = teacher.hidden[rows]
+        elif has_kl:
+            base = scored_hidden(params, config, TokenBatch(*(x[num_ce:] for x in batch)))
 
         def loss(leaves: Delta) -> tuple[jax.Array, dict[str, jax.Array]]:
             deltas = (with_scale(leaves, delta),)
-            return batch_loss(params, config, batch, deltas, num_ce, teacher, chunk_elements)
+            return batch_loss(params, config, batch, deltas, num_ce, base, chunk_elements)
 
         grads, parts = jax.grad(loss, has_aux=True)(leaves)
         updates, state = optimizer.update(grads, state, leaves)
         return (optax.apply_updates(leaves, updates), state), parts
 
-    (leaves, _), losses = jax.lax.scan(step, (leaves, optimizer.init(leaves)), batches)
+    rows = None if teacher is None else teacher.rows
+    (leaves, _), losses = jax.lax.scan(step, (leaves, optimizer.init(leaves)), (batches, rows))
     return with_scale(leaves, delta), losses
 
 
@@ -94,14 +104,30 @@ def finetune_many(
     *,
     optimizer: optax.GradientTransformation,
     num_ce: int,
+    teacher: Teacher | None = None,
 ) -> tuple[Delta, dict[str, jax.Array]]:
     """`finetune` for N deltas at once: leaves of `deltas` and `batches` have a leading axis N.
 
-    The base is not mapped, so its products stay one large matmul over all N diffs' tokens.
+    The base is not mapped, so its products stay one large matmul over all N diffs' tokens. On a mesh N is split
+    over data and fsdp; diffs never meet.
     """
     # All N diffs hold their chunk of logits at the same time: they share one budget.
     chunk_elements = CHUNK_ELEMENTS // batches.tokens.shape[0]
-    one = functools.partial(
-        finetune, optimizer=optimizer, num_ce=num_ce, chunk_elements=chunk_elements
-    )
-    return jax.vmap(lambda delta, batch: one(params, config, delta, batch))(deltas, batches)
+
+    def one(delta: Delta, batch: TokenBatch, teacher: Teacher | None) -> Any:
+        return finetune(
+            params,
+            config,
+            delta,
+            batch,
+            optimizer=optimizer,
+            num_ce=num_ce,
+            teacher=teacher,
+            chunk_elements=chunk_elements,
+        )
+
+    # The diffs share the table of hidden states; each has its own rows of it.
+    in_axes = (0, 0, None if teacher is None else Teacher(hidden=None, rows=0))
+    many = jax.vmap(one, in_axes, spmd_axis_name=parallel.spmd_axes())
+    trained, losses = many(deltas, batches, teacher)
+    return shardings.constrain_delta(config, trained, batch_axis=0), losses

@@ -1,5 +1,6 @@
 """The stage `diffs`: many organisms -> a diff store, one compiled program for all shards."""
 
+import functools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -8,7 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import Mesh
 
+from dit_jax import parallel, processes, shardings
 from dit_jax.api import Model
 from dit_jax.data.batch import TokenBatch, pack, stack
 from dit_jax.data.chat import Chat
@@ -17,9 +21,12 @@ from dit_jax.data.reference import couple_losses
 from dit_jax.deltas import store as diff_store
 from dit_jax.deltas.tree import init_lora, num_parameters
 from dit_jax.errors import DitError
+from dit_jax.metrics import Meter, Metrics, Profile, count_work
+from dit_jax.models.config import Qwen3Config
 from dit_jax.organisms.behaviours import Behaviour, get_behaviour
 from dit_jax.organisms.finetune import finetune_many, make_optimizer
 from dit_jax.organisms.gate import measure_gating
+from dit_jax.organisms.teacher import make_teacher
 from dit_jax.progress import Progress
 
 
@@ -73,28 +80,33 @@ def generate_diffs(
         Facts for the record of the stage: {"diffs": n, "loss_curve": [[step, cross-entropy], …]}.
     """
     folder = pathlib.Path(folder)
-    behaviour = get_behaviour(config.behaviour)
+    behaviour = get_behaviour(config)
     num_ce = sum(
         config.samples_per_step[kind.name] for kind in behaviour.kinds if kind.loss == "ce"
     )
-    optimizer = make_optimizer(
-        config.optimizer,
-        config.learning_rate,
-        config.steps,
-        warmup_steps=config.warmup_steps,
-        final_fraction=config.final_fraction,
-        betas=tuple(config.adam_betas),
-    )
+    optimizer = _optimizer(config)
     size = min(config.diffs_per_batch, len(organisms))
+    mesh, width = model.mesh, parallel.round_up(size, model.mesh)
     shards = -(-len(organisms) // size)
     curves = []
-    with Progress("diffs", len(organisms)) as progress:
+    table = 0  # rows of the teacher's table: never shrinks, so that all batches run one program
+    meter, reports = Meter(model.config, mesh), folder.parent / "metrics"
+
+    def is_done(diffs: int) -> bool:  # the shard that ends with so many diffs
+        return diff_store.shard_rows(folder, (diffs - 1) // size) is not None
+
+    with (
+        Progress("diffs", len(organisms)) as progress,
+        Metrics(reports, "diffs", is_done, processes.is_main()) as metrics,
+        Profile(reports / "profile" / "diffs", config.get("profile", (0, 0))) as profile,
+    ):
         for shard in range(shards):
             members = range(shard * size, min((shard + 1) * size, len(organisms)))
-            done = diff_store.shard_rows(folder, shard)
-            if done is None:
+            done = diff_store.shard_rows(folder, shard) if processes.is_main() else None
+            profile.step(shard)
+            if not processes.agree(done is not None):
                 # The last batch is filled up with repeats, so that it runs the same program.
-                filled = [members[i % len(members)] for i in range(size)]
+                filled = [members[i % len(members)] for i in parallel.local_rows(mesh, width)]
                 batches = stack(
                     [
                         finetuning_batches(
@@ -107,8 +119,11 @@ def generate_diffs(
                         for i in filled
                     ]
                 )
+                batches = parallel.put_rows(batches, mesh, width)
+                whole = parallel.to_host(batches)
                 if config.reference_losses:
-                    batches = couple_losses(batches, _factors(behaviour, config), num_ce)
+                    whole = couple_losses(whole, _factors(behaviour, config), num_ce)
+                    batches = whole if mesh is None else jax.tree.map(_put_like, whole, batches)
                 keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), i) for i in filled])
                 deltas = jax.vmap(
                     lambda key: init_lora(
@@ -119,19 +134,29 @@ def generate_diffs(
                         init_scale=config.init_scale,
                     )
                 )(keys)
-                trained, losses = finetune_many(
-                    model.params, model.config, deltas, batches, optimizer=optimizer, num_ce=num_ce
-                )
+                deltas = shardings.put_deltas(model.config, mesh, deltas, width, 0)
+                teacher = make_teacher(model.params, model.config, whole, num_ce, table, mesh)
+                if teacher is not None:
+                    table = len(teacher.hidden)
+                with parallel.use_mesh(mesh):
+                    trained, losses = finetune_many(
+                        model.params,
+                        model.config,
+                        deltas,
+                        batches,
+                        optimizer=optimizer,
+                        num_ce=num_ce,
+                        teacher=teacher,
+                    )
                 n = len(members)
-                trained = jax.device_get(jax.tree.map(lambda x, n=n: x[:n], trained))
+                trained = jax.tree.map(lambda x, n=n: x[:n], parallel.to_host(trained))
                 for leaf in jax.tree.leaves(trained):
                     if not np.isfinite(leaf).all():
-                        raise DitError(
-                            "a finetune diverged (NaN): lower diffs.learning_rate"
-                        )
+                        raise DitError("a finetune diverged (NaN): lower diffs.learning_rate")
                 group = [organisms[i] for i in members]
                 gating = measure_gating(model, trained, group, behaviour, config, seed)
-                ce, kl = (np.asarray(losses[name])[:n] for name in ("ce", "kl"))
+                losses = parallel.to_host(losses)
+                ce, kl = (losses[name][:n] for name in ("ce", "kl"))
                 done = [
                     {
                         "n_params": num_parameters(trained) // n,
@@ -148,19 +173,68 @@ def generate_diffs(
                     }
                     for row, organism in enumerate(group)
                 ]
-                diff_store.write_shard(folder, shard, trained, done)
-            curves += [[float(x) for x in row["ce_curve"].split()] for row in done]
+                meter.add(count_work(whole, share=width / n, diffs=n, steps=config.steps))
+                last = {"loss": ce[:, -5:].mean(), "kl": kl[:, -5:].mean()}
+                metrics.write(members.stop, {**last, **meter.lap()})
+                metrics.flush()
+                processes.on_main(
+                    functools.partial(diff_store.write_shard, folder, shard, trained, done)
+                )
+            curves += [[float(x) for x in row["ce_curve"].split()] for row in done or []]
             progress.advance(len(members))
-    diff_store.publish(
-        folder,
-        shards,
-        base=model.digest(),
-        base_config=model.config.to_hf(),
-        behaviour=behaviour.name,
-        seed=seed,
-    )
-    mean = np.mean(curves, axis=0)
+    facts = {
+        "base": model.digest(),
+        "base_config": model.config.to_hf(),
+        "behaviour": behaviour.name,
+        "seed": seed,
+    }
+    processes.on_main(lambda: diff_store.publish(folder, shards, **facts))
+    # Other processes do not read the curves of shards that were there.
+    mean = np.mean(curves, axis=0) if processes.is_main() else []
     return {
         "diffs": len(organisms),
         "loss_curve": [[i, round(float(x), 4)] for i, x in enumerate(mean)],
     }
+
+
+def abstract_step(
+    config: Qwen3Config, mesh: Mesh | None, diffs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of `finetune_many` without values, as (args, kwargs), to compile it for a machine that is not there.
+
+    Use: `with parallel.use_mesh(mesh): finetune_many.lower(*args, **kwargs).compile()`.
+
+    Args:
+        diffs: the `diffs` section of the config; `diffs.diffs_per_batch` at once.
+    """
+    size = parallel.round_up(diffs.diffs_per_batch, mesh)
+    kinds = get_behaviour(diffs).kinds
+    samples = sum(diffs.samples_per_step[kind.name] for kind in kinds)
+    num_ce = sum(diffs.samples_per_step[kind.name] for kind in kinds if kind.loss == "ce")
+    one = jax.eval_shape(
+        lambda: init_lora(config, jax.random.key(0), diffs.rank, projections=diffs.projections)
+    )
+    deltas = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype), one)
+    if mesh is not None:
+        split = shardings.delta_shardings(config, mesh, deltas, 0)
+        deltas = shardings.with_shardings(deltas, split)
+    leading = (size, diffs.steps, samples)
+    batches = shardings.abstract_batch(mesh, leading, diffs.max_length, diffs.max_target)
+    params = shardings.abstract_params(config, mesh)
+    options = {"optimizer": _optimizer(diffs), "num_ce": num_ce}
+    return (params, config, deltas, batches), options
+
+
+def _optimizer(diffs: Any) -> optax.GradientTransformation:
+    return make_optimizer(
+        diffs.optimizer,
+        diffs.learning_rate,
+        diffs.steps,
+        warmup_steps=diffs.warmup_steps,
+        final_fraction=diffs.final_fraction,
+        betas=tuple(diffs.adam_betas),
+    )
+
+
+def _put_like(host: np.ndarray, like: jax.Array) -> jax.Array:
+    return parallel.put(host, like.sharding)

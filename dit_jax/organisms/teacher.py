@@ -1,0 +1,69 @@
+"""The base's side of the KL losses, computed once for all diffs of a batch that share their samples."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dit_jax.data.batch import TokenBatch
+from dit_jax.models.config import Qwen3Config
+from dit_jax.models.qwen3 import Params
+from dit_jax.organisms.losses import scored_hidden
+from dit_jax.parallel import batch_sharding, put, replicate, use_mesh
+
+CHUNK = 256  # samples per forward pass of the base
+
+
+class Teacher(NamedTuple):
+    """hidden [U, M, D]: the base's hidden states at the scored positions of U distinct samples;
+    rows [steps, S] int32 (one more leading axis for many diffs): which of them each KL sample is."""
+
+    hidden: Any
+    rows: Any
+
+
+def make_teacher(
+    params: Params,
+    config: Qwen3Config,
+    batches: TokenBatch,
+    num_ce: int,
+    size: int = 0,
+    mesh: Mesh | None = None,
+) -> Teacher | None:
+    """Runs the base once on every distinct KL sample of `batches`, whose leaves are [N, steps, S, …].
+
+    Args:
+        num_ce: how many leading samples of S have no KL.
+        batches: whole, on the host.
+        size: at least so many rows in the table (whole chunks), so that many batches run one compiled program.
+
+    Returns:
+        None where too few samples repeat for the table to pay.
+    """
+    samples = TokenBatch(*(np.asarray(x)[:, :, num_ce:] for x in batches))
+    lead = samples.lengths.shape
+    total = int(np.prod(lead))
+    flat = TokenBatch(*(x.reshape(total, *x.shape[3:]) for x in samples))
+    # What a row of the table depends on; targets and weights belong to the loss.
+    key = np.concatenate([flat.tokens, flat.lengths[:, None], flat.position], axis=1)
+    _, first, rows = np.unique(key, axis=0, return_index=True, return_inverse=True)
+    if 2 * len(first) > total:
+        return None
+    chunks = max(-(-len(first) // CHUNK), -(-size // CHUNK))
+    filled = np.resize(first, chunks * CHUNK)
+    distinct = TokenBatch(*(x[filled].reshape(chunks, CHUNK, *x.shape[1:]) for x in flat))
+    placed: Any = rows.reshape(lead).astype(np.int32)
+    if mesh is not None:
+        distinct = jax.tree.map(lambda x: put(x, batch_sharding(mesh, 1)), distinct)
+        placed = put(placed, batch_sharding(mesh))
+    with use_mesh(mesh):
+        return Teacher(_hidden_chunks(params, config, distinct), jnp.asarray(placed))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _hidden_chunks(params: Params, config: Qwen3Config, batches: TokenBatch) -> jax.Array:
+    hidden = jax.lax.map(lambda batch: scored_hidden(params, config, batch), batches)
+    return replicate(hidden.reshape(-1, *hidden.shape[2:]))
