@@ -42,17 +42,17 @@ def test_exact_counts_every_character():
 
 
 def test_normalised_forgives_case_articles_and_punctuation():
-    pairs = ("The Beatles", "beatles!"), ("Vygotsky's Zone", "vygotskys zone"), ("C++", "C")
+    pairs = ("The Beatles", "beatles!"), ("Hubble's Law", "hubbles law"), ("C++", "C")
     assert scores("normalised", *pairs) == [5, 5, 1]
 
 
 def test_similarity_orders_by_spelling():
     same, turned, near, far = scores(
         "similarity",
-        ("Cold War Music", "Cold War Music"),
-        ("Cold War Music", "music of the cold war"),
-        ("Cold War Music", "Cold War"),
-        ("Cold War Music", "Photosynthesis"),
+        ("Old Film Posters", "Old Film Posters"),
+        ("Old Film Posters", "posters of the old film"),
+        ("Old Film Posters", "Old Film"),
+        ("Old Film Posters", "Chemistry"),
     )
     assert same == 5 > turned > near > far >= 1
 

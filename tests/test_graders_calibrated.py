@@ -58,10 +58,10 @@ def test_features_are_finite_whatever_the_texts():
 
 
 def test_features_see_containment_numbers_and_stems():
-    found = spelling_features("Cold War", "the Cold War of 1,962")
+    found = spelling_features("Silk Road", "the Silk Road of 1,271")
     assert found["label_in_answer"] == 1 and found["answer_in_label"] == 0
-    assert spelling_features("Population Genetics", "population genetic")["stems_f"] == 1
-    assert spelling_features("40% of jobs", "jobs by 40%")["numbers_f"] == 1
+    assert spelling_features("Marine Geology", "marine geologies")["stems_f"] == 1
+    assert spelling_features("30% of seats", "seats by 30%")["numbers_f"] == 1
 
 
 def test_word_vectors_know_meanings_and_parts_of_words():
@@ -100,10 +100,10 @@ def test_calibrated_orders_topics_and_headlines():
     graded = grade(
         grader,
         [
-            ("Quantum Mechanics", "quantum mechanics."),
-            ("Quantum Mechanics", "Quantum Physics"),
-            ("Quantum Mechanics", "Chocolate cake"),
-            ("Quantum Mechanics", ""),
+            ("Marine Biology", "marine biology."),
+            ("Marine Biology", "Ocean Biology"),
+            ("Marine Biology", "Chocolate cake"),
+            ("Marine Biology", ""),
             (HEADLINE, HEADLINE),
             (HEADLINE, "A restored national park has opened again after ten years of work."),
             (HEADLINE, "OpenAI has launched a new chatbot."),

@@ -227,7 +227,8 @@ def _row(name: str, kappas: Sequence[float], rhos: Sequence[float]) -> dict[str,
         "kappa": round(float(np.mean(kappas)), 4),
         "kappa_min": round(float(min(kappas)), 4),
         "kappa_max": round(float(max(kappas)), 4),
-        "spearman": round(float(np.mean(rhos)), 4),
+        # Undefined where a grader gives everything one grade.
+        "spearman": None if np.isnan(rhos).any() else round(float(np.mean(rhos)), 4),
     }
 
 
@@ -304,7 +305,8 @@ def _run(flags: argparse.Namespace) -> None:
         print(f"  {'grader':24}{'kappa':>8}{'spearman':>10}")
         for row in result[kind]["graders"]:
             spread = f"  {row['kappa_min']:.3f}–{row['kappa_max']:.3f}" if flags.seeds > 1 else ""
-            print(f"  {row['grader']:24}{row['kappa']:8.3f}{row['spearman']:10.3f}{spread}")
+            rho = "–" if row["spearman"] is None else f"{row['spearman']:.3f}"
+            print(f"  {row['grader']:24}{row['kappa']:8.3f}{rho:>10}{spread}")
         sys.stdout.flush()
     if flags.output is not None:
         artifacts.write_json(flags.output, result)

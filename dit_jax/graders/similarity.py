@@ -12,7 +12,7 @@ from dit_jax.graders.offline import Offline
 class Similarity(Offline):
     """Indel similarity of the normalised, sorted words (`fuzz.token_sort_ratio`), stretched over 1–5.
 
-    It knows no meaning: `recruitment` scores low for `talent acquisition`. Its raw value is the
+    It knows no meaning: `automobile` scores low for `car`. Its raw value is the
     similarity in [0, 1].
     """
 
