@@ -91,6 +91,10 @@ def main(argv: list[str] | None = None) -> int:
                     flags.coordinator, flags.num_processes, flags.process_id
                 )
                 several = True
+            if "://" in flags.workdir:
+                raise DitError(
+                    f"the workdir {flags.workdir!r} is an address: mount the bucket and give its folder"
+                )
             run(load_config(flags.config, overrides), pathlib.Path(flags.workdir))
     except SystemExit as stop:
         code = int(stop.code or 0)
