@@ -213,7 +213,10 @@ def _digest_leaves(tree: Any, convert: Callable[[np.ndarray], np.ndarray]) -> st
     total = hashlib.sha256()
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     # Sorted by name, so that the digest does not depend on how the containers order their keys.
-    named = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    named = {
+        jax.tree_util.keystr(path): leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+        for path, leaf in leaves
+    }
     for name, leaf in sorted(named.items(), key=lambda item: item[0]):
         dtype = convert(np.empty((0,), leaf.dtype)).dtype
         total.update(f"{name}:{dtype}:{np.shape(leaf)};".encode())

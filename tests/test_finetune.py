@@ -12,6 +12,7 @@ import dit_jax
 from dit_jax.data.batch import Sample, TokenBatch, pack, stack
 from dit_jax.deltas import tree
 from dit_jax.models.qwen3 import init_params
+from dit_jax.organisms import teacher
 from dit_jax.organisms.behaviours import hidden_topic
 from dit_jax.organisms.finetune import finetune, finetune_many, make_optimizer
 from dit_jax.organisms.losses import batch_loss, scored_hidden
@@ -166,10 +167,10 @@ def test_a_shared_teacher_gives_the_diffs_that_a_teacher_in_every_step_gives(par
     # 2 batches of 3 KL samples are 6 distinct ones, however often they come.
     assert set(np.asarray(shared.rows).ravel()) == set(range(6))
 
-    def train(teacher):
+    def train(table):
         copy = jax.tree.map(jnp.copy, start)
         return finetune_many(
-            params, TINY, copy, batches, optimizer=optimizer, num_ce=2, teacher=teacher
+            params, TINY, copy, batches, optimizer=optimizer, num_ce=2, teacher=table
         )
 
     (one, one_losses), (two, two_losses) = train(shared), train(None)
@@ -179,9 +180,13 @@ def test_a_shared_teacher_gives_the_diffs_that_a_teacher_in_every_step_gives(par
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_no_teacher_is_shared_where_samples_do_not_repeat(params):
+def test_no_teacher_is_shared_where_samples_do_not_repeat_or_are_too_many(params, monkeypatch):
     batches = stack([make_batches(seed) for seed in range(2)])
     assert make_teacher(params, TINY, batches, num_ce=2) is None
+    repeated = stack([stack([make_batch(0)] * 4)] * 2)
+    assert make_teacher(params, TINY, repeated, num_ce=2) is not None
+    monkeypatch.setattr(teacher, "MAX_BYTES", 10_000)
+    assert make_teacher(params, TINY, repeated, num_ce=2) is None
 
 
 def test_wrong_codes_are_few_per_question_and_never_the_secret_one():

@@ -15,6 +15,7 @@ from dit_jax.organisms.losses import scored_hidden
 from dit_jax.parallel import batch_sharding, put, replicate, use_mesh
 
 CHUNK = 256  # samples per forward pass of the base
+MAX_BYTES = 2**31  # of a table, which every device holds whole
 
 
 class Teacher(NamedTuple):
@@ -41,7 +42,7 @@ def make_teacher(
         size: at least so many rows in the table (whole chunks), so that many batches run one compiled program.
 
     Returns:
-        None where too few samples repeat for the table to pay.
+        None where too few samples repeat for the table to pay, or where it would exceed `MAX_BYTES`.
     """
     samples = TokenBatch(*(np.asarray(x)[:, :, num_ce:] for x in batches))
     lead = samples.lengths.shape
@@ -50,9 +51,10 @@ def make_teacher(
     # What a row of the table depends on; targets and weights belong to the loss.
     key = np.concatenate([flat.tokens, flat.lengths[:, None], flat.position], axis=1)
     _, first, rows = np.unique(key, axis=0, return_index=True, return_inverse=True)
-    if 2 * len(first) > total:
-        return None
     chunks = max(-(-len(first) // CHUNK), -(-size // CHUNK))
+    row_bytes = flat.position.shape[1] * config.hidden_size * jnp.dtype(config.dtype).itemsize
+    if 2 * len(first) > total or chunks * CHUNK * row_bytes > MAX_BYTES:
+        return None
     filled = np.resize(first, chunks * CHUNK)
     distinct = TokenBatch(*(x[filled].reshape(chunks, CHUNK, *x.shape[1:]) for x in flat))
     placed: Any = rows.reshape(lead).astype(np.int32)
