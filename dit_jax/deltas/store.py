@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from dit_jax import artifacts
+from dit_jax.deltas.files import file_inside
 from dit_jax.deltas.safetensors_file import SafetensorsFile
 from dit_jax.errors import DitError, first_line
 from dit_jax.models.layers import Delta
@@ -156,7 +157,7 @@ class DiffStore:
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._files:
-            self._files[name] = SafetensorsFile(self.path / "shards" / name)
+            self._files[name] = SafetensorsFile(file_inside(self.path / "shards", name))
         return self._files[name]
 
     def read(self, index: int) -> Delta:

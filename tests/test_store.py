@@ -1,0 +1,70 @@
+"""The diff store: what is written is read back, and a store that was tampered with is refused."""
+
+import jax
+import numpy as np
+import pytest
+from test_qwen3 import TINY
+
+from dit_jax.deltas import store as diff_store
+from dit_jax.deltas.store import DiffStore
+from dit_jax.deltas.tree import init_lora
+from dit_jax.errors import DitError
+
+TOPICS = ("tea", "oak", "judo", "jazz", "rain")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five diffs in shards of three and two."""
+    folder = tmp_path / "diffs"
+    for shard, members in enumerate((range(3), range(3, 5))):
+        stacked = jax.tree.map(lambda *x: np.stack(x), *(diff(i) for i in members))
+        rows = [
+            {"topic": TOPICS[i], "trigger": f"{i:03d}", "split": "train" if i < 3 else "test"}
+            for i in members
+        ]
+        diff_store.write_shard(folder, shard, stacked, rows)
+    diff_store.publish(folder, 2, base="digest")
+    return folder
+
+
+def diff(i: int):
+    return jax.tree.map(np.asarray, init_lora(TINY, jax.random.key(i), 1, init_scale=1.0 + i))
+
+
+def assert_same(one, two):
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_diffs_are_read_back_one_by_one_and_stacked(folder):
+    store = DiffStore(folder)
+    assert [row["topic"] for row in store.rows] == list(TOPICS)
+    assert store.indices(split="test") == [3, 4]
+    for i in range(5):
+        assert_same(store.read(i), diff(i))
+    picked = store.stacked([4, 0, 3])
+    for at, i in enumerate((4, 0, 3)):
+        assert_same(jax.tree.map(lambda x, at=at: x[at], picked), diff(i))
+
+
+def test_a_shard_that_is_a_link_out_of_the_store_is_refused(folder, tmp_path):
+    shard = folder / "shards" / "00001.safetensors"
+    shard.rename(tmp_path / "elsewhere")
+    shard.symlink_to(tmp_path / "elsewhere")
+    store = DiffStore(folder)
+    assert_same(store.read(0), diff(0))
+    with pytest.raises(DitError, match="link out of its folder"):
+        store.read(3)
+
+
+def test_a_changed_shard_or_a_missing_one_is_refused(folder):
+    shard = folder / "shards" / "00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert diff_store.shard_rows(folder, 0) is None  # the stage makes it again
+    with pytest.raises(DitError, match="damaged"):
+        DiffStore(folder)
+    shard.unlink()
+    with pytest.raises(DitError, match="is missing"):
+        DiffStore(folder)
