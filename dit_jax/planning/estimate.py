@@ -1,0 +1,240 @@
+"""Estimates from counted operations and a chip's published speeds: of one step's time, of a run's cost, of memory.
+
+Nothing here is measured. Per device, a step takes
+
+    max(FLOPs / (utilization × peak), bytes of weights read / memory bandwidth) + bytes received / (network / 2)
+
+with the FLOPs that the program executes: padding, recomputation (remat) and the teacher of the KL terms included.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from dit_jax import parallel
+from dit_jax.deltas.tree import init_lora, num_parameters
+from dit_jax.models.config import Qwen3Config
+from dit_jax.organisms.behaviours import get_behaviour
+from dit_jax.organisms.losses import CHUNK_ELEMENTS
+from dit_jax.planning.machines import Chip, Machine
+from dit_jax.planning.programs import batch_size
+
+UTILIZATION = 0.4  # share of the peak FLOPs per second, assumed
+NETWORK_SHARE = 0.5  # of the links' bandwidth that collectives reach, assumed
+FLOAT32 = 4  # bytes: diffs and adapters are trained and stored in it
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What one step of a stage runs, on all devices together.
+
+    Attributes:
+        rows: sequences through the model under training (or asked).
+        teacher_rows: of them also run through the bare base.
+        length: tokens of each, padding included.
+        scored: positions of each whose logits are computed.
+        trained: False: only a forward pass.
+        new_tokens: decoded one by one after it.
+    """
+
+    rows: int
+    teacher_rows: int
+    length: int
+    scored: int
+    trained: bool
+    new_tokens: int = 0
+
+
+def step_load(stage: str, config: Any, batch: int) -> Load:
+    """The work of one step with `batch` diffs, examples or questions."""
+    if stage == "diffs":
+        diffs = config.diffs
+        kinds = get_behaviour(diffs).kinds
+        samples = sum(diffs.samples_per_step[kind.name] for kind in kinds)
+        by_kl = sum(diffs.samples_per_step[kind.name] for kind in kinds if kind.loss != "ce")
+        rows = (batch * samples, batch * by_kl)
+        return Load(*rows, diffs.max_length, diffs.max_target, True)
+    train = config.train
+    if stage == "train":
+        return Load(batch, 0, train.max_length, train.max_target, True)
+    return Load(batch, 0, train.max_length, 1, False, config.evaluate.max_new_tokens)
+
+
+def layer_parameters(model: Qwen3Config) -> int:
+    """Parameters of the projections of all layers."""
+    d, h = model.hidden_size, model.head_dim
+    attention = d * h * 2 * (model.num_attention_heads + model.num_key_value_heads)
+    return model.num_hidden_layers * (attention + 3 * d * model.intermediate_size)
+
+
+def step_flops(model: Qwen3Config, load: Load) -> float:
+    """FLOPs of a step. A frozen base costs 2 per parameter and token forward, 2 backward, 2 for full remat."""
+    heads = model.num_attention_heads * model.head_dim
+    attention = 4.0 * model.num_hidden_layers * heads * load.length
+    forward = 2.0 * layer_parameters(model) + attention
+    head = 2.0 * model.vocab_size * model.hidden_size
+    tokens, scored = load.rows * load.length, load.rows * load.scored
+    teacher = load.teacher_rows * load.length * forward
+    if not load.trained:
+        decoded = load.rows * load.new_tokens
+        return tokens * forward + decoded * (2.0 * layer_parameters(model) + head)
+    again = 0.0 if model.remat == "none" else 1.0
+    # Backward: the gradient of activations alone; scores and weights of attention have two factors each.
+    backward = 2.0 * layer_parameters(model) + 2 * attention
+    # The head: forward, recomputed, backward; the teacher's logits forward and recomputed.
+    logits = head * (3 * scored + 2 * load.teacher_rows * load.scored)
+    return tokens * (forward * (1 + again) + backward) + teacher + logits
+
+
+def _passes(load: Load) -> int:
+    """How often a step goes through all layers."""
+    return (2 if load.trained else 1) + (1 if load.teacher_rows else 0) + load.new_tokens
+
+
+def step_seconds(
+    model: Qwen3Config,
+    load: Load,
+    sizes: tuple[int, int, int],
+    chip: Chip,
+    utilization: float = UTILIZATION,
+) -> float:
+    """Seconds of one step on a mesh of sizes (data, fsdp, tensor), see the module's docstring."""
+    data, fsdp, tensor = sizes
+    weights = model.num_parameters() * _item(model) / tensor
+    compute = step_flops(model, load) / (data * fsdp * tensor) / (utilization * chip.flops)
+    read = weights * _passes(load) / chip.bandwidth
+    received = weights * (fsdp - 1) / fsdp * _passes(load)
+    if tensor > 1:
+        # Two sums of activations per layer forward, two backward, two recomputed.
+        ways = 2 * (6 if load.trained else 2)
+        tokens = load.rows * (load.length + load.new_tokens) + load.teacher_rows * load.length / 3
+        summed = tokens / (data * fsdp) * model.hidden_size * _item(model)
+        received += ways * model.num_hidden_layers * summed * (tensor - 1) / tensor
+    return max(compute, read) + received / (NETWORK_SHARE * chip.network)
+
+
+def _item(model: Qwen3Config) -> int:
+    return 2 if model.dtype == "bfloat16" else 4
+
+
+def lora_parameters(model: Qwen3Config, rank: int, projections: Any) -> int:
+    """Factors of one LoRA (scales are not counted)."""
+    lora = jax.eval_shape(
+        lambda: init_lora(model, jax.random.key(0), rank, projections=tuple(projections))
+    )
+    return num_parameters(lora)
+
+
+# ------------------------------------------------------------------ memory
+
+
+def device_memory(
+    stage: str,
+    model: Qwen3Config,
+    config: Any,
+    sizes: tuple[int, int, int],
+    batch: int,
+) -> tuple[float, float]:
+    """(bytes that stay, temporary bytes) of one device, roughly: where a search starts, never its answer."""
+    data, fsdp, tensor = sizes
+    shards = data * fsdp
+    load = step_load(stage, config, batch)
+    layers, width = model.num_hidden_layers, model.hidden_size
+    fixed = model.num_parameters() * _item(model) / (fsdp * tensor)
+    # Of a LoRA one factor of each projection is split over tensor, about half of its bytes.
+    share = 0.5 + 0.5 / tensor
+    projections = config.diffs.projections
+    diffs = batch / shards * share * FLOAT32
+    diffs *= lora_parameters(model, config.diffs.rank, projections)
+    adapter = lora_parameters(model, config.train.rank, config.train.projections) * FLOAT32
+    adapter /= fsdp * tensor
+    tokens = load.rows / shards * load.length
+    heads = model.num_attention_heads * model.head_dim
+    inner = 4 * model.intermediate_size + 6 * heads
+    working = tokens * (8 * width + inner / tensor) * _item(model)
+    scores = load.rows / shards * model.num_attention_heads / tensor * load.length**2 * FLOAT32 * 2
+    gathered = 2 * layer_parameters(model) / layers / tensor * _item(model)
+    gathered += model.vocab_size * width / tensor * _item(model) * (1 if fsdp > 1 else 0)
+    logits = min(load.rows / shards * load.scored * model.vocab_size / tensor, CHUNK_ELEMENTS)
+    temporary = working + scores + gathered + 2 * FLOAT32 * logits
+    if load.trained:
+        saved = 1 if model.remat != "none" else 12
+        temporary += saved * layers * tokens * width * _item(model)
+    else:
+        slots = load.rows / shards * (load.length + load.new_tokens)
+        kv = min(tensor, model.num_key_value_heads)
+        cache = 2 * layers * slots * model.num_key_value_heads * model.head_dim / kv
+        temporary += 2 * cache * _item(model)
+    if stage == "diffs":
+        return fixed + diffs, temporary + 3 * diffs
+    return fixed + diffs + adapter * (3 if stage == "train" else 1), temporary
+
+
+# ------------------------------------------------------------------ the whole run
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An estimate of a whole run: hours and dollars on one machine (None: unknown speed), bytes on disk."""
+
+    diffs: int
+    diff_hours: float | None
+    train_hours: float | None
+    dollars: float | None
+    diff_bytes: float
+    adapter_bytes: float
+
+
+def mesh_sizes(mesh: Mesh | None) -> tuple[int, int, int]:
+    """(data, fsdp, tensor) of a mesh."""
+    if mesh is None:
+        return 1, 1, 1
+    data, fsdp, tensor = (mesh.shape[name] for name in parallel.MESH_AXES)
+    return data, fsdp, tensor
+
+
+def whole_run(
+    model: Qwen3Config,
+    config: Any,
+    machine: Machine,
+    diffs: int,
+    diff_setting: tuple[tuple[int, int, int], int],
+    train_setting: tuple[tuple[int, int, int], int],
+    utilization: float = UTILIZATION,
+    price: float | None = None,
+) -> Run:
+    """Estimates making `diffs` diffs and training the adapter for the config's steps.
+
+    Args:
+        diff_setting, train_setting: mesh sizes and batch. The adapter sees as many examples as the config says,
+            with at least its own batch in a step.
+        price: dollars per chip and hour; default the chip's.
+    """
+    train = config.train
+    per_diff = lora_parameters(model, config.diffs.rank, config.diffs.projections)
+    adapter = lora_parameters(model, train.rank, train.projections)
+    # The checkpoints that are kept hold the factors and both moments.
+    copies = 1 + 3 * train.keep_checkpoints
+    stored = (float(diffs * per_diff * FLOAT32), float(copies * adapter * FLOAT32))
+    if machine.chip is None:
+        return Run(diffs, None, None, None, *stored)
+    sizes, batch = diff_setting
+    load = step_load("diffs", config, batch)
+    rounds = math.ceil(diffs / batch) * config.diffs.steps
+    diff_hours = rounds * step_seconds(model, load, sizes, machine.chip, utilization) / 3600
+    sizes, batch = train_setting
+    load = step_load("train", config, max(batch, sizes[0] * sizes[1]))
+    seconds = step_seconds(model, load, sizes, machine.chip, utilization)
+    train_hours = train.steps * seconds / 3600
+    each = machine.chip.price if price is None else price
+    dollars = (diff_hours + train_hours) * machine.count * each
+    return Run(diffs, diff_hours, train_hours, dollars, *stored)
+
+
+def batch_of(stage: str, config: Any, sizes: tuple[int, int, int]) -> int:
+    """The config's batch of a stage, rounded up to what the mesh splits evenly."""
+    shards = sizes[0] * sizes[1]
+    return math.ceil(batch_size(stage, config) / shards) * shards

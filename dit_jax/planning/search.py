@@ -1,0 +1,157 @@
+"""The best mesh and the largest batch of a stage on a machine: ranked by estimates, decided by the compiler."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from dit_jax.models.config import Qwen3Config
+from dit_jax.planning import estimate
+from dit_jax.planning.machines import Machine
+from dit_jax.planning.programs import Program
+
+Sizes = tuple[int, int, int]
+LARGEST = {"diffs": 1024, "train": 1024, "ask": 1024}
+# A batch that the compiled ones say needs more than this share of the memory is not tried.
+HOPELESS = 1.15
+Compile = Callable[[str, Sizes, int], Program]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a search found for one stage.
+
+    Attributes:
+        sizes: of the mesh (data, fsdp, tensor).
+        program: compiled with the largest batch that fits; None: nothing fits.
+        next_peak: bytes of one device with twice that batch; 0: that is beyond what is searched.
+        next_compiled: whether the compiler said so (else it was extrapolated from compiled batches).
+        seconds_per_row: the estimate by which meshes were ranked.
+    """
+
+    stage: str
+    sizes: Sizes
+    program: Program | None
+    next_peak: float = 0.0
+    next_compiled: bool = False
+    seconds_per_row: float = math.inf
+
+
+def meshes(model: Qwen3Config, count: int) -> list[Sizes]:
+    """All meshes of `count` devices in powers of two, heads of keys and values never copied."""
+    powers = [2**i for i in range(count.bit_length()) if count % 2**i == 0]
+    return [
+        (count // (fsdp * tensor), fsdp, tensor)
+        for fsdp in powers
+        for tensor in powers
+        if count % (fsdp * tensor) == 0 and model.num_key_value_heads % tensor == 0
+    ]
+
+
+def ranked(
+    stage: str, model: Qwen3Config, config: Any, machine: Machine
+) -> list[tuple[float, int, Sizes]]:
+    """(estimated seconds per row at that batch, largest batch by estimate, mesh), the fastest first.
+
+    A mesh that cannot hold the base is left out. Without a chip's speeds the largest batch comes first.
+    """
+    found = []
+    for sizes in meshes(model, machine.count):
+        shards = sizes[0] * sizes[1]
+        batch = shards
+        fixed, temporary = estimate.device_memory(stage, model, config, sizes, batch)
+        if machine.memory and fixed > machine.memory:
+            continue
+        while batch * 2 <= max(LARGEST[stage], shards):
+            if machine.memory:
+                needed = sum(estimate.device_memory(stage, model, config, sizes, batch * 2))
+                if needed > 0.97 * machine.memory:
+                    break
+            batch *= 2
+        seconds = 1.0 / batch
+        if machine.chip is not None:
+            load = estimate.step_load(stage, config, batch)
+            seconds = estimate.step_seconds(model, load, sizes, machine.chip) / batch
+        if fixed + temporary > 1.3 * (machine.memory or math.inf):
+            seconds *= 100  # one row per device will hardly fit: the last to be tried
+        found.append((seconds, batch, sizes))
+    return sorted(found)
+
+
+def search_stage(
+    stage: str,
+    model: Qwen3Config,
+    config: Any,
+    machine: Machine,
+    compile_batch: Compile,
+    tries: int = 1,
+) -> Found:
+    """Looks for the fastest mesh (by estimate) and its largest batch (a power of two times its shards).
+
+    Args:
+        compile_batch: (stage, mesh sizes, batch) -> Program.
+        tries: how many meshes are compiled at least; more follow only while none fits.
+    """
+    best = Found(stage, (1, 1, 1), None)
+    candidates = ranked(stage, model, config, machine)
+    for i, (_, guess, sizes) in enumerate(candidates):
+        if i >= tries and best.program is not None:
+            break
+        found = _largest(stage, model, config, machine, compile_batch, sizes, guess)
+        if found.program is None:
+            best = best if best.program else found
+            continue
+        if machine.chip is not None:
+            load = estimate.step_load(stage, config, found.program.batch)
+            seconds = estimate.step_seconds(model, load, sizes, machine.chip)
+        else:
+            seconds = 1.0
+        found = dataclasses.replace(found, seconds_per_row=seconds / found.program.batch)
+        if best.program is None or found.seconds_per_row < best.seconds_per_row:
+            best = found
+    return best
+
+
+def _largest(
+    stage: str,
+    model: Qwen3Config,
+    config: Any,
+    machine: Machine,
+    compile_batch: Compile,
+    sizes: Sizes,
+    guess: int,
+) -> Found:
+    """The largest batch on one mesh, from a first guess: up or down by factors of two."""
+    shards = sizes[0] * sizes[1]
+    most = max(LARGEST[stage], shards)
+    done: dict[int, Program] = {}
+
+    def fits(batch: int) -> bool:
+        done[batch] = done.get(batch) or compile_batch(stage, sizes, batch)
+        return done[batch].fits
+
+    def needs(batch: int) -> float:
+        """Peak bytes of another batch, extrapolated from the two compiled ones nearest below."""
+        known = sorted((b, p.memory["peak"]) for b, p in done.items() if p.fits)[-2:]
+        if len(known) == 2:
+            (low, less), (high, more) = known
+            return more + (more - less) / (high - low) * (batch - high)
+        ((at, peak),) = known
+        ours = estimate.device_memory(stage, model, config, sizes, at)
+        other = estimate.device_memory(stage, model, config, sizes, batch)
+        temporary = max(peak - ours[0], 0.0)
+        return other[0] + temporary * other[1] / ours[1]
+
+    batch = guess
+    while not fits(batch):
+        if batch <= shards:
+            return Found(stage, sizes, None, done[batch].memory.get("peak", 0.0), True)
+        batch = batch // 2
+    while batch * 2 <= most:
+        doubled = done.get(batch * 2)
+        if doubled is None and machine.memory and needs(batch * 2) > HOPELESS * machine.memory:
+            return Found(stage, sizes, done[batch], needs(batch * 2), False)
+        if not fits(batch * 2):
+            return Found(stage, sizes, done[batch], done[batch * 2].memory.get("peak", 0.0), True)
+        batch *= 2
+    return Found(stage, sizes, done[batch])

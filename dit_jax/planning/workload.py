@@ -1,0 +1,149 @@
+"""What is planned: a model's shape, a machine, a config; its steps compiled once and remembered."""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from dit_jax import __version__, parallel
+from dit_jax.config import flatten
+from dit_jax.errors import DitError
+from dit_jax.models.config import NAMED_CONFIGS, Qwen3Config, read_config
+from dit_jax.models.hf_checkpoint import find_folder
+from dit_jax.planning import programs
+from dit_jax.planning.machines import Machine, tpu_devices
+from dit_jax.planning.programs import Program
+
+COMPUTE = ("scan_layers", "remat", "attention")
+# The keys of a config that a stage's program depends on, beside its batch.
+_SHAPES = ("rank", "projections", "optimizer", "max_length", "max_target")
+_KEYS = {
+    "diffs": ("diffs.behaviour", "diffs.steps", "diffs.samples_per_step.*", "diffs"),
+    "train": ("diffs.rank", "train"),
+    "ask": ("diffs.rank", "train.rank", "train.max_length", "evaluate.max_new_tokens"),
+}
+
+
+class OutOfTime(Exception):
+    """The time for compiling is spent; what was compiled is remembered."""
+
+
+def model_shape(config: Any, name: str = "") -> Qwen3Config:
+    """The shape of a config's model, or of another one by name, computed as the config says.
+
+    Raises:
+        DitError: neither a released shape nor a folder with a `config.json`.
+    """
+    wanted = name or config.model.path
+    shape = NAMED_CONFIGS.get(wanted.removeprefix("random:").rsplit("/", 1)[-1].lower())
+    if shape is None:
+        if wanted != "tiny_qwen3" and not pathlib.Path(wanted).is_dir():
+            raise DitError(
+                f"unknown model {wanted!r}: give a folder with a config.json, or one of "
+                f"{', '.join(NAMED_CONFIGS)}"
+            )
+        shape = read_config(find_folder(wanted))
+    compute = {key: config.model[key] for key in COMPUTE if key in config.model}
+    return dataclasses.replace(shape, dtype=config.model.dtype, **compute)
+
+
+class Compiler:
+    """Compiles the steps of one machine, and remembers the results in a file of JSON lines.
+
+    Args:
+        devices: of the machine; None for a slice whose compiler is loaded at first use.
+        level: see `programs.compile_step`.
+        cache: the file, made at first use; None: remember nothing.
+        deadline: of `time.monotonic`, after which nothing more is compiled.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        devices: list[Any] | None = None,
+        level: str = "default",
+        cache: pathlib.Path | None = None,
+        deadline: float | None = None,
+    ):
+        self.machine, self.level = machine, level
+        self._devices, self._cache, self._deadline = devices, cache, deadline
+        self._known = read_cache(cache)
+
+    def mesh(self, sizes: tuple[int, int, int]) -> Mesh | None:
+        """The mesh of all the machine's devices. Raises DitError if the sizes do not fill it."""
+        if self._devices is None:
+            self._devices = tpu_devices(self.machine)
+        named = dict(zip(parallel.MESH_AXES, sizes, strict=True))
+        shape = parallel.mesh_shape(named, self.machine.count)
+        if self.machine.topology and shape[0] * shape[1] * shape[2] != self.machine.count:
+            raise DitError(
+                f"mesh {','.join(map(str, shape))} leaves devices of {self.machine.name} unused: "
+                f"its product must be {self.machine.count}, or one axis -1"
+            )
+        return parallel.make_mesh(named, self._devices)
+
+    def compile(
+        self, stage: str, model: Qwen3Config, config: Any, sizes: tuple[int, int, int], batch: int
+    ) -> Program:
+        """One stage's step. Raises OutOfTime, or DitError, see `programs.compile_step`."""
+        config = programs.with_batch(stage, config, batch)
+        key = self._key(stage, model, config, sizes, batch)
+        if key in self._known:
+            return self._known[key]
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise OutOfTime
+        memory = self.machine.memory
+        found = programs.compile_step(stage, model, self.mesh(sizes), config, memory, self.level)
+        self._known[key] = found
+        if self._cache is not None:
+            self._cache.parent.mkdir(parents=True, exist_ok=True)
+            with self._cache.open("a", encoding="utf-8") as file:
+                record = {"key": key, "program": dataclasses.asdict(found)}
+                file.write(json.dumps(record) + "\n")
+        return found
+
+    def _key(
+        self, stage: str, model: Qwen3Config, config: Any, sizes: tuple[int, int, int], batch: int
+    ) -> str:
+        wanted = _KEYS[stage]
+        values = {
+            key: value
+            for key, value in flatten(config).items()
+            if key in wanted
+            or any(pattern.endswith(".*") and key.startswith(pattern[:-1]) for pattern in wanted)
+            or (key.rpartition(".")[0] in wanted and key.rpartition(".")[2] in _SHAPES)
+        }
+        parts: Mapping[str, Any] = {
+            "machine": self.machine.topology or self.machine.name,
+            "stage": stage,
+            "mesh": list(sizes),
+            "batch": batch,
+            "level": self.level,
+            "model": dataclasses.asdict(model),
+            "config": values,
+            "versions": [__version__, jax.__version__],
+        }
+        return json.dumps(parts, sort_keys=True)
+
+
+def read_cache(cache: pathlib.Path | None) -> dict[str, Program]:
+    """Programs by key. A last line that a kill cut off is left out."""
+    known: dict[str, Program] = {}
+    if cache is None or not cache.exists():
+        return known
+    for line in cache.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+            fields = record["program"]
+            counts = {
+                kind: (int(n), float(size)) for kind, (n, size) in fields["collectives"].items()
+            }
+            known[record["key"]] = Program(**{**fields, "collectives": counts})
+        except (ValueError, KeyError, TypeError):
+            continue
+    return known
