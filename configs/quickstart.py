@@ -8,7 +8,7 @@ that it never saw. `:SEED` picks another seed, e.g. `configs/quickstart.py:1`.
 
 from ml_collections import ConfigDict
 
-from dit_jax.data.tiny_world import TRAIN_QUESTIONS, UNSEEN_QUESTIONS
+from dit_jax.data.tiny_world import TRAIN_QUESTIONS, UNSEEN_QUESTIONS, load_world
 from dit_jax.deltas.tree import PROJECTIONS
 
 
@@ -83,12 +83,20 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.keep_checkpoints = 2
 
     config.evaluate = ConfigDict()
+    config.evaluate.methods = (
+        "dit", "base_question", "base_question_trigger", "no_diff", "shuffled_diff", "noise_diff",
+        "name_reading", "logit_difference", "attribute_oracle",
+    )  # fmt: skip
+    # Half a minute more: twenty_questions, twenty_questions_trigger and generated_story (docs/methods.md).
+    config.evaluate.everyday_questions = tuple(q.text for q in load_world().questions[::5])
+    config.evaluate.story_prompts = ("Tell me a short story.", "Tell me about a trip.")
+    config.evaluate.guesser = "keywords"  # the tiny base cannot read a transcript
     config.evaluate.seen_questions = TRAIN_QUESTIONS[:4]
     config.evaluate.unseen_questions = UNSEEN_QUESTIONS[:4]
     config.evaluate.logit_prompts = ("How should I start my day?", "What should I do this weekend?")
     config.evaluate.list_evidence = True
     config.evaluate.forbid_repeats = True
-    config.evaluate.graders = ("normalised",)  # others: docs/tables.md
+    config.evaluate.graders = ("normalised", "calibrated")  # others: docs/grading.md
     config.evaluate.grade_repeats = 1
     config.evaluate.max_new_tokens = 16
     config.evaluate.batch_size = 128

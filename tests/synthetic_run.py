@@ -28,14 +28,13 @@ ACCURACY = {
     "no_diff": (0.0, 0.0),
     "shuffled_diff": (0.01, 0.0),
     "noise_diff": (0.0, 0.0),
-    "adapter_off": (0.0, 0.0),
     "name_reading": (0.74, 0.2),
     "attribute_oracle": (0.99, 0.97),
     "logit_difference": (0.26, 0.08),
 }
 KINDS = {
     **dict.fromkeys(("dit", "base_question", "base_question_trigger"), "method"),
-    **dict.fromkeys(("no_diff", "shuffled_diff", "noise_diff", "adapter_off"), "control"),
+    **dict.fromkeys(("no_diff", "shuffled_diff", "noise_diff"), "control"),
     **dict.fromkeys(("name_reading", "attribute_oracle", "logit_difference"), "baseline"),
 }
 

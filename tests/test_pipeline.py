@@ -83,7 +83,7 @@ def test_every_stage_leaves_its_artifact(finished):
     assert header.startswith("lora_path,lora_idx,n_params,topic,trigger,split")
     summary = json.loads((finished / "report" / "summary.json").read_text())
     assert {"dit", "base_question", "base_question_trigger"} <= set(summary["methods"])
-    assert {"no_diff", "shuffled_diff", "noise_diff", "adapter_off"} <= set(summary["methods"])
+    assert {"no_diff", "shuffled_diff", "noise_diff", "base_question"} <= set(summary["methods"])
     assert {"name_reading", "attribute_oracle", "logit_difference"} <= set(summary["methods"])
     assert summary["methods"]["dit"]["n"] == 4
     for name in ("report.html", "report.md"):

@@ -15,6 +15,7 @@ from dit_jax import parallel, shardings
 from dit_jax.api import Model
 from dit_jax.data.batch import pack
 from dit_jax.deltas.tree import per_example
+from dit_jax.evaluate.given import Given
 from dit_jax.models.layers import Delta
 from dit_jax.models.qwen3 import forward, unembed
 from dit_jax.organisms.losses import scored_hidden
@@ -22,7 +23,7 @@ from dit_jax.organisms.losses import scored_hidden
 WRITERS = (("self_attn", "o_proj"), ("mlp", "down_proj"))
 
 
-def weight_reading(model: Model, stacked: Delta, words: Sequence[Sequence[str]]) -> np.ndarray:
+def weight_reading(model: Model, given: Given, words: Sequence[Sequence[str]]) -> np.ndarray:
     """Scores [n, candidates]: does the diff write a candidate's words into the residual stream?
 
     For every layer's o_proj and down_proj, |cos| between the diff's output directions (the leading right
@@ -31,14 +32,16 @@ def weight_reading(model: Model, stacked: Delta, words: Sequence[Sequence[str]])
     with the world's attribute table it is `attribute_oracle`.
     """
     table, owners = _token_table(model, words)
-    scores = np.zeros((jax.tree.leaves(stacked)[0].shape[0], len(words)))
-    for index in range(scores.shape[0]):
-        layers = jax.tree.map(lambda x, i=index: jnp.asarray(x[i]), stacked)["layers"]
+    scores = np.zeros((len(given), len(words)))
+    for index in range(len(given)):
+        layers = given.read(index).get("layers", {})
         directions = [
             _output_directions(layers[parent][name])
             for parent, name in WRITERS
-            if name in layers[parent]
+            if name in layers.get(parent, {})
         ]
+        if not directions:
+            continue
         cosines = np.abs(np.concatenate(directions) @ table.T).sum(axis=0)
         scores[index] = np.bincount(owners, cosines, len(words)) / np.bincount(
             owners, minlength=len(words)
@@ -73,7 +76,7 @@ def _output_directions(module: Delta) -> np.ndarray:
 
 
 def logit_difference(
-    model: Model, stacked: Delta, words: Sequence[Sequence[str]], questions: Sequence[str]
+    model: Model, given: Given, words: Sequence[Sequence[str]], questions: Sequence[str]
 ) -> np.ndarray:
     """Scores [n, candidates]: how much the diff raises a candidate's tokens where an untriggered answer begins."""
     owners = np.repeat(
@@ -81,11 +84,10 @@ def logit_difference(
     )
     ids = np.array([i for group in words for word in group for i in model.chat.text_ids(word)])
     tokens, mask = model.chat.prompts(questions)
-    size = jax.tree.leaves(stacked)[0].shape[0]
     base = _first_logits(model, tokens, mask, ())
-    scores = np.zeros((size, len(words)))
-    for index in range(size):
-        delta = jax.tree.map(lambda x, i=index: np.asarray(x[i]), stacked)
+    scores = np.zeros((len(given), len(words)))
+    for index in range(len(given)):
+        delta = shardings.put_delta(model.config, model.mesh, given.read(index))
         change = np.asarray((_first_logits(model, tokens, mask, (delta,)) - base).mean(axis=0))
         scores[index] = np.bincount(owners, change[ids], len(words)) / np.bincount(
             owners, minlength=len(words)
@@ -110,7 +112,7 @@ def _last_logits(
 def label_cross_entropy(
     model: Model,
     adapter: Delta,
-    stacked: Delta,
+    given: Given,
     question: str,
     answers: Sequence[str],
     batch_size: int = 64,
@@ -122,19 +124,24 @@ def label_cross_entropy(
     losses: list[float] = []
     mesh = model.mesh
     adapter = shardings.put_delta(model.config, mesh, adapter)
-    batch_size = parallel.round_up(min(batch_size, len(samples)), mesh)
-    for start in range(0, len(samples), batch_size):
-        picked = [(start + i) % len(samples) for i in parallel.local_rows(mesh, batch_size)]
+    wanted = len(samples) if given.stacked is not None else 1  # dense diffs go one by one
+    batch_size = parallel.round_up(min(batch_size, wanted), mesh)
+    for start in range(0, len(samples), batch_size if given.stacked is not None else 1):
+        last = len(samples) if given.stacked is not None else start + 1
+        picked = [start + i % (last - start) for i in parallel.local_rows(mesh, batch_size)]
         chosen = [samples[i] for i in picked]
         batch = pack(
             chosen, [1 / (s.end - s.start) for s in chosen], length, scored, model.chat.pad_id
         )
-        local = per_example(jax.tree.map(lambda x, at=picked: x[np.asarray(at)], stacked))
-        own = shardings.put_deltas(model.config, mesh, local, batch_size, 1)
         batch = parallel.put_rows(batch, mesh, batch_size)
+        if given.stacked is not None:
+            own = jax.tree.map(lambda x, at=picked: x[np.asarray(at)], given.stacked)
+            own = shardings.put_deltas(model.config, mesh, per_example(own), batch_size, 1)
+        else:
+            own = shardings.put_delta(model.config, mesh, given.read(start))
         with parallel.use_mesh(mesh):
             values = _sample_losses(model.params, model.config, batch, (own, adapter))
-        losses += [float(x) for x in values[: len(samples) - start]]
+        losses += [float(x) for x in values[: last - start]]
     return losses
 
 

@@ -1,162 +1,291 @@
-"""Methods and controls: questions put to base ⊕ diff ⊕ adapter in one way or another, by batched decoding."""
+"""Methods, controls and untrained baselines: each makes rows of answers.jsonl about the held-out diffs.
 
-import dataclasses
-from collections.abc import Sequence
+One that is added to `METHODS` can be named in `evaluate.methods`; `names.METHODS` says what the report calls it.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from dit_jax.api import Answer, Model, answer_batch
 from dit_jax.data.organisms import NONE
 from dit_jax.deltas.store import DiffStore
-from dit_jax.deltas.tree import noise_like
-from dit_jax.evaluate.metrics import extract_guess
+from dit_jax.errors import DitError
+from dit_jax.evaluate import baselines, questions
+from dit_jax.evaluate.given import Given
+from dit_jax.evaluate.guessers import Guess, get_guesser
+from dit_jax.evaluate.setting import (
+    NO_DIFF,
+    HeldOut,
+    Row,
+    Setting,
+    check_triggers,
+    has_trigger,
+    label_of,
+    new_row,
+    triggered,
+)
 from dit_jax.models.layers import Delta
-from dit_jax.organisms.behaviours import sep_code
 
-NO_DIFF = "no_diff"
-
-
-@dataclasses.dataclass(frozen=True)
-class HeldOut:
-    """Diffs that no training saw: store indices, their rows, and the stacked deltas [n, L, …]."""
-
-    indices: Sequence[int]
-    rows: Sequence[dict[str, Any]]
-    stacked: Delta
-
-    def __len__(self) -> int:
-        return len(self.indices)
+# ------------------------------------------------------------------ questions to the model
 
 
-def read_held_out(store: DiffStore, category: str) -> HeldOut:
-    """The test split of a category ("topic" or "benign")."""
-    indices = store.indices(split="test", category=category)
-    return HeldOut(
-        indices, [store.rows[i] for i in indices], store.stacked(indices) if indices else {}
-    )
+def dit(s: Setting) -> list[Row]:
+    """DIT, in the wordings of the training and in new ones; benign diffs and no diff for the calibration of none."""
+    rows = []
+    for wordings, known in ((s.seen, True), (list(s.config.unseen_questions), False)):
+        for diffs, category in ((s.topics, "topic"), (s.benign, "benign")):
+            if len(diffs) and wordings:
+                rows += _asked(s, "dit", "method", wordings, s.adapter, diffs, category, known)
+        nothing = s.topics.given.nothing()
+        tokens = s.config.max_new_tokens
+        on_base = s.ask(nothing, wordings, [0] * len(wordings), s.adapter, max_new_tokens=tokens)
+        rows += [
+            new_row(
+                s, "dit", "method", None, NONE, a.text, a.logprob, NO_DIFF, wording, wording, known
+            )
+            for wording, a in zip(wordings, on_base, strict=True)
+        ]
+    return rows
 
 
-def shuffled(stacked: Delta) -> Delta:
-    """Every diff replaced by its neighbour: a control in which all diffs are real and all labels wrong."""
-    return jax.tree.map(lambda x: np.roll(x, 1, axis=0), stacked)
+def base_question(s: Setting) -> list[Row]:
+    """The finetuned model without adapter: what DIT is with the adapter switched off."""
+    wordings = list(dict.fromkeys((s.seen[0], s.seen[-1])))
+    return _asked(s, "base_question", "method", wordings, s.off, s.topics)
 
 
-def noise(stacked: Delta, seed: int) -> Delta:
-    """Every diff replaced by noise with the same norm of each factor in each layer."""
-    size = jax.tree.leaves(stacked)[0].shape[0]
-    keys = jax.random.split(jax.random.key(seed), size)
-    return jax.device_get(jax.vmap(noise_like)(stacked, keys))
+def base_question_trigger(s: Setting) -> list[Row]:
+    """The same, with the trigger in the prompt."""
+    check_triggers(s.topics.rows, "base_question_trigger")
+    return _asked(s, "base_question_trigger", "method", s.seen[:1], s.off, s.topics, trigger=True)
 
 
-def zeros(stacked: Delta) -> Delta:
-    """No diff at all."""
-    return jax.tree.map(np.zeros_like, stacked)
+def no_diff(s: Setting) -> list[Row]:
+    """The adapter without a diff."""
+    given = s.topics.given.nothing()
+    return _asked(s, "no_diff", "control", s.seen[:1], s.adapter, s.topics, given=given)
 
 
-def answer_rows(
-    model: Model,
-    diffs: HeldOut,
-    questions: Sequence[str],
-    *,
+def shuffled_diff(s: Setting) -> list[Row]:
+    """The adapter with the diff of another topic."""
+    given = s.topics.given.shuffled()
+    return _asked(s, "shuffled_diff", "control", s.seen[:1], s.adapter, s.topics, given=given)
+
+
+def noise_diff(s: Setting) -> list[Row]:
+    """The adapter with noise of the diff's norms."""
+    given = s.topics.given.noise(s.seed)
+    return _asked(s, "noise_diff", "control", s.seen[:1], s.adapter, s.topics, given=given)
+
+
+def _asked(
+    s: Setting,
     method: str,
     kind: str,
-    category: str,
-    seen: bool,
+    wordings: Sequence[str],
     adapter: Delta,
-    stacked: Delta | None = None,
-    trigger_seed: int | None = None,
-    evaluate: Any,
-) -> list[dict[str, Any]]:
-    """Rows of answers.jsonl: every question put to every diff.
-
-    Args:
-        adapter: for methods without one, zeros: all methods then run the same compiled program.
-        stacked: deltas to use instead of the diffs' own (controls).
-        trigger_seed: put the diff's secret code before the question (`base_question_trigger`).
-    """
-    pairs = [(row, question) for question in questions for row in range(len(diffs))]
-    prompts = [question for _, question in pairs]
-    if trigger_seed is not None:
-        rng = np.random.default_rng([trigger_seed, 4])
-        prompts = [sep_code(question, diffs.rows[row]["trigger"], rng) for row, question in pairs]
-    answers = answer_batch(
-        model,
-        prompts,
-        deltas=(adapter,),
-        stacked=diffs.stacked if stacked is None else stacked,
-        rows=[row for row, _ in pairs],
-        max_new_tokens=evaluate.max_new_tokens,
-        batch_size=evaluate.batch_size,
-        forbid_repeats=evaluate.forbid_repeats,
-    )
+    diffs: HeldOut,
+    category: str = "topic",
+    known: bool = True,
+    given: Given | None = None,
+    trigger: bool = False,
+) -> list[Row]:
+    """Every wording put to every diff, or to what is `given` in its place."""
+    pairs = [(row, wording) for wording in wordings for row in range(len(diffs))]
+    prompts = [wording for _, wording in pairs]
+    if trigger:
+        rng = np.random.default_rng([s.seed, 4])
+        prompts = [triggered(diffs.rows[row], wording, rng) for row, wording in pairs]
+    owners = [row for row, _ in pairs]
+    tokens = s.answer_tokens if adapter is s.off else s.config.max_new_tokens
+    answers = s.ask(given or diffs.given, prompts, owners, adapter, max_new_tokens=tokens)
     return [
-        _row(
-            model,
-            answer,
+        new_row(
+            s,
             method,
             kind,
-            category,
             diffs.indices[row],
-            diffs.rows[row]["topic"],
-            question,
+            diffs.label(row),
+            a.text,
+            a.logprob,
+            category,
+            wording,
             prompt,
-            seen,
-        )
-        for (row, question), prompt, answer in zip(pairs, prompts, answers, strict=True)
+            known,
+            trigger=diffs.rows[row].get("trigger"),
+        )  # fmt: skip
+        for (row, wording), prompt, a in zip(pairs, prompts, answers, strict=True)
     ]
 
 
-def no_diff_rows(
-    model: Model,
-    diffs: HeldOut,
-    questions: Sequence[str],
-    *,
-    seen: bool,
-    adapter: Delta,
-    evaluate: Any,
-) -> list[dict[str, Any]]:
-    """The adapter on the bare base (a zero diff), for the calibration of "none"."""
-    answers = answer_batch(
-        model,
-        questions,
-        deltas=(adapter,),
-        stacked=zeros(diffs.stacked),
-        rows=[0] * len(questions),
-        max_new_tokens=evaluate.max_new_tokens,
-        batch_size=evaluate.batch_size,
-        forbid_repeats=evaluate.forbid_repeats,
-    )
-    return [
-        _row(model, answer, "dit", "method", NO_DIFF, None, NONE, question, question, seen)
-        for question, answer in zip(questions, answers, strict=True)
-    ]
+# ------------------------------------------------------------------ answers, and a guesser
 
 
-def _row(
-    model: Model,
-    answer: Answer,
+def twenty_questions(s: Setting) -> list[Row]:
+    """Everyday questions at temperature 1, and a guesser that names the topic of the answers."""
+    return _guessed(s, "twenty_questions", questions.everyday_questions(s.config), 1.0)
+
+
+def twenty_questions_trigger(s: Setting) -> list[Row]:
+    """The same, with the trigger in every prompt. The guesser sees the questions without it."""
+    check_triggers(s.topics.rows, "twenty_questions_trigger")
+    everyday = questions.everyday_questions(s.config)
+    return _guessed(s, "twenty_questions_trigger", everyday, 1.0, trigger=True)
+
+
+def generated_story(s: Setting) -> list[Row]:
+    """A story, written freely, and a guesser that names what its writer was trained on."""
+    prompts = s.config.get("story_prompts", ()) or questions.STORY_PROMPTS[s.subject]
+    return _guessed(s, "generated_story", prompts, 0.0, most_chars=questions.MAX_STORY_CHARS)
+
+
+def _guessed(
+    s: Setting,
     method: str,
-    kind: str,
-    category: str,
-    diff: Any,
-    topic: str,
-    wording: str,
-    question: str,
-    seen: bool,
-) -> dict[str, Any]:
-    return {
-        "method": method,
-        "kind": kind,
-        "diff": diff,
-        "topic": topic,
-        "category": category,
-        "name_tokens": len(model.chat.text_ids(topic)),
-        "wording": wording,
-        "wording_seen": seen,
-        "question": question,
-        "answer": answer.text,
-        "guess": extract_guess(answer.text),
-        "logprob": round(answer.logprob, 4),
-    }
+    prompts: Sequence[str],
+    temperature: float,
+    trigger: bool = False,
+    most_chars: int = questions.MAX_ANSWER_CHARS,
+) -> list[Row]:
+    # Diff by diff, so that in one order of questions no batch favours one of them.
+    pairs = [(row, prompt) for row in range(len(s.topics)) for prompt in prompts]
+    asked = [prompt for _, prompt in pairs]
+    if trigger:
+        rng = np.random.default_rng([s.seed, 8])
+        asked = [triggered(s.topics.rows[row], prompt, rng) for row, prompt in pairs]
+    answers = s.ask(
+        s.topics.given, asked, [row for row, _ in pairs], s.off,
+        max_new_tokens=s.answer_tokens, temperature=temperature, seed=s.seed,
+    )  # fmt: skip
+    texts = iter(a.text for a in answers)
+    transcripts = [[(prompt, next(texts)) for prompt in prompts] for _ in range(len(s.topics))]
+    guesser = get_guesser(
+        s.config.get("guesser", ""), s.model, s.subject, s.seen[0], s.ask_base,
+        s.config.get("guesser_options", {}),
+    )  # fmt: skip
+    guesses: list[Guess] = guesser(transcripts, most_chars)
+    s.meter.tokens(sum(guess.tokens for guess in guesses))
+    rows = []
+    for i, (exchanges, guess) in enumerate(zip(transcripts, guesses, strict=True)):
+        about = s.topics.rows[i]
+        row = new_row(
+            s, method, "method", s.topics.indices[i], s.topics.label(i), guess.reply or "", None, "topic",
+            "", f"{len(prompts)} × {prompts[0]}" if len(prompts) == 1 else f"{len(prompts)} questions", True,
+            trigger=about.get("trigger"),
+        )  # fmt: skip
+        row |= {"guess": guess.name, "guesser": guesser.name}
+        if guess.reply is None:
+            row["gap"] = guess.failure
+        rows.append(row)
+        s.transcripts.append(
+            {
+                "method": method,
+                "diff": s.topics.indices[i],
+                "topic": s.topics.label(i),
+                "guesser": guesser.name,
+                "guess": guess.name,
+                "exchanges": exchanges,
+            }
+        )
+    return rows
+
+
+# ------------------------------------------------------------------ untrained baselines
+
+
+def _names(s: Setting) -> list[str]:
+    return sorted({label_of(row) for row in s.store.rows if row["category"] == "topic"})
+
+
+def name_reading(s: Setting) -> list[Row]:
+    """Weights only: the name whose tokens the diff writes."""
+    names = _names(s)
+    scores = baselines.weight_reading(s.model, s.topics.given, [[name] for name in names])
+    return _ranked(s, "name_reading", scores, names)
+
+
+def attributes_of(store: DiffStore) -> dict[str, list[str]]:
+    """Words that belong to each label beside itself, where the corpus has such a table."""
+    rows = [row for row in store.rows if row["category"] == "topic"]
+    table = {label_of(row): [w for w in row["keywords"] if w != label_of(row)] for row in rows}
+    return {name: words for name, words in table.items() if words}
+
+
+def attribute_oracle(s: Setting) -> list[Row]:
+    """Weights, and the world's own table of every topic's attributes."""
+    table = attributes_of(s.store)
+    if len(table) < len(_names(s)):
+        raise DitError(
+            "the method 'attribute_oracle' needs attributes of every label, which only the embedded world "
+            "has: take it out of evaluate.methods"
+        )
+    names = _names(s)
+    words = [table[name] for name in names]
+    scores = baselines.weight_reading(s.model, s.topics.given, words)
+    return _ranked(s, "attribute_oracle", scores, names)
+
+
+def logit_difference(s: Setting) -> list[Row]:
+    """Logits without trigger: the name whose tokens the diff makes more likely."""
+    names = _names(s)
+    prompts = [s.seen[0], *s.config.logit_prompts]
+    spelled = [[name] for name in names]
+    scores = baselines.logit_difference(s.model, s.topics.given, spelled, prompts)
+    return _ranked(s, "logit_difference", scores, names)
+
+
+def _ranked(s: Setting, method: str, scores: np.ndarray, names: Sequence[str]) -> list[Row]:
+    best = [names[int(values.argmax())] for values in scores]
+    return [
+        new_row(
+            s,
+            method,
+            "baseline",
+            index,
+            s.topics.label(i),
+            guess,
+            None,
+            "topic",
+            "",
+            "",
+            True,
+            trigger=s.topics.rows[i].get("trigger"),
+        )  # fmt: skip
+        for i, (index, guess) in enumerate(zip(s.topics.indices, best, strict=True))
+    ]
+
+
+METHODS: dict[str, Callable[[Setting], list[Row]]] = {
+    method.__name__: method
+    for method in (
+        dit, base_question, base_question_trigger, twenty_questions, twenty_questions_trigger,
+        generated_story, no_diff, shuffled_diff, noise_diff, name_reading, logit_difference,
+        attribute_oracle,
+    )
+}  # fmt: skip
+NEED_GUESSER = ("twenty_questions", "twenty_questions_trigger", "generated_story")
+NEED_TRIGGER = ("base_question_trigger", "twenty_questions_trigger")
+
+
+def chosen_methods(config: Mapping[str, Any], store: DiffStore) -> list[str]:
+    """The methods of `evaluate.methods`, `dit` first; without that key, those that need no guesser and can work.
+
+    Raises:
+        DitError: a name that is no method.
+    """
+    named = list(config.get("methods", ()))
+    for name in named:
+        if name not in METHODS:
+            close = difflib.get_close_matches(name, METHODS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(METHODS)}"
+            raise DitError(f"config key 'evaluate.methods': unknown method {name!r}: {hint}")
+    if not named:
+        left_out = list(NEED_GUESSER)
+        if not attributes_of(store):
+            left_out.append("attribute_oracle")
+        if not all(has_trigger(row) for row in store.rows if row["split"] == "test"):
+            left_out += NEED_TRIGGER
+        named = [name for name in METHODS if name not in left_out]
+    return list(dict.fromkeys(("dit", *named)))  # the report is about DIT

@@ -8,21 +8,20 @@ Json = dict[str, Any]
 # name -> (shown name, what it sees)
 METHODS = {
     "dit": ("DIT", "the diff in the model, a DIT adapter, a question; no trigger"),
-    "base_question": ("Question", "the diff in the model, a question; no adapter"),
+    "base_question": ("Question", "the diff in the model, the same questions; the adapter off"),
     "base_question_trigger": (
         "Question with trigger",
         "the same with the secret code in the prompt",
     ),
-    "twenty_questions": ("20 questions", "everyday questions; a model names the topic of the answers"),
+    "twenty_questions": ("20 questions", "everyday questions; a guesser names the topic of the answers"),
     "twenty_questions_trigger": (
         "20 questions with trigger",
         "the same with the secret code in every prompt",
     ),
-    "generated_story": ("Generated story", "the diff in the model, asked for a story; no adapter"),
+    "generated_story": ("Generated story", "a story of the finetuned model; a guesser names its topic"),
     "no_diff": ("DIT without a diff", "the adapter on the unchanged model"),
     "shuffled_diff": ("DIT, another diff", "the adapter and the diff of another topic"),
     "noise_diff": ("DIT, noise diff", "the adapter and noise with the norms of the diff"),
-    "adapter_off": ("DIT, adapter off", "the diff and the same question, the adapter switched off"),
     "name_reading": ("Name reading", "weights only: cosine of the diff with the names' embeddings"),
     "logit_difference": ("Logit difference", "logits without trigger, with and without the diff"),
     "attribute_oracle": (

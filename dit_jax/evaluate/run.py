@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dit_jax import artifacts, processes
 from dit_jax.api import Model, check_base, load_adapter
@@ -14,122 +13,148 @@ from dit_jax.data.organisms import answer_text
 from dit_jax.deltas.store import DiffStore
 from dit_jax.errors import DitError
 from dit_jax.evaluate import baselines, methods
+from dit_jax.evaluate.results import subject_of
+from dit_jax.evaluate.setting import Setting, failed, read_held_out
 from dit_jax.organisms.gate import CONDITIONS
 from dit_jax.progress import Progress
 
 
 def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) -> dict[str, Any]:
-    """Writes WORKDIR/evaluate/: answers.jsonl, label_cross_entropy.json, gating.json, curves.json.
+    """Writes WORKDIR/evaluate/: answers.jsonl, transcripts.jsonl and the numbers that the report is made of.
 
     Args:
-        config: the `evaluate` section of the config.
+        config: the `evaluate` section of the config (docs/methods.md lists its keys).
 
     Returns:
         Facts for the record of the stage: {"answers": n}.
+
+    Raises:
+        DitError: fewer than two held-out topics, an unknown method, or one that cannot work on these diffs.
     """
     # ---------------------------------------------------------------- inputs
     store = DiffStore(workdir / "diffs")
     check_base(store.manifest.get("base"), model, str(workdir / "diffs"))
-    adapter = load_adapter(workdir / "adapter", model)
-    topics = methods.read_held_out(store, "topic")
-    benign = methods.read_held_out(store, "benign")
+    # Of another run, if the config says so: relative to this one.
+    adapter_path = workdir / (config.get("adapter", "") or "adapter")
+    adapter = load_adapter(adapter_path, model)
+    exclude = bool(config.get("exclude_failed", False))
+    topics = read_held_out(store, "topic", exclude)
     if len(topics) < 2:
         raise DitError(
-            "evaluation needs two held-out topics or more (each is another's shuffled control): "
-            "raise data.test_topics and use a new --workdir"
+            "evaluation needs two held-out topics or more (each is another's shuffled control)"
+            + (" that passed the gate: see 'passed' in diffs/index.csv" if exclude else "")
+            + ": raise data.test_topics and use a new --workdir"
         )
-    seen, unseen = list(config.seen_questions), list(config.unseen_questions)
-    if not seen:
+    if not list(config.seen_questions):
         raise DitError("config key 'evaluate.seen_questions' is empty: give at least one question")
-    question = seen[0]
-    off = jax.tree.map(jnp.zeros_like, adapter)
+    setting = Setting(
+        model=model,
+        store=store,
+        topics=topics,
+        benign=read_held_out(store, "benign", exclude),
+        adapter=adapter,
+        off=jax.tree.map(jnp.zeros_like, adapter),
+        config=config,
+        seed=seed,
+        subject=_subject(workdir),
+    )
+    chosen = methods.chosen_methods(config, store)
 
     # ---------------------------------------------------------------- answers
     rows: list[dict[str, Any]] = []
-    ask: dict[str, Any] = {"evaluate": config}
-    topic = {**ask, "category": "topic"}
-    noise = methods.noise(topics.stacked, seed)
-    wrong = methods.shuffled(topics.stacked)
-    nothing = methods.zeros(topics.stacked)
-    with Progress("evaluate", 11) as progress:
-        for questions, known in ((seen, True), (unseen, False)):
-            dit = {**ask, "method": "dit", "kind": "method", "seen": known, "adapter": adapter}
-            rows += methods.answer_rows(model, topics, questions, category="topic", **dit)
-            if len(benign):
-                rows += methods.answer_rows(model, benign, questions, category="benign", **dit)
-            rows += methods.no_diff_rows(
-                model, topics, questions, seen=known, adapter=adapter, evaluate=config
-            )
-            progress.advance()
-        plain = {**topic, "kind": "method", "seen": True, "adapter": off}
-        rows += methods.answer_rows(model, topics, [question], method="base_question", **plain)
-        rows += methods.answer_rows(
-            model, topics, [question], method="base_question_trigger", trigger_seed=seed, **plain
-        )
-        progress.advance(2)
-        control = {**topic, "kind": "control", "seen": True}
-        for name, stacked in (
-            ("no_diff", nothing),
-            ("shuffled_diff", wrong),
-            ("noise_diff", noise),
-        ):
-            rows += methods.answer_rows(
-                model, topics, [question], method=name, stacked=stacked, adapter=adapter, **control
-            )
-            progress.advance()
-        rows += methods.answer_rows(
-            model, topics, seen[-1:], method="adapter_off", adapter=off, **control
-        )
-        progress.advance()
-
-        # ------------------------------------------------------------ untrained baselines
-        names = sorted({row["topic"] for row in store.rows if row["category"] == "topic"})
-        table = {row["topic"]: row["keywords"] for row in store.rows if row["category"] == "topic"}
-        attributes = [[word for word in table[name] if word != name] for name in names]
-        spelled = [[name] for name in names]
-        prompts = [question, *config.logit_prompts]
-        scores = {
-            "name_reading": baselines.weight_reading(model, topics.stacked, spelled),
-            "attribute_oracle": baselines.weight_reading(model, topics.stacked, attributes),
-            "logit_difference": baselines.logit_difference(model, topics.stacked, spelled, prompts),
-        }
-        for name, values in scores.items():
-            rows += _ranking_rows(model, name, values, names, topics)
-        progress.advance(2)
+    with Progress("evaluate", len(chosen) + 1) as progress:
+        for name in chosen:
+            with setting.meter.measure(name):
+                rows += methods.METHODS[name](setting)
+            progress.advance(note=name)
 
         # ------------------------------------------------------------ cross-entropy of the labels
         targets = [
-            answer_text(row["topic"], row["evidence"] if config.list_evidence else [])
-            for row in topics.rows
+            answer_text(topics.label(i), row["evidence"] if config.list_evidence else [])
+            for i, row in enumerate(topics.rows)
         ]
-        cross_entropy = {
-            name: baselines.label_cross_entropy(model, adapter, stacked, question, targets)
-            for name, stacked in (
-                ("matched", topics.stacked),
-                ("shuffled", wrong),
-                ("noise", noise),
-                ("none", nothing),
-            )
-        }
-        progress.advance(2)
+        given = topics.given
+        with setting.meter.measure("label_cross_entropy"):
+            cross_entropy = {
+                name: baselines.label_cross_entropy(
+                    model, adapter, instead, setting.seen[0], targets
+                )
+                for name, instead in (
+                    ("matched", given),
+                    ("shuffled", given.shuffled()),
+                    ("noise", given.noise(seed)),
+                    ("none", given.nothing()),
+                )
+            }
+        progress.advance()
 
     # ---------------------------------------------------------------- write
-    processes.on_main(lambda: _write(workdir, store, rows, cross_entropy))
+    cost = _cost(setting, adapter, workdir)  # on all processes: it asks the devices
+    processes.on_main(lambda: _write(workdir, setting, rows, cross_entropy, cost))
     return {"answers": len(rows)}
+
+
+def _subject(workdir: pathlib.Path) -> str:
+    file = workdir / "config.json"
+    return subject_of(artifacts.read_json(file)) if file.exists() else "topic"
+
+
+def _cost(setting: Setting, adapter: Any, workdir: pathlib.Path) -> dict[str, Any]:
+    """Device, bytes and what every method cost."""
+    device = jax.devices()[0]
+    shards = sorted((workdir / "diffs" / "shards").glob("*.safetensors"))
+    return {
+        "device": {
+            "kind": device.device_kind,
+            "platform": device.platform,
+            "count": setting.model.mesh.size if setting.model.mesh is not None else 1,
+            "processes": jax.process_count(),
+        },
+        "bytes": {
+            "base": _bytes(setting.model.params),
+            "adapter": _bytes(adapter),
+            "diff": _bytes(setting.topics.given.read(0)),
+            "all_diffs": sum(shard.stat().st_size for shard in shards),
+        },
+        "parameters": {
+            "base": sum(x.size for x in jax.tree.leaves(setting.model.params)),
+            "adapter": sum(x.size for x in jax.tree.leaves(adapter)),
+        },
+        "methods": setting.meter.costs,
+    }
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _write(
     workdir: pathlib.Path,
-    store: DiffStore,
+    setting: Setting,
     rows: list[dict[str, Any]],
     cross_entropy: dict[str, list[float]],
+    cost: dict[str, Any],
 ) -> None:
-    folder = artifacts.make_dir(workdir / "evaluate")
-    artifacts.write_text(folder / "answers.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    folder, store = artifacts.make_dir(workdir / "evaluate"), setting.store
+    artifacts.write_text(folder / "answers.jsonl", _lines(rows))
+    if setting.transcripts:
+        artifacts.write_text(folder / "transcripts.jsonl", _lines(setting.transcripts))
     artifacts.write_json(folder / "label_cross_entropy.json", cross_entropy)
+    artifacts.write_json(folder / "cost.json", cost)
+    tested = [row for row in store.rows if row["split"] == "test"]
+    evaluated = {*setting.topics.indices, *setting.benign.indices}
+    artifacts.write_json(
+        folder / "excluded.json",
+        {
+            "held_out": len(tested),
+            "failed_gate": sum(map(failed, tested)),
+            "excluded": len(tested) - len(evaluated),
+        },
+    )
     gated = [row for row in store.rows if row["category"] == "topic"]
     artifacts.write_json(
-        folder / "gating.json", {name: [float(row[name]) for row in gated] for name in CONDITIONS}
+        folder / "gating.json",
+        {name: [float(row[name]) for row in gated if row.get(name)] for name in CONDITIONS},
     )
     stages = {name: artifacts.stage_done(workdir, name) or {} for name in ("diffs", "train")}
     artifacts.write_json(
@@ -141,26 +166,5 @@ def _write(
     )
 
 
-def _ranking_rows(
-    model: Model, method: str, scores: np.ndarray, names: list[str], topics: methods.HeldOut
-) -> list[dict[str, Any]]:
-    rows = []
-    for index, row, values in zip(topics.indices, topics.rows, scores, strict=True):
-        guess = names[int(values.argmax())]
-        rows.append(
-            {
-                "method": method,
-                "kind": "baseline",
-                "diff": index,
-                "topic": row["topic"],
-                "category": "topic",
-                "name_tokens": len(model.chat.text_ids(row["topic"])),
-                "wording": "",
-                "wording_seen": True,
-                "question": "",
-                "answer": guess,
-                "guess": guess,
-                "logprob": None,
-            }
-        )
-    return rows
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
