@@ -5,12 +5,13 @@ A sweep file is a Python file with
     CONFIG = "configs/quickstart.py"      # the config that all runs change, with its :ARGUMENT if it has one
     SWEPT = "train.max_diffs"             # the key whose values the table and the plot stand over
     METRIC = "methods.dit.exact_match"    # a number in every run's report/summary.json
+    TABLE = "data_scaling"                # optional: name of the table's files, default "sweep"
     def get_sweep(arg=None):              # yields (name, overrides) of every run
         yield "diffs_4", {"train.max_diffs": 4}
 
-It is code and runs with the rights of the user: load only files that you trust. Each run has the folder
-WORKDIR/NAME. Runs that differ only in what comes after the diffs share them. `--config.key=value` changes
-all runs.
+It is code and runs with the rights of the user: load only files that you trust. `{arg}` in CONFIG stands for
+the sweep's argument. Each run has the folder WORKDIR/NAME. Runs that differ only in what comes after the diffs
+share them. `--config.key=value` changes all runs.
 """
 
 import argparse
@@ -59,6 +60,7 @@ class Sweep(NamedTuple):
     swept: str
     metric: str
     runs: list[Run]
+    table: str = "sweep"
 
 
 # ------------------------------------------------------------------ the sweep file
@@ -84,6 +86,13 @@ def load_sweep(path: str, common: Sequence[str] = ()) -> Sweep:
         if not isinstance(value, str):
             raise DitError(f"sweep file '{file}' has no {name}: set it to a string")
         values[name] = value
+    table = getattr(module, "TABLE", "sweep")
+    if not isinstance(table, str) or not NAME.fullmatch(table):
+        raise DitError(f"sweep file '{file}': TABLE must be the name of a file, not {table!r}")
+    if "{arg}" in values["CONFIG"]:
+        if not arg:
+            raise DitError(f"sweep file '{file}' needs an argument: write ':ARG' after .py")
+        values["CONFIG"] = values["CONFIG"].replace("{arg}", text)
     get_sweep = getattr(module, "get_sweep", None)
     if not callable(get_sweep):
         raise DitError(f"sweep file '{file}' has no function get_sweep: add get_sweep(arg=None)")
@@ -116,7 +125,7 @@ def load_sweep(path: str, common: Sequence[str] = ()) -> Sweep:
             raise DitError(
                 f"sweep file '{file}': SWEPT = '{values['SWEPT']}' is no key of {values['CONFIG']}"
             )
-    return Sweep(values["CONFIG"], values["SWEPT"], values["METRIC"], runs)
+    return Sweep(values["CONFIG"], values["SWEPT"], values["METRIC"], runs, table)
 
 
 def _import(file: pathlib.Path) -> Any:
@@ -253,7 +262,7 @@ def make(sweep: Sweep, index: int, workdir: pathlib.Path) -> str | None:
 
 
 def write_table(sweep: Sweep, workdir: pathlib.Path, failures: Mapping[str, str]) -> None:
-    """Writes WORKDIR/sweep.{md,csv,png} over what the runs have left so far, and prints the table."""
+    """Writes WORKDIR/TABLE.{md,csv,png} over what the runs have left so far, and prints the table."""
     rows = [
         sweep_table.read_row(
             run.name,
@@ -264,8 +273,8 @@ def write_table(sweep: Sweep, workdir: pathlib.Path, failures: Mapping[str, str]
         )
         for run in sweep.runs
     ]
-    print(sweep_table.write(rows, sweep.swept, sweep.metric, workdir), flush=True)
-    print(f"table and plot: {workdir / 'sweep.md'}", flush=True)
+    print(sweep_table.write(rows, sweep.swept, sweep.metric, workdir, sweep.table), flush=True)
+    print(f"table and plot: {workdir / f'{sweep.table}.md'}", flush=True)
 
 
 def main_sweep(argv: list[str] | None = None) -> int:

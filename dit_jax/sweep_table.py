@@ -81,18 +81,20 @@ def _number(value: Any) -> float | None:
 # ------------------------------------------------------------------ files
 
 
-def write(rows: Sequence[Row], swept: str, metric: str, workdir: Path) -> str:
-    """Writes WORKDIR/sweep.csv, sweep.md and, if a run has a number, sweep.png. Returns the Markdown table."""
+def write(
+    rows: Sequence[Row], swept: str, metric: str, workdir: Path, name: str = "sweep"
+) -> str:
+    """Writes WORKDIR/NAME.csv, NAME.md and, if a run has a number, NAME.png. Returns the Markdown table."""
     table = markdown(rows, swept, metric)
     text = f"# {metric} over {swept}\n\n{table}\n"
     done = [row for row in rows if row.metric is not None]
     if done:
         from dit_jax.evaluate.plots import to_png
 
-        write_bytes(workdir / "sweep.png", to_png(plot(done, swept, metric)))
-        text += "\n![](sweep.png)\n"
-    write_text(workdir / "sweep.csv", to_csv(rows, swept, metric))
-    write_text(workdir / "sweep.md", text)
+        write_bytes(workdir / f"{name}.png", to_png(plot(done, swept, metric)))
+        text += f"\n![]({name}.png)\n"
+    write_text(workdir / f"{name}.csv", to_csv(rows, swept, metric))
+    write_text(workdir / f"{name}.md", text)
     return table
 
 
