@@ -35,7 +35,6 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
     store = DiffStore(workdir / "diffs")
     check_base(store.manifest.get("base"), model, str(workdir / "diffs"))
     # Of another run, if the config says so: relative to this one.
-    # Another run's adapter: a relative path starts at the workdir, so that runs can move together.
     adapter_path = workdir / (config.get("adapter", "") or "adapter")
     adapter = load_adapter(adapter_path, model)
     exclude = bool(config.get("exclude_failed", False))
