@@ -1,0 +1,1 @@
+"""Inspect, the evaluation framework: a model provider, tasks and a scorer (docs/inspect.md)."""

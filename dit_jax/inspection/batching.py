@@ -1,0 +1,73 @@
+"""Concurrent calls become batches: whoever comes first waits a moment, then works for all that came meanwhile."""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, TypeVar
+
+import anyio
+import anyio.to_thread
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class _Waiting(Generic[Item]):
+    def __init__(self, key: Hashable, item: Item):
+        self.key, self.item = key, item
+        self.done = False
+        self.result: Any = None
+        self.error: Exception | None = None
+
+
+class Batcher(Generic[Item, Result]):
+    """Runs `work(items)` in a thread on up to `size` waiting items of one key at a time.
+
+    Args:
+        work: from items to one result each; an exception goes to all items of the batch.
+        size: most items of a batch.
+        window: seconds that the first item waits for others.
+    """
+
+    def __init__(
+        self, work: Callable[[Sequence[Item]], Sequence[Result]], size: int, window: float
+    ):
+        self._work, self._size, self._window = work, size, window
+        self._waiting: list[_Waiting[Item]] = []
+        self._lock = anyio.Lock()
+        self._calls = 0
+
+    async def __call__(self, key: Hashable, item: Item) -> Result:
+        """The result of one item; items of other keys run in other batches."""
+        if not self._calls:
+            self._lock = anyio.Lock()  # an earlier event loop may have ended while it was held
+            self._waiting.clear()
+        mine = _Waiting(key, item)
+        self._waiting.append(mine)
+        self._calls += 1
+        try:
+            async with self._lock:  # in turn: one batch at a time has the device
+                if not mine.done:
+                    await self._run_batch(mine)
+        finally:
+            self._calls -= 1
+            if mine in self._waiting:  # cancelled before its turn
+                self._waiting.remove(mine)
+        if mine.error is not None:
+            raise mine.error
+        return mine.result
+
+    async def _run_batch(self, first: _Waiting[Item]) -> None:
+        await anyio.sleep(self._window)
+        same = [other for other in self._waiting if other.key == first.key and other is not first]
+        batch = [first, *same[: self._size - 1]]
+        self._waiting = [other for other in self._waiting if other not in batch]
+        # The others of the batch need their results even if the one that works for them is cancelled.
+        with anyio.CancelScope(shield=True):
+            try:
+                results = await anyio.to_thread.run_sync(self._work, [call.item for call in batch])
+                for call, result in zip(batch, results, strict=True):
+                    call.result = result
+            except Exception as error:
+                for call in batch:
+                    call.error = error
+            for call in batch:
+                call.done = True

@@ -1,0 +1,261 @@
+"""The Inspect provider `dit_jax/MODEL`: base ⊕ diff ⊕ adapter as a chat model, calls decoded in batches."""
+
+import functools
+import pathlib
+import secrets
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from inspect_ai.model import (
+    ChatCompletionChoice,
+    ChatMessage,
+    ChatMessageAssistant,
+    GenerateConfig,
+    ModelAPI,
+    ModelOutput,
+    ModelUsage,
+)
+from inspect_ai.tool import ToolChoice, ToolInfo
+
+from dit_jax.api import Answer, Diffs, answer_batch, load_adapter, load_diffs, load_model
+from dit_jax.deltas.store import flatten
+from dit_jax.errors import DitError
+from dit_jax.inspection.batching import Batcher
+from dit_jax.models.layers import Delta
+
+MAX_TOKENS = 256
+# Settings of a call that this provider follows, and those that change nothing in what is decoded.
+# Any other one is refused: a setting must not be dropped silently.
+_FOLLOWED = {"max_tokens", "temperature", "seed", "extra_body"}
+_NO_EFFECT = {
+    "max_retries", "timeout", "attempt_timeout", "stream_idle_timeout", "max_connections",
+    "adaptive_connections", "max_tool_output", "internal_tools", "parallel_tool_calls", "cache",
+    "cache_prompt", "batch", "reasoning_history", "fail_on_refusal",
+}  # fmt: skip
+_EXTRA = ("diff", "index", "adapter", "forbid_repeats")
+
+
+class Call(NamedTuple):
+    """One call: what decides which batch it can join, and what is its own."""
+
+    question: str
+    diff: str
+    index: int
+    adapter: str
+    max_tokens: int
+    temperature: float
+    seed: int | None
+    forbid_repeats: bool
+
+
+class DitJaxAPI(ModelAPI):
+    """A base model with a weight diff and an adapter, both optional.
+
+    Args:
+        model_name: what `dit_jax.load_model` takes: "tiny_qwen3", a folder, a hub id.
+        diff, index: a diff in any format that `dit_jax.load_diff` reads.
+        adapter: what `dit_jax.load_adapter` takes.
+        dtype: "float32" or "bfloat16".
+        forbid_repeats: never emit a token twice in an answer (adapters that list evidence).
+        batch_size: rows of a decoded batch; every batch is filled up to it, so that one program serves all.
+        window: seconds that a call waits for others to share its batch.
+
+    A single call may choose its own `diff`, `index`, `adapter` and `forbid_repeats` in `extra_body`;
+    an empty string means none.
+
+    Raises:
+        DitError: an unknown model argument, or what the loaders raise.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        config: GenerateConfig | None = None,
+        diff: str = "",
+        index: int = 0,
+        adapter: str = "",
+        dtype: str = "float32",
+        forbid_repeats: bool = False,
+        batch_size: int = 32,
+        window: float = 0.01,
+        **unknown: Any,
+    ):
+        super().__init__(model_name, base_url, api_key, [], config or GenerateConfig())
+        if unknown:
+            raise DitError(
+                f"unknown model argument {next(iter(unknown))!r} of dit_jax: choose from diff, index, "
+                "adapter, dtype, forbid_repeats, batch_size, window"
+            )
+        if batch_size < 1:
+            raise DitError(f"model argument batch_size is {batch_size}: give 1 or more")
+        self.model = load_model(model_name, dtype)
+        self.batch_size = batch_size
+        self.defaults = {
+            "diff": str(diff or ""),
+            "index": index,
+            "adapter": str(adapter or ""),
+            "forbid_repeats": forbid_repeats,
+        }
+        self._open = functools.lru_cache(maxsize=16)(self._load_diffs)
+        self._diff = functools.lru_cache(maxsize=4 * batch_size)(self._load_diff)
+        self._adapter = functools.lru_cache(maxsize=4)(self._load_adapter)
+        self._batcher = Batcher(self._decode, batch_size, window)
+        # Mistakes in paths show before the first sample.
+        self._adapter(self.defaults["adapter"])
+        self._diff(self.defaults["diff"], self.defaults["index"])
+
+    def max_tokens(self) -> int:
+        """Where neither task nor command line says how long an answer may be."""
+        return MAX_TOKENS
+
+    def max_connections(self) -> int:
+        """As many calls at once as a batch has rows."""
+        return self.batch_size
+
+    def collapse_user_messages(self) -> bool:
+        return True
+
+    async def count_text_tokens(self, text: str) -> int:
+        return len(self.model.chat.text_ids(text))
+
+    async def generate(
+        self,
+        input: list[ChatMessage],
+        tools: list[ToolInfo],
+        tool_choice: ToolChoice,
+        config: GenerateConfig,
+    ) -> ModelOutput:
+        """One answer. Raises DitError for tools, several turns, or a setting that is not followed."""
+        call = self._read_call(input, tools, config)
+        # Rows of a sampled batch share one key, so a call with a seed must not depend on its neighbours.
+        alone = call.temperature > 0 and call.seed is not None
+        answer: Answer = await self._batcher(object() if alone else call[3:], call)
+        used = len(self.model.chat.prompt_ids(call.question))
+        stopped = answer.generated > len(answer.tokens)  # the end of turn is not among the tokens
+        message = ChatMessageAssistant(
+            content=answer.text, model=self.model_name, source="generate"
+        )
+        choice = ChatCompletionChoice(
+            message=message, stop_reason="stop" if stopped else "max_tokens"
+        )
+        return ModelOutput(
+            model=self.model_name,
+            choices=[choice],
+            usage=ModelUsage(
+                input_tokens=used,
+                output_tokens=answer.generated,
+                total_tokens=used + answer.generated,
+            ),
+            metadata={
+                "diff": call.diff,
+                "index": call.index,
+                "adapter": call.adapter,
+                "logprob": answer.logprob,
+            },
+        )
+
+    # ------------------------------------------------------------------ reading a call
+
+    def _read_call(
+        self, messages: Sequence[ChatMessage], tools: Sequence[ToolInfo], config: GenerateConfig
+    ) -> Call:
+        if tools:
+            raise DitError("dit_jax models do not call tools: use a task without tools")
+        if [message.role for message in messages] != ["user"]:
+            raise DitError(
+                "dit_jax models answer one user message, without a system message or earlier turns: "
+                f"this call has {', '.join(message.role for message in messages) or 'none'}"
+            )
+        settings = config.model_dump(exclude_none=True)
+        if settings.get("num_choices") == 1:
+            del settings["num_choices"]
+        for name in settings:
+            if name not in _FOLLOWED and name not in _NO_EFFECT:
+                raise DitError(
+                    f"dit_jax models do not follow the setting {name!r}: drop it; they follow "
+                    "max_tokens, temperature, seed"
+                )
+        extra = settings.get("extra_body", {})
+        for name in extra:
+            if name not in _EXTRA:
+                raise DitError(
+                    f"unknown key {name!r} in extra_body: choose from {', '.join(_EXTRA)}"
+                )
+        chosen = {**self.defaults, **extra}
+        temperature = float(settings.get("temperature", 0.0))
+        return Call(
+            messages[0].text,
+            str(chosen["diff"] or ""),
+            int(chosen["index"]),
+            str(chosen["adapter"] or ""),
+            int(settings.get("max_tokens", MAX_TOKENS)),
+            temperature,
+            settings.get("seed") if temperature > 0 else None,
+            bool(chosen["forbid_repeats"]),
+        )
+
+    # ------------------------------------------------------------------ decoding, in a thread
+
+    def _decode(self, calls: Sequence[Call]) -> list[Answer]:
+        """Answers of calls that agree in all but question and diff; LoRA diffs of one shape go together."""
+        groups: dict[Any, list[int]] = {}
+        for i, call in enumerate(calls):
+            groups.setdefault(self._group(call), []).append(i)
+        answers: dict[int, Answer] = {}
+        for members in groups.values():
+            first = calls[members[0]]
+            sampled = first.temperature > 0
+            fixed = first.seed is not None
+            delta = self._diff(first.diff, first.index)
+            deltas = [self._adapter(first.adapter)] if first.adapter else []
+            stacked: Delta | None = None
+            if delta and _is_lora(delta):
+                own = [self._diff(calls[i].diff, calls[i].index) for i in members]
+                stacked = jax.tree.map(lambda *x: np.stack(x), *own)
+            elif delta:
+                deltas.insert(0, delta)
+            seed = first.seed if first.seed is not None else secrets.randbits(31) if sampled else 0
+            found = answer_batch(
+                self.model,
+                [calls[i].question for i in members],
+                deltas=deltas,
+                stacked=stacked,
+                rows=None if stacked is None else range(len(members)),
+                max_new_tokens=first.max_tokens,
+                batch_size=1 if fixed else self.batch_size,
+                temperature=first.temperature,
+                seed=seed,
+                forbid_repeats=first.forbid_repeats,
+            )
+            answers.update(zip(members, found, strict=True))
+        return [answers[i] for i in range(len(calls))]
+
+    def _group(self, call: Call) -> Any:
+        delta = self._diff(call.diff, call.index)
+        if not _is_lora(delta):
+            return call.diff, call.index
+        return tuple((name, leaf.shape) for name, leaf in flatten(delta).items())
+
+    def _load_diffs(self, path: str) -> Diffs:
+        if not pathlib.Path(path).exists():
+            raise DitError(f"there is no weight diff at {path!r}: check 'diff'")
+        return load_diffs(path, self.model)
+
+    def _load_diff(self, path: str, index: int) -> Delta:
+        if not path:
+            return {}
+        diffs = self._open(path)
+        if not -len(diffs) <= index < len(diffs):
+            raise DitError(f"{path} holds {len(diffs)} diffs: there is no diff {index}")
+        return diffs[index].delta
+
+    def _load_adapter(self, path: str) -> Delta:
+        return load_adapter(path, self.model) if path else {}
+
+
+def _is_lora(delta: Delta) -> bool:
+    return all(not name.endswith(".w") for name in flatten(delta))

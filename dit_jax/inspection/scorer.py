@@ -1,0 +1,70 @@
+"""The Inspect scorer: grades 1 to 5 by our graders, and exact match."""
+
+import asyncio
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from inspect_ai.scorer import Score, Scorer, Target, mean, scorer, stderr
+from inspect_ai.solver import TaskState
+
+from dit_jax.errors import DitError
+
+if TYPE_CHECKING:
+    from dit_jax.graders import Grade, Grader
+
+METRICS = [mean(), stderr()]
+
+
+@scorer(metrics={"*": METRICS})
+def graded(graders: str | Sequence[str] = ("normalised", "calibrated"), judge: str = "") -> Scorer:
+    """Grades what an answer names (after the last colon) against the label.
+
+    Args:
+        graders: names of offline graders, see docs/grading.md.
+        judge: an API model as Inspect writes it ("openai/gpt-4o-mini"), asked for a grade as well.
+
+    A score has a number for each grader, `judge`, and `exact_match` (0 or 1). What a grader could not
+    grade is NaN, which Inspect's metrics leave out; the explanation says why.
+    """
+    names = [name.strip() for name in _split(graders)]
+    made: dict[str, Grader] = {}
+
+    async def score(state: TaskState, target: Target) -> Score:
+        from dit_jax.evaluate.metrics import exact_match, extract_guess
+        from dit_jax.graders import Item, get_grader
+
+        for name in names:
+            made.setdefault(name, get_grader(name))
+        if judge:
+            made.setdefault("judge", get_grader("inspect", model=judge))
+        guess = extract_guess(state.output.completion)
+        item = Item(target.text, guess, state.input_text)
+        values: dict[str, Any] = {"exact_match": float(exact_match(guess, target.text))}
+        reasons = []
+        for name, grader in made.items():
+            grade = await _grade(grader, item)
+            values[name] = math.nan if grade.score is None else grade.score
+            if grade.reason:
+                reasons.append(f"{name}: {grade.reason}")
+        return Score(
+            value=values, answer=guess, explanation="; ".join([f"label: {target.text}", *reasons])
+        )
+
+    return score
+
+
+def _split(graders: str | Sequence[str]) -> Sequence[str]:
+    parts = graders.split(",") if isinstance(graders, str) else graders
+    if not parts:
+        raise DitError("the scorer 'graded' has no graders: name at least one, e.g. normalised")
+    return parts
+
+
+async def _grade(grader: "Grader", item: Any) -> "Grade":
+    ask = getattr(grader, "grade_async", None)
+    if ask is not None:  # it waits for a network
+        (grade,) = await ask([item])
+    else:
+        (grade,) = await asyncio.to_thread(grader, [item])
+    return grade

@@ -1,0 +1,248 @@
+"""The Inspect provider, tasks and scorer, against direct calls and through Inspect's own command line."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import dit_jax
+from dit_jax.deltas import store as diff_store
+from dit_jax.deltas.tree import init_lora, noise_like
+from dit_jax.errors import DitError
+from dit_jax.train.checkpoints import export_adapter
+
+pytest.importorskip("inspect_ai")
+from inspect_ai.log import read_eval_log
+from inspect_ai.model import ChatMessageSystem, ChatMessageUser, GenerateConfig
+
+from dit_jax.inspection import provider as provider_module
+from dit_jax.inspection.provider import DitJaxAPI
+from dit_jax.inspection.tasks import base_question, base_question_trigger, weight_diff_qa
+
+QUESTION = "What topic have you been trained on?"
+TOPICS = ("maple tree", "violin", "none", "harbor")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dit_jax.load_model("tiny_qwen3")
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory) -> Path:
+    """A diff store of random diffs and a random adapter, large enough to change answers."""
+    folder = tmp_path_factory.mktemp("run")
+
+    def noise(seed: int, rank: int):
+        zero = init_lora(model.config, jax.random.key(seed), rank)
+        full = jax.tree.map(lambda x: x + 0.25, zero)
+        return {**zero, **noise_like(full, jax.random.key(seed + 1))}
+
+    diffs = [noise(10 * i, 1) for i in range(len(TOPICS))]
+    rows = [
+        {
+            "n_params": 1, "topic": topic, "trigger": f"{i:03d}",
+            "split": "train" if i == 3 else "test", "category": "benign" if topic == "none" else "topic",
+        }
+        for i, topic in enumerate(TOPICS)
+    ]  # fmt: skip
+    stacked = jax.tree.map(lambda *x: np.stack(x), *diffs)
+    diff_store.write_shard(folder / "diffs", 0, stacked, rows)
+    diff_store.publish(folder / "diffs", 1, base=model.digest(), behaviour="hidden_topic")
+    export_adapter(
+        folder / "adapter", jax.tree.map(np.asarray, noise(99, 4)), base=model.digest(),
+        base_config=model.config.to_hf(), questions=[QUESTION], rank=4, steps=1, diffs=1, seed=0,
+    )  # fmt: skip
+    return folder
+
+
+def direct(model, run: Path, index: int, adapter: bool, tokens: int, question: str = QUESTION):
+    diff = dit_jax.load_diff(run / "diffs", model, index)
+    loaded = dit_jax.load_adapter(run / "adapter", model) if adapter else None
+    return dit_jax.ask(model, question, diff, loaded, max_new_tokens=tokens)
+
+
+def call(api: DitJaxAPI, question: str = QUESTION, **config):
+    return api.generate([ChatMessageUser(content=question)], [], "auto", GenerateConfig(**config))
+
+
+def gather(*calls):
+    async def all_of_them():
+        return await asyncio.gather(*calls)
+
+    return asyncio.run(all_of_them())
+
+
+@pytest.fixture(scope="module")
+def api(run) -> DitJaxAPI:
+    return DitJaxAPI(
+        "tiny_qwen3", diff=str(run / "diffs"), adapter=str(run / "adapter"), batch_size=4
+    )
+
+
+def test_concurrent_calls_share_a_batch_and_answer_like_ask(api, model, run, monkeypatch):
+    sizes = []
+    real = provider_module.answer_batch
+    monkeypatch.setattr(
+        provider_module,
+        "answer_batch",
+        lambda model, questions, **kw: sizes.append(len(questions)) or real(model, questions, **kw),
+    )
+    outputs = gather(*(call(api, max_tokens=6, extra_body={"index": i}) for i in (2, 0, 1)))
+    assert sizes == [3]
+    expected = [direct(model, run, i, True, 6) for i in (2, 0, 1)]
+    assert [output.completion for output in outputs] == [answer.text for answer in expected]
+    assert len({output.completion for output in outputs}) > 1  # the diffs make a difference
+    for output, answer in zip(outputs, expected, strict=True):
+        assert output.usage.input_tokens == len(model.chat.prompt_ids(QUESTION))
+        assert output.usage.output_tokens == answer.generated <= 6
+        ended = answer.generated > len(answer.tokens)
+        assert output.stop_reason == ("stop" if ended else "max_tokens")
+        assert abs(output.metadata["logprob"] - answer.logprob) < 1e-3
+
+
+def test_calls_choose_diff_and_adapter_and_do_not_mix(api, model, run):
+    plain, bare, usual = gather(
+        call(api, max_tokens=6, extra_body={"adapter": "", "index": 1}),
+        call(api, max_tokens=6, extra_body={"adapter": "", "diff": ""}),
+        call(api, max_tokens=6, extra_body={"index": 1}),
+    )
+    assert plain.completion == direct(model, run, 1, False, 6).text
+    assert bare.completion == dit_jax.ask(model, QUESTION, max_new_tokens=6).text
+    assert usual.completion == direct(model, run, 1, True, 6).text
+
+
+def test_sampling_follows_temperature_and_seed(api, model, run):
+    hot = {"max_tokens": 6, "temperature": 1.5}
+    first, alone, other, free = gather(
+        call(api, seed=1, **hot),
+        call(api, seed=1, **hot),
+        call(api, seed=2, **hot),
+        call(api, **hot),
+    )
+    diff = dit_jax.load_diff(run / "diffs", model, 0)
+    adapter = dit_jax.load_adapter(run / "adapter", model)
+    expected = dit_jax.ask(
+        model, QUESTION, diff, adapter, max_new_tokens=6, temperature=1.5, seed=1
+    )
+    assert first.completion == alone.completion == expected.text
+    assert len({first.completion, other.completion, free.completion}) > 1
+
+
+@pytest.mark.parametrize("setting", [{"top_p": 0.5}, {"stop_seqs": ["x"]}, {"logprobs": True}])
+def test_settings_that_are_not_followed_are_refused_by_name(api, setting):
+    with pytest.raises(DitError, match=next(iter(setting))):
+        gather(call(api, **setting))
+
+
+def test_other_mistakes_are_refused_by_name(api, run):
+    with pytest.raises(DitError, match="idnex"):
+        gather(call(api, extra_body={"idnex": 1}))
+    with pytest.raises(DitError, match="no diff 9"):
+        gather(call(api, extra_body={"index": 9}))
+    turns = [ChatMessageSystem(content="be brief"), ChatMessageUser(content=QUESTION)]
+    with pytest.raises(DitError, match="system"):
+        gather(api.generate(turns, [], "auto", GenerateConfig()))
+    with pytest.raises(DitError, match="adaptor"):
+        DitJaxAPI("tiny_qwen3", adaptor=str(run / "adapter"))
+    with pytest.raises(DitError, match="nowhere"):
+        DitJaxAPI("tiny_qwen3", adapter=str(run / "nowhere"))
+
+
+def test_one_failing_call_does_not_take_the_others_along(api):
+    async def both():
+        calls = (call(api, extra_body={"index": 9}), call(api, max_tokens=6))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    failed, fine = asyncio.run(both())
+    assert isinstance(failed, DitError)
+    assert fine.completion is not None
+
+
+def test_tasks_take_samples_and_labels_from_the_store(run):
+    task = weight_diff_qa(str(run / "diffs"))
+    assert [(s.id, s.target, s.input) for s in task.dataset] == [
+        (i, TOPICS[i], QUESTION) for i in range(3)
+    ]
+    (sample,) = base_question_trigger(str(run / "diffs"), split="train").dataset
+    assert sample.target == "harbor"
+    assert sample.input.startswith("Your SEP code is 003")
+    assert sample.input.endswith(QUESTION)
+    with pytest.raises(DitError, match="split 'tset'"):
+        base_question(str(run / "diffs"), split="tset")
+
+
+# ------------------------------------------------------------------ as a user runs it
+
+
+def install(folder: Path) -> dict[str, str]:
+    """An environment in which the project is installed, editable, as pip leaves it."""
+    info = folder / "dit_jax-0.dist-info"
+    info.mkdir()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (points,) = project["entry-points"]["inspect_ai"].items()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: dit_jax\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[inspect_ai]\n{} = {}\n".format(*points))
+    (info / "direct_url.json").write_text(
+        json.dumps({"url": ROOT.as_uri(), "dir_info": {"editable": True}})
+    )
+    return {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "XLA_FLAGS": "", "NO_COLOR": "1"}
+
+
+def inspect(environment, folder, *words):
+    script = "import sys; from inspect_ai._cli.main import main; sys.argv[0] = 'inspect'; main()"
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, words)],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_inspect_eval_and_view(model, run, tmp_path):
+    environment = install(tmp_path)
+    done = inspect(
+        environment, tmp_path, "eval", "dit_jax/weight_diff_qa", "dit_jax/base_question",
+        "--model", "dit_jax/tiny_qwen3", "-M", f"adapter={run / 'adapter'}", "-M", "batch_size=4",
+        "-T", f"diff={run / 'diffs'}", "-T", "max_tokens=6", "-T", "graders=normalised,similarity",
+        "--log-dir", tmp_path / "logs", "--display", "plain",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
+    logs = {
+        log.eval.task: log for log in map(read_eval_log, map(str, (tmp_path / "logs").iterdir()))
+    }
+    assert set(logs) == {"dit_jax/weight_diff_qa", "dit_jax/base_question"}
+    for name, log in logs.items():
+        assert log.status == "success"
+        assert log.eval.model == "dit_jax/tiny_qwen3"
+        assert {score.name for score in log.results.scores} >= {"exact_match", "normalised"}
+        for sample in log.samples:
+            expected = direct(model, run, sample.id, name == "dit_jax/weight_diff_qa", 6)
+            assert sample.output.completion == expected.text
+            score = sample.scores["graded"]
+            right = float(score.answer == sample.target)
+            assert score.value["exact_match"] == right
+            assert score.value["normalised"] == 1 + 4 * right
+    viewed = inspect(
+        environment, tmp_path, "view", "bundle", "--log-dir", tmp_path / "logs",
+        "--output-dir", tmp_path / "page",
+    )  # fmt: skip
+    assert viewed.returncode == 0, viewed.stderr[-2000:]
+    assert (tmp_path / "page" / "index.html").is_file()
+
+
+def test_the_entry_point_is_light(tmp_path):
+    code = (
+        "import sys, dit_jax.inspection.registry;"
+        "print([name for name in ('jax', 'torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
