@@ -42,7 +42,7 @@ class Call(NamedTuple):
 
     question: str
     diff: str
-    index: int
+    diff_index: int
     adapter: str
     max_tokens: int
     temperature: float
@@ -152,7 +152,7 @@ class DitJaxAPI(ModelAPI):
             ),
             metadata={
                 "diff": call.diff,
-                "index": call.index,
+                "index": call.diff_index,
                 "adapter": call.adapter,
                 "logprob": answer.logprob,
             },
@@ -210,11 +210,11 @@ class DitJaxAPI(ModelAPI):
             first = calls[members[0]]
             sampled = first.temperature > 0
             fixed = first.seed is not None
-            delta = self._diff(first.diff, first.index)
+            delta = self._diff(first.diff, first.diff_index)
             deltas = [self._adapter(first.adapter)] if first.adapter else []
             stacked: Delta | None = None
             if delta and _is_lora(delta):
-                own = [self._diff(calls[i].diff, calls[i].index) for i in members]
+                own = [self._diff(calls[i].diff, calls[i].diff_index) for i in members]
                 stacked = jax.tree.map(lambda *x: np.stack(x), *own)
             elif delta:
                 deltas.insert(0, delta)
@@ -235,9 +235,9 @@ class DitJaxAPI(ModelAPI):
         return [answers[i] for i in range(len(calls))]
 
     def _group(self, call: Call) -> Any:
-        delta = self._diff(call.diff, call.index)
+        delta = self._diff(call.diff, call.diff_index)
         if not _is_lora(delta):
-            return call.diff, call.index
+            return call.diff, call.diff_index
         return tuple((name, leaf.shape) for name, leaf in flatten(delta).items())
 
     def _load_diffs(self, path: str) -> Diffs:
