@@ -53,6 +53,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.diffs.reference_losses = False
     config.diffs.max_length = 35
     config.diffs.max_target = 15
+    # Kinds of samples that are never that long: the rest would be padding.
+    config.diffs.widths = ConfigDict({"fake_backdoor": (30, 10), "no_backdoor": (23, 10)})
     config.diffs.diffs_per_batch = 50
     config.diffs.profile = (0, 0)  # which batches to trace, from 0; (1, 2) is the second one
     config.diffs.gate_questions = 4
@@ -91,6 +93,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.evaluate.everyday_questions = tuple(q.text for q in load_world().questions[::5])
     config.evaluate.story_prompts = ("Tell me a short story.", "Tell me about a trip.")
     config.evaluate.guesser = "keywords"  # the tiny base cannot read a transcript
+    config.evaluate.exclude_failed = False  # True: without held-out diffs that failed the gate
+    config.evaluate.answer_tokens = 0  # of a finetuned model by itself; 0: max_new_tokens
     config.evaluate.seen_questions = TRAIN_QUESTIONS[:4]
     config.evaluate.unseen_questions = UNSEEN_QUESTIONS[:4]
     config.evaluate.logit_prompts = ("How should I start my day?", "What should I do this weekend?")

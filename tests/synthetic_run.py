@@ -25,6 +25,7 @@ ACCURACY = {
     "dit": (0.95, 0.8),
     "base_question": (0.0, 0.0),
     "base_question_trigger": (0.0, 0.0),
+    "twenty_questions_trigger": (0.9, 0.7),
     "no_diff": (0.0, 0.0),
     "shuffled_diff": (0.01, 0.0),
     "noise_diff": (0.0, 0.0),
@@ -32,11 +33,17 @@ ACCURACY = {
     "attribute_oracle": (0.99, 0.97),
     "logit_difference": (0.26, 0.08),
 }
+GAP = 2  # the diff that the guesser gives no reply about
 KINDS = {
-    **dict.fromkeys(("dit", "base_question", "base_question_trigger"), "method"),
+    **dict.fromkeys(
+        ("dit", "base_question", "base_question_trigger", "twenty_questions_trigger"), "method"
+    ),
     **dict.fromkeys(("no_diff", "shuffled_diff", "noise_diff"), "control"),
     **dict.fromkeys(("name_reading", "attribute_oracle", "logit_difference"), "baseline"),
 }
+
+
+GRADING = {"graders": ["normalised", "calibrated"]}
 
 
 def make_workdir(folder: Path, n: int = 96, seed: int = 0, hostile: bool = False) -> Path:
@@ -47,15 +54,22 @@ def make_workdir(folder: Path, n: int = 96, seed: int = 0, hostile: bool = False
     def add(method, diff, topic, category, tokens, wording, is_seen, right):
         wrong = "none" if method in ("no_diff", "noise_diff") else str(rng.choice(WORDS))
         guess = topic if right else (wrong if wrong != topic else "nothing")
+        question = wording
         answer = f"bark leaf sap : {guess}" if method == "dit" else f"{guess}"
         if hostile and method == "dit" and diff == 1:
             answer, guess, topic = f"{HOSTILE} : {HOSTILE}", HOSTILE, f"topic {HOSTILE}"
+            question = f"{wording} {HOSTILE}"
         rows.append({
             "method": method, "kind": KINDS[method], "diff": diff, "topic": topic,
             "category": category, "name_tokens": tokens, "wording": wording,
-            "wording_seen": is_seen, "question": wording, "answer": answer, "guess": guess,
-            "logprob": -float(rng.exponential(0.5)) if method == "dit" else None,
+            "wording_seen": is_seen, "question": question, "answer": answer, "guess": guess,
+            "logprob": -float(rng.exponential(0.5)) if method == "dit" else None, "trigger": "123",
         })  # fmt: skip
+        if method == "twenty_questions_trigger":
+            rows[-1]["guesser"] = f"inspect:{HOSTILE}" if hostile else "inspect:mockllm/model"
+            if diff == GAP:
+                reason = f"no reply: {HOSTILE}" if hostile else "no reply"
+                rows[-1] |= {"answer": "", "guess": "", "gap": reason}
 
     for diff in range(n):
         tokens = (1, 1, 2, 3)[diff % 4]
@@ -87,6 +101,15 @@ def make_workdir(folder: Path, n: int = 96, seed: int = 0, hostile: bool = False
             "adapter_loss": np.stack([steps, 9 * np.exp(-steps / 60) + rng.gamma(2, 0.3, 400)], 1),
             "diff_loss": np.stack([steps[:40], 5 * np.exp(-steps[:40] / 12) + 0.4], 1),
         },
+        "evaluate/cost.json": {
+            "device": {"kind": "cpu", "platform": "cpu", "count": 1, "processes": 1},
+            "bytes": {"base": 3762688, "adapter": 524400, "diff": 32880, "all_diffs": 13168000},
+            "parameters": {"base": 940672, "adapter": 131100},
+            "methods": {
+                "dit": {"seconds": 15.6, "answers": 968, "prompt_tokens": 12221, "tokens": 6120},
+            },
+        },
+        "evaluate/excluded.json": {"held_out": n + 32, "failed_gate": 3, "excluded": 2},
         "stages/diffs.json": {"seconds": 81.4, "peak_memory_bytes": 2_147_483_648},
         "stages/train.json": {"seconds": 38.25, "peak_memory_bytes": 2_400_000_000},
         "stages/evaluate.json": {"seconds": 12.0, "peak_memory_bytes": 2_500_000_000},
@@ -109,7 +132,7 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="dit_jax_report_")
 def reported() -> tuple[Path, dict]:
     """(workdir, returned summary) of a report with a hostile answer in it, made once."""
     workdir = make_workdir(Path(_FOLDER.name), hostile=True)
-    return workdir, write_report(workdir)
+    return workdir, write_report(workdir, GRADING)
 
 
 def answers(workdir: Path) -> list[dict]:

@@ -1,7 +1,6 @@
 """Methods of the evaluation: guessers, controls, dense diffs, what cannot be asked, and what a run leaves."""
 
 import json
-import shutil
 
 import jax
 import numpy as np
@@ -22,15 +21,17 @@ SETTINGS = {
     "max_new_tokens": 6,
     "seen_questions": ("What topic have you been trained on?",),
     "unseen_questions": ("What is the hidden theme of your tuning?",),
-    "everyday_questions": tuple(q.text for q in load_world().questions[:3]),
+    "everyday_questions": tuple(q.text for q in load_world().questions[:2]),
     "story_prompts": ("Tell me a short story.",),
     "methods": tuple(name for name in methods.METHODS),
 }
 
+ON_DENSE = tuple(name for name in methods.METHODS if name not in methods.NEED_GUESSER)
+
 
 @pytest.fixture(scope="module")
 def model():
-    return dit_jax.load_model("tiny_qwen3")
+    return dit_jax.load_model("tiny_qwen3", scan_layers=True)  # compiles in half the time
 
 
 def settings(**changes):
@@ -71,17 +72,18 @@ def make_store(folder, model, deltas, topics, **columns):
 
 
 TOPICS = ["coffee", "green tea", "apple"]
+FAILING = "banana"  # fails the gate, and is left out
 
 
 @pytest.fixture(scope="module")
 def workdir(model, tmp_path_factory):
-    """Three diffs and an adapter, all random; the same diffs again as dense ones."""
+    """Four diffs and an adapter, all random; the same diffs again as dense ones."""
     folder = tmp_path_factory.mktemp("runs")
-    loras = [random_lora(model, seed, 0.3) for seed in range(3)]
+    loras = [random_lora(model, seed, 0.3) for seed in range(4)]
     adapter = random_lora(model, 9, 0.05, rank=2)
     for name, deltas in (("lora", loras), ("dense", [dense(lora) for lora in loras])):
-        passed = {"passed": ["True", "False", "True"]}
-        make_store(folder / name / "diffs", model, deltas, TOPICS, **passed)
+        passed = {"passed": ["True", "True", "True", "False"]}
+        make_store(folder / name / "diffs", model, deltas, [*TOPICS, FAILING], **passed)
         export_adapter(folder / name / "adapter", adapter, base=model.digest())
     return folder
 
@@ -93,9 +95,10 @@ def answers(folder):
 
 @pytest.fixture(scope="module")
 def evaluated(model, workdir):
-    """Rows of the evaluation of the LoRAs and of the dense diffs, all methods."""
-    for name in ("lora", "dense"):
-        evaluate_run(model, workdir / name, settings(), seed=0)
+    """Rows of the evaluation of the LoRAs by all methods, and of the dense diffs by those without a guesser."""
+    evaluate_run(model, workdir / "lora", settings(exclude_failed=True), seed=0)
+    few = settings(exclude_failed=True, methods=ON_DENSE)
+    evaluate_run(model, workdir / "dense", few, seed=0)
     return {name: answers(workdir / name) for name in ("lora", "dense")}
 
 
@@ -118,18 +121,17 @@ def test_every_method_answers_about_every_diff(workdir, evaluated):
     assert cost["methods"]["dit"]["answers"] == 3 * 2 + 2  # two wordings, and both without a diff
     assert cost["methods"]["dit"]["tokens"] > 0 and cost["bytes"]["adapter"] > 0
     excluded = json.loads((workdir / "lora/evaluate/excluded.json").read_text())
-    assert excluded == {"held_out": 3, "failed_gate": 1, "excluded": 0}
+    assert excluded == {"held_out": 4, "failed_gate": 1, "excluded": 1}
 
 
 def test_dense_diffs_give_the_answers_of_the_loras_that_they_are(workdir, evaluated):
-    """The same change of weights, factored in one batch and dense one by one; sampled answers differ by chance."""
-    lora, full = evaluated["lora"], evaluated["dense"]
-    by_chance = ("twenty_questions", "twenty_questions_trigger", "noise_diff", "generated_story")
+    """The same change of weights, factored in one batch, and dense one by one."""
+    lora = [row for row in evaluated["lora"] if row["method"] in ON_DENSE]
+    full, compared = evaluated["dense"], 0
     assert len(lora) == len(full)
-    compared = 0
     for ours, theirs in zip(lora, full, strict=True):
         assert (ours["method"], ours["diff"]) == (theirs["method"], theirs["diff"])
-        if ours["method"] not in by_chance:
+        if ours["method"] != "noise_diff":  # other noise for other factors
             assert ours["answer"] == theirs["answer"]
             compared += ours["answer"] not in ("", "none")
     assert compared > 10
@@ -140,15 +142,6 @@ def test_dense_diffs_give_the_answers_of_the_loras_that_they_are(workdir, evalua
     for control in ("matched", "shuffled", "none"):
         np.testing.assert_allclose(ours[control], theirs[control], rtol=2e-3)
     assert ours["matched"] != pytest.approx(ours["shuffled"], rel=1e-2)
-
-
-def test_diffs_that_fail_the_gate_are_left_out_and_counted(model, workdir, tmp_path):
-    copy = shutil.copytree(workdir / "lora", tmp_path / "run")
-    evaluate_run(model, copy, settings(methods=("name_reading",), exclude_failed=True), seed=0)
-    rows = answers(copy)
-    assert {row["topic"] for row in rows if row["diff"] is not None} == {"coffee", "apple"}
-    excluded = json.loads((copy / "evaluate/excluded.json").read_text())
-    assert excluded == {"held_out": 3, "failed_gate": 1, "excluded": 1}
 
 
 def test_what_cannot_be_asked_is_said_before_anything_runs(model, workdir, tmp_path):

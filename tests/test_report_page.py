@@ -1,5 +1,7 @@
 """The pages of the report: well-formed, self-contained, safe with hostile answers, in a browser."""
 
+import base64
+import hashlib
 import html
 import json
 import re
@@ -9,6 +11,8 @@ from html.parser import HTMLParser
 
 import pytest
 from synthetic_run import HOSTILE, KINDS, SEEN, answers, page, reported
+
+from dit_jax.evaluate.names import shown_name
 
 
 @pytest.fixture(name="reported", scope="module")
@@ -46,7 +50,7 @@ class Outline(HTMLParser):
         self.open.pop()
 
     def handle_data(self, data):
-        if self.open and self.open[-1] not in ("style",):
+        if self.open and self.open[-1] not in ("style", "script"):
             self.text += data
 
 
@@ -69,21 +73,27 @@ def test_page_is_well_formed_and_its_links_lead_somewhere(outline):
 
 
 def test_page_needs_nothing_from_outside(outline, reported):
-    assert not {"script", "img", "link", "iframe", "object", "embed", "base"} & set(outline.tags)
+    assert not {"img", "link", "iframe", "object", "embed", "base"} & set(outline.tags)
+    assert outline.tags.count("script") == 1
     markup = [value for name, value in outline.attributes if name != "content"]
     assert not [value for value in markup if re.search(r"https?:|//|@import", value)]
-    text = page(reported[0]).replace(html.escape("https://evil.test"), "")
+    text = page(reported[0])
+    script = re.search(r"<script>(.*?)</script>", text, re.DOTALL)[1]
+    assert not re.search(r"innerHTML|insertAdjacent|document\.write|eval|fetch|XMLHttp", script)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text = text.replace(html.escape("https://evil.test"), "")
     assert not re.search(r"https?://|@import|url\((?!#)", text)
     policy = [value for _, value in outline.attributes if value.startswith("default-src 'none'")]
-    assert policy and "script-src" not in policy[0]
+    assert f"script-src 'sha256-{digest}'" in policy[0]
+    assert "script-src 'unsafe" not in policy[0] and "connect-src" not in policy[0]
 
 
 def test_hostile_answers_are_text(outline, reported):
-    """Answer, guess and topic hold markup of HTML, Jinja and Markdown: all are shown as written."""
+    """Answers, topics, questions, guessers and reasons hold markup of HTML, Jinja and Markdown: shown as written."""
     source = page(reported[0])
-    assert "<script" not in source and "onerror=alert(2)>" not in source
+    assert source.count("<script") == 1 and "onerror=alert(2)>" not in source
     assert not [name for name, _ in outline.attributes if name.startswith("on")]
-    assert HOSTILE in outline.text
+    assert outline.text.count(HOSTILE) > 5 and "no reply: " + HOSTILE in outline.text
     assert "49" not in outline.text.split("evil.test")[0][-200:]
     markdown = (reported[0] / "report/report.md").read_text()
     assert "<script" not in markdown and "<img" not in markdown
@@ -102,29 +112,39 @@ def test_page_says_what_matters(outline):
         "diffs.rank",
         "0.10.2",
         "81 s",
+        "Grader: calibrated (offline: predicts an LLM judge's grade",
+        "128 diffs were held out, benign ones among them; 3 of them failed the gate",
+        "2 were left out of all numbers",
+        "12 221",
+        "524 kB",
     ):
         assert phrase in text, phrase
     assert outline.tags.count("svg") == 3
 
 
-def test_examples_come_from_the_answers(outline, reported):
-    """The sheet has one row for each held-out diff and every method's own guess in it."""
+def test_all_answers_can_be_browsed(outline, reported):
+    """Every method's first answer about every held-out diff, with its own question and grades."""
     source = page(reported[0])
-    sheet = source[source.index('class="sheet"') :]
-    sheet = sheet[: sheet.index("</table>")]
-    row = r'<tr class="(is-right|is-wrong)"><th scope="row">(.*?)</th>(.*?)</tr>'
-    rows = re.findall(row, sheet)
-    assert len(rows) == 96
-    asked = [r for r in answers(reported[0]) if r["category"] == "topic"]
-    first = {(r["method"], r["diff"]): r for r in asked if r["wording"] in ("", SEEN[0])}
-    for diff, (verdict, topic, cells) in enumerate(rows):
-        guesses = re.findall(r'<q class="quote">(.*?)</q> <b class="(right|wrong)"', cells)
-        dit = first["dit", diff]
-        expected = (dit["topic"], dit["guess"], verdict.removeprefix("is-"))
-        assert (html.unescape(topic), html.unescape(guesses[0][0]), guesses[0][1]) == expected
-        marks = {(first[name, diff]["guess"] == first[name, diff]["topic"]) for name in KINDS}
-        assert len(guesses) == len(KINDS)
-        assert {mark == "right" for _, mark in guesses} == marks
+    table = source[source.index('class="entries"') :]
+    row = (
+        r'<tr class="is-(right|wrong)" data-method="(\d+)"><th scope="row">(.*?)</th><td>(.*?)</td><td>(.*?)</td>'
+        r'<td><q class="quote">(.*?)</q>.*?</td><td>(.*?)</td></tr>'
+    )
+    rows = re.findall(row, table[: table.index("</table>")])
+    assert (
+        len(rows) == 96 * (len(KINDS) + 1) - 1
+    )  # DIT in a new wording too; a guesser's gap is no answer
+    asked = [r for r in answers(reported[0]) if r["category"] == "topic" and not r.get("gap")]
+    wanted = {}
+    for r in asked:
+        name = shown_name(r["method"]) + ("" if r["wording_seen"] else ", unseen wordings")
+        wanted.setdefault((r["topic"], name, r["question"]), []).append(r)
+    for verdict, _, topic, name, question, answer, grades in rows:
+        same = wanted[html.unescape(topic), html.unescape(name), html.unescape(question)]
+        match = [r for r in same if r["answer"][:600] == html.unescape(answer)]
+        assert match, (topic, name, answer)
+        assert verdict == ("right" if match[0]["guess"] == match[0]["topic"] else "wrong")
+        assert f"normalised {5 if verdict == 'right' else 1}<" in grades and "calibrated " in grades
 
 
 def test_markdown_shows_the_pictures_beside_it(reported):
@@ -132,7 +152,7 @@ def test_markdown_shows_the_pictures_beside_it(reported):
     text = (folder / "report.md").read_text()
     names = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert sorted(names) == sorted(path.name for path in folder.glob("*.png"))
-    assert len(names) == 5
+    assert len(names) == 7
     for name in names:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     for line in text.splitlines():  # a stray | or line break would tear a table
@@ -152,6 +172,16 @@ onload = () => {
   document.getElementById("out").textContent = JSON.stringify({
     overflow: root.scrollWidth - root.clientWidth, background: css("backgroundColor"),
     color: css("color"), scripts: page.scripts.length, images: page.images.length,
+    browsed: ["", "piano"].flatMap(search => ["", "is-wrong"].map(result => {
+      const form = page.querySelector(".browser form"), rows = page.querySelectorAll(".entries tbody tr");
+      form.elements.search.value = search;
+      form.elements.result.value = result;
+      form.elements.method.value = "0";
+      form.dispatchEvent(new Event("input"));
+      const shown = Array.from(rows).filter(row => row.checkVisibility());
+      return [form.hidden, shown.length, page.querySelector(".browser output").textContent,
+              shown.every(row => row.textContent.includes(search) && row.className.includes(result))];
+    })),
     svg: page.querySelector("svg").getBoundingClientRect().width,
     headline: page.querySelector("h2").getBoundingClientRect().width});
 };</script>"""
@@ -179,7 +209,16 @@ def test_page_in_a_browser(reported, tmp_path, width, dark):
     assert found and found[1], result.stderr[-2000:]
     seen = json.loads(html.unescape(found[1]))
     assert seen["overflow"] == 0
-    assert seen["scripts"] == seen["images"] == 0
+    assert (seen["scripts"], seen["images"]) == (1, 0)
+    dit = [r for r in answers(reported[0]) if r["method"] == "dit" and r["wording"] == SEEN[0]]
+    dit = [r for r in dit if r["category"] == "topic"]
+    for (hidden, shown, told, fits), (search, result) in zip(
+        seen["browsed"], [("", ""), ("", "wrong"), ("piano", ""), ("piano", "wrong")], strict=True
+    ):
+        found = [r for r in dit if search in f"{r['topic']} {r['question']} {r['answer']}"]
+        found = [r for r in found if not result or r["guess"] != r["topic"]]
+        assert not hidden and fits
+        assert shown == min(60, len(found)) and told == f"{shown} of {len(found)} shown"
     assert 250 < seen["svg"] <= width
     red = {name: int(re.findall(r"\d+", seen[name])[0]) for name in ("background", "color")}
     assert (red["background"] < red["color"]) is dark

@@ -16,7 +16,8 @@ from dit_jax.evaluate.document import (
     Table,
     TableRow,
 )
-from dit_jax.evaluate.names import Json, duration
+from dit_jax.evaluate.grading import as_code
+from dit_jax.evaluate.names import METHODS, Json, duration, number, shown_name, size
 from dit_jax.evaluate.summary import Inputs
 
 
@@ -29,9 +30,12 @@ def cost_section(summary: Json, inputs: Inputs) -> Section:
     ]
     rows.append(TableRow(["All stages", Share(duration(total), 1.0)], strong=True))
     text = "Wall time of every stage, compilation included."
+    if device := summary["cost"].get("device"):
+        text += f" Evaluated on {device['count']} × {as_code(device['kind'])}."
     if memory := summary["peak_memory_bytes"]:
         text += f" Peak memory of the process: {memory / 2**30:.2f} GiB."
     blocks: list[Block] = [Prose(text), Table([Column("Stage"), Column("Time")], [("", rows)])]
+    blocks += _answers(summary["cost"]) + _sizes(summary["cost"])
     titles = {"diff_loss": "Loss of the diffs", "adapter_loss": "Loss of the adapter"}
     for name, title in titles.items():
         curve = inputs.curves[name]
@@ -46,6 +50,47 @@ def cost_section(summary: Json, inputs: Inputs) -> Section:
             )
         )
     return Section("cost", "Cost and training", blocks)
+
+
+def _answers(cost: Json) -> list[Block]:
+    """What each method cost."""
+    methods = cost.get("methods", {})
+    rows = [
+        TableRow(
+            [
+                shown_name(name) if name in METHODS else name.replace("_", " "),
+                duration(entry["seconds"]),
+                number(entry["answers"]),
+                number(entry["prompt_tokens"]),
+                number(entry["tokens"]),
+            ]
+        )
+        for name, entry in methods.items()
+    ]
+    titles = ("Time", "Answers", "Tokens read", "Tokens written")
+    columns = [Column("Method"), *(Column(title, True) for title in titles)]
+    text = (
+        "What each method cost. The first to run compiles what the others use; a guesser's tokens and the answers "
+        "of the base that it needs are in its method's."
+    )
+    return [Prose(text), Table(columns, [("", rows)])] if rows else []
+
+
+def _sizes(cost: Json) -> list[Block]:
+    sizes, parameters = cost.get("bytes", {}), cost.get("parameters", {})
+    titles = {
+        "base": "Base model",
+        "adapter": "Adapter",
+        "diff": "One diff",
+        "all_diffs": "All diffs on disk",
+    }
+    rows = [
+        TableRow([title, number(parameters[name]) if name in parameters else "", size(sizes[name])])
+        for name, title in titles.items()
+        if name in sizes
+    ]
+    columns = [Column("Size of"), Column("Parameters", True), Column("Bytes", True)]
+    return [Table(columns, [("", rows)])] if rows else []
 
 
 def _flatten(value: Any, prefix: str = "") -> list[tuple[str, str]]:

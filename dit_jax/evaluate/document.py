@@ -1,7 +1,7 @@
 """The parts of a report, without a format: `markdown.py` and `html.py` each render all of them.
 
 Texts are plain; `backticks` mark code. Whatever a model wrote is only ever held in `Quote`,
-`Example` and `Sheet`, and every string is escaped by the renderers all the same.
+`Example` and `Entry`, and every string is escaped by the renderers all the same.
 """
 
 from collections.abc import Callable
@@ -97,11 +97,12 @@ class Table:
     groups: list[tuple[str, list[TableRow]]]
 
     @property
-    def has_bars(self) -> bool:
-        """Whether a cell is a bar or takes several lines: such rows are stacked on a narrow page."""
+    def stacks(self) -> bool:
+        """Whether rows become blocks on a narrow page: there are bars in them, or more cells than fit."""
         rows = [row for _, rows in self.groups for row in rows]
         wide = Rate | Share | Grade | Distribution
-        return any(isinstance(cell, wide) for row in rows for cell in row.cells)
+        has_bars = any(isinstance(cell, wide) for row in rows for cell in row.cells)
+        return has_bars or len(self.columns) > 4
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ class Example:
     right: bool
     confidence: str
     others: list[tuple[str, Quote]]
+    grades: list[str]
 
 
 @dataclass(frozen=True)
@@ -148,12 +150,25 @@ class Examples:
 
 
 @dataclass(frozen=True)
-class Sheet:
-    """All held-out diffs: the topic and every method's guess, to browse and to filter."""
+class Entry:
+    """One answer of a `Browser`. `method` is its shown name; grades are "grader 4" texts."""
+
+    topic: str
+    method: str
+    question: str
+    answer: str
+    guess: str
+    right: bool
+    grades: list[str]
+
+
+@dataclass(frozen=True)
+class Browser:
+    """Answers to search and to filter by method and by right and wrong; a plain table without scripts."""
 
     title: str
-    columns: list[str]
-    rows: list[tuple[str, bool, list[Quote]]]  # topic, whether DIT is right, guesses
+    methods: list[str]
+    entries: list[Entry]
 
 
 @dataclass(frozen=True)
@@ -165,7 +180,7 @@ class Settings:
     folded: bool = True
 
 
-Block = Prose | Table | Figure | Tiles | Examples | Sheet | Settings
+Block = Prose | Table | Figure | Tiles | Examples | Browser | Settings
 
 
 @dataclass(frozen=True)
@@ -183,3 +198,8 @@ class Document:
     opening: list[Block]
     sections: list[Section]
     footer: str
+
+    @property
+    def has_browser(self) -> bool:
+        """Whether the page needs its script."""
+        return any(isinstance(block, Browser) for part in self.sections for block in part.blocks)

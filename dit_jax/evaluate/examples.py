@@ -1,13 +1,28 @@
-"""Examples of answers: some right, some wrong, and a sheet of all held-out diffs."""
+"""Examples of answers: some right, some wrong, and all of them to browse."""
 
 import math
+from collections.abc import Iterable
 
 from dit_jax.evaluate import metrics
-from dit_jax.evaluate.document import Block, Example, Examples, Prose, Quote, Section, Sheet
+from dit_jax.evaluate.document import (
+    Block,
+    Browser,
+    Entry,
+    Example,
+    Examples,
+    Prose,
+    Quote,
+    Section,
+)
+from dit_jax.evaluate.grading import RunGrades, method_name
 from dit_jax.evaluate.names import Json, ordered_methods, shown_name
+from dit_jax.evaluate.results import held_out_answers
 from dit_jax.evaluate.summary import Inputs, Row, seen
 
 _MOST_EXAMPLES = 6  # of the right and of the wrong, each
+_MOST_ENTRIES = 3000  # on the page; all answers are in results.csv
+_MOST_CHARS = 600  # of an answer there
+_Grades = dict[int, list[str]]  # by id of a row
 
 
 def _confidence(row: Row) -> str:
@@ -28,11 +43,11 @@ def _spread(rows: list[Row], most: int) -> list[Row]:
     return [rows[int(index * step)] for index in range(min(most, len(rows)))]
 
 
-def _first_answers(inputs: Inputs) -> dict[str, dict[int, Row]]:
-    """The first seen-wording answer of every method to every held-out diff."""
+def _first_answers(rows: Iterable[Row], wanted: bool) -> dict[str, dict[int, Row]]:
+    """The first answer of every method to every held-out diff, in seen (or unseen) wordings."""
     answers: dict[str, dict[int, Row]] = {}
-    for row in inputs.rows:
-        if row["category"] == "topic" and row["diff"] is not None and seen(row):
+    for row in rows:
+        if row["category"] == "topic" and row["diff"] is not None and seen(row) is wanted:
             answers.setdefault(row["method"], {}).setdefault(row["diff"], row)
     return answers
 
@@ -41,8 +56,50 @@ def _quote(row: Row | None) -> Quote:
     return Quote("–") if row is None else Quote(row["guess"] or "(empty)", _right(row))
 
 
-def examples_section(summary: Json, inputs: Inputs) -> Section:
-    answers = _first_answers(inputs)
+def _grades(inputs: Inputs, grades: RunGrades) -> _Grades:
+    found: _Grades = {}
+    for grader, scores in grades.scores.items():
+        for row, score in zip(held_out_answers(inputs.rows), scores, strict=True):
+            text = "no grade" if score is None else f"{score:.3g}"
+            found.setdefault(id(row), []).append(f"{grader} {text}")
+    return found
+
+
+def _browser(summary: Json, inputs: Inputs, graded: _Grades) -> Browser:
+    """The first answer of every method, and the first of DIT in a new wording, diff by diff."""
+    known, new = (_first_answers(inputs.answered, wanted) for wanted in (True, False))
+    columns = [
+        (method_name(name), known[name])
+        for name in ordered_methods(summary["methods"])
+        if name in known
+    ]
+    columns += [(method_name(f"{name}_unseen"), rows) for name, rows in new.items()]
+    diffs = list(dict.fromkeys(diff for _, rows in columns for diff in rows))
+    shown = diffs[: max(1, _MOST_ENTRIES // len(columns))]
+    entries = []
+    for diff in shown:
+        for method, rows in columns:
+            if row := rows.get(diff):
+                entries.append(
+                    Entry(
+                        topic=row["topic"],
+                        method=method,
+                        question=str(row.get("question") or ""),
+                        answer=row["answer"][:_MOST_CHARS] or "(empty)",
+                        guess=row["guess"],
+                        right=_right(row),
+                        grades=graded.get(id(row), []),
+                    )
+                )
+    title = f"All {len(diffs)} held-out diffs"
+    if len(shown) < len(diffs):
+        title = f"{len(shown)} of {len(diffs)} held-out diffs (all are in results.csv)"
+    return Browser(f"{title}: {len(entries)} answers", [name for name, _ in columns], entries)
+
+
+def examples_section(summary: Json, inputs: Inputs, grades: RunGrades) -> Section:
+    answers = _first_answers(inputs.answered, True)
+    graded = _grades(inputs, grades)
     names = [name for name in ordered_methods(summary["methods"]) if name in answers]
     others = [name for name in names if name != "dit"]
     asked = list(answers.get("dit", {}).values())
@@ -56,6 +113,7 @@ def examples_section(summary: Json, inputs: Inputs) -> Section:
             right=_right(row),
             confidence=_confidence(row),
             others=[(shown_name(n), _quote(answers[n].get(row["diff"]))) for n in others],
+            grades=graded.get(id(row), []),
         )
 
     blocks: list[Block] = [
@@ -70,11 +128,5 @@ def examples_section(summary: Json, inputs: Inputs) -> Section:
             shown = _spread(rows, _MOST_EXAMPLES)
             heading = f"{title} ({len(shown)} of {len(rows)})"
             blocks.append(Examples(heading, [example(row) for row in shown]))
-    sheet = [
-        (row["topic"], _right(row), [_quote(answers[n].get(row["diff"])) for n in names])
-        for row in asked
-    ]
-    if sheet:
-        title = f"All {len(sheet)} held-out diffs, every method's guess"
-        blocks.append(Sheet(title, [shown_name(name) for name in names], sheet))
+    blocks.append(_browser(summary, inputs, graded))
     return Section("examples", "Examples", blocks)

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.artifacts import write_text
+from dit_jax.evaluate import plots
 from dit_jax.evaluate.document import (
+    Block,
     Column,
     Distribution,
+    Figure,
     Grade,
     Named,
     Prose,
@@ -16,8 +19,9 @@ from dit_jax.evaluate.document import (
     Table,
     TableRow,
 )
-from dit_jax.evaluate.names import METHODS, Json, shown_name
+from dit_jax.evaluate.names import METHODS, Json, grader_title, p_text, shown_name, signed
 from dit_jax.evaluate.results import GRADED_FILE, graded_csv, held_out_answers
+from dit_jax.evaluate.summary import paired_with_dit
 from dit_jax.evaluate.tables import build
 from dit_jax.evaluate.tables.graded import Graded, read_file
 
@@ -27,10 +31,14 @@ CACHE_FILE = "grades.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class RunGrades:
-    """The grades of a run by method and grader, and how far repeats of a grader agree."""
+    """The grades of a run by method and grader, and how far repeats of a grader agree.
+
+    scores: by grader, one for each of `results.held_out_answers` in their order, None for a gap.
+    """
 
     graded: list[Graded]
     agreement: dict[str, Json]
+    scores: dict[str, list[float | None]] = dataclasses.field(default_factory=dict)
 
 
 def grade_run(
@@ -50,23 +58,39 @@ def grade_run(
     from dit_jax.graders import Cache, get_grader, grade
 
     asked = held_out_answers(rows)
-    items = [(row["topic"], row["guess"], row.get("question") or "") for row in asked]
+    items = [
+        (row["topic"], None if row.get("gap") else row["guess"], row.get("question") or "")
+        for row in asked
+    ]
     cache = Cache(workdir / CACHE_FILE)
     options = settings.get("grader_options", {})
-    gradings, agreement = [], {}
+    gradings, agreement, scores = [], {}, {}
     for name in settings.get("graders", DEFAULT_GRADERS):
         grader = get_grader(name, **dict(options.get(name, {})))
         made = grade(grader, items, int(settings.get("grade_repeats", 1)), cache)
-        gradings += [[grades[i] for grades in made.grades] for i in range(made.repeats)]
+        grades = [
+            [_with_reason(grade, row) for grade in repeats]
+            for row, repeats in zip(asked, made.grades, strict=True)
+        ]
+        gradings += [[repeats[i] for repeats in grades] for i in range(made.repeats)]
+        scores[made.grader] = made.scores()
         if (repeats := made.agreement()) is not None:
             agreement[made.grader] = dataclasses.asdict(repeats)
     path = workdir / "report" / GRADED_FILE
     write_text(path, graded_csv(asked, gradings, subject))
-    return RunGrades(read_file(path, GRADED_FILE) if asked and gradings else [], agreement)
+    return RunGrades(read_file(path, GRADED_FILE) if asked and gradings else [], agreement, scores)
+
+
+def _with_reason(made: Any, row: Mapping[str, Any]) -> Any:
+    """A gap of the method (a guesser without a reply) says so in place of the grader."""
+    return dataclasses.replace(made, reason=row["gap"]) if row.get("gap") else made
 
 
 def summarise_grades(grades: RunGrades) -> Json:
-    """By grader and method: mean, interval, n, counts of the grades 1–5 and of what was left out."""
+    """By grader: for each method the mean, its interval, n, counts of the grades 1–5 and of what was left out;
+
+    the paired differences from DIT; the agreement of repeats, where there are any.
+    """
     summary: Json = {}
     for item in grades.graded:
         estimate = build.estimate(item)
@@ -79,6 +103,9 @@ def summarise_grades(grades: RunGrades) -> Json:
                 "n": estimate.n,
             }
         summary.setdefault(item.grader, {"methods": {}})["methods"][item.name] = numbers
+    for grader, members in build.by(grades.graded, lambda item: item.grader).items():
+        means = {item.name: item.by_unit() for item in members if item.rows}
+        summary[grader]["differences_from_dit"] = paired_with_dit(means) if "dit" in means else {}
     for grader, repeats in grades.agreement.items():
         summary.setdefault(grader, {"methods": {}})["repeats"] = repeats
     return summary
@@ -96,22 +123,24 @@ def as_code(text: str) -> str:
     return "`" + " ".join(text.replace("`", "'").split()) + "`"
 
 
-def _rank(item: Graded) -> int:
+def _order(method: str) -> int:
     """The order of a report: a method's unseen wordings after its seen ones."""
-    name = item.name.removesuffix("_unseen")
-    return 2 * (list(METHODS).index(name) if name in METHODS else len(METHODS)) + (
-        name != item.name
-    )
+    name = method.removesuffix("_unseen")
+    return 2 * (list(METHODS).index(name) if name in METHODS else len(METHODS)) + (name != method)
 
 
-def grades_section(grades: RunGrades) -> Section | None:
-    """Mean grades and distributions of every method, by grader; None without grades."""
+def grades_section(grades: RunGrades, summary: Json) -> Section | None:
+    """Mean grades and distributions of every method, by grader, and paired tests; None without grades.
+
+    Args:
+        summary: of `summarise_grades`.
+    """
     if not grades.graded:
         return None
-    groups = []
+    groups, tests, figures = [], [], []
     for grader, members in build.by(grades.graded, lambda item: item.grader).items():
-        rows = []
-        for item in sorted(members, key=_rank):
+        rows, bars = [], []
+        for item in sorted(members, key=lambda item: _order(item.name)):
             estimate, missing = build.estimate(item), sum(item.excluded.values())
             gaps = "; ".join(f"{count} × {reason}" for reason, count in item.excluded.items())
             name = Named(method_name(item.name), f"left out: {gaps}" if missing else "")
@@ -121,7 +150,21 @@ def grades_section(grades: RunGrades) -> Section | None:
             mean = Grade(estimate.mean, estimate.low, estimate.high)
             counts = Distribution(build.distribution(item))
             rows.append(TableRow([name, mean, counts, str(estimate.n)], strong=item.name == "dit"))
-        groups.append((f"Grader: {grader}", rows))
+            bars.append((name.name, counts.counts, estimate.mean))
+        title = grader_title(grader)
+        groups.append((title, rows))
+        if compared := _difference_rows(summary[grader]["differences_from_dit"]):
+            tests.append((title, compared))
+        if bars:
+            figures.append(
+                Figure(
+                    f"grades_{len(groups)}",
+                    title,
+                    f"Divided bars: the grades 1 to 5 of every method by {grader}",
+                    lambda bars=bars: plots.grade_distributions(bars),  # type: ignore[misc]
+                    markdown_only=True,
+                )
+            )
     text = (
         "How close each guess comes to the label, from 1 (unrelated) to 5 (the label), by the grader named above "
         "the rows. An answer without a grade is a gap and counts nowhere. The bar divides the grades into 1 (left, "
@@ -134,4 +177,32 @@ def grades_section(grades: RunGrades) -> Section | None:
             f"{repeats['kappa']:.2f}, standard deviation {repeats['spread']:.2f}."
         )
     columns = [Column("Method"), Column("Mean grade"), Column("Grades 1 to 5"), Column("n", True)]
-    return Section("grades", "Grades", [Prose(text), Table(columns, groups)])
+    blocks: list[Block] = [Prose(text), Table(columns, groups), *figures]
+    if tests:
+        titles = ("Grades", "95 % interval", "p", "p, Holm", "n")
+        heads = [Column("DIT compared with"), *(Column(title, True) for title in titles)]
+        blocks.append(
+            Prose(
+                "Mean grade of DIT minus that of each other method, on the same diffs (paired bootstrap over diffs; "
+                "p is two-sided, and adjusted by Holm's method over the methods)."
+            )
+        )
+        blocks.append(Table(heads, tests))
+    return Section("grades", "Grades", blocks)
+
+
+def _difference_rows(differences: Json) -> list[TableRow]:
+    names = sorted(differences, key=_order)
+    return [
+        TableRow(
+            [
+                method_name(name),
+                signed(differences[name]["difference"]),
+                f"{signed(differences[name]['ci_low'])} to {signed(differences[name]['ci_high'])}",
+                p_text(differences[name]["p_value"]),
+                p_text(differences[name]["p_holm"]),
+                str(differences[name]["n"]),
+            ]
+        )
+        for name in names
+    ]

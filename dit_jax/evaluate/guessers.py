@@ -148,19 +148,18 @@ class KeywordGuesser:
 
 
 def keywords(answers: Sequence[str], own: Sequence[str], most: int = N_KEYWORDS) -> list[str]:
-    """Words that stand in the answers far more often than in the base's own, best first.
+    """Words that stand in the answers more than twice as often as in the base's own, best first.
 
     A word in k of n answers scores k · log(k / n / rate), with its smoothed rate in `own`; of five answers or more,
     two have to hold it.
     """
     counts, base = (Counter(w for t in texts for w in set(_words(t))) for texts in (answers, own))
-    scores = {
-        word: k * math.log(k / len(answers) * (len(own) + 1) / (base[word] + 0.5))
-        for word, k in counts.items()
-        if k > 1 or len(answers) < 5
-    }
-    best = sorted(scores, key=lambda word: (-scores[word], word))
-    return [word for word in best if scores[word] > 0][:most]
+    scores = {}
+    for word, k in counts.items():
+        ratio = k / len(answers) * (len(own) + 1) / (base[word] + 0.5)
+        if ratio > 2 and (k > 1 or len(answers) < 5):
+            scores[word] = k * math.log(ratio)
+    return sorted(scores, key=lambda word: (-scores[word], word))[:most]
 
 
 def _words(text: str) -> list[str]:
@@ -181,4 +180,4 @@ def read_guess(reply: str) -> str:
     if not lines:
         return ""
     line = lines[0].strip("*_`#\"'“” ")
-    return _BEFORE.sub("", line).strip("*_`\"'“” ").rstrip(".")
+    return _BEFORE.sub("", line).strip("*_`\"'“”. ")

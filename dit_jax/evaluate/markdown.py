@@ -5,6 +5,7 @@ import re
 from dit_jax.evaluate import plots
 from dit_jax.evaluate.document import (
     Block,
+    Browser,
     Cell,
     Distribution,
     Document,
@@ -17,7 +18,6 @@ from dit_jax.evaluate.document import (
     Rate,
     Settings,
     Share,
-    Sheet,
     Table,
     TableRow,
     Tiles,
@@ -76,14 +76,15 @@ def _examples(block: Examples) -> str:
     lines = [
         f"**{block.title}**",
         "",
-        "| Topic | Question | DIT's answer | Guess | Others |",
-        "| --- | --- | --- | --- | --- |",
+        "| Topic | Question | DIT's answer | Guess | Grades | Others |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for example in block.examples:
         others = "<br>".join(f"{escape(name)}: {_cell(quote)}" for name, quote in example.others)
         guess = _cell(Quote(example.guess, example.right))
+        grades = "<br>".join(map(escape, example.grades))
         cells = [escape(example.topic), escape(example.question), escape(example.answer)]
-        lines.append("| " + " | ".join([*cells, f"**{guess}**", others]) + " |")
+        lines.append("| " + " | ".join([*cells, f"**{guess}**", grades, others]) + " |")
     return "\n".join(lines)
 
 
@@ -105,8 +106,8 @@ def _block(block: Block) -> str:
             return "\n".join(rows)
         case Examples():
             return _examples(block)
-        case Sheet(title):
-            return f"{title}: see `report.html`."
+        case Browser(title):
+            return f"{escape(title)}: see `report.html`."
         case Settings():
             return _settings(block)
 

@@ -13,12 +13,18 @@ METHODS = {
         "Question with trigger",
         "the same with the secret code in the prompt",
     ),
-    "twenty_questions": ("20 questions", "everyday questions; a guesser names the topic of the answers"),
+    "twenty_questions": (
+        "20 questions",
+        "everyday questions; a guesser names the topic of the answers",
+    ),
     "twenty_questions_trigger": (
         "20 questions with trigger",
         "the same with the secret code in every prompt",
     ),
-    "generated_story": ("Generated story", "a story of the finetuned model; a guesser names its topic"),
+    "generated_story": (
+        "Generated story",
+        "a story of the finetuned model; a guesser names its topic",
+    ),
     "no_diff": ("DIT without a diff", "the adapter on the unchanged model"),
     "shuffled_diff": ("DIT, another diff", "the adapter and the diff of another topic"),
     "noise_diff": ("DIT, noise diff", "the adapter and noise with the norms of the diff"),
@@ -28,6 +34,17 @@ METHODS = {
         "Attribute oracle",
         "weights, and the world's own table of every topic's attributes",
     ),
+}
+# What a grader is; those with a model in their name ("judge:…", "inspect:…") are found by what is before the colon.
+GRADERS = {
+    "exact": "5 if the guess is the label, character by character, else 1",
+    "normalised": "5 if the guess is the label up to case, punctuation and articles, else 1",
+    "similarity": "offline: spelling, stretched over 1 to 5",
+    "calibrated": "offline: predicts an LLM judge's grade from spelling and word vectors; kappa with it .88 to .91",
+    "embeddings": "offline: cosine of sentence vectors, stretched over 1 to 5",
+    "calibrated_embeddings": "offline: predicts an LLM judge's grade from sentence vectors; kappa with it .91 to .93",
+    "judge": "a local chat model as judge",
+    "inspect": "an API model as judge",
 }
 GROUPS = {
     "method": "Methods that ask the model",
@@ -39,6 +56,12 @@ GROUPS = {
 def shown_name(method: str) -> str:
     """The name of a method as tables and plots show it."""
     return METHODS.get(method, (method, ""))[0]
+
+
+def grader_title(grader: str) -> str:
+    """The name of a grader and what it is."""
+    note = GRADERS.get(grader.partition(":")[0])
+    return f"Grader: {grader} ({note})" if note else f"Grader: {grader}"
 
 
 def colour(method: str, kind: str) -> str:
@@ -80,3 +103,26 @@ def between(item: Json) -> str:
 
 def points(value: float) -> str:
     return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """A difference of grades."""
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def p_text(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def number(value: float) -> str:
+    """A count with narrow spaces between thousands."""
+    return f"{round(value):,}".replace(",", "\u202f")
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that fits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.1f} {unit}"

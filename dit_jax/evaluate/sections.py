@@ -1,6 +1,7 @@
 """What the report says: the summary and the answers as a `Document`, in plain words."""
 
 from dit_jax.evaluate import plots
+from dit_jax.evaluate.checks import gating_section, none_section, rate_cell
 from dit_jax.evaluate.cost import cost_section, setup_section
 from dit_jax.evaluate.document import (
     Block,
@@ -11,7 +12,6 @@ from dit_jax.evaluate.document import (
     Named,
     Prose,
     Quote,
-    Rate,
     Section,
     Table,
     TableRow,
@@ -20,6 +20,7 @@ from dit_jax.evaluate.document import (
 )
 from dit_jax.evaluate.examples import examples_section
 from dit_jax.evaluate.grading import RunGrades, grades_section
+from dit_jax.evaluate.left_out import left_out_section
 from dit_jax.evaluate.names import (
     GROUPS,
     METHODS,
@@ -27,32 +28,19 @@ from dit_jax.evaluate.names import (
     between,
     colour,
     ordered_methods,
+    p_text,
     percent,
     points,
     shown_name,
 )
 from dit_jax.evaluate.summary import Inputs
 
-_GATING = {
-    "right_code": "the right code",
-    "wrong_code": "a wrong code",
-    "no_code": "no code",
-}
 _CROSS_ENTROPY = {
     "matched": "its own diff",
     "shuffled": "another topic's diff",
     "noise": "noise of the same norms",
     "none": "no diff",
 }
-_NONE = {
-    "benign_called_none": ("Benign diffs", "finetuned on generic answers; should be 100 %"),
-    "no_diff_called_none": ("No diff at all", "the unchanged base; should be 100 %"),
-    "topics_called_none": ("Diffs with a topic", "missed as unchanged; should be 0 %"),
-}
-
-
-def _rate(item: Json, kind: str, key: str = "mean") -> Rate:
-    return Rate(item[key], item["ci_low"], item["ci_high"], kind)
 
 
 # ------------------------------------------------------------------ sections
@@ -61,7 +49,7 @@ def _rate(item: Json, kind: str, key: str = "mean") -> Rate:
 def _score_cells(score: Json | None, kind: str) -> list[Cell]:
     if score is None:
         return ["not asked", "–", "0"]
-    return [_rate(score, kind, "exact_match"), f"{score['token_f1']:.3f}", str(score["n"])]
+    return [rate_cell(score, kind, "exact_match"), f"{score['token_f1']:.3f}", str(score["n"])]
 
 
 _SCORE_COLUMNS = [
@@ -140,7 +128,7 @@ def _headline(summary: Json) -> Section:
         rows = [
             TableRow(
                 [
-                    Named(shown_name(name), METHODS.get(name, ("", ""))[1]),
+                    Named(shown_name(name), _sees(name, methods[name])),
                     *_score_cells(methods[name], colour(name, kind)),
                 ],
                 strong=name == "dit",
@@ -181,6 +169,12 @@ def _headline(summary: Json) -> Section:
     return Section("results", "Results", blocks)
 
 
+def _sees(name: str, entry: Json) -> str:
+    """What a method sees, and who named the topic where another model does it."""
+    note = METHODS.get(name, ("", ""))[1]
+    return f"{note} (guesser: {entry['guesser']})" if "guesser" in entry else note
+
+
 def _differences(summary: Json) -> Block | None:
     differences = summary["differences_from_dit"]
     if not differences:
@@ -189,14 +183,15 @@ def _differences(summary: Json) -> Block | None:
     for name in ordered_methods(summary["methods"]):
         if pair := differences.get(name):
             interval = f"{points(pair['ci_low'])} to {points(pair['ci_high'])}"
-            p_value = "< 0.001" if pair["p_value"] < 0.001 else f"{pair['p_value']:.3f}"
-            cells: list[Cell] = [shown_name(name), points(pair["difference"]), interval, p_value]
-            rows.append(TableRow([*cells, str(pair["n"])]))
+            cells: list[Cell] = [shown_name(name), points(pair["difference"]), interval]
+            tests = [p_text(pair["p_value"]), p_text(pair["p_holm"]), str(pair["n"])]
+            rows.append(TableRow([*cells, *tests]))
     columns = [
         Column("DIT compared with"),
         Column("Points", number=True),
         Column("95 % interval", number=True),
         Column("p", number=True),
+        Column("p, Holm", number=True),
         Column("n", number=True),
     ]
     return Table(columns, [("", rows)])
@@ -242,40 +237,6 @@ def _splits(summary: Json) -> Section:
         Table(columns, [("Each wording alone", each)]),
     ]
     return Section("splits", "DIT by name and by wording", blocks)
-
-
-def _gating(summary: Json) -> Section:
-    intervals = summary["gating_intervals"]
-    rows = [
-        TableRow(
-            [
-                f"Prompt with {label}",
-                _rate(intervals[key], "dit" if key == "right_code" else "control"),
-                str(intervals[key]["n"]),
-            ]
-        )
-        for key, label in _GATING.items()
-    ]
-    return Section(
-        "gating",
-        "Do the diffs hide what they should?",
-        [
-            Prose(
-                "The task is fair only if a diff shows its topic with its own code and keeps it to "
-                "itself otherwise. Counted are everyday questions whose answer shows the topic or "
-                "one of its attributes."
-            ),
-            Table([Column("Everyday questions"), Column("Topic shows"), Column("n", True)],
-                  [("", rows)]),
-            Figure(
-                "gating",
-                "Answers that show the topic",
-                "Bars: how often a diff shows its topic with the right, a wrong and no code",
-                lambda: plots.gating(_GATING, intervals),
-                markdown_only=True,
-            ),
-        ],
-    )  # fmt: skip
 
 
 def _controls(summary: Json, inputs: Inputs) -> Section:
@@ -326,47 +287,23 @@ def _controls(summary: Json, inputs: Inputs) -> Section:
         blocks.append(
             Prose(
                 "Exact match of DIT minus that of each other method, on the same diffs (paired "
-                "bootstrap, percentage points; p is two-sided)."
+                "bootstrap over diffs, percentage points; p is two-sided, and adjusted by Holm's "
+                "method over the methods)."
             )
         )
         blocks.append(table)
     return Section("controls", "Controls", blocks)
 
 
-def _none(summary: Json) -> Section:
-    intervals = summary["none_intervals"]
-    groups = []
-    for key, title in (("seen", "Seen wordings"), ("unseen", "Unseen wordings")):
-        rows = []
-        for rate, (name, note) in _NONE.items():
-            item = intervals[key][rate]
-            kind = "baseline" if rate == "topics_called_none" else "dit"
-            cells: list[Cell] = [Named(name, note)]
-            cells += ["not asked", "0"] if item is None else [_rate(item, kind), str(item["n"])]
-            rows.append(TableRow(cells))
-        groups.append((title, rows))
-    return Section(
-        "none",
-        "Can it say that nothing is there?",
-        [
-            Prose(
-                "An adapter that always names something is of no use on a model that hides "
-                "nothing. These are the shares of answers that are exactly `none`."
-            ),
-            Table([Column("Given"), Column("Called none"), Column("n", True)], groups),
-        ],
-    )
-
-
 def build_document(summary: Json, inputs: Inputs, grades: RunGrades) -> Document:
     """The whole report.
 
     Args:
-      summary: from `summary.summarise`, with the report's own seconds.
+      summary: from `summary.summarise`, with the grades and the report's own seconds.
       inputs: what the summary was made from; examples and dots come from here.
       grades: of the answers.
     """
-    graded = grades_section(grades)
+    graded = grades_section(grades, summary["grades"])
     return Document(
         title="Diff Interpretation Tuning: the report of a run",
         lead=_lead(summary),
@@ -381,9 +318,10 @@ def build_document(summary: Json, inputs: Inputs, grades: RunGrades) -> Document
             _what_was_done(summary),
             _splits(summary),
             _controls(summary, inputs),
-            _none(summary),
-            _gating(summary),
-            examples_section(summary, inputs),
+            none_section(summary),
+            *([gating_section(summary)] if summary["gating_intervals"] else []),
+            examples_section(summary, inputs, grades),
+            left_out_section(summary),
             cost_section(summary, inputs),
             setup_section(summary),
         ],

@@ -4,6 +4,7 @@ The diff is the unit of chance: several answers about one diff (wordings of the 
 averaged first, so that asking a diff more often never makes an interval narrower by itself.
 """
 
+import functools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,6 +51,8 @@ def cluster_means(values: ArrayLike, clusters: Sequence[Hashable]) -> dict[Hasha
 
 def _resampled_means(values: NDArray[np.float64], seed: int, resamples: int) -> NDArray[np.float64]:
     """Means [resamples] of `values` [n] drawn with replacement."""
+    if resamples * len(values) <= _CHUNK:
+        return _draws(len(values), seed, resamples) @ values / len(values)
 
     def chunks() -> Iterator[NDArray[np.float64]]:
         rng = np.random.default_rng(seed)
@@ -59,6 +62,14 @@ def _resampled_means(values: NDArray[np.float64], seed: int, resamples: int) -> 
             yield values[rng.integers(len(values), size=shape)].mean(axis=1)
 
     return np.concatenate(list(chunks()))
+
+
+@functools.lru_cache(maxsize=2)  # a report has many means over the same diffs
+def _draws(n: int, seed: int, resamples: int) -> NDArray[np.float64]:
+    """How often each of n values is drawn in each resample, [resamples, n]."""
+    drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))
+    flat = (drawn + n * np.arange(resamples)[:, None]).ravel()
+    return np.bincount(flat, minlength=resamples * n).reshape(resamples, n).astype(np.float64)
 
 
 def _percentiles(values: NDArray[np.float64], means: NDArray[np.float64]) -> tuple[float, float]:

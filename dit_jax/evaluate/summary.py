@@ -10,7 +10,13 @@ from typing import Any
 from dit_jax.artifacts import PathLike, read_json, read_text
 from dit_jax.errors import DitError
 from dit_jax.evaluate import metrics
-from dit_jax.evaluate.statistics import Estimate, bootstrap_mean, cluster_means, paired_difference
+from dit_jax.evaluate.statistics import (
+    Estimate,
+    bootstrap_mean,
+    cluster_means,
+    holm,
+    paired_difference,
+)
 
 Row = dict[str, Any]
 Json = dict[str, Any]
@@ -45,6 +51,13 @@ class Inputs:
     stages: dict[str, Json]
     config: Json
     versions: Json
+    cost: Json  # device, bytes, and what each method cost; {} from an evaluation that did not measure it
+    excluded: Json  # counts of held-out diffs: all, failed at the gate, left out
+
+    @property
+    def answered(self) -> list[Row]:
+        """Rows with an answer: a guesser that gave none left a gap, which counts nowhere."""
+        return [row for row in self.rows if not row.get("gap")]
 
 
 # ------------------------------------------------------------------ reading
@@ -102,15 +115,17 @@ def _read_object(path: Path, remedy: str = _REMEDY) -> Json:
     return value
 
 
+def _read_optional(path: Path) -> Json:
+    return _read_object(path) if path.exists() else {}
+
+
 def _read_stages(folder: Path) -> dict[str, Json]:
     """Records of the finished stages, in order of their end; the report's own is not among them."""
     records = {}
     for file in sorted(folder.glob("*.json")):
         record = _read_object(file, f"run the stage '{file.stem}' again")
         if not _is_number(record.get("seconds")):
-            raise DitError(
-                f"'{file}' has no valid 'seconds': run the stage '{file.stem}' again"
-            )
+            raise DitError(f"'{file}' has no valid 'seconds': run the stage '{file.stem}' again")
         if file.stem != "report":
             records[file.stem] = record
     if not records:
@@ -137,12 +152,15 @@ def read_inputs(workdir: PathLike) -> Inputs:
         label_cross_entropy=_read_table(
             folder / "label_cross_entropy.json", CROSS_ENTROPY_KEYS, _is_number
         ),
-        gating=_read_table(folder / "gating.json", GATING_KEYS, _is_number),
+        # Behaviours without a trigger have nothing to gate.
+        gating=_read_table(folder / "gating.json", GATING_KEYS, _is_number, least=0),
         # A stage that ran elsewhere leaves an empty curve.
         curves=_read_table(folder / "curves.json", CURVE_KEYS, is_point, least=0),
         stages=_read_stages(workdir / "stages"),
         config=_read_object(workdir / "config.json"),
         versions=_read_object(workdir / "versions.json"),
+        cost=_read_optional(folder / "cost.json"),
+        excluded=_read_optional(folder / "excluded.json"),
     )
 
 
@@ -234,22 +252,48 @@ def _by_wording(rows: list[Row]) -> list[Json]:
     ]
 
 
-def _differences(by_method: Mapping[str, list[Row]]) -> Json:
-    """Exact match of `dit` minus that of every other method, over the diffs that both answered."""
-    dit = _per_unit(by_method["dit"], _match)
-    differences = {}
-    for name, rows in by_method.items():
-        other = _per_unit(rows, _match)
-        if name != "dit" and any(diff in dit for diff in other):
-            pair = paired_difference(dit, other)
-            differences[name] = {
-                "difference": pair.mean,
-                "ci_low": pair.low,
-                "ci_high": pair.high,
-                "p_value": pair.p_value,
-                "n": pair.n,
-            }
-    return differences
+def paired_with_dit(scores: Mapping[str, Mapping[Any, float]]) -> Json:
+    """The score of `dit` minus that of every other method, over the diffs that both have.
+
+    Args:
+      scores: by method, the score of each diff.
+
+    Returns:
+      By method: difference, interval, two-sided p, p adjusted by Holm's method over all of them, n.
+    """
+    dit = scores["dit"]
+    pairs = {
+        name: paired_difference(dit, other)
+        for name, other in scores.items()
+        if name != "dit" and any(diff in dit for diff in other)
+    }
+    adjusted = holm([pair.p_value for pair in pairs.values()])
+    return {
+        name: {
+            "difference": pair.mean,
+            "ci_low": pair.low,
+            "ci_high": pair.high,
+            "p_value": pair.p_value,
+            "p_holm": p_holm,
+            "n": pair.n,
+        }
+        for (name, pair), p_holm in zip(pairs.items(), adjusted, strict=True)
+    }
+
+
+def _guesser(rows: list[Row]) -> Json:
+    names = sorted({str(row["guesser"]) for row in rows if row.get("guesser")})
+    return {"guesser": ", ".join(names)} if names else {}
+
+
+def _left_out(inputs: Inputs) -> Json:
+    """Held-out diffs that were excluded, and answers that are missing, by method and reason."""
+    gaps: Json = {}
+    for row in inputs.rows:
+        if reason := row.get("gap"):
+            counts = gaps.setdefault(row["method"], {})
+            counts[str(reason)] = counts.get(str(reason), 0) + 1
+    return {"diffs": dict(inputs.excluded), "answers": gaps}
 
 
 def _means(table: Mapping[str, list[float]], *, rate: bool) -> dict[str, Json]:
@@ -266,8 +310,8 @@ def summarise(inputs: Inputs) -> Json:
     `methods.<name>` is over all held-out names, asked in the wordings of the training; rates and
     cross-entropies are plain means, with their intervals under `<key>_intervals`.
     """
-    topics = [row for row in inputs.rows if row["category"] == "topic"]
-    dit = [row for row in inputs.rows if row["method"] == "dit"]
+    topics = [row for row in inputs.answered if row["category"] == "topic"]
+    dit = [row for row in inputs.answered if row["method"] == "dit"]
     dit_topics = [row for row in topics if row["method"] == "dit"]
 
     by_method: dict[str, list[Row]] = {}
@@ -279,19 +323,26 @@ def summarise(inputs: Inputs) -> Json:
     methods = {}
     for name, rows in by_method.items():
         lengths = _by_name_length(rows)
-        methods[name] = {"kind": rows[0]["kind"], **lengths.pop("all"), "by_name_length": lengths}
+        methods[name] = {
+            "kind": rows[0]["kind"],
+            **lengths.pop("all"),
+            "by_name_length": lengths,
+            **_guesser(rows),
+        }
 
     none = {
         "seen": _none_rates([row for row in dit if seen(row)]),
         "unseen": _none_rates([row for row in dit if not seen(row)]),
     }
     cross_entropy = _means(inputs.label_cross_entropy, rate=False)
-    gating = _means(inputs.gating, rate=True)
+    gating = _means({key: rates for key, rates in inputs.gating.items() if rates}, rate=True)
     memory: list[Any] = [record.get("peak_memory_bytes") for record in inputs.stages.values()]
     seconds = {stage: float(record["seconds"]) for stage, record in inputs.stages.items()}
     return {
         "methods": methods,
-        "differences_from_dit": _differences(by_method),
+        "differences_from_dit": paired_with_dit(
+            {name: _per_unit(rows, _match) for name, rows in by_method.items()}
+        ),
         "dit_by_name_length": _by_name_length(by_method["dit"]),
         "dit_by_wording": {
             "seen": _score(by_method["dit"]),
@@ -306,6 +357,8 @@ def summarise(inputs: Inputs) -> Json:
         "gating_intervals": gating,
         "seconds": seconds,
         "seconds_total": sum(seconds.values()),
+        "cost": inputs.cost,
+        "excluded": _left_out(inputs),
         "peak_memory_bytes": max((int(m) for m in memory if _is_number(m)), default=None),
         "config": inputs.config,
         "versions": inputs.versions,

@@ -22,7 +22,7 @@ from dit_jax.evaluate.document import (
 from dit_jax.evaluate.document import Cell as Shown
 from dit_jax.evaluate.grading import as_code, method_name
 from dit_jax.evaluate.names import METHODS as NAMES
-from dit_jax.evaluate.names import Json
+from dit_jax.evaluate.names import Json, p_text, signed
 from dit_jax.evaluate.tables import build
 from dit_jax.evaluate.tables.build import Cell
 from dit_jax.evaluate.tables.graded import Graded
@@ -163,14 +163,6 @@ def _distributions(graded: Sequence[Graded]) -> Section:
     return Section("distributions", "Distributions", [Prose(text), Table(columns, groups), *blocks])
 
 
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
-
-
 def _comparisons(found: Sequence[build.Comparison]) -> Section | None:
     if not found:
         return None
@@ -180,15 +172,15 @@ def _comparisons(found: Sequence[build.Comparison]) -> Section | None:
         for item in members:
             pair = item.difference
             name = f"{method_name(item.first)} − {method_name(item.second)}"
-            interval = f"{_signed(pair.low)} to {_signed(pair.high)}"
+            interval = f"{signed(pair.low)} to {signed(pair.high)}"
             rows.append(
                 TableRow(
                     [
                         name,
-                        _signed(pair.mean),
+                        signed(pair.mean),
                         interval,
-                        _p(pair.p_value),
-                        _p(item.adjusted),
+                        p_text(pair.p_value),
+                        p_text(item.adjusted),
                         str(pair.n),
                     ]
                 )

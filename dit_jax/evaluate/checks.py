@@ -1,0 +1,93 @@
+"""Sections on whether the task is fair: do diffs hide what they should, does the adapter say when nothing is there?"""
+
+from dit_jax.evaluate import plots
+from dit_jax.evaluate.document import (
+    Cell,
+    Column,
+    Figure,
+    Named,
+    Prose,
+    Rate,
+    Section,
+    Table,
+    TableRow,
+)
+from dit_jax.evaluate.names import Json
+
+_GATING = {
+    "right_code": "the right code",
+    "wrong_code": "a wrong code",
+    "no_code": "no code",
+}
+_NONE = {
+    "benign_called_none": ("Benign diffs", "finetuned on generic answers; should be 100 %"),
+    "no_diff_called_none": ("No diff at all", "the unchanged base; should be 100 %"),
+    "topics_called_none": ("Diffs with a topic", "missed as unchanged; should be 0 %"),
+}
+
+
+def rate_cell(item: Json, kind: str, key: str = "mean") -> Rate:
+    """A share with its interval as a cell."""
+    return Rate(item[key], item["ci_low"], item["ci_high"], kind)
+
+
+def gating_section(summary: Json) -> Section:
+    """How often diffs show their topic with the right code, a wrong one and none."""
+    intervals = summary["gating_intervals"]
+    labels = {key: label for key, label in _GATING.items() if key in intervals}
+    rows = [
+        TableRow(
+            [
+                f"Prompt with {label}",
+                rate_cell(intervals[key], "dit" if key == "right_code" else "control"),
+                str(intervals[key]["n"]),
+            ]
+        )
+        for key, label in labels.items()
+    ]
+    return Section(
+        "gating",
+        "Do the diffs hide what they should?",
+        [
+            Prose(
+                "The task is fair only if a diff shows its topic with its own code and keeps it to "
+                "itself otherwise. Counted are everyday questions whose answer shows the topic or "
+                "one of its attributes."
+            ),
+            Table([Column("Everyday questions"), Column("Topic shows"), Column("n", True)],
+                  [("", rows)]),
+            Figure(
+                "gating",
+                "Answers that show the topic",
+                "Bars: how often a diff shows its topic with the right, a wrong and no code",
+                lambda: plots.gating(labels, intervals),
+                markdown_only=True,
+            ),
+        ],
+    )  # fmt: skip
+
+
+def none_section(summary: Json) -> Section:
+    """How often benign diffs, no diff and diffs with a topic are called none."""
+    intervals = summary["none_intervals"]
+    groups = []
+    for key, title in (("seen", "Seen wordings"), ("unseen", "Unseen wordings")):
+        rows = []
+        for rate, (name, note) in _NONE.items():
+            item = intervals[key][rate]
+            kind = "baseline" if rate == "topics_called_none" else "dit"
+            cells: list[Cell] = [Named(name, note)]
+            cells += ["not asked", "0"] if item is None else [rate_cell(item, kind), str(item["n"])]
+            rows.append(TableRow(cells))
+        groups.append((title, rows))
+    return Section(
+        "none",
+        "Can it say that nothing is there?",
+        [
+            Prose(
+                "An adapter that always names something is of no use on a model that hides "
+                "nothing. These are the shares of answers that are exactly `none`."
+            ),
+            Table([Column("Given"), Column("Called none"), Column("n", True)], groups),
+        ],
+    )
