@@ -16,16 +16,16 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import dit_jax
-from dit_jax import parallel
+from dit_jax.digests import base_digest as base_digest
+from dit_jax.digests import digest_tree as digest_tree
 from dit_jax.errors import DitError
 
 PathLike = str | os.PathLike[str]
@@ -38,6 +38,8 @@ _REMEDIES = {
     errno.EROFS: "the file system is read-only, choose another folder",
     errno.ENOSPC: "the disk is full, free some space and run the same command again",
     errno.EDQUOT: "the disk quota is used up, free some space and run the same command again",
+    errno.EFBIG: "the limit on file sizes is reached (ulimit -f), raise it and run the same command again",
+    errno.EIO: "input/output error, check the disk and run the same command again",
     errno.ENOTDIR: "a part of the path is a file, choose another folder",
     errno.EEXIST: "something of that name is in the way, choose another folder",
 }
@@ -52,8 +54,17 @@ def explain_os_errors(action: str, path: PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = _REMEDIES.get(error.errno or 0) or error.strerror or str(error)
-        raise DitError(f"cannot {action} '{path}': {reason}") from error
+        raise DitError(f"cannot {action} '{path}': {reason_of(error)}") from error
+
+
+def is_refusal(error: OSError) -> bool:
+    """Whether the file system refuses, and a user can do something about it."""
+    return error.errno in _REMEDIES
+
+
+def reason_of(error: OSError) -> str:
+    """What the file system says, with a remedy where there is one."""
+    return _REMEDIES.get(error.errno or 0) or error.strerror or str(error)
 
 
 def make_dir(path: PathLike) -> Path:
@@ -209,41 +220,6 @@ def digest_file(path: PathLike) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _digest_leaves(tree: Any, convert: Callable[[np.ndarray], np.ndarray]) -> str:
-    total = hashlib.sha256()
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    # Sorted by name, so that the digest does not depend on how the containers order their keys.
-    named = {
-        jax.tree_util.keystr(path): leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-        for path, leaf in leaves
-    }
-    for name, leaf in sorted(named.items(), key=lambda item: item[0]):
-        dtype = convert(np.empty((0,), leaf.dtype)).dtype
-        total.update(f"{name}:{dtype}:{np.shape(leaf)};".encode())
-        for block in parallel.host_blocks(leaf):
-            array = np.ascontiguousarray(convert(block))
-            total.update(array.reshape(-1).view(np.uint8).data)
-    return total.hexdigest()
-
-
-def digest_tree(tree: Any) -> str:
-    """sha256 of a pytree of arrays in hex: names, dtypes, shapes and values, bit for bit."""
-    return _digest_leaves(tree, lambda array: array)
-
-
-def base_digest(params: Any) -> str:
-    """sha256 that identifies a base model by its params, whatever float dtype they are loaded in.
-
-    Values are rounded to bfloat16 first, so that one checkpoint loaded as float32 and as bfloat16
-    is one base model; another training step of the model is another one.
-    """
-
-    def canonical(array: np.ndarray) -> np.ndarray:
-        return array.astype(jnp.dtype("bfloat16"))
-
-    return _digest_leaves(params, canonical)
-
-
 # ------------------------------------------------------------------ manifests
 
 
@@ -292,6 +268,7 @@ def read_manifest(
     version: int = 1,
     check_digests: bool = True,
     remedy: str = "run the stage that writes it",
+    file_remedy: str | None = None,
 ) -> dict[str, Any]:
     """Reads `manifest.json` and checks that the artifact is what it says and complete.
 
@@ -301,6 +278,7 @@ def read_manifest(
       version: expected format version.
       check_digests: whether to compare the content of the files, not only their sizes.
       remedy: what the user can do when something is missing or broken, as an imperative.
+      file_remedy: the same for a single file; default: delete the folder, and `remedy`.
 
     Raises:
       DitError: manifest missing or broken, another format or version, a listed file missing,
@@ -324,17 +302,48 @@ def read_manifest(
     for name, facts in manifest["files"].items():
         if Path(name).is_absolute() or ".." in Path(name).parts or not isinstance(facts, dict):
             raise DitError(f"'{folder / MANIFEST}' lists {name!r}: do not trust this artifact")
-        file = folder / name
-        if not file.is_file():
-            raise DitError(f"'{file}' is missing: delete '{folder}' and {remedy}")
-        if file.stat().st_size != facts.get("bytes"):
-            raise DitError(
-                f"'{file}' has {file.stat().st_size} bytes instead of {facts.get('bytes')}: "
-                f"delete '{folder}' and {remedy}"
-            )
-        if check_digests and digest_file(file) != facts.get("sha256"):
-            raise DitError(f"'{file}' is damaged (sha256): delete '{folder}' and {remedy}")
+        repair = file_remedy or f"delete '{folder}' and {remedy}"
+        check_file(folder / name, facts, repair, check_digests)
     return manifest
+
+
+def check_file(
+    file: PathLike, facts: Mapping[str, Any], remedy: str, check_digest: bool = True
+) -> None:
+    """Compares a file with its entry in a manifest. Raises DitError: missing, another size or content."""
+    file = Path(file)
+    if not file.is_file():
+        raise DitError(f"'{file}' is missing: {remedy}")
+    if file.stat().st_size != facts.get("bytes"):
+        raise DitError(
+            f"'{file}' has {file.stat().st_size} bytes instead of {facts.get('bytes')}: {remedy}"
+        )
+    if check_digest and digest_file(file) != facts.get("sha256"):
+        raise DitError(f"'{file}' is damaged (sha256): {remedy}")
+
+
+def _listed(folder: PathLike) -> dict[str, Any]:
+    """The manifest of a folder, {} where there is none or a broken one: what reads the artifact says so."""
+    with contextlib.suppress(DitError):
+        manifest = read_json(Path(folder) / MANIFEST)
+        if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict):
+            return manifest
+    return {}
+
+
+def missing_file(folder: PathLike) -> str | None:
+    """The first file of an artifact that its manifest lists and that is not there."""
+    files = _listed(folder).get("files", {})
+    return next((name for name in files if not (Path(folder) / name).exists()), None)
+
+
+def content_digest(folder: PathLike) -> str | None:
+    """The digest of an artifact's values or, where its manifest has none, of its files; None without a manifest."""
+    manifest = _listed(folder)
+    if not manifest or manifest.get("digest"):
+        return manifest.get("digest")
+    files = sorted((name, facts.get("sha256")) for name, facts in manifest["files"].items())
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------ stages

@@ -11,25 +11,18 @@ import functools
 import os
 import pathlib
 import sys
-import time
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
-from dit_jax import artifacts, parallel, processes
+from dit_jax import artifacts, parallel, preemption, processes
 from dit_jax.config import check_minimum, check_workdir, load_config, split_flags, to_dict
 from dit_jax.errors import DitError, exit_on_error
+from dit_jax.workdir import ARTIFACTS, is_done, locked, run_once
 
-# The stages in their order, each with the folder of the workdir that it leaves.
-ARTIFACTS = {
-    "pretrain": "base",
-    "diffs": "diffs",
-    "train": "adapter",
-    "evaluate": "evaluate",
-    "report": "report",
-    "tables": "tables",
-}
 COMPUTE = ("scan_layers", "remat", "attention")  # of config.model: how to compute, see Qwen3Config
 NEED_MODEL = ("diffs", "train", "evaluate")
 ALWAYS = ("report", "tables")  # cheap, and made from what may have changed
@@ -62,7 +55,7 @@ MINIMUM = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 2 for a problem the user can fix, 130 for Ctrl-C.
+    """Returns the exit code: 0, 2 for a problem the user can fix, 75 after SIGTERM, 130 for Ctrl-C.
 
     One of several processes does not return from a failure: it ends at once, and its end ends the others.
     """
@@ -104,6 +97,8 @@ def main(argv: list[str] | None = None) -> int:
         traceback.print_exc()
         code = 1
     if code and several:
+        if code == preemption.EXIT_PREEMPTED:
+            preemption.meet()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # the usual way out waits for processes that wait for this one
@@ -121,6 +116,11 @@ def run(config: Any, workdir: pathlib.Path) -> None:
         raise DitError(f"unknown stage {unknown[0]!r}: stages are {', '.join(ARTIFACTS)}")
     check_minimum(config, MINIMUM)
     _setup_jax()
+    with preemption.listen(), locked(workdir):
+        _run_stages(config, workdir)
+
+
+def _run_stages(config: Any, workdir: pathlib.Path) -> None:
     mesh = None
     if any(stage in NEED_MODEL for stage in config.stages):
         mesh = parallel.make_mesh(dict(config.get("mesh", {"data": -1})))
@@ -136,7 +136,7 @@ def run(config: Any, workdir: pathlib.Path) -> None:
     processes.say(f"writing to {workdir}; curves: tensorboard --logdir {workdir / 'metrics'}")
     model: Any = None
     for stage in (name for name in ARTIFACTS if name in config.stages):
-        done = processes.on_main(functools.partial(_is_done, workdir, stage))
+        done = processes.on_main(functools.partial(is_done, workdir, stage))
         if done and stage not in ALWAYS:
             processes.say(f"[{stage}] done before, not run again")
             continue
@@ -146,32 +146,44 @@ def run(config: Any, workdir: pathlib.Path) -> None:
 
             compute = {name: config.model[name] for name in COMPUTE if name in config.model}
             model = load_model(config.model.path, config.model.dtype, mesh, **compute)
-        _run_and_record(stage, config, workdir, model)
+        work = functools.partial(_run_explained, stage, config, workdir, model)
+        run_once(workdir, stage, work, main_only=stage in ALWAYS)
 
 
-def _run_and_record(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> None:
-    start = time.monotonic()
-
-    def record(facts: dict[str, Any]) -> None:
-        artifacts.mark_done(workdir, stage, time.monotonic() - start, facts)
-
-    if stage in ALWAYS:  # made of files alone
-
-        def work() -> None:
-            record(run_stage(stage, config, workdir, model))
-
-    else:
-        facts = run_stage(stage, config, workdir, model)
-
-        def work() -> None:
-            record(facts)
-
-    processes.on_main(work)
+def _run_explained(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> dict[str, Any]:
+    # What no library turned into one line: a refusing disk, and a config without a key that the stage needs.
+    try:
+        return run_stage(stage, config, workdir, model)
+    except OSError as error:
+        if not artifacts.is_refusal(error):
+            raise
+        place = error.filename or workdir
+        raise DitError(f"cannot use '{place}': {artifacts.reason_of(error)}") from error
+    except (AttributeError, KeyError) as error:
+        key = _missing_key(error, config)
+        if key is None:
+            raise
+        raise DitError(
+            f"the stage '{stage}' needs the config key '{key}': add it, see configs/quickstart.py"
+        ) from error
 
 
-def _is_done(workdir: pathlib.Path, stage: str) -> bool:
-    # A record without its artifact counts for nothing: the folder was deleted to have it made again.
-    return bool(artifacts.stage_done(workdir, stage)) and (workdir / ARTIFACTS[stage]).is_dir()
+def _missing_key(error: BaseException, config: Any) -> str | None:
+    """The dotted key of a config that was asked for and is not there; None if `error` is something else."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if not frames or not frames[-1][0].f_globals["__name__"].startswith("ml_collections."):
+        return None
+    known = frames[-1][0].f_locals
+    name = known.get("attribute", known.get("key"))
+
+    def sections(section: Any, prefix: str) -> Iterator[str]:
+        if section is known.get("self"):
+            yield prefix
+        for key, value in section.items():
+            if isinstance(value, ConfigDict):
+                yield from sections(value, f"{prefix}{key}.")
+
+    return None if name is None else f"{next(sections(config, ''), '')}{name}"
 
 
 def run_stage(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> dict[str, Any]:

@@ -81,6 +81,15 @@ def agree(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.asarray(int(value))))
 
 
+def highest(value: int) -> int:
+    """The highest of what the processes say, on all of them."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.asarray(int(value))).max())
+
+
 def on_main(action: Callable[[], Any]) -> bool:
     """Runs `action` on process 0 while the others wait; whether its result is true, on all processes.
 

@@ -78,7 +78,7 @@ def test_a_failed_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
     retired = [None]
     monkeypatch.setattr(os, "rename", fail_to_publish)
     with (
-        pytest.raises(DitError, match="cannot write '.*store': Input/output error"),
+        pytest.raises(DitError, match="cannot write '.*store': input/output error"),
         artifacts.atomic_dir(folder, replace=True) as temporary,
     ):
         (temporary / "shard").write_text("2")
@@ -92,7 +92,8 @@ def test_a_failed_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
         (errno.ENOSPC, "the disk is full, free some space"),
         (errno.EACCES, "permission denied, choose another folder"),
         (errno.EROFS, "the file system is read-only"),
-        (errno.EIO, os.strerror(errno.EIO)),
+        (errno.EIO, "input/output error, check the disk"),
+        (errno.ELOOP, os.strerror(errno.ELOOP)),
     ],
 )
 def test_a_refusing_disk_is_one_line(tmp_path, monkeypatch, number, reason):

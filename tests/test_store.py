@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from test_qwen3 import TINY
 
+from dit_jax import artifacts
 from dit_jax.deltas import store as diff_store
 from dit_jax.deltas.store import DiffStore
 from dit_jax.deltas.tree import init_lora
@@ -57,14 +58,41 @@ def test_a_shard_that_is_a_link_out_of_the_store_is_refused(folder, tmp_path):
         store.read(3)
 
 
-def test_a_changed_shard_or_a_missing_one_is_refused(folder):
+def test_a_damaged_shard_is_named_when_it_is_read(folder):
     shard = folder / "shards" / "00000.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
     assert diff_store.shard_rows(folder, 0) is None  # the stage makes it again
-    with pytest.raises(DitError, match="damaged"):
+    store = DiffStore(folder)
+    assert_same(store.read(3), diff(3))
+    remedy = r"00000.safetensors' is damaged \(sha256\): delete this file and run the stage 'diffs'"
+    for read in (lambda: store.read(2), lambda: store.stacked([3, 0])):
+        with pytest.raises(DitError, match=remedy):
+            read()
+
+
+def test_a_truncated_shard_a_missing_one_and_a_changed_index_are_named_at_opening(folder):
+    index, shard = folder / "index.csv", folder / "shards" / "00000.safetensors"
+    text = index.read_text()
+    index.write_text(text.replace("tea", "oak"))
+    with pytest.raises(DitError, match="index.csv' is damaged"):
+        DiffStore(folder)
+    index.write_text(text)
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DitError, match="00000.safetensors' has .* bytes instead of"):
         DiffStore(folder)
     shard.unlink()
     with pytest.raises(DitError, match="is missing"):
         DiffStore(folder)
+
+
+def test_each_shard_is_digested_once_and_only_if_it_is_read(folder, monkeypatch):
+    digested, digest = [], artifacts.digest_file
+    monkeypatch.setattr(
+        artifacts, "digest_file", lambda file: digested.append(file.name) or digest(file)
+    )
+    store = DiffStore(folder)
+    assert digested == ["index.csv"]
+    store.read(0), store.stacked([0, 1, 2])
+    assert digested == ["index.csv", "00000.safetensors"]

@@ -25,6 +25,9 @@ from dit_jax.errors import DitError, first_line
 from dit_jax.models.layers import Delta
 
 FORMAT = "dit_jax.diff_store"
+_REPAIR = (
+    "delete this file and run the stage 'diffs' again, which makes it anew and keeps the others"
+)
 PAPER_COLUMNS = ("lora_path", "lora_idx", "n_params", "topic", "trigger", "split")
 
 
@@ -108,14 +111,21 @@ def publish(store: pathlib.Path, shards: int, **fields: Any) -> None:
 class DiffStore:
     """A complete store, opened for reading. `rows` are the index rows; diffs are read when asked for.
 
+    A shard is compared with its digest when its first diff is read: opening a large store costs little.
+
     Raises:
-        DitError: no store, an unfinished one, or damaged files (each is compared with its digest).
+        DitError: no store, an unfinished one, a damaged index, a missing or truncated shard; when diffs are
+            read, a damaged shard.
     """
 
     def __init__(self, path: str | pathlib.Path):
         self.path = pathlib.Path(path)
         remedy = "run the stage 'diffs' that writes it"
-        self.manifest = artifacts.read_manifest(self.path, FORMAT, remedy=remedy)
+        self.manifest = artifacts.read_manifest(
+            self.path, FORMAT, check_digests=False, remedy=remedy, file_remedy=_REPAIR
+        )
+        entry = self.manifest["files"].get("index.csv", {})
+        artifacts.check_file(self.path / "index.csv", entry, _REPAIR)
         try:
             text = (self.path / "index.csv").read_text(encoding="utf-8")
             self.rows = [self._row(row) for row in csv.DictReader(io.StringIO(text))]
@@ -157,7 +167,9 @@ class DiffStore:
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._files:
-            self._files[name] = SafetensorsFile(file_inside(self.path / "shards", name))
+            file = file_inside(self.path / "shards", name)
+            artifacts.check_file(file, self.manifest["files"][f"shards/{name}"], _REPAIR)
+            self._files[name] = SafetensorsFile(file)
         return self._files[name]
 
     def read(self, index: int) -> Delta:

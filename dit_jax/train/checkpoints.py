@@ -1,15 +1,19 @@
 """Orbax, in one place: training checkpoints that are verified at restore, and the exported adapter.
 
 Orbax restores a file with a flipped byte without a word, counts an empty folder as a checkpoint and has no way
-back to an older step. So every checkpoint carries a digest of its state, and restoring takes the newest
-one whose digest agrees.
+back to an older step. So every checkpoint carries a digest of its state, and restoring takes the newest one whose
+digest agrees. The others are moved aside, not deleted: what looks damaged may be needed after all.
 """
 
+import contextlib
+import errno
+import os
 import pathlib
+import re
 import shutil
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,61 +33,172 @@ class Checkpoints:
 
     They hold whole arrays, so a run may go on on another mesh and with another number of processes. All processes
     make every call.
+
+    Args:
+        folder: holds one folder for each step.
+        keep: how many to keep; those that were moved aside do not count.
+        data: digest of what the run trains on.
     """
 
-    def __init__(self, folder: str | pathlib.Path, keep: int = 2):
+    def __init__(self, folder: str | pathlib.Path, keep: int = 2, data: str | None = None):
         from orbax.checkpoint import v1 as ocp
 
-        self.folder = pathlib.Path(folder).absolute()
+        self.folder, self._data = pathlib.Path(folder).absolute(), data
         artifacts.make_dir(self.folder)
         self._saving: Any = None
-        self._checkpointer = ocp.training.Checkpointer(
-            self.folder,
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
+        with _explain_save(self.folder):
+            self._checkpointer = ocp.training.Checkpointer(
+                self.folder,
+                preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+                cleanup_tmp_directories=True,
+            )
 
     def save(self, step: int, state: Any, iterator_state: Any) -> None:
-        """Starts an asynchronous save; waits for an earlier one first. Returns once the state may be reused."""
+        """Starts an asynchronous save; waits for an earlier one first. Returns once the state may be reused.
+
+        Raises:
+            DitError: the file system refuses this save or the earlier one. Older checkpoints are as they were.
+        """
         state = parallel.to_host(state)
-        metadata = {"digest": artifacts.digest_tree(state), "iterator": iterator_state}
-        if self._saving is not None:
-            self._saving.result()  # Orbax would leave out a save that comes during another one
-        self._saving = self._checkpointer.save_async(
-            step, state, force=True, custom_metadata=metadata
-        )
+        metadata = {
+            "digest": artifacts.digest_tree(state),
+            "iterator": iterator_state,
+            "data": self._data,
+        }
+        self.wait()
+        with _explain_save(self.folder):
+            self._saving = self._checkpointer.save_async(
+                step, state, force=True, custom_metadata=metadata
+            )
+
+    def wait(self) -> None:
+        """Waits for the save under way; Orbax would leave out one that comes during another one.
+
+        Raises:
+            DitError: the file system refused it.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            with _explain_save(self.folder):
+                saving.result()
 
     def restore(self, like: Any) -> tuple[int, Any, Any] | None:
-        """(step, state, iterator state) of the newest checkpoint whose digest agrees, None if there is none.
+        """(step, state, iterator state) of the newest sound checkpoint of this data, None if there is none.
 
-        The state comes back with the shardings of `like`, whatever mesh it was saved from. Unsound checkpoints
-        are named on stderr and deleted, so that training can write that step again.
+        The state comes back with the shardings of `like`, whatever mesh it was saved from. A checkpoint whose digest
+        does not agree, or of other data, is named on stderr and moved aside, so that its step can be written again.
+
+        Raises:
+            DitError: a checkpoint cannot be read for a reason that may pass: it is left alone.
         """
         abstract = jax.tree.map(lambda x: _abstract(np.shape(x), x.dtype), like)
         steps = sorted(
             (int(p.name) for p in self.folder.iterdir() if p.name.isdecimal()), reverse=True
         )
         for step in steps:
-            try:
-                state = self._checkpointer.load(step, abstract)
-                metadata = self._checkpointer.metadata(step).custom_metadata
-                sound = artifacts.digest_tree(state) == metadata["digest"]
-            except Exception as e:  # whatever Orbax or tensorstore say of a damaged folder
-                sound, metadata, state = False, str(e), None
-            if processes.agree(sound):
-                return step, jax.tree.map(_place_like, state, like), metadata["iterator"]
-            if processes.is_main():
-                print(
-                    f"checkpoint {self.folder / str(step)} is damaged: going back to the one before",
-                    file=sys.stderr,
-                )
-                shutil.rmtree(self.folder / str(step))
-            processes.barrier("damaged checkpoint deleted")
-            self._checkpointer.reload()
+            state, metadata, problem = self._load(step, abstract)
+            # One process may fail to read what the others can.
+            match processes.highest(_PROBLEMS.index(problem.kind if problem else None)):
+                case 0:
+                    return step, jax.tree.map(_place_like, state, like), metadata["iterator"]
+                case 3:
+                    said = problem.text if problem else "another process cannot read it"
+                    raise DitError(
+                        f"the checkpoint '{self.folder / str(step)}' cannot be read now ({said}): "
+                        "run the same command again; if that does not help, delete that folder"
+                    )
+                case worst:
+                    self._set_aside(step, _PROBLEMS[worst] or "", problem.text if problem else "")
         return None
 
+    def _load(self, step: int, abstract: Any) -> tuple[Any, Any, "_Problem | None"]:
+        try:
+            metadata = self._checkpointer.metadata(step).custom_metadata
+            if metadata.get("data", self._data) != self._data:
+                return None, None, _Problem("other-data", "it was trained on other diffs")
+            state = self._checkpointer.load(step, abstract)
+            if artifacts.digest_tree(state) != metadata["digest"]:
+                return None, None, _Problem("damaged", "its values differ from the digest")
+        except Exception as error:  # whatever Orbax or tensorstore say of a damaged folder
+            number = _os_error(error)
+            kind = "unreadable" if number in _MAY_PASS else "damaged"
+            reason = os.strerror(number) if number else first_line(error)
+            return None, None, _Problem(kind, reason[:200])
+        return state, metadata, None
+
+    def _set_aside(self, step: int, kind: str, reason: str) -> None:
+        def move() -> None:
+            target = self.folder / f"{kind}-{step}"
+            count = 2
+            while target.exists():
+                target, count = self.folder / f"{kind}-{step}.{count}", count + 1
+            with artifacts.explain_os_errors("move aside", self.folder / str(step)):
+                (self.folder / str(step)).rename(target)
+            print(
+                f"checkpoint '{self.folder / str(step)}' is not used ({reason or kind}): "
+                f"moved to '{target.name}', going back to the one before",
+                file=sys.stderr,
+            )
+
+        processes.on_main(move)
+        self._checkpointer.reload()
+
     def close(self) -> None:
-        self._checkpointer.close()
+        """Waits for the save under way.
+
+        Raises:
+            DitError: the file system refused it.
+        """
+        try:
+            self.wait()
+        finally:
+            # It would raise a failed save again, which `wait` has reported.
+            with contextlib.suppress(Exception):
+                self._checkpointer.close()
+
+
+# Why a checkpoint is not used, the worst last; None: it is.
+_PROBLEMS = (None, "other-data", "damaged", "unreadable")
+# Of the connection, the permissions or this process, not of the files.
+_MAY_PASS = frozenset({
+    errno.EACCES, errno.EPERM, errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ENOMEM, errno.ENFILE,
+    errno.EMFILE, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED,
+    errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+})  # fmt: skip
+
+
+class _Problem(NamedTuple):
+    kind: str
+    text: str
+
+
+def _os_error(error: BaseException) -> int | None:
+    """The errno behind what Orbax raised: of an OSError, or as tensorstore writes it into its messages."""
+    seen: set[int] = set()
+    following: BaseException | None = error
+    while following is not None and id(following) not in seen:
+        seen.add(id(following))
+        if isinstance(following, OSError) and following.errno:
+            return following.errno
+        if isinstance(following, MemoryError):
+            return errno.ENOMEM
+        if found := re.search(r"os_error_code='(\d+)'", str(following)):
+            return int(found[1])
+        following = following.__cause__ or following.__context__
+    return None
+
+
+@contextlib.contextmanager
+def _explain_save(folder: pathlib.Path) -> Iterator[None]:
+    """Turns what Orbax raises when the file system refuses a save into a DitError."""
+    try:
+        yield
+    except Exception as error:
+        number = _os_error(error)
+        if number is None:
+            raise
+        reason = artifacts.reason_of(OSError(number, os.strerror(number)))
+        raise DitError(f"cannot save a checkpoint in '{folder}': {reason}") from error
 
 
 def export_adapter(folder: str | pathlib.Path, adapter: Delta, **facts: Any) -> None:
@@ -98,12 +213,17 @@ def export_adapter(folder: str | pathlib.Path, adapter: Delta, **facts: Any) -> 
         name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in store.flatten(adapter).items()
     }
     folder = pathlib.Path(folder).absolute()
-    written = (
-        folder.parent / f".{folder.name}.checkpoint"
-    )  # a name that all processes know: Orbax asks all of them
-    processes.on_main(lambda: shutil.rmtree(written, ignore_errors=True))
+    # A name that all processes know: Orbax asks all of them.
+    written = folder.parent / f".{folder.name}.checkpoint"
+
+    def clear() -> None:  # what a killed process left, Orbax's temporary folders included
+        for leftover in folder.parent.glob(f"{written.name}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    processes.on_main(clear)
     artifacts.make_dir(folder.parent)
-    ocp.save(written, adapter)
+    with _explain_save(folder.parent):
+        ocp.save(written, adapter)
 
     def publish() -> None:
         with artifacts.atomic_dir(folder, replace=True) as temporary:

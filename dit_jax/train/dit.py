@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import json
-import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -12,13 +10,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax import artifacts, parallel, processes, shardings
+from dit_jax import artifacts, parallel, preemption, processes, shardings
 from dit_jax.api import Model, check_base
 from dit_jax.data.batch import TokenBatch
 from dit_jax.deltas.store import DiffStore
 from dit_jax.deltas.tree import PROJECTIONS, init_lora, per_example, trainable, with_scale
 from dit_jax.errors import DitError
-from dit_jax.metrics import Meter, Metrics, Profile, count_work
+from dit_jax.metrics import Meter, Metrics, Profile, count_work, read_records
 from dit_jax.models.config import Qwen3Config
 from dit_jax.models.layers import Delta
 from dit_jax.models.qwen3 import Params
@@ -164,24 +162,23 @@ def train_adapter(
             parallel.put, state, state_shardings(model.config, mesh, optimizer, state)
         )
         adapter = shardings.put_delta(model.config, mesh, adapter)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=train.keep_checkpoints)
-    log = workdir / "train.jsonl"
+    data = artifacts.content_digest(store_path)
+    checkpoints = Checkpoints(workdir / "checkpoints", train.keep_checkpoints, data)
     start = 0
     restored = checkpoints.restore(state)
     if restored is not None:
         start, state, iterator_state = restored
         iterator.set_state(iterator_state)
-    processes.on_main(lambda: _truncate_log(log, start))
 
     # ---------------------------------------------------------------- loop
     pending: list[tuple[int, dict[str, jax.Array]]] = []
     meter, folder = Meter(model.config, mesh), workdir / "metrics"
     with (
         Progress("adapter", train.steps) as progress,
-        open(log if processes.is_main() else os.devnull, "a") as out,
         contextlib.closing(checkpoints),  # waits for a save under way, also after Ctrl-C
         Metrics(folder, "train", lambda step: step < start, processes.is_main()) as curves,
         Profile(folder / "profile" / "train", train.get("profile", (0, 0))) as profile,
+        preemption.hold() as notice,
     ):
         progress.advance(start)
         for step in range(start, train.steps):
@@ -201,14 +198,13 @@ def train_adapter(
                 )
             pending.append((step, metrics))
             last = step + 1 == train.steps
-            saves = last or (step + 1) % train.save_every == 0
+            stops = notice.reached(step)
+            saves = last or stops or (step + 1) % train.save_every == 0
             if saves or (step + 1) % train.log_every == 0:
                 # Before a checkpoint, so that a resumed run's log has no gap. The only place that waits for the device.
                 for at, values in pending:
                     numbers = {name: float(value) for name, value in values.items()}
-                    out.write(json.dumps({"step": at, **numbers}) + "\n")
                     curves.write(at, {**numbers, **(meter.lap() if at == step else {})})
-                out.flush()
                 curves.flush()
                 loss = float(metrics["loss"])
                 if not np.isfinite(loss):
@@ -219,6 +215,8 @@ def train_adapter(
                 pending = []
             if saves:
                 checkpoints.save(step + 1, state, iterator.get_state())
+            if stops:
+                raise preemption.Preempted
 
     # ---------------------------------------------------------------- export
     export_adapter(
@@ -232,9 +230,7 @@ def train_adapter(
         diffs=len(members),
         seed=seed,
     )
-    curve = (
-        [json.loads(line) for line in log.read_text().splitlines()] if processes.is_main() else []
-    )
+    curve = read_records(folder / "train.jsonl") if processes.is_main() else []
     return {"steps": train.steps, "loss_curve": [[r["step"], round(r["loss"], 5)] for r in curve]}
 
 
@@ -243,16 +239,3 @@ def _read_options() -> Any:
 
     # In-memory data: threads and prefetching cost more than they hide.
     return grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-
-
-def _truncate_log(log: pathlib.Path, start: int) -> None:
-    """Drops what an interrupted run logged after the checkpoint that training goes on from."""
-    lines = log.read_text().splitlines() if log.exists() else []
-    kept = []
-    for line in lines:
-        try:
-            if json.loads(line)["step"] < start:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            break  # a line cut off by a kill
-    artifacts.write_text(log, "".join(kept))

@@ -1,0 +1,145 @@
+"""The folder of a run: one program in it at a time, and which of its stages are finished and still current."""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dit_jax import artifacts, processes
+from dit_jax.errors import DitError
+
+# The stages in their order, each with the folder of the workdir that it leaves.
+ARTIFACTS = {
+    "pretrain": "base",
+    "diffs": "diffs",
+    "train": "adapter",
+    "evaluate": "evaluate",
+    "report": "report",
+    "tables": "tables",
+}
+INPUTS = {
+    "train": ("diffs",),
+    "evaluate": ("diffs", "train"),
+}  # stages whose artifacts a stage reads
+LOCK = ".lock"
+LOCK_WAIT_SECONDS = 2.0  # a predecessor that was killed may take a moment to be gone
+_HELD = (errno.EAGAIN, errno.EACCES)
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Holds the workdir for this run, on process 0; the system gives it back whatever ends the process.
+
+    Where the file system knows no locks (some network mounts) one line says so, and the run goes on.
+
+    Raises:
+        DitError: another run holds it, or the folder cannot be made.
+    """
+    handle: list[int] = []
+
+    def acquire() -> None:
+        file = artifacts.make_dir(workdir) / LOCK
+        with artifacts.explain_os_errors("write", file):
+            handle.append(os.open(file, os.O_RDWR | os.O_CREAT, 0o644))
+        if _acquire(handle[0], workdir):
+            _remove_leftovers(workdir)
+
+    try:
+        processes.on_main(acquire)
+        yield
+    finally:
+        for number in handle:
+            os.close(number)
+
+
+def _remove_leftovers(workdir: Path) -> None:
+    # Of writers that were killed. Nobody else is writing now.
+    for leftover in list(workdir.rglob(".*.tmp-" + "[0-9a-f]" * 12)):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _acquire(handle: int, workdir: Path) -> bool:
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in _HELD:
+                print(
+                    f"note: '{workdir}' cannot be locked ({error.strerror}): "
+                    "see to it that no other run uses it",
+                    file=sys.stderr,
+                )
+                return False
+        if time.monotonic() > deadline:
+            holder = os.pread(handle, 100, 0).decode("utf-8", "replace").strip()
+            raise DitError(
+                f"another run is at work in '{workdir}' ({holder or 'unknown process'}): "
+                "wait for its end, or use another --workdir"
+            )
+        time.sleep(0.1)
+    with contextlib.suppress(OSError):  # for the message alone
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+    return True
+
+
+def is_done(workdir: Path, stage: str) -> bool:
+    """Whether a stage is finished, its artifact is there, and what it was made from has not changed since.
+
+    A record without its artifact counts for nothing: the folder was deleted to have it made again. So was a file
+    that its manifest lists.
+    """
+    record = artifacts.stage_done(workdir, stage)
+    folder = workdir / ARTIFACTS[stage]
+    if not record or not folder.is_dir():
+        return False
+    if missing := artifacts.missing_file(folder):
+        processes.say(f"[{stage}] '{folder / missing}' is missing: run again")
+        return False
+    made_from = record.get("inputs") or {}
+    for name, digest in input_digests(workdir, stage).items():
+        if made_from.get(name, digest) != digest:
+            processes.say(f"[{stage}] '{ARTIFACTS[name]}' has changed since: run again")
+            return False
+    return True
+
+
+def input_digests(workdir: Path, stage: str) -> dict[str, str]:
+    """{stage: digest of its artifact} of the artifacts that a stage reads, as far as they are there."""
+    digests = {
+        name: artifacts.content_digest(workdir / ARTIFACTS[name]) for name in INPUTS.get(stage, ())
+    }
+    return {name: digest for name, digest in digests.items() if digest}
+
+
+def run_once(
+    workdir: Path, stage: str, work: Callable[[], dict[str, Any]], main_only: bool = False
+) -> None:
+    """Runs a stage and marks it as finished, with its time, its facts and what it was made from.
+
+    Args:
+        work: the stage; returns facts for its record.
+        main_only: whether it is made of files alone, and so the business of process 0.
+    """
+    start = time.monotonic()
+    inputs = input_digests(workdir, stage)
+
+    def record(facts: dict[str, Any]) -> None:
+        artifacts.mark_done(workdir, stage, time.monotonic() - start, {**facts, "inputs": inputs})
+
+    if main_only:
+        processes.on_main(lambda: record(work()))
+    else:
+        processes.on_main(functools.partial(record, work()))
