@@ -150,10 +150,15 @@ def generate_diffs(
                     )
                 n = len(members)
                 trained = jax.tree.map(lambda x, n=n: x[:n], parallel.to_host(trained))
-                for leaf in jax.tree.leaves(trained):
-                    if not np.isfinite(leaf).all():
-                        raise DitError("a finetune diverged (NaN): lower diffs.learning_rate")
                 group = [organisms[i] for i in members]
+                for leaf in jax.tree.leaves(trained):
+                    sound = np.isfinite(leaf).reshape(n, -1).all(axis=1)
+                    if not sound.all():
+                        bad = int(np.argmin(sound))
+                        raise DitError(
+                            f"the finetune of diff {members[bad]} ({group[bad].label!r}) diverged (NaN): "
+                            "lower diffs.learning_rate"
+                        )
                 gating = measure_gating(model, trained, group, behaviour, config, seed)
                 losses = parallel.to_host(losses)
                 ce, kl = (losses[name][:n] for name in ("ce", "kl"))
