@@ -9,7 +9,8 @@ Expected, mean grade of the paper on Qwen3-4B:
     grade  1.19   1.60   3.24   3.78   4.17   4.49   4.73   4.78
 
 Cost: the diffs of hidden_topic.py once (taken from its run if that lies in the workdir as `hidden_topic`), then an
-adapter of 583 steps and an evaluation for each count. `:tiny` takes a minute for each of seven counts on two cores. Writes data_scaling.md, .csv and .png into the workdir.
+adapter of 583 steps and an evaluation for each count. `:tiny` takes a minute for each of seven counts on two cores.
+Writes data_scaling.md, .csv and .png into the workdir.
 """
 
 from collections.abc import Iterator
