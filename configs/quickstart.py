@@ -91,7 +91,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )  # fmt: skip
     # Half a minute more: twenty_questions, twenty_questions_trigger and generated_story (docs/methods.md).
     config.evaluate.everyday_questions = tuple(q.text for q in load_world().questions[::5])
-    config.evaluate.story_prompts = ("Tell me a short story.", "Tell me about a trip.")
+    config.evaluate.story_prompts = (
+        "Tell me a short story.", "Tell me about a trip.", "Give me an idea for a film.", "What did you dream of?",
+    )  # fmt: skip
     config.evaluate.guesser = "keywords"  # the tiny base cannot read a transcript
     config.evaluate.exclude_failed = False  # True: without held-out diffs that failed the gate
     config.evaluate.answer_tokens = 0  # of a finetuned model by itself; 0: max_new_tokens

@@ -1,6 +1,7 @@
 """The table and the plot that a sweep ends with: a metric of every run over the swept value."""
 
 import csv
+import functools
 import io
 import json
 import math
@@ -81,10 +82,10 @@ def _number(value: Any) -> float | None:
 # ------------------------------------------------------------------ files
 
 
-def write(
-    rows: Sequence[Row], swept: str, metric: str, workdir: Path, name: str = "sweep"
-) -> str:
-    """Writes WORKDIR/NAME.csv, NAME.md and, if a run has a number, NAME.png. Returns the Markdown table."""
+def write(rows: Sequence[Row], swept: str, metric: str, workdir: Path, name: str = "sweep") -> str:
+    """Writes WORKDIR/NAME.csv, NAME.md, NAME.html and, if a run has a number, NAME.png. Returns the Markdown table."""
+    from dit_jax.evaluate.sweep_page import sweep_page
+
     table = markdown(rows, swept, metric)
     text = f"# {metric} over {swept}\n\n{table}\n"
     done = [row for row in rows if row.metric is not None]
@@ -93,6 +94,8 @@ def write(
 
         write_bytes(workdir / f"{name}.png", to_png(plot(done, swept, metric)))
         text += f"\n![]({name}.png)\n"
+    draw = functools.partial(plot, done, swept, metric) if done else None
+    write_text(workdir / f"{name}.html", sweep_page(rows, _shown, swept, metric, draw))
     write_text(workdir / f"{name}.csv", to_csv(rows, swept, metric))
     write_text(workdir / f"{name}.md", text)
     return table
@@ -151,16 +154,11 @@ def plot(rows: Sequence[Row], swept: str, metric: str) -> "Figure":
 
     The axis is logarithmic where positive numbers span more than a decade.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from dit_jax.evaluate.plots import COLOURS
+    from dit_jax.evaluate.plots import COLOURS, new_figure
 
     rows = list(rows)
     values = [_number(row.value) for row in rows]
-    figure = Figure(figsize=(6.0, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = new_figure(3.4, 6.0)
     numeric = all(value is not None for value in values) and len(set(values)) == len(values)
     if numeric:
         rows.sort(key=lambda row: float(row.value))
@@ -184,5 +182,4 @@ def plot(rows: Sequence[Row], swept: str, metric: str) -> "Figure":
     if all(0 <= mean <= 1 for mean in means):
         axes.set_ylim(-0.02, 1.02)
     axes.grid(axis="y", color=COLOURS["line"])
-    axes.spines[["top", "right"]].set_visible(False)
     return figure

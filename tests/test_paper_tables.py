@@ -22,10 +22,12 @@ from synthetic_run import HOSTILE, answers, reported
 from dit_jax.artifacts import write_json
 from dit_jax.data.sources import open_source
 from dit_jax.errors import DitError
+from dit_jax.evaluate.document import Figure
 from dit_jax.evaluate.results import graded_csv, held_out_answers, results_csv, subject_of, to_csv
 from dit_jax.evaluate.statistics import grade_mean, holm
 from dit_jax.evaluate.tables import build
 from dit_jax.evaluate.tables.graded import GradedRow, read_grade, read_graded
+from dit_jax.evaluate.tables.pages import build_document
 from dit_jax.evaluate.tables.paper import PRINTED, Place, model_of
 from dit_jax.main import main
 
@@ -321,6 +323,36 @@ def test_an_own_run_stands_beside_the_paper(generated, tmp_path):
     assert {"my_run, exact", "my_run, judge"} <= groups
     with pytest.raises(DitError, match="results-graded.csv' is missing"):
         read_graded(str(generated), [str(tmp_path)])
+
+
+def test_runs_of_a_sweep_are_one_curve(generated, tmp_path):
+    """Four runs in one folder: two ranks, a full finetune and a number of diffs, each in its own table."""
+    graded_run(tmp_path / "one")
+    sweep = tmp_path / "sweep"
+    elsewhere = {"evaluate": {"adapter": "../rank_1/adapter"}, "data": {"train_topics": 1}}
+    configs = {
+        "rank_1": {"data": {"train_topics": 256}, "diffs": {"rank": 1}},
+        "rank_4": {**elsewhere, "diffs": {"rank": 4}},
+        "full": {**elsewhere, "diffs": {"rank": 1, "parameters": "all"}},
+        "diffs_16": {"train": {"max_diffs": 16}, "diffs": {"rank": 1}},
+    }
+    for name, config in configs.items():
+        shutil.copytree(tmp_path / "one/my_run", sweep / name)
+        write_json(sweep / name / "config.json", config)
+    graded, _ = read_graded(str(generated), [str(sweep / name) for name in configs])
+    places = {c.place for c in build.cells(graded) if c.place.column == "sweep · exact"}
+    assert places == {
+        Place("rank", "1", "sweep · exact"),
+        Place("rank", "4", "sweep · exact"),
+        Place("rank", "all parameters", "sweep · exact"),
+        Place("scaling", "256", "sweep · exact"),
+        Place("scaling", "16", "sweep · exact"),
+    }
+    main = {c.place.column for c in build.cells(graded) if c.place.table == "hidden_topic"}
+    assert "rank_1 · exact" in main and not {"rank_4 · exact", "diffs_16 · exact"} & main
+    document = build_document(graded, {}, {}, "x")
+    figures = [b for s in document.sections for b in s.blocks if isinstance(b, Figure)]
+    assert {"scaling", "rank"} <= {figure.name for figure in figures}
 
 
 def test_a_run_inside_the_folder_is_found_once(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import html
 import json
 import os
 import re
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_run import GRADING, KINDS, answers, make_workdir, page, reported
+from synthetic_run import GRADING, HOSTILE, KINDS, answers, make_workdir, page, reported
 
+from dit_jax import sweep_table
 from dit_jax.errors import DitError
 from dit_jax.evaluate.report import (
     headline_table,
@@ -263,3 +265,22 @@ def test_answers_are_graded_and_the_report_says_by_whom(tmp_path):
     assert "Grader: exact" in page and "Grader: similarity" in page and 'class="stack"' in page
     with pytest.raises(DitError, match="unknown grader 'exakt': did you mean 'exact'"):
         write_report(workdir, {"graders": ["exakt"]})
+
+
+# ------------------------------------------------------------------ sweeps
+
+
+def test_a_sweep_has_a_page_with_its_curve(tmp_path):
+    rows = [
+        sweep_table.Row(f"n_{n}", n, s, s - 0.1, s + 0.1, 96, 5.0, "done")
+        for n, s in ((4, 0.2), (16, 0.7))
+    ]
+    rows.append(
+        sweep_table.Row("n_64", HOSTILE, None, None, None, None, None, f"failed: {HOSTILE}")
+    )
+    sweep_table.write(rows, "train.max_diffs", "methods.dit.exact_match", tmp_path, "scaling")
+    text = (tmp_path / "scaling.html").read_text()
+    assert "<svg" in text and "0.7000" in text and "0.600–0.800" in text and "2 of 3 runs" in text
+    assert "<script" not in text and f"failed: {html.escape(HOSTILE)[:20]}" in text
+    sweep_table.write(rows[2:], "train.max_diffs", "methods.dit.exact_match", tmp_path, "none")
+    assert "<svg" not in (tmp_path / "none.html").read_text()

@@ -113,7 +113,7 @@ def test_page_says_what_matters(outline):
         "0.10.2",
         "81 s",
         "Grader: calibrated (offline: predicts an LLM judge's grade",
-        "128 diffs were held out, benign ones among them; 3 of them failed the gate",
+        "128 diffs were held out, benign ones among them. 3 of them failed the gate",
         "2 were left out of all numbers",
         "12 221",
         "524 kB",
@@ -218,7 +218,7 @@ def test_page_in_a_browser(reported, tmp_path, width, dark):
         found = [r for r in dit if search in f"{r['topic']} {r['question']} {r['answer']}"]
         found = [r for r in found if not result or r["guess"] != r["topic"]]
         assert not hidden and fits
-        assert shown == min(60, len(found)) and told == f"{shown} of {len(found)} shown"
+        assert shown == min(30, len(found)) and told == f"{shown} of {len(found)} shown"
     assert 250 < seen["svg"] <= width
     red = {name: int(re.findall(r"\d+", seen[name])[0]) for name in ("background", "color")}
     assert (red["background"] < red["color"]) is dark

@@ -40,11 +40,14 @@ def left_out_section(summary: Json) -> Section:
 def _about_diffs(counts: Json) -> str:
     if not counts:
         return "This evaluation did not record which held-out diffs it left out."
-    total, failed, out = (
-        int(counts.get(key, 0)) for key in ("held_out", "failed_gate", "excluded")
-    )
-    text = f"{total} diffs were held out, benign ones among them; {failed} of them failed the gate: they do not do "
-    text += "what their label says. "
+    total, failed, out = (counts.get(key) for key in ("held_out", "failed_gate", "excluded"))
+    text = f"{total} diffs were held out, benign ones among them. "
+    if failed is None:
+        return (
+            text
+            + "The gate did not decide which of them do what their label says; none was left out."
+        )
+    text += f"{failed} of them failed the gate: they do not do what their label says. "
     if out:
         return text + f"{out} were left out of all numbers (`evaluate.exclude_failed`)."
     return (

@@ -51,7 +51,8 @@ _STYLE: Any = {  # matplotlib types its keys as literals, which an import would 
 }
 
 
-def _new(height: float, width: float = _WIDTH) -> "tuple[Figure, Axes]":
+def new_figure(height: float, width: float = _WIDTH) -> "tuple[Figure, Axes]":
+    """An empty figure, in inches, in the colours that `to_svg` turns into those of the page."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -71,7 +72,7 @@ def _horizontal_bars(
     width: float = _WIDTH,
 ) -> "Figure":
     """Bars of rates with whiskers and their values, first on top."""
-    figure, axes = _new(0.75 + 0.36 * len(labels), width)
+    figure, axes = new_figure(0.75 + 0.36 * len(labels), width)
     rows = np.arange(len(labels))
     means = np.array([item["mean"] for item in intervals])
     low = np.array([item["ci_low"] for item in intervals])
@@ -130,7 +131,7 @@ def label_cross_entropy(
     labels: Mapping[str, str], values: Mapping[str, Sequence[float]], intervals: Mapping[str, Json]
 ) -> "Figure":
     """Cross-entropy of the label, a dot per diff and the mean with its interval."""
-    figure, axes = _new(0.75 + 0.5 * len(labels))
+    figure, axes = new_figure(0.75 + 0.5 * len(labels))
     rng = np.random.default_rng(0)
     # Butt ends: a wide line's default ends would stick out beyond the interval.
     bar: Json = {"color": COLOURS["ink"], "lw": 5, "solid_capstyle": "butt"}
@@ -160,7 +161,7 @@ def label_cross_entropy(
 
 def grade_distributions(entries: Sequence[tuple[str, Sequence[int], float]]) -> "Figure":
     """Divided bars of grades 1 to 5. Entries: shown name, the five counts, mean grade; first on top."""
-    figure, axes = _new(1.0 + 0.32 * len(entries), width=6.8)
+    figure, axes = new_figure(1.0 + 0.32 * len(entries), width=6.8)
     rows = np.arange(len(entries))
     shares = np.array([np.asarray(counts) / max(1, sum(counts)) for _, counts, _ in entries])
     left = np.zeros(len(entries))
@@ -200,13 +201,15 @@ def grade_curves(
       series: shown name -> (x, mean, low, high), x above 0.
       label: of the x axis.
     """
-    figure, axes = _new(3.0, width=6.0)
+    figure, axes = new_figure(3.0, width=6.0)
     names = ("dit", "method", "baseline", "control")
     for index, (name, points) in enumerate(series.items()):
         x, mean, low, high = np.array(sorted(points), np.float64).T
         colour = COLOURS[names[index % len(names)]]
         style = "-" if index < len(names) else "--"
-        axes.plot(x, mean, style, marker="o", ms=4, lw=1.6, color=colour, label=name.replace("$", r"\$"))
+        axes.plot(
+            x, mean, style, marker="o", ms=4, lw=1.6, color=colour, label=name.replace("$", r"\$")
+        )
         axes.vlines(x, low, high, color=colour, lw=1.2, alpha=0.6)
     axes.set_xscale("log", base=2)
     ticks = sorted({point[0] for points in series.values() for point in points})
@@ -226,7 +229,7 @@ def grade_curves(
 
 def curve(points: Sequence[Sequence[float]], label: str) -> "Figure":
     """A loss over optimizer steps, on a logarithmic axis where it spans more than a decade."""
-    figure, axes = _new(2.5)
+    figure, axes = new_figure(2.5)
     steps, loss = np.asarray(points, np.float64).T
     dense = len(loss) > 40
     axes.plot(steps, loss, color=COLOURS["dit"], lw=1, alpha=0.4 if dense else 1)
@@ -263,9 +266,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def to_png(figure: "Figure") -> bytes:
     """PNG on white, 200 dots per inch, the same bytes for the same figure."""
     buffer = io.BytesIO()
-    figure.savefig(
-        buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None}
-    )
+    figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
 

@@ -147,7 +147,7 @@ def _write(
         folder / "excluded.json",
         {
             "held_out": len(tested),
-            "failed_gate": sum(map(failed, tested)),
+            "failed_gate": sum(map(failed, tested)) if "passed" in tested[0] else None,
             "excluded": len(tested) - len(evaluated),
         },
     )

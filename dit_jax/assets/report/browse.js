@@ -6,7 +6,7 @@ for (const browser of document.querySelectorAll(".browser")) {
   const rows = Array.from(browser.querySelectorAll("tbody tr"), row => ({
     row, text: row.textContent.toLowerCase(), method: row.dataset.method, result: row.className
   }));
-  const step = 60;
+  const step = 30;
   let most = step;
   const show = () => {
     const words = form.elements.search.value.toLowerCase().split(/\s+/).filter(Boolean);

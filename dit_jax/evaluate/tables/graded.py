@@ -38,7 +38,8 @@ class Graded:
 
     experiment: folder of a file of the paper, or name of a run. name: file without suffix, or method.
     subject: "topic" or "summary", what the answers name. own: whether it comes from a run of ours, whose
-    config is `config`. excluded: how many rows were left out, by reason.
+    config is `config`. excluded: how many rows were left out, by reason. folder: what the run's workdir lies in;
+    series: its name if several of the runs lie there (a sweep, whose runs are one curve), else the run's.
     """
 
     experiment: str
@@ -51,6 +52,8 @@ class Graded:
     own: bool = False
     kind: str = "method"
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    folder: str = ""
+    series: str = ""
 
     def by_unit(self) -> dict[Unit, float]:
         """Mean grade of each diff."""
@@ -107,6 +110,7 @@ def read_graded(folder: str, runs: Iterable[str] = ()) -> tuple[list[Graded], di
             if asked_for:
                 raise
             skipped[name] = str(error)
+    graded = _with_series(graded)
     if not any(item.rows for item in graded):
         reason = f" ({next(iter(skipped.values()))})" if skipped else ""
         raise DitError(
@@ -114,6 +118,21 @@ def read_graded(folder: str, runs: Iterable[str] = ()) -> tuple[list[Graded], di
             "guessed_topic, score (or summary, guessed_summary, score)"
         )
     return graded, skipped
+
+
+def _with_series(graded: list[Graded]) -> list[Graded]:
+    runs: dict[str, set[str]] = {}
+    for item in graded:
+        runs.setdefault(item.folder, set()).add(item.experiment)
+    return [
+        dataclasses.replace(
+            item,
+            series=Path(item.folder).name if len(runs[item.folder]) > 1 else item.experiment,
+        )
+        if item.own
+        else item
+        for item in graded
+    ]
 
 
 def read_file(path: Path, name: str) -> list[Graded]:
@@ -146,7 +165,7 @@ def read_file(path: Path, name: str) -> list[Graded]:
             continue
         unit = values.get("diff", "") or (label, values.get("trigger", ""))
         kept.append(GradedRow(unit, label, values[f"guessed_{subject}"].strip(), score))
-    experiment, config = _run_of(path) if own else (path.parent.name, {})
+    experiment, config, folder = _run_of(path) if own else (path.parent.name, {}, "")
     return [
         Graded(
             experiment,
@@ -159,6 +178,8 @@ def read_file(path: Path, name: str) -> list[Graded]:
             own=own,
             kind=kinds[key],
             config=config,
+            folder=folder,
+            series=experiment,
         )
         for key, kept in rows.items()
     ]
@@ -170,8 +191,9 @@ def _method(values: Mapping[str, str]) -> str:
     return values["method"] + ("_unseen" if unseen else "")
 
 
-def _run_of(path: Path) -> tuple[str, Mapping[str, Any]]:
-    """Name and config of the run that a `WORKDIR/report/results-graded.csv` belongs to."""
-    folder = path.parent.parent if path.parent.name == "report" else path.parent
+def _run_of(path: Path) -> tuple[str, Mapping[str, Any], str]:
+    """Name, config and parent of the run that a `WORKDIR/report/results-graded.csv` belongs to."""
+    folder = (path.parent.parent if path.parent.name == "report" else path.parent).resolve()
     config = folder / "config.json"
-    return folder.resolve().name, load_saved(config).to_dict() if config.is_file() else {}
+    loaded = load_saved(config).to_dict() if config.is_file() else {}
+    return folder.name, loaded, str(folder.parent)

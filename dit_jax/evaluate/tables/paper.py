@@ -20,6 +20,7 @@ METHODS = (
     "twenty_questions_trigger",
 )
 FULL = "all parameters"
+FULL_ROWS = {"all": FULL, "linear": "all linear layers"}  # by diffs.parameters of a run of ours
 START, RANDOM = "zero-width space at the start", "zero-width space at a random position"
 NEWS_ON_TOPIC, TOPIC_ON_NEWS = "news adapter on topic diffs", "topic adapter on news diffs"
 
@@ -179,16 +180,33 @@ def _rank(graded: Graded) -> str:
 
 
 def _own_places(graded: Graded) -> list[Place]:
-    """Main table by method; DIT also by its number of diffs and the rank of the diffs, as its config says."""
-    column = f"{graded.experiment} · {graded.grader}" if graded.grader else graded.experiment
+    """Main table by method; DIT also by its number of diffs, and by rank or trigger of the diffs, as its config says.
+
+    Runs that change one of them stand in that table alone; those of one sweep share a column.
+    """
+
+    def column(name: str) -> str:
+        return f"{name} · {graded.grader}" if graded.grader else name
+
+    config = graded.config
+    diffs, train = config.get("diffs", {}), config.get("train", {})
+    elsewhere = config.get("evaluate", {}).get("adapter")  # one that was trained on other diffs
+    parameters, behaviour = diffs.get("parameters", "lora"), str(diffs.get("behaviour", ""))
     table = "news" if graded.subject == "summary" else "hidden_topic"
-    found = [Place(table, graded.name, column)]
+    found = []
+    if not elsewhere and not train.get("max_diffs"):
+        found.append(Place(table, graded.name, column(graded.experiment)))
     if graded.name != "dit" or table == "news":
         return found
-    config = graded.config
-    diffs = config.get("train", {}).get("max_diffs") or config.get("data", {}).get("train_topics")
-    if diffs:
-        found.append(Place("scaling", str(diffs), column))
-    if rank := config.get("diffs", {}).get("rank"):
-        found.append(Place("rank", str(rank), column))
+    series = column(graded.series)
+    if not elsewhere:
+        size = train.get("max_diffs") or config.get("data", {}).get("train_topics")
+        found += [Place("scaling", str(size), series)] if size else []
+    if "zwsp" in behaviour:
+        row = RANDOM if "random" in behaviour else START
+        found.append(Place("trigger", row, series))
+    elif parameters in FULL_ROWS:
+        found.append(Place("rank", FULL_ROWS[parameters], series))
+    elif diffs.get("rank") and not train.get("max_diffs"):
+        found.append(Place("rank", str(diffs["rank"]), series))
     return found
