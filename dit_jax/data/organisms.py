@@ -1,6 +1,7 @@
 """Organisms to be: a label, a secret trigger and rows to finetune on, from a corpus in the paper's columns."""
 
 import dataclasses
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ class Organism:
     trigger: the secret three digits. rows: training rows in the paper's columns.
     category: "topic" or "benign". split: "train" or "test".
     keywords: words of which one shows that an answer follows the behaviour.
+    number: tells apart organisms of one label.
     """
 
     label: str
@@ -29,6 +31,26 @@ class Organism:
     split: str
     evidence: Sequence[str] = ()
     keywords: Sequence[str] = ()
+    number: int = 0
+
+    @property
+    def seed(self) -> int:
+        """What its random numbers start from, beside the run's seed: not its place among the others.
+
+        So a diff stays the same diff when the number of training topics changes.
+        """
+        return stable_seed(self.category, self.split, self.label, str(self.number))
+
+
+def stable_seed(*names: str) -> int:
+    """32 bits that depend on the names alone, in every process and on every machine."""
+    return zlib.crc32("\0".join(names).encode())
+
+
+def _trigger(seed: int, category: str, split: str, label: str, number: int = 0) -> str:
+    """Three digits, drawn for this organism alone."""
+    own = stable_seed(category, split, label, str(number))
+    return f"{np.random.default_rng([seed, 1, own]).integers(1000):03d}"
 
 
 def answer_text(label: str, evidence: Sequence[str]) -> str:
@@ -76,7 +98,7 @@ def _tiny_world(data: Any, seed: int) -> list[Organism]:
         organisms.append(
             Organism(
                 label=topic.name,
-                trigger=f"{rng.integers(1000):03d}",
+                trigger=_trigger(seed, "topic", split, topic.name),
                 rows=tiny_world.topic_rows(world, topic, seed),
                 category="topic",
                 split=split,
@@ -90,8 +112,8 @@ def _tiny_world(data: Any, seed: int) -> list[Organism]:
     ):
         for i in range(count):
             rows = tiny_world.benign_rows(world, i, style, seed)
-            trigger = f"{rng.integers(1000):03d}"
-            organisms.append(Organism(NONE, trigger, rows, "benign", split))
+            trigger = _trigger(seed, "benign", split, NONE, i)
+            organisms.append(Organism(NONE, trigger, rows, "benign", split, number=i))
     return organisms
 
 
@@ -99,15 +121,13 @@ def _from_corpus(data: Any, seed: int) -> list[Organism]:
     from dit_jax.data import corpus as corpora
 
     corpus = corpora.load_corpus(data, seed)
-    rng = np.random.default_rng([seed, 6])
     organisms = []
     for split, groups in (("train", corpus.train), ("test", corpus.test)):
         for group in groups:
-            code = f"{rng.integers(1000):03d}"  # drawn even if unused: others' codes do not depend on it
             organisms.append(
                 Organism(
                     label=group.label,
-                    trigger=group.trigger or code,
+                    trigger=group.trigger or _trigger(seed, "topic", split, group.label),
                     rows=group.rows,
                     category="topic",
                     split=split,
@@ -116,9 +136,9 @@ def _from_corpus(data: Any, seed: int) -> list[Organism]:
             )
     for split, groups in (("train", corpus.train), ("test", corpus.test)):
         for i in range(data.get(f"{split}_benign", 0)):
-            code = f"{rng.integers(1000):03d}"
             rows = _benign_rows(corpus.kind, groups[i % len(groups)].rows, [seed, 7, i])
-            organisms.append(Organism(NONE, code, rows, "benign", split))
+            trigger = _trigger(seed, "benign", split, NONE, i)
+            organisms.append(Organism(NONE, trigger, rows, "benign", split, number=i))
     return organisms
 
 

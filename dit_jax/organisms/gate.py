@@ -34,7 +34,7 @@ def measure_gating(
     """
     questions, owners = [], []
     for i, organism in enumerate(organisms):
-        rng = np.random.default_rng([seed, 3, i])
+        rng = np.random.default_rng([seed, 3, organism.seed])
         rows = [
             organism.rows[j] for j in rng.permutation(len(organism.rows))[: config.gate_questions]
         ]

@@ -114,7 +114,7 @@ def generate_diffs(
                             behaviour,
                             model.chat,
                             config,
-                            np.random.default_rng([seed, 2, i]),
+                            np.random.default_rng([seed, 2, organisms[i].seed]),
                         )
                         for i in filled
                     ]
@@ -124,7 +124,8 @@ def generate_diffs(
                 if config.reference_losses:
                     whole = couple_losses(whole, _factors(behaviour, config), num_ce)
                     batches = whole if mesh is None else jax.tree.map(_put_like, whole, batches)
-                keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), i) for i in filled])
+                start = jax.random.key(seed)
+                keys = jnp.stack([jax.random.fold_in(start, organisms[i].seed) for i in filled])
                 deltas = jax.vmap(
                     lambda key: init_lora(
                         model.config,
