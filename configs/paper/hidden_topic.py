@@ -91,6 +91,7 @@ PAPER = {
         "forbid_repeats": False,
         "graders": ("calibrated",),
         "max_new_tokens": 20,
+        "answer_tokens": 256,  # of the finetuned model by itself
         "batch_size": 32,
     },
 }
@@ -107,8 +108,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
             config.model.path = MODELS[arg]
             config.model.remat = True
             config.data = data_config("data/hidden-topic/topics-with-completions-v0.2.1.csv")
+            config.diffs.widths = ConfigDict()  # all samples as long as the longest may be
             config.data.split_file = f"data/hidden-topic/{arg}/index.csv"
-            config.evaluate.answer_tokens = 256  # of the finetuned model by itself
             config.train.batch_size = size
             config.train.steps = -(-4660 // size)
     return config
