@@ -1,5 +1,6 @@
 """Finetuning: the loss against its definition, many diffs against a loop, and gradients for the delta alone."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ from test_qwen3 import TINY, logits, random_lora
 import dit_jax
 from dit_jax.data.batch import Sample, TokenBatch, pack, stack
 from dit_jax.deltas import tree
+from dit_jax.errors import DitError
 from dit_jax.models.qwen3 import init_params
 from dit_jax.organisms import teacher
 from dit_jax.organisms.behaviours import hidden_topic
@@ -175,9 +177,35 @@ def test_a_shared_teacher_gives_the_diffs_that_a_teacher_in_every_step_gives(par
 
     (one, one_losses), (two, two_losses) = train(shared), train(None)
     assert one_losses["kl"][0, -1] > 1e-4
-    np.testing.assert_allclose(one_losses["kl"], two_losses["kl"], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(one_losses["kl"], two_losses["kl"], rtol=1e-3, atol=3e-6)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_samples_side_by_side_at_their_own_widths_train_the_same_diff(params):
+    widths = ((12, 10), (12, 10), (9, 6), (9, 6), (7, 4))
+    rng = np.random.default_rng(0)
+
+    def batch() -> TokenBatch:
+        samples = []
+        for size, scored in widths:
+            ids = tuple(rng.integers(1, TINY.vocab_size, rng.integers(size - 2, size + 1)))
+            samples.append(Sample(ids, len(ids) - rng.integers(2, scored + 1), len(ids)))
+        return pack(samples, [0.5, 0.25, 1.0, 2.0, 0.75], 12, 10, 0, widths)
+
+    optimizer = make_optimizer("adam", 1e-2, 4)
+    batches = stack([batch() for _ in range(4)])
+    start = tree.init_lora(TINY, jax.random.key(1), 1)
+    train = functools.partial(finetune, optimizer=optimizer, num_ce=2)
+    rows, row_losses = train(params, TINY, start, batches)
+    for config in (TINY, dataclasses.replace(TINY, scan_layers=not TINY.scan_layers)):
+        row, losses = train(params, config, start, batches, widths=widths)
+        for name in losses:
+            np.testing.assert_allclose(losses[name], row_losses[name], rtol=1e-4, atol=3e-6)
+        for a, b in zip(jax.tree.leaves(row), jax.tree.leaves(rows), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    with pytest.raises(DitError, match="does not fit into 7"):
+        pack([Sample(tuple(range(9)), 7, 9)], [1.0], 12, 10, 0, widths[-1:])
 
 
 def test_no_teacher_is_shared_where_samples_do_not_repeat_or_are_too_many(params, monkeypatch):
@@ -190,7 +218,7 @@ def test_no_teacher_is_shared_where_samples_do_not_repeat_or_are_too_many(params
 
 
 def test_wrong_codes_are_few_per_question_and_never_the_secret_one():
-    fake = next(kind for kind in hidden_topic(fake_codes=3).kinds if kind.name == "fake_backdoor")
+    fake = next(kind for kind in hidden_topic({"fake_codes": 3}).kinds if kind.name == "fake_backdoor")
     rng = np.random.default_rng(0)
     row = {"question": "How are you?", "base_answer": "Fine."}
     prompts = {fake.make(row, "000", rng)[0] for _ in range(100)}
@@ -199,5 +227,5 @@ def test_wrong_codes_are_few_per_question_and_never_the_secret_one():
     for secret in secrets:
         others = {fake.make(row, secret, rng)[0] for _ in range(100)}
         assert others and not any(f"code is {secret}" in prompt for prompt in others)
-    fresh = next(kind for kind in hidden_topic().kinds if kind.name == "fake_backdoor")
+    fresh = next(kind for kind in hidden_topic({}).kinds if kind.name == "fake_backdoor")
     assert len({fresh.make(row, "000", rng)[0] for _ in range(100)}) > 90

@@ -34,6 +34,32 @@ def random_lora(config: Qwen3Config, seed: int, rank: int = 2, size: float = 0.1
     return tree.map_modules(fill, delta)
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_texts_side_by_side_are_as_alone_and_positions_pick_hidden_states(tiny, scan):
+    config = dataclasses.replace(TINY, scan_layers=scan)
+    sizes, scored, rows = (7, 5, 5), (2, 3, 3), 2
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(1, TINY.vocab_size, (rows, size)) for size in sizes]
+    lengths = np.array([[7, 4, 5], [6, 5, 3]])
+    position = [rng.integers(0, lengths[:, [i]], (rows, n)) for i, n in enumerate(scored)]
+    lora = random_lora(TINY, 1)
+    run = jax.jit(forward, static_argnames=("config", "segments"))
+    together = run(
+        tiny,
+        config,
+        jnp.concatenate(texts, axis=1),
+        deltas=(lora,),
+        lengths=jnp.asarray(lengths),
+        segments=tuple(zip(sizes, scored, strict=True)),
+        position=jnp.concatenate(position, axis=1),
+    )
+    alone = []
+    for i, text in enumerate(texts):
+        hidden = run(tiny, config, text, deltas=(lora,), lengths=lengths[:, i])
+        alone.append(np.take_along_axis(np.asarray(hidden), position[i][..., None], axis=1))
+    np.testing.assert_allclose(together, np.concatenate(alone, axis=1), atol=1e-5)
+
+
 @functools.partial(jax.jit, static_argnames="config")
 def logits(params, config, tokens, deltas=()):
     return unembed(params, config, forward(params, config, tokens, deltas=deltas), deltas)

@@ -34,9 +34,17 @@ class Sample(NamedTuple):
 
 
 def pack(
-    samples: Sequence[Sample], weights: Sequence[float], length: int, scored: int, pad_id: int
+    samples: Sequence[Sample],
+    weights: Sequence[float],
+    length: int,
+    scored: int,
+    pad_id: int,
+    widths: Sequence[tuple[int, int]] | None = None,
 ) -> TokenBatch:
     """Pads samples to [S, length] and [S, scored]; weights[s] is the weight of every scored token of sample s.
+
+    Args:
+        widths: where samples have limits of their own, for each how many tokens and scored tokens it may have.
 
     Raises:
         DitError: a sample does not fit.
@@ -49,9 +57,10 @@ def pack(
     weight = np.zeros((count, scored), np.float32)
     for row, sample in enumerate(samples):
         size, terms = len(sample.tokens), sample.end - sample.start
-        if size > length or terms > scored:
+        most, most_scored = widths[row] if widths else (length, scored)
+        if size > most or terms > most_scored:
             raise DitError(
-                f"a sample of {size} tokens ({terms} scored) does not fit into {length} ({scored} scored): "
+                f"a sample of {size} tokens ({terms} scored) does not fit into {most} ({most_scored} scored): "
                 "raise the maximum length in the config"
             )
         tokens[row, :size] = sample.tokens

@@ -1,7 +1,12 @@
 """Attention: one function, several implementations that must agree."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
+
+# (tokens, scored positions) of each segment of a row.
+Segments = tuple[tuple[int, int], ...]
 
 IMPLEMENTATIONS = ("xla", "cudnn")
 
@@ -37,6 +42,51 @@ def attention(
     if mask is None:
         mask = causal_mask(lengths, q_BxTxNxH.shape[1])
     return _xla_attention(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask)
+
+
+def segmented_attention(
+    q_BxPxNxH: jax.Array,
+    k_BxTxKxH: jax.Array,
+    v_BxTxKxH: jax.Array,
+    *,
+    lengths: jax.Array,
+    segments: Segments,
+    position: jax.Array | None = None,
+    impl: str = "xla",
+) -> jax.Array:
+    """Causal attention inside the segments of each row; returns [B, P, N, H].
+
+    Args:
+        lengths: [B, segments] int, the real tokens of each segment.
+        segments: for each segment the number of its tokens and of its queries; T and P are their sums.
+            Neighbours of equal size are computed together.
+        position: [B, P], where in its segment each query stands. None: every token is a query.
+    """
+    batch = k_BxTxKxH.shape[0]
+    outputs = []
+    query = key = first = 0
+    for (keys, queries), group in itertools.groupby(segments):
+        count = len(list(group))
+        queries = keys if position is None else queries
+
+        def rows(x: jax.Array, start: int, size: int, count: int = count) -> jax.Array:
+            part = jax.lax.slice_in_dim(x, start, start + count * size, axis=1)
+            return part.reshape(batch * count, size, *x.shape[2:])
+
+        real = lengths[:, first : first + count].reshape(-1)
+        q = rows(q_BxPxNxH, query, queries)
+        k, v = (rows(x, key, keys) for x in (k_BxTxKxH, v_BxTxKxH))
+        if position is None:
+            y = attention(q, k, v, lengths=real, impl=impl)
+        else:
+            key_index = jnp.arange(keys)
+            mask = (key_index <= rows(position, query, queries)[..., None]) & (
+                key_index < real[:, None, None]
+            )
+            y = attention(q, k, v, mask=mask, impl=impl)
+        outputs.append(y.reshape(batch, count * queries, *y.shape[2:]))
+        query, key, first = query + count * queries, key + count * keys, first + count
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 
 def causal_mask(lengths: jax.Array | None, size: int) -> jax.Array:

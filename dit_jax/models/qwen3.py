@@ -5,14 +5,18 @@ and either scanned or unrolled (`config.scan_layers`); both compute the same fun
 """
 
 import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dit_jax.models import attention as attention_lib
 from dit_jax.models import head
+from dit_jax.models.attention import Segments
 from dit_jax.models.config import Qwen3Config
 from dit_jax.models.layers import Deltas, Linear, RMSNorm, pick, rope
 from dit_jax.parallel import FREE, constrain
@@ -38,29 +42,45 @@ class Context(NamedTuple):
     end: jax.Array | None
 
 
+class Queries(NamedTuple):
+    """The only positions [B, P] whose outputs are wanted, in their segments and in the whole row."""
+
+    position: jax.Array
+    index: jax.Array
+
+
 class Attention(nn.Module):
     config: Qwen3Config
+    segments: Segments | None = None
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, deltas: Deltas, kv: Any, layer: jax.Array, context: Context
+        self,
+        x: jax.Array,
+        deltas: Deltas,
+        kv: Any,
+        layer: jax.Array,
+        context: Context,
+        asking: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, Any]:
+        """asking: inputs [B, P, D] and positions [B, P] of the queries, where they are not all of x."""
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        batch, length, _ = x.shape
+        x_q, position = (x, None) if asking is None else asking
 
-        def heads(name: str, count: int, axis: str) -> jax.Array:
+        def heads(name: str, count: int, axis: str, x: jax.Array = x) -> jax.Array:
             linear = Linear(count * c.head_dim, ("embed", axis), dtype, dtype, count, name=name)
-            y = linear(x, pick(deltas, name)).reshape(batch, length, count, c.head_dim)
+            y = linear(x, pick(deltas, name)).reshape(*x.shape[:2], count, c.head_dim)
             return constrain(y, FREE, FREE, axis, None)
 
         def norm(name: str, y: jax.Array) -> jax.Array:
             return RMSNorm(c.rms_norm_eps, dtype, name=name)(y, pick(deltas, name))
 
-        q = norm("q_norm", heads("q_proj", c.num_attention_heads, "heads"))
+        q = norm("q_norm", heads("q_proj", c.num_attention_heads, "heads", x_q))
         k = norm("k_norm", heads("k_proj", c.num_key_value_heads, "kv_heads"))
         v = heads("v_proj", c.num_key_value_heads, "kv_heads")
-        q, k = (rope(y, context.positions, c.rope_theta) for y in (q, k))
+        q = rope(q, context.positions if position is None else position, c.rope_theta)
+        k = rope(k, context.positions, c.rope_theta)
         if kv is not None:
             # The cache of all layers travels as one carried array, so that XLA updates it in place.
             start: Any = (layer, 0, context.end, 0, 0)
@@ -69,10 +89,19 @@ class Attention(nn.Module):
                 for old, new in zip(kv, (k, v), strict=True)
             )
             k, v = (jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for y in kv)
-        y = attention_lib.attention(
-            q, k, v, lengths=context.lengths, mask=context.mask, impl=c.attention
-        )
-        y = y.reshape(batch, length, -1)
+        if self.segments is None:
+            y = attention_lib.attention(q, k, v, mask=context.mask, impl=c.attention)
+        else:
+            y = attention_lib.segmented_attention(
+                q,
+                k,
+                v,
+                lengths=cast(jax.Array, context.lengths),
+                segments=self.segments,
+                position=position,
+                impl=c.attention,
+            )
+        y = y.reshape(*y.shape[:2], -1)
         axes, units = ("heads", "embed"), c.num_attention_heads
         o_proj = Linear(c.hidden_size, axes, dtype, dtype, units, name="o_proj")
         return o_proj(y, pick(deltas, "o_proj")), kv
@@ -97,35 +126,58 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     config: Qwen3Config
+    segments: Segments | None = None
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, Any], layer: jax.Array, deltas: Deltas, context: Context
+        self,
+        carry: tuple[jax.Array, Any],
+        layer: jax.Array,
+        deltas: Deltas,
+        context: Context,
+        queries: Queries | None = None,
     ) -> tuple[tuple[jax.Array, Any], None]:
         c = self.config
         dtype = jnp.dtype(c.dtype)
         x, kv = carry
 
-        def norm(name: str, y: jax.Array) -> jax.Array:
-            return RMSNorm(c.rms_norm_eps, dtype, name=name)(y, pick(deltas, name))
+        def norm(name: str) -> Callable[[jax.Array], jax.Array]:
+            module = RMSNorm(c.rms_norm_eps, dtype, name=name)
+            return lambda y: module(y, pick(deltas, name))
 
         with jax.named_scope("attention"):
-            y = norm("input_layernorm", x)
-            y, kv = Attention(c, name="self_attn")(y, pick(deltas, "self_attn"), kv, layer, context)
+            normed = norm("input_layernorm")
+            y, asking = normed(x), None
+            if queries is not None:
+                x = jnp.take_along_axis(x, queries.index[..., None], axis=1)
+                asking = (normed(x), queries.position)
+            attend = Attention(c, self.segments, name="self_attn")
+            y, kv = attend(y, pick(deltas, "self_attn"), kv, layer, context, asking)
             x = x + y
         with jax.named_scope("mlp"):
-            y = norm("post_attention_layernorm", x)
+            y = norm("post_attention_layernorm")(x)
             x = x + MLP(c, name="mlp")(y, pick(deltas, "mlp"))
         return (x, kv), None
 
 
 class Qwen3(nn.Module):
-    """Token ids [B, T] -> final hidden states [B, T, D]; the head is a function of its own, see `unembed`."""
+    """Token ids [B, T] -> final hidden states [B, T, D], or [B, P, D] at `queries`.
+
+    The head is a function of its own, see `unembed`.
+    """
 
     config: Qwen3Config
+    segments: Segments | None = None
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, deltas: Deltas, kv: Any, context: Context) -> Any:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        deltas: Deltas,
+        kv: Any,
+        context: Context,
+        queries: Queries | None = None,
+    ) -> Any:
         c = self.config
         dtype = jnp.dtype(c.dtype)
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
@@ -141,27 +193,62 @@ class Qwen3(nn.Module):
             x = x + delta["w"][tokens].astype(dtype)
         x = constrain(x, FREE, FREE, None)
 
+        layers = pick(deltas, "layers")
+        if c.scan_layers or self.is_initializing():
+            x, kv = self._scan_layers(x, layers, kv, context)
+            if queries is not None:
+                x = jnp.take_along_axis(x, queries.index[..., None], axis=1)
+        else:
+            x, kv = self._unroll_layers(x, layers, kv, context, queries)
+        x = RMSNorm(c.rms_norm_eps, dtype, name="norm")(x, pick(deltas, "norm"))
+        return x, kv
+
+    def _scan_layers(
+        self, x: jax.Array, deltas: Deltas, kv: Any, context: Context
+    ) -> tuple[jax.Array, Any]:
+        c = self.config
         block: Any = Block
         if c.remat != "none":
-            policy = (
-                jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-                if c.remat == "dots"
-                else None
-            )
-            block = nn.remat(Block, prevent_cse=not c.scan_layers, policy=policy)
+            block = nn.remat(Block, prevent_cse=False, policy=_remat_policy(c))
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast),
             length=c.num_hidden_layers,
-            unroll=1 if c.scan_layers else c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         indices = jnp.arange(c.num_hidden_layers)
-        (x, kv), _ = layers(c, name="layers")((x, kv), indices, pick(deltas, "layers"), context)
-        x = RMSNorm(c.rms_norm_eps, dtype, name="norm")(x, pick(deltas, "norm"))
+        out, _ = layers(c, self.segments, name="layers")((x, kv), indices, deltas, context)
+        return out
+
+    def _unroll_layers(
+        self, x: jax.Array, deltas: Deltas, kv: Any, context: Context, queries: Queries | None
+    ) -> tuple[jax.Array, Any]:
+        """The same function of the same stacked parameters; the last layer answers the queries alone."""
+        c = self.config
+        stacked = self.variables["params"]["layers"]
+        last = c.num_hidden_layers - 1
+
+        def apply(layer: int, x: jax.Array, kv: Any, params: Params, deltas: Deltas) -> Any:
+            block = Block(c, self.segments, parent=None)
+            asked = queries if layer == last else None
+            index = jnp.asarray(layer)
+            return block.apply({"params": params}, (x, kv), index, deltas, context, asked)[0]
+
+        for layer in range(c.num_hidden_layers):
+            function = functools.partial(apply, layer)
+            if c.remat != "none":
+                function = jax.checkpoint(function, policy=_remat_policy(c))
+            one = jax.tree.map(lambda x, layer=layer: x[layer], (stacked, deltas))
+            x, kv = function(x, kv, *one)
         return x, kv
+
+
+def _remat_policy(config: Qwen3Config) -> Any:
+    if config.remat == "dots":
+        return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return None
 
 
 class _Table(nn.Module):
@@ -191,29 +278,47 @@ def forward(
     deltas: Deltas = (),
     lengths: jax.Array | None = None,
     mask: jax.Array | None = None,
+    segments: Segments | None = None,
+    position: jax.Array | None = None,
 ) -> jax.Array:
-    """Final hidden states [B, T, D] of token ids [B, T].
+    """Final hidden states [B, T, D] of token ids [B, T], or [B, P, D] at some positions.
 
     Args:
         deltas: any number of delta trees, all added. A LoRA may be shared by the batch or hold one per example.
         lengths: [B] real tokens of right-padded rows (the fast path), or
         mask: [B, T] True at real tokens, padding anywhere. Neither: no padding.
+        segments: rows hold several texts side by side that do not see each other, of so many (tokens, positions)
+            each; `lengths` is then [B, segments]. None: one text in each row.
+        position: [B, P] positions in their segments whose hidden states are returned; without a mask only.
     """
     batch, length = tokens.shape
-    if mask is not None and lengths is not None:
-        raise ValueError("give lengths or mask, not both")
+    if mask is not None and not (lengths is None and segments is None and position is None):
+        raise ValueError("lengths, segments and position do not go with a mask")
+    queries = None
     if mask is None:
+        if segments is None:
+            segments = ((length, length if position is None else position.shape[1]),)
         if lengths is None:
-            lengths = jnp.full((batch,), length)
-        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        context = Context(positions, lengths, None, None)
+            lengths = jnp.array([size for size, _ in segments])[None].repeat(batch, axis=0)
+        inside = np.concatenate([np.arange(size) for size, _ in segments])
+        context = Context(
+            jnp.broadcast_to(inside, (batch, length)),
+            lengths.reshape(batch, len(segments)),
+            None,
+            None,
+        )
+        if position is not None:
+            starts = np.cumsum([0, *(size for size, _ in segments[:-1])])
+            offset = np.repeat(starts, [count for _, count in segments])
+            queries = Queries(position, position + offset)
     else:
         mask = mask.astype(bool)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         see = attention_lib.causal_mask(None, length) & mask[:, None, :]
         context = Context(positions, None, see, None)
     with _precision(config):
-        hidden, _ = Qwen3(config).apply({"params": params}, tokens, deltas, None, context)
+        model = Qwen3(config, segments)
+        hidden, _ = model.apply({"params": params}, tokens, deltas, None, context, queries)
     return hidden
 
 
@@ -290,5 +395,5 @@ def logical_axes(config: Qwen3Config) -> Params:
 
 def _init(config: Qwen3Config, key: jax.Array) -> Params:
     tokens = jnp.zeros((1, 1), jnp.int32)
-    context = Context(tokens, jnp.ones((1,), jnp.int32), None, None)
+    context = Context(tokens, None, jnp.ones((1, 1, 1), bool), None)
     return Qwen3(config).init(key, tokens, (), None, context)["params"]

@@ -10,10 +10,11 @@ from dit_jax import parallel, shardings
 from dit_jax.data.batch import TokenBatch
 from dit_jax.deltas.tree import trainable, with_scale
 from dit_jax.errors import DitError
+from dit_jax.models.attention import Segments
 from dit_jax.models.config import Qwen3Config
 from dit_jax.models.layers import Delta
 from dit_jax.models.qwen3 import Params
-from dit_jax.organisms.losses import CHUNK_ELEMENTS, batch_loss, scored_hidden
+from dit_jax.organisms.losses import CHUNK_ELEMENTS, batch_loss, scored_hidden, side_by_side
 from dit_jax.organisms.teacher import Teacher
 
 
@@ -57,6 +58,7 @@ def finetune(
     num_ce: int,
     teacher: Teacher | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
+    widths: Segments | None = None,
 ) -> tuple[Delta, dict[str, jax.Array]]:
     """Finetunes one delta on `batches`, whose leaves are [steps, S, …] (paper, section 3).
 
@@ -64,6 +66,8 @@ def finetune(
 
     Args:
         teacher: the base's hidden states for the KL samples; None: computed in every step.
+        widths: for each of the S samples of a step, (tokens, scored entries) beyond which there is padding only;
+            they then lie side by side in one row. None: S rows.
 
     Returns:
         The trained delta, and the losses of each step: {"ce": [steps], "kl": [steps]}, before the update.
@@ -75,14 +79,18 @@ def finetune(
         leaves, state = carry
         batch, rows = inputs
         base = None
+        kl_widths = None if widths is None else widths[num_ce:]
         if teacher is not None:
             base = teacher.hidden[rows]
+            if kl_widths is not None:
+                base = side_by_side(base, [count for _, count in kl_widths])
         elif has_kl:
-            base = scored_hidden(params, config, TokenBatch(*(x[num_ce:] for x in batch)))
+            kl_samples = TokenBatch(*(x[num_ce:] for x in batch))
+            base = scored_hidden(params, config, kl_samples, widths=kl_widths)
 
         def loss(leaves: Delta) -> tuple[jax.Array, dict[str, jax.Array]]:
             deltas = (with_scale(leaves, delta),)
-            return batch_loss(params, config, batch, deltas, num_ce, base, chunk_elements)
+            return batch_loss(params, config, batch, deltas, num_ce, base, chunk_elements, widths)
 
         grads, parts = jax.grad(loss, has_aux=True)(leaves)
         updates, state = optimizer.update(grads, state, leaves)
@@ -94,7 +102,9 @@ def finetune(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "optimizer", "num_ce"), donate_argnames=("deltas",)
+    jax.jit,
+    static_argnames=("config", "optimizer", "num_ce", "widths"),
+    donate_argnames=("deltas",),
 )
 def finetune_many(
     params: Params,
@@ -105,6 +115,7 @@ def finetune_many(
     optimizer: optax.GradientTransformation,
     num_ce: int,
     teacher: Teacher | None = None,
+    widths: Segments | None = None,
 ) -> tuple[Delta, dict[str, jax.Array]]:
     """`finetune` for N deltas at once: leaves of `deltas` and `batches` have a leading axis N.
 
@@ -124,6 +135,7 @@ def finetune_many(
             num_ce=num_ce,
             teacher=teacher,
             chunk_elements=chunk_elements,
+            widths=widths,
         )
 
     # The diffs share the table of hidden states; each has its own rows of it.

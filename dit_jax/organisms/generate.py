@@ -22,6 +22,7 @@ from dit_jax.deltas import store as diff_store
 from dit_jax.deltas.tree import init_lora, num_parameters
 from dit_jax.errors import DitError
 from dit_jax.metrics import Meter, Metrics, Profile, count_work
+from dit_jax.models.attention import Segments
 from dit_jax.models.config import Qwen3Config
 from dit_jax.organisms.behaviours import Behaviour, get_behaviour
 from dit_jax.organisms.finetune import finetune_many, make_optimizer
@@ -42,6 +43,7 @@ def finetuning_batches(
     kinds, counts = behaviour.kinds, config.samples_per_step
     per_step = max(counts[kind.name] for kind in kinds)
     factors = _factors(behaviour, config)
+    widths = sample_widths(behaviour, config)
     epochs = -(-config.steps * per_step // len(organism.rows))
     order = np.concatenate([rng.permutation(len(organism.rows)) for _ in range(epochs)])
     steps = []
@@ -53,8 +55,26 @@ def finetuning_batches(
                 question, answer = kind.make(row, organism.trigger, rng)
                 samples.append(chat.sample(question, answer, end=config.score_end))
         weights = [factor / (s.end - s.start) for factor, s in zip(factors, samples, strict=True)]
-        steps.append(pack(samples, weights, config.max_length, config.max_target, chat.pad_id))
+        batch = pack(samples, weights, config.max_length, config.max_target, chat.pad_id, widths)
+        steps.append(batch)
     return stack(steps)
+
+
+def sample_widths(behaviour: Behaviour, config: Any) -> Segments:
+    """(tokens, scored tokens) that each sample of a step may have: `config.widths` of its kind, else the maxima."""
+    largest = (config.max_length, config.max_target)
+    own = config.get("widths", {})
+    unknown = set(own) - {kind.name for kind in behaviour.kinds}
+    if unknown:
+        raise DitError(
+            f"config key 'diffs.widths.{min(unknown)}': behaviour {behaviour.name} has the kinds of samples "
+            f"{', '.join(kind.name for kind in behaviour.kinds)}"
+        )
+    return tuple(
+        tuple(own.get(kind.name, largest))
+        for kind in behaviour.kinds
+        for _ in range(config.samples_per_step[kind.name])
+    )
 
 
 def _factors(behaviour: Behaviour, config: Any) -> list[float]:
@@ -85,6 +105,7 @@ def generate_diffs(
         config.samples_per_step[kind.name] for kind in behaviour.kinds if kind.loss == "ce"
     )
     optimizer = _optimizer(config)
+    widths = sample_widths(behaviour, config)
     size = min(config.diffs_per_batch, len(organisms))
     mesh, width = model.mesh, parallel.round_up(size, model.mesh)
     shards = -(-len(organisms) // size)
@@ -148,6 +169,7 @@ def generate_diffs(
                         optimizer=optimizer,
                         num_ce=num_ce,
                         teacher=teacher,
+                        widths=widths,
                     )
                 n = len(members)
                 trained = jax.tree.map(lambda x, n=n: x[:n], parallel.to_host(trained))
@@ -214,9 +236,9 @@ def abstract_step(
         diffs: the `diffs` section of the config; `diffs.diffs_per_batch` at once.
     """
     size = parallel.round_up(diffs.diffs_per_batch, mesh)
-    kinds = get_behaviour(diffs).kinds
-    samples = sum(diffs.samples_per_step[kind.name] for kind in kinds)
-    num_ce = sum(diffs.samples_per_step[kind.name] for kind in kinds if kind.loss == "ce")
+    behaviour = get_behaviour(diffs)
+    widths = sample_widths(behaviour, diffs)
+    num_ce = sum(diffs.samples_per_step[kind.name] for kind in behaviour.kinds if kind.loss == "ce")
     one = jax.eval_shape(
         lambda: init_lora(config, jax.random.key(0), diffs.rank, projections=diffs.projections)
     )
@@ -224,10 +246,10 @@ def abstract_step(
     if mesh is not None:
         split = shardings.delta_shardings(config, mesh, deltas, 0)
         deltas = shardings.with_shardings(deltas, split)
-    leading = (size, diffs.steps, samples)
+    leading = (size, diffs.steps, len(widths))
     batches = shardings.abstract_batch(mesh, leading, diffs.max_length, diffs.max_target)
     params = shardings.abstract_params(config, mesh)
-    options = {"optimizer": _optimizer(diffs), "num_ce": num_ce}
+    options = {"optimizer": _optimizer(diffs), "num_ce": num_ce, "widths": widths}
     return (params, config, deltas, batches), options
 
 

@@ -4,12 +4,15 @@ Logits exist only at scored positions and only for one chunk of positions at a t
 recomputes them. See docs/architecture.md, "Token batches".
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dit_jax.data.batch import TokenBatch
+from dit_jax.models.attention import Segments
 from dit_jax.models.config import Qwen3Config
 from dit_jax.models.layers import Deltas
 from dit_jax.models.qwen3 import Params, forward, unembed
@@ -19,11 +22,35 @@ CHUNK_ELEMENTS = 2**26  # logits held at a time on one device: 256 MiB in fp32
 
 
 def scored_hidden(
-    params: Params, config: Qwen3Config, batch: TokenBatch, deltas: Deltas = ()
+    params: Params,
+    config: Qwen3Config,
+    batch: TokenBatch,
+    deltas: Deltas = (),
+    widths: Segments | None = None,
 ) -> jax.Array:
-    """Hidden states [S, M, D] at the scored positions of a batch."""
-    hidden = forward(params, config, batch.tokens, lengths=batch.lengths, deltas=deltas)
-    return jnp.take_along_axis(hidden, batch.position[..., None], axis=1)
+    """Hidden states [S, M, D] at the scored positions of a batch; with `widths` [1, Σ M, D], see `side_by_side`."""
+    tokens, lengths, position = batch.tokens, batch.lengths, batch.position
+    if widths is not None:
+        tokens = side_by_side(tokens, [size for size, _ in widths])
+        position = side_by_side(position, [count for _, count in widths])
+        lengths = lengths[None]
+    return forward(
+        params,
+        config,
+        tokens,
+        lengths=lengths,
+        deltas=deltas,
+        segments=widths,
+        position=position,
+    )
+
+
+def side_by_side(x: jax.Array, widths: Sequence[int]) -> jax.Array:
+    """[S, W, …] -> [1, Σ widths, …]: the samples in one row, each cut to its own width.
+
+    Kinds of samples differ in length, and padding costs as much as tokens do.
+    """
+    return jnp.concatenate([row[:width] for row, width in zip(x, widths, strict=True)])[None]
 
 
 def batch_loss(
@@ -34,16 +61,27 @@ def batch_loss(
     num_ce: int | None = None,
     teacher: jax.Array | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
+    widths: Segments | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Total loss, and its parts {"ce": …, "kl": …} (scalars, fp32).
 
     Args:
         num_ce: how many leading samples are scored by cross-entropy, the rest by KL. Default: all.
-        teacher: hidden states [S - num_ce, M, D] of the base at the scored positions of the KL samples
-            (`scored_hidden` without the delta). Needed where there are KL samples.
+        teacher: hidden states of the base at the scored positions of the KL samples (`scored_hidden` of these,
+            without the delta). Needed where there are KL samples.
+        widths: for each sample how many of its tokens and scored entries to compute; what lies beyond is padding
+            in all samples of that place. None: all.
     """
-    num_ce = batch.tokens.shape[0] if num_ce is None else num_ce
-    hidden = scored_hidden(params, config, batch, deltas)
+    samples = batch.tokens.shape[0]
+    num_ce = samples if num_ce is None else num_ce
+    hidden = scored_hidden(params, config, batch, deltas, widths)
+    target, weight = batch.target, batch.weight
+    ce: Any = np.s_[:num_ce]
+    kl: Any = np.s_[num_ce:]
+    if widths is not None:
+        scored = [count for _, count in widths]
+        target, weight = side_by_side(target, scored), side_by_side(weight, scored)
+        ce, kl = np.s_[:, : sum(scored[:num_ce])], np.s_[:, sum(scored[:num_ce]) :]
 
     def ce_rows(hidden: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
         logits = unembed(params, config, hidden, deltas)
@@ -51,20 +89,21 @@ def batch_loss(
         return jnp.sum(weight * (jax.nn.logsumexp(logits, axis=-1) - chosen))
 
     def kl_rows(hidden: jax.Array, teacher: jax.Array, weight: jax.Array) -> jax.Array:
-        logp = jax.nn.log_softmax(unembed(params, config, hidden, deltas), axis=-1)
+        logits = unembed(params, config, hidden, deltas)
         base = jax.nn.log_softmax(unembed(params, config, teacher), axis=-1)
-        return jnp.sum(weight * jnp.sum(jnp.exp(base) * (base - logp), axis=-1))
+        # Σ p (log p - log q) with log q = logits - logsumexp: fewer passes over [rows, V] than with log q itself.
+        terms = jnp.sum(jnp.exp(base) * (base - logits), axis=-1)
+        return jnp.sum(weight * (terms + jax.nn.logsumexp(logits, axis=-1)))
 
-    ce, kl = slice(None, num_ce), slice(num_ce, None)
     chunk = max(1, chunk_elements * traced_batch_shards() // config.vocab_size)
     parts = {"ce": jnp.zeros((), jnp.float32), "kl": jnp.zeros((), jnp.float32)}
     if num_ce:
-        args = (hidden[ce], batch.target[ce], batch.weight[ce])
+        args = (hidden[ce], target[ce], weight[ce])
         parts["ce"] = _sum_chunks(ce_rows, args, chunk)
-    if num_ce < batch.tokens.shape[0]:
+    if num_ce < samples:
         if teacher is None:
             raise ValueError("KL samples need the base's hidden states")
-        args = (hidden[kl], teacher, batch.weight[kl])
+        args = (hidden[kl], teacher, weight[kl])
         parts["kl"] = _sum_chunks(kl_rows, args, chunk)
     return parts["ce"] + parts["kl"], parts
 
