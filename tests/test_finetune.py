@@ -193,7 +193,7 @@ def test_samples_side_by_side_at_their_own_widths_train_the_same_diff(params):
             samples.append(Sample(ids, len(ids) - rng.integers(2, scored + 1), len(ids)))
         return pack(samples, [0.5, 0.25, 1.0, 2.0, 0.75], 12, 10, 0, widths)
 
-    optimizer = make_optimizer("adam", 1e-2, 4)
+    optimizer = make_optimizer("adam", 1e-3, 4)
     batches = stack([batch() for _ in range(4)])
     start = tree.init_lora(TINY, jax.random.key(1), 1)
     train = functools.partial(finetune, optimizer=optimizer, num_ce=2)
