@@ -201,22 +201,22 @@ def _recommendation(found: Found, config: Any) -> str:
 
 def _print_memory(results: Results, machine: Machine) -> None:
     parts = ("parameters", "adapter", "optimizer", "diffs", "temporaries", "peak")
-    print("GiB per device" + (f", of {machine.memory / GIB:.2f}" if machine.memory else ""))
-    print(
-        f"{'stage':7}{'mesh':>9}{'batch':>7}{'fits':>6}"
-        + "".join(f"{p:>13}" for p in parts)
-        + "  compiled"
-    )
+    peaks = [program.memory.get("peak", 0.0) for _, program in results.values()]
+    unit, size = ("MiB", 2**20) if max(peaks, default=0.0) < GIB else ("GiB", GIB)
+    print(f"{unit} per device" + (f", of {machine.memory / size:,.2f}" if machine.memory else ""))
+    head = "".join(f"{part:>13}" for part in parts)
+    print(f"{'stage':7}{'mesh':>9}{'batch':>7}{'fits':>6}{head}  compiled in")
     for stage, (sizes, program) in results.items():
         mesh, fits = ",".join(map(str, sizes)), "yes" if program.fits else "NO"
         numbers = "".join(
-            f"{program.memory[part] / GIB:13.3f}" if part in program.memory else f"{'-':>13}"
+            f"{program.memory[part] / size:13.3f}" if part in program.memory else f"{'-':>13}"
             for part in parts
         )
-        print(f"{stage:7}{mesh:>9}{program.batch:7}{fits:>6}{numbers}  {program.seconds:.0f} s")
+        seconds = f"{program.seconds:.0f} s"
+        print(f"{stage:7}{mesh:>9}{program.batch:7}{fits:>6}{numbers}  {seconds}")
     print(
-        "peak: arguments as laid out on the device, temporaries, results and code. The moments of the diffs' "
-        "optimizer\nare temporaries of their program.\n"
+        "peak: arguments as laid out on the device, temporaries, results and code; of what does not fit, what the\n"
+        "compiler says that it needs at least. The moments of the diffs' optimizer are temporaries of their program.\n"
     )
 
 

@@ -159,8 +159,9 @@ _INSTRUCTION = re.compile(
 
 
 def used_memory(message: str) -> float:
-    """Bytes that a program would need, from the compiler's message that it does not fit; 0 if it is silent."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of ", message)
+    """Bytes that a program needs at least, from the compiler's message that it does not fit; 0 if it is silent."""
+    total = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of ", message)
+    found = total or re.search(r"\(([\d.]+)([KMGT]?)i?B?\) exceeds", message)
     return float(found[1]) * _UNITS[found[2]] if found else 0.0
 
 

@@ -13,7 +13,11 @@ from dit_jax.planning.programs import Program
 Sizes = tuple[int, int, int]
 LARGEST = {"diffs": 1024, "train": 1024, "ask": 1024}
 # A batch that the compiled ones say needs more than this share of the memory is not tried.
-HOPELESS = 1.15
+HOPELESS = 1.05
+# A mesh of which the estimate says this for one row per device is not tried.
+UNLIKELY = 1.1
+# Estimates that differ by less than this factor do not decide between meshes: the larger batch does.
+NEARLY = 1.15
 Compile = Callable[[str, Sizes, int], Program]
 
 
@@ -51,16 +55,21 @@ def meshes(model: Qwen3Config, count: int) -> list[Sizes]:
 def ranked(
     stage: str, model: Qwen3Config, config: Any, machine: Machine
 ) -> list[tuple[float, int, Sizes]]:
-    """(estimated seconds per row at that batch, largest batch by estimate, mesh), the fastest first.
+    """(estimated seconds per row at that batch, largest batch by estimate, mesh), the best first.
 
-    A mesh that cannot hold the base is left out. Without a chip's speeds the largest batch comes first.
+    The best mesh holds the largest batch of those that are nearly as fast as the fastest; then come the others,
+    the fastest first.
+
+    Meshes that can hardly run one row per device are left out, all but the one that needs least: the compiler
+    shall say it. Without a chip's speeds the largest batch comes first.
     """
-    found = []
+    found, hardly = [], []
     for sizes in meshes(model, machine.count):
         shards = sizes[0] * sizes[1]
         batch = shards
         fixed, temporary = estimate.device_memory(stage, model, config, sizes, batch)
-        if machine.memory and fixed > machine.memory:
+        if machine.memory and fixed + temporary > UNLIKELY * machine.memory:
+            hardly.append((fixed + temporary, batch, sizes))
             continue
         while batch * 2 <= max(LARGEST[stage], shards):
             if machine.memory:
@@ -72,10 +81,11 @@ def ranked(
         if machine.chip is not None:
             load = estimate.step_load(stage, config, batch)
             seconds = estimate.step_seconds(model, load, sizes, machine.chip) / batch
-        if fixed + temporary > 1.3 * (machine.memory or math.inf):
-            seconds *= 100  # one row per device will hardly fit: the last to be tried
         found.append((seconds, batch, sizes))
-    return sorted(found)
+    if not found:
+        return sorted(hardly)[:1]
+    least = NEARLY * min(found)[0]
+    return sorted(found, key=lambda one: (one[0] > least, -one[1] if one[0] <= least else 0, one))
 
 
 def search_stage(
@@ -107,7 +117,10 @@ def search_stage(
         else:
             seconds = 1.0
         found = dataclasses.replace(found, seconds_per_row=seconds / found.program.batch)
-        if best.program is None or found.seconds_per_row < best.seconds_per_row:
+        faster = found.seconds_per_row * NEARLY < best.seconds_per_row
+        slower = found.seconds_per_row > best.seconds_per_row * NEARLY
+        larger = best.program is None or found.program.batch > best.program.batch
+        if faster or (larger and not slower):
             best = found
     return best
 

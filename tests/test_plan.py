@@ -1,0 +1,297 @@
+"""Planning: sizes of compiled steps, collectives in their text, the search, estimates, refusals, a TPU's compiler."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import re
+
+import jax
+import pytest
+
+import dit_jax
+from dit_jax import parallel, plan
+from dit_jax.config import load_config
+from dit_jax.models.config import NAMED_CONFIGS
+from dit_jax.planning import estimate, machines, programs, search, table, workload
+from dit_jax.planning.programs import Program
+
+PAPER = "configs/plan/paper.py"
+TINY = [
+    "--config=configs/quickstart.py",
+    "--config.model.scan_layers=true",
+    "--config.diffs.steps=2",
+    "--config.diffs.diffs_per_batch=8",
+    "--config.train.batch_size=12",
+    "--config.evaluate.batch_size=8",
+]
+needs_tpu_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra 'tpu')"
+)
+
+# ------------------------------------------------------------------ compiled steps
+
+
+def test_a_plan_of_this_machine_counts_every_byte(tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    flags = ["--mesh", "2,2,2", "--stages", "train,ask", "--json", str(file)]
+    assert plan.main([*TINY, *flags]) == 0
+    stages = json.loads(file.read_text())["stages"]
+    assert list(stages) == ["train", "ask"]
+    # The embedded model: all kernels and the embedding are split over fsdp × tensor, norms are not.
+    d, ffn, layers, vocab, heads, kv, h = 128, 256, 4, 2730, 4, 2, 32
+    kernels = layers * (2 * d * (heads + kv) * h + 3 * d * ffn) + vocab * d
+    norms = layers * (2 * d + 2 * h) + d
+    for stage in stages.values():
+        assert stage["memory"]["parameters"] == 4 * (kernels / 4 + norms)
+        assert stage["memory"]["temporaries"] > 0 and stage["fits"]
+    # One LoRA of rank r on one device: of each pair one factor is split over tensor; without a batch the other
+    # is split over fsdp.
+    outs = [heads * h, kv * h, kv * h, ffn, ffn]  # q, k, v, gate, up: their input is the residual
+    inner = sum(outs) + heads * h + ffn  # heads or hidden units of all seven
+    residual = 7 * d
+    one = 4 * layers * (residual + inner / 2 + 7)
+    adapter = 4 * layers * 16 * (residual / 2 + inner / 2)
+    train = stages["train"]
+    assert train["batch"] == 12 and train["memory"]["diffs"] == 12 / 4 * one
+    assert train["memory"]["adapter"] == adapter + 4 * layers * 7
+    # Both moments, and counters.
+    assert 0 <= train["memory"]["optimizer"] - 2 * adapter <= 16
+    # The batch: tokens [B, 32], lengths [B]; position, target, weight [B, 12].
+    batch = 12 / 4 * 4 * (32 + 1 + 3 * 12)
+    held = sum(train["memory"][part] for part in ("parameters", "adapter", "optimizer", "diffs"))
+    assert train["memory"]["arguments"] == held + batch
+    assert train["memory"]["peak"] > train["memory"]["arguments"] + train["memory"]["temporaries"]
+    for stage in stages.values():
+        assert stage["collectives"]["all-gather"][0] > 0  # fsdp
+        assert stage["collectives"]["all-reduce"][0] > 0  # tensor
+        assert stage["collectives"]["all-reduce"][1] > 0
+    shown = capsys.readouterr().out
+    assert "compiled only" in shown and "GiB each" in shown
+    # The stage diffs takes half a minute to compile: its arguments alone.
+    config = load_config(TINY[0].partition("=")[2], {"diffs.diffs_per_batch": 8})
+    mesh = parallel.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    *_, parts = programs.stage_step("diffs", workload.model_shape(config), mesh, config)
+    assert programs.device_bytes(parts["diffs"]) == 8 / 4 * one
+    assert programs.device_bytes(parts["parameters"]) == stages["train"]["memory"]["parameters"]
+
+
+def test_collectives_are_read_from_a_program():
+    text = """
+%body (p: f32[2]) -> f32[2] {
+  %all-gather.1 = bf16[1,5120,16]{1,2,0:T(8,128)(2,1)} all-gather(%x), channel_id=6, dimensions={1}
+  %ags = (f32[2,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%y), channel_id=7
+  %agd = f32[16,8]{1,0} all-gather-done(%ags)
+  ROOT %all-reduce.3 = (bf16[4,64]{1,0}, pred[8]{0}, s32[]) all-reduce(%a, %b, %c), to_apply=%add
+}
+  %f = f32[4]{0} fusion(%all-gather.1), calls=%fused_all-gather, metadata={op_name="all-gather(x)"}
+  %collective-permute.2 = u8[7]{0} collective-permute(%z), source_target_pairs={{0,1}}
+  %fp8 = f8e4m3fn[3,5]{1,0} all-to-all(%z), dimensions={0}
+"""
+    assert programs.count_collectives(text) == {
+        "all-gather": (2, 5120 * 16 * 2 + 16 * 8 * 4),
+        "all-reduce": (1, 4 * 64 * 2 + 8 + 4),
+        "collective-permute": (1, 7),
+        "all-to-all": (1, 15),
+    }
+    assert programs.count_collectives("") == {}
+
+
+def test_memory_is_read_from_a_refusal():
+    used = "RESOURCE_EXHAUSTED: Ran out of memory. Used 16.53G of 15.75G hbm. Exceeded by 793M."
+    assert programs.used_memory(used) == 16.53 * 2**30
+    other = "memory required for HLO temporaries (970.5M) exceeds available HBM (15.75G)."
+    assert programs.used_memory(other) == 970.5 * 2**20
+    assert programs.used_memory("RESOURCE_EXHAUSTED: no") == 0
+
+
+def test_what_was_compiled_is_remembered(tmp_path, monkeypatch):
+    calls = []
+
+    def fake(stage, model, mesh, config, memory, level):
+        calls.append((stage, programs.batch_size(stage, config)))
+        return Program(stage, 8, True, 1.0, {"peak": 5.0}, {"all-reduce": (1, 2.0)})
+
+    monkeypatch.setattr(programs, "compile_step", fake)
+    config, cache = load_config(PAPER), tmp_path / "deep" / "cache.jsonl"
+    machine, devices = machines.local_machine()
+    model = workload.model_shape(config)
+
+    def ask(batch, config=config, level="O0"):
+        compiler = workload.Compiler(machine, devices, level, cache)
+        return compiler.compile("train", model, config, (8, 1, 1), batch)
+
+    first = ask(8)
+    assert ask(8) == first and calls == [("train", 8)]
+    with cache.open("a") as file:
+        file.write('{"key": "cut o')
+    assert ask(8) == first
+    ask(16), ask(8, level="default"), ask(8, load_config(PAPER, {"train.max_length": 128}))
+    assert len(calls) == 4
+    # What the program does not depend on: another stage's batch, the learning rate.
+    ask(8, load_config(PAPER, {"diffs.diffs_per_batch": 4, "train.learning_rate": 1.0}))
+    assert len(calls) == 4
+    late = workload.Compiler(machine, devices, "O0", None, deadline=0.0)
+    with pytest.raises(workload.OutOfTime):
+        late.compile("train", model, config, (8, 1, 1), 8)
+
+
+# ------------------------------------------------------------------ the search
+
+
+@pytest.mark.parametrize("stage", ["diffs", "train", "ask"])
+@pytest.mark.parametrize("gib_per_row", [0.001, 0.09, 2.0])
+def test_a_search_ends_at_the_largest_batch_that_fits(stage, gib_per_row):
+    machine = machines.find_machine("v5e-16")
+    config = load_config(PAPER)
+    model = workload.model_shape(config, "qwen3-8b")
+    tried = {}
+
+    def compile_batch(stage, sizes, batch):
+        rows = batch / (sizes[0] * sizes[1])
+        peak = (2.0 + gib_per_row * rows) * 2**30
+        assert (sizes, batch) not in tried  # nothing is compiled twice
+        tried[sizes, batch] = Program(stage, batch, peak <= machine.memory, 0, {"peak": peak}, {})
+        return tried[sizes, batch]
+
+    found = search.search_stage(stage, model, config, machine, compile_batch)
+    shards = found.sizes[0] * found.sizes[1]
+    assert math.prod(found.sizes) == 16 and found.program.fits
+    most = (machine.memory / 2**30 - 2.0) / gib_per_row * shards
+    assert found.program.batch <= most
+    assert found.program.batch * 2 > min(most, search.LARGEST[stage])
+    assert len(tried) < 12
+
+
+def test_a_search_says_that_nothing_fits():
+    machine = machines.find_machine("v5e-4")
+    config = load_config(PAPER)
+    model = workload.model_shape(config, "qwen3-32b")
+    refused = []
+
+    def compile_batch(stage, sizes, batch):
+        refused.append(sizes)
+        return Program(stage, batch, False, 0, {"peak": 2**35}, {})
+
+    found = search.search_stage("diffs", model, config, machine, compile_batch)
+    assert found.program is None and refused  # the compiler was asked
+    assert table.cell(found, machine) == "no: 32.0 GiB"
+
+
+def test_meshes_use_every_device_and_never_cut_a_head():
+    model = dataclasses.replace(NAMED_CONFIGS["qwen3-4b"], num_key_value_heads=4)
+    found = search.meshes(model, 32)
+    assert len(found) == len(set(found)) == 6 + 5 + 4
+    assert all(math.prod(sizes) == 32 and sizes[2] <= 4 for sizes in found)
+
+
+# ------------------------------------------------------------------ estimates
+
+
+def test_estimates_rest_on_known_counts():
+    model = NAMED_CONFIGS["qwen3-4b"]
+    # The number of parameters of a rank-1 diff in the paper's index of published diffs.
+    projections = load_config(PAPER).diffs.projections
+    assert estimate.lora_parameters(model, 1, projections) == 2_064_384
+    layers = estimate.layer_parameters(model)
+    norms = 36 * (2 * 2560 + 2 * 128) + 2560
+    assert layers + 151936 * 2560 + norms == model.num_parameters()
+    # Linear in rows; remat costs one more forward pass; a teacher's pass is a forward pass.
+    load = estimate.Load(rows=4, teacher_rows=0, length=64, scored=8, trained=True)
+    plain, full = (dataclasses.replace(model, remat=remat) for remat in ("none", "full"))
+    flops = estimate.step_flops(plain, load)
+    assert estimate.step_flops(plain, dataclasses.replace(load, rows=8)) == 2 * flops
+    forward = estimate.step_flops(full, load) - flops
+    attention = 4 * 36 * 32 * 128 * 64
+    assert forward == pytest.approx(4 * 64 * (2 * layers + attention))
+    head = 2 * 151936 * 2560 * 4 * 8
+    assert flops == pytest.approx(4 * 64 * (4 * layers + 3 * attention) + 3 * head)
+    taught = estimate.step_flops(plain, dataclasses.replace(load, teacher_rows=4))
+    assert taught - flops == pytest.approx(forward + 2 * head)
+
+
+def test_a_run_costs_its_chips_and_hours():
+    config, machine = load_config(PAPER), machines.find_machine("v5p-8")
+    model = workload.model_shape(config)
+
+    def run(diffs, price=None, utilization=0.4):
+        settings = (((4, 1, 1), 16), ((4, 1, 1), 8))
+        return estimate.whole_run(model, config, machine, diffs, *settings, utilization, price)
+
+    one, two = run(1600), run(3200)
+    assert two.diff_hours == pytest.approx(2 * one.diff_hours)
+    assert two.train_hours == one.train_hours
+    assert one.dollars == pytest.approx((one.diff_hours + one.train_hours) * 4 * 4.20)
+    assert run(1600, price=8.40).dollars == pytest.approx(2 * one.dollars)
+    assert run(1600, utilization=0.2).diff_hours == pytest.approx(2 * one.diff_hours)
+    assert one.diff_bytes == 1600 * 2_064_384 * 4
+    # 4 chips, 459 TFLOP/s, 1,600 diffs x 135 steps x 6 samples of 320 tokens: by hand within a few percent.
+    tokens = 1600 * 135 * 6 * 320
+    flops = tokens * estimate.layer_parameters(model) * (2 + 2 + 2 + 2 * 4 / 6)
+    assert one.diff_hours == pytest.approx(flops / (4 * 0.4 * 459e12) / 3600, rel=0.35)
+    assert one.diff_hours > flops / (4 * 0.4 * 459e12) / 3600
+
+
+# ------------------------------------------------------------------ names, refusals
+
+
+def test_slices_go_by_shape_or_by_the_name_they_are_ordered_by():
+    assert machines.find_machine("v5e:4x4") == machines.find_machine("v5e-16")
+    assert machines.find_machine("v5litepod-16") == machines.find_machine("v5e-16")
+    eight, many = machines.find_machine("v5p-8"), machines.find_machine("v5p-64")
+    assert (eight.topology, eight.count) == ("v5p:2x2x1", 4)
+    assert (many.topology, many.count) == ("v5p:2x4x4", 32)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--topology", "v5e:3x3"], "unknown topology 'v5e:3x3'.*v5e: 2x2, 2x4, 4x4.*v6e.*v5p"),
+        (["--table", "--topologies", "v5e-4,v9-1"], "unknown topology 'v9-1'"),
+        (["--stages", "diffs,eval"], "unknown stage 'eval': stages of a plan are diffs, train"),
+        (["--model", "qwen3-5b"], "unknown model 'qwen3-5b'.*qwen3-4b"),
+        (["--mesh", "2,2"], "--mesh '2,2' is not data,fsdp,tensor"),
+        (["--mesh", "16,1,1"], "does not divide 8 devices"),
+        (["--utilization", "40"], "--utilization must be above 0"),
+        (["--config.train.batch_sise=4"], "did you mean 'train.batch_size'"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_in_one_line(flags, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        plan.main(["--config", PAPER, *flags])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert re.search(said, error[0])
+
+
+def test_without_the_compiler_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(dit_jax.DitError, match=r"pip install 'dit_jax\[tpu\]'"):
+        machines.tpu_devices(machines.find_machine("v5e-4"))
+
+
+def test_a_mesh_uses_all_chips_of_a_slice():
+    compiler = workload.Compiler(machines.find_machine("v5e-4"), jax.devices()[:4])
+    with pytest.raises(dit_jax.DitError, match="leaves devices of v5e-4 unused"):
+        compiler.mesh((1, 1, 2))
+    assert dict(compiler.mesh((1, 2, 2)).shape) == {"data": 1, "fsdp": 2, "tensor": 2}
+
+
+# ------------------------------------------------------------------ a TPU's compiler
+
+
+@needs_tpu_compiler
+def test_a_step_compiles_for_a_tpu_that_is_not_there(tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    flags = ["--topology", "v5e:2x2", "--mesh", "1,2,2", "--stages", "train", "--json", str(file)]
+    assert plan.main([*TINY, *flags]) == 0
+    found = json.loads(file.read_text())["stages"]["train"]
+    assert found["memory"]["arguments"] >= found["memory"]["parameters"] > 0
+    assert found["memory"]["peak"] < 2**30
+    assert found["collectives"]["all-reduce"][0] > 0
+    assert "v5e-4 (v5e:2x2), 4 devices, 15.75 GiB each" in capsys.readouterr().out
+    # The same on a slice that is too small says so instead of failing.
+    flags = ["--topology", "v5e-4", "--mesh", "4,1,1", "--stages", "diffs", "--level", "O0"]
+    assert plan.main(["--config", f"{PAPER}:qwen3-32b", *flags]) == 1
+    assert " NO " in capsys.readouterr().out
