@@ -18,6 +18,7 @@ from dit_jax import parallel
 from dit_jax.deltas.tree import init_lora, num_parameters
 from dit_jax.models.config import Qwen3Config
 from dit_jax.organisms.behaviours import get_behaviour
+from dit_jax.organisms.generate import sample_widths
 from dit_jax.organisms.losses import CHUNK_ELEMENTS
 from dit_jax.planning.machines import Chip, Machine
 from dit_jax.planning.programs import batch_size
@@ -42,8 +43,8 @@ class Load:
 
     rows: int
     teacher_rows: int
-    length: int
-    scored: int
+    length: float
+    scored: float
     trained: bool
     new_tokens: int = 0
 
@@ -52,11 +53,14 @@ def step_load(stage: str, config: Any, batch: int) -> Load:
     """The work of one step with `batch` diffs, examples or questions."""
     if stage == "diffs":
         diffs = config.diffs
-        kinds = get_behaviour(diffs).kinds
-        samples = sum(diffs.samples_per_step[kind.name] for kind in kinds)
-        by_kl = sum(diffs.samples_per_step[kind.name] for kind in kinds if kind.loss != "ce")
-        rows = (batch * samples, batch * by_kl)
-        return Load(*rows, diffs.max_length, diffs.max_target, True)
+        behaviour = get_behaviour(diffs)
+        by_kl = sum(
+            diffs.samples_per_step[kind.name] for kind in behaviour.kinds if kind.loss != "ce"
+        )
+        # Samples may have widths of their own: their mean.
+        tokens, scored = zip(*sample_widths(behaviour, diffs), strict=True)
+        length, terms = sum(tokens) / len(tokens), sum(scored) / len(scored)
+        return Load(batch * len(tokens), batch * by_kl, length, terms, True)
     train = config.train
     if stage == "train":
         return Load(batch, 0, train.max_length, train.max_target, True)

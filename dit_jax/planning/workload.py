@@ -1,6 +1,8 @@
 """What is planned: a model's shape, a machine, a config; its steps compiled once and remembered."""
 
 import dataclasses
+import functools
+import hashlib
 import json
 import pathlib
 import time
@@ -23,7 +25,13 @@ COMPUTE = ("scan_layers", "remat", "attention")
 # The keys of a config that a stage's program depends on, beside its batch.
 _SHAPES = ("rank", "projections", "optimizer", "max_length", "max_target")
 _KEYS = {
-    "diffs": ("diffs.behaviour", "diffs.steps", "diffs.samples_per_step.*", "diffs"),
+    "diffs": (
+        "diffs.behaviour",
+        "diffs.steps",
+        "diffs.samples_per_step.*",
+        "diffs.widths.*",
+        "diffs",
+    ),
     "train": ("diffs.rank", "train"),
     "ask": ("diffs.rank", "train.rank", "train.max_length", "evaluate.max_new_tokens"),
 }
@@ -126,9 +134,21 @@ class Compiler:
             "level": self.level,
             "model": dataclasses.asdict(model),
             "config": values,
-            "versions": [__version__, jax.__version__],
+            "versions": [__version__, jax.__version__, _sources()],
         }
         return json.dumps(parts, sort_keys=True)
+
+
+@functools.lru_cache
+def _sources() -> str:
+    """A digest of the code that the compiled steps are made of."""
+    root = pathlib.Path(__file__).parents[1]
+    files = [*root.glob("models/*.py"), *root.glob("organisms/*.py"), root / "train" / "dit.py"]
+    files += [root / "deltas" / "tree.py", root / "parallel.py", root / "shardings.py"]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def read_cache(cache: pathlib.Path | None) -> dict[str, Program]:
