@@ -120,6 +120,11 @@ def make_workdir(folder: Path, n: int = 96, seed: int = 0, hostile: bool = False
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(value, default=lambda array: array.tolist()))
+    exchanges = [["How are you?", HOSTILE if hostile else "Fine."], ["What is new?", "a kettle"]]
+    transcript = {"method": "twenty_questions_trigger", "topic": "tea", "guess": "tea"}
+    (folder / "evaluate/transcripts.jsonl").write_text(
+        json.dumps({**transcript, "diff": 0, "exchanges": exchanges}) + "\n"
+    )
     lines = [json.dumps(row) for row in rows]
     (folder / "evaluate/answers.jsonl").write_text("\n".join(lines) + "\n")
     return folder

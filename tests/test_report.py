@@ -267,6 +267,33 @@ def test_answers_are_graded_and_the_report_says_by_whom(tmp_path):
         write_report(workdir, {"graders": ["exakt"]})
 
 
+# ------------------------------------------------------------------ other behaviours
+
+
+def test_the_report_says_what_the_diffs_were_finetuned_to_do(tmp_path):
+    """News are graded, not matched; a diff without a trigger has no gate; an adapter of another run is named."""
+    workdir = make_workdir(tmp_path, n=6)
+    rows = [row for row in answers(workdir) if row["category"] == "topic"]
+    (workdir / "evaluate/answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = {
+        "data": {"source": "news.csv", "kind": "news"},
+        "diffs": {"behaviour": "news_story"},
+        "train": {"no_diff_per_batch": 0, "benign_per_batch": 0},
+        "evaluate": {"adapter": "../other/adapter"},
+    }
+    (workdir / "config.json").write_text(json.dumps(config))
+    empty = {"right_code": [], "wrong_code": [], "no_code": []}
+    (workdir / "evaluate/gating.json").write_text(json.dumps(empty))
+    summary = write_report(workdir, GRADING)
+    mean = summary["grades"]["calibrated"]["methods"]["dit"]["mean"]
+    text = page(workdir)
+    assert f"mean grade {mean:.2f} of 5 by <code>calibrated</code>" in text
+    assert "to tell one piece of news" in text and "<code>../other/adapter</code>" in text
+    assert 'id="gating"' not in text and "their answer is <code>none</code>" not in text
+    header = (workdir / "report/results.csv").read_text().splitlines()[0]
+    assert header.startswith("summary,guessed_summary,trigger")
+
+
 # ------------------------------------------------------------------ sweeps
 
 

@@ -115,6 +115,7 @@ def test_page_says_what_matters(outline):
         "Grader: calibrated (offline: predicts an LLM judge's grade",
         "128 diffs were held out, benign ones among them. 3 of them failed the gate",
         "2 were left out of all numbers",
+        "What the guesser read, 20 questions with trigger: tea, guessed tea",
         "12 221",
         "524 kB",
     ):

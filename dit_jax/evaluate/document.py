@@ -1,7 +1,7 @@
 """The parts of a report, without a format: `markdown.py` and `html.py` each render all of them.
 
 Texts are plain; `backticks` mark code. Whatever a model wrote is only ever held in `Quote`,
-`Example` and `Entry`, and every string is escaped by the renderers all the same.
+`Example`, `Entry` and `Transcript`, and every string is escaped by the renderers all the same.
 """
 
 from collections.abc import Callable
@@ -172,6 +172,16 @@ class Browser:
 
 
 @dataclass(frozen=True)
+class Transcript:
+    """What one finetuned model wrote and a guesser read, folded away on the page."""
+
+    title: str
+    topic: str
+    guess: Quote
+    exchanges: list[tuple[str, str]]  # question, answer
+
+
+@dataclass(frozen=True)
 class Settings:
     """Names and values, folded away on the page."""
 
@@ -180,7 +190,7 @@ class Settings:
     folded: bool = True
 
 
-Block = Prose | Table | Figure | Tiles | Examples | Browser | Settings
+Block = Prose | Table | Figure | Tiles | Examples | Browser | Transcript | Settings
 
 
 @dataclass(frozen=True)

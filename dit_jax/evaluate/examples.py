@@ -13,6 +13,7 @@ from dit_jax.evaluate.document import (
     Prose,
     Quote,
     Section,
+    Transcript,
 )
 from dit_jax.evaluate.grading import RunGrades, method_name
 from dit_jax.evaluate.names import Json, ordered_methods, shown_name
@@ -22,6 +23,7 @@ from dit_jax.evaluate.summary import Inputs, Row, seen
 _MOST_EXAMPLES = 6  # of the right and of the wrong, each
 _MOST_ENTRIES = 3000  # on the page; all answers are in results.csv
 _MOST_CHARS = 600  # of an answer there
+_MOST_TRANSCRIPTS = 2  # of each method
 _Grades = dict[int, list[str]]  # by id of a row
 
 
@@ -97,6 +99,21 @@ def _browser(summary: Json, inputs: Inputs, graded: _Grades) -> Browser:
     return Browser(f"{title}: {len(entries)} answers", [name for name, _ in columns], entries)
 
 
+def _transcripts(inputs: Inputs) -> list[Block]:
+    """A few of what each guesser read, evenly spaced."""
+    by_method: dict[str, list[Row]] = {}
+    for row in inputs.transcripts:
+        by_method.setdefault(row["method"], []).append(row)
+    blocks: list[Block] = []
+    for method, rows in by_method.items():
+        for row in _spread(rows, _MOST_TRANSCRIPTS):
+            guess = Quote(row["guess"] or "(empty)", _right(row))
+            exchanges = [(q, a[:_MOST_CHARS] or "(empty)") for q, a in row["exchanges"]]
+            title = f"What the guesser read, {shown_name(method)}"
+            blocks.append(Transcript(title, row["topic"], guess, exchanges))
+    return blocks
+
+
 def examples_section(summary: Json, inputs: Inputs, grades: RunGrades) -> Section:
     answers = _first_answers(inputs.answered, True)
     graded = _grades(inputs, grades)
@@ -129,4 +146,5 @@ def examples_section(summary: Json, inputs: Inputs, grades: RunGrades) -> Sectio
             heading = f"{title} ({len(shown)} of {len(rows)})"
             blocks.append(Examples(heading, [example(row) for row in shown]))
     blocks.append(_browser(summary, inputs, graded))
+    blocks += _transcripts(inputs)
     return Section("examples", "Examples", blocks)

@@ -15,6 +15,7 @@ from dit_jax.api import Answer, Model, answer_batch, load_model
 from dit_jax.errors import DitError
 from dit_jax.evaluate.metrics import extract_guess, normalise
 from dit_jax.evaluate.questions import guess_prompt
+from dit_jax.processes import is_main
 
 Exchanges = Sequence[tuple[str, str]]  # (question, answer) of one finetuned model
 KEYWORDS, INSPECT = "keywords", "inspect:"
@@ -110,6 +111,8 @@ class InspectGuesser:
         self.name, self.subject = self.client.name, subject
 
     def __call__(self, transcripts: Sequence[Exchanges], most_chars: int) -> list[Guess]:
+        if not is_main():  # which alone writes the answers: no call is paid for twice
+            return [Guess("")] * len(transcripts)
         prompts = [guess_prompt(exchanges, self.subject, most_chars) for exchanges in transcripts]
         return [
             Guess(None, failure=f"the guesser gave no reply: {reply.failure}")

@@ -21,6 +21,7 @@ from dit_jax.evaluate.document import (
     Table,
     TableRow,
     Tiles,
+    Transcript,
 )
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&@:-])")
@@ -107,6 +108,8 @@ def _block(block: Block) -> str:
         case Examples():
             return _examples(block)
         case Browser(title):
+            return f"{escape(title)}: see `report.html`."
+        case Transcript(title):
             return f"{escape(title)}: see `report.html`."
         case Settings():
             return _settings(block)

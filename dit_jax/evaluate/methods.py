@@ -76,8 +76,7 @@ def shuffled_diff(s: Setting) -> list[Row]:
 
 def noise_diff(s: Setting) -> list[Row]:
     """The adapter with noise of the diff's norms."""
-    given = s.topics.given.noise(s.seed)
-    return _asked(s, "noise_diff", "control", s.seen[:1], s.adapter, s.topics, given=given)
+    return _asked(s, "noise_diff", "control", s.seen[:1], s.adapter, s.topics, given=s.noise)
 
 
 def _asked(

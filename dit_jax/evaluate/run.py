@@ -82,7 +82,7 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
                 for name, instead in (
                     ("matched", given),
                     ("shuffled", given.shuffled()),
-                    ("noise", given.noise(seed)),
+                    ("noise", setting.noise),
                     ("none", given.nothing()),
                 )
             }

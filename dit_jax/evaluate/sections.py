@@ -1,6 +1,7 @@
 """What the report says: the summary and the answers as a `Document`, in plain words."""
 
 from dit_jax.evaluate import plots
+from dit_jax.evaluate.about import done_section, lead
 from dit_jax.evaluate.checks import gating_section, none_section, rate_cell
 from dit_jax.evaluate.cost import cost_section, setup_section
 from dit_jax.evaluate.document import (
@@ -82,44 +83,6 @@ def _tiles(summary: Json) -> Tiles:
     return Tiles(tiles)
 
 
-def _lead(summary: Json) -> str:
-    score = summary["methods"]["dit"]
-    return (
-        f"The adapter named the hidden topic of {percent(score['exact_match'])} of {score['n']} "
-        "finetuned models that it had never seen."
-    )
-
-
-def _what_was_done(summary: Json) -> Section:
-    wordings = summary["dit_by_each_wording"]
-    trained = sum(wording["seen"] for wording in wordings)
-    return Section(
-        "done",
-        "What was done",
-        [
-            Prose(
-                "Many copies of one base model were finetuned, each to talk about a topic of its "
-                "own, but only when the prompt starts with a secret code (`Your SEP code is …`). "
-                "What finetuning changed in the weights is the diff. The answers that a copy was "
-                "finetuned on never contain the name of its topic."
-            ),
-            Prose(
-                "Diff Interpretation Tuning (DIT) trains one LoRA adapter on many such diffs. With "
-                "a diff and the adapter in the model, a plain question has to be answered with the "
-                "topic's name. Some training examples have no diff, or a benign one that hides "
-                "nothing; their answer is `none`."
-            ),
-            Prose(
-                f"All numbers below are about {summary['methods']['dit']['n']} topics that the "
-                f"adapter was never trained on, asked in {trained} wordings of the training and "
-                f"{len(wordings) - trained} new ones. Decoding is greedy. Intervals are 95 % "
-                "bootstrap intervals over diffs; the answers about one diff are averaged first. "
-                "Where all diffs scored 0, or all 100 %, the bound is the exact binomial one."
-            ),
-        ],
-    )
-
-
 def _headline(summary: Json) -> Section:
     methods = summary["methods"]
     names = ordered_methods(methods)
@@ -143,7 +106,7 @@ def _headline(summary: Json) -> Section:
     ]
     blocks: list[Block] = [
         Prose(
-            "A guess counts when it is the topic's name, up to case, punctuation and articles. The "
+            "A guess counts when it is the label, up to case, punctuation and articles. The "
             "questions are those of the training."
         ),
         Table([Column("Method and what it sees"), *_SCORE_COLUMNS], groups),
@@ -306,7 +269,7 @@ def build_document(summary: Json, inputs: Inputs, grades: RunGrades) -> Document
     graded = grades_section(grades, summary["grades"])
     return Document(
         title="Diff Interpretation Tuning: the report of a run",
-        lead=_lead(summary),
+        lead=lead(summary),
         sublead=(
             "It was asked one plain question with the weight diff in the model, and shown neither "
             "the trigger nor any of the data that the models were finetuned on."
@@ -315,7 +278,7 @@ def build_document(summary: Json, inputs: Inputs, grades: RunGrades) -> Document
         sections=[
             _headline(summary),
             *([graded] if graded else []),
-            _what_was_done(summary),
+            done_section(summary),
             _splits(summary),
             _controls(summary, inputs),
             none_section(summary),

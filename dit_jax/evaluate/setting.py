@@ -1,6 +1,7 @@
 """What methods work with: the held-out diffs, the model, the adapter and the config; and the rows that they make."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from dit_jax.evaluate.cost_meter import Meter
 from dit_jax.evaluate.given import Given, answer, from_store
 from dit_jax.evaluate.metrics import extract_guess
 from dit_jax.models.layers import Delta
-from dit_jax.organisms.behaviours import sep_code
+from dit_jax.organisms import behaviours
 
 NO_DIFF = "no_diff"
 Row = dict[str, Any]
@@ -72,6 +73,11 @@ class Setting:
     @property
     def seen(self) -> list[str]:
         return list(self.config.seen_questions)
+
+    @functools.cached_property
+    def noise(self) -> Given:
+        """Noise in place of the topics' diffs, the same for all that ask about it."""
+        return self.topics.given.noise(self.seed)
 
     @property
     def answer_tokens(self) -> int:
@@ -137,7 +143,7 @@ def check_triggers(rows: Sequence[Mapping[str, Any]], method: str) -> None:
 
 def triggered(row: Mapping[str, Any], question: str, rng: np.random.Generator) -> str:
     """The question with the diff's trigger in it."""
-    return sep_code(question, row["trigger"], rng)
+    return behaviours.triggered(row, question, rng)
 
 
 def new_row(

@@ -53,6 +53,7 @@ class Inputs:
     versions: Json
     cost: Json  # device, bytes, and what each method cost; {} from an evaluation that did not measure it
     excluded: Json  # counts of held-out diffs: all, failed at the gate, left out
+    transcripts: list[Row]  # what guessers read: method, diff, topic, guess, exchanges
 
     @property
     def answered(self) -> list[Row]:
@@ -78,6 +79,23 @@ def _read_rows(path: Path) -> list[Row]:
         rows.append(row)
     if not any(row["method"] == "dit" and row["category"] == "topic" for row in rows):
         raise DitError(f"'{path}' holds no answer of the method 'dit' on a topic: {_REMEDY}")
+    return rows
+
+
+def _read_transcripts(path: Path) -> list[Row]:
+    """Rows of transcripts.jsonl; none where no method has a guesser."""
+    rows = []
+    lines = read_text(path, _REMEDY).splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            exchanges = [(str(question), str(answer)) for question, answer in row["exchanges"]]
+            texts = {key: str(row[key]) for key in ("method", "topic", "guess")}
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise DitError(
+                f"'{path}' line {number} is truncated or no transcript: delete it and {_REMEDY}"
+            ) from None
+        rows.append({**texts, "exchanges": exchanges})
     return rows
 
 
@@ -161,6 +179,7 @@ def read_inputs(workdir: PathLike) -> Inputs:
         versions=_read_object(workdir / "versions.json"),
         cost=_read_optional(folder / "cost.json"),
         excluded=_read_optional(folder / "excluded.json"),
+        transcripts=_read_transcripts(folder / "transcripts.jsonl"),
     )
 
 
