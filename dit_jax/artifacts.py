@@ -5,7 +5,6 @@ the same folder, flushed to the disk, and renamed. Failures of the file system a
 """
 
 import contextlib
-import errno
 import hashlib
 import importlib.metadata
 import json
@@ -27,44 +26,15 @@ import dit_jax
 from dit_jax.digests import base_digest as base_digest
 from dit_jax.digests import digest_tree as digest_tree
 from dit_jax.errors import DitError
+from dit_jax.os_errors import explain_os_errors as explain_os_errors
 
 PathLike = str | os.PathLike[str]
 
 MANIFEST = "manifest.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-_REMEDIES = {
-    errno.EACCES: "permission denied, choose another folder or change its permissions",
-    errno.EPERM: "not permitted, choose another folder or change its permissions",
-    errno.EROFS: "the file system is read-only, choose another folder",
-    errno.ENOSPC: "the disk is full, free some space and run the same command again",
-    errno.EDQUOT: "the disk quota is used up, free some space and run the same command again",
-    errno.EFBIG: "the limit on file sizes is reached (ulimit -f), raise it and run the same command again",
-    errno.EIO: "input/output error, check the disk and run the same command again",
-    errno.ENOTDIR: "a part of the path is a file, choose another folder",
-    errno.EEXIST: "something of that name is in the way, choose another folder",
-}
 
 
 # ------------------------------------------------------------------ atomic files and folders
-
-
-@contextlib.contextmanager
-def explain_os_errors(action: str, path: PathLike) -> Iterator[None]:
-    """Turns an OSError into a DitError: `cannot <action> '<path>': <what and remedy>`."""
-    try:
-        yield
-    except OSError as error:
-        raise DitError(f"cannot {action} '{path}': {reason_of(error)}") from error
-
-
-def is_refusal(error: OSError) -> bool:
-    """Whether the file system refuses, and a user can do something about it."""
-    return error.errno in _REMEDIES
-
-
-def reason_of(error: OSError) -> str:
-    """What the file system says, with a remedy where there is one."""
-    return _REMEDIES.get(error.errno or 0) or error.strerror or str(error)
 
 
 def make_dir(path: PathLike) -> Path:
@@ -372,6 +342,13 @@ def stage_done(workdir: PathLike, stage: str) -> dict[str, Any] | None:
     if not isinstance(record, dict):
         raise DitError(f"'{file}' is not the record of a stage: delete it and run the stage again")
     return record
+
+
+def unmark_done(workdir: PathLike, stage: str) -> None:
+    """Removes the record of a stage, if there is one. Raises DitError when the file system refuses."""
+    file = _stage_file(workdir, stage)
+    with explain_os_errors("delete", file):
+        file.unlink(missing_ok=True)
 
 
 def mark_done(

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from dit_jax import artifacts, parallel, preemption, processes
+from dit_jax import artifacts, os_errors, parallel, preemption, processes
 from dit_jax.config import check_minimum, check_workdir, load_config, split_flags, to_dict
 from dit_jax.errors import DitError, exit_on_error
 from dit_jax.workdir import ARTIFACTS, is_done, locked, run_once
@@ -155,10 +155,10 @@ def _run_explained(stage: str, config: Any, workdir: pathlib.Path, model: Any) -
     try:
         return run_stage(stage, config, workdir, model)
     except OSError as error:
-        if not artifacts.is_refusal(error):
+        if not os_errors.has_remedy(error.errno):
             raise
         place = error.filename or workdir
-        raise DitError(f"cannot use '{place}': {artifacts.reason_of(error)}") from error
+        raise DitError(f"cannot use '{place}': {os_errors.reason(error.errno or 0)}") from error
     except (AttributeError, KeyError) as error:
         key = _missing_key(error, config)
         if key is None:

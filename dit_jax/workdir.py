@@ -129,12 +129,15 @@ def run_once(
 ) -> None:
     """Runs a stage and marks it as finished, with its time, its facts and what it was made from.
 
+    An earlier mark is taken away first: a stage that is interrupted while it runs again is not finished.
+
     Args:
         work: the stage; returns facts for its record.
         main_only: whether it is made of files alone, and so the business of process 0.
     """
     start = time.monotonic()
     inputs = input_digests(workdir, stage)
+    processes.on_main(lambda: artifacts.unmark_done(workdir, stage))
 
     def record(facts: dict[str, Any]) -> None:
         artifacts.mark_done(workdir, stage, time.monotonic() - start, {**facts, "inputs": inputs})

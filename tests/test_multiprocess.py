@@ -117,7 +117,9 @@ def test_the_adapter_is_that_of_one_process(finished):
     two, one = (load_adapter(workdir / "adapter")[0] for workdir in finished)
     for a, b in zip(jax.tree.leaves(two), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
-    losses = [[r["loss"] for r in read_lines(workdir / "metrics" / "train.jsonl")] for workdir in finished]
+    losses = [
+        [r["loss"] for r in read_lines(workdir / "metrics" / "train.jsonl")] for workdir in finished
+    ]
     np.testing.assert_allclose(*losses, rtol=1e-5)
     assert len(losses[0]) == 4  # written by one of the two
 
@@ -156,10 +158,22 @@ def test_a_run_goes_on_with_another_number_of_processes_and_another_mesh(finishe
     (tmp_path / "w" / "stages" / "train.json").unlink()
     flat = ["--config.mesh.data=1", "--config.mesh.fsdp=1", "--config.mesh.tensor=1"]
     assert main.main(flags(tmp_path / "w", *flat, "--config.stages=('train',)")) == 0
-    assert [record["step"] for record in read_lines(tmp_path / "w" / "metrics" / "train.jsonl")] == [0, 1, 2, 3]
+    assert [
+        record["step"] for record in read_lines(tmp_path / "w" / "metrics" / "train.jsonl")
+    ] == [0, 1, 2, 3]
     found = jax.tree.leaves(load_adapter(tmp_path / "w" / "adapter")[0])
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=0)
+
+
+def wait_for_steps(workdir, processes, steps):
+    """Waits until a training has made some steps."""
+    deadline = time.monotonic() + PATIENCE
+    log = workdir / "metrics" / "train.jsonl"
+    while not (log.exists() and log.read_text().count("\n") > steps):
+        assert time.monotonic() < deadline, output(workdir, 0)[-2000:]
+        assert all(p.poll() is None for p in processes), output(workdir, 0)[-2000:]
+        time.sleep(0.2)
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -168,15 +182,27 @@ def test_when_one_process_dies_the_other_ends_with_an_error(finished, tmp_path, 
     shutil.copytree(finished[0] / "diffs", workdir / "diffs")
     endless = ["--config.stages=('train',)", "--config.train.steps=100000"]
     processes = start(workdir, *endless, timeout=TIMEOUT)
-    deadline = time.monotonic() + 200
-    log = workdir / "metrics" / "train.jsonl"
-    while not (log.exists() and log.read_text().count("\n") > 3):
-        assert time.monotonic() < deadline, output(workdir, 0)[-2000:]
-        assert all(p.poll() is None for p in processes), output(workdir, 0)[-2000:]
-        time.sleep(0.2)
+    wait_for_steps(workdir, processes, 3)
     processes[killed].send_signal(signal.SIGKILL)
     codes = wait(processes, workdir, 6 * TIMEOUT)
     assert codes[killed] == -signal.SIGKILL and codes[1 - killed] != 0
+
+
+def test_sigterm_to_one_process_stops_both_after_the_same_step_with_a_checkpoint(
+    finished, tmp_path
+):
+    workdir = tmp_path / "w"
+    shutil.copytree(finished[0] / "diffs", workdir / "diffs")
+    endless = ["--config.stages=('train',)", "--config.train.steps=100000"]
+    rare = ["--config.train.save_every=100000", "--config.train.log_every=1"]
+    processes = start(workdir, *endless, *rare)
+    wait_for_steps(workdir, processes, 3)
+    processes[1].send_signal(signal.SIGTERM)
+    assert wait(processes, workdir, 60) == [75, 75], output(workdir, 0)[-2000:]
+    assert "preempted (SIGTERM)" in output(workdir, 0)
+    (saved,) = (int(p.name) for p in (workdir / "checkpoints").iterdir())
+    steps = [record["step"] for record in read_lines(workdir / "metrics" / "train.jsonl")]
+    assert steps == list(range(saved)) and saved > 3
 
 
 def test_what_process_0_refuses_ends_all_processes(tmp_path):

@@ -6,13 +6,13 @@ digest agrees. The others are moved aside, not deleted: what looks damaged may b
 """
 
 import contextlib
-import errno
+import functools
+import logging
 import os
 import pathlib
-import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ from dit_jax import artifacts, parallel, processes
 from dit_jax.deltas import store
 from dit_jax.errors import DitError, first_line
 from dit_jax.models.layers import Delta
+from dit_jax.os_errors import has_remedy, may_pass, os_error
 
 ADAPTER_FORMAT = "dit_jax.adapter"
 
@@ -45,6 +46,7 @@ class Checkpoints:
 
         self.folder, self._data = pathlib.Path(folder).absolute(), data
         artifacts.make_dir(self.folder)
+        logging.getLogger("absl").addFilter(_REPORTED)
         self._saving: Any = None
         with _explain_save(self.folder):
             self._checkpointer = ocp.training.Checkpointer(
@@ -120,8 +122,8 @@ class Checkpoints:
             if artifacts.digest_tree(state) != metadata["digest"]:
                 return None, None, _Problem("damaged", "its values differ from the digest")
         except Exception as error:  # whatever Orbax or tensorstore say of a damaged folder
-            number = _os_error(error)
-            kind = "unreadable" if number in _MAY_PASS else "damaged"
+            number = os_error(error)
+            kind = "unreadable" if may_pass(number) else "damaged"
             reason = os.strerror(number) if number else first_line(error)
             return None, None, _Problem(kind, reason[:200])
         return state, metadata, None
@@ -159,12 +161,6 @@ class Checkpoints:
 
 # Why a checkpoint is not used, the worst last; None: it is.
 _PROBLEMS = (None, "other-data", "damaged", "unreadable")
-# Of the connection, the permissions or this process, not of the files.
-_MAY_PASS = frozenset({
-    errno.EACCES, errno.EPERM, errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ENOMEM, errno.ENFILE,
-    errno.EMFILE, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED,
-    errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
-})  # fmt: skip
 
 
 class _Problem(NamedTuple):
@@ -172,33 +168,16 @@ class _Problem(NamedTuple):
     text: str
 
 
-def _os_error(error: BaseException) -> int | None:
-    """The errno behind what Orbax raised: of an OSError, or as tensorstore writes it into its messages."""
-    seen: set[int] = set()
-    following: BaseException | None = error
-    while following is not None and id(following) not in seen:
-        seen.add(id(following))
-        if isinstance(following, OSError) and following.errno:
-            return following.errno
-        if isinstance(following, MemoryError):
-            return errno.ENOMEM
-        if found := re.search(r"os_error_code='(\d+)'", str(following)):
-            return int(found[1])
-        following = following.__cause__ or following.__context__
-    return None
+class _Reported(logging.Filter):
+    """Drops the tracebacks that Orbax's threads log of errors which `Checkpoints` reports in one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not ("orbax" in record.pathname and error and has_remedy(os_error(error)))
 
 
-@contextlib.contextmanager
-def _explain_save(folder: pathlib.Path) -> Iterator[None]:
-    """Turns what Orbax raises when the file system refuses a save into a DitError."""
-    try:
-        yield
-    except Exception as error:
-        number = _os_error(error)
-        if number is None:
-            raise
-        reason = artifacts.reason_of(OSError(number, os.strerror(number)))
-        raise DitError(f"cannot save a checkpoint in '{folder}': {reason}") from error
+_explain_save = functools.partial(artifacts.explain_os_errors, "save a checkpoint in")
+_REPORTED = _Reported()
 
 
 def export_adapter(folder: str | pathlib.Path, adapter: Delta, **facts: Any) -> None:

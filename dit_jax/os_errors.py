@@ -1,0 +1,78 @@
+"""What a file system refuses, as one line, whichever library asked it."""
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator
+
+from dit_jax.errors import DitError
+
+_REMEDIES = {
+    errno.EACCES: "permission denied, choose another folder or change its permissions",
+    errno.EPERM: "not permitted, choose another folder or change its permissions",
+    errno.EROFS: "the file system is read-only, choose another folder",
+    errno.ENOSPC: "the disk is full, free some space and run the same command again",
+    errno.EDQUOT: "the disk quota is used up, free some space and run the same command again",
+    errno.EFBIG: "the limit on file sizes is reached (ulimit -f), raise it and run the same command again",
+    errno.EIO: "input/output error, check the disk and run the same command again",
+    errno.ENOTDIR: "a part of the path is a file, choose another folder",
+    errno.EEXIST: "something of that name is in the way, choose another folder",
+}
+# Of the connection, the permissions or this process, not of the files.
+_MAY_PASS = frozenset({
+    errno.EACCES, errno.EPERM, errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ENOMEM, errno.ENFILE,
+    errno.EMFILE, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED,
+    errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+})  # fmt: skip
+
+
+def os_error(error: BaseException) -> int | None:
+    """The errno behind an exception, or None: of an OSError in its chain, or as libraries write it into messages.
+
+    Safetensors says "(os error 28)", tensorstore "[os_error_code='28']".
+    """
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        if isinstance(link, OSError) and link.errno:
+            return link.errno
+        if isinstance(link, MemoryError):
+            return errno.ENOMEM
+        if found := re.search(r"os[ _]error(?:_code=')? ?(\d+)", str(link)):
+            return int(found[1])
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return None
+
+
+def reason(number: int) -> str:
+    """What the file system says, with a remedy where there is one."""
+    return _REMEDIES.get(number) or os.strerror(number)
+
+
+def has_remedy(number: int | None) -> bool:
+    """Whether a user can do something about it."""
+    return number in _REMEDIES
+
+
+def may_pass(number: int | None) -> bool:
+    """Whether the same call may succeed later: then what could not be read is not damaged."""
+    return number in _MAY_PASS
+
+
+@contextlib.contextmanager
+def explain_os_errors(action: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns an error of the file system into a DitError: `cannot <action> '<path>': <what and remedy>`."""
+    try:
+        yield
+    except DitError:
+        raise
+    except OSError as error:
+        said = reason(error.errno) if error.errno else str(error)
+        raise DitError(f"cannot {action} '{path}': {said}") from error
+    except Exception as error:
+        number = os_error(error)
+        if not has_remedy(number):
+            raise
+        raise DitError(f"cannot {action} '{path}': {reason(number or 0)}") from error

@@ -1,0 +1,510 @@
+"""What goes wrong around a run: signals, damaged files, full disks, two runs at once, inputs that changed."""
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dit_jax import artifacts, main, parallel, preemption
+from dit_jax.deltas import store as diff_store
+from dit_jax.deltas.store import DiffStore
+from dit_jax.errors import DitError
+from dit_jax.train import dit
+from dit_jax.train.checkpoints import Checkpoints
+
+SMALL = [  # sizes of a batch as in test_pipeline.py: they share compiled programs
+    "--config.stages=('diffs','train','evaluate')",
+    "--config.model.scan_layers=True",  # compiles in half the time
+    "--config.mesh.data=1",
+    "--config.data.train_topics=10",
+    "--config.data.test_topics=4",
+    "--config.data.train_benign=2",
+    "--config.data.test_benign=2",
+    "--config.diffs.diffs_per_batch=12",
+    "--config.diffs.steps=3",
+    "--config.diffs.gate_questions=1",
+    "--config.diffs.gate_batch=36",
+    "--config.train.steps=12",
+    "--config.train.batch_size=8",
+    "--config.train.save_every=4",
+    "--config.evaluate.batch_size=16",
+    "--config.evaluate.methods=('dit',)",
+]
+
+
+def flags(workdir, *extra):
+    return ["--config", "configs/quickstart.py", "--workdir", str(workdir), *SMALL, *extra]
+
+
+def run(workdir, *extra):
+    return main.main(flags(workdir, *extra))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "w"
+    assert run(workdir) == 0
+    return workdir
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "w")
+
+
+def adapter_digest(workdir):
+    return artifacts.read_json(workdir / "adapter" / "manifest.json")["digest"]
+
+
+def forget(workdir, stage, *folders):
+    """As if a stage had not run."""
+    (workdir / "stages" / f"{stage}.json").unlink()
+    for folder in folders:
+        shutil.rmtree(workdir / folder)
+
+
+# ------------------------------------------------------------------ signals
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "saved", "said"),
+    [
+        (signal.SIGTERM, 75, 7, "preempted (SIGTERM): what was finished is kept"),
+        (signal.SIGINT, 130, 4, "interrupted: what was finished is kept"),
+    ],
+)
+def test_a_signal_while_training_costs_nothing(
+    copy, finished, monkeypatch, capfd, request, number, status, saved, said
+):
+    forget(copy, "train", "adapter", "checkpoints")
+    inherited = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a background job ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, inherited))
+    step, calls = dit.train_step, []
+
+    def signalled(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 7:
+            os.kill(os.getpid(), number)
+            time.sleep(0.5)  # for the thread that hears of it
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(dit, "train_step", signalled)
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    assert run(copy) == status
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+    error = capfd.readouterr().err
+    assert error.count(said) == 1
+    assert not (copy / "adapter").exists()
+    assert max(int(p.name) for p in (copy / "checkpoints").iterdir()) == saved
+    done = len(calls)
+    assert run(copy) == 0
+    assert len(calls) - done == 12 - saved, "goes on from the checkpoint"
+    assert adapter_digest(copy) == adapter_digest(finished)
+
+
+def test_sigterm_ends_a_computation_that_python_waits_for(tmp_path):
+    """The main thread sits in XLA, where Python's own handlers would have to wait for its end."""
+    program = """
+import jax, jax.numpy as jnp
+from dit_jax import preemption
+endless = jax.jit(lambda x: jax.lax.fori_loop(0, 10**12, lambda i, x: jnp.sin(x), x))
+with preemption.listen():
+    print("ready", flush=True)
+    endless(1.0).block_until_ready()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == preemption.EXIT_PREEMPTED == 75
+    assert error.decode().count("preempted (SIGTERM)") == 1
+
+
+def test_sigterm_ends_the_stage_diffs_and_a_second_run_is_refused(tmp_path, capfd):
+    workdir, log = tmp_path / "w", tmp_path / "log"
+    endless = "--config.diffs.steps=20000"
+    with open(log, "w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dit_jax.main", *flags(workdir, endless)],
+            cwd=ROOT, stdout=out, stderr=out,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 300
+        while "[diffs]" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        assert run(workdir, endless) == 2
+        error = capfd.readouterr().err.strip()
+        assert f"another run is at work in '{workdir}' (process {process.pid} on" in error
+        assert "\n" not in error
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == preemption.EXIT_PREEMPTED
+        assert log.read_text().count("preempted (SIGTERM)") == 1
+    finally:
+        process.kill()
+        process.wait()
+    with main.locked(workdir):  # nothing to clean up after a dead run
+        pass
+
+
+class Service:
+    """The key-value store and the barriers of two processes, of which the other one is at step `other`."""
+
+    def __init__(self, other):
+        self.keys = {} if other is None else {"dit_jax/preempted": "", "dit_jax/preempted/1": other}
+        self.met = []
+
+    def key_value_set(self, key, value):
+        assert key not in self.keys
+        self.keys[key] = value
+
+    def key_value_try_get(self, key):
+        return self.keys[key]
+
+    def blocking_key_value_get(self, key, timeout):
+        return self.keys[key]
+
+    def wait_at_barrier(self, name, timeout):
+        self.met.append(name)
+
+
+@pytest.mark.parametrize(("other", "stop_at"), [("3", 6), ("5", 6), ("9", 10)])
+def test_processes_stop_after_the_first_step_that_none_has_passed(monkeypatch, other, stop_at):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    notice = preemption.Notice(Service(other))
+    with pytest.raises(preemption.Preempted), notice.hold():
+        assert not notice.reached(5)
+        assert notice.poll()
+        for step in range(6, 20):
+            if notice.reached(step):
+                assert step == stop_at
+                raise preemption.Preempted
+    assert notice._client.keys["dit_jax/preempted/0"] == "5"
+
+
+def test_all_processes_end_at_once_if_one_has_nothing_to_save(monkeypatch):
+    ended = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(preemption, "_exit_now", lambda: ended.append(1) or sys.exit())
+    notice = preemption.Notice(Service(""))
+    with pytest.raises(SystemExit), notice.hold():
+        notice.reached(5)
+        notice.poll()
+    assert ended and notice._client.met == ["dit_jax/preempted/exit"]
+    alone = preemption.Notice(Service(None))
+    assert not alone.poll()
+
+
+# ------------------------------------------------------------------ damaged checkpoints
+
+LIKE = {"w": jnp.zeros((64, 64)), "count": jnp.zeros((), jnp.int32)}
+
+
+def state(step):
+    return {
+        "w": jax.random.normal(jax.random.key(step), (64, 64)),
+        "count": jnp.asarray(step, jnp.int32),
+    }
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with the checkpoints of steps 2 and 4."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2, data="d")
+    for step in (1, 2, 4):
+        checkpoints.save(step, state(step), {"at": step})
+    checkpoints.close()
+    return tmp_path / "checkpoints"
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def restored(folder, data="d"):
+    checkpoints = Checkpoints(folder, keep=2, data=data)
+    found = checkpoints.restore(LIKE)
+    checkpoints.close()
+    return found
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    file.write_bytes(data)
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def largest(folder):
+    return max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: flip(largest(folder)),
+        lambda folder: largest(folder).write_bytes(largest(folder).read_bytes()[:-500]),
+        lambda folder: largest(folder).unlink(),
+        empty,
+    ],
+    ids=["flipped bit", "truncated", "file missing", "empty folder"],
+)
+def test_a_damaged_checkpoint_is_moved_aside_and_the_newest_good_one_used(saved, damage, capfd):
+    assert names(saved) == ["2", "4"]
+    damage(saved / "4")
+    step, found, iterator = restored(saved)
+    assert (step, iterator) == (2, {"at": 2})
+    jax.tree.map(np.testing.assert_array_equal, found, state(2))
+    line = [x for x in capfd.readouterr().err.splitlines() if x.startswith("checkpoint")]
+    assert len(line) == 1 and "4' is not used (" in line[0] and "moved to 'damaged-4'" in line[0]
+    # The step can be written again, retention does not touch what was moved aside, a second one finds a name.
+    checkpoints = Checkpoints(saved, keep=2, data="d")
+    for step in (4, 6, 8):
+        checkpoints.save(step, state(step), {"at": step})
+    checkpoints.close()
+    assert names(saved) == ["6", "8", "damaged-4"]
+    (saved / "damaged-8").mkdir()
+    empty(saved / "8")
+    assert restored(saved)[0] == 6
+    assert names(saved) == ["6", "damaged-4", "damaged-8", "damaged-8.2"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_checkpoint_that_cannot_be_read_now_is_left_alone(saved, monkeypatch, number):
+    from orbax.checkpoint import v1 as ocp
+
+    def refuse(*args, **kwargs):
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError as error:
+            raise ValueError("Orbax wraps it") from error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ocp.training.Checkpointer, "load", refuse)
+        with pytest.raises(DitError, match=f"4' cannot be read now \\({os.strerror(number)}\\)"):
+            restored(saved)
+    assert names(saved) == ["2", "4"]
+    assert restored(saved)[0] == 4
+
+
+def test_checkpoints_of_other_diffs_are_not_gone_on_from(saved, capfd):
+    assert restored(saved, data="changed") is None
+    assert names(saved) == ["other-data-2", "other-data-4"]
+    assert "trained on other diffs" in capfd.readouterr().err
+
+
+def test_a_checkpoint_of_one_mesh_is_restored_bitwise_onto_another(tmp_path):
+    def place(tree, *sizes):
+        mesh = parallel.make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+        split = NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+        whole = NamedSharding(mesh, PartitionSpec())
+        return jax.tree.map(lambda x: jax.device_put(x, split if x.ndim else whole), tree)
+
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, place(state(3), 2, 2, 2), {"at": 3})
+    checkpoints.close()
+    for like in (LIKE, place(LIKE, 1, 8, 1)):
+        checkpoints = Checkpoints(tmp_path)
+        step, found, _ = checkpoints.restore(like)
+        checkpoints.close()
+        assert step == 3
+        jax.tree.map(np.testing.assert_array_equal, found, state(3))
+        assert found["w"].sharding.device_set == like["w"].sharding.device_set
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    from orbax.checkpoint._src.serialization import type_handlers
+
+    write = type_handlers._open_and_write if hasattr(type_handlers, "_open_and_write") else None
+    if write is None:
+        pytest.skip("this Orbax writes leaves elsewhere")
+
+    async def slow(*args, **kwargs):
+        import asyncio
+
+        await asyncio.sleep(1.5)
+        return await write(*args, **kwargs)
+
+    monkeypatch.setattr(type_handlers, "_open_and_write", slow)
+    checkpoints = Checkpoints(tmp_path)
+    start = time.monotonic()
+    checkpoints.save(1, state(1), {})
+    returned = time.monotonic() - start
+    assert "1" not in names(tmp_path)
+    checkpoints.close()
+    assert time.monotonic() - start > 1.5 > returned
+    assert names(tmp_path) == ["1"]
+
+
+# ------------------------------------------------------------------ disks that refuse
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A folder on a disk of 1.5 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip(
+            "small disks need the right to mount: the limit on file sizes is tested without"
+        )
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def big(step):
+    rng = np.random.default_rng(step)  # not to be compressed
+    return {"w": rng.integers(0, 256, 500_000, np.uint8)}
+
+
+def save_until_refused(folder, match):
+    checkpoints = Checkpoints(folder, keep=2)
+    last = 0
+    with pytest.raises(DitError, match=match):
+        for step in range(1, 9):
+            checkpoints.save(step, big(step), {"at": step})
+            checkpoints.wait()
+            last = step
+    checkpoints.close()  # once reported is enough
+    return last
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoints_before_are_intact(disk, caplog):
+    folder = disk / "checkpoints"
+    last = save_until_refused(folder, "cannot save a checkpoint in '.*': the disk is full")
+    assert "Traceback" not in caplog.text
+    assert last >= 1
+    checkpoints = Checkpoints(folder)
+    step, found, _ = checkpoints.restore(big(0))
+    checkpoints.close()
+    assert step == last
+    np.testing.assert_array_equal(found["w"], big(last)["w"])
+    for action in (
+        lambda: artifacts.write_bytes(disk / "a", bytes(10**6)),
+        lambda: diff_store.write_shard(disk / "s", 0, {"w": np.ones((1, 10**6))}, [{}]),
+    ):
+        with pytest.raises(DitError, match="cannot write .*: the disk is full"):
+            action()
+    assert names(disk / "s" / "shards") == [] and not (disk / "a").exists()
+
+
+def test_a_read_only_disk_is_one_line(disk, capfd):
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(DitError, match="read-only"):
+        Checkpoints(disk / "checkpoints")
+    assert run(disk / "w") == 2
+    error = capfd.readouterr().err.strip()
+    assert "the file system is read-only" in error and "\n" not in error
+
+
+def test_a_limit_on_file_sizes_is_one_line_and_the_checkpoints_before_are_intact(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(1, big(1), {})
+    checkpoints.close()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        checkpoints = Checkpoints(tmp_path / "c")
+        with pytest.raises(DitError, match="cannot save a checkpoint in .*ulimit -f"):
+            checkpoints.save(2, big(2), {})
+            checkpoints.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    checkpoints = Checkpoints(tmp_path / "c")
+    step, found, _ = checkpoints.restore(big(0))
+    checkpoints.close()
+    assert step == 1
+    np.testing.assert_array_equal(found["w"], big(1)["w"])
+
+
+def test_what_stops_inside_a_stage_is_one_line(copy, monkeypatch, capfd):
+    forget(copy, "train")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/file")
+
+    monkeypatch.setattr(main, "run_stage", full)
+    assert run(copy) == 2
+    assert "error: cannot use '/somewhere/file': the disk is full" in capfd.readouterr().err
+    for ask in (lambda c: c.train.sharpness, lambda c: c.train["sharpness"]):
+        monkeypatch.setattr(main, "run_stage", lambda stage, config, *_, ask=ask: ask(config))
+        assert run(copy) == 2
+        error = capfd.readouterr().err.strip()
+        assert "the stage 'train' needs the config key 'train.sharpness'" in error
+        assert "\n" not in error
+    monkeypatch.setattr(main, "run_stage", lambda *_: SimpleNamespace().missing)
+    with pytest.raises(AttributeError):  # a bug keeps its traceback
+        run(copy)
+
+
+# ------------------------------------------------------------------ what a stage was made from
+
+
+def test_a_damaged_shard_is_named_and_made_again_alone(copy, capfd):
+    shards = [copy / "diffs" / "shards" / f"0000{i}.safetensors" for i in (0, 1)]
+    before = [shard.read_bytes() for shard in shards]
+    kept = shards[0].stat().st_mtime_ns
+    flip(shards[1])
+    forget(copy, "evaluate", "evaluate")
+    assert run(copy) == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert "00001.safetensors' is damaged" in error and "delete this file and run" in error
+    shards[1].unlink()
+    assert run(copy) == 0
+    said = capfd.readouterr().out
+    assert "[diffs] '" in said and "00001.safetensors' is missing" in said
+    assert "[train] done before" in said  # the diffs are what they were
+    assert [shard.read_bytes() for shard in shards] == before
+    assert shards[0].stat().st_mtime_ns == kept
+
+
+def test_stages_run_again_when_the_diffs_have_changed(copy, finished, capfd):
+    store = DiffStore(copy / "diffs")
+    stacked = store.stacked(range(12))
+    rows = diff_store.shard_rows(copy / "diffs", 0)
+    changed = jax.tree.map(lambda x: x * np.float32(1.5), stacked)
+    diff_store.write_shard(copy / "diffs", 0, changed, rows)
+    facts = {k: store.manifest[k] for k in ("base", "base_config", "behaviour", "seed")}
+    diff_store.publish(copy / "diffs", 2, **facts)
+    answers = (copy / "evaluate" / "answers.jsonl").stat().st_mtime_ns
+    assert run(copy) == 0
+    text = capfd.readouterr()
+    assert "[diffs] done before" in text.out and "[train] 'diffs' has changed since" in text.out
+    assert "[evaluate] 'diffs' has changed since" in text.out
+    assert "trained on other diffs" in text.err
+    assert adapter_digest(copy) != adapter_digest(finished)
+    assert (copy / "evaluate" / "answers.jsonl").stat().st_mtime_ns != answers
+    assert {"other-data-12", "12"} <= set(names(copy / "checkpoints"))
+    assert run(copy) == 0
+    assert capfd.readouterr().out.count("done before") == 3

@@ -1,0 +1,140 @@
+"""SIGKILL at random moments of a run, resumed until it is done: its results are bitwise those of an undisturbed run.
+
+DIT_JAX_KILLS=20 python -m pytest tests/test_kill.py
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+from conftest import ROOT
+
+from dit_jax import main
+from dit_jax.artifacts import read_json
+from dit_jax.deltas.store import DiffStore
+from dit_jax.metrics import read_records
+
+KILLS = int(os.environ.get("DIT_JAX_KILLS", "4"))
+SEED = int(os.environ.get("DIT_JAX_KILL_SEED", "0"))
+STEPS = 24
+SMALL = [  # sizes of a batch as in test_pipeline.py: they share compiled programs
+    "--config.stages=('diffs','train','evaluate')",
+    "--config.model.scan_layers=True",  # compiles in half the time
+    "--config.mesh.data=1",
+    "--config.data.train_topics=40",
+    "--config.data.test_topics=4",
+    "--config.data.train_benign=2",
+    "--config.data.test_benign=2",
+    "--config.diffs.diffs_per_batch=12",
+    "--config.diffs.steps=3",
+    "--config.diffs.gate_questions=1",
+    "--config.diffs.gate_batch=36",
+    f"--config.train.steps={STEPS}",
+    "--config.train.batch_size=8",
+    "--config.train.save_every=3",
+    "--config.train.log_every=1",
+    "--config.evaluate.batch_size=16",
+    "--config.evaluate.methods=('dit','base_question','shuffled_diff')",
+]
+SHARDS = 4
+PATIENCE = 600  # seconds for a process to come to where it is killed: the machine may be busy
+
+
+def flags(workdir):
+    return ["--config", "configs/quickstart.py", "--workdir", str(workdir), *SMALL]
+
+
+def plan(rng, kills):
+    """(stage, progress in it, seconds after that) of the kills, in the order in which a run comes there."""
+    most = {"diffs": 2 * SHARDS, "train": STEPS, "evaluate": 0}
+    stages = list(most)
+    drawn = [(i % 3, rng.randint(0, most[stages[i % 3]])) for i in range(kills)]
+    return [
+        (stages[stage], at, rng.uniform(0, 1.5 if stages[stage] == "evaluate" else 0.3))
+        for stage, at in sorted(drawn)
+    ]
+
+
+def progress(workdir, log):
+    """{stage: how far it is, -1 before its begin}."""
+    text = log.read_text()
+    done = {
+        "diffs": sum(1 for _ in (workdir / "diffs").rglob("*0*")),  # half-written files too
+        "train": len(read_records(workdir / "metrics" / "train.jsonl")),
+        "evaluate": 0,
+    }
+    return {stage: count if f"[{stage}]" in text else -1 for stage, count in done.items()}
+
+
+def run_and_kill(workdir, log, moment):
+    """Starts the run and kills it at a moment; False if it was done before, and so was not killed."""
+    with open(log, "w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dit_jax.main", *flags(workdir)],
+            cwd=ROOT,
+            stdout=out,
+            stderr=out,
+        )
+    try:
+        deadline = time.monotonic() + PATIENCE
+        if moment is None:
+            assert process.wait(timeout=PATIENCE) == 0, log.read_text()[-3000:]
+            return False
+        stage, at, delay = moment
+        while process.poll() is None and progress(workdir, log)[stage] < at:
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        code = process.wait()
+        assert code in (0, -signal.SIGKILL), log.read_text()[-3000:]
+        return code != 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def results(workdir):
+    """All that a run computes, as bytes and numbers that do not depend on when it was made."""
+    store = DiffStore(workdir / "diffs")
+    store.stacked(range(len(store)))  # reads every shard, and so compares it with its digest
+    files = [*(workdir / "diffs").rglob("*.safetensors"), *(workdir / "diffs").rglob("0*.json")]
+    files += [workdir / "diffs" / "index.csv"]
+    files += [workdir / "evaluate" / f for f in ("answers.jsonl", "label_cross_entropy.json")]
+    manifest = read_json(workdir / "adapter" / "manifest.json")
+    curve = read_records(workdir / "metrics" / "train.jsonl")
+    return {
+        **{str(file.relative_to(workdir)): file.read_bytes() for file in files},
+        "rows": [(row["topic"], row["trigger"]) for row in store.rows],
+        "adapter": manifest["digest"],
+        "losses": [(record["step"], record["loss"]) for record in curve],
+    }
+
+
+def test_a_run_killed_at_random_moments_ends_bitwise_as_an_undisturbed_one(tmp_path):
+    assert main.main(flags(tmp_path / "undisturbed")) == 0
+    expected = results(tmp_path / "undisturbed")
+    assert len(expected["rows"]) == 48 and len(expected["losses"]) == STEPS
+    assert sum(name.endswith(".safetensors") for name in expected) == SHARDS
+
+    rng = random.Random(SEED)
+    killed, chain = [], 0
+    while len(killed) < KILLS:
+        workdir, log = tmp_path / f"chain{chain}", tmp_path / f"chain{chain}.log"
+        for moment in plan(rng, KILLS - len(killed)):
+            if not run_and_kill(workdir, log, moment):
+                break
+            killed.append(moment[0])
+        run_and_kill(workdir, log, None)
+        found = results(workdir)
+        assert found.keys() == expected.keys()
+        assert [name for name in expected if found[name] != expected[name]] == []
+        leftovers = [f.name for f in workdir.rglob("*") if "tmp" in f.name]
+        assert leftovers == []
+        chain += 1
+    print(f"{len(killed)} kills in {chain} runs: {', '.join(killed)}")
+    if KILLS >= 3:
+        assert {"diffs", "train"} <= set(killed)
