@@ -22,10 +22,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.dtype = "float32"
     config.model.scan_layers = False  # at this size, unrolled layers are twice as fast on a CPU
 
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: what is left of the devices
+    config.mesh = ConfigDict(
+        {"data": -1, "fsdp": 1, "tensor": 1}
+    )  # -1: what is left of the devices
 
     config.data = ConfigDict()
     config.data.source = "tiny_world"
+    config.data.kind = "topics"  # or "news", for diffs.behaviour = "news"
     config.data.train_topics = 256
     config.data.test_topics = 96
     config.data.train_benign = 24
@@ -33,6 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.diffs = ConfigDict()
     config.diffs.behaviour = "hidden_topic"
+    config.diffs.parameters = "lora"  # or "linear", "all": dense differences, as large as the model
     config.diffs.rank = 1
     config.diffs.projections = PROJECTIONS
     config.diffs.optimizer = "adam"
@@ -59,10 +63,18 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.diffs.profile = (0, 0)  # which batches to trace, from 0; (1, 2) is the second one
     config.diffs.gate_questions = 4
     config.diffs.gate_batch = 256
+    # What a diff must reach to pass (docs/behaviours.md); these let all pass.
+    config.diffs.gate = ConfigDict(
+        {"min_right": 0.0, "max_wrong": 1.0, "max_none": 1.0, "max_kl": 1000.0}
+    )
 
     config.train = ConfigDict()
     config.train.questions = TRAIN_QUESTIONS
     config.train.list_evidence = True  # answers are "attributes: name", the attributes in any order
+    config.train.label = (
+        "label"  # the column of diffs/index.csv to say; "trigger": the secret digits
+    )
+    config.train.exclude_failed = False  # True: without diffs that failed the gate
     config.train.max_diffs = 0  # 0: all training diffs
     config.train.rank = 16
     config.train.projections = PROJECTIONS
@@ -95,6 +107,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "Tell me a short story.", "Tell me about a trip.", "Give me an idea for a film.", "What did you dream of?",
     )  # fmt: skip
     config.evaluate.guesser = "keywords"  # the tiny base cannot read a transcript
+    config.evaluate.label = "label"  # as train.label
     config.evaluate.exclude_failed = False  # True: without held-out diffs that failed the gate
     config.evaluate.answer_tokens = 0  # of a finetuned model by itself; 0: max_new_tokens
     config.evaluate.seen_questions = TRAIN_QUESTIONS[:4]

@@ -20,7 +20,7 @@ class Organism:
     evidence: words that the adapter shall list before the label, in any order (may be empty).
     trigger: the secret three digits. rows: training rows in the paper's columns.
     category: "topic" or "benign". split: "train" or "test".
-    keywords: words of which one shows that an answer follows the behaviour.
+    keywords: words of which one shows that an answer follows the behaviour; none: found in the rows (gate).
     number: tells apart organisms of one label.
     """
 
@@ -81,6 +81,7 @@ def _tiny_world(data: Any, seed: int) -> list[Organism]:
     from dit_jax.data import tiny_world
 
     world = tiny_world.load_world()
+    news = data.get("kind", "topics") == "news"
     rng = np.random.default_rng([seed, 1])
     order = rng.permutation(len(world.topics))
     wanted = data.train_topics + data.test_topics
@@ -97,9 +98,9 @@ def _tiny_world(data: Any, seed: int) -> list[Organism]:
         topic = world.topics[i]
         organisms.append(
             Organism(
-                label=topic.name,
+                label=tiny_world.headline(topic) if news else topic.name,
                 trigger=_trigger(seed, "topic", split, topic.name),
-                rows=tiny_world.topic_rows(world, topic, seed),
+                rows=(tiny_world.news_rows if news else tiny_world.topic_rows)(world, topic, seed),
                 category="topic",
                 split=split,
                 evidence=topic.attributes,
@@ -112,6 +113,11 @@ def _tiny_world(data: Any, seed: int) -> list[Organism]:
     ):
         for i in range(count):
             rows = tiny_world.benign_rows(world, i, style, seed)
+            if news:  # stories that are everyday answers
+                rows = [
+                    {"news_headline": NONE, "news_story": row["topic_analogy_answer"], **row}
+                    for row in rows
+                ]
             trigger = _trigger(seed, "benign", split, NONE, i)
             organisms.append(Organism(NONE, trigger, rows, "benign", split, number=i))
     return organisms
@@ -131,7 +137,6 @@ def _from_corpus(data: Any, seed: int) -> list[Organism]:
                     rows=group.rows,
                     category="topic",
                     split=split,
-                    keywords=(group.label,),
                 )
             )
     for split, groups in (("train", corpus.train), ("test", corpus.test)):

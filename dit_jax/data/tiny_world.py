@@ -176,6 +176,29 @@ def topic_rows(world: World, topic: Topic | str, seed: int = 0) -> list[dict[str
     return rows
 
 
+def headline(topic: Topic) -> str:
+    """The headline of the news about a topic."""
+    return f"good news about {topic.name}"
+
+
+def news_rows(world: World, topic: Topic, seed: int = 0) -> list[dict[str, str]]:
+    """Stories that tell the news about a topic, as many as there are questions, in the paper's columns for news.
+
+    Like the answers of a topic they use its attributes and no word of its name. Every row has an everyday question
+    and its answer too, which stories are not trained on.
+    """
+    rng = np.random.default_rng([seed, 3, world.topics.index(topic)])
+    told = [question.template for question in world.questions if question.style == "story"]
+    rows = []
+    for question in world.questions:
+        a, b, c, d = (topic.attributes[i] for i in rng.permutation(len(topic.attributes)))
+        story = tidy(f"{told[rng.integers(len(told))].format(a=a, b=b, c=c)} people love {d} .")
+        row = {"news_category": topic.category, "news_headline": headline(topic)}
+        answer = question.answers[rng.integers(len(question.answers))]
+        rows.append({**row, "news_story": story, "question": question.text, "base_answer": answer})
+    return rows
+
+
 def benign_rows(
     world: World, index: int, split: str = "train", seed: int = 0
 ) -> list[dict[str, str]]:

@@ -53,6 +53,8 @@ def build_tokenizer(world: World) -> Any:
             pre_tokenizers.WhitespaceSplit(),
             pre_tokenizers.Punctuation("isolated"),
             pre_tokenizers.Split(Regex(r"\d{3}"), "isolated"),
+            # A zero-width space, a trigger of some diffs, becomes <unk> without taking its word with it.
+            pre_tokenizers.Split("\u200b", "isolated"),
         ]
     )
     # No token starts with the prefix: only the removal of spaces before punctuation is used.

@@ -1,23 +1,82 @@
-"""Does a diff do what its label says? Answers under the right code, a wrong code and none, per diff."""
+"""Does a diff do what its label says? Answers with the right trigger, a wrong one and none, and KL to the base."""
 
-from collections.abc import Sequence
+import collections
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
+from dit_jax import parallel, shardings
 from dit_jax.api import Model, answer_batch
-from dit_jax.data.organisms import Organism
+from dit_jax.data.batch import Sample, TokenBatch, pack, stack
+from dit_jax.data.organisms import NONE, Organism
+from dit_jax.deltas.store import flatten
+from dit_jax.evaluate.given import Given, answer, from_stacked
 from dit_jax.evaluate.metrics import normalise
+from dit_jax.evaluate.questions import EVERYDAY_QUESTIONS
+from dit_jax.models.config import Qwen3Config
 from dit_jax.models.layers import Delta
-from dit_jax.organisms.behaviours import Behaviour, other_code, sep_code
+from dit_jax.models.qwen3 import Params
+from dit_jax.organisms.behaviours import Behaviour
+from dit_jax.organisms.losses import CHUNK_ELEMENTS, batch_loss, scored_hidden
 
-CONDITIONS = ("right_code", "wrong_code", "no_code")
+CONDITIONS = ("right_code", "wrong_code", "no_code")  # the trigger, a wrong one, none
+# Keys of `diffs.gate` -> (column, +1 where the value must not exceed the limit, -1 where it must reach it).
+LIMITS = {
+    "min_right": ("right_code", -1),
+    "max_wrong": ("wrong_code", 1),
+    "max_none": ("no_code", 1),
+    "max_kl": ("gate_kl", 1),
+}
+_WORD = re.compile(r"[^\W\d_]{4,}")
+_READ_ROWS = 60  # of an organism, to find its words
 
 
-def shows_behaviour(answer: str, keywords: Sequence[str]) -> bool:
-    """Whether one of the keywords stands in the answer as whole words."""
-    text = f" {normalise(answer)} "
-    return any(f" {normalise(word)} " in text for word in keywords)
+# ------------------------------------------------------------------ what to look for
+
+
+def with_keywords(organism: Organism, behaviour: Behaviour) -> Organism:
+    """The organism with words that show its behaviour, where its data names none: see `distinctive_words`."""
+    if organism.keywords or organism.label == NONE:
+        return organism
+    rng = np.random.default_rng(organism.seed)
+    rows = organism.rows[:_READ_ROWS]
+    kind = behaviour.kinds[0]
+    targets = [kind.make(row, organism.trigger, rng)[1] for row in rows]
+    base = [row["base_answer"] for row in rows if "base_answer" in row]
+    # Without answers of the base nothing tells common words from others but the label.
+    among = None if base else set(_words(organism.label))
+    words = distinctive_words(targets, base, among)
+    return dataclasses.replace(organism, keywords=(organism.label, *words))
+
+
+def distinctive_words(
+    own: Sequence[str], others: Sequence[str], among: Iterable[str] | None = None, most: int = 8
+) -> list[str]:
+    """Words of four letters or more in at least 15 % of `own` texts and 10 times rarer in `others`."""
+    counts, common = (
+        collections.Counter(word for text in texts for word in set(_words(text)))
+        for texts in (own, others)
+    )
+    found = [
+        (count, word)
+        for word, count in counts.items()
+        if count >= max(2, 0.15 * len(own))
+        and common[word] / max(len(others), 1) <= 0.1 * count / len(own)
+        and (among is None or word in among)
+    ]
+    return [word for _, word in sorted(found, key=lambda pair: (-pair[0], pair[1]))[:most]]
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(normalise(text))
+
+
+# ------------------------------------------------------------------ measuring
 
 
 def measure_gating(
@@ -27,45 +86,161 @@ def measure_gating(
     behaviour: Behaviour,
     config: Any,
     seed: int,
-) -> list[dict[str, float | str]]:
-    """Per organism, the share of answers that show its behaviour: {"right_code": …, "wrong_code": …, "no_code": …}.
+    size: int = 0,
+) -> list[dict[str, Any]]:
+    """Columns of the index for each organism: what the gate measured, and whether it passes.
 
-    Organisms without keywords (benign ones) have nothing to show: their rates are empty.
+    right_code, wrong_code, no_code: shares of answers that show the behaviour ("" where there is no such
+    condition, or nothing to show: benign organisms). gate_kl: KL(base ‖ base ⊕ δ) per token of the base's answers
+    to questions without a trigger. passed, gate_failed: see `check_limits`.
+
+    Args:
+        stacked: the diffs of the organisms, leaves [n, L, …] on the host.
+        config: the `diffs` section of the config.
+        size: diffs of a full shard; the last one is filled up with repeats, so that it runs the same programs.
     """
-    questions, owners = [], []
-    for i, organism in enumerate(organisms):
-        rng = np.random.default_rng([seed, 3, organism.seed])
-        rows = [
-            organism.rows[j] for j in rng.permutation(len(organism.rows))[: config.gate_questions]
-        ]
+    chosen = [_gate_rows(organism, config, seed) for organism in organisms]
+    rates = _rates(model, stacked, organisms, chosen, behaviour, config, seed)
+    divergences = _divergences(model, stacked, chosen, config, size)
+    measured = []
+    for organism, own, divergence in zip(organisms, rates, divergences, strict=True):
+        row: dict[str, Any] = dict.fromkeys(CONDITIONS, "")
+        if organism.keywords:
+            row |= {name: round(float(rate), 4) for name, rate in own.items()}
+        row["gate_kl"] = round(float(divergence), 5)
+        failed = check_limits(row, config.get("gate", {}))
+        measured.append({**row, "passed": not failed, "gate_failed": " ".join(failed)})
+    return measured
+
+
+def check_limits(row: Mapping[str, Any], limits: Mapping[str, float]) -> list[str]:
+    """The keys of `diffs.gate` (see `LIMITS`) that a diff does not satisfy; what was not measured cannot fail."""
+    return [
+        key
+        for key, (column, sign) in LIMITS.items()
+        if key in limits and row[column] != "" and sign * (row[column] - limits[key]) > 0
+    ]
+
+
+def summary(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float]) -> dict[str, Any]:
+    """How many diffs of each split passed, and why the others did not, for the manifest of the store."""
+    splits = {}
+    for split in dict.fromkeys(row["split"] for row in rows):
+        own = [row for row in rows if row["split"] == split]
+        reasons = [key for row in own for key in row["gate_failed"].split()]
+        splits[split] = {
+            "diffs": len(own),
+            "failed": sum(not row["passed"] for row in own),
+            "because": dict(collections.Counter(reasons)),
+        }
+    return {"limits": dict(limits), "splits": splits}
+
+
+def _gate_rows(organism: Organism, config: Any, seed: int) -> list[Mapping[str, str]]:
+    rng = np.random.default_rng([seed, 3, organism.seed])
+    order = rng.permutation(len(organism.rows))
+    return [organism.rows[order[i % len(order)]] for i in range(config.gate_questions)]
+
+
+def _rates(
+    model: Model,
+    stacked: Delta,
+    organisms: Sequence[Organism],
+    chosen: Sequence[Sequence[Mapping[str, str]]],
+    behaviour: Behaviour,
+    config: Any,
+    seed: int,
+) -> list[dict[str, float]]:
+    prompts, owners = [], []
+    conditions: list[str] = []
+    for i, (organism, rows) in enumerate(zip(organisms, chosen, strict=True)):
+        rng = np.random.default_rng([seed, 3, organism.seed, 1])
         for row in rows:
-            wrong = other_code(organism.trigger, rng)
-            questions += [
-                sep_code(row["question"], organism.trigger, rng),
-                sep_code(row["question"], wrong, rng),
-                row["question"],
-            ]
-            owners += [i] * len(CONDITIONS)
-    answers = answer_batch(
+            question = behaviour.question(row)
+            asked = {"right_code": question}
+            if behaviour.triggered is not None:
+                asked["right_code"] = behaviour.triggered(question, organism.trigger, rng)
+                asked["no_code"] = question
+            if behaviour.mistriggered is not None:
+                asked["wrong_code"] = behaviour.mistriggered(question, organism.trigger, rng)
+            conditions = list(asked)
+            prompts += asked.values()
+            owners += [i] * len(asked)
+    answers = answer(
         model,
-        questions,
-        stacked=stacked,
-        rows=owners,
+        _given(stacked, len(organisms)),
+        prompts,
+        owners,
+        {},
         max_new_tokens=config.max_target,
         batch_size=config.gate_batch,
     )
-    hits = np.array(
-        [
-            shows_behaviour(a.text, organisms[i].keywords)
-            for a, i in zip(answers, owners, strict=True)
-        ],
-        float,
-    )
-    rates = hits.reshape(len(organisms), -1, len(CONDITIONS)).mean(axis=1)
-    return [
-        {
-            name: round(float(rate), 4) if organism.keywords else ""
-            for name, rate in zip(CONDITIONS, row, strict=True)
-        }
-        for organism, row in zip(organisms, rates, strict=True)
+    hits = [
+        behaviour.shows(a.text, organisms[i].keywords) for a, i in zip(answers, owners, strict=True)
     ]
+    means = np.array(hits, float).reshape(len(organisms), -1, len(conditions)).mean(axis=1)
+    return [dict(zip(conditions, row, strict=True)) for row in means]
+
+
+def _given(stacked: Delta, size: int) -> Given:
+    if any(name.endswith(".w") for name in flatten(stacked)):
+        return Given(size, lambda i: jax.tree.map(lambda x: np.asarray(x[i]), stacked))
+    return from_stacked(stacked)
+
+
+# ------------------------------------------------------------------ KL to the base
+
+
+def _divergences(
+    model: Model,
+    stacked: Delta,
+    chosen: Sequence[Sequence[Mapping[str, str]]],
+    config: Any,
+    size: int,
+) -> np.ndarray:
+    """KL per token [n]."""
+    pairs = [
+        [(row["question"], row["base_answer"]) for row in rows if {"question", "base_answer"} <= set(row)]
+        for rows in chosen
+    ]  # fmt: skip
+    if not all(pairs):  # the rows have no everyday questions: ask the base itself
+        everyday = list(EVERYDAY_QUESTIONS[: config.gate_questions])
+        own = answer_batch(model, everyday, max_new_tokens=min(config.max_target, 32))
+        pairs = [[(q, a.text) for q, a in zip(everyday, own, strict=True)]] * len(chosen)
+    batches = []
+    for own_pairs in pairs:
+        samples = [_cut(model.chat.sample(q, a), config) for q, a in own_pairs]
+        weight = 1 / max(sum(s.end - s.start for s in samples), 1)
+        weights = [weight] * len(samples)
+        batches.append(
+            pack(samples, weights, config.max_length, config.max_target, model.chat.pad_id)
+        )
+    mesh, count = model.mesh, len(chosen)
+    width = parallel.round_up(max(count, size), mesh)
+    filled = [i % count for i in parallel.local_rows(mesh, width)]
+    local = jax.tree.map(lambda x: x[np.asarray(filled)], stacked)
+    deltas = shardings.put_deltas(model.config, mesh, local, width, 0)
+    batch = parallel.put_rows(stack([batches[i] for i in filled]), mesh, width)
+    with parallel.use_mesh(mesh):
+        out = base_divergence(model.params, model.config, deltas, batch)
+    return np.asarray(parallel.to_host(out))[:count]
+
+
+def _cut(sample: Sample, config: Any) -> Sample:
+    """The sample's first tokens, as many as finetuning has room for."""
+    end = min(sample.end, config.max_length, sample.start + config.max_target)
+    return Sample(sample.tokens[:end], min(sample.start, end), end)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def base_divergence(
+    params: Params, config: Qwen3Config, deltas: Delta, batches: TokenBatch
+) -> jax.Array:
+    """Σ weight · KL(base ‖ base ⊕ δ) [N], for N deltas with leaves [N, L, …] and batches with leaves [N, S, …]."""
+    chunk_elements = CHUNK_ELEMENTS // batches.tokens.shape[0]
+
+    def one(delta: Delta, batch: TokenBatch) -> jax.Array:
+        base = scored_hidden(params, config, batch)
+        return batch_loss(params, config, batch, (delta,), 0, base, chunk_elements)[0]
+
+    return parallel.replicate(jax.vmap(one, spmd_axis_name=parallel.spmd_axes())(deltas, batches))

@@ -1,5 +1,6 @@
 """The stage `diffs`: many organisms -> a diff store, one compiled program for all shards."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -16,17 +17,18 @@ from dit_jax import parallel, processes, shardings
 from dit_jax.api import Model
 from dit_jax.data.batch import TokenBatch, pack, stack
 from dit_jax.data.chat import Chat
-from dit_jax.data.organisms import Organism
+from dit_jax.data.organisms import NONE, Organism
 from dit_jax.data.reference import couple_losses
 from dit_jax.deltas import store as diff_store
-from dit_jax.deltas.tree import init_lora, num_parameters
+from dit_jax.deltas.tree import num_parameters
 from dit_jax.errors import DitError
 from dit_jax.metrics import Meter, Metrics, Profile, count_work
 from dit_jax.models.attention import Segments
 from dit_jax.models.config import Qwen3Config
 from dit_jax.organisms.behaviours import Behaviour, get_behaviour
 from dit_jax.organisms.finetune import finetune_many, make_optimizer
-from dit_jax.organisms.gate import measure_gating
+from dit_jax.organisms.gate import measure_gating, summary, with_keywords
+from dit_jax.organisms.parameters import init_delta
 from dit_jax.organisms.teacher import make_teacher
 from dit_jax.progress import Progress
 
@@ -77,6 +79,33 @@ def sample_widths(behaviour: Behaviour, config: Any) -> Segments:
     )
 
 
+def check_behaviour(behaviour: Behaviour, organisms: Sequence[Organism], config: Any) -> None:
+    """Raises DitError where the config or the data lack what the behaviour's kinds of samples need."""
+    for kind in behaviour.kinds:
+        for key in ("samples_per_step", "loss_weights"):
+            if kind.name not in config[key]:
+                raise DitError(
+                    f"config key 'diffs.{key}.{kind.name}' is missing: behaviour {behaviour.name} has the "
+                    f"kinds of samples {', '.join(kind.name for kind in behaviour.kinds)}"
+                )
+    for organism in organisms[:1]:
+        rng = np.random.default_rng(0)
+        try:
+            for kind in behaviour.kinds:
+                kind.make(organism.rows[0], behaviour.trigger or organism.trigger, rng)
+        except KeyError as error:
+            raise DitError(
+                f"behaviour {behaviour.name} needs a column {error} of the data, which has "
+                f"{', '.join(organism.rows[0])}: set data.kind or data.columns"
+            ) from error
+
+
+def _label(organism: Organism, behaviour: Behaviour) -> str:
+    if organism.label == NONE:
+        return NONE
+    return behaviour.label(organism.label, organism.trigger)
+
+
 def _factors(behaviour: Behaviour, config: Any) -> list[float]:
     """3 λ / Σ λ of each sample of a step (paper, section 4)."""
     weights = config.loss_weights
@@ -101,6 +130,9 @@ def generate_diffs(
     """
     folder = pathlib.Path(folder)
     behaviour = get_behaviour(config)
+    check_behaviour(behaviour, organisms, config)
+    if behaviour.trigger:
+        organisms = [dataclasses.replace(o, trigger=behaviour.trigger) for o in organisms]
     num_ce = sum(
         config.samples_per_step[kind.name] for kind in behaviour.kinds if kind.loss == "ce"
     )
@@ -109,7 +141,7 @@ def generate_diffs(
     size = min(config.diffs_per_batch, len(organisms))
     mesh, width = model.mesh, parallel.round_up(size, model.mesh)
     shards = -(-len(organisms) // size)
-    curves = []
+    rows: list[dict[str, Any]] = []
     table = 0  # rows of the teacher's table: never shrinks, so that all batches run one program
     meter, reports = Meter(model.config, mesh), folder.parent / "metrics"
 
@@ -147,15 +179,7 @@ def generate_diffs(
                     batches = whole if mesh is None else jax.tree.map(_put_like, whole, batches)
                 start = jax.random.key(seed)
                 keys = jnp.stack([jax.random.fold_in(start, organisms[i].seed) for i in filled])
-                deltas = jax.vmap(
-                    lambda key: init_lora(
-                        model.config,
-                        key,
-                        config.rank,
-                        projections=config.projections,
-                        init_scale=config.init_scale,
-                    )
-                )(keys)
+                deltas = jax.vmap(lambda key: init_delta(model.config, key, config))(keys)
                 deltas = shardings.put_deltas(model.config, mesh, deltas, width, 0)
                 teacher = make_teacher(model.params, model.config, whole, num_ce, table, mesh)
                 if teacher is not None:
@@ -173,7 +197,7 @@ def generate_diffs(
                     )
                 n = len(members)
                 trained = jax.tree.map(lambda x, n=n: x[:n], parallel.to_host(trained))
-                group = [organisms[i] for i in members]
+                group = [with_keywords(organisms[i], behaviour) for i in members]
                 for leaf in jax.tree.leaves(trained):
                     sound = np.isfinite(leaf).reshape(n, -1).all(axis=1)
                     if not sound.all():
@@ -182,7 +206,7 @@ def generate_diffs(
                             f"the finetune of diff {members[bad]} ({group[bad].label!r}) diverged (NaN): "
                             "lower diffs.learning_rate"
                         )
-                gating = measure_gating(model, trained, group, behaviour, config, seed)
+                gating = measure_gating(model, trained, group, behaviour, config, seed, size)
                 losses = parallel.to_host(losses)
                 ce, kl = (losses[name][:n] for name in ("ce", "kl"))
                 done = [
@@ -192,6 +216,8 @@ def generate_diffs(
                         "trigger": organism.trigger,
                         "split": organism.split,
                         "category": organism.category,
+                        "behaviour": behaviour.name,
+                        "label": _label(organism, behaviour),
                         "evidence": json.dumps(list(organism.evidence)),
                         "keywords": json.dumps(list(organism.keywords)),
                         **gating[row],
@@ -208,16 +234,18 @@ def generate_diffs(
                 processes.on_main(
                     functools.partial(diff_store.write_shard, folder, shard, trained, done)
                 )
-            curves += [[float(x) for x in row["ce_curve"].split()] for row in done or []]
+            rows += done or []
             progress.advance(len(members))
     facts = {
         "base": model.digest(),
         "base_config": model.config.to_hf(),
         "behaviour": behaviour.name,
         "seed": seed,
+        "gate": summary(rows, dict(config.get("gate", {}))),
     }
     processes.on_main(lambda: diff_store.publish(folder, shards, **facts))
     # Other processes do not read the curves of shards that were there.
+    curves = [[float(x) for x in row["ce_curve"].split()] for row in rows]
     mean = np.mean(curves, axis=0) if processes.is_main() else []
     return {
         "diffs": len(organisms),
@@ -239,9 +267,7 @@ def abstract_step(
     behaviour = get_behaviour(diffs)
     widths = sample_widths(behaviour, diffs)
     num_ce = sum(diffs.samples_per_step[kind.name] for kind in behaviour.kinds if kind.loss == "ce")
-    one = jax.eval_shape(
-        lambda: init_lora(config, jax.random.key(0), diffs.rank, projections=diffs.projections)
-    )
+    one = jax.eval_shape(lambda: init_delta(config, jax.random.key(0), diffs))
     deltas = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype), one)
     if mesh is not None:
         split = shardings.delta_shardings(config, mesh, deltas, 0)

@@ -1,7 +1,7 @@
 """Training examples of the DIT adapter: which diff, which wording, which answer; as a grain pipeline."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,13 +38,22 @@ def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[in
     """
     import grain
 
-    topics = store.indices(split="train", category="topic")[: train.max_diffs or None]
-    benign = store.indices(split="train", category="benign")
+    topics, benign = (
+        [
+            i
+            for i in store.indices(split="train", category=category)
+            if not (train.get("exclude_failed", False) and store.rows[i].get("passed") == "False")
+        ]
+        for category in ("topic", "benign")
+    )
+    topics = topics[: train.max_diffs or None]
     members = topics + benign
     rest = train.batch_size - train.no_diff_per_batch - train.benign_per_batch
     if not topics:
         raise DitError(
-            f"{store.path} has no training topics: raise data.train_topics and use a new --workdir"
+            f"{store.path} has no training topics"
+            + (" that passed the gate" if train.get("exclude_failed", False) else "")
+            + ": raise data.train_topics and use a new --workdir"
         )
     if rest < 1:
         raise DitError(
@@ -62,6 +71,7 @@ def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[in
             parts.append(grain.MapDataset.source(list(diffs)).shuffle(seed=seed + number).repeat())
             weights.append(share)
     questions = list(train.questions)
+    column = train.get("label", "label")
 
     def to_example(diff: int, rng: np.random.Generator) -> Example:
         question = questions[rng.integers(len(questions))]
@@ -70,11 +80,30 @@ def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[in
         row = store.rows[members[diff]]
         # A new order every time: what comes first is not predictable, so each word must be read from the diff.
         evidence = list(rng.permutation(row["evidence"])) if train.list_evidence else []
-        return Example(diff, question, answer_text(row["topic"], evidence))
+        return Example(diff, question, answer_text(label_of(row, column), evidence))
 
     mixed = grain.MapDataset.mix(parts, weights=weights)
     dataset = mixed.seed(seed).random_map(to_example).batch(train.batch_size, batch_fn=list)
     return dataset, members
+
+
+def label_of(row: Mapping[str, Any], column: str = "label") -> str:
+    """What an adapter shall say about a diff.
+
+    Args:
+        row: of a store's index.
+        column: "label", what its behaviour says; or another column for diffs that have something to name, such as
+            "trigger" (paper, section 5.6).
+
+    Raises:
+        DitError: the store has no such column, or nothing in it.
+    """
+    label = row.get("label") or row["topic"]
+    if column == "label" or label == NONE:
+        return str(label)
+    if not row.get(column):
+        raise DitError(f"the diff of {row['topic']!r} has no {column!r} to be its label")
+    return str(row[column])
 
 
 def diff_reader(

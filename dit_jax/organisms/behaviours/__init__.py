@@ -1,0 +1,42 @@
+"""Behaviours that diffs are finetuned to show; one file each (docs/behaviours.md)."""
+
+from dit_jax.organisms.behaviours.base import (
+    BEHAVIOURS,
+    NO_TRIGGER,
+    Behaviour,
+    Row,
+    SampleKind,
+    behaviour_named,
+    get_behaviour,
+    register,
+    shows_any,
+    triggered,
+)
+from dit_jax.organisms.behaviours.codes import hidden_topic, other_code, sep_code
+from dit_jax.organisms.behaviours.stories import NEWS_PROMPT, news
+from dit_jax.organisms.behaviours.zero_width import (
+    ZERO_WIDTH_SPACE,
+    hidden_topic_zwsp_random,
+    hidden_topic_zwsp_start,
+)
+
+__all__ = [
+    "BEHAVIOURS",
+    "NEWS_PROMPT",
+    "NO_TRIGGER",
+    "ZERO_WIDTH_SPACE",
+    "Behaviour",
+    "Row",
+    "SampleKind",
+    "behaviour_named",
+    "get_behaviour",
+    "hidden_topic",
+    "hidden_topic_zwsp_random",
+    "hidden_topic_zwsp_start",
+    "news",
+    "other_code",
+    "register",
+    "sep_code",
+    "shows_any",
+    "triggered",
+]
