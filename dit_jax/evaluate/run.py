@@ -38,7 +38,8 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
     adapter_path = workdir / (config.get("adapter", "") or "adapter")
     adapter = load_adapter(adapter_path, model)
     exclude = bool(config.get("exclude_failed", False))
-    topics = read_held_out(store, "topic", exclude)
+    column = str(config.get("label", "label"))
+    topics = read_held_out(store, "topic", exclude, column)
     if len(topics) < 2:
         raise DitError(
             "evaluation needs two held-out topics or more (each is another's shuffled control)"
@@ -51,7 +52,7 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
         model=model,
         store=store,
         topics=topics,
-        benign=read_held_out(store, "benign", exclude),
+        benign=read_held_out(store, "benign", exclude, column),
         adapter=adapter,
         off=jax.tree.map(jnp.zeros_like, adapter),
         config=config,

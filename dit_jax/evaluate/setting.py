@@ -15,6 +15,7 @@ from dit_jax.evaluate.given import Given, answer, from_store
 from dit_jax.evaluate.metrics import extract_guess
 from dit_jax.models.layers import Delta
 from dit_jax.organisms import behaviours
+from dit_jax.train.examples import label_of
 
 NO_DIFF = "no_diff"
 Row = dict[str, Any]
@@ -36,22 +37,24 @@ class HeldOut:
         return label_of(self.rows[row])
 
 
-def label_of(row: Mapping[str, Any]) -> str:
-    """The label of a row of a store: its own column where the behaviour's label is not the topic."""
-    return row.get("label") or row["topic"]
-
-
 def failed(row: Mapping[str, Any]) -> bool:
     """Whether the gate found that a diff does not do what its label says."""
     return str(row.get("passed", "")).lower() in ("false", "0", "0.0")
 
 
-def read_held_out(store: DiffStore, category: str, exclude_failed: bool = False) -> HeldOut:
-    """The test split of a category ("topic" or "benign"), without what failed the gate if that is asked for."""
+def read_held_out(
+    store: DiffStore, category: str, exclude_failed: bool = False, column: str = "label"
+) -> HeldOut:
+    """The test split of a category ("topic" or "benign"), without what failed the gate if that is asked for.
+
+    Args:
+        column: of the store's index, what adapters shall say about these diffs; see `label_of`.
+    """
     indices = store.indices(split="test", category=category)
     if exclude_failed:
         indices = [i for i in indices if not failed(store.rows[i])]
-    return HeldOut(indices, [store.rows[i] for i in indices], from_store(store, indices))
+    rows = [{**store.rows[i], "label": label_of(store.rows[i], column)} for i in indices]
+    return HeldOut(indices, rows, from_store(store, indices))
 
 
 @dataclasses.dataclass(frozen=True)
