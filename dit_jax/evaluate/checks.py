@@ -15,9 +15,9 @@ from dit_jax.evaluate.document import (
 from dit_jax.evaluate.names import Json
 
 _GATING = {
-    "right_code": "the right code",
-    "wrong_code": "a wrong code",
-    "no_code": "no code",
+    "right_code": "the trigger",
+    "wrong_code": "a wrong trigger",
+    "no_code": "no trigger",
 }
 _NONE = {
     "benign_called_none": ("Benign diffs", "finetuned on generic answers; should be 100 %"),
@@ -32,9 +32,18 @@ def rate_cell(item: Json, kind: str, key: str = "mean") -> Rate:
 
 
 def gating_section(summary: Json) -> Section:
-    """How often diffs show their topic with the right code, a wrong one and none."""
+    """How often diffs show their label with the trigger, a wrong one and none."""
     intervals = summary["gating_intervals"]
     labels = {key: label for key, label in _GATING.items() if key in intervals}
+    if set(labels) == {"right_code"}:
+        labels = {"right_code": "the words of the finetuning"}
+    text = (
+        "The task is fair only if a diff shows its label where it should, with its own trigger, and keeps it to "
+        "itself otherwise. Counted are questions whose answer shows the label or one of the words that belong to it."
+    )
+    divergence = summary["excluded"]["diffs"].get("gate_kl")
+    if divergence is not None:
+        text += f" Without a trigger, their KL divergence from the base is {divergence:.3f} nats per token on average."
     rows = [
         TableRow(
             [
@@ -49,17 +58,13 @@ def gating_section(summary: Json) -> Section:
         "gating",
         "Do the diffs hide what they should?",
         [
-            Prose(
-                "The task is fair only if a diff shows its topic with its own code and keeps it to "
-                "itself otherwise. Counted are everyday questions whose answer shows the topic or "
-                "one of its attributes."
-            ),
-            Table([Column("Everyday questions"), Column("Topic shows"), Column("n", True)],
+            Prose(text),
+            Table([Column("Asked"), Column("Label shows"), Column("n", True)],
                   [("", rows)]),
             Figure(
                 "gating",
-                "Answers that show the topic",
-                "Bars: how often a diff shows its topic with the right, a wrong and no code",
+                "Answers that show the label",
+                "Bars: how often a diff shows its label with the trigger, a wrong one and none",
                 lambda: plots.gating(labels, intervals),
                 markdown_only=True,
             ),

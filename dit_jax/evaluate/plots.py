@@ -117,13 +117,13 @@ def methods(entries: Sequence[tuple[str, str, Json]]) -> "Figure":
 
 
 def gating(labels: Mapping[str, str], intervals: Mapping[str, Json]) -> "Figure":
-    """How often a diff shows its topic, by the code in the prompt. `labels`: key -> shown name."""
+    """How often a diff shows its label, by the trigger in the prompt. `labels`: key -> shown name."""
     keys = list(labels)
     return _horizontal_bars(
         [labels[key] for key in keys],
         [intervals[key] for key in keys],
         [COLOURS["dit" if key == "right_code" else "control"] for key in keys],
-        "answers that show the topic",
+        "answers that show the label",
     )
 
 

@@ -143,6 +143,7 @@ def _write(
     artifacts.write_json(folder / "label_cross_entropy.json", cross_entropy)
     artifacts.write_json(folder / "cost.json", cost)
     tested = [row for row in store.rows if row["split"] == "test"]
+    divergences = [float(row["gate_kl"]) for row in tested if row.get("gate_kl")]
     evaluated = {*setting.topics.indices, *setting.benign.indices}
     artifacts.write_json(
         folder / "excluded.json",
@@ -150,6 +151,7 @@ def _write(
             "held_out": len(tested),
             "failed_gate": sum(map(failed, tested)) if "passed" in tested[0] else None,
             "excluded": len(tested) - len(evaluated),
+            "gate_kl": sum(divergences) / len(divergences) if divergences else None,
         },
     )
     gated = [row for row in store.rows if row["category"] == "topic"]
