@@ -8,7 +8,9 @@ with the FLOPs that the program executes: padding, recomputation (remat) and the
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -124,10 +126,15 @@ def _item(model: Qwen3Config) -> int:
     return 2 if model.dtype == "bfloat16" else 4
 
 
-def lora_parameters(model: Qwen3Config, rank: int, projections: Any) -> int:
+def lora_parameters(model: Qwen3Config, rank: int, projections: Sequence[str]) -> int:
     """Factors of one LoRA (scales are not counted)."""
+    return _lora_parameters(model, rank, tuple(projections))
+
+
+@functools.lru_cache
+def _lora_parameters(model: Qwen3Config, rank: int, projections: tuple[str, ...]) -> int:
     lora = jax.eval_shape(
-        lambda: init_lora(model, jax.random.key(0), rank, projections=tuple(projections))
+        lambda: init_lora(model, jax.random.key(0), rank, projections=projections)
     )
     return num_parameters(lora)
 
