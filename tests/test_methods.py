@@ -14,6 +14,7 @@ from dit_jax.deltas.tree import dense, init_lora
 from dit_jax.errors import DitError
 from dit_jax.evaluate import guessers, methods, questions
 from dit_jax.evaluate.run import evaluate_run
+from dit_jax.organisms.behaviours import NEWS_PROMPT
 from dit_jax.train.checkpoints import export_adapter
 
 SETTINGS = {
@@ -61,7 +62,7 @@ def make_store(folder, model, deltas, topics, **columns):
             "n_params": 1, "topic": name, "trigger": f"{100 + i}", "split": "test", "category": "topic",
             "evidence": json.dumps(world[name].attributes),
             "keywords": json.dumps([name, *world[name].attributes]),
-            "right_code": "1.0", "wrong_code": "0.0", "no_code": "0.0",
+            "right_code": "1.0", "wrong_code": "0.0", "no_code": "0.0", "gate_kl": "0.25",
             **{key: values[i] for key, values in columns.items()},
         }
         for i, name in enumerate(topics)
@@ -121,7 +122,7 @@ def test_every_method_answers_about_every_diff(workdir, evaluated):
     assert cost["methods"]["dit"]["answers"] == 3 * 2 + 2  # two wordings, and both without a diff
     assert cost["methods"]["dit"]["tokens"] > 0 and cost["bytes"]["adapter"] > 0
     excluded = json.loads((workdir / "lora/evaluate/excluded.json").read_text())
-    assert excluded == {"held_out": 4, "failed_gate": 1, "excluded": 1}
+    assert excluded == {"held_out": 4, "failed_gate": 1, "excluded": 1, "gate_kl": 0.25}
 
 
 def test_dense_diffs_give_the_answers_of_the_loras_that_they_are(workdir, evaluated):
@@ -203,6 +204,10 @@ def test_keywords_are_words_that_the_base_does_not_use():
 )  # fmt: skip
 def test_the_name_in_a_reply(reply, name):
     assert guessers.read_guess(reply) == name
+
+
+def test_news_are_asked_for_as_they_were_finetuned():
+    assert questions.STORY_PROMPTS["summary"] == (NEWS_PROMPT,)
 
 
 def test_transcripts_cannot_close_their_tag():

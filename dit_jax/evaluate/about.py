@@ -39,6 +39,8 @@ _BEHAVIOURS = {  # by a part of the behaviour's name, the most special first
 
 def _behaviour(config: Json) -> _Behaviour:
     name = str(config.get("diffs", {}).get("behaviour", ""))
+    if config.get("evaluate", {}).get("label") == "trigger":
+        return _BEHAVIOURS["inversion"]
     return next(text for part, text in _BEHAVIOURS.items() if part in name)
 
 

@@ -24,9 +24,9 @@ from dit_jax.evaluate.setting import (
     has_trigger,
     label_of,
     new_row,
-    triggered,
 )
 from dit_jax.models.layers import Delta
+from dit_jax.organisms.behaviours import triggered
 
 # ------------------------------------------------------------------ questions to the model
 
@@ -195,7 +195,8 @@ def _guessed(
 
 
 def _names(s: Setting) -> list[str]:
-    return sorted({label_of(row) for row in s.store.rows if row["category"] == "topic"})
+    rows = [row for row in s.store.rows if row["category"] == "topic"]
+    return sorted({label_of(row, s.label_column) for row in rows})
 
 
 def name_reading(s: Setting) -> list[Row]:
@@ -205,16 +206,17 @@ def name_reading(s: Setting) -> list[Row]:
     return _ranked(s, "name_reading", scores, names)
 
 
-def attributes_of(store: DiffStore) -> dict[str, list[str]]:
+def attributes_of(store: DiffStore, column: str = "label") -> dict[str, list[str]]:
     """Words that belong to each label beside itself, where the corpus has such a table."""
     rows = [row for row in store.rows if row["category"] == "topic"]
-    table = {label_of(row): [w for w in row["keywords"] if w != label_of(row)] for row in rows}
-    return {name: words for name, words in table.items() if words}
+    named = [(label_of(row, column), row["keywords"]) for row in rows]
+    table = {label: [word for word in words if word != label] for label, words in named}
+    return {label: words for label, words in table.items() if words}
 
 
 def attribute_oracle(s: Setting) -> list[Row]:
     """Weights, and the world's own table of every topic's attributes."""
-    table = attributes_of(s.store)
+    table = attributes_of(s.store, s.label_column)
     if len(table) < len(_names(s)):
         raise DitError(
             "the method 'attribute_oracle' needs attributes of every label, which only the embedded world "
@@ -282,7 +284,7 @@ def chosen_methods(config: Mapping[str, Any], store: DiffStore) -> list[str]:
             raise DitError(f"config key 'evaluate.methods': unknown method {name!r}: {hint}")
     if not named:
         left_out = list(NEED_GUESSER)
-        if not attributes_of(store):
+        if not attributes_of(store, str(config.get("label", "label"))):
             left_out.append("attribute_oracle")
         if not all(has_trigger(row) for row in store.rows if row["split"] == "test"):
             left_out += NEED_TRIGGER

@@ -5,8 +5,6 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from dit_jax.api import Answer, Model
 from dit_jax.deltas.store import DiffStore
 from dit_jax.errors import DitError
@@ -14,7 +12,6 @@ from dit_jax.evaluate.cost_meter import Meter
 from dit_jax.evaluate.given import Given, answer, from_store
 from dit_jax.evaluate.metrics import extract_guess
 from dit_jax.models.layers import Delta
-from dit_jax.organisms import behaviours
 from dit_jax.train.examples import label_of
 
 NO_DIFF = "no_diff"
@@ -76,6 +73,11 @@ class Setting:
     @property
     def seen(self) -> list[str]:
         return list(self.config.seen_questions)
+
+    @property
+    def label_column(self) -> str:
+        """The column of the store's index that says what adapters shall say."""
+        return str(self.config.get("label", "label"))
 
     @functools.cached_property
     def noise(self) -> Given:
@@ -142,11 +144,6 @@ def check_triggers(rows: Sequence[Mapping[str, Any]], method: str) -> None:
         raise DitError(
             f"the method {method!r} needs diffs with a trigger: take it out of evaluate.methods"
         )
-
-
-def triggered(row: Mapping[str, Any], question: str, rng: np.random.Generator) -> str:
-    """The question with the diff's trigger in it."""
-    return behaviours.triggered(row, question, rng)
 
 
 def new_row(
