@@ -82,6 +82,8 @@ def test_collectives_are_read_from_a_program():
   %all-gather.1 = bf16[1,5120,16]{1,2,0:T(8,128)(2,1)} all-gather(%x), channel_id=6, dimensions={1}
   %ags = (f32[2,8]{1,0}, f32[16,8]{1,0}) all-gather-start(%y), channel_id=7
   %agd = f32[16,8]{1,0} all-gather-done(%ags)
+  %all-gather.9 = bf16[1,5120,16]{1,2,0:T(8,128)(2,1)} all-gather(%again), channel_id=6, dimensions={1}
+  %all-reduce.6 = f32[2]{0} all-reduce(%x), channel_id=6, to_apply=%add
   ROOT %all-reduce.3 = (bf16[4,64]{1,0}, pred[8]{0}, s32[]) all-reduce(%a, %b, %c), to_apply=%add
 }
   %f = f32[4]{0} fusion(%all-gather.1), calls=%fused_all-gather, metadata={op_name="all-gather(x)"}
@@ -90,7 +92,7 @@ def test_collectives_are_read_from_a_program():
 """
     assert programs.count_collectives(text) == {
         "all-gather": (2, 5120 * 16 * 2 + 16 * 8 * 4),
-        "all-reduce": (1, 4 * 64 * 2 + 8 + 4),
+        "all-reduce": (2, 2 * 4 + 4 * 64 * 2 + 8 + 4),
         "collective-permute": (1, 7),
         "all-to-all": (1, 15),
     }

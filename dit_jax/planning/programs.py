@@ -168,13 +168,19 @@ def used_memory(message: str) -> float:
 def count_collectives(text: str) -> dict[str, tuple[int, float]]:
     """kind -> (operations, bytes of their results on one device) of a compiled program's text.
 
-    The two halves of an asynchronous operation count once; its result is the largest array that it names.
+    The two halves of an asynchronous operation count once; its result is the largest array that it names. A TPU's
+    compiler repeats an operation in each product that hides it: those have its channel in common.
     """
     counts: dict[str, tuple[int, float]] = {}
+    channels = set()
     for line in text.splitlines():
         found = _INSTRUCTION.match(line)
         if not found:
             continue
+        if channel := re.search(r"channel_id=(\d+)", line):
+            if (found["kind"], channel[1]) in channels:
+                continue
+            channels.add((found["kind"], channel[1]))
         arrays = [_array_bytes(*array) for array in _ARRAY.findall(found["result"])]
         size = max(arrays, default=0.0) if found["start"] else sum(arrays)
         count, total = counts.get(found["kind"], (0, 0.0))
