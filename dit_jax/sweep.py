@@ -9,9 +9,10 @@ A sweep file is a Python file with
     def get_sweep(arg=None):              # yields (name, overrides) of every run
         yield "diffs_4", {"train.max_diffs": 4}
 
-It is code and runs with the rights of the user: load only files that you trust. `{arg}` in CONFIG stands for
-the sweep's argument. Each run has the folder WORKDIR/NAME. Runs that differ only in what comes after the diffs
-share them. `--config.key=value` changes all runs.
+It is code and runs with the rights of the user: load only files that you trust. A run of another config is
+yielded as (name, overrides, config); `{arg}` in a config stands for the sweep's argument. Each run has the folder
+WORKDIR/NAME. Runs that differ only in what comes after the diffs share them. `--config.key=value` changes all
+runs.
 """
 
 import argparse
@@ -46,17 +47,17 @@ AFTER_DIFFS = (*FREE_KEYS, "train", "evaluate")
 
 
 class Run(NamedTuple):
-    """One run of a sweep: its name, its overrides as `key=value`, and the config that they give."""
+    """One run of a sweep: its name, its overrides as `key=value`, the config that they give, and its file."""
 
     name: str
     overrides: list[str]
     config: ConfigDict
+    file: str
 
 
 class Sweep(NamedTuple):
     """A sweep file, read and checked."""
 
-    config: str
     swept: str
     metric: str
     runs: list[Run]
@@ -89,10 +90,8 @@ def load_sweep(path: str, common: Sequence[str] = ()) -> Sweep:
     table = getattr(module, "TABLE", "sweep")
     if not isinstance(table, str) or not NAME.fullmatch(table):
         raise DitError(f"sweep file '{file}': TABLE must be the name of a file, not {table!r}")
-    if "{arg}" in values["CONFIG"]:
-        if not arg:
-            raise DitError(f"sweep file '{file}' needs an argument: write ':ARG' after .py")
-        values["CONFIG"] = values["CONFIG"].replace("{arg}", text)
+    if "{arg}" in values["CONFIG"] and not arg:
+        raise DitError(f"sweep file '{file}' needs an argument: write ':ARG' after .py")
     get_sweep = getattr(module, "get_sweep", None)
     if not callable(get_sweep):
         raise DitError(f"sweep file '{file}' has no function get_sweep: add get_sweep(arg=None)")
@@ -102,15 +101,18 @@ def load_sweep(path: str, common: Sequence[str] = ()) -> Sweep:
         need = "takes no argument: drop" if arg else "needs an argument: write"
         raise DitError(f"sweep file '{file}' {need} ':{text or 'ARG'}' after .py") from None
     try:
-        pairs = [(name, dict(overrides)) for name, overrides in get_sweep(*arg)]
+        made = [
+            (name, dict(overrides), other[0] if other else values["CONFIG"])
+            for name, overrides, *other in get_sweep(*arg)
+        ]
     except DitError:
         raise
     except Exception as error:
         raise DitError(f"sweep '{path}'{_where(error, file)}: {first_line(error)}") from error
-    if not pairs:
+    if not made:
         raise DitError(f"sweep '{path}' has no runs")
     runs: list[Run] = []
-    for name, overrides in pairs:
+    for name, overrides, base in made:
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise DitError(
                 f"sweep '{path}' has a run named {name!r}: use letters, digits and _ . = + -"
@@ -118,14 +120,14 @@ def load_sweep(path: str, common: Sequence[str] = ()) -> Sweep:
         if any(name == run.name for run in runs):
             raise DitError(f"sweep '{path}' has two runs named '{name}': name each of them once")
         try:
-            runs.append(_make_run(values["CONFIG"], name, common, overrides))
+            runs.append(_make_run(base.replace("{arg}", text), name, common, overrides))
         except DitError as error:
             raise DitError(f"run '{name}' of sweep '{path}': {error}") from None
         if values["SWEPT"] not in flatten(runs[-1].config):
             raise DitError(
-                f"sweep file '{file}': SWEPT = '{values['SWEPT']}' is no key of {values['CONFIG']}"
+                f"sweep file '{file}': SWEPT = '{values['SWEPT']}' is no key of {runs[-1].file}"
             )
-    return Sweep(values["CONFIG"], values["SWEPT"], values["METRIC"], runs, table)
+    return Sweep(values["SWEPT"], values["METRIC"], runs, table)
 
 
 def _import(file: pathlib.Path) -> Any:
@@ -160,7 +162,7 @@ def _make_run(base: str, name: str, common: Sequence[str], overrides: dict[str, 
     for key, value in _dotted(overrides):
         if flatten(config)[key] != flatten(checked)[key]:
             raise DitError(f"the value {value!r} of '{key}' cannot be written on a command line")
-    return Run(name, texts, config)
+    return Run(name, texts, config, base)
 
 
 def _dotted(overrides: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -180,9 +182,9 @@ def _as_text(value: Any) -> str:
 # ------------------------------------------------------------------ one run
 
 
-def command(sweep: Sweep, run: Run, workdir: pathlib.Path) -> str:
+def command(run: Run, workdir: pathlib.Path) -> str:
     """The shell command that makes one run, quoted."""
-    words = ["python", "-m", "dit_jax.main", "--config", sweep.config]
+    words = ["python", "-m", "dit_jax.main", "--config", run.file]
     words += ["--workdir", str(workdir / run.name)]
     return shlex.join([*words, *(f"--config.{text}" for text in run.overrides)])
 
@@ -302,7 +304,7 @@ def main_sweep(argv: list[str] | None = None) -> int:
             flags = parser.parse_args(rest)
             sweep, workdir = load_sweep(flags.sweep, common), pathlib.Path(flags.workdir)
             if flags.list:
-                print("\n".join(command(sweep, run, workdir) for run in sweep.runs))
+                print("\n".join(command(run, workdir) for run in sweep.runs))
                 return 0
             indices: Sequence[int] = range(len(sweep.runs))
             if flags.index is not None:

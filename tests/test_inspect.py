@@ -24,6 +24,7 @@ from inspect_ai.log import read_eval_log
 from inspect_ai.model import ChatMessageSystem, ChatMessageUser, GenerateConfig
 
 from dit_jax.inspection import provider as provider_module
+from dit_jax.inspection import tasks
 from dit_jax.inspection.provider import DitJaxAPI
 from dit_jax.inspection.tasks import base_question, base_question_trigger, weight_diff_qa
 
@@ -176,6 +177,8 @@ def test_tasks_take_samples_and_labels_from_the_store(run):
     assert sample.target == "harbor"
     assert sample.input.startswith("Your SEP code is 003")
     assert sample.input.endswith(QUESTION)
+    with pytest.raises(DitError, match="no trigger"):
+        tasks._with_trigger("news", QUESTION, {"trigger": "N/A"}, [0])
     with pytest.raises(DitError, match="split 'tset'"):
         base_question(str(run / "diffs"), split="tset")
 

@@ -1,0 +1,36 @@
+"""An adapter trained on diffs with SEP codes, asked about diffs with another kind of trigger (paper, section 5.4).
+
+    python -m dit_jax.sweep --sweep configs/paper/trigger_generalization.py:qwen3-4b --workdir runs/paper_4b
+    python -m dit_jax.sweep --sweep configs/paper/trigger_generalization.py:tiny --workdir runs/paper_tiny
+
+The trigger is a zero-width space, at the start of the question or at a random position in it.
+
+Expected, mean grade of the paper on Qwen3-4B: 4.66 (start) and 4.58 (random position), against 4.76 with SEP codes.
+
+Cost: hidden_topic.py once, then 100 diffs and an evaluation for each trigger; `:tiny` a minute each on two cores.
+Writes trigger_generalization.md, .csv and .png into the workdir.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+CONFIG = "configs/paper/hidden_topic.py:{arg}"
+SWEPT = "diffs.behaviour"
+METRIC = "methods.dit.exact_match"
+TABLE = "trigger_generalization"
+
+
+def get_sweep(arg: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield "hidden_topic", {}  # SEP codes; leaves the adapter
+    for place in ("start", "random"):
+        run: dict[str, Any] = {
+            "stages": ("diffs", "evaluate", "report"),
+            "diffs.behaviour": f"hidden_topic_zwsp_{place}",
+            "data.train_topics": 1,  # the least: they are not used
+            "data.train_benign": 0,
+            "evaluate.adapter": "../hidden_topic/adapter",
+            "evaluate.methods": ("dit", "base_question", "base_question_trigger"),
+        }
+        if arg == "tiny":
+            run["diffs.diffs_per_batch"] = 49
+        yield f"zero_width_{place}", run
