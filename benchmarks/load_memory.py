@@ -14,15 +14,15 @@ import sys
 import tempfile
 import time
 
-_CHILD = """
-import json, resource, sys, time
+_CHILD = r"""
+import json, re, sys, time
 import jax
 import jax.numpy as jnp
 from dit_jax.api import load_model
 import dit_jax.models.qwen3, dit_jax.models.hf_checkpoint
 jnp.zeros(()).block_until_ready()
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # ru_maxrss would start at what the parent process held
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 before, start = peak(), time.time()
 model = load_model(sys.argv[1], sys.argv[2])
 jax.block_until_ready(model.params)

@@ -118,7 +118,8 @@ def load_params(
     for name, (path, layer) in names.items():
         by_leaf.setdefault(path, []).append((layer, name))
     params: Params = {}
-    for path, members in by_leaf.items():
+    # Large leaves first: the second copy that each has for a moment then meets the fewest others.
+    for path, members in sorted(by_leaf.items(), key=lambda item: -_get(shapes, item[0]).size):
         target = _get(shapes, path)
         if members[0][0] is None:
             host = _orient(path, files.read(members[0][1])).astype(dtype)
@@ -126,7 +127,8 @@ def load_params(
             host = np.empty(target.shape, dtype)
             for layer, name in members:
                 host[layer] = _orient(path, files.read(name))
-        _set(params, path, place(path, host))
+        _set(params, path, jax.block_until_ready(place(path, host)))
+        del host  # before the next one is made
     return params
 
 
