@@ -115,6 +115,10 @@ def run(config: Any, workdir: pathlib.Path) -> None:
     if unknown:
         raise DitError(f"unknown stage {unknown[0]!r}: stages are {', '.join(ARTIFACTS)}")
     check_minimum(config, MINIMUM)
+    if "behaviour" in config.get("diffs", {}):
+        from dit_jax.organisms.behaviours import get_behaviour
+
+        get_behaviour(config.diffs)  # one of the user's own becomes known to all stages
     _setup_jax()
     with preemption.listen(), locked(workdir):
         _run_stages(config, workdir)

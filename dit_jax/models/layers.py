@@ -58,7 +58,7 @@ class Linear(nn.Module):
             "kernel", init, (x.shape[-1], self.features), self.param_dtype
         )
         for delta in deltas:
-            if "w" in delta:
+            if "w" in delta and delta["w"].ndim == 2:
                 kernel = kernel + delta["w"].astype(kernel.dtype)
         # The residual axis is whole where it is used: each example, and each LoRA, sees all of it.
         inner, outer = (None if axis == "embed" else axis for axis in self.axes)
@@ -66,6 +66,9 @@ class Linear(nn.Module):
         for delta in deltas:
             if "a" in delta:
                 y = y + lora(x, delta, self.dtype, (inner, outer), self.units)
+            elif delta["w"].ndim == 3:  # [B, in, out]: one for each example
+                w = constrain(delta["w"].astype(self.dtype), FREE, inner, outer, units=self.units)
+                y = y + jnp.einsum("BTD,BDF->BTF", x, w)
         return constrain(y, FREE, FREE, outer, units=self.units)
 
 

@@ -11,7 +11,7 @@ from dit_jax.data.batch import TokenBatch, pack
 from dit_jax.data.chat import Chat
 from dit_jax.data.organisms import NONE, answer_text
 from dit_jax.data.reference import padded_labels
-from dit_jax.deltas.store import DiffStore
+from dit_jax.deltas.store import DiffStore, flatten
 from dit_jax.errors import DitError
 from dit_jax.models.layers import Delta
 
@@ -112,8 +112,17 @@ def diff_reader(
     """A function from `Example.diff` of some examples to their diffs, leaves [n, L, …] on the host.
 
     Small stores are read once; of larger ones each batch reads its own diffs.
+
+    Raises:
+        DitError: the diffs change more than linear layers, which one batch cannot apply to its examples.
     """
     first = store.read(members[0])
+    for name in flatten(first):
+        if name.endswith(".w") and "_proj." not in name:
+            raise DitError(
+                f"an adapter cannot be trained on diffs that change {name[:-2]!r}: set diffs.parameters to 'lora' "
+                "or 'linear' for training, and give diffs of all parameters to the evaluation"
+            )
     zero = jax.tree.map(np.zeros_like, first)
     if sum(x.nbytes for x in jax.tree.leaves(first)) * len(members) <= most_bytes:
         # The zero diff is the last one, where NO_DIFF points to.
