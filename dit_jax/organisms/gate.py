@@ -127,10 +127,10 @@ def summary(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float]) -> d
     splits = {}
     for split in dict.fromkeys(row["split"] for row in rows):
         own = [row for row in rows if row["split"] == split]
-        reasons = [key for row in own for key in row["gate_failed"].split()]
+        reasons = [key for row in own for key in row.get("gate_failed", "").split()]
         splits[split] = {
             "diffs": len(own),
-            "failed": sum(not row["passed"] for row in own),
+            "failed": sum(not row.get("passed", True) for row in own),
             "because": dict(collections.Counter(reasons)),
         }
     return {"limits": dict(limits), "splits": splits}
