@@ -42,11 +42,13 @@ def make_teacher(
         size: at least so many rows in the table (whole chunks), so that many batches run one compiled program.
 
     Returns:
-        None where too few samples repeat for the table to pay, or where it would exceed `MAX_BYTES`.
+        None without KL samples, where too few repeat for the table to pay, or where it would exceed `MAX_BYTES`.
     """
     samples = TokenBatch(*(np.asarray(x)[:, :, num_ce:] for x in batches))
     lead = samples.lengths.shape
     total = int(np.prod(lead))
+    if not total:
+        return None
     flat = TokenBatch(*(x.reshape(total, *x.shape[3:]) for x in samples))
     # What a row of the table depends on; targets and weights belong to the loss.
     key = np.concatenate([flat.tokens, flat.lengths[:, None], flat.position], axis=1)
