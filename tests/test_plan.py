@@ -180,6 +180,20 @@ def test_a_search_says_that_nothing_fits():
     assert table.cell(found, machine) == "no: 32.0 GiB"
 
 
+def test_a_search_leaves_out_meshes_that_cannot_be_laid_on_the_slice():
+    machine, config = machines.find_machine("v5p-64"), load_config(PAPER)
+    model = workload.model_shape(config)
+    first = search.ranked("train", model, config, machine)[0][2]
+
+    def compile_batch(stage, sizes, batch):
+        if sizes == first:
+            raise machines.UnplaceableMesh("no")
+        return Program(stage, batch, True, 0, {"peak": 1.0}, {})
+
+    found = search.search_stage("train", model, config, machine, compile_batch)
+    assert found.program is not None and found.sizes != first
+
+
 def test_meshes_use_every_device_and_never_cut_a_head():
     model = dataclasses.replace(NAMED_CONFIGS["qwen3-4b"], num_key_value_heads=4)
     found = search.meshes(model, 32)
@@ -277,6 +291,18 @@ def test_a_mesh_uses_all_chips_of_a_slice():
     compiler = workload.Compiler(machines.find_machine("v5e-4"), jax.devices()[:4])
     with pytest.raises(dit_jax.DitError, match="leaves devices of v5e-4 unused"):
         compiler.mesh((1, 1, 2))
+
+
+def test_a_mesh_must_fit_the_wires_of_a_slice(monkeypatch):
+    compiler = workload.Compiler(machines.find_machine("v5e-4"), jax.devices()[:4])
+
+    def refuse(*args, **options):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 1")
+
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    with pytest.raises(machines.UnplaceableMesh, match="mesh 1,2,2 cannot be laid on v5e:2x2"):
+        compiler.mesh((1, 2, 2))
+    monkeypatch.undo()
     assert dict(compiler.mesh((1, 2, 2)).shape) == {"data": 1, "fsdp": 2, "tensor": 2}
 
 

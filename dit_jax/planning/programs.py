@@ -121,7 +121,7 @@ def compile_step(
     batch = parallel.round_up(batch_size(stage, config), mesh)
     step, args, options, parts = stage_step(stage, model, mesh, config)
     sizes = {name: float(device_bytes(tree)) for name, tree in parts.items()}
-    before = jax.config.jax_optimization_level
+    before: Any = getattr(jax.config, "jax_optimization_level")  # noqa: B009
     jax.config.update("jax_optimization_level", "UNKNOWN" if level == "default" else level)
     try:
         with parallel.use_mesh(mesh):

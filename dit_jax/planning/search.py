@@ -7,7 +7,7 @@ from typing import Any
 
 from dit_jax.models.config import Qwen3Config
 from dit_jax.planning import estimate
-from dit_jax.planning.machines import Machine
+from dit_jax.planning.machines import Machine, UnplaceableMesh
 from dit_jax.planning.programs import Program
 
 Sizes = tuple[int, int, int]
@@ -99,15 +99,20 @@ def search_stage(
     """Looks for the fastest mesh (by estimate) and its largest batch (a power of two times its shards).
 
     Args:
-        compile_batch: (stage, mesh sizes, batch) -> Program.
+        compile_batch: (stage, mesh sizes, batch) -> Program; a mesh for which it raises UnplaceableMesh is left out.
         tries: how many meshes are compiled at least; more follow only while none fits.
     """
     best = Found(stage, (1, 1, 1), None)
     candidates = ranked(stage, model, config, machine)
-    for i, (_, guess, sizes) in enumerate(candidates):
-        if i >= tries and best.program is not None:
+    compiled = 0
+    for _, guess, sizes in candidates:
+        if compiled >= tries and best.program is not None:
             break
-        found = _largest(stage, model, config, machine, compile_batch, sizes, guess)
+        try:
+            found = _largest(stage, model, config, machine, compile_batch, sizes, guess)
+        except UnplaceableMesh:
+            continue
+        compiled += 1
         if found.program is None:
             best = best if best.program else found
             continue

@@ -18,7 +18,7 @@ from dit_jax.errors import DitError
 from dit_jax.models.config import NAMED_CONFIGS, Qwen3Config, read_config
 from dit_jax.models.hf_checkpoint import find_folder
 from dit_jax.planning import programs
-from dit_jax.planning.machines import Machine, tpu_devices
+from dit_jax.planning.machines import Machine, UnplaceableMesh, tpu_devices
 from dit_jax.planning.programs import Program
 
 COMPUTE = ("scan_layers", "remat", "attention")
@@ -83,7 +83,7 @@ class Compiler:
         self._known = read_cache(cache)
 
     def mesh(self, sizes: tuple[int, int, int]) -> Mesh | None:
-        """The mesh of all the machine's devices. Raises DitError if the sizes do not fill it."""
+        """The mesh of all the machine's devices. Raises DitError if the sizes do not fill it or fit its wires."""
         if self._devices is None:
             self._devices = tpu_devices(self.machine)
         named = dict(zip(parallel.MESH_AXES, sizes, strict=True))
@@ -93,7 +93,13 @@ class Compiler:
                 f"mesh {','.join(map(str, shape))} leaves devices of {self.machine.name} unused: "
                 f"its product must be {self.machine.count}, or one axis -1"
             )
-        return parallel.make_mesh(named, self._devices)
+        try:
+            return parallel.make_mesh(named, self._devices)
+        except NotImplementedError:
+            raise UnplaceableMesh(
+                f"mesh {','.join(map(str, shape))} cannot be laid on {self.machine.topology}: each axis must be "
+                "a product of the slice's own axes; try another, or --search"
+            ) from None
 
     def compile(
         self, stage: str, model: Qwen3Config, config: Any, sizes: tuple[int, int, int], batch: int
