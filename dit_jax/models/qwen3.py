@@ -46,7 +46,7 @@ class Queries(NamedTuple):
     """The only positions [B, P] whose outputs are wanted, in their segments and in the whole row."""
 
     position: jax.Array
-    index: jax.Array
+    row_index: jax.Array
 
 
 class Attention(nn.Module):
@@ -149,7 +149,7 @@ class Block(nn.Module):
             normed = norm("input_layernorm")
             y, asking = normed(x), None
             if queries is not None:
-                x = jnp.take_along_axis(x, queries.index[..., None], axis=1)
+                x = jnp.take_along_axis(x, queries.row_index[..., None], axis=1)
                 asking = (normed(x), queries.position)
             attend = Attention(c, self.segments, name="self_attn")
             y, kv = attend(y, pick(deltas, "self_attn"), kv, layer, context, asking)
@@ -197,7 +197,7 @@ class Qwen3(nn.Module):
         if c.scan_layers or self.is_initializing():
             x, kv = self._scan_layers(x, layers, kv, context)
             if queries is not None:
-                x = jnp.take_along_axis(x, queries.index[..., None], axis=1)
+                x = jnp.take_along_axis(x, queries.row_index[..., None], axis=1)
         else:
             x, kv = self._unroll_layers(x, layers, kv, context, queries)
         x = RMSNorm(c.rms_norm_eps, dtype, name="norm")(x, pick(deltas, "norm"))
@@ -237,7 +237,7 @@ class Qwen3(nn.Module):
             return block.apply({"params": params}, (x, kv), index, deltas, context, asked)[0]
 
         for layer in range(c.num_hidden_layers):
-            function = functools.partial(apply, layer)
+            function: Callable[..., Any] = functools.partial(apply, layer)
             if c.remat != "none":
                 function = jax.checkpoint(function, policy=_remat_policy(c))
             one = jax.tree.map(lambda x, layer=layer: x[layer], (stacked, deltas))

@@ -151,7 +151,8 @@ def _rates(
     config: Any,
     seed: int,
 ) -> list[dict[str, float]]:
-    prompts, owners = [], []
+    prompts: list[str] = []
+    owners: list[int] = []
     conditions: list[str] = []
     for i, (organism, rows) in enumerate(zip(organisms, chosen, strict=True)):
         rng = np.random.default_rng([seed, 3, organism.seed, 1])
