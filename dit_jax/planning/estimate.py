@@ -160,8 +160,10 @@ def device_memory(
     projections = config.diffs.projections
     diffs = batch / shards * share * FLOAT32
     diffs *= lora_parameters(model, config.diffs.rank, projections)
-    adapter = lora_parameters(model, config.train.rank, config.train.projections) * FLOAT32 / (
-        fsdp * tensor
+    adapter = (
+        lora_parameters(model, config.train.rank, config.train.projections)
+        * FLOAT32
+        / (fsdp * tensor)
     )
     tokens = load.rows / shards * load.length
     heads = model.num_attention_heads * model.head_dim

@@ -124,9 +124,10 @@ def search_stage(
         found = dataclasses.replace(found, seconds_per_row=seconds / found.program.batch)
         faster = found.seconds_per_row * NEARLY < best.seconds_per_row
         slower = found.seconds_per_row > best.seconds_per_row * NEARLY
-        larger = best.program is None or found.program.batch > best.program.batch
-        if faster or (larger and not slower):
+        if best.program is None or faster:
             best = found
+        elif found.program is not None and not slower:
+            best = max(best, found, key=lambda one: one.program.batch if one.program else 0)
     return best
 
 
