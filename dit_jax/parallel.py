@@ -55,7 +55,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     if used == 1:
         return None
     types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, types, devices=found[:used])
+    try:
+        return jax.make_mesh(shape, MESH_AXES, types, devices=found[:used])
+    except NotImplementedError:  # a torus of chips has sides of its own
+        raise DitError(
+            f"mesh {_show(shape)} cannot be laid on the links between these {used} chips: "
+            "choose other sizes, such as the sides of the slice and their products"
+        ) from None
 
 
 def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, int, int]:

@@ -106,7 +106,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         if arg in MODELS:
             size = 4 if arg == "qwen3-8b" else 8
             config.model.path = MODELS[arg]
-            config.model.remat = True
+            config.model.remat = "full"
             config.data = data_config("data/hidden-topic/topics-with-completions-v0.2.1.csv")
             config.diffs.widths = ConfigDict()  # all samples as long as the longest may be
             config.data.split_file = f"data/hidden-topic/{arg}/index.csv"
