@@ -48,8 +48,9 @@ lint: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# One process per core, up to 4: most of the time goes to compiling, which keeps one core busy at a time.
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 # Side by side on an otherwise idle machine; the random weights of the slice are made once.
 BENCH := $(BIN)/python -m benchmarks.run --platform cpu --weights runs/weights --out runs/benchmarks
