@@ -4,6 +4,8 @@ Tests run on the CPU with 8 virtual devices, so that sharded programs are always
 """
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before jax is imported: it reads these once.
@@ -21,6 +23,14 @@ import pytest  # noqa: E402
 
 GOLDEN = Path(os.environ.get("DIT_JAX_GOLDEN", ROOT.parent / "shared" / "golden"))
 NO_GOLDEN = f"no golden files at {GOLDEN}: set DIT_JAX_GOLDEN to their folder"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+    """Frees the compiled programs of a file after it: of the whole suite they take gigabytes."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture(scope="session")
