@@ -42,9 +42,11 @@ def config_of(**changes):
     small = {
         "data.train_topics": 1, "data.test_topics": 2, "data.train_benign": 0, "data.test_benign": 1,
         "diffs.diffs_per_batch": 4, "diffs.gate_batch": 24, "diffs.gate_questions": 2,
-        "diffs.widths": {},
     }  # fmt: skip
-    return load_config(str(ROOT / "configs" / "quickstart.py"), small | changes)
+    config = load_config(str(ROOT / "configs" / "quickstart.py"), small | changes)
+    with config.unlocked():
+        config.diffs.widths = {}  # one program for behaviours that differ in their kinds of samples
+    return config
 
 
 @pytest.fixture(scope="module")
