@@ -158,7 +158,8 @@ def diffs_run(shape):
     deltas = shardings.put_deltas(SMALL, mesh, deltas, size, 0)
     batches = parallel.put_rows(batches, mesh, size)
     with parallel.use_mesh(mesh):
-        lowered = finetune_many.lower(params, SMALL, deltas, batches, optimizer=OPTIMIZER, num_ce=2)
+        options = {"optimizer": OPTIMIZER, "num_ce": 2, "widths": ((12, 6),) * 4}
+        lowered = finetune_many.lower(params, SMALL, deltas, batches, **options)
         compiled = lowered.compile()
         trained, losses = compiled(params, deltas, batches)
     if mesh is not None:
