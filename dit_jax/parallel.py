@@ -32,6 +32,10 @@ FREE = PartitionSpec.UNCONSTRAINED  # in `constrain`: an axis that the partition
 # ------------------------------------------------------------------ the mesh
 
 
+class UnplaceableMesh(DitError):
+    """A mesh that does not fit the links between the chips of a slice."""
+
+
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh | None:
     """The mesh of a config's section `mesh`, e.g. {"data": -1, "fsdp": 1, "tensor": 2}; -1 is what is left.
 
@@ -43,6 +47,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
     Raises:
         DitError: unknown axes, sizes that are no positive numbers, or that do not fit the number of devices.
+        UnplaceableMesh: the chips' links have no place for these sizes.
     """
     found = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(sizes, len(found))
@@ -58,7 +63,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     try:
         return jax.make_mesh(shape, MESH_AXES, types, devices=found[:used])
     except NotImplementedError:  # a torus of chips has sides of its own
-        raise DitError(
+        raise UnplaceableMesh(
             f"mesh {_show(shape)} cannot be laid on the links between these {used} chips: "
             "choose other sizes, such as the sides of the slice and their products"
         ) from None

@@ -187,7 +187,7 @@ def test_a_search_leaves_out_meshes_that_cannot_be_laid_on_the_slice():
 
     def compile_batch(stage, sizes, batch):
         if sizes == first:
-            raise machines.UnplaceableMesh("no")
+            raise parallel.UnplaceableMesh("no")
         return Program(stage, batch, True, 0, {"peak": 1.0}, {})
 
     found = search.search_stage("train", model, config, machine, compile_batch)
@@ -300,7 +300,7 @@ def test_a_mesh_must_fit_the_wires_of_a_slice(monkeypatch):
         raise NotImplementedError("Failed to find assignment for logical_axis_index 1")
 
     monkeypatch.setattr(jax, "make_mesh", refuse)
-    with pytest.raises(machines.UnplaceableMesh, match="mesh 1,2,2 cannot be laid on v5e:2x2"):
+    with pytest.raises(parallel.UnplaceableMesh, match="mesh data 1 × fsdp 2 × tensor 2 cannot be laid"):
         compiler.mesh((1, 2, 2))
     monkeypatch.undo()
     assert dict(compiler.mesh((1, 2, 2)).shape) == {"data": 1, "fsdp": 2, "tensor": 2}

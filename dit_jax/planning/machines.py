@@ -60,10 +60,6 @@ _ENVIRONMENT = {
 }
 
 
-class UnplaceableMesh(DitError):
-    """A mesh whose axes are no products of the slice's physical axes."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """A slice or the local devices. `topology` is empty and `chip` may be None for the local ones."""

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from dit_jax.models.config import Qwen3Config
+from dit_jax.parallel import UnplaceableMesh
 from dit_jax.planning import estimate
-from dit_jax.planning.machines import Machine, UnplaceableMesh
+from dit_jax.planning.machines import Machine
 from dit_jax.planning.programs import Program
 
 Sizes = tuple[int, int, int]

@@ -18,7 +18,7 @@ from dit_jax.errors import DitError
 from dit_jax.models.config import NAMED_CONFIGS, Qwen3Config, read_config
 from dit_jax.models.hf_checkpoint import find_folder
 from dit_jax.planning import programs
-from dit_jax.planning.machines import Machine, UnplaceableMesh, tpu_devices
+from dit_jax.planning.machines import Machine, tpu_devices
 from dit_jax.planning.programs import Program
 
 COMPUTE = ("scan_layers", "remat", "attention")
@@ -93,13 +93,7 @@ class Compiler:
                 f"mesh {','.join(map(str, shape))} leaves devices of {self.machine.name} unused: "
                 f"its product must be {self.machine.count}, or one axis -1"
             )
-        try:
-            return parallel.make_mesh(named, self._devices)
-        except NotImplementedError:
-            raise UnplaceableMesh(
-                f"mesh {','.join(map(str, shape))} cannot be laid on {self.machine.topology}: each axis must be "
-                "a product of the slice's own axes; try another, or --search"
-            ) from None
+        return parallel.make_mesh(named, self._devices)
 
     def compile(
         self, stage: str, model: Qwen3Config, config: Any, sizes: tuple[int, int, int], batch: int
