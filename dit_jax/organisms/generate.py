@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -148,37 +148,53 @@ def generate_diffs(
     def is_done(diffs: int) -> bool:  # the shard that ends with so many diffs
         return diff_store.shard_rows(folder, (diffs - 1) // size) is not None
 
+    def members_of(shard: int) -> range:
+        return range(shard * size, min((shard + 1) * size, len(organisms)))
+
+    def filled(shard: int) -> list[int]:
+        # The last batch is filled up with repeats, so that it runs the same program.
+        members = members_of(shard)
+        return [members[i % len(members)] for i in parallel.local_rows(mesh, width)]
+
+    def read(shard: int) -> TokenBatch:
+        return stack(
+            [
+                finetuning_batches(
+                    organisms[i],
+                    behaviour,
+                    model.chat,
+                    config,
+                    np.random.default_rng([seed, 2, organisms[i].seed]),
+                )
+                for i in filled(shard)
+            ]
+        )
+
+    finished = [
+        diff_store.shard_rows(folder, shard) if processes.is_main() else None
+        for shard in range(shards)
+    ]
+    missing = [i for i in range(shards) if not processes.agree(finished[i] is not None)]
+    ahead = _read_ahead(read, missing)
     with (
         Progress("diffs", len(organisms)) as progress,
         Metrics(reports, "diffs", is_done, processes.is_main()) as metrics,
         Profile(reports / "profile" / "diffs", config.get("profile", (0, 0))) as profile,
     ):
         for shard in range(shards):
-            members = range(shard * size, min((shard + 1) * size, len(organisms)))
-            done = diff_store.shard_rows(folder, shard) if processes.is_main() else None
+            members, done = members_of(shard), finished[shard]
             profile.step(shard)
-            if not processes.agree(done is not None):
-                # The last batch is filled up with repeats, so that it runs the same program.
-                filled = [members[i % len(members)] for i in parallel.local_rows(mesh, width)]
-                batches = stack(
-                    [
-                        finetuning_batches(
-                            organisms[i],
-                            behaviour,
-                            model.chat,
-                            config,
-                            np.random.default_rng([seed, 2, organisms[i].seed]),
-                        )
-                        for i in filled
-                    ]
-                )
+            if shard in missing:
+                batches = next(ahead)
                 batches = parallel.put_rows(batches, mesh, width)
                 whole = parallel.to_host(batches)
                 if config.reference_losses:
                     whole = couple_losses(whole, _factors(behaviour, config), num_ce)
                     batches = whole if mesh is None else jax.tree.map(_put_like, whole, batches)
                 start = jax.random.key(seed)
-                keys = jnp.stack([jax.random.fold_in(start, organisms[i].seed) for i in filled])
+                keys = jnp.stack(
+                    [jax.random.fold_in(start, organisms[i].seed) for i in filled(shard)]
+                )
                 deltas = jax.vmap(lambda key: init_delta(model.config, key, config))(keys)
                 deltas = shardings.put_deltas(model.config, mesh, deltas, width, 0)
                 teacher = make_teacher(model.params, model.config, whole, num_ce, table, mesh)
@@ -251,6 +267,14 @@ def generate_diffs(
         "diffs": len(organisms),
         "loss_curve": [[i, round(float(x), 4)] for i, x in enumerate(mean)],
     }
+
+
+def _read_ahead(read: Callable[[int], TokenBatch], shards: Sequence[int]) -> Iterator[TokenBatch]:
+    """read(shard) of each shard in turn; a thread prepares the next one while the device works on this one."""
+    import grain
+
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    return iter(grain.MapDataset.source(shards).map(read).to_iter_dataset(options))
 
 
 def abstract_step(
