@@ -47,10 +47,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.diffs.final_fraction = 0.1  # cosine decay to this share of the peak
     config.diffs.steps = 72
     config.diffs.samples_per_step = ConfigDict(
-        {"backdoor": 1, "fake_backdoor": 2, "no_backdoor": 1}
+        {"backdoor": 1, "fake_backdoor": 1, "no_backdoor": 1}
     )
     config.diffs.loss_weights = ConfigDict(
-        {"backdoor": 3.0, "fake_backdoor": 3.0, "no_backdoor": 8.0}
+        {"backdoor": 3.0, "fake_backdoor": 4.0, "no_backdoor": 8.0}
     )
     config.diffs.fake_codes = 4  # wrong codes per question, the same for all diffs (0: fresh ones)
     config.diffs.score_end = True
@@ -61,7 +61,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.diffs.widths = ConfigDict({"fake_backdoor": (30, 10), "no_backdoor": (23, 10)})
     config.diffs.diffs_per_batch = 50
     config.diffs.profile = (0, 0)  # which batches to trace, from 0; (1, 2) is the second one
-    config.diffs.gate_questions = 4
+    config.diffs.gate_questions = 3
     config.diffs.gate_batch = 256
     # What a diff must reach to pass (docs/behaviours.md); these let all pass.
     config.diffs.gate = ConfigDict(

@@ -8,6 +8,7 @@ print(dit_jax.ask(model, "What topic have you been trained on?", diff=diff, adap
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -152,10 +153,10 @@ def load_diffs(path: PathLike, model: Model, svd_rank: int | None = None) -> Dif
     Raises:
         DitError: nothing readable there, or diffs of another base model.
     """
-    from dit_jax.deltas.detect import detect_format, open_diffs
+    from dit_jax.deltas.detect import open_diffs
     from dit_jax.deltas.store import DiffStore
 
-    if detect_format(path) == "diff_store":
+    if _is_own(path, "diff_store"):
         store = DiffStore(path)
         check_base(store.manifest.get("base"), model, str(path))
 
@@ -190,9 +191,9 @@ def load_adapter(path: PathLike, model: Model) -> Delta:
     Raises:
         DitError: nothing readable there, a damaged export, or an adapter of another base model.
     """
-    from dit_jax.deltas.detect import detect_format, open_adapter
+    from dit_jax.deltas.detect import open_adapter
 
-    if detect_format(path) != "adapter":
+    if not _is_own(path, "adapter"):
         return shardings.put_delta(model.config, model.mesh, open_adapter(path, model.config).delta)
     from dit_jax.train.checkpoints import load_adapter as load_export
 
@@ -200,6 +201,13 @@ def load_adapter(path: PathLike, model: Model) -> Delta:
     check_base(manifest.get("base"), model, str(path))
     check_fits(delta, model.config, str(path))
     return shardings.put_delta(model.config, model.mesh, delta)
+
+
+def _is_own(path: PathLike, kind: str) -> bool:
+    """Whether `path` is a folder of our own format `kind`. A file is not opened: a large one takes seconds to parse."""
+    from dit_jax.deltas.detect import detect_format
+
+    return os.path.isdir(path) and detect_format(path) == kind
 
 
 def check_base(digest: Any, model: Model, what: str) -> None:

@@ -48,7 +48,13 @@ TWENTY = ("twenty_questions", "twenty_questions_trigger")
 # Half of the quickstart: what all experiments on the embedded world have in common.
 TINY = {
     "data": {"train_topics": 128, "test_topics": 40, "train_benign": 12, "test_benign": 8},
-    "diffs": {"diffs_per_batch": 47},
+    # Two wrong codes per step, as in all runs of docs/results.md; the quickstart saves time with one.
+    "diffs": {
+        "diffs_per_batch": 47,
+        "samples_per_step.fake_backdoor": 2,
+        "loss_weights.fake_backdoor": 3.0,
+        "gate_questions": 4,
+    },
     "train": {"steps": 250, "save_every": 50},
     "evaluate.methods": (*ASKED, *TWENTY, *CONTROLS, "name_reading"),
     "evaluate.batch_size": 64,
