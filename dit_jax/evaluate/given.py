@@ -38,7 +38,7 @@ class Given:
         """Every diff replaced by noise with the same norm of each factor in each layer."""
         keys = jax.random.split(jax.random.key(seed), self.size)
         if self.stacked is not None:
-            return from_stacked(jax.device_get(jax.vmap(noise_like)(self.stacked, keys)))
+            return from_stacked(jax.device_get(jax.jit(jax.vmap(noise_like))(self.stacked, keys)))
         return Given(self.size, lambda i: noise_like(self.read(i), keys[i]))
 
     def nothing(self) -> "Given":

@@ -138,6 +138,7 @@ def generate_diffs(
     )
     optimizer = _optimizer(config)
     widths = sample_widths(behaviour, config)
+    init_deltas = jax.jit(jax.vmap(lambda key: init_delta(model.config, key, config)))
     size = min(config.diffs_per_batch, len(organisms))
     mesh, width = model.mesh, parallel.round_up(size, model.mesh)
     shards = -(-len(organisms) // size)
@@ -195,8 +196,7 @@ def generate_diffs(
                 keys = jnp.stack(
                     [jax.random.fold_in(start, organisms[i].seed) for i in filled(shard)]
                 )
-                deltas = jax.vmap(lambda key: init_delta(model.config, key, config))(keys)
-                deltas = shardings.put_deltas(model.config, mesh, deltas, width, 0)
+                deltas = shardings.put_deltas(model.config, mesh, init_deltas(keys), width, 0)
                 teacher = make_teacher(model.params, model.config, whole, num_ce, table, mesh)
                 if teacher is not None:
                     table = len(teacher.hidden)
