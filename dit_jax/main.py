@@ -7,10 +7,12 @@ On several hosts the same command runs on each, with --distributed, and a workdi
 """
 
 import argparse
+import contextlib
 import functools
 import os
 import pathlib
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -150,8 +152,30 @@ def _run_stages(config: Any, workdir: pathlib.Path) -> None:
 
             compute = {name: config.model[name] for name in COMPUTE if name in config.model}
             model = load_model(config.model.path, config.model.dtype, mesh, **compute)
+        if stage == "diffs" and "train" in config.stages:
+            _compile_ahead(config, model)
         work = functools.partial(_run_explained, stage, config, workdir, model)
         run_once(workdir, stage, work, main_only=stage in ALWAYS)
+
+
+def _compile_ahead(config: Any, model: Any) -> None:
+    """Compiles the step of the stage `train` into the cache of programs while the diffs are made.
+
+    Only on CPUs, where compiling keeps one core busy: GPUs run trial kernels for it, beside the diffs.
+    """
+    if jax.default_backend() != "cpu" or jax.process_count() > 1:
+        return
+    from dit_jax.train.dit import abstract_step, train_step
+
+    def compile_step() -> None:
+        # What is wrong with a config, the stage itself will say.
+        with contextlib.suppress(Exception), parallel.use_mesh(model.mesh):
+            args, options = abstract_step(
+                model.config, model.mesh, config.train, config.diffs.rank
+            )
+            train_step.lower(*args, **options).compile()
+
+    threading.Thread(target=compile_step, name="compile ahead").start()
 
 
 def _run_explained(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> dict[str, Any]:
