@@ -10,6 +10,7 @@ import pytest
 
 import dit_jax
 from dit_jax import main
+from dit_jax.config import load_config, split_flags
 from dit_jax.deltas.store import DiffStore
 from dit_jax.metrics import read_records
 from dit_jax.train import dit
@@ -162,6 +163,25 @@ def test_an_interrupted_training_ends_bitwise_as_an_uninterrupted_one(copy, mode
     curve = read_records(copy / "metrics" / "train.jsonl")
     assert [record["step"] for record in curve] == list(range(12))
     assert list((copy / "metrics" / "profile" / "train").rglob("*.xplane.pb"))
+
+
+def test_the_step_that_is_compiled_ahead_is_the_one_that_runs(copy, monkeypatch):
+    for name in ("adapter", "checkpoints"):
+        shutil.rmtree(copy / name)
+    (copy / "stages" / "train.json").unlink()
+    programs = []
+
+    def record(*args, **options):
+        programs.append(step.lower(*args, **options).as_text())
+        raise KeyboardInterrupt
+
+    step = dit.train_step
+    monkeypatch.setattr(dit, "train_step", record)
+    assert run(copy) == 130
+    config = load_config("configs/quickstart.py", split_flags(SMALL)[1])
+    model = dit_jax.load_model("tiny_qwen3", scan_layers=True)
+    args, options = dit.abstract_step(model.config, None, config.train, config.diffs.rank)
+    assert programs == [step.lower(*args, **options).as_text()]
 
 
 def test_a_damaged_checkpoint_is_passed_over(copy, model, capfd):
