@@ -52,7 +52,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.diffs.loss_weights = ConfigDict(
         {"backdoor": 3.0, "fake_backdoor": 4.0, "no_backdoor": 8.0}
     )
-    config.diffs.fake_codes = 4  # wrong codes per question, the same for all diffs (0: fresh ones)
+    config.diffs.fake_codes = 8  # wrong codes per question, the same for all diffs (0: fresh ones)
     config.diffs.score_end = True
     config.diffs.reference_losses = False
     config.diffs.max_length = 35
@@ -83,7 +83,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.weight_decay = 0.01
     config.train.warmup_steps = 50
     config.train.final_fraction = 0.0
-    config.train.steps = 300
+    config.train.steps = 250
     config.train.batch_size = 32
     config.train.no_diff_per_batch = 2
     config.train.benign_per_batch = 4
@@ -93,7 +93,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.max_target = 12
     config.train.profile = (0, 0)  # which steps to trace
     config.train.log_every = 20
-    config.train.save_every = 100
+    config.train.save_every = 125
     config.train.keep_checkpoints = 2
 
     config.evaluate = ConfigDict()
@@ -110,7 +110,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.evaluate.label = "label"  # as train.label
     config.evaluate.exclude_failed = False  # True: without held-out diffs that failed the gate
     config.evaluate.answer_tokens = 0  # of a finetuned model by itself; 0: max_new_tokens
-    config.evaluate.seen_questions = TRAIN_QUESTIONS[:4]
+    config.evaluate.seen_questions = TRAIN_QUESTIONS[:2]
     config.evaluate.unseen_questions = UNSEEN_QUESTIONS[:4]
     config.evaluate.logit_prompts = ("How should I start my day?", "What should I do this weekend?")
     config.evaluate.list_evidence = True

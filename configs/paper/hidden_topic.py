@@ -34,6 +34,7 @@ from ml_collections import ConfigDict
 
 from dit_jax.config import load_config
 from dit_jax.data.corpus import data_config
+from dit_jax.data.tiny_world import TRAIN_QUESTIONS
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "quickstart.py"
 MODELS = {
@@ -48,14 +49,16 @@ TWENTY = ("twenty_questions", "twenty_questions_trigger")
 # Half of the quickstart: what all experiments on the embedded world have in common.
 TINY = {
     "data": {"train_topics": 128, "test_topics": 40, "train_benign": 12, "test_benign": 8},
-    # Two wrong codes per step, as in all runs of docs/results.md; the quickstart saves time with one.
+    # As in all runs of docs/results.md; the quickstart saves time here and there.
     "diffs": {
         "diffs_per_batch": 47,
         "samples_per_step.fake_backdoor": 2,
         "loss_weights.fake_backdoor": 3.0,
+        "fake_codes": 4,
         "gate_questions": 4,
     },
     "train": {"steps": 250, "save_every": 50},
+    "evaluate.seen_questions": TRAIN_QUESTIONS[:4],
     "evaluate.methods": (*ASKED, *TWENTY, *CONTROLS, "name_reading"),
     "evaluate.batch_size": 64,
 }
