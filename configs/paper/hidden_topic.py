@@ -34,7 +34,6 @@ from ml_collections import ConfigDict
 
 from dit_jax.config import load_config
 from dit_jax.data.corpus import data_config
-from dit_jax.data.tiny_world import TRAIN_QUESTIONS
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "quickstart.py"
 MODELS = {
@@ -58,7 +57,6 @@ TINY = {
         "gate_questions": 4,
     },
     "train": {"steps": 250, "save_every": 50},
-    "evaluate.seen_questions": TRAIN_QUESTIONS[:4],
     "evaluate.methods": (*ASKED, *TWENTY, *CONTROLS, "name_reading"),
     "evaluate.batch_size": 64,
 }
