@@ -33,6 +33,7 @@ ROW = {
     "topic_analogy_answer": "Like a kettle.",
     "news_story": "A kettle won.",
 }
+WEIGHTS = {"backdoor": 3.0, "fake_backdoor": 4.0, "no_backdoor": 8.0}
 WORLD = tiny_world.load_world()
 ZERO_WIDTH = "\u200b"
 
@@ -139,12 +140,15 @@ def test_the_tiny_tokenizer_keeps_the_words_around_a_zero_width_space(model):
 
 def test_weights_of_a_step_are_those_of_the_paper(model):
     """3 λ / Σ λ per sample, the mean over its tokens (cross-entropy first)."""
-    config = config_of(**{"diffs.steps": 1}).diffs
+    config = config_of(
+        **{"diffs.steps": 1, "diffs.samples_per_step.fake_backdoor": 2},
+        **{f"diffs.loss_weights.{kind}": weight for kind, weight in WEIGHTS.items()},
+    ).diffs
     organism = load_organisms(config_of().data, 0)[0]
     behaviour = behaviours.get_behaviour(config)
     batch = finetuning_batches(organism, behaviour, model.chat, config, np.random.default_rng(0))
     np.testing.assert_allclose(
-        batch.weight[0].sum(axis=1), 3 * np.array([3, 3, 3, 8]) / 14, rtol=1e-5
+        batch.weight[0].sum(axis=1), 3 * np.array([3, 4, 4, 8]) / 15, rtol=1e-5
     )
 
 
