@@ -56,9 +56,15 @@ script() {
   check_run ${arguments[@]+"${arguments[@]}"}
   cat << EOF
 #!/usr/bin/env bash
-set -euo pipefail
-cd $(command_line "$ROOT")
-exec srun --kill-on-bad-exit=1 --wait=120 $(command_line "$python" -m dit_jax.main --distributed "${arguments[@]}")
+set -uo pipefail
+cd $(command_line "$ROOT") || exit 2
+srun --kill-on-bad-exit=1 --wait=120 $(command_line "$python" -m dit_jax.main --distributed "${arguments[@]}")
+status=\$?
+# 75: a checkpoint was saved because the time is nearly up. A job that was cancelled is no longer RUNNING.
+if [[ \$status == 75 && \$(squeue --noheader --jobs="\$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
+  scontrol requeue "\$SLURM_JOB_ID"
+fi
+exit "\$status"
 EOF
 }
 

@@ -236,11 +236,26 @@ def test_slurm_starts_one_process_per_gpu(launch):
     assert call[0] == "sbatch" and end == "EOF"
     assert {"--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4"} <= set(call)
     assert script[0] == "#!/usr/bin/env bash"
-    assert words(script[2]) == ["cd", str(launch.checkout)]
+    assert words(script[2].removesuffix(" || exit 2")) == ["cd", str(launch.checkout)]
     command = words(script[3])
     start = command.index("/env dir/bin/python")
-    assert command[:2] == ["exec", "srun"]
+    assert command[0] == "srun"
     assert command[start + 1 :] == ["-m", "dit_jax.main", "--distributed", *RUN[1:]]
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "requeued"),
+    [(75, "RUNNING", True), (75, "COMPLETING", False), (2, "RUNNING", False), (0, "RUNNING", False)],
+)
+def test_slurm_puts_a_preempted_run_back_into_the_queue(launch, status, state, requeued):
+    """Not one that its user cancelled, which also ends with 75 but is no longer running."""
+    text = launch("slurm.sh", "script", "--name", "dit", *RUN).stdout
+    launch.install(launch.bin / "srun", f"#!/bin/sh\nexit {status}\n")
+    launch.install(launch.bin / "squeue", f"#!/bin/sh\necho {state}\n")
+    launch.install(launch.bin / "scontrol")
+    launch.install(launch.checkout / "launch" / "job.sh", text)
+    assert launch("job.sh", SLURM_JOB_ID="12").returncode == status
+    assert launch.recorded() == ("scontrol requeue 12\n" if requeued else "")
 
 
 # ------------------------------------------------------------------ failures and bad input

@@ -119,9 +119,9 @@ def test_what_was_compiled_is_remembered(tmp_path, monkeypatch):
     machine, devices = machines.local_machine()
     model = workload.model_shape(config)
 
-    def ask(batch, config=config, level="O0"):
+    def ask(batch, config=config, level="O0", stage="train"):
         compiler = workload.Compiler(machine, devices, level, cache)
-        return compiler.compile("train", model, config, (8, 1, 1), batch)
+        return compiler.compile(stage, model, config, (8, 1, 1), batch)
 
     first = ask(8)
     assert ask(8) == first and calls == [("train", 8)]
@@ -133,6 +133,8 @@ def test_what_was_compiled_is_remembered(tmp_path, monkeypatch):
     # What the program does not depend on: another stage's batch, the learning rate.
     ask(8, load_config(PAPER, {"diffs.diffs_per_batch": 4, "train.learning_rate": 1.0}))
     assert len(calls) == 4
+    ask(8, stage="diffs"), ask(8, load_config(PAPER, {"diffs.parameters": "all"}), stage="diffs")
+    assert len(calls) == 6
     late = workload.Compiler(machine, devices, "O0", None, deadline=0.0)
     with pytest.raises(workload.OutOfTime):
         late.compile("train", model, config, (8, 1, 1), 8)

@@ -23,7 +23,7 @@ from dit_jax.planning.programs import Program
 
 COMPUTE = ("scan_layers", "remat", "attention")
 # The keys of a config that a stage's program depends on, beside its batch.
-_SHAPES = ("rank", "projections", "optimizer", "max_length", "max_target")
+_SHAPES = ("parameters", "rank", "projections", "optimizer", "max_length", "max_target")
 _KEYS = {
     "diffs": (
         "diffs.behaviour",
