@@ -17,6 +17,7 @@ from dit_jax.planning import estimate, machines, programs, search, table, worklo
 from dit_jax.planning.programs import Program
 
 PAPER = "configs/plan/paper.py"
+QUICKSTART = "configs/quickstart.py"
 TINY = [
     "--config=configs/quickstart.py",
     "--config.model.scan_layers=true",
@@ -133,7 +134,8 @@ def test_what_was_compiled_is_remembered(tmp_path, monkeypatch):
     # What the program does not depend on: another stage's batch, the learning rate.
     ask(8, load_config(PAPER, {"diffs.diffs_per_batch": 4, "train.learning_rate": 1.0}))
     assert len(calls) == 4
-    ask(8, stage="diffs"), ask(8, load_config(PAPER, {"diffs.parameters": "all"}), stage="diffs")
+    for kind in ("lora", "all"):
+        ask(8, load_config(QUICKSTART, {"diffs.parameters": kind}), stage="diffs")
     assert len(calls) == 6
     late = workload.Compiler(machine, devices, "O0", None, deadline=0.0)
     with pytest.raises(workload.OutOfTime):
