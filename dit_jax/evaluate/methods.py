@@ -52,8 +52,7 @@ def dit(s: Setting) -> list[Row]:
 
 def base_question(s: Setting) -> list[Row]:
     """The finetuned model without adapter: what DIT is with the adapter switched off."""
-    wordings = list(dict.fromkeys((s.seen[0], s.seen[-1])))
-    return _asked(s, "base_question", "method", wordings, s.off, s.topics)
+    return _asked(s, "base_question", "method", s.seen, s.off, s.topics)
 
 
 def base_question_trigger(s: Setting) -> list[Row]:
