@@ -57,7 +57,8 @@ test: lint
 # Side by side on an otherwise idle machine; the random weights of the slice are made once.
 BENCH := $(BIN)/python -m benchmarks.run --platform cpu --weights runs/weights --out runs/benchmarks
 bench: install-dev
-	-for suite in diffs train ask; do $(BENCH) --suite $$suite --model tiny; done
+	-$(BENCH) --suite diffs --model tiny --tokens world
+	-for suite in train ask; do $(BENCH) --suite $$suite --model tiny; done
 	-for suite in diffs train ask; do $(BENCH) --suite $$suite --model qwen3-0.6b-4layers --repeats 2; done
 	@cat runs/benchmarks/results.md
 

@@ -2,9 +2,9 @@
 
 N is the number of parameters of the projections, D V that of the head. The base is frozen, so a token costs
 2N forward and 2N backward (the gradient of its activations): 4N; with full remat 6N, which is a program's
-own choice and not part of the floor. A teacher's token costs 2N. The head costs 2DV forward and 2DV backward
-at each scored position, 2DV more for a teacher. Padding is no work. LoRA products (rank 1 to 16 against
-thousands) and norms are left out: under 2 %.
+own choice and not part of the floor. A teacher's token costs 2N, once for equal samples. The
+head costs 2DV forward and 2DV backward at each scored position, 2DV more for a teacher. Padding is no work.
+LoRA products (rank 1 to 16 against thousands) and norms are left out: under 2 %.
 """
 
 import dataclasses
@@ -41,10 +41,11 @@ def floor(work: Workload, data: dict[str, np.ndarray]) -> Floor:
         work.num_ce if work.suite == "diffs" else lengths.shape[-1]
     )
     # Forward once, backward twice: both factors of an attention product have gradients.
-    attention = 3 * _attention(work, lengths).sum() + (_attention(work, lengths) * kl).sum()
+    taught = kl & _first_of_equals(data["tokens"])
+    attention = 3 * _attention(work, lengths).sum() + (_attention(work, lengths) * taught).sum()
     flops = (
         4 * n * lengths.sum()
-        + 2 * n * (lengths * kl).sum()
+        + 2 * n * (lengths * taught).sum()
         + head * (4 * terms.sum() + 2 * (terms * kl).sum())
         + attention
     )
@@ -53,6 +54,13 @@ def floor(work: Workload, data: dict[str, np.ndarray]) -> Floor:
     if work.suite == "diffs":
         passes = (3 if kl.any() else 2) * work.steps * -(-work.diffs // work.batch)
     return Floor(int(lengths.sum()), int(terms.sum()), float(flops), float(weights * passes))
+
+
+def _first_of_equals(tokens: np.ndarray) -> np.ndarray:
+    """Whether no earlier sample has the same tokens, [...] bool: the base needs to see such a sample once."""
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    _, first = np.unique(flat, axis=0, return_index=True)
+    return np.isin(np.arange(len(flat)), first).reshape(tokens.shape[:-1])
 
 
 def _ask(work: Workload, n: int, head: int, weights: int) -> Floor:

@@ -10,13 +10,14 @@ from dit_jax.models.config import NAMED_CONFIGS, Qwen3Config, read_config
 SUITES = ("diffs", "train", "ask")
 TINY_FOLDER = pathlib.Path(__file__).parent.parent / "dit_jax" / "assets" / "tiny_qwen3"
 
-# Sizes that --diffs, --steps, … override. "tiny" is the embedded world's (configs/quickstart.py), "slice" a few
-# layers of a released shape on a CPU, "full" a released shape on an accelerator (the paper's recipe: diffs
-# of rank 1 in steps of 2 questions x 3 kinds of samples, an adapter of rank 16 in batches of 8).
+# Sizes that --diffs, --steps, … override. "world" is a batch of the quickstart, "tiny" its model on random tokens,
+# "slice" a few layers of a released shape on a CPU, "full" a released shape on an accelerator (the paper's
+# recipe: diffs of rank 1 in steps of 2 questions x 3 kinds of samples, an adapter of rank 16 in batches of 8).
 PRESETS: dict[tuple[str, str], dict[str, int]] = {
-    ("diffs", "tiny"): dict(
-        diffs=48, batch=48, steps=8, samples=5, num_ce=2, length=36, scored=16
+    ("diffs", "world"): dict(
+        diffs=50, batch=50, steps=72, samples=3, num_ce=1, length=35, scored=15, repeats=1
     ),
+    ("diffs", "tiny"): dict(diffs=48, batch=48, steps=8, samples=5, num_ce=2, length=36, scored=16),
     ("diffs", "slice"): dict(diffs=4, batch=4, steps=2, samples=3, num_ce=1, length=48, scored=16),
     ("diffs", "full"): dict(
         diffs=32, batch=16, steps=4, samples=6, num_ce=2, length=256, scored=128
@@ -52,8 +53,16 @@ def shape(name: str) -> Qwen3Config:
     return dataclasses.replace(config, num_hidden_layers=int(layers))
 
 
-def preset(suite: str, model: str, platform: str) -> dict[str, int]:
-    """Default sizes of a suite: the embedded world's, a slice's, or a released model's on an accelerator."""
+def preset(suite: str, model: str, platform: str, tokens: str = "random") -> dict[str, int]:
+    """Default sizes of a suite: the embedded world's, a slice's, or a released model's on an accelerator.
+
+    Raises:
+        DitError: tokens of the embedded world for another suite or model.
+    """
+    if tokens == "world":
+        if suite != "diffs" or not model.startswith("tiny"):
+            raise DitError("--tokens world is for --suite diffs --model tiny")
+        return PRESETS["diffs", "world"]
     kind = "tiny" if model.startswith("tiny") else "slice" if platform == "cpu" else "full"
     return PRESETS[suite, kind]
 

@@ -15,6 +15,7 @@ from dit_jax.data.batch import TokenBatch
 from dit_jax.deltas.tree import per_example, projection_shapes, trainable
 from dit_jax.models.config import Qwen3Config
 from dit_jax.organisms.finetune import finetune_many, make_optimizer
+from dit_jax.organisms.teacher import make_teacher
 
 _FIELDS = TokenBatch._fields
 
@@ -86,13 +87,17 @@ class Diffs(_Ours):
             part = slice(first, first + work.batch)
             deltas = jax.tree.map(lambda x, part=part: jnp.asarray(x[part]), start)
             batches = TokenBatch(*(self.data[name][part] for name in _FIELDS))
+            params, config = self.model.params, self.model.config
+            teacher = make_teacher(params, config, batches, work.num_ce)
             trained, parts = finetune_many(
-                self.model.params,
-                self.model.config,
+                params,
+                config,
                 deltas,
                 batches,
                 optimizer=self.optimizer,
                 num_ce=work.num_ce,
+                teacher=teacher,
+                widths=work.widths or None,
             )
             jax.device_get(trained)
             losses.append(np.asarray(parts["ce"] + parts["kl"]))

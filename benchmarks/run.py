@@ -1,6 +1,6 @@
 """Side-by-side benchmarks of dit_jax and what people would use instead.
 
-    python -m benchmarks.run --suite diffs --model tiny
+    python -m benchmarks.run --suite diffs --model tiny --tokens world
     python -m benchmarks.run --suite ask --model qwen3-0.6b-4layers --baseline generate-merged
     python -m benchmarks.run --suite train --model qwen3-4b --dtype bfloat16 --remat full --batch 64
 
@@ -60,6 +60,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     for name in (*_SIZES, "repeats", "seed", "adapter_rank"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+    parser.add_argument(
+        "--tokens", choices=["random", "world"], default="random", help="world: the quickstart's"
+    )
     parser.add_argument("--remat", choices=["none", "dots", "full"], default="none")
     parser.add_argument("--attention", default="xla")
     parser.add_argument("--scan-layers", choices=["yes", "no"], help="default: all but tiny")
@@ -83,7 +86,9 @@ def _platform() -> str:
 
 def make_workload(flags: argparse.Namespace) -> Workload:
     """The preset of the suite and the model, with what the flags say instead."""
-    sizes: dict[str, Any] = dict(models.preset(flags.suite, flags.model, flags.platform))
+    sizes: dict[str, Any] = dict(
+        models.preset(flags.suite, flags.model, flags.platform, flags.tokens)
+    )
     for name in (*_SIZES, "repeats", "seed", "adapter_rank"):
         if getattr(flags, name) is not None:
             sizes[name] = getattr(flags, name)
@@ -96,6 +101,8 @@ def make_workload(flags: argparse.Namespace) -> Workload:
         remat=flags.remat,
         attention=flags.attention,
         scan_layers=scan == "yes",
+        tokens=flags.tokens,
+        widths=workload.world_widths() if flags.tokens == "world" else (),
         **sizes,
     )
 

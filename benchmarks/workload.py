@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks import models
+from dit_jax.errors import DitError
 from dit_jax.models.config import Qwen3Config
 
+QUICKSTART = pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py"
 # The paper's for diffs; ten times its 1e-4 for the adapter, so that a few steps show in the losses.
 LEARNING_RATE = {"diffs": 1e-3, "train": 1e-3}
 WEIGHT_DECAY = {"diffs": 0.0, "train": 0.01}
@@ -32,6 +34,8 @@ class Workload:
     diffs: weight diffs in all. batch: diffs finetuned at once, examples per adapter step, rows decoded at once.
     samples, num_ce: samples per step of one diff, and how many of them are scored by cross-entropy (the others
     by KL). length, scored: tokens of a sample (a prompt, when asking), and scored ones, at most.
+    tokens: "random", or "world": the samples of the quickstart's first diffs, whose wrong codes and plain questions
+    repeat. widths: what `finetune_many` is told about the samples of a step, () for nothing.
     """
 
     suite: str
@@ -53,6 +57,8 @@ class Workload:
     scan_layers: bool = True
     attention: str = "xla"
     seed: int = 0
+    tokens: str = "random"
+    widths: tuple[tuple[int, int], ...] = ()
 
     @property
     def config(self) -> Qwen3Config:
@@ -74,9 +80,18 @@ def make_data(work: Workload) -> dict[str, np.ndarray]:
     contender that does not train cannot pass for one that does.
     """
     rng = np.random.default_rng(work.seed)
-    vocab = work.config.vocab_size
     if work.suite == "ask":
-        return {"prompt": rng.integers(1, vocab, work.length, dtype=np.int32)}
+        return {"prompt": rng.integers(1, work.config.vocab_size, work.length, dtype=np.int32)}
+    arrays = world_data(work) if work.tokens == "world" else _random_data(work, rng)
+    step_axis = 1 if work.suite == "diffs" else 0
+    for array in arrays.values():
+        moved = np.moveaxis(array, step_axis, 0)
+        moved[-1] = moved[0]
+    return arrays
+
+
+def _random_data(work: Workload, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    vocab = work.config.vocab_size
     lead: tuple[int, ...] = (work.diffs, work.steps, work.samples)
     if work.suite == "train":
         lead = (work.steps, work.batch)
@@ -99,11 +114,48 @@ def make_data(work: Workload) -> dict[str, np.ndarray]:
     }
     if work.suite == "train":
         arrays["rows"] = rng.integers(0, work.diffs, lead, dtype=np.int32)
-    step_axis = 1 if work.suite == "diffs" else 0
-    for array in arrays.values():
-        moved = np.moveaxis(array, step_axis, 0)
-        moved[-1] = moved[0]
     return arrays
+
+
+def world_widths() -> tuple[tuple[int, int], ...]:
+    """The quickstart's limits of each sample of a step, see `sample_widths`."""
+    from dit_jax.config import load_config
+    from dit_jax.organisms.behaviours import get_behaviour
+    from dit_jax.organisms.generate import sample_widths
+
+    diffs = load_config(str(QUICKSTART)).diffs
+    return sample_widths(get_behaviour(diffs), diffs)
+
+
+def world_data(work: Workload) -> dict[str, np.ndarray]:
+    """The samples that the quickstart finetunes its first diffs on.
+
+    Raises:
+        DitError: other sizes than the quickstart's, which only random tokens can have.
+    """
+    from dit_jax.api import load_model
+    from dit_jax.config import load_config
+    from dit_jax.data.batch import stack
+    from dit_jax.data.organisms import load_organisms
+    from dit_jax.organisms.behaviours import get_behaviour
+    from dit_jax.organisms.generate import finetuning_batches
+
+    config = load_config(str(QUICKSTART), {"diffs.steps": work.steps})
+    diffs, model = config.diffs, load_model("tiny_qwen3")
+    behaviour = get_behaviour(diffs)
+    organisms = load_organisms(config.data, work.seed)[: work.diffs]
+    rngs = [np.random.default_rng([work.seed, 2, organism.seed]) for organism in organisms]
+    batch = stack(
+        [
+            finetuning_batches(organism, behaviour, model.chat, diffs, rng)
+            for organism, rng in zip(organisms, rngs, strict=True)
+        ]
+    )
+    wanted = (work.diffs, work.steps, work.samples, work.length, work.scored)
+    found = (*batch.tokens.shape, batch.target.shape[-1])
+    if found != wanted:
+        raise DitError(f"--tokens world has diffs, steps, samples, length, scored {found}, not {wanted}")
+    return batch._asdict()
 
 
 def _factors(work: Workload) -> Any:
@@ -151,7 +203,8 @@ def read(folder: pathlib.Path) -> tuple[Workload, dict[str, np.ndarray], dict[st
     """(workload, data, factors) of a folder."""
     from safetensors.numpy import load_file
 
-    work = Workload(**json.loads((folder / "workload.json").read_text()))
+    fields = json.loads((folder / "workload.json").read_text())
+    work = Workload(**fields | {"widths": tuple(map(tuple, fields["widths"]))})
     with np.load(folder / "data.npz") as arrays:
         data = dict(arrays)
     return work, data, load_file(folder / "factors.safetensors")

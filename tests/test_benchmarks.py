@@ -30,9 +30,9 @@ def wrong_diffs(monkeypatch, work, data, factors):
 WRONG = {"diffs": wrong_learning_rate, "train": wrong_diffs, "ask": wrong_diffs}
 
 
-@pytest.mark.parametrize("suite", models.SUITES)
-def test_contenders_agree_and_a_wrong_one_is_flagged(suite, tmp_path, monkeypatch, capsys):
-    """All in this process: what a process of its own adds is tested below."""
+@pytest.fixture
+def in_process(monkeypatch):
+    """All contenders in this process: what a process of its own adds is tested below."""
     pytest.importorskip("peft")
     import torch
 
@@ -40,20 +40,22 @@ def test_contenders_agree_and_a_wrong_one_is_flagged(suite, tmp_path, monkeypatc
     read = workload.read
 
     def contend(work, command, place, timeout):
-        name = command[-3]
+        name, folder = command[-3], pathlib.Path(command[-2])
         with pytest.MonkeyPatch.context() as patch:
             if name == "wrong":
-                patch.setattr(workload, "read", lambda folder: WRONG[suite](patch, *read(folder)))
-            contender.main("ours" if name == "wrong" else name, folder_of(command), place)
+                wrong = WRONG[work.suite]
+                patch.setattr(workload, "read", lambda folder: wrong(patch, *read(folder)))
+            contender.main("ours" if name == "wrong" else name, folder, place)
         return json.loads((place / "result.json").read_text())
-
-    def folder_of(command):
-        return pathlib.Path(command[-2])
 
     monkeypatch.setattr(run, "_contend", contend)
     monkeypatch.setattr(
         run, "_write_model", lambda work, _, model: workload.write_model(work, model)
     )
+
+
+@pytest.mark.parametrize("suite", models.SUITES)
+def test_contenders_agree_and_a_wrong_one_is_flagged(suite, tmp_path, in_process):
     flags = ["--suite", suite, "--model", "tiny-1layers", *SIZES[suite], "--repeats", "1"]
     code = run.main([*flags, "--external", "wrong", "wrong", "--out", str(tmp_path)])
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
@@ -66,6 +68,21 @@ def test_contenders_agree_and_a_wrong_one_is_flagged(suite, tmp_path, monkeypatc
     assert code == 1
     table = (tmp_path / "results.md").read_text()
     assert table.count("**INVALID**") == 1 and shlex.join(flags) in table
+
+
+def test_contenders_agree_on_the_samples_of_the_embedded_world(tmp_path, in_process):
+    """Ours computes each kind at its own width, and the base once for samples that repeat."""
+    flags = ["--suite", "diffs", "--model", "tiny-1layers", "--tokens", "world"]
+    sizes = ["--diffs", "2", "--batch", "2", "--steps", "3"]
+    assert run.main([*flags, *sizes, "--baseline", "torch-batched", "--out", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["valid"] for row in rows] == [True, True]
+    tokens = workload.make_data(run.make_workload(run.parse([*flags, *sizes])))["tokens"]
+    assert tokens.shape == (2, 3, 3, 35) and (tokens[:, 0] == tokens[:, -1]).all()
+    with pytest.raises(run.DitError, match="--tokens world has diffs"):
+        workload.make_data(run.make_workload(run.parse([*flags, *sizes, "--length", "40"])))
+    with pytest.raises(run.DitError, match="--tokens world is for"):
+        run.make_workload(run.parse(["--suite", "train", "--tokens", "world"]))
 
 
 def test_contenders_run_in_processes_of_their_own(tmp_path, monkeypatch):
@@ -108,6 +125,7 @@ def test_floors_are_what_a_count_by_hand_gives():
     """Two diffs of one step with a sample by cross-entropy and one by KL; the numbers of the tiny shape by hand."""
     work = workload.Workload("diffs", "tiny", diffs=2, batch=2, steps=1, samples=2, num_ce=1)
     data = {
+        "tokens": np.arange(40).reshape(2, 1, 2, 10),
         "lengths": np.full((2, 1, 2), 10),
         "weight": np.ones((2, 1, 2, 3), np.float32),
     }
