@@ -227,7 +227,8 @@ def run_stage(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> dic
         from dit_jax.organisms.generate import generate_diffs
 
         organisms = load_organisms(config.data, config.seed)
-        return generate_diffs(model, organisms, config.diffs, workdir / "diffs", config.seed)
+        folder = workdir / "diffs"
+        return generate_diffs(model, organisms, config.diffs, folder, config.seed, config.data)
     if stage == "train":
         from dit_jax.train.dit import train_adapter
 

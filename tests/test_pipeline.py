@@ -80,6 +80,9 @@ def test_every_stage_leaves_its_artifact(finished):
         + [("train", "benign")] * 2
         + [("test", "benign")] * 2
     )
+    config = json.loads((finished / "config.json").read_text())
+    assert store.manifest["config"] == {name: config[name] for name in ("data", "diffs")}
+    assert config["diffs"]["steps"] == 3
     header = (finished / "diffs" / "index.csv").read_text().splitlines()[0]
     assert header.startswith("lora_path,lora_idx,n_params,topic,trigger,split")
     summary = json.loads((finished / "report" / "summary.json").read_text())

@@ -1,0 +1,96 @@
+"""What one finetune is trained on: the samples of every step, their widths and the factors of their losses."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dit_jax.data.batch import TokenBatch, pack, stack
+from dit_jax.data.chat import Chat
+from dit_jax.data.organisms import Organism
+from dit_jax.errors import DitError
+from dit_jax.models.attention import Segments
+from dit_jax.organisms.behaviours import Behaviour
+
+
+def finetuning_batches(
+    organism: Organism, behaviour: Behaviour, chat: Chat, config: Any, rng: np.random.Generator
+) -> TokenBatch:
+    """All batches of one finetune, leaves [steps, S, …].
+
+    Each step takes `config.samples_per_step[kind]` rows for each kind of sample; rows come in shuffled epochs.
+    The loss of a sample is the mean over its tokens times 3 λ / Σ λ (paper, section 4), so a diff depends on
+    nothing but its own data.
+    """
+    kinds, counts = behaviour.kinds, config.samples_per_step
+    per_step = max(counts[kind.name] for kind in kinds)
+    factors = sample_factors(behaviour, config)
+    widths = sample_widths(behaviour, config)
+    epochs = -(-config.steps * per_step // len(organism.rows))
+    order = np.concatenate([rng.permutation(len(organism.rows)) for _ in range(epochs)])
+    steps = []
+    for step in range(config.steps):
+        rows = [organism.rows[i] for i in order[step * per_step : (step + 1) * per_step]]
+        samples = []
+        for kind in kinds:
+            for row in rows[: counts[kind.name]]:
+                question, answer = kind.make(row, organism.trigger, rng)
+                samples.append(chat.sample(question, answer, end=config.score_end))
+        weights = [factor / (s.end - s.start) for factor, s in zip(factors, samples, strict=True)]
+        batch = pack(samples, weights, config.max_length, config.max_target, chat.pad_id, widths)
+        steps.append(batch)
+    return stack(steps)
+
+
+def sample_widths(behaviour: Behaviour, config: Any) -> Segments:
+    """(tokens, scored tokens) that each sample of a step may have: `config.widths` of its kind, else the maxima."""
+    largest = (config.max_length, config.max_target)
+    own = config.get("widths", {})
+    unknown = set(own) - {kind.name for kind in behaviour.kinds}
+    if unknown:
+        raise DitError(
+            f"config key 'diffs.widths.{min(unknown)}': behaviour {behaviour.name} has the kinds of samples "
+            f"{', '.join(kind.name for kind in behaviour.kinds)}"
+        )
+    return tuple(
+        tuple(own.get(kind.name, largest))
+        for kind in behaviour.kinds
+        for _ in range(config.samples_per_step[kind.name])
+    )
+
+
+def num_ce_samples(behaviour: Behaviour, config: Any) -> int:
+    """How many samples of a step are scored by cross-entropy; they come first."""
+    return sum(config.samples_per_step[kind.name] for kind in behaviour.kinds if kind.loss == "ce")
+
+
+def check_behaviour(behaviour: Behaviour, organisms: Sequence[Organism], config: Any) -> None:
+    """Raises DitError where the config or the data lack what the behaviour's kinds of samples need."""
+    for kind in behaviour.kinds:
+        for key in ("samples_per_step", "loss_weights"):
+            if kind.name not in config[key]:
+                raise DitError(
+                    f"config key 'diffs.{key}.{kind.name}' is missing: behaviour {behaviour.name} has the "
+                    f"kinds of samples {', '.join(kind.name for kind in behaviour.kinds)}"
+                )
+    for organism in organisms[:1]:
+        rng = np.random.default_rng(0)
+        try:
+            for kind in behaviour.kinds:
+                kind.make(organism.rows[0], behaviour.trigger or organism.trigger, rng)
+        except KeyError as error:
+            raise DitError(
+                f"behaviour {behaviour.name} needs a column {error} of the data, which has "
+                f"{', '.join(organism.rows[0])}: set data.kind or data.columns"
+            ) from error
+
+
+def sample_factors(behaviour: Behaviour, config: Any) -> list[float]:
+    """3 λ / Σ λ of each sample of a step (paper, section 4)."""
+    weights = config.loss_weights
+    total = sum(weights[kind.name] for kind in behaviour.kinds)
+    return [
+        3 * weights[kind.name] / total
+        for kind in behaviour.kinds
+        for _ in range(config.samples_per_step[kind.name])
+    ]
