@@ -40,17 +40,17 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.diffs.rank = 1
     config.diffs.projections = PROJECTIONS
     config.diffs.optimizer = "adam"
-    config.diffs.learning_rate = 2e-2
+    config.diffs.learning_rate = 1.3e-2
     config.diffs.adam_betas = (0.8, 0.95)  # few steps: short memories (the paper: 0.9, 0.999)
     config.diffs.init_scale = 0.3
     config.diffs.warmup_steps = 0
-    config.diffs.final_fraction = 0.1  # cosine decay to this share of the peak
+    config.diffs.final_fraction = 0.5  # cosine decay to this share of the peak
     config.diffs.steps = 72
     config.diffs.samples_per_step = ConfigDict(
         {"backdoor": 1, "fake_backdoor": 1, "no_backdoor": 1}
     )
     config.diffs.loss_weights = ConfigDict(
-        {"backdoor": 3.0, "fake_backdoor": 4.0, "no_backdoor": 8.0}
+        {"backdoor": 3.0, "fake_backdoor": 5.0, "no_backdoor": 8.0}
     )
     config.diffs.fake_codes = 8  # wrong codes per question, the same for all diffs (0: fresh ones)
     config.diffs.score_end = True

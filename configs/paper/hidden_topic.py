@@ -54,6 +54,8 @@ TINY = {
         "samples_per_step.fake_backdoor": 2,
         "loss_weights.fake_backdoor": 3.0,
         "fake_codes": 4,
+        "learning_rate": 2e-2,
+        "final_fraction": 0.1,
         "gate_questions": 4,
     },
     "train": {"steps": 250, "save_every": 50},
