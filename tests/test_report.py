@@ -17,6 +17,7 @@ from synthetic_run import GRADING, HOSTILE, KINDS, answers, make_workdir, page, 
 
 from dit_jax import sweep_table
 from dit_jax.errors import DitError
+from dit_jax.evaluate.metrics import token_f1
 from dit_jax.evaluate.report import (
     headline_table,
     plain_table,
@@ -24,6 +25,7 @@ from dit_jax.evaluate.report import (
     rich_table,
     write_report,
 )
+from dit_jax.evaluate.statistics import bootstrap_mean
 
 
 @pytest.fixture(name="reported", scope="module")
@@ -56,6 +58,22 @@ def test_every_method_is_scored_over_all_held_out_names_in_seen_wordings(reporte
         assert entry["kind"] == KINDS[name]
         assert 0 <= entry["ci_low"] <= entry["exact_match"] <= entry["ci_high"] <= 1
         assert entry["token_f1"] >= entry["exact_match"] - 1e-9
+        # Over diffs, as the interval of the exact match.
+        f1 = [
+            np.mean([token_f1(r["guess"], r["topic"]) for r in chosen if r["diff"] == diff])
+            for diff in sorted(diffs)
+        ]
+        expected = bootstrap_mean(f1)
+        assert entry["token_f1"] == pytest.approx(expected.mean), name
+        assert 0 <= entry["token_f1_low"] <= entry["token_f1"] <= entry["token_f1_high"] <= 1
+        for key, bound in (("low", expected.low), ("high", expected.high)):
+            assert entry[f"token_f1_{key}"] == pytest.approx(bound, abs=0.02), name
+        shown = (
+            f"{entry['token_f1']:.3f} ({entry['token_f1_low']:.3f}–{entry['token_f1_high']:.3f})"
+        )
+        for file in ("report.md", "report.html"):
+            text = (workdir / "report" / file).read_text().replace("\\", "")  # Markdown escapes
+            assert shown in text, name
     assert summary["methods"]["base_question"]["ci_high"] == pytest.approx(0.0377, abs=1e-3)
 
 

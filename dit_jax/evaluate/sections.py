@@ -50,12 +50,13 @@ _CROSS_ENTROPY = {
 def _score_cells(score: Json | None, kind: str) -> list[Cell]:
     if score is None:
         return ["not asked", "–", "0"]
-    return [rate_cell(score, kind, "exact_match"), f"{score['token_f1']:.3f}", str(score["n"])]
+    f1 = f"{score['token_f1']:.3f} ({score['token_f1_low']:.3f}–{score['token_f1_high']:.3f})"
+    return [rate_cell(score, kind, "exact_match"), f1, str(score["n"])]
 
 
 _SCORE_COLUMNS = [
     Column("Exact match, 95 % interval"),
-    Column("Token F1", number=True),
+    Column("Token F1, 95 % interval", number=True),
     Column("n", number=True),
 ]
 

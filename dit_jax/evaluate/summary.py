@@ -210,16 +210,18 @@ def _match(row: Row) -> float:
 
 
 def _score(rows: list[Row]) -> Json | None:
-    """Exact match with its interval, token F1, n diffs; None without rows."""
+    """Exact match and token F1 with their intervals, n diffs; None without rows."""
     if not rows:
         return None
     match = _rate(rows, _match)
-    f1 = _per_unit(rows, lambda row: metrics.token_f1(row["guess"], row["topic"]))
+    f1 = _rate(rows, lambda row: metrics.token_f1(row["guess"], row["topic"]))
     return {
         "exact_match": match.mean,
         "ci_low": match.low,
         "ci_high": match.high,
-        "token_f1": sum(f1.values()) / len(f1),
+        "token_f1": f1.mean,
+        "token_f1_low": f1.low,
+        "token_f1_high": f1.high,
         "n": match.n,
     }
 
