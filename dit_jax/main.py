@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from ml_collections import ConfigDict
@@ -26,6 +26,7 @@ from dit_jax.errors import DitError, exit_on_error
 from dit_jax.workdir import ARTIFACTS, is_done, locked, run_once
 
 COMPUTE = ("scan_layers", "remat", "attention")  # of config.model: how to compute, see Qwen3Config
+COMPILE_AHEAD = "compile ahead"  # name of the thread
 NEED_MODEL = ("diffs", "train", "evaluate")
 ALWAYS = ("report", "tables")  # cheap, and made from what may have changed
 # Numbers with which no stage can run are refused before the first one starts.
@@ -152,30 +153,51 @@ def _run_stages(config: Any, workdir: pathlib.Path) -> None:
 
             compute = {name: config.model[name] for name in COMPUTE if name in config.model}
             model = load_model(config.model.path, config.model.dtype, mesh, **compute)
-        if stage == "diffs" and "train" in config.stages:
+        if stage == "diffs" and compiles_ahead(config, workdir):
             _compile_ahead(config, model)
         work = functools.partial(_run_explained, stage, config, workdir, model)
         run_once(workdir, stage, work, main_only=stage in ALWAYS)
 
 
-def _compile_ahead(config: Any, model: Any) -> None:
-    """Compiles the step of the stage `train` into the cache of programs while the diffs are made.
+def compiles_ahead(config: Any, workdir: pathlib.Path) -> bool:
+    """Whether to compile the stage `train` while the diffs are made.
 
-    Only on CPUs, where compiling keeps one core busy: GPUs run trial kernels for it, beside the diffs.
+    Only if it is to come, only for diffs whose shapes are known before they are there, and only on CPUs, where
+    compiling keeps one core busy: GPUs run trial kernels for it, beside the diffs.
     """
-    if jax.default_backend() != "cpu" or jax.process_count() > 1:
-        return
+    return (
+        jax.default_backend() == "cpu"
+        and jax.process_count() == 1
+        and "train" in config.stages
+        and not is_done(workdir, "train")
+        and config.diffs.get("parameters", "lora") == "lora"
+    )
+
+
+def _compile_ahead(config: Any, model: Any) -> None:
+    """Compiles the step of the stage `train` into the cache of programs, in a thread of its own."""
     from dit_jax.train.dit import abstract_step, train_step
 
     def compile_step() -> None:
         # What is wrong with a config, the stage itself will say.
         with contextlib.suppress(Exception), parallel.use_mesh(model.mesh):
-            args, options = abstract_step(
-                model.config, model.mesh, config.train, config.diffs.rank
-            )
+            args, options = abstract_step(model.config, model.mesh, config.train, config.diffs.rank)
             train_step.lower(*args, **options).compile()
 
-    threading.Thread(target=compile_step, name="compile ahead").start()
+    threading.Thread(target=compile_step, name=COMPILE_AHEAD).start()
+
+
+def end(code: int) -> NoReturn:
+    """Ends the process with the code of `main`.
+
+    After a failure or Ctrl-C at once: Python would wait for a program that is still being compiled ahead, and no
+    thread can be stopped in it. Nothing is lost: artifacts are complete or not there.
+    """
+    if code and any(thread.name == COMPILE_AHEAD for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run_explained(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> dict[str, Any]:
@@ -262,4 +284,4 @@ def _setup_jax() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

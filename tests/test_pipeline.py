@@ -3,10 +3,13 @@
 import importlib
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import dit_jax
 from dit_jax import main
@@ -185,6 +188,37 @@ def test_the_step_that_is_compiled_ahead_is_the_one_that_runs(copy, monkeypatch)
     model = dit_jax.load_model("tiny_qwen3", scan_layers=True)
     args, options = dit.abstract_step(model.config, None, config.train, config.diffs.rank)
     assert programs == [step.lower(*args, **options).as_text()]
+
+
+def test_only_a_training_that_is_to_come_is_compiled_ahead(finished, tmp_path):
+    def ahead(workdir, *extra):
+        config = load_config("configs/quickstart.py", split_flags([*SMALL, *extra])[1])
+        return main.compiles_ahead(config, workdir)
+
+    assert ahead(tmp_path)
+    assert not ahead(finished)
+    assert not ahead(tmp_path, "--config.stages=('diffs',)")
+    assert not ahead(tmp_path, "--config.diffs.parameters=linear")
+
+
+INTERRUPTED = """
+import signal, threading, time
+from dit_jax import main
+
+def run(config, workdir):
+    threading.Thread(target=time.sleep, args=(60,), name=main.COMPILE_AHEAD).start()
+    signal.raise_signal(signal.SIGINT)
+
+main.run = run
+main.end(main.main(["--config", "configs/quickstart.py", "--workdir", "unused"]))
+"""
+
+
+def test_ctrl_c_does_not_wait_for_what_is_compiled_ahead():
+    process = [sys.executable, "-c", INTERRUPTED]
+    ended = subprocess.run(process, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert ended.returncode == 130
+    assert ended.stderr.startswith("interrupted: ") and ended.stderr.count("\n") == 1
 
 
 def test_a_damaged_checkpoint_is_passed_over(copy, model, capfd):
