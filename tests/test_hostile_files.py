@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from format_cases import CONFIG, random_params
 from hostile import make_good, outcome, peak, read, reset_peak
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from dit_jax.deltas import detect
 from dit_jax.errors import DitError
+from dit_jax.models.config import parse_config
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,35 @@ def test_a_shard_index_cannot_lead_out_of_its_folder(good, tmp_path, params, nam
     assert outcome(lambda: read(tmp_path, "shards", params), tmp_path / "shards") == "error"
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_shard_index_names_safetensors_only(good, tmp_path, params, kind):
+    """Other names of files in a folder are not checked for links and pipes."""
+    shutil.copytree(good / "shards", tmp_path / "shards")
+    payload = tmp_path / "shards" / "payload"
+    os.mkfifo(payload) if kind == "pipe" else payload.symlink_to("/etc/passwd")
+    path = tmp_path / "shards" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "payload")
+    path.write_text(json.dumps(index))
+    assert outcome(lambda: read(tmp_path, "shards", params), tmp_path / "shards") == "error"
+
+
+@pytest.mark.parametrize("theta", [10**400, float("inf"), 1e40])
+def test_an_impossible_theta_is_refused(theta):
+    with pytest.raises(DitError, match="rope_theta"):
+        parse_config({**CONFIG.to_hf(), "rope_parameters": {"rope_theta": theta}}, "x")
+
+
+def test_values_beyond_fp32_are_refused(good, tmp_path, params):
+    shutil.copytree(good / "peft", tmp_path / "peft")
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    tensors = {k: v.astype(np.float64) for k, v in load_file(path).items()}
+    next(iter(tensors.values()))[0, 0] = 1e300
+    save_file(tensors, path)
+    with pytest.raises(DitError, match="NaN or infinity"):
+        read(tmp_path, "peft", params)
+
+
 LINKS = [
     ("peft", "adapter_config.json"),
     ("peft", "adapter_model.safetensors"),
@@ -247,6 +277,11 @@ BAD_CSV = {
     + b".pt,1,9,t,1,x\n",
     "10 MB header": b"lora_path,lora_idx,n_params,topic,trigger," + b"s" * 10**7 + b"\n",
     "many columns": b"lora_path,lora_idx,n_params,topic,trigger,split\n" + b"a," * 10**6 + b"\n",
+    "many columns in the header": b"lora_path,lora_idx,n_params,topic,trigger,split,"
+    + b",".join(b"a%d" % i for i in range(10**5))
+    + (b"\na.pt,1,9,t,1,s" + b"," * 10**5) * 13
+    + b"\n",
+    "a column twice": b"lora_path,lora_idx,n_params,topic,trigger,split,topic\na.pt,1,9,t,1,s,u\n",
     "digits": b"lora_path,lora_idx,n_params,topic,trigger,split\na.pt,"
     + b"1" * 10**5
     + b",9,t,1,x\n",

@@ -125,6 +125,8 @@ RUNNING = {
     "mark left": b"\x80\x02(K\1.",
     "no mark": b"\x80\x02K\1t.",
     "protocol 9": b"\x80\x09K\1.",
+    "name that is nested tuples": b"\x80\x04)" + b"\x85" * 400_000 + b"X\1\0\0\0a\x93.",
+    "size of a list": b"\x80\x02ctorch\nSize\n](K\1e\x85R.",
     "text without an end": b"\x80\x02X\xff\xff\xff\xff.",
     "text of 10 MB": b"\x80\x02X" + struct.pack("<I", 10**7) + b"a" * 10**7 + b".",
     "text that is none": b"\x80\x02X\1\0\0\0\xff.",

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from dit_jax.deltas import detect, peft
 from dit_jax.deltas.factors import fuse, modules
-from dit_jax.deltas.safe_regex import SafeRegex
+from dit_jax.deltas.safe_regex import Budget, SafeRegex
 from dit_jax.errors import DitError
 
 torch = pytest.importorskip("torch")
@@ -100,6 +100,10 @@ SUPPORTED = {
     "exclude": {"exclude_modules": ["v_proj", "layers.1.mlp.up_proj"]},
     "exclude_regex": {"exclude_modules": r".*\.1\..*"},
     "layers": {"layers_to_transform": [0, 2]},
+    "full_name_and_layers": {
+        "target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"],
+        "layers_to_transform": [1],
+    },
     "one_layer": {"layers_to_transform": 1, "layers_pattern": "layers"},
     "rank_pattern": {"rank_pattern": {"q_proj": 5, r"layers\.[12]\.mlp\..*": 2, "up_proj": 7}},
     "alpha_pattern": {"alpha_pattern": {"v_proj": 11, "model.layers.0.mlp.up_proj": 0.5}},
@@ -279,6 +283,16 @@ def test_patterns_match_as_in_re(pattern):
         regex = SafeRegex(pattern)
         assert regex.fullmatch(text) == bool(re.fullmatch(pattern, text)), text
         assert regex.match(text) == bool(re.match(pattern, text)), text
+
+
+def test_the_patterns_of_a_file_share_their_steps():
+    budget = Budget(1000)
+    text, classes = "model.layers.1.self_attn.q_proj", "".join(map(chr, range(0x4E00, 0x4E90)))
+    with pytest.raises(DitError, match="too many"):
+        for i in range(20):
+            SafeRegex(f"(?:.*.*)*x{i}", budget).match(text)
+    with pytest.raises(DitError, match="too many"):
+        SafeRegex(f".*[{classes}]", Budget(1000)).match(text)
 
 
 # ------------------------------------------------------------------ writing

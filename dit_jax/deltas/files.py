@@ -12,9 +12,10 @@ from typing import Any
 
 from dit_jax.errors import DitError
 
-MAX_JSON_BYTES = 64 * 2**20
-MAX_CSV_BYTES = 256 * 2**20
-MAX_CSV_ROWS = 1_000_000
+MAX_JSON_BYTES = 16 * 2**20
+MAX_CSV_BYTES = 64 * 2**20
+MAX_CSV_COLUMNS = 1_000
+MAX_CSV_FIELDS = 5_000_000
 
 
 def short(value: object, limit: int = 80) -> str:
@@ -132,7 +133,13 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     try:
         with open(path, encoding="utf-8", newline="") as handle:
             reader = csv.DictReader(handle, strict=True)
-            missing = [c for c in columns if c not in (reader.fieldnames or ())]
+            names = reader.fieldnames or ()
+            if len(names) > MAX_CSV_COLUMNS or len(set(names)) < len(names):
+                raise DitError(
+                    f"'{path}' has {len(names)} columns, of which {len(set(names))} differ: "
+                    f"at most {MAX_CSV_COLUMNS}, all different, are read"
+                )
+            missing = [c for c in columns if c not in names]
             if missing:
                 raise DitError(
                     f"'{path}' lacks the column {missing[0]!r}: expected {list(columns)}"
@@ -143,8 +150,10 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
                         f"'{path}' line {reader.line_num} does not have the header's fields"
                     )
                 rows.append(row)
-                if len(rows) > MAX_CSV_ROWS:
-                    raise DitError(f"'{path}' has more than {MAX_CSV_ROWS} rows: it is no index")
+                if len(rows) * len(names) > MAX_CSV_FIELDS:
+                    raise DitError(
+                        f"'{path}' has more than {MAX_CSV_FIELDS} fields: it is no index"
+                    )
     except UnicodeDecodeError:
         raise DitError(f"'{path}' is not UTF-8 text: get the file again") from None
     except csv.Error as error:

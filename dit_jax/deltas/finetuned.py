@@ -114,7 +114,9 @@ def difference(
         new = new.T if new.ndim == 2 and path != ("embed_tokens",) else new
         wide = np.float64 if np.float64 in (new.dtype, old.dtype) else np.float32
         change: np.ndarray = new.astype(wide, copy=False) - old.astype(wide, copy=False)
-        return change if svd_rank else change.astype(old.dtype)
+        with np.errstate(over="ignore"):
+            change = change if svd_rank else change.astype(old.dtype)
+        return check_values(change, name, weights.source)
 
     paths = list(dict.fromkeys(path for path, _ in found))
     if svd_rank is None:

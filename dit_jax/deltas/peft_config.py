@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.deltas.files import short
-from dit_jax.deltas.safe_regex import SafeRegex
+from dit_jax.deltas.safe_regex import Budget, SafeRegex
 from dit_jax.errors import DitError
 
-MAX_PATTERNS = 20_000
+MAX_PATTERNS = 5_000
 
 _HANDLED = {
     "peft_type",
@@ -82,6 +82,7 @@ class PeftOptions:
             isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
         )
         self._regexes: dict[str, SafeRegex] = {}
+        self._budget = Budget()
         self._layers = self._layer_set(raw.get("layers_to_transform"))
         patterns = self._names("layers_pattern") or []
         self._layer_patterns = [patterns] if isinstance(patterns, str) else patterns
@@ -101,20 +102,23 @@ class PeftOptions:
             )
 
     def rank(self, module: str) -> int:
-        return int(self._lookup(self._ranks, module, self._r))
+        return int(self._lookup("rank_pattern", self._ranks, module, self._r))
 
     def alpha(self, module: str) -> float:
-        return self._lookup(self._alphas, module, self._alpha)
+        return self._lookup("alpha_pattern", self._alphas, module, self._alpha)
 
     def targets(self, module: str) -> bool:
         """Whether PEFT puts a LoRA on this projection (`check_target_module_exists`)."""
-        if self._exclude and self._listed(self._exclude, module):
+        if self._exclude and self._listed("exclude_modules", self._exclude, module):
             return False
         if self.target_modules is None:
             return True
-        if not self._all_linear and not self._listed(self.target_modules, module):
+        if not self._all_linear and not self._listed("target_modules", self.target_modules, module):
             return False
+        # PEFT asks for the layer only where a name is the end of a module's.
         if self._layers is None:
+            return True
+        if isinstance(self.target_modules, list) and module in self.target_modules:
             return True
         if self._layer_patterns:
             parts = [rf"(?:^|.*?\.){p}\.(?P<idx>[0-9]+)\." for p in self._layer_patterns]
@@ -125,12 +129,14 @@ class PeftOptions:
                 return int(match["idx"]) in self._layers
         return False
 
-    def _listed(self, chosen: str | list[str], module: str) -> bool:
+    def _listed(self, option: str, chosen: str | list[str], module: str) -> bool:
         if isinstance(chosen, str):
-            return self._regex(chosen).fullmatch(module)
+            return self._regex(option, chosen).fullmatch(module)
         return any(module == name or module.endswith(f".{name}") for name in chosen)
 
-    def _lookup(self, patterns: dict[str, float], module: str, default: float) -> float:
+    def _lookup(
+        self, option: str, patterns: dict[str, float], module: str, default: float
+    ) -> float:
         """The value of the first pattern that fits (PEFT's `get_pattern_key`)."""
         for key, value in patterns.items():
             if re.fullmatch(
@@ -142,17 +148,17 @@ class PeftOptions:
                 )
                 fits = fits and (len(module) == len(key) or module[-len(key) - 1] == ".")
             else:
-                fits = self._regex(rf"(.*\.)?({key})$").match(module)
+                fits = self._regex(option, rf"(.*\.)?({key})$").match(module)
             if fits:
                 return value
         return default
 
-    def _regex(self, pattern: str) -> SafeRegex:
+    def _regex(self, option: str, pattern: str) -> SafeRegex:
         if pattern not in self._regexes:
             try:
-                self._regexes[pattern] = SafeRegex(pattern)
+                self._regexes[pattern] = SafeRegex(pattern, self._budget)
             except DitError as error:
-                raise DitError(f"'{self.source}': {error}") from None
+                raise DitError(f"'{self.source}': {option}: {error}") from None
         return self._regexes[pattern]
 
     def _error(self, name: str, value: Any, wanted: str) -> DitError:

@@ -14,8 +14,8 @@ from typing import Any
 from dit_jax.deltas.files import short
 from dit_jax.errors import DitError
 
-MAX_PATTERN = 100_000
-MAX_STEPS = 2_000_000  # per pattern, over all the texts it is matched with
+MAX_PATTERN = 10_000
+MAX_STEPS = 2_000_000
 
 _CATEGORIES = {
     op.CATEGORY_DIGIT: str.isdecimal,
@@ -29,15 +29,25 @@ _NEGATED = {
 }
 
 
+class Budget:
+    """Steps that patterns may take together, over all the texts they are matched with."""
+
+    def __init__(self, steps: int = MAX_STEPS):
+        self.left = steps
+
+
 class SafeRegex:
     """A compiled pattern with `match` and `fullmatch` as in `re`, which return bool.
+
+    Args:
+      budget: shared with the other patterns of a file. None: one of its own.
 
     Raises:
       DitError: not a regular expression, or one with look-behind, back references, atomic groups or
         flags; when matching, a pattern that needs too many steps.
     """
 
-    def __init__(self, pattern: str):
+    def __init__(self, pattern: str, budget: Budget | None = None):
         self.pattern = pattern
         if len(pattern) > MAX_PATTERN:
             raise DitError(f"the pattern {short(pattern)} has {len(pattern)} characters: too long")
@@ -48,7 +58,7 @@ class SafeRegex:
         if parsed.state.flags & ~re.UNICODE:
             raise self._refuse("flags")
         self._root = list(parsed)
-        self._steps = 0
+        self._budget = budget or Budget()
 
     def match(self, text: str) -> bool:
         """Whether the pattern matches at the start of `text`."""
@@ -77,8 +87,9 @@ class SafeRegex:
         return starts
 
     def _ends(self, item: Any, start: int) -> frozenset[int]:
-        self._steps += 1
-        if self._steps > MAX_STEPS:
+        kind, value = item
+        self._budget.left -= 1 + (len(value) if kind is op.IN else 0)
+        if self._budget.left < 0:
             raise self._refuse("too many alternatives and repeats")
         key = id(item), start
         if key not in self._known:

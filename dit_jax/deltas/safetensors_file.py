@@ -13,9 +13,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from dit_jax.deltas.files import is_plain_name, read_json_object, short
 from dit_jax.errors import DitError
 
-MAX_HEADER_BYTES = 100 * 2**20
+MAX_HEADER_BYTES = 16 * 2**20
 _DTYPES: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
@@ -118,8 +119,9 @@ class SafetensorsFile:
     def read_row(self, name: str, row: int) -> np.ndarray:
         """Entry `row` of the leading axis; costs only its own bytes."""
         dtype, shape, offset = self._entries[name]
-        if not 0 <= row < shape[0]:
-            raise DitError(f"{self.path}: {name} has {shape[0]} rows, not a row {row}")
+        rows = shape[0] if shape else 0
+        if not 0 <= row < rows:
+            raise DitError(f"{self.path}: {name} has {rows} rows, not a row {row}")
         stride = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
         return self._load(dtype, shape[1:], offset + row * stride)
 
@@ -158,19 +160,18 @@ class SafetensorsFolder:
 
     @staticmethod
     def _read_index(index: pathlib.Path) -> dict[str, SafetensorsFile]:
-        try:
-            weight_map: Any = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise DitError(f"{index} is not a valid index of shards: download it again") from None
+        weight_map = read_json_object(index).get("weight_map")
         if not isinstance(weight_map, Mapping) or not all(
             isinstance(v, str) for v in weight_map.values()
         ):
             raise DitError(f"{index}: 'weight_map' must map tensor names to file names")
         files: dict[str, SafetensorsFile] = {}
         for shard in sorted(set(weight_map.values())):
-            if shard in ("", ".", "..") or os.path.basename(shard) != shard or "\\" in shard:
+            # Of untrusted folders, files that end so are known to lie inside (`files.check_links`).
+            if not is_plain_name(shard) or not shard.endswith(".safetensors"):
                 raise DitError(
-                    f"{index} names the file {shard[:80]!r}, which is not a plain file name"
+                    f"{index} names the file {short(shard)}, which is not a plain file name that ends in "
+                    "'.safetensors'"
                 )
             files[shard] = SafetensorsFile(index.parent / shard)
         for shard, file in files.items():

@@ -269,7 +269,10 @@ class _Interpreter:
                     f"its pickle uses the instruction 0x{op:02x}, which is not allowed"
                 )
 
-    def _global(self, module: str, name: str) -> Any:
+    def _global(self, module: Any, name: Any) -> Any:
+        # Nested tuples would be hashed recursively, without a limit of depth.
+        if type(module) is not str or type(name) is not str:
+            raise TypeError
         found = _GLOBALS.get((module, name))
         if found is None:
             raise DitError(
@@ -294,8 +297,9 @@ class _Interpreter:
             raise self.archive.error("its pickle makes a call that is not allowed")
         if function.name == "dict" and arguments == ():
             return {}
-        if function.name == "size" and len(arguments) == 1 and type(arguments[0]) in (tuple, list):
-            return tuple(arguments[0])
+        # Not of a list: each call would copy it, and a few bytes make a call.
+        if function.name == "size" and len(arguments) == 1 and type(arguments[0]) is tuple:
+            return arguments[0]
         if function.name == "parameter" and type(arguments[0]) is LazyTensor:
             return arguments[0]
         if function.name == "tensor" and len(arguments) in (6, 7):

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dit_jax.errors import DitError
 from dit_jax.models.config import Qwen3Config
@@ -100,11 +101,13 @@ def with_scale(leaves: Delta, delta: Delta) -> Delta:
 
 
 def check_fits(delta: Delta, config: Qwen3Config, what: str) -> None:
-    """Raises DitError unless every module of a delta is a projection of this model, in its shapes."""
+    """Raises DitError unless every module of a delta is a projection of this model, in its shapes, and finite."""
     found: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(delta)[0]:
         *path, name = (key.key for key in keys)
         found.setdefault(tuple(path), {})[name] = tuple(leaf.shape)
+        if not np.isfinite(np.asarray(leaf, np.float32)).all():
+            raise DitError(f"{what}: {'.'.join(path)}.{name} holds NaN or infinity: get another")
     if not found:
         raise DitError(f"{what} changes nothing: check that it is a weight diff for this model")
     size = config.num_hidden_layers

@@ -10,6 +10,8 @@ from dit_jax.models.attention import IMPLEMENTATIONS
 
 DTYPES = ("float32", "bfloat16")
 
+MAX_LAYERS = 1_000
+
 _INT_FIELDS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -168,7 +170,9 @@ def parse_config(raw: dict[str, Any], where: str) -> Qwen3Config:
             raise DitError(f"{where}: {key!r} must be a positive integer, not {value!r}")
         fields[field] = value
     head_dim = raw.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
-    if not isinstance(head_dim, int) or head_dim < 2 or head_dim % 2:
+    if fields["num_hidden_layers"] > MAX_LAYERS:
+        raise DitError(f"{where}: more than {MAX_LAYERS} layers are not supported")
+    if not isinstance(head_dim, int) or not 2 <= head_dim < 2**16 or head_dim % 2:
         raise DitError(f"{where}: 'head_dim' must be a positive even integer, not {head_dim!r}")
     if fields["num_attention_heads"] % fields["num_key_value_heads"]:
         raise DitError(f"{where}: num_attention_heads must be a multiple of num_key_value_heads")
@@ -195,6 +199,6 @@ def _rope_theta(raw: dict[str, Any], where: str) -> float:
         if kind != "default":
             raise DitError(f"{where}: rope scaling of type {kind!r} is not supported")
     theta = parameters.get("rope_theta", raw.get("rope_theta"))
-    if not isinstance(theta, int | float) or isinstance(theta, bool) or not theta > 0:
+    if not isinstance(theta, int | float) or isinstance(theta, bool) or not 0 < theta < 1e30:
         raise DitError(f"{where}: no usable 'rope_theta' at top level or in 'rope_parameters'")
     return float(theta)
