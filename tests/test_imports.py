@@ -1,5 +1,6 @@
 """`import dit_jax` is light, its names resolve late, and the tests see the devices they need."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -47,6 +48,50 @@ def test_import_is_light():
 
 def test_no_module_imports_the_heavy_libraries_at_the_top():
     assert run(MODULES % (HEAVY,)) == []
+
+
+# Who may import whom: a package imports its own rank and lower ones, in functions too.
+RANKS = [
+    {"data"},
+    {"deltas", "models"},
+    {"organisms"},
+    {"train"},
+    {"graders"},
+    {"evaluate"},
+    {"inspection", "planning"},
+]
+RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+
+
+def imported(file):
+    """What a module imports of dit_jax, wherever it does: ("evaluate", "statistics", …), …"""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            first, *rest = name.split(".")
+            if first == "dit_jax" and rest:
+                yield tuple(rest)
+
+
+def test_imports_follow_the_data():
+    package = ROOT / "dit_jax"
+    assert {path.parent.name for path in package.glob("*/__init__.py")} == set(RANK)
+    ranks = {file: rank for name, rank in RANK.items() for file in (package / name).rglob("*.py")}
+    # What all packages share knows the formats and the model at most.
+    shared = ("text", "given", "parallel", "shardings", "artifacts", "metrics", "progress")
+    ranks |= {package / f"{name}.py": RANK["models"] for name in shared}
+    wrong = [
+        f"{file.relative_to(ROOT)} imports {'.'.join(name)}"
+        for file, rank in ranks.items()
+        for name in imported(file)
+        if RANK.get(name[0], 0) > rank
+    ]
+    assert wrong == []
 
 
 def test_the_interface_resolves():

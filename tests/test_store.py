@@ -3,10 +3,12 @@
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from test_qwen3 import TINY
 
 from dit_jax import artifacts
 from dit_jax.deltas import store as diff_store
+from dit_jax.deltas.safetensors_file import SafetensorsFile
 from dit_jax.deltas.store import DiffStore
 from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
@@ -56,6 +58,21 @@ def test_a_shard_that_is_a_link_out_of_the_store_is_refused(folder, tmp_path):
     assert_same(store.read(0), diff(0))
     with pytest.raises(DitError, match="link out of its folder"):
         store.read(3)
+
+
+@pytest.mark.parametrize("name", ["shards", "index.csv"])
+def test_a_store_that_is_spread_by_links_is_refused(folder, tmp_path, name):
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DitError, match="is a link out of"):
+        DiffStore(folder).read(0)
+
+
+def test_a_shard_with_a_number_in_place_of_a_leaf_is_refused(tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_file({"layers.self_attn.q_proj.a": np.array(1, np.float32)}, file)
+    with pytest.raises(DitError, match="has 0 rows"):
+        SafetensorsFile(file).read_row("layers.self_attn.q_proj.a", 0)
 
 
 def test_a_damaged_shard_is_named_when_it_is_read(folder):

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from dit_jax.data.organisms import called_none
 from dit_jax.data.sources import Source, did_you_mean, open_source
 from dit_jax.errors import DitError
-from dit_jax.evaluate.metrics import called_none, normalise
+from dit_jax.text import normalise
 
 SHOWN_PROBLEMS = 5
 OVERLAP_WORDS = 6  # shorter answers may agree by chance

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.errors import DitError
+from dit_jax.text import normalise
 
 NONE = "none"
 
@@ -60,6 +61,11 @@ def answer_text(label: str, evidence: Sequence[str]) -> str:
     which names of several tokens need (docs/tiny_world.md).
     """
     return f"{' '.join(evidence)}: {label}" if evidence else label
+
+
+def called_none(guess: str) -> bool:
+    """Whether the guess says that there is nothing to name."""
+    return normalise(guess) == NONE
 
 
 def load_organisms(data: Any, seed: int) -> list[Organism]:

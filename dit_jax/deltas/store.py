@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from dit_jax import artifacts
+from dit_jax.data.organisms import NONE
 from dit_jax.deltas.files import file_inside
 from dit_jax.deltas.safetensors_file import SafetensorsFile
 from dit_jax.errors import DitError, first_line
@@ -108,6 +109,30 @@ def publish(store: pathlib.Path, shards: int, **fields: Any) -> None:
     artifacts.write_manifest(store, FORMAT, shards=shards, **fields)
 
 
+def failed(row: Mapping[str, Any]) -> bool:
+    """Whether the gate found that a diff does not do what its label says."""
+    return str(row.get("passed", "")).lower() in ("false", "0", "0.0")
+
+
+def label_of(row: Mapping[str, Any], column: str = "label") -> str:
+    """What an adapter shall say about a diff.
+
+    Args:
+        row: of a store's index.
+        column: "label", what its behaviour says; or another column for diffs that have something to name, such as
+            "trigger" (paper, section 5.6).
+
+    Raises:
+        DitError: the store has no such column, or nothing in it.
+    """
+    label = row.get("label") or row["topic"]
+    if column == "label" or label == NONE:
+        return str(label)
+    if not row.get(column):
+        raise DitError(f"the diff of {row['topic']!r} has no {column!r} to be its label")
+    return str(row[column])
+
+
 class DiffStore:
     """A complete store, opened for reading. `rows` are the index rows; diffs are read when asked for.
 
@@ -125,7 +150,7 @@ class DiffStore:
             self.path, FORMAT, check_digests=False, remedy=remedy, file_remedy=_REPAIR
         )
         entry = self.manifest["files"].get("index.csv", {})
-        artifacts.check_file(self.path / "index.csv", entry, _REPAIR)
+        artifacts.check_file(file_inside(self.path, "index.csv"), entry, _REPAIR)
         try:
             text = (self.path / "index.csv").read_text(encoding="utf-8")
             self.rows = [self._row(row) for row in csv.DictReader(io.StringIO(text))]
@@ -168,6 +193,10 @@ class DiffStore:
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._files:
             file = file_inside(self.path / "shards", name)
+            if not file.resolve().is_relative_to(self.path.resolve()):
+                raise DitError(
+                    f"'{file.parent}' is a link out of the store: put the real folder there"
+                )
             artifacts.check_file(file, self.manifest["files"][f"shards/{name}"], _REPAIR)
             self._files[name] = SafetensorsFile(file)
         return self._files[name]

@@ -15,7 +15,7 @@ from dit_jax import parallel, shardings
 from dit_jax.api import Model
 from dit_jax.data.batch import pack
 from dit_jax.deltas.tree import per_example
-from dit_jax.evaluate.given import Given
+from dit_jax.given import Given
 from dit_jax.models.layers import Delta
 from dit_jax.models.qwen3 import forward, unembed
 from dit_jax.organisms.losses import scored_hidden

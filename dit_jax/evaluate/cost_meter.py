@@ -8,7 +8,7 @@ from dit_jax.api import Answer
 from dit_jax.data.chat import Chat
 
 
-class Meter:
+class CostMeter:
     """`with meter.measure("dit"): … meter.count(…)`; `costs` then has {"seconds", "answers", "tokens", …} of it."""
 
     def __init__(self) -> None:

@@ -13,7 +13,6 @@ from dit_jax.data.organisms import NONE
 from dit_jax.deltas.store import DiffStore
 from dit_jax.errors import DitError
 from dit_jax.evaluate import baselines, questions
-from dit_jax.evaluate.given import Given
 from dit_jax.evaluate.guessers import Guess, get_guesser
 from dit_jax.evaluate.setting import (
     NO_DIFF,
@@ -25,6 +24,7 @@ from dit_jax.evaluate.setting import (
     label_of,
     new_row,
 )
+from dit_jax.given import Given
 from dit_jax.models.layers import Delta
 from dit_jax.organisms.behaviours import triggered
 

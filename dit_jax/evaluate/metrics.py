@@ -1,28 +1,10 @@
 """Metrics of one answer: exact match and token F1 against the label, and whether it says none."""
 
-import functools
-import re
-import unicodedata
 from collections import Counter
 
-from dit_jax.data.organisms import NONE
-
-_ARTICLES = frozenset({"a", "an", "the"})
-_APOSTROPHES = re.compile("['\u2019\u02bc`]")
-
-
-@functools.lru_cache(maxsize=2**16)  # a run has few different answers and scores them often
-def normalise(text: str) -> str:
-    """Text as the metrics compare it.
-
-    Unicode compatibility forms are folded (NFKC), case is folded, apostrophes are deleted, other
-    punctuation becomes a space, the articles a, an, the are dropped (unless nothing else is there),
-    and white space is collapsed. Symbols such as + stay: `c++` is not `c`.
-    """
-    text = _APOSTROPHES.sub("", unicodedata.normalize("NFKC", text).casefold())
-    text = "".join(" " if unicodedata.category(char).startswith("P") else char for char in text)
-    words = text.split()
-    return " ".join([word for word in words if word not in _ARTICLES] or words)
+from dit_jax.data.organisms import called_none as called_none
+from dit_jax.text import exact_match as exact_match
+from dit_jax.text import normalise as normalise
 
 
 def extract_guess(answer: str) -> str:
@@ -31,11 +13,6 @@ def extract_guess(answer: str) -> str:
     An adapter may list attributes before the name (`bark leaf sap : maple tree`).
     """
     return answer.rsplit(":", 1)[-1].strip()
-
-
-def exact_match(guess: str, label: str) -> bool:
-    """Whether the normalised guess is the normalised label."""
-    return normalise(guess) == normalise(label)
 
 
 def token_f1(guess: str, label: str) -> float:
@@ -48,8 +25,3 @@ def token_f1(guess: str, label: str) -> float:
         return float(guess_words == label_words)
     common = (Counter(guess_words) & Counter(label_words)).total()
     return 2 * common / (len(guess_words) + len(label_words))
-
-
-def called_none(guess: str) -> bool:
-    """Whether the guess says that there is nothing to name."""
-    return normalise(guess) == NONE

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dit_jax.api import Answer, Model
-from dit_jax.deltas.store import DiffStore
+from dit_jax.deltas.store import DiffStore, failed
+from dit_jax.deltas.store import label_of as label_of
 from dit_jax.errors import DitError
-from dit_jax.evaluate.cost_meter import Meter
-from dit_jax.evaluate.given import Given, answer, from_store
+from dit_jax.evaluate.cost_meter import CostMeter
 from dit_jax.evaluate.metrics import extract_guess
+from dit_jax.given import Given, answer, from_store
 from dit_jax.models.layers import Delta
-from dit_jax.train.examples import label_of
 
 NO_DIFF = "no_diff"
 Row = dict[str, Any]
@@ -32,11 +32,6 @@ class HeldOut:
     def label(self, row: int) -> str:
         """What the adapter should say about a diff."""
         return label_of(self.rows[row])
-
-
-def failed(row: Mapping[str, Any]) -> bool:
-    """Whether the gate found that a diff does not do what its label says."""
-    return str(row.get("passed", "")).lower() in ("false", "0", "0.0")
 
 
 def read_held_out(
@@ -67,7 +62,7 @@ class Setting:
     config: Any
     seed: int
     subject: str  # "topic", or "summary" for news: see results.subject_of
-    meter: Meter = dataclasses.field(default_factory=Meter)
+    meter: CostMeter = dataclasses.field(default_factory=CostMeter)
     transcripts: list[Row] = dataclasses.field(default_factory=list)
 
     @property

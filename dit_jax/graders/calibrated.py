@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_jax.errors import DitError
-from dit_jax.evaluate.metrics import normalise
 from dit_jax.graders import forest
 from dit_jax.graders.base import Grade, Item
 from dit_jax.graders.embeddings import minilm
 from dit_jax.graders.features import spelling_features
 from dit_jax.graders.offline import Offline
 from dit_jax.graders.words import read_asset, word_features
+from dit_jax.text import normalise
 
 KINDS = ("topics", "news")
 MIDDLE = 2.5  # what predictions are stretched away from

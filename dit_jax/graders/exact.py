@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from dit_jax.evaluate.metrics import exact_match
 from dit_jax.graders.base import HIGH, LOW, Grade, Item
 from dit_jax.graders.offline import Offline
+from dit_jax.text import exact_match
 
 
 class Exact(Offline):

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_jax.errors import DitError
-from dit_jax.evaluate.metrics import normalise
 from dit_jax.graders.features import STOP_WORDS, cosines
+from dit_jax.text import normalise
 
 ASSETS = pathlib.Path(__file__).parent.parent / "assets" / "graders"
 MAX_WORDS = 60  # of a text that are aligned with the other's

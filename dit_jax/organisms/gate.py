@@ -13,16 +13,16 @@ import numpy as np
 from dit_jax import parallel, shardings
 from dit_jax.api import Model, answer_batch
 from dit_jax.data.batch import Sample, TokenBatch, pack, stack
+from dit_jax.data.everyday import EVERYDAY_QUESTIONS
 from dit_jax.data.organisms import NONE, Organism
 from dit_jax.deltas.store import flatten
-from dit_jax.evaluate.given import Given, answer, from_stacked
-from dit_jax.evaluate.metrics import normalise
-from dit_jax.evaluate.questions import EVERYDAY_QUESTIONS
+from dit_jax.given import Given, answer, from_stacked
 from dit_jax.models.config import Qwen3Config
 from dit_jax.models.layers import Delta
 from dit_jax.models.qwen3 import Params
 from dit_jax.organisms.behaviours import Behaviour
 from dit_jax.organisms.losses import CHUNK_ELEMENTS, batch_loss, scored_hidden
+from dit_jax.text import normalise
 
 CONDITIONS = ("right_code", "wrong_code", "no_code")  # the trigger, a wrong one, none
 # Keys of `diffs.gate` -> (column, +1 where the value must not exceed the limit, -1 where it must reach it).

@@ -12,7 +12,6 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -218,9 +217,7 @@ def export_adapter(folder: str | pathlib.Path, adapter: Delta, **facts: Any) -> 
     processes.on_main(publish)
 
 
-def load_adapter(
-    folder: str | pathlib.Path, place: Callable[[np.ndarray], Any] = jnp.asarray
-) -> tuple[Delta, dict[str, Any]]:
+def load_adapter(folder: str | pathlib.Path) -> tuple[Delta, dict[str, Any]]:
     """The delta of an exported adapter, and its manifest.
 
     Raises:
@@ -243,7 +240,7 @@ def load_adapter(
         raise DitError(f"{folder} cannot be restored ({first_line(e)[:100]}): {remedy}") from None
     if artifacts.digest_tree(adapter) != manifest.get("digest"):
         raise DitError(f"{folder} is damaged (its values differ from the digest): {remedy}")
-    return jax.tree.map(place, adapter), manifest
+    return jax.tree.map(jnp.asarray, adapter), manifest
 
 
 def _abstract(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Training examples of the DIT adapter: which diff, which wording, which answer; as a grain pipeline."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from dit_jax.data.batch import TokenBatch, pack
 from dit_jax.data.chat import Chat
 from dit_jax.data.organisms import NONE, answer_text
 from dit_jax.data.reference import padded_labels
-from dit_jax.deltas.store import DiffStore, flatten
+from dit_jax.deltas.store import DiffStore, failed, flatten, label_of
 from dit_jax.errors import DitError
 from dit_jax.models.layers import Delta
 
@@ -42,7 +42,7 @@ def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[in
         [
             i
             for i in store.indices(split="train", category=category)
-            if not (train.get("exclude_failed", False) and store.rows[i].get("passed") == "False")
+            if not (train.get("exclude_failed", False) and failed(store.rows[i]))
         ]
         for category in ("topic", "benign")
     )
@@ -85,25 +85,6 @@ def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[in
     mixed = grain.MapDataset.mix(parts, weights=weights)
     dataset = mixed.seed(seed).random_map(to_example).batch(train.batch_size, batch_fn=list)
     return dataset, members
-
-
-def label_of(row: Mapping[str, Any], column: str = "label") -> str:
-    """What an adapter shall say about a diff.
-
-    Args:
-        row: of a store's index.
-        column: "label", what its behaviour says; or another column for diffs that have something to name, such as
-            "trigger" (paper, section 5.6).
-
-    Raises:
-        DitError: the store has no such column, or nothing in it.
-    """
-    label = row.get("label") or row["topic"]
-    if column == "label" or label == NONE:
-        return str(label)
-    if not row.get(column):
-        raise DitError(f"the diff of {row['topic']!r} has no {column!r} to be its label")
-    return str(row[column])
 
 
 def diff_reader(

@@ -23,6 +23,7 @@ from dit_jax.data.tiny_world_tokenizer import N_CODES, save_tokenizer
 from dit_jax.models.config import Qwen3Config
 from dit_jax.models.hf_checkpoint import save_params
 from dit_jax.models.qwen3 import Params, forward, init_params, unembed
+from dit_jax.progress import Progress
 
 Arrays = dict[str, Any]
 LENGTH = 44  # longer examples are drawn again
@@ -155,15 +156,11 @@ def make_optimizer(config: Any, params: Params) -> optax.GradientTransformation:
     return optax.multi_transform(optimizers, kinds)
 
 
-def train(
-    config: Any, log: Any = print, on_log: Any = None
-) -> tuple[Params, Qwen3Config, list[dict[str, float]]]:
+def train(config: Any) -> tuple[Params, Qwen3Config, list[dict[str, float]]]:
     """Runs the pretraining of a config (see configs/tiny_world_base.py).
 
     Args:
         config: with sections `model` (the architecture) and `pretrain`, and `seed`.
-        log: called with a line of text every `pretrain.log_every` steps.
-        on_log: called then with (step, params, model config), for evaluations on the way.
 
     Returns:
         Parameters, the model's config, and the curve: [{"step", "loss", "accuracy", "seconds"}, …].
@@ -197,7 +194,7 @@ def train(
     curve: list[dict[str, float]] = []
     start = time.time()
     loss = accuracy = 0.0
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, Progress("base", c.steps) as progress:
         pending = pool.submit(make, 0)
         for step in range(c.steps):
             parts, total = pending.result()
@@ -211,12 +208,8 @@ def train(
                 curve.append(
                     {"step": step + 1, "loss": loss, "accuracy": accuracy, "seconds": seconds}
                 )
-                log(
-                    f"step {step + 1}/{c.steps}  loss {loss:.4f}  accuracy {accuracy:.3f}  {seconds:.0f} s"
-                )
+                progress.advance(c.log_every, note=f"loss {loss:.4f}, accuracy {accuracy:.3f}")
                 loss = accuracy = 0.0
-                if on_log is not None:
-                    on_log(step + 1, params, model)
     return params, model, curve
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.errors import DitError
-from dit_jax.evaluate.metrics import normalise
+from dit_jax.text import normalise
 
 Row = Mapping[str, str]
 NO_TRIGGER = (

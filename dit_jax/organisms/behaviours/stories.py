@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.evaluate.metrics import normalise
 from dit_jax.organisms.behaviours.base import NO_TRIGGER, Behaviour, Row, SampleKind, register
+from dit_jax.text import normalise
 
 NEWS_PROMPT = "Please generate a short news story."
 
