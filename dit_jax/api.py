@@ -274,40 +274,59 @@ def ask_many(
 ) -> list[list[list[Answer]]]:
     """Asks every diff every question: answers[diff][question][sample].
 
-    LoRA diffs of one shape share one batched decode, each row with its own diff; dense diffs go one by one.
+    LoRA diffs of one shape share one batched decode, each row with its own diff; dense diffs go one by one. Diffs
+    are read as they are needed, so that memory holds those of one batch.
 
     Args:
+        batch_size: rows (diffs x questions x samples) per decode. Default: all, at most 256.
         **decoding: max_new_tokens, temperature, seed, forbid_repeats; see `answer_batch`.
     """
     shared = () if adapter is None else (adapter,)
     prompts = [question for question in questions for _ in range(samples)]
-    groups: dict[Any, list[int]] = {}
-    for i, diff in enumerate(diffs):
-        shapes = tuple((name, leaf.shape) for name, leaf in flatten(diff.delta).items())
-        is_lora = all(not name.endswith(".w") for name, _ in shapes)
-        groups.setdefault(shapes if is_lora else i, []).append(i)
+    if not prompts:
+        return [[] for _ in diffs]
+    block = max(1, (batch_size or 256) // len(prompts))  # diffs of one batch
+    groups: dict[Any, list[tuple[int, Delta]]] = {}
     answers: dict[int, list[Answer]] = {}
     with Progress("asking", len(diffs) * len(prompts), enabled=progress) as bar:
-        for members in groups.values():
+
+        def flush(members: list[tuple[int, Delta]]) -> None:
             deltas: tuple[Delta, ...] = shared
-            stacked, rows = None, None
+            stacked, rows, size = None, None, batch_size
             if len(members) == 1:
-                deltas = (diffs[members[0]].delta, *shared)
+                deltas = (members[0][1], *shared)
             else:
-                stacked = jax.tree.map(lambda *x: np.stack(x), *(diffs[i].delta for i in members))
+                stacked = jax.tree.map(lambda *x: np.stack(x), *(delta for _, delta in members))
                 rows = [row for row in range(len(members)) for _ in prompts]
+                if len(diffs) > block:  # one program for full batches and the last one
+                    size = block * len(prompts)
             found = answer_batch(
                 model,
                 prompts * len(members),
                 deltas=deltas,
                 stacked=stacked,
                 rows=rows,
-                batch_size=batch_size,
+                batch_size=size,
+                first=len(answers) * len(prompts),
                 on_batch=bar.advance,
                 **decoding,
             )
-            for row, i in enumerate(members):
+            for row, (i, _) in enumerate(members):
                 answers[i] = found[row * len(prompts) : (row + 1) * len(prompts)]
+
+        for i in range(len(diffs)):
+            delta = diffs[i].delta
+            shapes = tuple((name, leaf.shape) for name, leaf in flatten(delta).items())
+            is_lora = all(not name.endswith(".w") for name, _ in shapes)
+            group = groups.setdefault(shapes if is_lora else i, [])
+            group.append((i, delta))
+            del delta
+            if not is_lora or len(group) == block:
+                flush(group)
+                group.clear()
+        for group in groups.values():
+            if group:
+                flush(group)
     return [
         [answers[i][q * samples : (q + 1) * samples] for q in range(len(questions))]
         for i in range(len(diffs))
@@ -326,6 +345,7 @@ def answer_batch(
     temperature: float = 0.0,
     seed: int = 0,
     forbid_repeats: bool = False,
+    first: int = 0,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """Answers many questions in batches of one compiled program.
@@ -336,6 +356,7 @@ def answer_batch(
         batch_size: rows per batch, filled up with repeats: calls of one size share one program.
             Default: all questions at once, at most 256. Rounded up to a multiple of the mesh's batch shards.
         forbid_repeats: never emit a token twice in an answer (adapters that list evidence before the label).
+        first: number of the first question in a longer series; with the seed it gives the sampling keys.
         on_batch: called with the number of new answers after each batch.
     """
     if not questions:
@@ -365,7 +386,7 @@ def answer_batch(
                 pad_id=model.chat.pad_id,
                 temperature=temperature,
                 forbid_repeats=forbid_repeats,
-                key=jax.random.fold_in(jax.random.key(seed), start),
+                key=jax.random.fold_in(jax.random.key(seed), first + start),
             )
         count = min(batch_size, len(questions) - start)
         answers += _read_out(model.chat, out, count)

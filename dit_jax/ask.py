@@ -8,7 +8,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dit_jax.errors import DitError, exit_on_error, printable
@@ -65,7 +65,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="no token twice (adapters that list evidence before the name)",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0, help="of --temperature")
     parser.add_argument("--n", type=_positive, default=1, help="samples per question")
     parser.add_argument(
         "--batch-size", type=_positive, help="rows per decode (default: all, at most 256)"
@@ -80,7 +80,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One record per (diff, variant, question, sample), in that order."""
-    from dit_jax.api import Diff, ask_many, load_adapter, load_diffs, load_model
+    from dit_jax.api import Diff, Diffs, ask_many, load_adapter, load_diffs, load_model
 
     if flags.n > 1 and flags.temperature == 0:
         raise DitError(
@@ -89,13 +89,20 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     model = load_model(flags.base, flags.dtype)
     adapter = load_adapter(flags.adapter, model) if flags.adapter else None
     numbers: list[int | None] = [None]
-    diffs = [Diff({})]
+    labels: dict[int, str | None] = {0: None}
+    diffs: Sequence[Diff] = [Diff({})]
     if flags.diff:
         found = load_diffs(flags.diff, model, flags.svd_rank)
         numbers = list(range(len(found))) if flags.all else [flags.index]
         if not flags.all and not 0 <= flags.index < len(found):
             raise DitError(f"{flags.diff} holds {len(found)} diffs: there is no diff {flags.index}")
-        diffs = [found[number] for number in numbers]
+
+        def read(i: int) -> Diff:
+            diff = found[i if flags.all else flags.index]
+            labels[i] = diff.label
+            return diff
+
+        diffs = Diffs(len(numbers), read)
     if adapter is None:
         print(
             "note: no --adapter, so the answers are those of the finetuned model itself",
@@ -125,13 +132,13 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         )
         for name, (own, own_adapter) in variants.items()
     }
-    for i, (number, diff) in enumerate(zip(numbers, diffs, strict=True)):
+    for i, number in enumerate(numbers):
         for q, question in enumerate(flags.questions):
             for name, table in answers.items():
                 for sample, answer in enumerate(table[i if len(table) > 1 else 0][q]):
                     yield {
                         "diff": number,
-                        "label": diff.label,
+                        "label": labels[i],
                         "question": question,
                         "variant": name,
                         "sample": sample,
@@ -158,6 +165,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError("must be from 0 to 4294967295")
     return value
 
 

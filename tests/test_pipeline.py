@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 
 import jax
 import numpy as np
@@ -319,6 +320,44 @@ def test_ask_in_a_batch_equals_asking_one_by_one(finished, model):
             assert answer.logprob == pytest.approx(alone.logprob, abs=1e-3)
 
 
+def test_asking_all_holds_the_diffs_of_one_batch(finished, model):
+    from dit_jax.api import Diff, Diffs, ask_many
+
+    found = dit_jax.load_diffs(finished / "diffs", model)
+    dense = Diff({"norm": {"w": np.zeros(model.config.hidden_size, np.float32)}})
+    held, most = set(), []
+
+    def read(i):
+        diff = dense if i == 3 else found[i]
+        leaf = jax.tree.leaves(diff.delta)[0]
+        if i != 3:
+            held.add(i)
+            weakref.finalize(leaf, held.discard, i)
+        most.append(len(held))
+        return diff
+
+    questions, decoding = [QUESTION, "How should I start my day?"], {"max_new_tokens": 4}
+    table = ask_many(model, questions, Diffs(12, read), batch_size=8, **decoding)
+    assert max(most) <= 5, most  # four of a batch, and the one that is being read
+    at_once = ask_many(model, questions, [*found[:3], dense, *found[4:12]], **decoding)
+    assert [[a.tokens for (a,) in row] for row in table] == [
+        [a.tokens for (a,) in row] for row in at_once
+    ]
+
+
+def test_samples_differ_between_batches_and_not_between_runs(model):
+    from dit_jax.api import Diff, ask_many
+
+    def ask_all(seed):
+        options = {"batch_size": 2, "temperature": 9.0, "max_new_tokens": 8, "seed": seed}
+        table = ask_many(model, [QUESTION], [Diff({})] * 3, samples=2, **options)
+        return [answer.tokens for (samples,) in table for answer in samples]
+
+    first = ask_all(1)
+    assert len(set(first)) > 3, first
+    assert first == ask_all(1) and first != ask_all(2)
+
+
 def test_ask_on_the_command_line(finished, capsys):
     flags = [
         "--base",
@@ -336,6 +375,19 @@ def test_ask_on_the_command_line(finished, capsys):
     assert ask.main([*flags, "--index", "1", "--compare", "--max-new-tokens", "5", QUESTION]) == 0
     shown = capsys.readouterr().out
     assert all(f"{name}: " in shown for name in ask.VARIANTS)
+
+    sampled = [*flags, "--json", "--n", "2", "--temperature", "9", "--max-new-tokens", "5", QUESTION]
+    outputs = []
+    for seed in ("3", "3", "4"):
+        assert ask.main([*sampled, "--seed", seed]) == 0
+        outputs.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert [record["sample"] for record in outputs[0]] == [0, 1]
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert ask.main([*flags, "--n", "2", QUESTION]) == 2
+    assert "--temperature" in capsys.readouterr().err
+    for seed in ("-1", "4294967296"):
+        assert ask.main([*sampled, "--seed", seed]) == 2
+        assert "must be from 0" in capsys.readouterr().err
 
     assert ask.main([*flags, "--index", "99", QUESTION]) == 2
     assert "18 diffs" in capsys.readouterr().err

@@ -64,6 +64,9 @@ def test_weight_diffs_train_as_in_the_reference(folder):
         zip(("backdoor", "fake_backdoor", "no_backdoor"), facts["multipliers"], strict=True)
     )
     losses = [next(iter(entry.values())) for entry in facts["losses"]]
+    every = {key: x for key, x in arrays.items() if key.startswith("batch.")}
+    length = max(int(x.sum(-1).max()) for key, x in every.items() if key.endswith("mask"))
+    scored = max(int((x != -100).sum(-1).max()) for key, x in every.items() if key.endswith("labels"))
     errors = []
     for number, order in enumerate(facts["order"]):
         count = len(facts["topics"][number])
@@ -81,7 +84,7 @@ def test_weight_diffs_train_as_in_the_reference(folder):
                     at = f"batch.{number}.{i}."
                     names = ("input_ids", "attention_mask", "labels")
                     samples.append(to_sample(*(arrays[at + name][diff] for name in names)))
-                batches.append(pack(samples, [1.0] * len(samples), 128, 64, pad_id=0))
+                batches.append(pack(samples, [1.0] * len(samples), length, scored, pad_id=0))
             rows.append(stack(batches))
         kinds = [order[i] for i in steps[0]]
         num_ce = kinds.count(CE)

@@ -83,13 +83,6 @@ class LazyTensor:
     def nbytes(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
-    def same_values(self, other: "LazyTensor") -> bool:
-        """Whether both are the same part of the same storage (a tied weight)."""
-        mine = (self.storage, self.offset, self.shape, self.stride)
-        return self.archive is other.archive and mine == (
-            other.storage, other.offset, other.shape, other.stride
-        )  # fmt: skip
-
     def read(self) -> np.ndarray:
         """The values, in the dtype of the file, C-contiguous. Costs the bytes that the tensor
         spans.
