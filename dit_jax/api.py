@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 from dit_jax import parallel, shardings
 from dit_jax.artifacts import base_digest
 from dit_jax.data.chat import Chat, load_chat
+from dit_jax.deltas.names import check_fits
 from dit_jax.deltas.store import flatten
-from dit_jax.deltas.tree import check_fits, per_example
+from dit_jax.deltas.tree import per_example
 from dit_jax.errors import DitError
 from dit_jax.models import generate as generate_lib
 from dit_jax.models.config import DTYPES, NAMED_CONFIGS, Qwen3Config, read_config

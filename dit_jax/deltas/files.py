@@ -73,14 +73,25 @@ def file_inside(folder: Path, name: object, source: object = None) -> Path:
         raise DitError(
             f"{said} the file {short(name)}, which is not a plain file name: fix the entry"
         )
-    path = folder / str(name)
+    return _file_below(folder, folder / str(name))
+
+
+def check_tree(folder: Path) -> None:
+    """Raises DitError if anything below a folder is a link out of it, a pipe or a device."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not path.is_dir():
+            _file_below(folder, path)
+
+
+def _file_below(folder: Path, path: Path) -> Path:
     try:
         root, target = folder.resolve(strict=True), path.resolve(strict=True)
     except (OSError, RuntimeError):
         raise DitError(f"'{path}' is missing: get the complete folder") from None
     allowed = [root]
-    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-        allowed.append(root.parent.parent / "blobs")
+    for revision in (root, *root.parents):
+        if revision.parent.name == "snapshots" and revision.parent.parent.name.startswith("models--"):
+            allowed.append(revision.parent.parent / "blobs")
     if not any(target.is_relative_to(place) for place in allowed):
         raise DitError(f"'{path}' is a link out of its folder: put the real file there")
     return regular_file(path)

@@ -17,6 +17,7 @@ from dit_jax.deltas.names import (
     locate,
     module_name,
     shape_error,
+    weight_paths,
     weight_shape,
 )
 from dit_jax.deltas.safetensors_file import SafetensorsFolder
@@ -189,9 +190,7 @@ def _check_complete(
 ) -> None:
     paths = {path for path, _ in found}
     if weights.complete:
-        paths = {("embed_tokens",), ("norm",)} | {("layers", *p) for p in _LAYER_PATHS}
-        if not config.tie_word_embeddings:
-            paths.add(("lm_head",))
+        paths = weight_paths(config)
     if not paths:
         raise DitError(f"'{weights.source}' holds no weight of this model: check the path")
     missing = [
@@ -206,13 +205,6 @@ def _check_complete(
             f"'{weights.source}' lacks {', '.join(missing[:3])}{more}: get the complete model"
         )
 
-
-_LAYER_PATHS = (
-    ("input_layernorm",),
-    ("post_attention_layernorm",),
-    *(("self_attn", name) for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
-    *(("mlp", name) for name in ("gate_proj", "up_proj", "down_proj")),
-)
 
 
 def best_rank(change: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:

@@ -10,12 +10,14 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 import numpy as np
 
 from dit_jax.deltas.files import short
 from dit_jax.deltas.tree import projection_shapes
 from dit_jax.errors import DitError
 from dit_jax.models.config import Qwen3Config
+from dit_jax.models.layers import Delta
 
 Path = tuple[str, ...]
 
@@ -106,6 +108,40 @@ def weight_shape(path: Path, config: Qwen3Config) -> tuple[int, ...]:
         return (d,)
     _, inputs, outputs = projection_shapes(config)[path[-1]]
     return inputs, outputs
+
+
+def weight_paths(config: Qwen3Config) -> set[Path]:
+    """The modules of a model that have a weight."""
+    inside: list[Path] = [*_NORMS.values()]
+    inside += [(parent, name) for name, (parent, _, _) in projection_shapes(config).items()]
+    head = [] if config.tie_word_embeddings else [("lm_head",)]
+    return {("embed_tokens",), ("norm",), *head, *(("layers", *path) for path in inside)}
+
+
+def check_fits(delta: Delta, config: Qwen3Config, what: str) -> None:
+    """Raises DitError unless every module of a delta is one of this model, in its shapes, and finite."""
+    found: dict[Path, dict[str, tuple[int, ...]]] = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(delta)[0]:
+        *parts, name = (key.key for key in keys)
+        found.setdefault(tuple(parts), {})[name] = tuple(leaf.shape)
+        if not np.isfinite(np.asarray(leaf, np.float32)).all():
+            raise DitError(f"{what}: {'.'.join(parts)}.{name} holds NaN or infinity: get another")
+    if not found:
+        raise DitError(f"{what} changes nothing: check that it is a weight diff for this model")
+    known = weight_paths(config)
+    for path, shapes in found.items():
+        module = ".".join(path)
+        if path not in known:
+            raise DitError(f"{what} changes {module!r}, which is no weight of this model")
+        layers = (config.num_hidden_layers,) if path[0] == "layers" else ()
+        weight = weight_shape(path, config)
+        wanted = {"w": (*layers, *weight)}
+        if "w" not in shapes and is_projection(path):
+            rank = shapes.get("b", (0, 0))[1:2]
+            wanted = {"a": (*layers, weight[0], *rank), "b": (*layers, *rank, weight[1])}
+            wanted["scale"] = layers
+        if shapes != wanted:
+            raise DitError(f"{what}: {module} has the shapes {shapes}, this model needs {wanted}")
 
 
 def is_projection(path: Path) -> bool:

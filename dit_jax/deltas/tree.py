@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dit_jax.errors import DitError
 from dit_jax.models.config import Qwen3Config
@@ -98,32 +97,6 @@ def with_scale(leaves: Delta, delta: Delta) -> Delta:
         return {**module, "scale": other["scale"]} if "scale" in other else module
 
     return map_modules(put, leaves)
-
-
-def check_fits(delta: Delta, config: Qwen3Config, what: str) -> None:
-    """Raises DitError unless every module of a delta is a projection of this model, in its shapes, and finite."""
-    found: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(delta)[0]:
-        *path, name = (key.key for key in keys)
-        found.setdefault(tuple(path), {})[name] = tuple(leaf.shape)
-        if not np.isfinite(np.asarray(leaf, np.float32)).all():
-            raise DitError(f"{what}: {'.'.join(path)}.{name} holds NaN or infinity: get another")
-    if not found:
-        raise DitError(f"{what} changes nothing: check that it is a weight diff for this model")
-    size = config.num_hidden_layers
-    known: dict[tuple[str, ...], tuple[int, int]] = {
-        ("layers", parent, name): (inputs, outputs)
-        for name, (parent, inputs, outputs) in projection_shapes(config).items()
-    }
-    for place, shapes in found.items():
-        module = ".".join(place)
-        if place not in known:
-            raise DitError(f"{what} changes {module!r}, which is no projection of this model")
-        inputs, outputs = known[place]
-        rank = shapes.get("b", (0, 0))[1:2]
-        wanted = {"a": (size, inputs, *rank), "b": (size, *rank, outputs), "scale": (size,)}
-        if shapes not in (wanted, {"w": (size, inputs, outputs)}):
-            raise DitError(f"{what}: {module} has the shapes {shapes}, this model needs {wanted}")
 
 
 def dense(delta: Delta) -> Delta:

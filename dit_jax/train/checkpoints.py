@@ -21,6 +21,7 @@ from jax.sharding import SingleDeviceSharding
 
 from dit_jax import artifacts, parallel, processes
 from dit_jax.deltas import store
+from dit_jax.deltas.files import check_tree
 from dit_jax.errors import DitError, first_line
 from dit_jax.models.layers import Delta
 from dit_jax.os_errors import has_remedy, may_pass, os_error
@@ -228,6 +229,7 @@ def load_adapter(folder: str | pathlib.Path) -> tuple[Delta, dict[str, Any]]:
     folder = pathlib.Path(folder)
     remedy = "run the stage 'train' that writes it"
     manifest = artifacts.read_manifest(folder, ADAPTER_FORMAT, remedy=remedy)
+    check_tree(folder)
     try:
         abstract = store.unflatten(
             {
