@@ -117,6 +117,8 @@ def test_other_files_are_refused_by_name(tmp_path):
     refused(path, "not allowed")
     torch.save({"a": torch.ones(1).expand(1000)}, path)
     refused(path, "reaches outside its storage")
+    torch.save({"a": torch.complex(torch.ones(2), torch.ones(2)).conj().imag}, path)
+    refused(path, "negated or conjugated")
     refused(tmp_path / "absent.pt", "is missing")
     refused(tmp_path, "not a regular file")
 

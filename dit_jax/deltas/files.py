@@ -104,7 +104,11 @@ def has_file(folder: Path, name: str) -> bool:
 
 def check_links(folder: Path) -> None:
     """Raises DitError if a safetensors or JSON file is a link out of the folder or no file."""
-    for entry in sorted(os.listdir(folder)):
+    try:
+        entries = sorted(os.listdir(folder))
+    except OSError as error:
+        raise DitError(f"cannot read '{folder}': {error.strerror}") from None
+    for entry in entries:
         if entry.endswith((".safetensors", ".json")):
             file_inside(folder, entry)
 

@@ -205,7 +205,7 @@ def write_peft(
     """Writes a LoRA delta as a PEFT folder; factors keep their dtype and bits.
 
     Layers whose factors are all zero are left out, and so are trailing ranks that are zero in both
-    factors: reading the folder again puts them back.
+    factors: reading the folder again pads to the largest rank of the projection.
 
     Args:
       folder: the folder to make.
@@ -225,8 +225,7 @@ def write_peft(
         if "w" in module:
             raise DitError(
                 f"{'.'.join(path)} is a dense difference: a PEFT adapter has LoRA factors only "
-                "(use a "
-                "truncated SVD of the finetuned model, or export the merged model)"
+                "(use a truncated SVD of the finetuned model, or export the merged model)"
             )
         for layer in range(config.num_hidden_layers):
             factors[module_name(path, layer)] = get_factors(module, layer, trim=True)

@@ -241,9 +241,8 @@ class _Interpreter:
             elif op == 0x93:  # STACK_GLOBAL
                 name, module = stack.pop(), stack.pop()
                 stack.append(self._global(module, name))
-            elif (
-                op == 0x62
-            ):  # BUILD: a state dict carries version numbers as attributes; not needed
+            elif op == 0x62:  # BUILD
+                # A state dict carries version numbers as attributes: not needed.
                 state = stack.pop()
                 if type(stack[-1]) is not dict or type(state) is not dict:
                     raise self.archive.error("its pickle builds an object, which is not allowed")
@@ -270,9 +269,8 @@ class _Interpreter:
         if found is None:
             raise DitError(
                 f"'{self.archive.path}' refers to {short(f'{module}.{name}')}, which is not "
-                "allowed in "
-                "weights: do not trust this file (plain tensors in lists, tuples and dicts are "
-                "read)"
+                "allowed in weights: do not trust this file (plain tensors in lists, tuples and "
+                "dicts are read)"
             )
         return found
 
@@ -296,6 +294,11 @@ class _Interpreter:
         if function.name == "parameter" and type(arguments[0]) is LazyTensor:
             return arguments[0]
         if function.name == "tensor" and len(arguments) in (6, 7):
+            # Metadata marks values that are to be negated or conjugated when they are read.
+            if len(arguments) == 7 and arguments[6] is not None and arguments[6] != {}:
+                raise self.archive.error(
+                    "a tensor is marked as negated or conjugated, which is not supported"
+                )
             return self._tensor(*arguments[:4])
         raise self.archive.error("its pickle makes a call that is not allowed")
 
