@@ -206,6 +206,9 @@ INTERRUPTED = """
 import signal, threading, time
 from dit_jax import main
 
+# A process in the background inherits that the signal is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def run(config, workdir):
     threading.Thread(target=time.sleep, args=(60,), name=main.COMPILE_AHEAD).start()
     signal.raise_signal(signal.SIGINT)
