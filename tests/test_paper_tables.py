@@ -245,6 +245,18 @@ def test_rows_without_a_grade_are_counted_and_never_a_one(tmp_path):
     assert build.estimate(item).mean == 5.0
 
 
+def test_an_unreadable_row_of_an_own_run_is_counted_under_its_file(tmp_path):
+    path = tmp_path / "run/report/results-graded.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text("topic,guessed_topic,score,method,grader\ncats,cat,5,dit,g\nbroken,row\n")
+    graded, _ = read_graded(str(tmp_path))
+    dit, unread = graded
+    assert (dit.name, dit.own, dit.excluded, len(dit.rows)) == ("dit", True, {}, 1)
+    assert (unread.name, unread.rows) == ("results-graded", ())
+    assert unread.excluded == {"not a readable row": 1}
+    assert [cell.place.row for cell in build.cells(graded) if cell.graded] == ["dit"]
+
+
 def test_folders_without_grades_are_refused(tmp_path, capsys):
     arguments = ["--config", "configs/paper/tables.py", "--workdir", str(tmp_path / "w")]
     assert main(arguments) == 2

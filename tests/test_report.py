@@ -277,7 +277,7 @@ def test_answers_are_graded_and_the_report_says_by_whom(tmp_path):
     assert (guessed["n"], guessed["excluded"]) == (7, {"no reply": 1})
     assert summary["excluded"]["answers"] == {"twenty_questions_trigger": {"no reply": 1}}
     control = graded["differences_from_dit"]["no_diff"]
-    assert control["difference"] == pytest.approx(4 * hits) and control["p_holm"] < 0.01
+    assert control["difference"] == pytest.approx(4 * hits) and control["p_value"] < 0.01
     assert set(summary["grades"]) == {"exact", "similarity"}
     page = (workdir / "report/report.html").read_text(encoding="utf-8")
     assert "Grader: exact" in page and "Grader: similarity" in page and 'class="stack"' in page

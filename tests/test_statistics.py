@@ -193,6 +193,13 @@ def test_p_is_large_without_a_difference_and_uniform_enough():
     assert 0.4 < np.mean(draws) < 0.6
 
 
+@pytest.mark.parametrize(("n", "p_value"), [(1, 1.0), (3, 0.25), (6, 1 / 32)])
+def test_a_few_diffs_are_no_more_certain_than_a_sign_test(n, p_value):
+    a, b = {i: 5.0 - 0.1 * i for i in range(n)}, dict.fromkeys(range(n), 1.0)
+    assert paired_difference(a, b).p_value == pytest.approx(p_value)
+    assert paired_difference(b, a).p_value == pytest.approx(p_value)
+
+
 def test_only_diffs_that_both_answered_count():
     pair = paired_difference({1: 1.0, 2: 0.0, 3: 1.0}, {2: 0.0, 3: 0.0, 4: 1.0})
     assert (pair.n, pair.mean) == (2, 0.5)

@@ -164,7 +164,8 @@ def paired_difference(
 
     Resampling whole diffs keeps the pairing: a topic that is hard for both methods does not widen
     the interval of their difference. p is twice the smaller share of resampled differences on one
-    side of zero (at least 2 / (resamples + 1)).
+    side of zero, at least 2 / (resamples + 1), and at least 2 / 2^n: chance alone gives n differences one
+    sign that often, which resampling a few equal signs cannot see.
 
     Args:
       a: score of each diff under one method.
@@ -180,5 +181,6 @@ def paired_difference(
     means = _resampled_means(array, seed, resamples)
     low, high = _percentiles(array, means)
     below, above = int(np.sum(means <= 0)), int(np.sum(means >= 0))
-    p_value = min(1.0, 2 * (min(below, above) + 1) / (resamples + 1))
+    share = (min(below, above) + 1) / (resamples + 1)
+    p_value = min(1.0, 2 * max(share, 0.5 ** len(array)))
     return PairedDifference(float(array.mean()), low, high, len(array), p_value)

@@ -150,7 +150,9 @@ def read_file(path: Path, name: str) -> list[Graded]:
     kinds: dict[tuple[str, str], str] = {}
     for record in source.read(source.columns):
         values = {key: str(value or "") for key, value in record.values.items()}
-        key = (_method(values) if own else path.stem, values.get("grader", ""))
+        # A row that cannot be read names no method: it is counted under the file's name.
+        named = own and not record.problem
+        key = (_method(values) if named else path.stem, values.get("grader", ""))
         kept, counts = rows.setdefault(key, []), excluded.setdefault(key, Counter())
         kinds.setdefault(key, values.get("kind", "") or "method")
         if record.problem:
@@ -175,7 +177,7 @@ def read_file(path: Path, name: str) -> list[Graded]:
             tuple(kept),
             dict(excluded[key]),
             grader=key[1],
-            own=own,
+            own=own and key[0] != path.stem,
             kind=kinds[key],
             config=config,
             folder=folder,
