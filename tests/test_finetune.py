@@ -177,7 +177,8 @@ def test_a_shared_teacher_gives_the_diffs_that_a_teacher_in_every_step_gives(par
 
     (one, one_losses), (two, two_losses) = train(shared), train(None)
     assert one_losses["kl"][0, -1] > 1e-4
-    np.testing.assert_allclose(one_losses["kl"], two_losses["kl"], rtol=1e-3, atol=3e-6)
+    # Rounding of log-probabilities, which the two ways take from products of other shapes: 5e-6 with AVX-512.
+    np.testing.assert_allclose(one_losses["kl"], two_losses["kl"], rtol=1e-3, atol=2e-5)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
