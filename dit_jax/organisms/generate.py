@@ -137,7 +137,7 @@ def generate_diffs(
     processes.on_main(lambda: diff_store.publish(folder, job.shards, **facts))
     # Other processes do not read the curves of shards that were there.
     curves = [[float(x) for x in row["ce_curve"].split()] for row in rows]
-    mean = np.mean(curves, axis=0) if processes.is_main() else []
+    mean = np.mean(curves, axis=0) if processes.is_main() else np.empty(0)
     return {
         "diffs": len(organisms),
         "loss_curve": [[i, round(float(x), 4)] for i, x in enumerate(mean)],
