@@ -212,8 +212,14 @@ def test_samples_side_by_side_at_their_own_widths_train_the_same_diff(params):
 def test_no_teacher_is_shared_where_samples_do_not_repeat_or_are_too_many(params, monkeypatch):
     batches = stack([make_batches(seed) for seed in range(2)])
     assert make_teacher(params, TINY, batches, num_ce=2) is None
-    repeated = stack([stack([make_batch(0)] * 4)] * 2)
-    assert make_teacher(params, TINY, repeated, num_ce=2) is not None
+    repeated = stack([stack([make_batch(0)] * 8)] * 2)
+    table = make_teacher(params, TINY, repeated, num_ce=2)
+    assert table is not None
+    # The base runs on the 3 samples and a little padding, not on a whole chunk.
+    assert len(table.hidden) <= 16 < teacher.CHUNK
+    # 12 samples, 6 of them distinct, but a table of 16 rows: more work, not less.
+    seldom = stack([stack([make_batch(seed) for seed in (0, 1)])] * 2)
+    assert make_teacher(params, TINY, seldom, num_ce=2) is None
     monkeypatch.setattr(teacher, "MAX_BYTES", 10_000)
     assert make_teacher(params, TINY, repeated, num_ce=2) is None
 

@@ -185,7 +185,7 @@ def test_diffs_train_as_on_one_device(shape):
 
 
 def test_the_table_of_the_teacher_is_that_of_one_device():
-    batches = stack([stack([random_batch(SMALL, 4, 0)] * 2)] * 4)  # everything repeats
+    batches = stack([stack([random_batch(SMALL, 4, 0)] * 8)] * 4)  # everything repeats
     mesh = mesh_of((2, 2, 2))
     sharded = make_teacher(params_on(SMALL, mesh), SMALL, batches, 2, mesh=mesh)
     expected = make_teacher(host_params(SMALL), SMALL, batches, 2)

@@ -14,7 +14,7 @@ from dit_jax.models.qwen3 import Params
 from dit_jax.organisms.losses import scored_hidden
 from dit_jax.parallel import batch_sharding, put, replicate, use_mesh
 
-CHUNK = 256  # samples per forward pass of the base
+CHUNK = 256  # samples per forward pass of the base, at most
 MAX_BYTES = 2**31  # of a table, which every device holds whole
 
 
@@ -39,10 +39,11 @@ def make_teacher(
     Args:
         num_ce: how many leading samples of S have no KL.
         batches: whole, on the host.
-        size: at least so many rows in the table (whole chunks), so that many batches run one compiled program.
+        size: at least so many rows in the table, so that many batches run one compiled program.
 
     Returns:
-        None without KL samples, where too few repeat for the table to pay, or where it would exceed `MAX_BYTES`.
+        None without KL samples, where the table has half as many rows as there are samples (it pays when samples
+        repeat), or where it would exceed `MAX_BYTES`.
     """
     samples = TokenBatch(*(np.asarray(x)[:, :, num_ce:] for x in batches))
     lead = samples.lengths.shape
@@ -53,12 +54,16 @@ def make_teacher(
     # What a row of the table depends on; targets and weights belong to the loss.
     key = np.concatenate([flat.tokens, flat.lengths[:, None], flat.position], axis=1)
     _, first, rows = np.unique(key, axis=0, return_index=True, return_inverse=True)
-    chunks = max(-(-len(first) // CHUNK), -(-size // CHUNK))
+    needed = max(len(first), size)
+    # Not to the last row, so that shards with about as many distinct samples run one program.
+    step = 16 if mesh is None else mesh.size * -(-16 // mesh.size)
+    chunk = -(-min(needed, CHUNK) // step) * step
+    chunks = -(-needed // chunk)
     row_bytes = flat.position.shape[1] * config.hidden_size * jnp.dtype(config.dtype).itemsize
-    if 2 * len(first) > total or chunks * CHUNK * row_bytes > MAX_BYTES:
+    if 2 * chunks * chunk >= total or chunks * chunk * row_bytes > MAX_BYTES:
         return None
-    filled = np.resize(first, chunks * CHUNK)
-    distinct = TokenBatch(*(x[filled].reshape(chunks, CHUNK, *x.shape[1:]) for x in flat))
+    filled = np.resize(first, chunks * chunk)
+    distinct = TokenBatch(*(x[filled].reshape(chunks, chunk, *x.shape[1:]) for x in flat))
     placed: Any = rows.reshape(lead).astype(np.int32)
     if mesh is not None:
         distinct = jax.tree.map(lambda x: put(x, batch_sharding(mesh, 1)), distinct)
