@@ -152,21 +152,28 @@ def test_names_of_shapes():
 
 
 def test_growth_fits_and_plots(tmp_path):
-    def row(axis, diffs, tokens, seconds, held):
+    def row(axis, diffs, tokens, seconds, held=1, length=16):
         return {
             "axis": axis,
-            "workload": {"diffs": diffs},
+            "workload": {"diffs": diffs, "batch": 16, "length": length},
             "floor": {"tokens": tokens},
             "seconds": seconds,
             "peak_host_bytes": held * 2**20,
         }
 
-    by_diffs = [row("diffs", n, 100 * n, 0.02 * n, 50 + 3 * n) for n in (16, 32, 64)]
-    by_tokens = [row("tokens", 16, n, 1 + 2e-6 * n, 1) for n in (1000, 2000, 4000)]
-    said = growth.plot(by_diffs + by_tokens, tmp_path / "growth.png")
+    at_once = [row("diffs", n, 100 * n, 0.02 * n, 50 + 3 * n) for n in (16, 32, 64)]
+    batches = [row("batches", n, 100 * n, 0.01 * n) for n in (32, 64)]
+    by_tokens = [
+        row("tokens", 16, 1000 * n, 1 + (2e-5 + 1e-6 * n) * 1000 * n, length=n)
+        for n in (16, 32, 64, 128)
+    ]
+    said = growth.plot(at_once + batches + by_tokens, tmp_path / "growth.png")
     assert said == [
-        "time per token 200 to 200 µs from 16 to 64 diffs at once",
+        "200 to 200 µs per token for 16 to 64 diffs at once; "
+        "100 to 100 µs per token for 32 to 64 diffs in batches of 16",
         "peak memory 50 MiB + 3.00 MiB per diff",
-        "time 1 s + 2 µs per token",
+        "time 1 s + (length x 1 µs + 20 µs) per token",
     ]
     assert (tmp_path / "growth.png").stat().st_size > 5000
+    said = growth.plot(at_once + by_tokens, tmp_path / "growth.png")
+    assert said[0] == "200 to 200 µs per token for 16 to 64 diffs at once"
