@@ -63,29 +63,29 @@ def segmented_attention(
         position: [B, P], where in its segment each query stands. None: every token is a query.
     """
     batch = k_BxTxKxH.shape[0]
+    groups = [(*size, len(list(group))) for size, group in itertools.groupby(segments)]
+
+    def split(x: jax.Array, sizes: list[int]) -> list[jax.Array]:
+        """The rows of each group, [B * count, size, …]. Differentiated, a split is a concatenation; slices are sums."""
+        widths = [size * count for size, (_, _, count) in zip(sizes, groups, strict=True)]
+        parts = jax.lax.split(x, widths, axis=1)
+        return [y.reshape(-1, size, *x.shape[2:]) for y, size in zip(parts, sizes, strict=True)]
+
+    keys = [size for size, _, _ in groups]
+    queries = keys if position is None else [size for _, size, _ in groups]
+    real = split(lengths, [1] * len(groups))
     outputs = []
-    query = key = first = 0
-    for (keys, queries), group in itertools.groupby(segments):
-        count = len(list(group))
-        queries = keys if position is None else queries
-
-        def rows(x: jax.Array, start: int, size: int, count: int = count) -> jax.Array:
-            part = jax.lax.slice_in_dim(x, start, start + count * size, axis=1)
-            return part.reshape(batch * count, size, *x.shape[2:])
-
-        real = lengths[:, first : first + count].reshape(-1)
-        q = rows(q_BxPxNxH, query, queries)
-        k, v = (rows(x, key, keys) for x in (k_BxTxKxH, v_BxTxKxH))
+    for group, (q, k, v) in enumerate(
+        zip(split(q_BxPxNxH, queries), split(k_BxTxKxH, keys), split(v_BxTxKxH, keys), strict=True)
+    ):
         if position is None:
-            y = attention(q, k, v, lengths=real, impl=impl)
+            y = attention(q, k, v, lengths=real[group][:, 0], impl=impl)
         else:
-            key_index = jnp.arange(keys)
-            mask = (key_index <= rows(position, query, queries)[..., None]) & (
-                key_index < real[:, None, None]
-            )
+            asked = split(position, queries)[group]
+            key_index = jnp.arange(keys[group])
+            mask = (key_index <= asked[..., None]) & (key_index < real[group][..., None])
             y = attention(q, k, v, mask=mask, impl=impl)
-        outputs.append(y.reshape(batch, count * queries, *y.shape[2:]))
-        query, key, first = query + count * queries, key + count * keys, first + count
+        outputs.append(y.reshape(batch, -1, *y.shape[2:]))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 
