@@ -8,7 +8,7 @@
 #   secret    make the cluster's secret from --hf-token-file
 #   run       start the job
 #   manifest  print what `run` applies
-#   logs      follow the log of the first pod
+#   logs      wait for the pod of process 0, and follow its log
 #   delete    delete the job
 #
 # Options:
@@ -23,6 +23,7 @@
 #   --namespace NAME       default: default
 #   --context NAME         of the kubectl configuration; default: the current one
 #   --restarts N           of the whole job, for preemptions; default 10
+#   --poll SECONDS         for logs: default 10
 #   --hf-token-file FILE   for secret: a file of mode 600 with a Hugging Face token
 #   --dry-run              print every command and run none
 set -euo pipefail
@@ -30,7 +31,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 name='' image='' accelerator='' topology='' chips=4 volume='' account=default
-namespace=default context='' restarts=10 token=''
+namespace=default context='' restarts=10 poll=10 token=''
 arguments=()
 [[ ${1:-} != --help && ${1:-} != -h ]] || { show_help "${BASH_SOURCE[0]}"; exit 0; }
 command=${1:-}
@@ -47,6 +48,7 @@ while (($#)); do
     --namespace) need_value "$@"; namespace=$2; shift ;;
     --context) need_value "$@"; context=$2; shift ;;
     --restarts) need_value "$@"; restarts=$2; shift ;;
+    --poll) need_value "$@"; poll=$2; shift ;;
     --hf-token-file) need_value "$@"; token=$2; shift ;;
     --dry-run) DRY_RUN=1 ;;
     --help | -h) show_help "${BASH_SOURCE[0]}"; exit 0 ;;
@@ -119,10 +121,31 @@ manifest() {
   done <<< "$text"
 }
 
+# Of the pod of process 0, which alone says something: `kubectl logs job/…` takes any of them.
+logs() {
+  check --poll "$poll" "0|$NUMBER_PATTERN"
+  local first="jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0" phase
+  while true; do
+    phase=$(run "${kubectl[@]}" get pods "--selector=$first" '--output=jsonpath={.items[*].status.phase}')
+    if ((DRY_RUN)); then
+      printf '%s\n' "$phase"
+      break
+    fi
+    case $phase in
+      Running | Succeeded | Failed) break ;;
+    esac
+    printf '%s is %s\n' "$name" "${phase:-not there}" >&2
+    sleep "$poll"
+  done
+  run "${kubectl[@]}" logs --follow --tail=-1 "--selector=$first" --container=dit-jax
+}
+
 case $command in
   image)
     check --image "$image" "$image_pattern"
-    run docker build "--file=$ROOT/launch/Dockerfile" --build-arg=DEVICE=tpu "--tag=$image" "$ROOT"
+    # The hosts of TPUs are x86, whatever this machine is.
+    run docker build --platform=linux/amd64 "--file=$ROOT/launch/Dockerfile" --build-arg=DEVICE=tpu \
+      "--tag=$image" "$ROOT"
     run docker push "$image"
     ;;
   secret)
@@ -137,7 +160,7 @@ case $command in
     ;;
   logs)
     check --name "$name" "$NAME_PATTERN"
-    run "${kubectl[@]}" logs --follow --pod-running-timeout=1h "job/$name-workers-0" --container=dit-jax
+    logs
     ;;
   delete)
     check --name "$name" "$NAME_PATTERN"

@@ -52,13 +52,15 @@ check --name "$name" "$NAME_PATTERN"
 # All of a node's GPUs are visible to each of its processes, and JAX takes the one of the process's rank there:
 # binding GPUs to tasks (--gpus-per-task) would hide the others' and break that.
 script() {
+  check --cpus-per-gpu "$cpus" "$NUMBER_PATTERN"
   check --python "$python" '/[^[:cntrl:]]+'
   check_run ${arguments[@]+"${arguments[@]}"}
   cat << EOF
 #!/usr/bin/env bash
 set -uo pipefail
 cd $(command_line "$ROOT") || exit 2
-srun --kill-on-bad-exit=1 --wait=120 $(command_line "$python" -m dit_jax.main --distributed "${arguments[@]}")
+# Not every version of srun takes over the job's --cpus-per-task.
+srun --cpus-per-task=$cpus --kill-on-bad-exit=1 --wait=120 $(command_line "$python" -m dit_jax.main --distributed "${arguments[@]}")
 status=\$?
 # 75: a checkpoint was saved because the time is nearly up. A job that was cancelled is no longer RUNNING.
 if [[ \$status == 75 && \$(squeue --noheader --jobs="\$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
@@ -71,7 +73,6 @@ EOF
 submit() {
   check --nodes "$nodes" "$NUMBER_PATTERN"
   check --gpus-per-node "$gpus" "$NUMBER_PATTERN"
-  check --cpus-per-gpu "$cpus" "$NUMBER_PATTERN"
   check --time "$time" '([0-9]+-)?[0-9]{1,3}(:[0-9]{2}){0,2}'
   local text options
   text=$(script)

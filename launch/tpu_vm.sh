@@ -53,7 +53,7 @@ while (($#)); do
   shift
 done
 check --name "$name" "$NAME_PATTERN"
-check --zone "$zone" '[a-z]+-[a-z]+[0-9]+-[a-z]'
+check --zone "$zone" '[a-z]+-[a-z]+[0-9]+-[a-z0-9]+'
 check --worker "$worker" '0|[1-9][0-9]{0,3}'
 check --poll "$poll" "0|$NUMBER_PATTERN"
 where=("--zone=$zone")

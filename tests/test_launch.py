@@ -25,7 +25,7 @@ case " $* " in
   *) printf '%s\n' "${line% }" >> "$RECORD" ;;
 esac
 if [[ -n ${FAIL_ON:-} && $line == *"$FAIL_ON"* ]]; then exit 7; fi
-if [[ $line == *" describe "* ]]; then
+if [[ $line == *" describe "* || $line == *" get pods "* ]]; then
   state=$(head -n 1 "$STATES"); sed -i 1d "$STATES"; printf '%s\n' "$state"
 fi
 """
@@ -129,7 +129,7 @@ CASES = {
     "tpu delete": ("tpu_vm.sh", "delete", *TPU),
     "gke image": ("gke.sh", "image", *JOB),
     "gke run": ("gke.sh", "run", *JOB, "--context", "gke_p_us-west4_c", *RUN),
-    "gke logs": ("gke.sh", "logs", *JOB),
+    "gke logs": ("gke.sh", "logs", *JOB, "--poll", "0"),
     "gke delete": ("gke.sh", "delete", *JOB),
     "slurm run": ("slurm.sh", "run", "--name", "dit", "--nodes", "2", "--partition", "a100", *RUN),
     "slurm logs": ("slurm.sh", "logs", "--name", "dit", "--job", "12"),
@@ -148,6 +148,8 @@ def dry(arguments):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.replace(" ", "-"))
 def test_a_dry_run_prints_what_a_run_calls_and_calls_nothing(launch, case):
     script, *arguments = CASES[case]
+    if case == "gke logs":
+        launch.states.write_text("\nPending\nRunning\n")
     planned = launch(script, *dry(arguments))
     assert planned.returncode == 0, planned.stderr
     assert launch.recorded() == ""
@@ -156,9 +158,9 @@ def test_a_dry_run_prints_what_a_run_calls_and_calls_nothing(launch, case):
     lines = launch.recorded().splitlines()
     once = [
         line for i, line in enumerate(lines) if i == 0 or line != lines[i - 1]
-    ]  # polled until ACTIVE
+    ]  # polled until ACTIVE or Running
     assert once == planned.stdout.splitlines()
-    assert len(lines) - len(once) == (2 if case == "tpu all" else 0)
+    assert len(lines) - len(once) == (2 if case in ("tpu all", "gke logs") else 0)
 
 
 def test_plain_gpu_runs_python_in_the_checkout(launch):
@@ -219,6 +221,18 @@ def test_the_job_set_is_valid_and_holds_the_command(launch):
     assert job["template"]["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "false"
 
 
+def test_logs_are_those_of_process_0(launch):
+    launch.states.write_text("Succeeded\n")  # of a job that is over, too
+    assert launch("gke.sh", "logs", *JOB).returncode == 0
+    found, shown = map(words, launch.recorded().splitlines())
+    (pod,) = (word for word in shown if word.startswith("--selector="))
+    assert pod in found and "--tail=-1" in shown  # with a selector kubectl shows ten lines
+    assert pod.split(",") == [
+        "--selector=jobset.sigs.k8s.io/jobset-name=dit",
+        "batch.kubernetes.io/job-completion-index=0",
+    ]
+
+
 def test_the_schema_refuses_what_is_misspelt(launch):
     job_set = yaml.safe_load(launch("gke.sh", "manifest", *JOB, *RUN).stdout)
     jsonschema.validate(job_set, JOBSET)
@@ -237,9 +251,9 @@ def test_slurm_starts_one_process_per_gpu(launch):
     assert {"--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4"} <= set(call)
     assert script[0] == "#!/usr/bin/env bash"
     assert words(script[2].removesuffix(" || exit 2")) == ["cd", str(launch.checkout)]
-    command = words(script[3])
+    command = words(script[4])
     start = command.index("/env dir/bin/python")
-    assert command[0] == "srun"
+    assert command[:2] == ["srun", "--cpus-per-task=8"] and "--cpus-per-task=8" in call
     assert command[start + 1 :] == ["-m", "dit_jax.main", "--distributed", *RUN[1:]]
 
 
