@@ -74,19 +74,25 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         "--svd-rank", type=_positive, help="reduce a finetuned model's diff to a LoRA of this rank"
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--mesh",
+        help="split the model and the rows over the devices: data,fsdp,tensor, e.g. 1,1,4, or =-1,1,1 for all of them (default: one)",
+    )
     parser.add_argument("--json", action="store_true", help="JSON lines instead of text")
     return parser.parse_args(argv)
 
 
 def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One record per (diff, variant, question, sample), in that order."""
+    from dit_jax import parallel
     from dit_jax.api import Diff, Diffs, ask_many, load_adapter, load_diffs, load_model
 
     if flags.n > 1 and flags.temperature == 0:
         raise DitError(
             "--n asks for several samples, but greedy decoding gives one: add --temperature 1"
         )
-    model = load_model(flags.base, flags.dtype)
+    mesh = parallel.make_mesh(parallel.parse_mesh(flags.mesh)) if flags.mesh else None
+    model = load_model(flags.base, flags.dtype, mesh)
     adapter = load_adapter(flags.adapter, model) if flags.adapter else None
     numbers: list[int | None] = [None]
     labels: dict[int, str | None] = {0: None}

@@ -69,6 +69,16 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         ) from None
 
 
+def parse_mesh(text: str) -> dict[str, int]:
+    """Sizes of the axes from a command line's "data,fsdp,tensor". Raises DitError: not three numbers."""
+    try:
+        return dict(zip(MESH_AXES, map(int, text.split(",")), strict=True))
+    except ValueError:
+        raise DitError(
+            f"--mesh {text!r} is not data,fsdp,tensor: write three numbers, e.g. 1,4,4"
+        ) from None
+
+
 def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, int, int]:
     """Sizes of the axes (data, fsdp, tensor) on `count` devices. Raises DitError, see `make_mesh`."""
     unknown = [name for name in sizes if name not in MESH_AXES]

@@ -138,14 +138,8 @@ def _compile(
 
 
 def _mesh(flags: argparse.Namespace, config: Any, machine: Machine) -> tuple[int, int, int]:
-    named = dict(config.get("mesh", {"data": -1}))
-    if flags.mesh:
-        try:
-            named = dict(zip(parallel.MESH_AXES, map(int, flags.mesh.split(",")), strict=True))
-        except ValueError:
-            raise DitError(
-                f"--mesh {flags.mesh!r} is not data,fsdp,tensor: write three numbers, e.g. 1,4,4"
-            ) from None
+    configured = dict(config.get("mesh", {"data": -1}))
+    named = parallel.parse_mesh(flags.mesh) if flags.mesh else configured
     return parallel.mesh_shape(named, machine.count)
 
 

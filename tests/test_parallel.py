@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dit_jax import parallel, shardings
+from dit_jax import api, parallel, shardings
 from dit_jax.api import Model, answer_batch
 from dit_jax.data.batch import Sample, TokenBatch, pack, stack
 from dit_jax.deltas import tree
@@ -280,8 +281,15 @@ def test_a_checkpoint_comes_back_on_another_mesh(tmp_path):
 
 @functools.cache
 def answers(shape):
-    """Greedy answers to 7 questions in batches of 3, each with a diff of its own, under one adapter."""
+    """Greedy answers to 7 questions in batches of 3, each with a diff of its own, under one adapter; and the
+    arguments of the program that made them."""
     mesh = mesh_of(shape)
+    seen = []
+
+    def decode(*args, deltas, **options):
+        seen.append((*args, *deltas))
+        return generate.generate(*args, deltas=deltas, **options)
+
     rng = np.random.default_rng(5)
     tokens = rng.integers(1, SMALL.vocab_size, (7, 9))
     mask = np.arange(9) >= rng.integers(0, 5, (7, 1))
@@ -290,22 +298,37 @@ def answers(shape):
     )
     model = Model(params_on(SMALL, mesh), SMALL, "test", chat, mesh)
     adapter = only(random_deltas(SMALL, 1, 8, rank=4))
-    return answer_batch(
-        model,
-        [""] * 7,
-        deltas=(adapter,),
-        stacked=random_deltas(SMALL, 4, 9),
-        rows=[0, 1, 2, 3, 0, 1, 2],
-        max_new_tokens=6,
-        batch_size=3,
-        forbid_repeats=True,
-    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(api, "generate_lib", types.SimpleNamespace(generate=decode))
+        found = answer_batch(
+            model,
+            [""] * 7,
+            deltas=(adapter,),
+            stacked=random_deltas(SMALL, 4, 9),
+            rows=[0, 1, 2, 3, 0, 1, 2],
+            max_new_tokens=6,
+            batch_size=3,
+            forbid_repeats=True,
+        )
+    return found, seen[0]
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_greedy_answers_are_those_of_one_device(shape):
-    found, expected = answers(shape), answers(None)
+    (found, split), (expected, _) = answers(shape), answers(None)
     assert len({answer.tokens for answer in expected}) == 7
     for one, two in zip(found, expected, strict=True):
         assert one.tokens == two.tokens
         assert one.logprob == pytest.approx(two.logprob, abs=1e-4)
+    params, _, tokens, mask, diffs, adapter = split
+    mesh = mesh_of(shape)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    wanted = {
+        "params": (params, shardings.param_shardings(SMALL, mesh)),
+        "rows": ((tokens, mask), (rows, rows)),
+        "diffs": (diffs, shardings.delta_shardings(SMALL, mesh, diffs, 1)),
+        "adapter": (adapter, shardings.delta_shardings(SMALL, mesh, adapter)),
+    }
+    for name, (arrays, want) in wanted.items():
+        for leaf, sharding in zip(jax.tree.leaves(arrays), jax.tree.leaves(want), strict=True):
+            assert leaf.sharding == sharding, name

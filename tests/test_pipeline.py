@@ -361,6 +361,25 @@ def test_samples_differ_between_batches_and_not_between_runs(model):
     assert first == ask_all(1) and first != ask_all(2)
 
 
+def test_ask_on_a_mesh_answers_as_on_one_device(finished, capsys, monkeypatch):
+    from dit_jax import api
+
+    seen, load = [], api.load_model
+    monkeypatch.setattr(api, "load_model", lambda *args: seen.append(load(*args)) or seen[-1])
+    flags = ["--base", "tiny_qwen3", "--diff", str(finished / "diffs"), "--all", "--json"]
+    flags += ["--adapter", str(finished / "adapter"), "--max-new-tokens", "5", QUESTION]
+    tokens = []
+    for extra in ([], ["--mesh", "2,2,2"]):
+        assert ask.main([*flags, *extra]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        tokens.append([json.loads(line)["tokens"] for line in lines])
+    assert tokens[0] == tokens[1] and len(tokens[0]) == 18
+    assert seen[0].mesh is None and dict(seen[1].mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    for mesh, said in (("1,4", "write three numbers"), ("16,1,1", "does not divide 8 devices")):
+        assert ask.main([*flags, "--mesh", mesh]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_ask_on_the_command_line(finished, capsys):
     flags = [
         "--base",
