@@ -11,6 +11,7 @@ import contextlib
 import functools
 import os
 import pathlib
+import signal
 import sys
 import threading
 import traceback
@@ -101,6 +102,8 @@ def main(argv: list[str] | None = None) -> int:
         code = 1
     if code and several:
         if code == preemption.EXIT_PREEMPTED:
+            # The end of another process brings one more from srun --kill-on-bad-exit, which must not change the status.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             preemption.meet()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -198,6 +198,8 @@ def test_sigterm_to_one_process_stops_both_after_the_same_step_with_a_checkpoint
     processes = start(workdir, *endless, *rare)
     wait_for_steps(workdir, processes, 3)
     processes[1].send_signal(signal.SIGTERM)
+    processes[1].wait(timeout=60)
+    processes[0].send_signal(signal.SIGTERM)  # srun ends a step's other tasks so
     assert wait(processes, workdir, 60) == [75, 75], output(workdir, 0)[-2000:]
     assert "preempted (SIGTERM)" in output(workdir, 0)
     (saved,) = (int(p.name) for p in (workdir / "checkpoints").iterdir())
