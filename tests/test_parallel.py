@@ -96,7 +96,8 @@ def only(stacked):
 
 @functools.cache
 def adapter_run(shape):
-    """(losses, trained factors, lowered program) of STEPS steps on 6 examples, each with a diff of its own."""
+    """(losses, trained factors, lowered program, compiled HLO) of STEPS steps on 6 examples, each with a diff of
+    its own."""
     mesh = mesh_of(shape)
     params = params_on(SMALL, mesh)
     adapter = jax.tree.map(jnp.asarray, only(random_deltas(SMALL, 1, 1, TRAIN.rank)))
@@ -127,13 +128,13 @@ def adapter_run(shape):
     if mesh is not None:
         for leaf, want in zip(jax.tree.leaves(state), jax.tree.leaves(split), strict=True):
             assert leaf.sharding.is_equivalent_to(want, leaf.ndim)
-    return losses, jax.device_get(state.leaves), lowered
+    return losses, jax.device_get(state.leaves), lowered, compiled.as_text()
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_the_adapter_trains_as_on_one_device(shape):
-    losses, leaves, _ = adapter_run(shape)
-    expected_losses, expected, _ = adapter_run(None)
+    losses, leaves, *_ = adapter_run(shape)
+    expected_losses, expected, *_ = adapter_run(None)
     assert len(set(expected_losses)) == STEPS and np.isfinite(expected_losses).all()
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     for one, two in zip(jax.tree.leaves(leaves), jax.tree.leaves(expected), strict=True):
@@ -216,21 +217,47 @@ def collectives(hlo):
     ]
 
 
-def test_diff_generation_splits_the_base_and_keeps_the_diffs_apart():
-    *_, hlo = diffs_run((2, 2, 2))
+# What is gathered on (2, 2, 2) is one layer of the base at a time (or the embedding), split over tensor; no diff is.
+KERNELS = {"1,32,16", "1,32,4", "1,16,32", "1,32,24", "1,24,32", "48,32", "32,48"}
+
+
+def gathered_and_reduced(hlo):
+    """(shapes of all that is gathered, where sums are taken) of a program without other collectives."""
     found = collectives(hlo)
-    gathered = [shapes for kind, shapes, _ in found if kind == "all-gather"]
-    # What is gathered is one layer of the base at a time (or the embedding), split over tensor; no diff ever is.
-    kernels = {"1,32,16", "1,32,4", "1,16,32", "1,32,24", "1,24,32", "48,32", "32,48"}
-    assert gathered and all(shape in kernels for shapes in gathered for shape in shapes)
-    reduced = " ".join(where for kind, _, where in found if kind == "all-reduce")
+    assert {kind for kind, *_ in found} == {"all-gather", "all-reduce"}
+    gathered = {shape for kind, shapes, _ in found if kind == "all-gather" for shape in shapes}
+    return gathered, " ".join(where for kind, _, where in found if kind == "all-reduce")
+
+
+def test_diff_generation_splits_the_base_and_keeps_the_diffs_apart():
+    gathered, reduced = gathered_and_reduced(diffs_run((2, 2, 2))[-1])
+    assert gathered and gathered <= KERNELS
     # Row-parallel products are summed over tensor: a program that was never split has none of these.
     assert "o_proj" in reduced and "down_proj" in reduced
-    assert {kind for kind, *_ in found} == {"all-gather", "all-reduce"}
 
 
 def test_no_diff_needs_another_one():
     assert not collectives(diffs_run((8, 1, 1))[-1])
+
+
+@functools.cache
+def asking_program(shape):
+    mesh = mesh_of(shape)
+    args, options = generate.abstract_arguments(SMALL, mesh, 3, 9, 6, 2, 4)
+    with parallel.use_mesh(mesh):
+        return generate.generate.lower(*args, **options).compile()
+
+
+def test_training_and_asking_split_the_base_and_keep_the_diffs_apart():
+    adapter, answers = {"1,32,4", "1,4,32"}, {"4", "4,6", "1,2"}
+    gathered, reduced = gathered_and_reduced(adapter_run((2, 2, 2))[-1])
+    assert gathered and gathered <= KERNELS | adapter
+    assert "o_proj" in reduced and "down_proj" in reduced
+    gathered, reduced = gathered_and_reduced(asking_program((2, 2, 2)).as_text())
+    assert gathered and gathered <= KERNELS | adapter | answers
+    assert "o_proj" in reduced and "down_proj" in reduced
+    # Examples meet in the adapter's gradient alone.
+    assert {kind for kind, *_ in collectives(adapter_run((8, 1, 1))[-1])} == {"all-reduce"}
 
 
 def test_the_base_is_one_product_over_all_diffs():
@@ -249,9 +276,8 @@ def test_planning_compiles_the_programs_that_run():
         assert finetune_many.lower(*args, **options).as_text() == diffs_run((2, 2, 2))[2]
         args, options = dit.abstract_step(SMALL, mesh, TRAIN, diff_rank=2)
         assert dit.train_step.lower(*args, **options).as_text() == adapter_run((2, 2, 2))[2]
-        args, options = generate.abstract_arguments(SMALL, mesh, 3, 9, 6, 2, 4)
-        compiled = generate.generate.lower(*args, **options).compile()
-    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(compiled.output_shardings))
+    results = jax.tree.leaves(asking_program((2, 2, 2)).output_shardings)
+    assert all(leaf.is_fully_replicated for leaf in results)
 
 
 # ------------------------------------------------------------------ checkpoints
