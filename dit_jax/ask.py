@@ -76,7 +76,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument(
         "--mesh",
-        help="split the model and the rows over the devices: data,fsdp,tensor, e.g. 1,1,4, or =-1,1,1 for all of them (default: one)",
+        help="split model and rows over devices: data,fsdp,tensor, e.g. 1,1,4; --mesh=-1,1,1 takes all (default: one)",
     )
     parser.add_argument("--json", action="store_true", help="JSON lines instead of text")
     return parser.parse_args(argv)

@@ -1,5 +1,6 @@
 """What goes wrong around a run: signals, damaged files, full disks, two runs at once, inputs that changed."""
 
+import asyncio
 import errno
 import os
 import resource
@@ -265,24 +266,34 @@ def largest(folder):
     return max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
 
 
+def turn_back(folder):
+    file = folder / "_CHECKPOINT_METADATA"
+    text = file.read_text()
+    assert text.count('{"at": 4}') == 1
+    file.write_text(text.replace('{"at": 4}', '{"at": 0}'))
+
+
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "said"),
     [
-        lambda folder: flip(largest(folder)),
-        lambda folder: largest(folder).write_bytes(largest(folder).read_bytes()[:-500]),
-        lambda folder: largest(folder).unlink(),
-        empty,
+        (lambda folder: flip(largest(folder)), "['w'] differs from its digest"),
+        (lambda folder: largest(folder).write_bytes(largest(folder).read_bytes()[:-500]), ""),
+        (lambda folder: largest(folder).unlink(), ""),
+        (turn_back, "iterator differs from its digest"),
+        (empty, ""),
     ],
-    ids=["flipped bit", "truncated", "file missing", "empty folder"],
+    ids=["flipped bit", "truncated", "file missing", "another iterator", "empty folder"],
 )
-def test_a_damaged_checkpoint_is_moved_aside_and_the_newest_good_one_used(saved, damage, capfd):
+def test_a_damaged_checkpoint_is_moved_aside_and_the_newest_good_one_used(
+    saved, damage, said, capfd
+):
     assert names(saved) == ["2", "4"]
     damage(saved / "4")
     step, found, iterator = restored(saved)
     assert (step, iterator) == (2, {"at": 2})
     jax.tree.map(np.testing.assert_array_equal, found, state(2))
     line = [x for x in capfd.readouterr().err.splitlines() if x.startswith("checkpoint")]
-    assert len(line) == 1 and "4' is not used (" in line[0] and "moved to 'damaged-4'" in line[0]
+    assert len(line) == 1 and "4' is not used (" + said in line[0] and "moved to 'damaged-4'" in line[0]
     # The step can be written again, retention does not touch what was moved aside, a second one finds a name.
     checkpoints = Checkpoints(saved, keep=2, data="d")
     for step in (4, 6, 8):
@@ -339,19 +350,15 @@ def test_a_checkpoint_of_one_mesh_is_restored_bitwise_onto_another(tmp_path):
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
-    from orbax.checkpoint._src.serialization import type_handlers
+    from orbax.checkpoint._src.serialization.type_handlers import NumpyHandler
 
-    write = type_handlers._open_and_write if hasattr(type_handlers, "_open_and_write") else None
-    if write is None:
-        pytest.skip("this Orbax writes leaves elsewhere")
+    write = NumpyHandler._background_serialize
 
     async def slow(*args, **kwargs):
-        import asyncio
-
         await asyncio.sleep(1.5)
         return await write(*args, **kwargs)
 
-    monkeypatch.setattr(type_handlers, "_open_and_write", slow)
+    monkeypatch.setattr(NumpyHandler, "_background_serialize", slow)
     checkpoints = Checkpoints(tmp_path)
     start = time.monotonic()
     checkpoints.save(1, state(1), {})
@@ -417,6 +424,22 @@ def test_a_full_disk_is_one_line_and_the_checkpoints_before_are_intact(disk, cap
         with pytest.raises(DitError, match="cannot write .*: the disk is full"):
             action()
     assert names(disk / "s" / "shards") == [] and not (disk / "a").exists()
+
+
+def test_a_full_disk_is_said_once_however_many_arrays_are_written(disk, monkeypatch):
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: said.append(str(args.exc_value)))
+    rng = np.random.default_rng(0)
+    many = {str(i): rng.integers(0, 256, 40_000, np.uint8) for i in range(60)}
+    checkpoints = Checkpoints(disk / "checkpoints")
+    with pytest.raises(DitError, match="the disk is full"):
+        checkpoints.save(1, many, {})
+        checkpoints.wait()
+    checkpoints.close()
+    time.sleep(0.5)  # for the threads that write
+    assert said == []
+    sys.unraisablehook(SimpleNamespace(exc_value=ValueError("another")))
+    assert said == ["another"]
 
 
 def test_a_read_only_disk_is_one_line(disk, capfd):

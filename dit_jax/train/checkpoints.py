@@ -1,12 +1,15 @@
 """Orbax, in one place: training checkpoints that are verified at restore, and the exported adapter.
 
 Orbax restores a file with a flipped byte without a word, counts an empty folder as a checkpoint and has no way
-back to an older step. So every checkpoint carries a digest of its state, and restoring takes the newest one whose
-digest agrees. The others are moved aside, not deleted: what looks damaged may be needed after all.
+back to an older step. So every checkpoint carries digests of its arrays and of the place in the data, and restoring
+takes the newest one whose digests agree. The others are moved aside, not deleted: what looks damaged may be needed
+after all.
 """
 
 import contextlib
 import functools
+import hashlib
+import json
 import logging
 import os
 import pathlib
@@ -46,7 +49,7 @@ class Checkpoints:
 
         self.folder, self._data = pathlib.Path(folder).absolute(), data
         artifacts.make_dir(self.folder)
-        logging.getLogger("absl").addFilter(_REPORTED)
+        _say_errors_once()
         self._saving: Any = None
         with _explain_save(self.folder):
             self._checkpointer = ocp.training.Checkpointer(
@@ -63,7 +66,7 @@ class Checkpoints:
         """
         state = parallel.to_host(state)
         metadata = {
-            "digest": artifacts.digest_tree(state),
+            "digests": _digests(state, iterator_state),
             "iterator": iterator_state,
             "data": self._data,
         }
@@ -87,8 +90,8 @@ class Checkpoints:
     def restore(self, like: Any) -> tuple[int, Any, Any] | None:
         """(step, state, iterator state) of the newest sound checkpoint of this data, None if there is none.
 
-        The state comes back with the shardings of `like`, whatever mesh it was saved from. A checkpoint whose digest
-        does not agree, or of other data, is named on stderr and moved aside, so that its step can be written again.
+        The state comes back with the shardings of `like`, whatever mesh it was saved from. A checkpoint of which a
+        digest does not agree, or of other data, is named on stderr and moved aside: its step can be written again.
 
         Raises:
             DitError: a checkpoint cannot be read for a reason that may pass: it is left alone.
@@ -119,8 +122,10 @@ class Checkpoints:
             if metadata.get("data", self._data) != self._data:
                 return None, None, _Problem("other-data", "it was trained on other diffs")
             state = self._checkpointer.load(step, abstract)
-            if artifacts.digest_tree(state) != metadata["digest"]:
-                return None, None, _Problem("damaged", "its values differ from the digest")
+            found, saved = _digests(state, metadata["iterator"]), metadata["digests"]
+            for name in sorted(found.keys() | saved.keys()):
+                if found.get(name) != saved.get(name):
+                    return None, None, _Problem("damaged", f"{name} differs from its digest")
         except Exception as error:  # whatever Orbax or tensorstore say of a damaged folder
             number = os_error(error)
             kind = "unreadable" if may_pass(number) else "damaged"
@@ -159,6 +164,16 @@ class Checkpoints:
                 self._checkpointer.close()
 
 
+def _digests(state: Any, iterator_state: Any) -> dict[str, str]:
+    """sha256 of each leaf of the state by its path, and of the iterator's."""
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    text = json.dumps(iterator_state, sort_keys=True)
+    return {
+        **{jax.tree_util.keystr(path): artifacts.digest_tree(leaf) for path, leaf in leaves},
+        "iterator": hashlib.sha256(text.encode()).hexdigest(),
+    }
+
+
 # Why a checkpoint is not used, the worst last; None: it is.
 _PROBLEMS = (None, "other-data", "damaged", "unreadable")
 
@@ -174,6 +189,24 @@ class _Reported(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         return not ("orbax" in record.pathname and error and has_remedy(os_error(error)))
+
+
+class _Unraisable:
+    """Drops what tensorstore says of the other writes when one has failed: their event loop is closed by then."""
+
+    def __init__(self, hook: Any):
+        self._hook = hook
+
+    def __call__(self, args: Any) -> None:
+        if str(args.exc_value) != "Event loop is closed":
+            self._hook(args)
+
+
+def _say_errors_once() -> None:
+    """A refused save is one line of `explain_os_errors`, without the tracebacks of the libraries' threads."""
+    logging.getLogger("absl").addFilter(_REPORTED)
+    if not isinstance(sys.unraisablehook, _Unraisable):
+        sys.unraisablehook = _Unraisable(sys.unraisablehook)
 
 
 _explain_save = functools.partial(artifacts.explain_os_errors, "save a checkpoint in")
@@ -201,6 +234,7 @@ def export_adapter(folder: str | pathlib.Path, adapter: Delta, **facts: Any) -> 
 
     processes.on_main(clear)
     artifacts.make_dir(folder.parent)
+    _say_errors_once()
     with _explain_save(folder.parent):
         ocp.save(written, adapter)
 
