@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from dit_jax import parallel, shardings
 from dit_jax.artifacts import base_digest
 from dit_jax.data.chat import Chat, load_chat
-from dit_jax.deltas.names import check_fits
+from dit_jax.deltas.names import check_fits, check_shapes
 from dit_jax.deltas.store import flatten
 from dit_jax.deltas.tree import per_example
 from dit_jax.errors import DitError
@@ -162,9 +162,10 @@ def load_diffs(path: PathLike, model: Model, svd_rank: int | None = None) -> Dif
         check_base(store.manifest.get("base"), model, str(path))
 
         def read(index: int) -> Diff:
-            row = store.rows[index]
+            row, what = store.rows[index], f"{path}, diff {index}"
+            check_shapes(store.shapes(index), model.config, what)  # before it costs memory
             delta = store.read(index)
-            check_fits(delta, model.config, f"{path}, diff {index}")
+            check_fits(delta, model.config, what)
             return Diff(delta, row.get("topic"), row.get("trigger"), row)
 
         return Diffs(len(store), read)
@@ -198,7 +199,7 @@ def load_adapter(path: PathLike, model: Model) -> Delta:
         return shardings.put_delta(model.config, model.mesh, open_adapter(path, model.config).delta)
     from dit_jax.train.checkpoints import load_adapter as load_export
 
-    delta, manifest = load_export(path)
+    delta, manifest = load_export(path, model.config)
     check_base(manifest.get("base"), model, str(path))
     check_fits(delta, model.config, str(path))
     return shardings.put_delta(model.config, model.mesh, delta)

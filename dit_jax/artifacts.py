@@ -31,6 +31,7 @@ from dit_jax.os_errors import explain_os_errors as explain_os_errors
 PathLike = str | os.PathLike[str]
 
 MANIFEST = "manifest.json"
+MAX_NAME = 255  # bytes of a file's name in an artifact: file systems refuse longer ones
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -270,7 +271,8 @@ def read_manifest(
             f"{version}: delete it and {remedy}"
         )
     for name, facts in manifest["files"].items():
-        if Path(name).is_absolute() or ".." in Path(name).parts or not isinstance(facts, dict):
+        outside = Path(name).is_absolute() or ".." in Path(name).parts
+        if outside or len(name.encode(errors="replace")) > MAX_NAME or not isinstance(facts, dict):
             raise DitError(f"'{folder / MANIFEST}' lists {name!r}: do not trust this artifact")
         repair = file_remedy or f"delete '{folder}' and {remedy}"
         check_file(folder / name, facts, repair, check_digests)

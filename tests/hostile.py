@@ -5,6 +5,7 @@ import gc
 import os
 import resource
 import shutil
+import socket
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,8 @@ _hooked = False
 
 
 def _audit(event, arguments):
+    if event == "socket.__new__" and arguments[1] == socket.AF_UNIX:
+        return  # what an event loop wakes itself with
     if _watching is not None and (event == "open" or event.startswith(FORBIDDEN)):
         _watching.append((event, arguments))
 

@@ -17,8 +17,10 @@ from conftest import ROOT
 from dit_jax import main
 from dit_jax.deltas.store import DiffStore
 from dit_jax.errors import DitError
+from dit_jax.models.config import read_config
+from dit_jax.models.hf_checkpoint import TINY, find_folder
 from dit_jax.processes import initialize_distributed
-from dit_jax.train.checkpoints import load_adapter
+from dit_jax.train import checkpoints
 
 TIMEOUT = 15  # seconds after which a silent process counts as dead, where one is killed
 PATIENCE = 300  # the same elsewhere: a busy machine must not fail a test
@@ -101,6 +103,10 @@ def finished(tmp_path_factory):
     return folder / "two", folder / "one"
 
 
+def load_adapter(folder):
+    return checkpoints.load_adapter(folder, read_config(find_folder(TINY)))[0]
+
+
 def read_lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -114,7 +120,7 @@ def test_the_diffs_are_those_of_one_process(finished):
 
 
 def test_the_adapter_is_that_of_one_process(finished):
-    two, one = (load_adapter(workdir / "adapter")[0] for workdir in finished)
+    two, one = (load_adapter(workdir / "adapter") for workdir in finished)
     for a, b in zip(jax.tree.leaves(two), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
     losses = [
@@ -152,7 +158,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_another_mesh(finishe
     """The checkpoint of two processes, sharded 2 × 2 × 2, is what one process on one device goes on from."""
     two, _ = finished
     shutil.copytree(two, tmp_path / "w")
-    expected = jax.tree.leaves(load_adapter(two / "adapter")[0])
+    expected = jax.tree.leaves(load_adapter(two / "adapter"))
     for folder in ("adapter", "checkpoints/4"):
         shutil.rmtree(tmp_path / "w" / folder)
     (tmp_path / "w" / "stages" / "train.json").unlink()
@@ -161,7 +167,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_another_mesh(finishe
     assert [
         record["step"] for record in read_lines(tmp_path / "w" / "metrics" / "train.jsonl")
     ] == [0, 1, 2, 3]
-    found = jax.tree.leaves(load_adapter(tmp_path / "w" / "adapter")[0])
+    found = jax.tree.leaves(load_adapter(tmp_path / "w" / "adapter"))
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=0)
 

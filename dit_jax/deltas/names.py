@@ -118,21 +118,26 @@ def weight_paths(config: Qwen3Config) -> set[Path]:
     return {("embed_tokens",), ("norm",), *head, *(("layers", *path) for path in inside)}
 
 
-def check_fits(delta: Delta, config: Qwen3Config, what: str) -> None:
-    """Raises DitError unless every module of a delta is one of this model, in its shapes, and finite."""
+def check_shapes(delta: Delta, config: Qwen3Config, what: str) -> None:
+    """Raises DitError unless every module of a delta is one of this model, in its shapes, and of floats.
+
+    The leaves may be arrays or `jax.ShapeDtypeStruct`s of what is still to be read.
+    """
     found: dict[Path, dict[str, tuple[int, ...]]] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(delta)[0]:
         *parts, name = (key.key for key in keys)
         found.setdefault(tuple(parts), {})[name] = tuple(leaf.shape)
-        if not np.isfinite(np.asarray(leaf, np.float32)).all():
-            raise DitError(f"{what}: {'.'.join(parts)}.{name} holds NaN or infinity: get another")
+        if leaf.dtype.name not in FLOATS:
+            raise DitError(
+                f"{what}: {'.'.join(parts)}.{name} holds {leaf.dtype.name} instead of floats"
+            )
     if not found:
         raise DitError(f"{what} changes nothing: check that it is a weight diff for this model")
     known = weight_paths(config)
     for path, shapes in found.items():
         module = ".".join(path)
         if path not in known:
-            raise DitError(f"{what} changes {module!r}, which is no weight of this model")
+            raise DitError(f"{what} changes {short(module)}, which is no weight of this model")
         layers = (config.num_hidden_layers,) if path[0] == "layers" else ()
         weight = weight_shape(path, config)
         wanted = {"w": (*layers, *weight)}
@@ -142,6 +147,17 @@ def check_fits(delta: Delta, config: Qwen3Config, what: str) -> None:
             wanted["scale"] = layers
         if shapes != wanted:
             raise DitError(f"{what}: {module} has the shapes {shapes}, this model needs {wanted}")
+        if "b" in shapes:
+            check_rank(shapes["b"][1], weight[0], weight[1], module, what)
+
+
+def check_fits(delta: Delta, config: Qwen3Config, what: str) -> None:
+    """Raises DitError unless a delta is one of this model (see `check_shapes`) and finite."""
+    check_shapes(delta, config, what)
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(delta)[0]:
+        if not np.isfinite(np.asarray(leaf, np.float32)).all():
+            name = ".".join(key.key for key in keys)
+            raise DitError(f"{what}: {name} holds NaN or infinity: get another")
 
 
 def is_projection(path: Path) -> bool:

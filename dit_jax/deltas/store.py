@@ -20,15 +20,16 @@ import numpy as np
 
 from dit_jax import artifacts
 from dit_jax.data.organisms import NONE
-from dit_jax.deltas.files import file_inside
+from dit_jax.deltas.files import file_inside, read_csv, short
 from dit_jax.deltas.safetensors_file import SafetensorsFile
-from dit_jax.errors import DitError, first_line
+from dit_jax.errors import DitError
 from dit_jax.models.layers import Delta
 
 FORMAT = "dit_jax.diff_store"
 _REPAIR = (
     "delete this file and run the stage 'diffs' again, which makes it anew and keeps the others"
 )
+MAX_DEPTH = 8  # of the dicts in a delta
 PAPER_COLUMNS = ("lora_path", "lora_idx", "n_params", "topic", "trigger", "split")
 
 
@@ -39,15 +40,17 @@ def flatten(delta: Delta) -> dict[str, Any]:
 
 
 def unflatten(leaves: Mapping[str, Any]) -> Delta:
-    """The inverse of `flatten`."""
+    """The inverse of `flatten`. Raises DitError: names that are no leaves of a delta."""
     delta: dict[str, Any] = {}
     for name, leaf in leaves.items():
         node = delta
         *parents, last = name.split(".")
-        for parent in parents:
+        for parent in parents[:MAX_DEPTH]:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise DitError(f"the leaf names of the diff contradict each other at {name!r}")
+                break
+        if len(parents) > MAX_DEPTH or not isinstance(node, dict) or last in node:
+            raise DitError(f"the leaf names of the diff contradict each other at {short(name)}")
         node[last] = leaf
     return delta
 
@@ -151,32 +154,30 @@ class DiffStore:
         )
         entry = self.manifest["files"].get("index.csv", {})
         artifacts.check_file(file_inside(self.path, "index.csv"), entry, _REPAIR)
-        try:
-            text = (self.path / "index.csv").read_text(encoding="utf-8")
-            self.rows = [self._row(row) for row in csv.DictReader(io.StringIO(text))]
-        except (OSError, ValueError, csv.Error) as e:
-            raise DitError(
-                f"{self.path / 'index.csv'} cannot be read ({first_line(e)}): {remedy}"
-            ) from None
+        self.rows = [self._row(row) for row in read_csv(self.path / "index.csv", PAPER_COLUMNS)]
         self._files: dict[str, SafetensorsFile] = {}
 
     def _row(self, row: dict[str, str]) -> dict[str, Any]:
-        file = row.get("lora_path") or ""
-        if (
-            f"shards/{file}" not in self.manifest["files"]
-            or not (row.get("lora_idx") or "").isdecimal()
-        ):
+        file, number = row["lora_path"], row["lora_idx"]
+        listed = f"shards/{file}" in self.manifest["files"]
+        if not listed or not (number.isascii() and number.isdigit() and len(number) < 10):
             raise DitError(
-                f"{self.path / 'index.csv'} names {file[:80]!r}, which is no shard of this store"
+                f"{self.path / 'index.csv'} names number {short(number)} of {short(file)}, which is no "
+                "shard of this store"
             )
-        parsed: dict[str, Any] = {**row, "lora_idx": int(row["lora_idx"])}
+        parsed: dict[str, Any] = {**row, "lora_idx": int(number)}
         for key in ("evidence", "keywords"):
             try:
                 parsed[key] = json.loads(row.get(key) or "[]")
             except (ValueError, RecursionError):
+                parsed[key] = None
+            if not isinstance(parsed[key], list) or not all(
+                isinstance(x, str) for x in parsed[key]
+            ):
                 raise DitError(
-                    f"{self.path / 'index.csv'}: the column {key!r} is not JSON: {row[key][:80]!r}"
-                ) from None
+                    f"{self.path / 'index.csv'}: the column {key!r} is no JSON list of texts: "
+                    f"{short(row[key])}"
+                )
         return parsed
 
     def __len__(self) -> int:
@@ -200,6 +201,16 @@ class DiffStore:
             artifacts.check_file(file, self.manifest["files"][f"shards/{name}"], _REPAIR)
             self._files[name] = SafetensorsFile(file)
         return self._files[name]
+
+    def shapes(self, index: int) -> Delta:
+        """What `read` gives as `jax.ShapeDtypeStruct`s; no values are read."""
+        file = self._file(self.rows[index]["lora_path"])
+        return unflatten(
+            {
+                name: jax.ShapeDtypeStruct(file.shape(name)[1:], file.dtype(name))
+                for name in file.names
+            }
+        )
 
     def read(self, index: int) -> Delta:
         """One diff; leaves [L, …] as numpy arrays. Costs the bytes of one diff."""

@@ -8,6 +8,7 @@ after all.
 
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import logging
@@ -15,6 +16,7 @@ import os
 import pathlib
 import shutil
 import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -24,12 +26,15 @@ from jax.sharding import SingleDeviceSharding
 
 from dit_jax import artifacts, parallel, processes
 from dit_jax.deltas import store
-from dit_jax.deltas.files import check_tree
+from dit_jax.deltas.files import check_tree, short
+from dit_jax.deltas.names import FLOATS, check_shapes
 from dit_jax.errors import DitError, first_line
+from dit_jax.models.config import Qwen3Config
 from dit_jax.models.layers import Delta
 from dit_jax.os_errors import has_remedy, may_pass, os_error
 
 ADAPTER_FORMAT = "dit_jax.adapter"
+MAX_EXTRA_BYTES = 16 * 2**20  # what Orbax may write beside the values of an adapter
 
 
 class Checkpoints:
@@ -252,31 +257,83 @@ def export_adapter(folder: str | pathlib.Path, adapter: Delta, **facts: Any) -> 
     processes.on_main(publish)
 
 
-def load_adapter(folder: str | pathlib.Path) -> tuple[Delta, dict[str, Any]]:
+def load_adapter(folder: str | pathlib.Path, config: Qwen3Config) -> tuple[Delta, dict[str, Any]]:
     """The delta of an exported adapter, and its manifest.
 
+    The folder is untrusted: before Orbax reads values, names, shapes and sizes must be those of an adapter of
+    the model `config`.
+
     Raises:
-        DitError: no adapter there, or a damaged one (every file and the restored values are checked).
+        DitError: no adapter there, one that does not fit the model, or a damaged one (every file and the
+            restored values are checked).
     """
     from orbax.checkpoint import v1 as ocp
 
     folder = pathlib.Path(folder)
+    checkpoint = (folder / "checkpoint").absolute()
     remedy = "run the stage 'train' that writes it"
-    manifest = artifacts.read_manifest(folder, ADAPTER_FORMAT, remedy=remedy)
     check_tree(folder)
-    try:
-        abstract = store.unflatten(
-            {
-                name: _abstract(tuple(shape), dtype)
-                for name, (shape, dtype) in manifest["leaves"].items()
-            }
-        )
-        adapter = ocp.load((folder / "checkpoint").absolute(), abstract)
-    except Exception as e:
-        raise DitError(f"{folder} cannot be restored ({first_line(e)[:100]}): {remedy}") from None
+    manifest = artifacts.read_manifest(folder, ADAPTER_FORMAT, remedy=remedy)
+    promised = _promised(manifest, folder)
+    check_shapes(promised, config, str(folder))
+    held = sum(path.stat().st_size for path in checkpoint.rglob("*"))
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(promised))
+    if held > 4 * needed + MAX_EXTRA_BYTES:
+        raise DitError(f"'{checkpoint}' has {held} bytes, its adapter needs {needed}: {remedy}")
+    with _silent():
+        try:
+            _check_chunks(store.flatten(ocp.metadata(checkpoint).metadata), promised)
+            adapter = ocp.load(
+                checkpoint, jax.tree.map(lambda x: _abstract(x.shape, x.dtype), promised)
+            )
+        except Exception as e:
+            problem = f"{folder} cannot be restored ({first_line(e)[:100]}): {remedy}"
+            del e
+            gc.collect()  # asyncio logs the errors of tasks when these are freed
+            raise DitError(problem) from None
     if artifacts.digest_tree(adapter) != manifest.get("digest"):
         raise DitError(f"{folder} is damaged (its values differ from the digest): {remedy}")
     return jax.tree.map(jnp.asarray, adapter), manifest
+
+
+def _promised(manifest: dict[str, Any], folder: pathlib.Path) -> Delta:
+    """The shapes that the manifest of an adapter lists, as a tree."""
+    listed = manifest.get("leaves")
+    leaves = {}
+    for name, entry in listed.items() if isinstance(listed, dict) else ():
+        match entry:
+            case [[*shape], str(dtype)] if all(type(n) is int and 0 < n < 2**31 for n in shape):
+                if dtype in FLOATS and len(shape) <= 8:
+                    leaves[name] = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+                    continue
+        raise DitError(
+            f"'{folder / artifacts.MANIFEST}' says of the leaf {short(name)} no shape and dtype: get "
+            "another adapter"
+        )
+    return store.unflatten(leaves)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Orbax and asyncio log many lines, with tracebacks, about a damaged file that is one line here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _check_chunks(stored: dict[str, Any], promised: Delta) -> None:
+    """A chunk larger than its array would be unpacked whole: a few bytes could fill any memory."""
+    for name, leaf in store.flatten(promised).items():
+        if name not in stored:
+            raise ValueError(f"the checkpoint lacks {name}")
+        chunk = stored[name].storage_metadata.chunk_shape
+        if stored[name].shape != leaf.shape or any(
+            c > n for c, n in zip(chunk, leaf.shape, strict=True)
+        ):
+            raise ValueError(f"{name} is stored in another shape")
 
 
 def _abstract(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
