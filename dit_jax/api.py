@@ -196,7 +196,8 @@ def load_adapter(path: PathLike, model: Model) -> Delta:
     from dit_jax.deltas.detect import open_adapter
 
     if not _is_own(path, "adapter"):
-        return shardings.put_delta(model.config, model.mesh, open_adapter(path, model.config).delta)
+        raw = open_adapter(path, model.config, model.params)
+        return shardings.put_delta(model.config, model.mesh, raw.delta)
     from dit_jax.train.checkpoints import load_adapter as load_export
 
     delta, manifest = load_export(path, model.config)

@@ -112,7 +112,7 @@ def open_diffs(
     if kind == "release":
         return reference_pt.read_release(path, config, base_params, svd_rank)
     if kind == "peft":
-        return Lazy(lambda: peft.read_peft(path, config))
+        return Lazy(lambda: peft.read_peft(path, config, base_params))
     if kind in ("model", "pt_state_dict"):
         return Lazy(lambda: finetuned.read_finetuned(path, config, base_params, svd_rank))
     if kind == "pt_adapter":
@@ -120,15 +120,17 @@ def open_diffs(
     raise DitError(f"'{path}' is {KINDS[kind]}, not a weight diff in a foreign format")
 
 
-def open_adapter(path: str | Path, config: Qwen3Config) -> RawDiff:
+def open_adapter(path: str | Path, config: Qwen3Config, base_params: Any = None) -> RawDiff:
     """The adapter in a foreign format: a PEFT folder, or a `.pt` file {module: (A, B)}.
+
+    `base_params` is needed for PEFT folders that change whole weights.
 
     Raises:
       DitError: another format, or what the readers raise.
     """
     kind = detect_format(path)
     if kind == "peft":
-        return peft.read_peft(path, config)
+        return peft.read_peft(path, config, base_params)
     if kind == "pt_adapter":
         return reference_pt.read_pt_adapter(path, config)
     raise DitError(

@@ -89,6 +89,15 @@ def read_finetuned(
     return RawDiff(delta, metadata=metadata)
 
 
+def base_weight(base_params: Any, path: Path, layer: int | None) -> np.ndarray:
+    """The base's weight of a module in the layout of docs/architecture.md, without the layer axis."""
+    node = base_params
+    for key in path:
+        node = node[key]
+    (leaf,) = node.values()
+    return np.asarray(leaf if layer is None else leaf[layer])
+
+
 def difference(
     weights: Weights, config: Qwen3Config, base_params: Any, svd_rank: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -96,6 +105,18 @@ def difference(
 
     Memory: the delta, and one tensor of either model.
     """
+    delta, metadata = changes(weights, config, base_params, svd_rank)
+    if not any(True for _ in modules(delta)):
+        raise DitError(
+            f"'{weights.source}' equals the base model in every weight: there is no diff"
+        )
+    return delta, {"full_finetune": True, **metadata}
+
+
+def changes(
+    weights: Weights, config: Qwen3Config, base_params: Any, svd_rank: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`difference`, where no change at all is no error: the delta is {} then."""
     if base_params is None:
         raise DitError(
             f"'{weights.source}' holds whole weights: the base model is needed to read it"
@@ -107,11 +128,7 @@ def difference(
     def subtract(path: Path, layer: int | None) -> np.ndarray:
         name = found[path, layer]
         new = check_values(weights.read(name), name, weights.source)
-        base = base_params
-        for key in path:
-            base = base[key]
-        (leaf,) = base.values()
-        old = np.asarray(leaf if layer is None else leaf[layer])
+        old = base_weight(base_params, path, layer)
         new = new.T if new.ndim == 2 and path != ("embed_tokens",) else new
         wide = np.float64 if np.float64 in (new.dtype, old.dtype) else np.float32
         change: np.ndarray = new.astype(wide, copy=False) - old.astype(wide, copy=False)
@@ -132,11 +149,7 @@ def difference(
         metadata: dict[str, Any] = {}
     else:
         delta, metadata = _truncate(paths, config, subtract, svd_rank, weights.source)
-    if not any(True for _ in modules(delta)):
-        raise DitError(
-            f"'{weights.source}' equals the base model in every weight: there is no diff"
-        )
-    return delta, {"full_finetune": True, **metadata}
+    return delta, metadata
 
 
 def _stack_changes(
@@ -204,7 +217,6 @@ def _check_complete(
         raise DitError(
             f"'{weights.source}' lacks {', '.join(missing[:3])}{more}: get the complete model"
         )
-
 
 
 def best_rank(change: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:

@@ -6,11 +6,10 @@ are applied or refused by their name.
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path as FilePath
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from dit_jax.deltas.factors import (
     common_dtype,
     get_factors,
     modules,
+    set_module,
     stack_factors,
 )
 from dit_jax.deltas.files import file_inside, has_file, read_json_object, short
@@ -30,13 +30,16 @@ from dit_jax.deltas.names import (
     RawDiff,
     check_rank,
     check_values,
+    is_projection,
     locate,
     module_name,
     projection_size,
     shape_error,
 )
 from dit_jax.deltas.peft_config import PeftOptions
+from dit_jax.deltas.peft_dense import EMBEDDING, HEAD, DenseChanges, Tensor
 from dit_jax.deltas.safetensors_file import SafetensorsFile
+from dit_jax.deltas.tree import projection_shapes
 from dit_jax.errors import DitError
 from dit_jax.models.config import Qwen3Config
 
@@ -45,67 +48,83 @@ WEIGHTS = "adapter_model.safetensors"
 TORCH_WEIGHTS = "adapter_model.bin"
 MAX_CONFIG_BYTES = 8 * 2**20
 
-_TENSOR = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])(?:\.default)?\.weight")
-_FEATURES = (
-    ("lora_magnitude_vector", "DoRA (use_dora)"),
-    ("lora_embedding_", "LoRA on embeddings"),
-    (".base_layer.", "LoRA on embeddings"),
-    (".bias", "biases (bias or lora_bias)"),
-    ("modules_to_save", "modules_to_save"),
-    ("token_adapter", "trainable_token_indices"),
+_TENSOR = re.compile(
+    r"base_model\.model\.(.+?)\.(?:(lora_[AB])(?:\.default)?\.weight"
+    r"|(lora_magnitude_vector)(?:\.default)?(?:\.weight)?|(lora_embedding_[AB])(?:\.default)?"
+    r"|(base_layer)\.weight|token_adapter\.(trainable_tokens_delta)(?:\.default)?"
+    r"|(?:modules_to_save\.(?:default\.)?)?(weight))"
 )
 
 
-class _Tensor(NamedTuple):
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-
-
-def read_peft(folder: str | FilePath, config: Qwen3Config) -> RawDiff:
+def read_peft(folder: str | FilePath, config: Qwen3Config, base_params: Any = None) -> RawDiff:
     """A LoRA that PEFT saved, as a delta.
 
     Supported: r, lora_alpha, use_rslora, rank_pattern, alpha_pattern, target_modules (names,
-    regular expression, all-linear), exclude_modules, layers_to_transform, layers_pattern.
-    Everything else that changes the result is refused by its name.
+    regular expression, all-linear), exclude_modules, layers_to_transform, layers_pattern; as dense
+    differences (`peft_dense`) use_dora, modules_to_save, trainable_token_indices and LoRA on
+    embeddings and head. Everything else that changes the result is refused by its name.
 
     Args:
       folder: the folder with adapter_config.json and adapter_model.safetensors (or .bin).
       config: architecture of the base model.
+      base_params: its parameters, needed for what is no LoRA of a projection.
 
     Raises:
       DitError: missing or malformed files, unsupported options, tensors that do not fit the model
-      or
-        the config, tensors that the config asks for but are not there.
+        or the config, tensors that the config asks for but are not there.
     """
     folder = FilePath(folder)
     where = file_inside(folder, CONFIG)
     options = PeftOptions(read_json_object(where, MAX_CONFIG_BYTES), where)
     source, tensors = _open(folder)
-    pairs: dict[str, dict[str, _Tensor]] = {}
+    by_module: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
         if match is None:
             raise _unsupported_tensor(name, source)
-        pairs.setdefault(match.group(1), {})[match.group(2)] = tensor
+        part = next(filter(None, match.groups()[1:]))
+        add_once(by_module.setdefault(match.group(1), {}), part, tensor, name, source)
 
     found: dict[tuple[Path, int], Callable[[], Factors]] = {}
-    for module, pair in pairs.items():
+    places: set[tuple[Path, int | None]] = set()
+    dense = DenseChanges(options, config, base_params, source)
+    for module, parts in by_module.items():
         place, layer = locate(module, config, source)
-        read = _reader(module, place, pair, options, config, source)
-        assert layer is not None  # _reader has refused everything but projections
-        add_once(found, (place, layer), read, module, source)
-    _check_targets(set(found), set(pairs), options, config, source)
+        places.add((place, layer))
+        if options.dora != ("lora_magnitude_vector" in parts) and "lora_A" in parts:
+            raise DitError(
+                f"'{source}': use_dora is {options.dora}, but the lora_magnitude_vector of "
+                f"{short(module)} is {'missing' if options.dora else 'there'}: get the complete folder"
+            )
+        if is_projection(place) and parts.keys() <= {"lora_A", "lora_B"}:
+            read = _reader(module, place, parts, options, config, source)
+            assert layer is not None  # projections are always in a layer
+            add_once(found, (place, layer), read, module, source)
+        else:
+            dense.add(module, place, layer, parts)
+    _check_complete(places, by_module, options, config, source)
+    delta = stack_factors(found, config, source) if found else {}
+    for path, changed in modules(dense.delta()):
+        if path in {path for path, _ in found}:
+            raise DitError(
+                f"'{source}' changes {path[-1]} by factors and by whole weights: that is not supported"
+            )
+        set_module(delta, path, changed)
+    if not delta:
+        raise DitError(
+            f"'{source}' changes no module of this model: check that it is a weight diff for it"
+        )
     base = options.raw.get("base_model_name_or_path")
     metadata = {"base_model_name_or_path": base} if isinstance(base, str) else {}
-    return RawDiff(stack_factors(found, config, source), metadata=metadata, kind="adapter")
+    return RawDiff(delta, metadata=metadata, kind="adapter")
 
 
-def _open(folder: FilePath) -> tuple[FilePath, dict[str, _Tensor]]:
+def _open(folder: FilePath) -> tuple[FilePath, dict[str, Tensor]]:
     if has_file(folder, WEIGHTS):
         path = file_inside(folder, WEIGHTS)
         file = SafetensorsFile(path)
         return path, {
-            name: _Tensor(file.shape(name), lambda name=name: file.read(name))  # type: ignore[misc]
+            name: Tensor(file.shape(name), lambda name=name: file.read(name))  # type: ignore[misc]
             for name in file.names
         }
     if not has_file(folder, TORCH_WEIGHTS):
@@ -119,24 +138,21 @@ def _open(folder: FilePath) -> tuple[FilePath, dict[str, _Tensor]]:
     for name, tensor in tree.items():
         if not isinstance(tensor, torch_pickle.LazyTensor):
             raise DitError(f"'{path}': {short(name)} is not a tensor")
-    return path, {name: _Tensor(tensor.shape, tensor.read) for name, tensor in tree.items()}
+    return path, {name: Tensor(tensor.shape, tensor.read) for name, tensor in tree.items()}
 
 
 def _unsupported_tensor(name: str, source: FilePath) -> DitError:
-    for part, feature in _FEATURES:
-        if part in name:
-            return DitError(f"'{source}' holds {short(name)}: {feature} is not supported")
-    if name.endswith(".weight") and "lora_" not in name:
+    if name.endswith(".bias"):
         return DitError(
-            f"'{source}' holds the whole weight {short(name)}: modules_to_save is not supported"
+            f"'{source}' holds {short(name)}: biases (bias or lora_bias) are not supported"
         )
-    return DitError(f"'{source}' holds {short(name)}, which is no LoRA factor of a PEFT adapter")
+    return DitError(f"'{source}' holds {short(name)}, which is no part of a PEFT LoRA")
 
 
 def _reader(
     module: str,
     place: Path,
-    pair: dict[str, _Tensor],
+    pair: dict[str, Tensor],
     options: PeftOptions,
     config: Qwen3Config,
     source: FilePath,
@@ -150,14 +166,11 @@ def _reader(
         raise DitError(
             f"'{source}' holds factors of {short(module)}, which {CONFIG} does not target"
         )
-    rank, alpha = options.rank(module), options.alpha(module)
+    rank, scale = options.rank(module), options.scale(module)
     check_rank(rank, inputs, outputs, module, source)
     for letter, wanted in (("lora_A", (rank, inputs)), ("lora_B", (outputs, rank))):
         if pair[letter].shape != wanted:
             raise shape_error(source, f"{module}.{letter}.weight", pair[letter].shape, wanted)
-    scale = alpha / (math.sqrt(rank) if options.rslora else rank)
-    if not abs(scale) < 1e30:
-        raise DitError(f"'{options.source}': lora_alpha {short(alpha)} is not a usable number")
 
     def read() -> Factors:
         a = check_values(pair["lora_A"].read(), f"{module}.lora_A.weight", source)
@@ -167,28 +180,34 @@ def _reader(
     return read
 
 
-def _check_targets(
-    found: set[tuple[Path, int]],
-    names: set[str],
+def _check_complete(
+    places: set[tuple[Path, int | None]],
+    by_module: Iterable[str],
     options: PeftOptions,
     config: Qwen3Config,
     source: FilePath,
 ) -> None:
-    """What the config targets must be in the file: PEFT would fill it up with random numbers."""
-    from dit_jax.deltas.tree import projection_shapes
-
-    if not names or options.target_modules is None:
-        return
+    """What the config asks for must be in the file: PEFT would fill it up with random numbers."""
+    missing = [name for name in options.modules_to_save if not any(name in x for x in by_module)]
+    missing += [name for name in options.token_rows if not any(x.endswith(name) for x in by_module)]
     # The names as in the file: other programs put other prefixes in front of the layers.
-    first = min(names)
-    prefix = first[: first.index("layers.")]
-    for name, (parent, _, _) in projection_shapes(config).items():
-        for layer in range(config.num_hidden_layers):
-            full = f"{prefix}layers.{layer}.{parent}.{name}"
-            if (("layers", parent, name), layer) not in found and options.targets(full):
-                raise DitError(
-                    f"{CONFIG} targets {full}, but '{source}' lacks it: get the complete folder"
-                )
+    in_layers = min((name for name in by_module if "layers." in name), default="model.layers.")
+    prefix = in_layers[: in_layers.index("layers.")]
+    wanted: dict[str, tuple[Path, int | None]] = {
+        f"{prefix}layers.{layer}.{parent}.{name}": (("layers", parent, name), layer)
+        for name, (parent, _, _) in projection_shapes(config).items()
+        for layer in range(config.num_hidden_layers)
+    }
+    if not options.all_linear:
+        wanted |= {f"{prefix}embed_tokens": (EMBEDDING, None), "lm_head": (HEAD, None)}
+    if by_module and options.target_modules is not None:
+        missing += [
+            name for name, at in wanted.items() if at not in places and options.targets(name)
+        ]
+    if missing:
+        raise DitError(
+            f"{CONFIG} targets {short(missing[0])}, but '{source}' lacks it: get the complete folder"
+        )
 
 
 # ------------------------------------------------------------------ writing

@@ -1,5 +1,6 @@
 """adapter_config.json of PEFT: options, typed and checked, and which module they apply to."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ _HANDLED = {
     "init_lora_weights",
     "bias",
     "task_type",
+    "use_dora",
+    "modules_to_save",
+    "trainable_token_indices",
 }
 # These say how the adapter was trained or saved; what it computes does not depend on them.
 _IRRELEVANT = {
@@ -64,8 +68,8 @@ class PeftOptions:
                 "base weights, which "
                 "is not supported: save the adapter with path_initial_model_for_weight_conversion"
             )
-        if raw.get("bias", "none") != "none":
-            raise DitError(f"'{source}': bias {short(raw['bias'])} is not supported, only 'none'")
+        if raw.get("bias") not in (None, "none", "all", "lora_only"):  # of the base: it has none
+            raise DitError(f"'{source}': bias {short(raw['bias'])} is not supported")
         if raw.get("task_type") not in (None, "CAUSAL_LM", "FEATURE_EXTRACTION"):
             raise DitError(
                 f"'{source}': task_type {short(raw['task_type'])} is not supported, only "
@@ -73,12 +77,16 @@ class PeftOptions:
             )
         self._r = self._number("r", raw.get("r", 8), integer=True)
         self._alpha = self._number("lora_alpha", raw.get("lora_alpha", 8))
-        self.rslora = self._typed("use_rslora", bool, False)
+        self._rslora = self._typed("use_rslora", bool, False)
+        self.dora = self._typed("use_dora", bool, False)
+        saved = self._names("modules_to_save") or []
+        self.modules_to_save = [saved] if isinstance(saved, str) else saved
+        self.token_rows = self._token_rows(raw.get("trainable_token_indices"))
         self._ranks = self._pattern("rank_pattern", integer=True)
         self._alphas = self._pattern("alpha_pattern")
         self.target_modules = self._names("target_modules")
         self._exclude = self._names("exclude_modules")
-        self._all_linear = (
+        self.all_linear = (
             isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
         )
         self._regexes: dict[str, SafeRegex] = {}
@@ -95,7 +103,7 @@ class PeftOptions:
         if (
             isinstance(self.target_modules, str)
             and self._layers is not None
-            and not self._all_linear
+            and not self.all_linear
         ):
             raise DitError(
                 f"'{source}': layers_to_transform is not supported with a pattern in target_modules"
@@ -107,13 +115,40 @@ class PeftOptions:
     def alpha(self, module: str) -> float:
         return self._lookup("alpha_pattern", self._alphas, module, self._alpha)
 
+    def scale(self, module: str) -> float:
+        """lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
+        rank, alpha = self.rank(module), self.alpha(module)
+        scale = alpha / (math.sqrt(rank) if self._rslora else rank)
+        if not abs(scale) < 1e30:
+            raise DitError(f"'{self.source}': lora_alpha {short(alpha)} is not a usable number")
+        return scale
+
+    def saves(self, module: str) -> bool:
+        """Whether PEFT trains and saves the whole weight of this module (`_set_trainable`)."""
+        parts = module.split(".")
+        above = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+        return any(name.endswith(tuple(self.modules_to_save)) for name in above)
+
+    def tokens(self, module: str, vocab_size: int) -> list[int]:
+        """The rows of a module that trainable_token_indices names."""
+        for name, rows in self.token_rows.items():
+            if module == name or module.endswith(f".{name}"):
+                if any(row >= vocab_size for row in rows):
+                    raise self._error(
+                        "trainable_token_indices", max(rows), f"ids below {vocab_size}"
+                    )
+                return rows
+        raise DitError(
+            f"'{self.source}': trainable_token_indices does not name {short(module)}, which is changed"
+        )
+
     def targets(self, module: str) -> bool:
         """Whether PEFT puts a LoRA on this projection (`check_target_module_exists`)."""
         if self._exclude and self._listed("exclude_modules", self._exclude, module):
             return False
         if self.target_modules is None:
             return True
-        if not self._all_linear and not self._listed("target_modules", self.target_modules, module):
+        if not self.all_linear and not self._listed("target_modules", self.target_modules, module):
             return False
         # PEFT asks for the layer only where a name is the end of a module's.
         if self._layers is None:
@@ -199,6 +234,18 @@ class PeftOptions:
                 f"'{self.source}': {name} has {len(value)} entries: more than {MAX_PATTERNS}"
             )
         return value
+
+    def _token_rows(self, value: Any) -> dict[str, list[int]]:
+        """Rows by module; a bare list is one of the embedding's."""
+        by_module = value if isinstance(value, dict) else {"embed_tokens": value or []}
+        for rows in by_module.values():
+            if (
+                not isinstance(rows, list)
+                or not all(type(row) is int and row >= 0 for row in rows)
+                or len(set(rows)) < len(rows)
+            ):
+                raise self._error("trainable_token_indices", value, "different token ids")
+        return {name: rows for name, rows in by_module.items() if rows}
 
     def _layer_set(self, value: Any) -> set[int] | None:
         if value is None or value == []:

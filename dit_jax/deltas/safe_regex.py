@@ -43,8 +43,8 @@ class SafeRegex:
       budget: shared with the other patterns of a file. None: one of its own.
 
     Raises:
-      DitError: not a regular expression, or one with look-behind, back references, atomic groups or
-        flags; when matching, a pattern that needs too many steps.
+      DitError: not a regular expression, or one with back references, atomic groups or flags;
+        when matching, a pattern that needs too many steps.
     """
 
     def __init__(self, pattern: str, budget: Budget | None = None):
@@ -111,8 +111,14 @@ class SafeRegex:
             return self._sequence(value[3], here)
         if kind in (op.MAX_REPEAT, op.MIN_REPEAT):
             return self._repeat(value, here)
-        if kind in (op.ASSERT, op.ASSERT_NOT) and value[0] == 1:
-            found = bool(self._sequence(value[1], here))
+        if kind in (op.ASSERT, op.ASSERT_NOT):
+            begin = start
+            if value[0] != 1:  # looking behind
+                least, most = value[1].getwidth()
+                if least != most:
+                    raise self._refuse("look-behind of a variable width")
+                begin -= least
+            found = begin >= 0 and bool(self._sequence(value[1], frozenset([begin])))
             return here if found == (kind is op.ASSERT) else nothing
         raise self._refuse(str(kind).lower().replace("_", " "))
 

@@ -1,0 +1,215 @@
+"""What PEFT adapters change other than by LoRA factors of projections, as whole new weights.
+
+DoRA, modules_to_save, LoRA on the embedding or the head, and trained rows of the embedding. A delta
+holds them as dense differences (`finetuned.changes`), so they cost the memory of whole weights.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path as FilePath
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dit_jax.deltas.files import short
+from dit_jax.deltas.finetuned import Weights, base_weight, changes
+from dit_jax.deltas.names import (
+    Path,
+    check_rank,
+    check_values,
+    is_projection,
+    module_name,
+    shape_error,
+    weight_shape,
+)
+from dit_jax.deltas.peft_config import PeftOptions
+from dit_jax.errors import DitError
+from dit_jax.models.config import Qwen3Config
+
+
+class Tensor(NamedTuple):
+    """A tensor of the adapter's file."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+EMBEDDING, HEAD = ("embed_tokens",), ("lm_head",)
+_LORA = ("lora_A", "lora_B")
+# Parts of a module -> what its new weight is; `base_layer` is a copy of the base that PEFT adds.
+_KINDS = {
+    frozenset((*_LORA, "lora_magnitude_vector")): "dora",
+    frozenset(_LORA): "lora",
+    frozenset((*_LORA, "base_layer")): "lora",
+    frozenset(("lora_embedding_A", "lora_embedding_B")): "embedding",
+    frozenset(("lora_embedding_A", "lora_embedding_B", "base_layer")): "embedding",
+    frozenset(("weight",)): "saved",
+    frozenset(("trainable_tokens_delta",)): "tokens",
+}
+
+
+@dataclasses.dataclass
+class DenseChanges:
+    """Collects the changed modules of a folder; `delta` reads them."""
+
+    options: PeftOptions
+    config: Qwen3Config
+    base_params: Any
+    source: FilePath
+
+    def __post_init__(self) -> None:
+        self._new: dict[tuple[Path, int | None], Callable[[], np.ndarray]] = {}
+
+    def add(self, module: str, place: Path, layer: int | None, parts: dict[str, Tensor]) -> None:
+        """Takes the tensors of one module, after a check of their kinds and shapes."""
+        kind = _KINDS.get(frozenset(parts))
+        wanted = {
+            "dora": is_projection(place),
+            "lora": place == HEAD,
+            "embedding": place == EMBEDDING,
+            "saved": True,
+            "tokens": place in (EMBEDDING, HEAD),
+        }
+        if kind is None or not wanted[kind]:
+            raise DitError(
+                f"'{self.source}' holds {', '.join(sorted(parts))} of {short(module)}: that is not "
+                "supported"
+            )
+        if self.base_params is None:
+            raise DitError(
+                f"'{self.source}' changes whole weights: the base model is needed to read it"
+            )
+        if self.config.tie_word_embeddings and place in (EMBEDDING, HEAD) and kind != "tokens":
+            option = "modules_to_save" if kind == "saved" else "target_modules"
+            raise DitError(
+                f"'{self.source}': {option} changes {short(module)} alone, but the base ties embedding "
+                "and head: that is supported for untied models only"
+            )
+        make = getattr(self, f"_{kind}")(module, place, layer, parts)
+        if (place, layer) in self._new:
+            raise DitError(
+                f"'{self.source}' changes {short(module)} twice, under two names: fix the file"
+            )
+        self._new[place, layer] = make
+
+    def delta(self) -> dict[str, Any]:
+        """The dense differences of all modules that were added."""
+        if not self._new:
+            return {}
+        new = dict(self._new)
+        for place in {place for place, layer in self._new if layer is not None}:
+            for layer in range(self.config.num_hidden_layers):  # those without a change
+                new.setdefault((place, layer), lambda at=(place, layer): self._base(*at))  # type: ignore[misc]
+        named = {f"{module_name(*key)}.weight": (key, read) for key, read in new.items()}
+        shapes = {name: self._shape(key[0]) for name, (key, _) in named.items()}
+        weights = Weights(self.source, shapes, lambda name: named[name][1](), complete=False)
+        return changes(weights, self.config, self.base_params)[0]
+
+    def _shape(self, place: Path) -> tuple[int, ...]:
+        """Of a weight in the file's orientation."""
+        shape = weight_shape(place, self.config)
+        return shape if place == EMBEDDING else shape[::-1]
+
+    def _base(self, place: Path, layer: int | None) -> np.ndarray:
+        """The base's weight in the file's orientation."""
+        weight = base_weight(self.base_params, place, layer)
+        weight = weight if place == EMBEDDING else weight.T
+        return weight.astype(np.float32)
+
+    def _read(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
+        """Checks the shape now and returns what reads the values, in float32."""
+        if tensor.shape != shape:
+            raise shape_error(self.source, name, tensor.shape, shape)
+        return lambda: check_values(tensor.read(), name, self.source).astype(np.float32)
+
+    def _product(
+        self, module: str, place: Path, parts: dict[str, Tensor], names: tuple[str, str]
+    ) -> Callable[[], np.ndarray]:
+        """scale * (B A), [out, in], of LoRA factors A [r, in] and B [out, r]."""
+        inputs, outputs = weight_shape(place, self.config)
+        if not self.options.targets(module):
+            raise DitError(
+                f"'{self.source}' holds factors of {short(module)}, which is not targeted"
+            )
+        rank, scale = self.options.rank(module), self.options.scale(module)
+        check_rank(rank, inputs, outputs, module, self.source)
+        a = self._read(f"{module}.{names[0]}", parts[names[0]], (rank, inputs))
+        b = self._read(f"{module}.{names[1]}", parts[names[1]], (outputs, rank))
+        return lambda: np.float32(scale) * (b() @ a())
+
+    def _unchanged(
+        self, module: str, place: Path, parts: dict[str, Tensor]
+    ) -> Callable[[], np.ndarray]:
+        """The base's weight, after a check that the copy of it in the file, if there is one, is that."""
+        if "base_layer" not in parts:
+            return lambda: self._base(place, None)
+        copy = self._read(f"{module}.base_layer.weight", parts["base_layer"], self._shape(place))
+
+        def read() -> np.ndarray:
+            base, found = base_weight(self.base_params, place, None), copy()
+            found = found if place == EMBEDDING else found.T
+            if not np.array_equal(found.astype(base.dtype), base):
+                raise DitError(
+                    f"'{self.source}' was made for a base with another {short(module)}: use that base"
+                )
+            return self._base(place, None)
+
+        return read
+
+    def _dora(
+        self, module: str, place: Path, layer: int | None, parts: dict[str, Tensor]
+    ) -> Callable[[], np.ndarray]:
+        product = self._product(module, place, parts, _LORA)
+        outputs = self._shape(place)[:1]
+        name = f"{module}.lora_magnitude_vector"
+        magnitude = self._read(name, parts["lora_magnitude_vector"], outputs)
+
+        def read() -> np.ndarray:
+            weight = self._base(place, layer) + product()
+            norms = np.linalg.norm(weight, axis=1)
+            with np.errstate(divide="ignore", invalid="ignore"):  # a row of zeros: refused as NaN
+                return (magnitude() / norms)[:, None] * weight
+
+        return read
+
+    def _lora(
+        self, module: str, place: Path, layer: int | None, parts: dict[str, Tensor]
+    ) -> Callable[[], np.ndarray]:
+        product, base = (
+            self._product(module, place, parts, _LORA),
+            self._unchanged(module, place, parts),
+        )
+        return lambda: base() + product()
+
+    def _embedding(
+        self, module: str, place: Path, layer: int | None, parts: dict[str, Tensor]
+    ) -> Callable[[], np.ndarray]:
+        names = ("lora_embedding_A", "lora_embedding_B")
+        product = self._product(module, place, parts, names)
+        base = self._unchanged(module, place, parts)
+        return lambda: base() + product().T
+
+    def _saved(
+        self, module: str, place: Path, layer: int | None, parts: dict[str, Tensor]
+    ) -> Callable[[], np.ndarray]:
+        if not self.options.saves(module):
+            raise DitError(
+                f"'{self.source}' holds the whole weight of {short(module)}, which is not in "
+                "modules_to_save"
+            )
+        return self._read(f"{module}.weight", parts["weight"], self._shape(place))
+
+    def _tokens(
+        self, module: str, place: Path, layer: int | None, parts: dict[str, Tensor]
+    ) -> Callable[[], np.ndarray]:
+        rows = self.options.tokens(module, self.config.vocab_size)
+        name = f"{module}.token_adapter.trainable_tokens_delta"
+        shape = (len(rows), self.config.hidden_size)
+        values = self._read(name, parts["trainable_tokens_delta"], shape)
+
+        def read() -> np.ndarray:
+            weight = np.array(self._base(place, layer))
+            weight[rows] = values()
+            return weight
+
+        return read
