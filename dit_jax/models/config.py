@@ -1,10 +1,10 @@
 """Shapes of Qwen3 models: read from `config.json`, or one of the released sizes by name."""
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
+from dit_jax.deltas.files import read_json_object
 from dit_jax.errors import DitError
 from dit_jax.models.attention import IMPLEMENTATIONS
 
@@ -127,19 +127,9 @@ def read_config(folder: str | pathlib.Path) -> Qwen3Config:
             compute exactly (another architecture, rope scaling, sliding windows, biases, quantised weights).
     """
     path = pathlib.Path(folder) / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise DitError(
-            f"{path} does not exist: a model is a folder in Hugging Face format"
-        ) from None
-    except OSError as e:
-        raise DitError(f"{path} cannot be read: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
-        raise DitError(f"{path} is not valid JSON ({e}): download the model again") from None
-    if not isinstance(raw, dict):
-        raise DitError(f"{path} is not a JSON object: download the model again")
-    return parse_config(raw, str(path))
+    if not path.exists():
+        raise DitError(f"{path} does not exist: a model is a folder in Hugging Face format")
+    return parse_config(read_json_object(path), str(path))
 
 
 def parse_config(raw: dict[str, Any], where: str) -> Qwen3Config:
@@ -169,13 +159,17 @@ def parse_config(raw: dict[str, Any], where: str) -> Qwen3Config:
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
             raise DitError(f"{where}: {key!r} must be a positive integer, not {value!r}")
         fields[field] = value
-    head_dim = raw.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
+    # Absent, it is the default of transformers.
+    head_dim = raw.get("head_dim", 128) or fields["hidden_size"] // fields["num_attention_heads"]
     if fields["num_hidden_layers"] > MAX_LAYERS:
         raise DitError(f"{where}: more than {MAX_LAYERS} layers are not supported")
     if not isinstance(head_dim, int) or not 2 <= head_dim < 2**16 or head_dim % 2:
         raise DitError(f"{where}: 'head_dim' must be a positive even integer, not {head_dim!r}")
     if fields["num_attention_heads"] % fields["num_key_value_heads"]:
         raise DitError(f"{where}: num_attention_heads must be a multiple of num_key_value_heads")
+    tied = raw.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise DitError(f"{where}: 'tie_word_embeddings' must be true or false, not {tied!r}")
     eps = raw.get("rms_norm_eps", 1e-6)
     if not isinstance(eps, int | float) or not 0 < eps < 1:
         raise DitError(f"{where}: 'rms_norm_eps' must be a small positive number, not {eps!r}")
@@ -183,7 +177,7 @@ def parse_config(raw: dict[str, Any], where: str) -> Qwen3Config:
         head_dim=head_dim,
         rms_norm_eps=float(eps),
         rope_theta=_rope_theta(raw, where),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_word_embeddings=tied,
         **fields,
     )
 
