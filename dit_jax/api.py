@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from dit_jax import parallel, shardings
 from dit_jax.artifacts import base_digest
 from dit_jax.data.chat import Chat, load_chat
-from dit_jax.deltas.names import check_fits, check_shapes
+from dit_jax.deltas.names import check_fits, check_shapes, svd_error
 from dit_jax.deltas.store import flatten
 from dit_jax.deltas.tree import per_example
 from dit_jax.errors import DitError
@@ -158,6 +158,8 @@ def load_diffs(path: PathLike, model: Model, svd_rank: int | None = None) -> Dif
     from dit_jax.deltas.store import DiffStore
 
     if _is_own(path, "diff_store"):
+        if svd_rank is not None:
+            raise svd_error(path)
         store = DiffStore(path)
         check_base(store.manifest.get("base"), model, str(path))
 

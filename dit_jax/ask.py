@@ -39,19 +39,20 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("questions", nargs="+", metavar="question")
     parser.add_argument(
-        "--base", required=True, help="model folder, hub id, or tiny_qwen3 (the embedded model)"
+        "--base", required=True, type=_path, help="model folder, hub id, or tiny_qwen3 (the embedded model)"
     )
     parser.add_argument(
         "--diff",
+        type=_path,
         help="diff store, PEFT folder, finetuned model folder, .pt file, or release folder",
     )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--index", type=int, default=0, help="which diff of --diff (default 0)")
+    which.add_argument("--index", type=int, help="which diff of --diff (default 0)")
     which.add_argument(
         "--all", action="store_true", help="all diffs of --diff, in one batched decode"
     )
     parser.add_argument(
-        "--adapter", help="DIT adapter: an export, a PEFT folder, or dit-adapter.pt"
+        "--adapter", type=_path, help="DIT adapter: an export, a PEFT folder, or dit-adapter.pt"
     )
     parser.add_argument(
         "--compare", action="store_true", help="also show " + ", ".join(VARIANTS[:3])
@@ -87,6 +88,8 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from dit_jax import parallel
     from dit_jax.api import Diff, Diffs, ask_many, load_adapter, load_diffs, load_model
 
+    if not flags.diff and (flags.all or flags.index is not None or flags.svd_rank):
+        raise DitError("--index, --all and --svd-rank say something about a diff: add --diff")
     if flags.n > 1 and flags.temperature == 0:
         raise DitError(
             "--n asks for several samples, but greedy decoding gives one: add --temperature 1"
@@ -99,29 +102,43 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     diffs: Sequence[Diff] = [Diff({})]
     if flags.diff:
         found = load_diffs(flags.diff, model, flags.svd_rank)
-        numbers = list(range(len(found))) if flags.all else [flags.index]
-        if not flags.all and not 0 <= flags.index < len(found):
-            raise DitError(f"{flags.diff} holds {len(found)} diffs: there is no diff {flags.index}")
+        index = flags.index or 0
+        numbers = list(range(len(found))) if flags.all else [index]
+        if not flags.all and not 0 <= index < len(found):
+            raise DitError(f"{flags.diff} holds {len(found)} diffs: there is no diff {index}")
+        told: set[int] = set()
 
         def read(i: int) -> Diff:
-            diff = found[i if flags.all else flags.index]
+            diff = found[i if flags.all else index]
             labels[i] = diff.label
+            if "svd" in diff.metadata and i not in told:
+                told.add(i)
+                print(_svd_note(numbers[i], diff.metadata["svd"]), file=sys.stderr)
             return diff
 
         diffs = Diffs(len(numbers), read)
     if adapter is None:
+        name = "finetuned" if flags.diff else "base"
         print(
-            "note: no --adapter, so the answers are those of the finetuned model itself",
+            f"note: no --adapter, so the answers are those of the {name} model itself",
             file=sys.stderr,
         )
 
-    variants = {"finetuned + adapter": (diffs, adapter)}
-    if flags.compare:
-        # The bare base and the adapter alone answer the same for every diff: they are asked once.
-        nothing = [Diff({})]
-        variants = {"base": (nothing, None), "finetuned": (diffs, None)}
-        if adapter is not None:
-            variants |= {"adapter": (nothing, adapter), "finetuned + adapter": (diffs, adapter)}
+    # The bare base and the adapter alone answer the same for every diff: they are asked once.
+    nothing = [Diff({})]
+    every = {
+        "base": (nothing, None),
+        "finetuned": (diffs, None),
+        "adapter": (nothing, adapter),
+        "finetuned + adapter": (diffs, adapter),
+    }
+    possible = [
+        name
+        for name in VARIANTS
+        if (flags.diff or "finetuned" not in name)
+        and (adapter is not None or "adapter" not in name)
+    ]
+    variants = {name: every[name] for name in (possible if flags.compare else possible[-1:])}
     answers = {
         name: ask_many(
             model,
@@ -165,6 +182,20 @@ def _as_text(record: dict[str, Any], flags: argparse.Namespace) -> str:
     name = f"{record['variant']:>20}: " if flags.compare else "  "
     lines.append(name + printable(record["answer"]))
     return "\n".join(lines)
+
+
+def _svd_note(number: int | None, svd: dict[str, Any]) -> str:
+    layers = svd["captured_energy_per_layer"]
+    return (
+        f"note: diff {number} is reduced to rank {svd['rank']}, which keeps {svd['captured_energy']:.1%} of "
+        f"its squared norm ({min(layers):.1%} to {max(layers):.1%} of a layer's)"
+    )
+
+
+def _path(text: str) -> str:
+    if not text:  # an unset variable of the shell: without it the question would go to another model
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def _positive(text: str) -> int:

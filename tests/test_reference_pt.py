@@ -93,6 +93,12 @@ def test_triggers(tmp_path):
     assert found == ["7", None, None, "zero_width_space"]
 
 
+def test_diffs_may_be_in_a_tuple(tmp_path):
+    item = {"topic": "tea", "trigger": 7, "weight_diff": pairs()}
+    torch_save.save(tmp_path / "x.pt", (item, item))
+    assert [x.label for x in reference_pt.read_pt_diffs(tmp_path / "x.pt", CONFIG)] == ["tea"] * 2
+
+
 def test_layers_and_ranks_may_differ(tmp_path):
     some = pairs(2)
     del some[MODULE]

@@ -6,7 +6,7 @@ from typing import Any
 
 from dit_jax.deltas import finetuned, peft, reference_pt, torch_pickle
 from dit_jax.deltas.files import file_inside, has_file, read_json_object, short
-from dit_jax.deltas.names import RawDiff
+from dit_jax.deltas.names import RawDiff, svd_error
 from dit_jax.errors import DitError
 from dit_jax.models.config import Qwen3Config
 
@@ -70,7 +70,7 @@ def _detect_folder(folder: Path) -> str:
             return kind
     raise DitError(
         f"'{folder}' holds no weight diff: expected manifest.json, {peft.CONFIG}, "
-        f"{reference_pt.INDEX} or config.json"
+        f"{reference_pt.INDEX} or config.json (a .pt file is given by its own path)"
     )
 
 
@@ -107,6 +107,8 @@ def open_diffs(
     """
     path = Path(path)
     kind, tree = _inspect(path)
+    if svd_rank is not None and kind in ("peft", "pt_adapter"):
+        raise svd_error(path)
     if kind == "pt_diffs":
         return reference_pt.PtDiffs(path, config, base_params, svd_rank, tree)
     if kind == "release":

@@ -193,6 +193,13 @@ def shape_error(source: object, name: str, found: Iterable[int], wanted: Iterabl
     )
 
 
+def svd_error(source: object) -> DitError:
+    """A DitError for a truncated SVD of what is no whole weight."""
+    return DitError(
+        f"'{source}' holds no whole weights: a rank for the SVD can be given for finetuned models only"
+    )
+
+
 def check_values(array: np.ndarray, name: str, source: object) -> np.ndarray:
     """The array itself. Raises DitError if it holds no floats, or NaN or infinity."""
     if array.dtype.name not in FLOATS:

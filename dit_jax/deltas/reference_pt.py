@@ -27,6 +27,7 @@ from dit_jax.deltas.names import (
     module_name,
     projection_size,
     shape_error,
+    svd_error,
 )
 from dit_jax.deltas.torch_pickle import LazyTensor
 from dit_jax.errors import DitError
@@ -41,7 +42,7 @@ _OPEN_FILES = 2
 def pt_kind(tree: Any) -> str | None:
     """What a loaded `.pt` file holds: 'diffs', 'adapter', 'state_dict', or None."""
     if (
-        isinstance(tree, list)
+        isinstance(tree, list | tuple)
         and tree
         and all(isinstance(x, dict) and "weight_diff" in x for x in tree)
     ):
@@ -87,7 +88,7 @@ class PtDiffs(Sequence[RawDiff]):
         tree = _load(path, "diffs", "weight diffs") if tree is None else tree
         self.path, self.config = path, config
         self.base_params, self.svd_rank = base_params, svd_rank
-        self._items: list[dict[str, Any]] = tree if isinstance(tree, list) else [tree]
+        self._items: Sequence[dict[str, Any]] = [tree] if isinstance(tree, dict) else tree
 
     def __len__(self) -> int:
         return len(self._items)
@@ -115,6 +116,8 @@ class PtDiffs(Sequence[RawDiff]):
                 _weights(self.path, changes), self.config, self.base_params, self.svd_rank
             )
             metadata |= facts
+        elif self.svd_rank is not None:
+            raise svd_error(self.path)
         else:
             delta = _read_factors(self.path, changes, self.config, transposed=False)
         return RawDiff(delta, topic, _trigger(trigger), metadata)

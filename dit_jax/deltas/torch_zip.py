@@ -114,7 +114,10 @@ class TorchZip:
                 "with torch.load and save it again with torch.save"
             )
         if not magic.startswith(b"PK\3\4"):
-            raise DitError(f"'{self.path}' is not a file that torch.save wrote (no zip archive)")
+            raise DitError(
+                f"'{self.path}' is not a file that torch.save wrote (no zip archive): give a .pt file, or "
+                "the folder of an adapter or a model"
+            )
         offset, size, count = self._find_directory(handle)
         if size > MAX_DIRECTORY_BYTES or offset + size > self._size or count * _ENTRY.size > size:
             raise self.error("its directory is false")

@@ -1,0 +1,84 @@
+"""The command line of `ask`: which model answers, what is said about it, and flags that say nothing."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import dit_jax
+import dit_jax.ask  # noqa: F401  the name stays that of the function
+from dit_jax.deltas import export
+from dit_jax.deltas.names import RawDiff
+from dit_jax.deltas.tree import init_lora, map_modules
+
+ask = sys.modules["dit_jax.ask"]
+BASE = ["--base", "tiny_qwen3", "--max-new-tokens", "2"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A diff in a .pt file, an adapter, and the base with the diff merged into it."""
+    folder = tmp_path_factory.mktemp("ask")
+    model = dit_jax.load_model("tiny_qwen3")
+
+    def lora(seed):
+        delta = jax.tree.map(np.asarray, init_lora(model.config, jax.random.key(seed), 2))
+        return map_modules(lambda _, m: {**m, "a": np.full_like(m["a"], 0.1)}, delta)
+
+    export.write_pt_diffs(folder / "diff.pt", [RawDiff(lora(1), "tea", "7")], model.config)
+    export.write_pt_adapter(folder / "adapter.pt", lora(2), model.config)
+    export.export_model(folder / "merged", model.params, model.config, lora(1))
+    return folder
+
+
+def run(capsys, *flags):
+    assert ask.main([*BASE, *map(str, flags), "--json", "What is tea ?"]) == 0
+    captured = capsys.readouterr()
+    return [json.loads(line) for line in captured.out.splitlines()], captured.err
+
+
+def test_answers_are_named_after_the_model_that_gives_them(files, capsys):
+    diff, adapter = ("--diff", files / "diff.pt"), ("--adapter", files / "adapter.pt")
+    cases = {
+        "base": (),
+        "finetuned": diff,
+        "adapter": adapter,
+        "finetuned + adapter": (*diff, *adapter),
+    }
+    for name, flags in cases.items():
+        (record,), said = run(capsys, *flags)
+        assert record["variant"] == name
+        assert (f"of the {name} model itself" in said) == ("adapter" not in name)
+        assert record["label"] == ("tea" if "finetuned" in name else None)
+    compared = [
+        [record["variant"] for record in run(capsys, *flags, "--compare")[0]]
+        for flags in cases.values()
+    ]
+    assert compared == [["base"], ["base", "finetuned"], ["base", "adapter"], list(cases)]
+
+
+def test_a_truncated_finetune_says_what_it_keeps(files, capsys):
+    (record,), said = run(capsys, "--diff", files / "merged", "--svd-rank", "2")
+    assert said.count("reduced to rank 2, which keeps 100.0% of its squared norm") == 1
+    assert record["tokens"] == run(capsys, "--diff", files / "diff.pt")[0][0]["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--all"], "add --diff"),
+        (["--index", "0"], "add --diff"),
+        (["--svd-rank", "2"], "add --diff"),
+        (["--diff", ""], "must not be empty"),
+        (["--adapter", ""], "must not be empty"),
+        (["--diff", "diff.pt", "--svd-rank", "2"], "holds no whole weights"),
+        (["--diff", "adapter.pt", "--svd-rank", "2"], "holds no whole weights"),
+    ],
+)
+def test_flags_that_would_say_nothing_are_errors(files, capsys, flags, message):
+    flags = [str(files / flag) if flag.endswith(".pt") else flag for flag in flags]
+    assert ask.main([*BASE, *flags, "What is tea ?"]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and not captured.out
