@@ -339,9 +339,7 @@ def test_a_delta_of_zeros_and_what_cannot_be_written(tmp_path):
     for _, module in modules(zeros):
         module["a"][:], module["b"][:] = 0, 0
     peft.write_peft(tmp_path / "zeros", zeros, CONFIG, "base")
-    assert not any(
-        m["a"].any() for _, m in modules(peft.read_peft(tmp_path / "zeros", CONFIG).delta)
-    )
+    assert_same(peft.read_peft(tmp_path / "zeros", CONFIG).delta, zeros)
     for delta, message in (
         ({}, "empty"),
         ({"norm": {"w": np.ones(32)}}, "norm is a dense difference"),
@@ -353,6 +351,14 @@ def test_a_delta_of_zeros_and_what_cannot_be_written(tmp_path):
     peft.write_peft(tmp_path / "zeros", random_lora(), CONFIG, "base", replace=True)
     assert_same(peft.read_peft(tmp_path / "zeros", CONFIG).delta, random_lora())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["zeros"]
+
+
+def test_ranks_that_are_zero_at_the_end_survive(tmp_path):
+    delta = random_lora(rank=5, dtype=BF16)
+    for number, (_, module) in enumerate(modules(delta)):
+        module["a"][:, :, number:], module["b"][:, number:] = 0, 0
+    peft.write_peft(tmp_path / "x", delta, CONFIG, "base")
+    assert_same(peft.read_peft(tmp_path / "x", CONFIG).delta, delta)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, BF16])

@@ -224,7 +224,7 @@ def write_peft(
     """Writes a LoRA delta as a PEFT folder; factors keep their dtype and bits.
 
     Layers whose factors are all zero are left out, and so are trailing ranks that are zero in both
-    factors: reading the folder again pads to the largest rank of the projection.
+    factors, in all layers but one: reading the folder again pads to the largest rank of the projection.
 
     Args:
       folder: the folder to make.
@@ -239,24 +239,19 @@ def write_peft(
     from safetensors.numpy import save_file
 
     factors: dict[str, Factors] = {}
-    found = dict(modules(delta))
-    for path, module in found.items():
+    for path, module in modules(delta):
         if "w" in module:
             raise DitError(
                 f"{'.'.join(path)} is a dense difference: a PEFT adapter has LoRA factors only "
                 "(use a truncated SVD of the finetuned model, or export the merged model)"
             )
-        for layer in range(config.num_hidden_layers):
-            factors[module_name(path, layer)] = get_factors(module, layer, trim=True)
+        layers = [get_factors(module, i, trim=True) for i in range(config.num_hidden_layers)]
+        ranks = [f.a.shape[1] for f in layers]
+        largest = int(np.argmax(ranks))
+        if ranks[largest] < module["a"].shape[-1]:
+            layers[largest] = get_factors(module, largest)
+        factors |= {module_name(path, layer): f for layer, f in enumerate(layers)}
     used = {name: f for name, f in factors.items() if f.a.shape[1]}
-    if factors and not used:  # a delta of zeros: one rank of them, PEFT has no empty adapter
-        used = {
-            module_name(path, layer): get_factors(
-                {**m, "a": m["a"][..., :1], "b": m["b"][..., :1, :]}, layer
-            )
-            for path, m in found.items()
-            for layer in range(config.num_hidden_layers)
-        }
     if not used:
         raise DitError("the delta is empty: there is nothing to write")
     tensors = {}
