@@ -92,6 +92,13 @@ def test_one_tensor_costs_its_own_bytes(tmp_path):
     assert peak < 4 * row.nbytes
 
 
+def test_thousands_of_diffs_may_share_a_storage(tmp_path):
+    rows = torch.arange(40_000).reshape(20_000, 2).float()
+    torch.save(list(rows), tmp_path / "x.pt")
+    found = torch_pickle.load(tmp_path / "x.pt")
+    assert len(found) == 20_000 and list(found[-1].read()) == [39_998, 39_999]
+
+
 def refused(path, message):
     with pytest.raises(DitError, match=re.escape(message)) as caught:
         torch_pickle.load(path)

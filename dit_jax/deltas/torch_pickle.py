@@ -21,6 +21,7 @@ from dit_jax.errors import DitError
 MAX_PICKLE_BYTES = 256 * 2**20
 MAX_STRING_BYTES = 2**20
 MAX_OPCODES = 50_000_000
+OPCODES_PER_TENSOR = 60  # a tensor takes about 36: hundreds of diffs may share a storage
 CHECKSUM_BYTES = 2**20  # storages up to this size are verified also when a tensor is a part of one
 
 _STORAGES: dict[str, Any] = {
@@ -65,7 +66,7 @@ _GLOBALS: dict[tuple[str, str], Any] = {
 }
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class LazyTensor:
     """A tensor in a file: shape and dtype at once, the values when `read` is called."""
 
@@ -119,7 +120,7 @@ def load(path: str | Path) -> Any:
         raise archive.error("it was saved on a big-endian machine, which is not supported")
     data = archive.read("data.pkl", MAX_PICKLE_BYTES)
     # Real files need some hundred instructions per storage; a small file may not ask for much work.
-    limit = min(MAX_OPCODES, 500_000 + 5_000 * len(archive.entries))
+    limit = 500_000 + 5_000 * len(archive.entries)
     try:
         return _Interpreter(archive, data, limit).run()
     except (IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error):
@@ -138,10 +139,10 @@ class _Interpreter:
         memo: dict[int, Any] = {}
         stack: list[Any] = []
         marks: list[list[Any]] = []
-        position, budget = 0, self.limit
+        position, steps = 0, 0
         while True:
-            budget -= 1
-            if budget < 0:
+            steps += 1
+            if steps > self.limit or steps > MAX_OPCODES:
                 raise self.archive.error("its pickle has too many instructions for its size")
             op = data[position]
             position += 1
@@ -299,6 +300,7 @@ class _Interpreter:
                 raise self.archive.error(
                     "a tensor is marked as negated or conjugated, which is not supported"
                 )
+            self.limit += OPCODES_PER_TENSOR
             return self._tensor(*arguments[:4])
         raise self.archive.error("its pickle makes a call that is not allowed")
 
