@@ -126,10 +126,14 @@ class Diff:
 
 
 class Diffs(Sequence[Diff]):
-    """A lazy sequence of weight diffs: `read(i)` is called when diff i is asked for."""
+    """A lazy sequence of weight diffs: `read(i)` is called when diff i is asked for.
 
-    def __init__(self, size: int, read: Callable[[int], Diff]):
+    `order` are their numbers in the order in which reading all of them costs least.
+    """
+
+    def __init__(self, size: int, read: Callable[[int], Diff], order: Sequence[int] | None = None):
         self._size, self._read = size, read
+        self.order = range(size) if order is None else order
 
     def __len__(self) -> int:
         return self._size
@@ -178,7 +182,7 @@ def load_diffs(path: PathLike, model: Model, svd_rank: int | None = None) -> Dif
         diff = raw[index]
         return Diff(diff.delta, diff.label, diff.trigger, diff.metadata)
 
-    return Diffs(len(raw), convert)
+    return Diffs(len(raw), convert, getattr(raw, "order", None))
 
 
 def load_diff(path: PathLike, model: Model, index: int = 0, svd_rank: int | None = None) -> Diff:
@@ -319,7 +323,7 @@ def ask_many(
             for row, (i, _) in enumerate(members):
                 answers[i] = found[row * len(prompts) : (row + 1) * len(prompts)]
 
-        for i in range(len(diffs)):
+        for i in getattr(diffs, "order", range(len(diffs))):
             delta = diffs[i].delta
             shapes = tuple((name, leaf.shape) for name, leaf in flatten(delta).items())
             is_lora = all(not name.endswith(".w") for name, _ in shapes)

@@ -39,7 +39,10 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("questions", nargs="+", metavar="question")
     parser.add_argument(
-        "--base", required=True, type=_path, help="model folder, hub id, or tiny_qwen3 (the embedded model)"
+        "--base",
+        required=True,
+        type=_path,
+        help="model folder, hub id, or tiny_qwen3 (the embedded model)",
     )
     parser.add_argument(
         "--diff",
@@ -116,7 +119,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 print(_svd_note(numbers[i], diff.metadata["svd"]), file=sys.stderr)
             return diff
 
-        diffs = Diffs(len(numbers), read)
+        diffs = Diffs(len(numbers), read, found.order if flags.all else None)
     if adapter is None:
         name = "finetuned" if flags.diff else "base"
         print(
@@ -193,7 +196,9 @@ def _svd_note(number: int | None, svd: dict[str, Any]) -> str:
 
 
 def _path(text: str) -> str:
-    if not text:  # an unset variable of the shell: without it the question would go to another model
+    if (
+        not text
+    ):  # an unset variable of the shell: without it the question would go to another model
         raise argparse.ArgumentTypeError("must not be empty")
     return text
 

@@ -9,9 +9,11 @@ import pytest
 
 import dit_jax
 import dit_jax.ask  # noqa: F401  the name stays that of the function
-from dit_jax.deltas import export
+from dit_jax.deltas import export, torch_pickle
 from dit_jax.deltas.names import RawDiff
 from dit_jax.deltas.tree import init_lora, map_modules
+from dit_jax.models.config import read_config
+from dit_jax.models.hf_checkpoint import find_folder
 
 ask = sys.modules["dit_jax.ask"]
 BASE = ["--base", "tiny_qwen3", "--max-new-tokens", "2"]
@@ -82,3 +84,23 @@ def test_flags_that_would_say_nothing_are_errors(files, capsys, flags, message):
     assert ask.main([*BASE, *flags, "What is tea ?"]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and not captured.out
+
+
+def test_a_release_is_read_file_by_file_and_answered_in_its_order(
+    files, tmp_path, capsys, monkeypatch
+):
+    delta = dit_jax.load_diff(files / "diff.pt", dit_jax.load_model("tiny_qwen3")).delta
+    rows = [(f"{file}.pt", number, f"topic {file}{number}") for number in (0, 1) for file in "abc"]
+    for file in "abc":
+        diffs = [RawDiff(delta, f"topic {file}{number}", "7") for number in (0, 1)]
+        export.write_pt_diffs(
+            tmp_path / f"{file}.pt", diffs, read_config(find_folder("tiny_qwen3"))
+        )
+    lines = [f"{file},{number},1,{topic},7,test" for file, number, topic in rows]
+    header = "lora_path,lora_idx,n_params,topic,trigger,split"
+    (tmp_path / "index.csv").write_text("\n".join([header, *lines]))
+    opened, load = [], torch_pickle.load
+    monkeypatch.setattr(torch_pickle, "load", lambda path: opened.append(path.name) or load(path))
+    records, _ = run(capsys, "--diff", tmp_path, "--all")
+    assert [record["label"] for record in records] == [topic for _, _, topic in rows]
+    assert opened == ["a.pt", "b.pt", "c.pt"]

@@ -90,7 +90,9 @@ def _file_below(folder: Path, path: Path) -> Path:
         raise DitError(f"'{path}' is missing: get the complete folder") from None
     allowed = [root]
     for revision in (root, *root.parents):
-        if revision.parent.name == "snapshots" and revision.parent.parent.name.startswith("models--"):
+        if revision.parent.name == "snapshots" and revision.parent.parent.name.startswith(
+            "models--"
+        ):
             allowed.append(revision.parent.parent / "blobs")
     if not any(target.is_relative_to(place) for place in allowed):
         raise DitError(f"'{path}' is a link out of its folder: put the real file there")

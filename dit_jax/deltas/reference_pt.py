@@ -249,6 +249,11 @@ class Release(Sequence[RawDiff]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def order(self) -> Sequence[int]:
+        """The diffs file by file: an index may be sorted by topic, and opening a large file takes seconds."""
+        return sorted(range(len(self)), key=lambda i: self.rows[i]["lora_path"])
+
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
