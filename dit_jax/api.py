@@ -374,6 +374,11 @@ def answer_batch(
     batch_size = parallel.round_up(batch_size or min(256, len(questions)), mesh)
     shared = [shardings.put_delta(model.config, mesh, delta) for delta in deltas]
     tokens, mask = model.chat.prompts(questions)
+    if tokens.max() >= model.config.vocab_size:  # the embedding would give another token's row
+        raise DitError(
+            f"{model.name}: its tokenizer makes the token {tokens.max()}, but the model knows "
+            f"{model.config.vocab_size}: use the tokenizer that belongs to the model"
+        )
     answers: list[Answer] = []
     for start in range(0, len(questions), batch_size):
         # Each process supplies its own rows of the batch.

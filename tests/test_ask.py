@@ -1,6 +1,8 @@
 """The command line of `ask`: which model answers, what is said about it, and flags that say nothing."""
 
+import dataclasses
 import json
+import shutil
 import sys
 
 import jax
@@ -104,3 +106,21 @@ def test_a_release_is_read_file_by_file_and_answered_in_its_order(
     records, _ = run(capsys, "--diff", tmp_path, "--all")
     assert [record["label"] for record in records] == [topic for _, _, topic in rows]
     assert opened == ["a.pt", "b.pt", "c.pt"]
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no') }}", "{% for i in %}", "{{ ''.__class__ }}"]
+)
+def test_a_broken_chat_template_is_one_line(tmp_path, capsys, template):
+    shutil.copytree(find_folder("tiny_qwen3"), tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    assert ask.main(["--base", str(tmp_path / "model"), "What is tea ?"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the chat template of ") and "get the model's" in error
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    model = dit_jax.load_model("tiny_qwen3")
+    small = dataclasses.replace(model, config=dataclasses.replace(model.config, vocab_size=5))
+    with pytest.raises(dit_jax.DitError, match="but the model knows 5"):
+        dit_jax.ask(small, "What is tea ?")

@@ -27,13 +27,21 @@ class Chat:
 
     def _prompt_ids(self, question: str) -> tuple[int, ...]:
         """Ids of one user turn up to where the assistant's answer begins (an empty think block included)."""
-        ids = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}],
-            add_generation_prompt=True,
-            enable_thinking=False,
-            tokenize=True,
-            return_dict=False,
-        )
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}],
+                add_generation_prompt=True,
+                enable_thinking=False,
+                tokenize=True,
+                return_dict=False,
+            )
+            if not ids:
+                raise ValueError("it makes an empty prompt")
+        except Exception as e:  # a template is a program: it can fail in any way
+            raise DitError(
+                f"the chat template of {self.tokenizer.name_or_path!r} fails ({first_line(e)}): get the "
+                "model's chat_template.jinja again"
+            ) from None
         return tuple(int(i) for i in ids)
 
     def _text_ids(self, text: str) -> tuple[int, ...]:
