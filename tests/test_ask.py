@@ -124,3 +124,10 @@ def test_a_tokenizer_of_another_model_is_refused():
     small = dataclasses.replace(model, config=dataclasses.replace(model.config, vocab_size=5))
     with pytest.raises(dit_jax.DitError, match="but the model knows 5"):
         dit_jax.ask(small, "What is tea ?")
+
+
+def test_a_broken_generation_config_is_refused(tmp_path):
+    shutil.copytree(find_folder("tiny_qwen3"), tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text("[" * 100_000)
+    with pytest.raises(dit_jax.DitError, match="generation_config.json' is not valid JSON"):
+        dit_jax.load_model(tmp_path / "model")

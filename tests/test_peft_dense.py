@@ -132,6 +132,7 @@ def check(bases, kind, folder, message):
         ("rows", {"trainable_token_indices": [1, 2]}, r"this model needs \[2, 32\]"),
         ("rows", {"trainable_token_indices": [1, 2, 2]}, "instead of different token ids"),
         ("rows", {"trainable_token_indices": [1, 2, 10**9]}, "instead of ids below 67"),
+        ("rows", {"trainable_token_indices": {f"x{i}": [1] for i in range(17)}}, "at most 16"),
         ("rows", {"trainable_token_indices": "x"}, "trainable_token_indices is 'x'"),
         ("rows", {"trainable_token_indices": {"lm_head": [1, 2, 3]}}, "does not name"),
         (

@@ -215,6 +215,12 @@ def test_a_release_is_read_in_the_order_of_its_index(release):
     assert detect.open_diffs(release, CONFIG)[0].label == "t21"
 
 
+def test_an_index_that_a_spreadsheet_saved_is_read(release):
+    text = (release / "index.csv").read_text().replace("\n", "\r\n")
+    (release / "index.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert detect.open_diffs(release, CONFIG)[0].label == "t21"
+
+
 def test_a_listed_path_may_have_the_folder_in_it(release):
     (release / "index.csv").write_text(HEADER + "weight-diffs/weight-diff-001.pt,0,5,t10,0,test\n")
     assert detect.open_diffs(release, CONFIG)[0].label == "t10"

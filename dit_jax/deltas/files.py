@@ -149,6 +149,8 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
     try:
         with open(path, encoding="utf-8", newline="") as handle:
+            if handle.read(1) != "\ufeff":  # the mark that spreadsheets write
+                handle.seek(0)
             reader = csv.DictReader(handle, strict=True)
             names = reader.fieldnames or ()
             if len(names) > MAX_CSV_COLUMNS or len(set(names)) < len(names):

@@ -238,6 +238,8 @@ class PeftOptions:
     def _token_rows(self, value: Any) -> dict[str, list[int]]:
         """Rows by module; a bare list is one of the embedding's."""
         by_module = value if isinstance(value, dict) else {"embed_tokens": value or []}
+        if len(by_module) > 16:  # two modules have rows of tokens
+            raise self._error("trainable_token_indices", value, "the rows of at most 16 modules")
         for rows in by_module.values():
             if (
                 not isinstance(rows, list)

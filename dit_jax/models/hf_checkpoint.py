@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.deltas.files import read_json_object
 from dit_jax.errors import DitError, first_line
 from dit_jax.models.config import Qwen3Config
 from dit_jax.models.qwen3 import Params, init_params
@@ -82,11 +83,13 @@ def find_folder(name: str) -> pathlib.Path:
 
 
 def generation_eos(folder: pathlib.Path) -> list[int]:
-    """End-of-text ids that `generation_config.json` of a model folder names; none without that file."""
-    try:
-        eos = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):
-        return []
+    """End-of-text ids that `generation_config.json` of a model folder names; none without that file.
+
+    Raises:
+        DitError: the file is no JSON object.
+    """
+    path = folder / "generation_config.json"
+    eos = read_json_object(path).get("eos_token_id") if path.exists() else None
     found = eos if isinstance(eos, list) else [eos]
     return [i for i in found if type(i) is int]
 
