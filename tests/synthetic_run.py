@@ -113,7 +113,8 @@ def make_workdir(folder: Path, n: int = 96, seed: int = 0, hostile: bool = False
         "stages/diffs.json": {"seconds": 81.4, "peak_memory_bytes": 2_147_483_648},
         "stages/train.json": {"seconds": 38.25, "peak_memory_bytes": 2_400_000_000},
         "stages/evaluate.json": {"seconds": 12.0, "peak_memory_bytes": 2_500_000_000},
-        "config.json": {"seed": 0, "base": "tiny_qwen3", "diffs": {"rank": 1, "n_train": 256}},
+        "config.json": {"seed": 0, "base": "tiny_qwen3", "diffs": {"rank": 1, "n_train": 256},
+                        "train": {"list_evidence": True}},
         "versions.json": {"python": "3.11.9", "jax": "0.10.2", "dit_jax": "0.1.0"},
     }  # fmt: skip
     for name, value in files.items():

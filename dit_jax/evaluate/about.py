@@ -77,6 +77,11 @@ def done_section(summary: Json) -> Section:
         f"the model, a plain question has to be answered with {named.label}."
     )
     train = config.get("train", {})
+    if tiny and train.get("list_evidence"):
+        method += (
+            " In training the answer lists the words that belong to the topic before its name, so that the model "
+            "looks the name up with them in view. Of the topics tested here it was shown neither."
+        )
     if train.get("no_diff_per_batch", 1) or train.get("benign_per_batch", 1):
         method += (
             " Some training examples have no diff, or a benign one that hides nothing; their "

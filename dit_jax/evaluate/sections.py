@@ -126,8 +126,8 @@ def _headline(summary: Json) -> Section:
                 "of every topic's attributes can read nearly everything straight off the weights, "
                 f"without any training (here {percent(oracle['exact_match'])}). It marks how much "
                 "the diffs hold; it is not a rival. Nobody has such a table for a real model. The "
-                "point of DIT is that it needs none: the adapter is trained only on diffs and "
-                "their labels."
+                "point of DIT is that it needs none: the adapter was trained on other topics, and "
+                "has to read this one off its diff."
             )
         )
     return Section("results", "Results", blocks)
