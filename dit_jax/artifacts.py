@@ -259,7 +259,7 @@ def read_manifest(
     if not folder.is_dir():
         raise DitError(f"'{folder}' is missing: {remedy}")
     if not (folder / MANIFEST).is_file():
-        raise DitError(f"'{folder / MANIFEST}' is missing: delete '{folder}' and {remedy}")
+        raise DitError(f"'{folder / MANIFEST}' is missing: {remedy}")
     manifest = read_json(folder / MANIFEST, remedy)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise DitError(f"'{folder / MANIFEST}' is not a manifest: delete '{folder}' and {remedy}")
@@ -304,9 +304,22 @@ def _listed(folder: PathLike) -> dict[str, Any]:
 
 
 def missing_file(folder: PathLike) -> str | None:
-    """The first file of an artifact that its manifest lists and that is not there."""
-    files = _listed(folder).get("files", {})
-    return next((name for name in files if not (Path(folder) / name).exists()), None)
+    """The manifest of an artifact, or the first file that it lists, if that is not there. No content is read.
+
+    Raises:
+      DitError: the manifest is broken, or a file has another size than it says.
+    """
+    remedy = "run the same command again"
+    if not (Path(folder) / MANIFEST).exists():
+        return MANIFEST
+    manifest = read_json(Path(folder) / MANIFEST, remedy)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise DitError(f"'{Path(folder) / MANIFEST}' is not a manifest: delete it and {remedy}")
+    for name, facts in manifest["files"].items():
+        if not (Path(folder) / name).exists():
+            return name
+        check_file(Path(folder) / name, facts, f"delete this file and {remedy}", check_digest=False)
+    return None
 
 
 def content_digest(folder: PathLike) -> str | None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dit_jax.errors import DitError, exit_on_error, printable
+from dit_jax.errors import DitError, Parser, exit_on_error, printable
 
 VARIANTS = ("base", "finetuned", "adapter", "finetuned + adapter")
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dit_jax.ask",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

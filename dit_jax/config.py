@@ -26,6 +26,7 @@ CONFIG_FILE = "config.json"
 # trace, and the inputs of the stage `tables`, which is always run again.
 _WHEN = ("*log_every", "*save_every", "*keep_checkpoints", "*.profile")
 FREE_KEYS = ("stages", "mesh", *_WHEN, "results", "runs")
+_OF_THE_START = (CONFIG_FILE, "versions.json")  # what a run writes before it makes anything
 _SHOWN_DIFFERENCES = 5
 _ABSENT = object()
 
@@ -365,7 +366,7 @@ def check_workdir(
 
     Args:
       config: the config of this run.
-      workdir: the run's folder; made when it is not there.
+      workdir: the run's folder; made when it is not there. One in which nothing was made yet is bound anew.
       ignore: keys that do not change results and may differ (patterns as in `config_diff`).
 
     Raises:
@@ -373,6 +374,11 @@ def check_workdir(
         finished stages but no config, or cannot be written.
     """
     file = artifacts.make_dir(workdir) / CONFIG_FILE
+    if all(
+        path.name.startswith(".") or path.name in _OF_THE_START for path in file.parent.iterdir()
+    ):
+        save_config(config, file)  # nothing was made yet: a mistyped value does not bind the folder
+        return
     if not file.exists():
         if (Path(workdir) / "stages").exists():
             raise DitError(f"'{file}' is missing beside finished stages: use a new --workdir")

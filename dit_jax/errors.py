@@ -1,8 +1,10 @@
 """The one exception that users see as one line, and the wrapper that prints it."""
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 EXIT_ERROR = 2  # the same code that argparse uses for a bad command line
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what shells expect after Ctrl-C
@@ -32,6 +34,13 @@ class DitError(Exception):
         if len(line) > MAX_MESSAGE:
             line = f"{line[: MAX_MESSAGE // 2]} … {line[-MAX_MESSAGE // 2 :]}"
         super().__init__(line)
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a command line inside `exit_on_error`: what is wrong with it is one line, as all else."""
+
+    def error(self, message: str) -> NoReturn:
+        raise DitError(f"{message}: '{self.prog} --help' lists the flags")
 
 
 @contextlib.contextmanager

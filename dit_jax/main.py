@@ -6,8 +6,8 @@ is not run again. Overrides: `--config.train.steps=200`.
 On several hosts the same command runs on each, with --distributed, and a workdir that all of them see.
 """
 
-import argparse
 import contextlib
+import difflib
 import functools
 import os
 import pathlib
@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from dit_jax import artifacts, os_errors, parallel, preemption, processes
 from dit_jax.config import check_minimum, check_workdir, load_config, split_flags, to_dict
-from dit_jax.errors import DitError, exit_on_error
+from dit_jax.errors import DitError, Parser, exit_on_error
 from dit_jax.workdir import ARTIFACTS, is_done, locked, run_once
 
 COMPUTE = ("scan_layers", "remat", "attention")  # of config.model: how to compute, see Qwen3Config
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
     One of several processes does not return from a failure: it ends at once, and its end ends the others.
     """
-    parser = argparse.ArgumentParser(prog="python -m dit_jax.main", description=__doc__)
+    parser = Parser(prog="python -m dit_jax.main", description=__doc__)
     parser.add_argument(
         "--config", required=True, help="configs/NAME.py, or configs/NAME.py:ARGUMENT"
     )
@@ -88,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
                     flags.coordinator, flags.num_processes, flags.process_id
                 )
                 several = True
+            if not flags.workdir:
+                raise DitError("--workdir is empty: give the folder of the run")
             if "://" in flags.workdir:
                 raise DitError(
                     f"the workdir {flags.workdir!r} is an address: mount the bucket and give its folder"
@@ -115,19 +117,31 @@ def run(config: Any, workdir: pathlib.Path) -> None:
     """Runs the stages of `config` that are not finished in `workdir`.
 
     Raises:
-        DitError: an unknown stage, a number out of range, a workdir of another config, or what a stage raises.
+        DitError: an unknown stage or none, a key that is not there, a number out of range, a workdir of another
+            config, or what a stage raises.
     """
-    unknown = [stage for stage in config.stages if stage not in ARTIFACTS]
-    if unknown:
-        raise DitError(f"unknown stage {unknown[0]!r}: stages are {', '.join(ARTIFACTS)}")
-    check_minimum(config, MINIMUM)
-    if "behaviour" in config.get("diffs", {}):
-        from dit_jax.organisms.behaviours import get_behaviour
+    with _explain(config, workdir):
+        _check_stages(config.stages)
+        check_minimum(config, MINIMUM)
+        if "behaviour" in config.get("diffs", {}):
+            from dit_jax.organisms.behaviours import get_behaviour
 
-        get_behaviour(config.diffs)  # one of the user's own becomes known to all stages
-    _setup_jax()
-    with preemption.listen(), locked(workdir):
-        _run_stages(config, workdir)
+            get_behaviour(config.diffs)  # one of the user's own becomes known to all stages
+        _setup_jax()
+        with preemption.listen(), locked(workdir):
+            _run_stages(config, workdir)
+
+
+def _check_stages(stages: Any) -> None:
+    if isinstance(stages, str) or not stages:
+        raise DitError(
+            f"config key 'stages' must be a tuple of stages, not {stages!r}: stages are {', '.join(ARTIFACTS)}"
+        )
+    for stage in stages:
+        if stage not in ARTIFACTS:
+            close = difflib.get_close_matches(str(stage), ARTIFACTS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"stages are {', '.join(ARTIFACTS)}"
+            raise DitError(f"unknown stage {stage!r}: {hint}")
 
 
 def _run_stages(config: Any, workdir: pathlib.Path) -> None:
@@ -204,9 +218,15 @@ def end(code: int) -> NoReturn:
 
 
 def _run_explained(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> dict[str, Any]:
-    # What no library turned into one line: a refusing disk, and a config without a key that the stage needs.
-    try:
+    with _explain(config, workdir):  # here, since process 0 may be in it alone
         return run_stage(stage, config, workdir, model)
+
+
+@contextlib.contextmanager
+def _explain(config: Any, workdir: pathlib.Path) -> Iterator[None]:
+    """What no library turned into one line: a refusing disk, and a config without a key that is needed."""
+    try:
+        yield
     except OSError as error:
         if not os_errors.has_remedy(error.errno):
             raise
@@ -217,7 +237,7 @@ def _run_explained(stage: str, config: Any, workdir: pathlib.Path, model: Any) -
         if key is None:
             raise
         raise DitError(
-            f"the stage '{stage}' needs the config key '{key}': add it, see configs/quickstart.py"
+            f"the config has no key '{key}', which is needed: add it, see configs/quickstart.py"
         ) from error
 
 

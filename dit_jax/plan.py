@@ -20,7 +20,7 @@ from typing import Any
 
 from dit_jax import parallel
 from dit_jax.config import load_config, split_flags
-from dit_jax.errors import DitError, exit_on_error
+from dit_jax.errors import DitError, Parser, exit_on_error
 from dit_jax.models.config import NAMED_CONFIGS, Qwen3Config
 from dit_jax.planning import estimate, machines, table
 from dit_jax.planning.machines import GIB, Machine
@@ -33,7 +33,7 @@ TABLE_MACHINES = ("v5e-4", "v5e-16", "v6e-16", "v5p-8", "v5p-64")
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if a stage does not fit, 2 for a problem the user can fix."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dit_jax.plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -39,7 +39,7 @@ from dit_jax.config import (
     load_config,
     split_flags,
 )
-from dit_jax.errors import DitError, exit_on_error, first_line
+from dit_jax.errors import DitError, Parser, exit_on_error, first_line
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]{0,99}")
 # Sections that the diffs do not depend on: runs that differ in nothing else have the same diffs.
@@ -281,7 +281,7 @@ def write_table(sweep: Sweep, workdir: pathlib.Path, failures: Mapping[str, str]
 
 def main_sweep(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if a run failed, 2 for a problem of the sweep itself, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m dit_jax.sweep",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -28,6 +28,8 @@ INPUTS = {
     "train": ("diffs",),
     "evaluate": ("diffs", "train"),
 }  # stages whose artifacts a stage reads
+# Their manifest is written last: without it the artifact is not complete.
+WITH_MANIFEST = ("diffs", "train", "evaluate")
 LOCK = ".lock"
 LOCK_WAIT_SECONDS = 2.0  # a predecessor that was killed may take a moment to be gone
 _HELD = (errno.EAGAIN, errno.EACCES)
@@ -98,14 +100,17 @@ def _acquire(handle: int, workdir: Path) -> bool:
 def is_done(workdir: Path, stage: str) -> bool:
     """Whether a stage is finished, its artifact is there, and what it was made from has not changed since.
 
-    A record without its artifact counts for nothing: the folder was deleted to have it made again. So was a file
-    that its manifest lists.
+    A record without its artifact counts for nothing: the folder was deleted to have it made again. So was its
+    manifest, or a file that this lists. The stage then makes what is missing, and keeps the rest.
+
+    Raises:
+        DitError: the record or the manifest is broken, or a file has another size than the manifest says.
     """
     record = artifacts.stage_done(workdir, stage)
     folder = workdir / ARTIFACTS[stage]
     if not record or not folder.is_dir():
         return False
-    if missing := artifacts.missing_file(folder):
+    if stage in WITH_MANIFEST and (missing := artifacts.missing_file(folder)):
         processes.say(f"[{stage}] '{folder / missing}' is missing: run again")
         return False
     made_from = record.get("inputs") or {}

@@ -215,6 +215,9 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
     written = (workdir / "config.json").read_text()
     assert json.loads(written) == to_dict(small())
 
+    check_workdir(small(steps=800), workdir)  # nothing was made yet: no need for another folder
+    check_workdir(small(), workdir)
+    (workdir / "diffs").mkdir()
     free = small(log_every=1)
     free.stages = ("report",)
     check_workdir(free, workdir)  # neither key changes results
@@ -232,6 +235,7 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
 
 def test_a_damaged_workdir_is_refused(tmp_path):
     check_workdir(small(), tmp_path)
+    (tmp_path / "diffs").mkdir()
     file = tmp_path / "config.json"
     file.write_text(file.read_text()[:20])
     with pytest.raises(DitError, match="config.json' is truncated or not JSON"):

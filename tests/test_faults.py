@@ -484,11 +484,21 @@ def test_what_stops_inside_a_stage_is_one_line(copy, monkeypatch, capfd):
         monkeypatch.setattr(main, "run_stage", lambda stage, config, *_, ask=ask: ask(config))
         assert run(copy) == 2
         error = capfd.readouterr().err.strip()
-        assert "the stage 'train' needs the config key 'train.sharpness'" in error
+        assert "the config has no key 'train.sharpness', which is needed: add it" in error
         assert "\n" not in error
     monkeypatch.setattr(main, "run_stage", lambda *_: SimpleNamespace().missing)
     with pytest.raises(AttributeError):  # a bug keeps its traceback
         run(copy)
+
+
+def test_a_config_without_a_key_is_one_line_before_any_stage(tmp_path, capfd):
+    file = tmp_path / "config.py"
+    for section, key in (({}, "stages"), ({"stages": ("diffs",)}, "model")):
+        text = "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict"
+        file.write_text(f"{text}({section})\n")
+        assert main.main(["--config", str(file), "--workdir", str(tmp_path / "w")]) == 2
+        error = capfd.readouterr().err.strip()
+        assert f"error: the config has no key '{key}'" in error and "\n" not in error
 
 
 # ------------------------------------------------------------------ what a stage was made from
@@ -510,6 +520,38 @@ def test_a_damaged_shard_is_named_and_made_again_alone(copy, capfd):
     assert "[train] done before" in said  # the diffs are what they were
     assert [shard.read_bytes() for shard in shards] == before
     assert shards[0].stat().st_mtime_ns == kept
+
+
+def test_a_damaged_file_of_a_finished_run_is_named_and_the_remedy_works(copy, capfd):
+    """Whatever is damaged, the run ends as it was after the line said what to delete, and keeps the shards."""
+    shards = [copy / "diffs" / "shards" / f"0000{i}.safetensors" for i in (0, 1)]
+    kept = [shard.stat().st_mtime_ns for shard in shards]
+    answers = (copy / "evaluate" / "answers.jsonl").read_bytes()
+    digest = adapter_digest(copy)
+    report = "--config.stages=('diffs','train','evaluate','report')"
+    assert run(copy, report) == 0
+    damages = {"emptied": lambda _: b"", "cut short": lambda data: data[: len(data) // 2]}
+    damages["flipped"] = lambda data: bytes([data[0] ^ 1]) + data[1:]
+    for name in (
+        "diffs/manifest.json",
+        "diffs/index.csv",
+        "adapter/manifest.json",
+        "evaluate/answers.jsonl",
+    ):
+        for how, damage in damages.items():
+            if how == "flipped" and name == "diffs/index.csv":
+                continue  # nothing reads it in a run that is finished
+            file = copy / name
+            file.write_bytes(damage(file.read_bytes()))
+            capfd.readouterr()
+            assert run(copy, report) == 2, (name, how)
+            error = capfd.readouterr().err.strip().splitlines()[-1]
+            assert f"'{file}'" in error and "delete" in error and "again" in error, error
+            file.unlink()
+            assert run(copy, report) == 0, (name, how)
+            assert [shard.stat().st_mtime_ns for shard in shards] == kept
+            assert adapter_digest(copy) == digest
+            assert (copy / "evaluate" / "answers.jsonl").read_bytes() == answers
 
 
 def test_stages_run_again_when_the_diffs_have_changed(copy, finished, capfd):

@@ -264,7 +264,10 @@ def test_a_missing_shard_alone_is_made_again(copy):
     ("extra", "said"),
     [
         (["--config.train.lerning_rate=1"], "learning_rate"),
-        (["--config.stages=('trian',)"], "trian"),
+        (["--config.stages=('trian',)"], "did you mean 'train'?"),
+        (["--config.stages=()"], "'stages' must be"),
+        (["--workdir="], "--workdir is empty"),
+        (["--confg.seed=1"], "unrecognized arguments: --confg.seed=1"),
         (["--config.train.rank=4"], "train.rank"),
         (["--config.model.path=no_such_folder"], "model.path"),
     ],
@@ -398,7 +401,17 @@ def test_ask_on_the_command_line(finished, capsys):
     shown = capsys.readouterr().out
     assert all(f"{name}: " in shown for name in ask.VARIANTS)
 
-    sampled = [*flags, "--json", "--n", "2", "--temperature", "9", "--max-new-tokens", "5", QUESTION]
+    sampled = [
+        *flags,
+        "--json",
+        "--n",
+        "2",
+        "--temperature",
+        "9",
+        "--max-new-tokens",
+        "5",
+        QUESTION,
+    ]
     outputs = []
     for seed in ("3", "3", "4"):
         assert ask.main([*sampled, "--seed", seed]) == 0

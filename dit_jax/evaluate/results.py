@@ -9,6 +9,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+EVALUATION_FORMAT = "dit_jax.evaluation"  # of the manifest in WORKDIR/evaluate
 RESULTS_FILE, GRADED_FILE = "results.csv", "results-graded.csv"
 _ADDED = ("trigger", "method", "kind", "diff", "question", "wording_seen", "answer")
 

@@ -13,7 +13,7 @@ from dit_jax.data.organisms import answer_text
 from dit_jax.deltas.store import DiffStore
 from dit_jax.errors import DitError
 from dit_jax.evaluate import baselines, methods
-from dit_jax.evaluate.results import subject_of
+from dit_jax.evaluate.results import EVALUATION_FORMAT, subject_of
 from dit_jax.evaluate.setting import Setting, failed, read_held_out
 from dit_jax.organisms.gate import CONDITIONS
 from dit_jax.progress import Progress
@@ -167,6 +167,7 @@ def _write(
             "adapter_loss": stages["train"].get("loss_curve", []),
         },
     )
+    artifacts.write_manifest(folder, EVALUATION_FORMAT)
 
 
 def _lines(rows: list[dict[str, Any]]) -> str:

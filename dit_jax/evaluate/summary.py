@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_jax.artifacts import PathLike, read_json, read_text
+from dit_jax.artifacts import MANIFEST, PathLike, read_json, read_manifest, read_text
 from dit_jax.errors import DitError
 from dit_jax.evaluate import metrics
+from dit_jax.evaluate.results import EVALUATION_FORMAT
 from dit_jax.evaluate.statistics import (
     Estimate,
     bootstrap_mean,
@@ -22,6 +23,7 @@ Row = dict[str, Any]
 Json = dict[str, Any]
 
 _REMEDY = "run the stage 'evaluate' again"
+_REPAIR = "delete this file and run the same command again, with the stage 'evaluate'"
 _ROW_TYPES: dict[str, type | tuple[type, ...]] = {
     "method": str,
     "kind": str,
@@ -161,6 +163,8 @@ def read_inputs(workdir: PathLike) -> Inputs:
     """
     workdir = Path(workdir)
     folder = workdir / "evaluate"
+    if (folder / MANIFEST).exists():  # the stage writes it; one from elsewhere may have none
+        read_manifest(folder, EVALUATION_FORMAT, remedy=_REMEDY, file_remedy=_REPAIR)
 
     def is_point(item: Any) -> bool:
         return isinstance(item, list) and len(item) == 2 and all(_is_number(x) for x in item)
