@@ -183,8 +183,8 @@ def grades_section(grades: RunGrades, summary: Json) -> Section | None:
         heads = [Column("DIT compared with"), *(Column(title, True) for title in titles)]
         blocks.append(
             Prose(
-                "Mean grade of DIT minus that of each other method, on the same diffs (paired bootstrap over diffs; "
-                "p is two-sided, and adjusted by Holm's method over the methods)."
+                "Mean grade of DIT minus that of each other method, on the same diffs (bootstrap over diffs; "
+                "p of a two-sided randomisation test, and adjusted by Holm's method over the methods)."
             )
         )
         blocks.append(Table(heads, tests))

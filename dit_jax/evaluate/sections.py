@@ -250,8 +250,8 @@ def _controls(summary: Json, inputs: Inputs) -> Section:
     if table := _differences(summary):
         blocks.append(
             Prose(
-                "Exact match of DIT minus that of each other method, on the same diffs (paired "
-                "bootstrap over diffs, percentage points; p is two-sided, and adjusted by Holm's "
+                "Exact match of DIT minus that of each other method, on the same diffs (bootstrap "
+                "over diffs, percentage points; p of a two-sided randomisation test, and adjusted by Holm's "
                 "method over the methods)."
             )
         )

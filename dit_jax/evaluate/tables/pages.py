@@ -189,8 +189,8 @@ def _comparisons(found: Sequence[build.Comparison]) -> Section | None:
     titles = ("Difference", "95 % interval", "p", "p, Holm", "n")
     columns = [Column("Compared"), *(Column(title, True) for title in titles)]
     text = (
-        "Differences of the mean grade on the same diffs (paired bootstrap over diffs; p is two-sided, and "
-        "adjusted by Holm's method within each group)."
+        "Differences of the mean grade on the same diffs (bootstrap over diffs; p of a two-sided randomisation "
+        "test, and adjusted by Holm's method within each group)."
     )
     return Section("tests", "Paired tests", [Prose(text), Table(columns, groups)])
 
