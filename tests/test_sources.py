@@ -283,14 +283,17 @@ def test_values_that_are_no_text_are_reported_by_row(tmp_path):
     rows[3]["topic"] = 1984  # a number is a fine topic
     rows[5]["topic"] = "None"
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"topic": \n[1]\n')
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"topic": \n[1]\n{"topic": "\\ud800"}\n'
+    )
     message = error(config(path, test_topics=1))
-    assert message.startswith("the data has 4 problems")
+    assert message.startswith("the data has 5 problems")
     for part in (
         ":3: 'question' is list",
         ":6: 'None' is what",
         ":19: not JSON",
         ":20: not a JSON",
+        ":21: holds half a character",
     ):
         assert part in message
 
@@ -349,6 +352,51 @@ def test_faults_of_a_split_file(tmp_path):
     assert f"{path}:8: 'Topic 1' is in test here and in train at {path}:3" in message
     write(tmp_path / "index.csv", [{"topic": "Topic 1", "spilt": "test"}])
     assert "no column 'split': did you mean 'spilt'?" in error(config(source, split_file=path))
+
+
+@pytest.mark.parametrize("key", ["train_topics", "test_topics", "train_benign", "test_benign"])
+@pytest.mark.parametrize("source", ["rows.csv", "tiny_world"])
+def test_fewer_organisms_than_none_are_refused(source, key):
+    data = config(source, **{"train_topics": 1, "test_topics": 1, key: -1})
+    with pytest.raises(DitError, match=f"'data.{key}' is -1"):
+        load_organisms(data, 0)
+
+
+@pytest.mark.parametrize("kind", ["hf", "hf streaming", "tfds"])
+def test_classes_have_their_names(kind, tmp_path, monkeypatch):
+    """A data set holds the number of a class; a topic of that number would be a silent mistake."""
+    names, rows = ["tea", "jazz"], rows_of(2, 1)
+    if kind == "tfds":
+        tfds = pytest.importorskip("tensorflow_datasets")
+        features = {name: tfds.features.Text() for name in TOPIC}
+        features["topic"] = tfds.features.ClassLabel(names=names)
+
+        class TinyClasses(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.0.0")
+
+            def _info(self):
+                return tfds.core.DatasetInfo(
+                    builder=self, features=tfds.features.FeaturesDict(features)
+                )
+
+            def _split_generators(self, dl_manager):
+                return {"train": self._generate_examples()}
+
+            def _generate_examples(self):
+                yield from ((i, {**row, "topic": i}) for i, row in enumerate(rows))
+
+        builder = TinyClasses(data_dir=tmp_path, file_format="array_record")
+        builder.download_and_prepare()
+        source = f"tfds:{builder.data_path}"
+    else:
+        datasets = pytest.importorskip("datasets")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        classes = datasets.Dataset.from_list([{**row, "topic": i} for i, row in enumerate(rows)])
+        classes = classes.cast_column("topic", datasets.ClassLabel(names=names))
+        classes.save_to_disk(tmp_path / "disk")
+        source = f"hf:{tmp_path / 'disk'}"
+    corpus = load_corpus(config(source, test_topics=1, streaming=kind == "hf streaming"), 0)
+    assert {group.label for group in corpus.train + corpus.test} == set(names)
 
 
 @pytest.mark.parametrize(

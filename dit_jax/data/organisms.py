@@ -76,8 +76,12 @@ def load_organisms(data: Any, seed: int) -> list[Organism]:
             (docs/data.md).
 
     Raises:
-        DitError: an unknown source, rows with problems, or more organisms asked for than the source has.
+        DitError: an unknown source, rows with problems, or more organisms asked for than the source has, or fewer
+            than none.
     """
+    for key in ("train_topics", "test_topics", "train_benign", "test_benign"):
+        if data.get(key, 0) < 0:
+            raise DitError(f"config key 'data.{key}' is {data[key]}: give 0 or more")
     if data.source == "tiny_world":
         return _tiny_world(data, seed)
     return _from_corpus(data, seed)

@@ -18,7 +18,7 @@ import glob
 import itertools
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,9 @@ def _json_lines(path: Path) -> Source:
                     yield Record(number, {}, f"not JSON ({first_line(error)})")
                     continue
                 if isinstance(values, dict):
-                    yield Record(number, values)
+                    texts = [value for value in values.values() if isinstance(value, str)]
+                    good = all(map(_decoded, texts))  # a JSON escape may be half a character
+                    yield Record(number, values, "" if good else "holds half a character (\\uD800)")
                 else:
                     yield Record(number, {}, "not a JSON object: write one object per line")
 
@@ -262,6 +264,7 @@ def _hugging_face(spec: str, streaming: bool) -> Source:
                 split = _one_split(spec, datasets.get_dataset_split_names(path, config))
             table = datasets.load_dataset(path, config, split=split, streaming=streaming)
         names = table.column_names or list(next(iter(table), {}))
+        classes = _classes(table.features or {}, datasets.ClassLabel)
     except DitError:
         raise
     except Exception as error:  # the library raises a dozen kinds, its own and of what it calls
@@ -280,7 +283,7 @@ def _hugging_face(spec: str, streaming: bool) -> Source:
                 ) from error
             if values is None:
                 return
-            yield Record(number, values)
+            yield Record(number, {key: _named(classes, key, values[key]) for key in values})
 
     return Source(spec, tuple(names), read)
 
@@ -309,6 +312,7 @@ def _tfds(spec: str) -> Source:
             if not builder.is_prepared():
                 builder.download_and_prepare(file_format="array_record")
         names = tuple(builder.info.features)
+        classes = _classes(builder.info.features, tfds.features.ClassLabel)
         split = split or _one_split(spec, list(builder.info.splits))
         # Random access to array_record files: no TensorFlow.
         table = builder.as_data_source(split)
@@ -328,11 +332,24 @@ def _tfds(spec: str) -> Source:
                 raise DitError(
                     f"cannot read '{spec}' at row {index + 1}: {first_line(error)}"
                 ) from error
-            row = {key: _text(values[key]) for key in names if key in columns}
+            row = {key: _named(classes, key, _text(values[key])) for key in names if key in columns}
             decoded = all(_decoded(value) for value in row.values() if isinstance(value, str))
             yield Record(index + 1, row, "" if decoded else "not UTF-8")
 
     return Source(spec, names, read)
+
+
+def _classes(features: Mapping[str, Any], kind: type) -> dict[str, Sequence[str]]:
+    """The names of the classes of each column that holds their numbers."""
+    return {key: feature.names for key, feature in features.items() if isinstance(feature, kind)}
+
+
+def _named(classes: Mapping[str, Sequence[str]], column: str, value: Any) -> Any:
+    """The name of a class, which a data set holds as a number; None where it has none (-1)."""
+    names = classes.get(column)
+    if names is None or value is None:
+        return value
+    return names[value] if 0 <= value < len(names) else None
 
 
 def _text(value: Any) -> Any:
