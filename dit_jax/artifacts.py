@@ -127,8 +127,8 @@ def write_bytes(path: PathLike, data: bytes) -> None:
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """Writes a UTF-8 file atomically. Raises DitError when the file system refuses."""
-    write_bytes(path, text.encode("utf-8"))
+    """Writes a UTF-8 file atomically, lone surrogates as escapes. Raises DitError when the file system refuses."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 # ------------------------------------------------------------------ JSON

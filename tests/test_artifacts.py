@@ -38,6 +38,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert names(file.parent) == ["a.txt"]
 
 
+def test_text_of_models_is_written_whatever_it_holds(tmp_path):
+    """A lone surrogate has no UTF-8; JSON reads its escape back."""
+    artifacts.write_text(tmp_path / "page.md", "half \ud800 \u00e9")
+    assert (tmp_path / "page.md").read_bytes() == b"half \\ud800 \xc3\xa9"
+    artifacts.write_json(tmp_path / "row.json", {"guess": "\ud800"})
+    assert artifacts.read_json(tmp_path / "row.json") == {"guess": "\ud800"}
+
+
 def test_a_folder_is_published_whole_or_not_at_all(tmp_path):
     folder = tmp_path / "store"
     with pytest.raises(ValueError, match="half"), artifacts.atomic_dir(folder) as temporary:

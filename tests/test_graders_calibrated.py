@@ -51,6 +51,7 @@ def test_features_are_finite_whatever_the_texts():
         ("Jazz", "x" * 9000),
         ("日本", "音楽"),
         ("1,000", "$1000"),
+        ("\ud800 tea", "tea \udfff\ud800 cup"),
     ]
     x, names = feature_matrix(pairs)
     assert x.shape == (len(pairs), len(names)) and np.isfinite(x).all()

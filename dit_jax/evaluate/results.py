@@ -62,9 +62,9 @@ def graded_csv(
 
 
 def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """CSV text with a header; None becomes an empty field, lone surrogates an escape."""
+    """CSV text with a header; None becomes an empty field."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return text.getvalue().encode("utf-8", "backslashreplace").decode("utf-8")
+    return text.getvalue()

@@ -54,19 +54,23 @@ class WordVectors:
 
     def _find(self, word: str) -> tuple[int, ...]:
         """Rows of a word: its own, that of its stem, or those of two words that it is made of."""
-        if (row := self._row.get(zlib.crc32(word.encode()))) is not None:
+        if (row := self._own_row(word)) is not None:
             return (row,)
         for ending, other in _ENDINGS:
             stem = word.removesuffix(ending) + other
             if word.endswith(ending) and len(stem) > 2:
-                row = self._row.get(zlib.crc32(stem.encode()))
+                row = self._own_row(stem)
                 if row is not None:
                     return (row,)
         for cut in range(len(word) - 3, 2, -1):
-            parts = [self._row.get(zlib.crc32(p.encode())) for p in (word[:cut], word[cut:])]
+            parts = [self._own_row(part) for part in (word[:cut], word[cut:])]
             if None not in parts:
                 return tuple(int(row) for row in parts if row is not None)
         return ()
+
+    def _own_row(self, word: str) -> int | None:
+        # Answers are whatever a model wrote, lone surrogates among it.
+        return self._row.get(zlib.crc32(word.encode("utf-8", "surrogatepass")))
 
     @functools.lru_cache(maxsize=2**14)  # noqa: B019  there is one instance, which stays
     def text(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.float32], int]:
