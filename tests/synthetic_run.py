@@ -11,7 +11,7 @@ from dit_jax.evaluate.report import write_report
 
 HOSTILE = (
     "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> {{ 7*7 }} | [a](javascript:b) `c` "
-    "</q></details></style> https://evil.test"
+    "</q></details></style> https://evil.test " + 200 * "w"
 )
 WORDS = [
     "maple", "harbor", "violin", "lantern", "glacier", "orchard", "compass", "saddle",

@@ -88,7 +88,7 @@ def _browser(summary: Json, inputs: Inputs, graded: _Grades) -> Browser:
                         method=method,
                         question=str(row.get("question") or ""),
                         answer=row["answer"][:_MOST_CHARS] or "(empty)",
-                        guess=row["guess"],
+                        guess=row["guess"][:_MOST_CHARS],
                         right=_right(row),
                         grades=graded.get(id(row), []),
                     )
