@@ -138,6 +138,14 @@ def test_inspect_works_inside_an_event_loop(inspect_model):
 def test_inspect_says_what_is_missing(inspect_model, monkeypatch):
     with pytest.raises(DitError, match="Inspect cannot give the model 'nosuch/model'"):
         get_grader("inspect", model="nosuch/model")
+
+    def needs_its_client(*_, **__):
+        raise RuntimeError("[bold]ERROR[/bold]: Install with:\n\n[bold]pip install openai[/bold]")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inspect_model, "get_model", needs_its_client)
+        with pytest.raises(DitError, match="'openai/x': Install with: pip install openai$"):
+            get_grader("inspect", model="openai/x")
     monkeypatch.setitem(sys.modules, "inspect_ai.model", None)
     with pytest.raises(DitError, match=r"pip install 'dit_jax\[grading\]'"):
         get_grader("inspect", model="mockllm/model")

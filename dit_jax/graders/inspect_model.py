@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import random
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -63,9 +64,9 @@ class InspectClient:
                 get_model(model, config=config, **model_args) if isinstance(model, str) else model
             )
         except Exception as error:  # each provider raises its own: unknown name, package, key
-            raise DitError(
-                f"Inspect cannot give the model {model!r}: {first_line(error)}"
-            ) from None
+            # What is missing may stand in a later line, in the markup of a terminal.
+            problem = re.sub(r"\[/?bold\]", "", str(error)).removeprefix("ERROR: ")
+            raise DitError(f"Inspect cannot give the model {model!r}: {problem}") from None
         self.config = config
         self.name = f"inspect:{self.model}"
         self.attempts, self.wait, self.connections = attempts, wait, connections
