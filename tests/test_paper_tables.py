@@ -408,6 +408,8 @@ def test_pages_show_the_numbers_and_escape_what_is_not_ours(tables):
     markdown = (tables / "tables.md").read_text(encoding="utf-8")
     assert "<script" not in markdown and "<img" not in markdown and "[a](" not in markdown
     assert "4.76 (" in markdown
+    drawn = re.findall(r"<text[^>]*>", page)
+    assert drawn and all("var(--" in text for text in drawn)  # readable in both themes
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", markdown)
     assert "scaling.png" in pictures and len(pictures) >= 3
     for name in pictures:

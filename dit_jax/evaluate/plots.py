@@ -187,7 +187,7 @@ def grade_distributions(entries: Sequence[tuple[str, Sequence[int], float]]) -> 
     axes.tick_params(length=0)
     figure.legend(
         title="grade", loc="outside upper right", ncols=5, frameon=False, fontsize=9,
-        title_fontsize=9, handlelength=1, handleheight=1,
+        title_fontsize=9, handlelength=1, handleheight=1, labelcolor=COLOURS["ink"],
     )  # fmt: skip
     return figure
 
@@ -213,7 +213,7 @@ def grade_curves(
         axes.vlines(x, low, high, color=colour, lw=1.2, alpha=0.6)
     axes.set_xscale("log", base=2)
     ticks = sorted({point[0] for points in series.values() for point in points})
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
+    axes.set_xticks(ticks, _apart(ticks), fontsize=8)
     axes.minorticks_off()
     axes.set_ylim(0.9, 5.1)
     axes.set_yticks(range(1, 6))
@@ -223,8 +223,19 @@ def grade_curves(
     axes.tick_params(length=0, axis="y")
     axes.spines["left"].set_visible(False)
     if len(series) > 1:
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(frameon=False, fontsize=9, labelcolor=COLOURS["ink"])
     return figure
+
+
+def _apart(ticks: Sequence[float]) -> list[str]:
+    """Labels of ticks on a logarithmic axis, "" for one that would run into the label before it."""
+    labels: list[str] = []
+    last = 0.0
+    for tick in ticks:
+        near = last and np.log(tick / last) < 0.05 * np.log(ticks[-1] / ticks[0])
+        labels.append("" if near else f"{tick:g}")
+        last = last if near else tick
+    return labels
 
 
 def curve(points: Sequence[Sequence[float]], label: str) -> "Figure":
