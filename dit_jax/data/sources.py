@@ -339,7 +339,7 @@ def _tfds(spec: str) -> Source:
     return Source(spec, names, read)
 
 
-def _classes(features: Mapping[str, Any], kind: type) -> dict[str, Sequence[str]]:
+def _classes(features: Mapping[str, Any], kind: Any) -> dict[str, Sequence[str]]:
     """The names of the classes of each column that holds their numbers."""
     return {key: feature.names for key, feature in features.items() if isinstance(feature, kind)}
 
