@@ -61,7 +61,7 @@ def pack(
         if size > most or terms > most_scored:
             raise DitError(
                 f"a sample of {size} tokens ({terms} scored) does not fit into {most} ({most_scored} scored): "
-                "raise the maximum length in the config"
+                "raise 'max_length' and 'max_target' of that section of the config"
             )
         tokens[row, :size] = sample.tokens
         lengths[row] = size
