@@ -53,6 +53,7 @@ quickstart: install
 
 lint: install-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet . || { echo "error: run '$(BIN)/ruff format .'"; exit 1; }
 	$(BIN)/mypy
 
 # One process per core, up to 4: most of the time goes to compiling, which keeps one core busy at a time.

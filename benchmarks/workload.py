@@ -154,7 +154,9 @@ def world_data(work: Workload) -> dict[str, np.ndarray]:
     wanted = (work.diffs, work.steps, work.samples, work.length, work.scored)
     found = (*batch.tokens.shape, batch.target.shape[-1])
     if found != wanted:
-        raise DitError(f"--tokens world has diffs, steps, samples, length, scored {found}, not {wanted}")
+        raise DitError(
+            f"--tokens world has diffs, steps, samples, length, scored {found}, not {wanted}"
+        )
     return batch._asdict()
 
 

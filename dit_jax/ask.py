@@ -196,9 +196,8 @@ def _svd_note(number: int | None, svd: dict[str, Any]) -> str:
 
 
 def _path(text: str) -> str:
-    if (
-        not text
-    ):  # an unset variable of the shell: without it the question would go to another model
+    # An empty path is an unset variable of the shell: without it another model would answer.
+    if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
 

@@ -293,7 +293,11 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_newest_good_one_used(
     assert (step, iterator) == (2, {"at": 2})
     jax.tree.map(np.testing.assert_array_equal, found, state(2))
     line = [x for x in capfd.readouterr().err.splitlines() if x.startswith("checkpoint")]
-    assert len(line) == 1 and "4' is not used (" + said in line[0] and "moved to 'damaged-4'" in line[0]
+    assert (
+        len(line) == 1
+        and "4' is not used (" + said in line[0]
+        and "moved to 'damaged-4'" in line[0]
+    )
     # The step can be written again, retention does not touch what was moved aside, a second one finds a name.
     checkpoints = Checkpoints(saved, keep=2, data="d")
     for step in (4, 6, 8):

@@ -226,7 +226,9 @@ def test_no_teacher_is_shared_where_samples_do_not_repeat_or_are_too_many(params
 
 
 def test_wrong_codes_are_few_per_question_and_never_the_secret_one():
-    fake = next(kind for kind in hidden_topic({"fake_codes": 3}).kinds if kind.name == "fake_backdoor")
+    fake = next(
+        kind for kind in hidden_topic({"fake_codes": 3}).kinds if kind.name == "fake_backdoor"
+    )
     rng = np.random.default_rng(0)
     row = {"question": "How are you?", "base_answer": "Fine."}
     prompts = {fake.make(row, "000", rng)[0] for _ in range(100)}

@@ -259,7 +259,12 @@ def test_slurm_starts_one_process_per_gpu(launch):
 
 @pytest.mark.parametrize(
     ("status", "state", "requeued"),
-    [(75, "RUNNING", True), (75, "COMPLETING", False), (2, "RUNNING", False), (0, "RUNNING", False)],
+    [
+        (75, "RUNNING", True),
+        (75, "COMPLETING", False),
+        (2, "RUNNING", False),
+        (0, "RUNNING", False),
+    ],
 )
 def test_slurm_puts_a_preempted_run_back_into_the_queue(launch, status, state, requeued):
     """Not one that its user cancelled, which also ends with 75 but is no longer running."""

@@ -304,7 +304,9 @@ def test_a_mesh_must_fit_the_wires_of_a_slice(monkeypatch):
         raise NotImplementedError("Failed to find assignment for logical_axis_index 1")
 
     monkeypatch.setattr(jax, "make_mesh", refuse)
-    with pytest.raises(parallel.UnplaceableMesh, match="mesh data 1 × fsdp 2 × tensor 2 cannot be laid"):
+    with pytest.raises(
+        parallel.UnplaceableMesh, match="mesh data 1 × fsdp 2 × tensor 2 cannot be laid"
+    ):
         compiler.mesh((1, 2, 2))
     monkeypatch.undo()
     assert dict(compiler.mesh((1, 2, 2)).shape) == {"data": 1, "fsdp": 2, "tensor": 2}

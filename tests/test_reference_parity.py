@@ -66,7 +66,9 @@ def test_weight_diffs_train_as_in_the_reference(folder):
     losses = [next(iter(entry.values())) for entry in facts["losses"]]
     every = {key: x for key, x in arrays.items() if key.startswith("batch.")}
     length = max(int(x.sum(-1).max()) for key, x in every.items() if key.endswith("mask"))
-    scored = max(int((x != -100).sum(-1).max()) for key, x in every.items() if key.endswith("labels"))
+    scored = max(
+        int((x != -100).sum(-1).max()) for key, x in every.items() if key.endswith("labels")
+    )
     errors = []
     for number, order in enumerate(facts["order"]):
         count = len(facts["topics"][number])

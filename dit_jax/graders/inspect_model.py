@@ -143,7 +143,8 @@ class InspectJudge(InspectClient):
     async def grade_async(self, items: Sequence[Item]) -> list[Grade]:
         """One grade per item, in order; a scorer inside Inspect can await it."""
         return [
-            self._read(reply) for reply in await self.complete_async([judge_prompt(i) for i in items])
+            self._read(reply)
+            for reply in await self.complete_async([judge_prompt(i) for i in items])
         ]
 
     def _read(self, reply: Reply) -> Grade:
