@@ -53,6 +53,11 @@ def shape(name: str) -> Qwen3Config:
     return dataclasses.replace(config, num_hidden_layers=int(layers))
 
 
+def is_shallow(name: str) -> bool:
+    """Whether the layers are few: unrolled they run faster than scanned and compile soon enough."""
+    return name.startswith("tiny") or name.endswith("layers")
+
+
 def preset(suite: str, model: str, platform: str, tokens: str = "random") -> dict[str, int]:
     """Default sizes of a suite: the embedded world's, a slice's, or a released model's on an accelerator.
 

@@ -65,7 +65,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--remat", choices=["none", "dots", "full"], default="none")
     parser.add_argument("--attention", default="xla")
-    parser.add_argument("--scan-layers", choices=["yes", "no"], help="default: all but tiny")
+    parser.add_argument(
+        "--scan-layers", choices=["yes", "no"], help="default: whole released shapes"
+    )
     parser.add_argument(
         "--cores", type=int, help="processor cores for all contenders; default: all"
     )
@@ -92,7 +94,7 @@ def make_workload(flags: argparse.Namespace) -> Workload:
     for name in (*_SIZES, "repeats", "seed", "adapter_rank"):
         if getattr(flags, name) is not None:
             sizes[name] = getattr(flags, name)
-    scan = flags.scan_layers or ("no" if flags.model.startswith("tiny") else "yes")
+    scan = flags.scan_layers or ("no" if models.is_shallow(flags.model) else "yes")
     return Workload(
         suite=flags.suite,
         model=flags.model,
