@@ -104,8 +104,9 @@ def read_peft(folder: str | FilePath, config: Qwen3Config, base_params: Any = No
             dense.add(module, place, layer, parts)
     _check_complete(places, by_module, options, config, source)
     delta = stack_factors(found, config, source) if found else {}
+    by_factors = {path for path, _ in found}
     for path, changed in modules(dense.delta()):
-        if path in {path for path, _ in found}:
+        if path in by_factors:
             raise DitError(
                 f"'{source}' changes {path[-1]} by factors and by whole weights: that is not supported"
             )

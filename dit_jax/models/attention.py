@@ -74,16 +74,16 @@ def segmented_attention(
     keys = [size for size, _, _ in groups]
     queries = keys if position is None else [size for _, size, _ in groups]
     real = split(lengths, [1] * len(groups))
+    asked = None if position is None else split(position, queries)
     outputs = []
     for group, (q, k, v) in enumerate(
         zip(split(q_BxPxNxH, queries), split(k_BxTxKxH, keys), split(v_BxTxKxH, keys), strict=True)
     ):
-        if position is None:
+        if asked is None:
             y = attention(q, k, v, lengths=real[group][:, 0], impl=impl)
         else:
-            asked = split(position, queries)[group]
             key_index = jnp.arange(keys[group])
-            mask = (key_index <= asked[..., None]) & (key_index < real[group][..., None])
+            mask = (key_index <= asked[group][..., None]) & (key_index < real[group][..., None])
             y = attention(q, k, v, mask=mask, impl=impl)
         outputs.append(y.reshape(batch, -1, *y.shape[2:]))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
