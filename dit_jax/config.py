@@ -5,7 +5,6 @@ is code and runs with the rights of the user: load only files that you trust.
 """
 
 import ast
-import difflib
 import fnmatch
 import importlib.util
 import inspect
@@ -19,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from dit_jax import artifacts
-from dit_jax.errors import DitError
+from dit_jax.errors import DitError, did_you_mean
 
 CONFIG_FILE = "config.json"
 # Keys that may differ between two runs in one workdir: what to run, on which devices, when to print, save or
@@ -100,7 +99,7 @@ def _split_arg(path: str) -> tuple[Path, str | None]:
 def _import_get_config(file: Path) -> Any:
     if not file.is_file():
         names = [str(other) for other in sorted(file.parent.glob("*.py"))]
-        raise DitError(f"there is no config file '{file}'{_did_you_mean(str(file), names)}")
+        raise DitError(f"there is no config file '{file}'{did_you_mean(str(file), names)}")
     spec = importlib.util.spec_from_file_location(f"dit_jax_config_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise DitError(f"config file '{file}' is not a Python file: it must end with .py")
@@ -154,11 +153,6 @@ def _describe(error: Exception) -> str:
     return message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"
 
 
-def _did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
-    return f": did you mean '{close[0]}'?" if close else ""
-
-
 # ------------------------------------------------------------------ overrides
 
 
@@ -201,7 +195,7 @@ def _kind(node: ConfigDict, name: str) -> type:
 
 def _unknown_key(config: ConfigDict, key: str) -> str:
     known = [name for name, _ in _leaves(config)]
-    suggestion = _did_you_mean(key, known)
+    suggestion = did_you_mean(key, known)
     if not suggestion:  # perhaps the right name in the wrong section
         last = key.rpartition(".")[2]
         same = [name for name in known if name.rpartition(".")[2] == last]

@@ -2,8 +2,9 @@
 
 import argparse
 import contextlib
+import difflib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
 EXIT_ERROR = 2  # the same code that argparse uses for a bad command line
@@ -19,6 +20,12 @@ def printable(text: str) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of a library's error message, or the error's type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def did_you_mean(name: str, candidates: Iterable[str], otherwise: str = "") -> str:
+    """ ": did you mean 'x'?" for the nearest of the candidates; where none is near, `otherwise`."""
+    close = difflib.get_close_matches(name, list(candidates), n=1)
+    return f": did you mean '{close[0]}'?" if close else otherwise
 
 
 class DitError(Exception):

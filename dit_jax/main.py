@@ -7,7 +7,6 @@ On several hosts the same command runs on each, with --distributed, and a workdi
 """
 
 import contextlib
-import difflib
 import functools
 import os
 import pathlib
@@ -23,7 +22,7 @@ from ml_collections import ConfigDict
 
 from dit_jax import artifacts, os_errors, parallel, preemption, processes
 from dit_jax.config import check_minimum, check_workdir, load_config, split_flags, to_dict
-from dit_jax.errors import DitError, Parser, exit_on_error
+from dit_jax.errors import DitError, Parser, did_you_mean, exit_on_error
 from dit_jax.workdir import ARTIFACTS, is_done, locked, run_once
 
 COMPUTE = ("scan_layers", "remat", "attention")  # of config.model: how to compute, see Qwen3Config
@@ -139,9 +138,8 @@ def _check_stages(stages: Any) -> None:
         )
     for stage in stages:
         if stage not in ARTIFACTS:
-            close = difflib.get_close_matches(str(stage), ARTIFACTS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"stages are {', '.join(ARTIFACTS)}"
-            raise DitError(f"unknown stage {stage!r}: {hint}")
+            hint = did_you_mean(str(stage), ARTIFACTS, f": stages are {', '.join(ARTIFACTS)}")
+            raise DitError(f"unknown stage {stage!r}{hint}")
 
 
 def _run_stages(config: Any, workdir: pathlib.Path) -> None:

@@ -14,8 +14,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dit_jax.data.organisms import called_none
-from dit_jax.data.sources import Source, did_you_mean, open_source
-from dit_jax.errors import DitError
+from dit_jax.data.sources import Source, open_source
+from dit_jax.errors import DitError, did_you_mean
 from dit_jax.text import normalise
 
 SHOWN_PROBLEMS = 5

@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import difflib
 import glob
 import itertools
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dit_jax.errors import DitError, first_line
+from dit_jax.errors import DitError, did_you_mean, first_line
 
 MAX_FIELD = 2**24  # characters of one CSV field: a stray quote must not swallow a file of gigabytes
 
@@ -65,12 +64,6 @@ def open_source(spec: str, *, streaming: bool = False) -> list[Source]:
     if spec.startswith("tfds:"):
         return [_tfds(spec)]
     return [_READERS[path.suffix.lower()](path) for path in _files(spec)]
-
-
-def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """ ": did you mean 'x'?" for the nearest of the candidates, else nothing."""
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
-    return f": did you mean '{close[0]}'?" if close else ""
 
 
 # ------------------------------------------------------------------ files

@@ -3,7 +3,6 @@
 One that is added to `METHODS` can be named in `evaluate.methods`; `names.METHODS` says what the report calls it.
 """
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from dit_jax.data.organisms import NONE
 from dit_jax.deltas.store import DiffStore
-from dit_jax.errors import DitError
+from dit_jax.errors import DitError, did_you_mean
 from dit_jax.evaluate import baselines, questions
 from dit_jax.evaluate.guessers import Guess, get_guesser
 from dit_jax.evaluate.setting import (
@@ -278,9 +277,8 @@ def chosen_methods(config: Mapping[str, Any], store: DiffStore) -> list[str]:
     named = list(config.get("methods", ()))
     for name in named:
         if name not in METHODS:
-            close = difflib.get_close_matches(name, METHODS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(METHODS)}"
-            raise DitError(f"config key 'evaluate.methods': unknown method {name!r}: {hint}")
+            hint = did_you_mean(name, METHODS, f": choose from {', '.join(METHODS)}")
+            raise DitError(f"config key 'evaluate.methods': unknown method {name!r}{hint}")
     if not named:
         left_out = list(NEED_GUESSER)
         if not attributes_of(store, str(config.get("label", "label"))):

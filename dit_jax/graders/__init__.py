@@ -1,10 +1,9 @@
 """Graders: how close an answer comes to the true label, on the scale 1–5 (docs/grading.md)."""
 
-import difflib
 import importlib
 from typing import Any
 
-from dit_jax.errors import DitError
+from dit_jax.errors import DitError, did_you_mean
 from dit_jax.graders.base import Agreement, Grade, Graded, Grader, Item, grade, mean_score
 from dit_jax.graders.cache import Cache
 
@@ -38,9 +37,8 @@ def get_grader(name: str, **options: Any) -> Grader:
             (an optional package, a model or a key is missing).
     """
     if name not in GRADERS:
-        close = difflib.get_close_matches(name, GRADERS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(GRADERS)}"
-        raise DitError(f"unknown grader {name!r}: {hint}")
+        hint = did_you_mean(name, GRADERS, f": choose from {', '.join(GRADERS)}")
+        raise DitError(f"unknown grader {name!r}{hint}")
     module, attribute = GRADERS[name]
     make = getattr(importlib.import_module(f"dit_jax.graders.{module}"), attribute)
     try:
