@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks import measure
 from benchmarks.workload import LEARNING_RATE, WEIGHT_DECAY, Workload, random_params
 from dit_jax import api
-from dit_jax.data.batch import TokenBatch
+from dit_jax.data.batch import TokenBatch, entry_limit, fits
 from dit_jax.deltas.tree import per_example, projection_shapes, trainable
 from dit_jax.models.config import Qwen3Config
 from dit_jax.organisms.finetune import finetune_many, make_optimizer
@@ -78,6 +78,8 @@ class Diffs(_Ours):
         super().__init__(work, data, factors, folder)
         # Made once: an optimizer is a static argument, and a new one compiles again.
         self.optimizer = make_optimizer("adam", LEARNING_RATE["diffs"], work.steps)
+        first = TokenBatch(*(data[name][: work.batch] for name in _FIELDS))
+        self.limit = entry_limit(first, work.num_ce, room=1.03)
 
     def run(self) -> dict[str, np.ndarray]:
         work = self.work
@@ -87,7 +89,7 @@ class Diffs(_Ours):
             part = slice(first, first + work.batch)
             deltas = jax.tree.map(lambda x, part=part: jnp.asarray(x[part]), start)
             batches = TokenBatch(*(self.data[name][part] for name in _FIELDS))
-            params, config = self.model.params, self.model.config
+            params, config = self.model.program_params, self.model.config
             teacher = make_teacher(params, config, batches, work.num_ce)
             trained, parts = finetune_many(
                 params,
@@ -98,6 +100,7 @@ class Diffs(_Ours):
                 num_ce=work.num_ce,
                 teacher=teacher,
                 widths=work.widths or None,
+                packed=self.limit if fits(batches, work.num_ce, self.limit) else None,
             )
             jax.device_get(trained)
             losses.append(np.asarray(parts["ce"] + parts["kl"]))
@@ -114,6 +117,8 @@ class Train(_Ours):
         self.optimizer = make_optimizer(
             "adamw", LEARNING_RATE["train"], work.steps, weight_decay=WEIGHT_DECAY["train"]
         )
+        batches = TokenBatch(*(data[name][None] for name in _FIELDS))
+        self.limit = entry_limit(batches, work.batch, room=1.0)  # of all steps
 
     def run(self) -> dict[str, np.ndarray]:
         from dit_jax.train.dit import State, train_step  # with the packages of checkpoints and data
@@ -125,13 +130,14 @@ class Train(_Ours):
             rows = self.data["rows"][step]
             own = jax.tree.map(lambda x, rows=rows: x[rows], self.diffs)
             state, metrics = train_step(
-                self.model.params,
+                self.model.program_params,
                 self.model.config,
                 state,
                 self.adapter,
                 per_example(own),
                 TokenBatch(*(self.data[name][step] for name in _FIELDS)),
                 optimizer=self.optimizer,
+                packed=self.limit,
             )
             losses.append(metrics["loss"])
         jax.block_until_ready(state)

@@ -91,6 +91,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.reference_init = False
     config.train.max_length = 32
     config.train.max_target = 12
+    # Scored tokens of a whole batch, at most (0: batch_size x max_target): the head need not see more. A batch that has
+    # more is computed whole.
+    config.train.max_scored = 224
     config.train.profile = (0, 0)  # which steps to trace
     config.train.log_every = 20
     config.train.save_every = 125

@@ -28,6 +28,7 @@ from dit_jax.errors import DitError
 from dit_jax.models import generate as generate_lib
 from dit_jax.models.config import DTYPES, NAMED_CONFIGS, Qwen3Config, read_config
 from dit_jax.models.hf_checkpoint import find_folder, generation_eos, load_params
+from dit_jax.models.layer_views import as_program_takes
 from dit_jax.models.layers import Delta, Deltas
 from dit_jax.models.qwen3 import Params, forward, init_params, unembed
 from dit_jax.progress import Progress
@@ -54,12 +55,17 @@ class Model:
             raise DitError(f"{self.name} has no tokenizer: load a model folder that has one")
         return self.chat_or_none
 
+    @functools.cached_property
+    def program_params(self) -> Params:
+        """`params` in the form that compiled programs take."""
+        return as_program_takes(self.params, self.config)
+
     def logits(self, tokens: Any, mask: Any = None, deltas: Deltas = ()) -> jax.Array:
         """fp32 logits [B, T, V] of token ids [B, T]; mask [B, T] is True (1) at real tokens, padding anywhere."""
         tokens = jnp.asarray(tokens, jnp.int32)
         mask = None if mask is None else jnp.asarray(mask, bool)
         with parallel.use_mesh(self.mesh):
-            return _logits(self.params, self.config, tokens, mask, tuple(deltas))
+            return _logits(self.program_params, self.config, tokens, mask, tuple(deltas))
 
     def digest(self) -> str:
         """sha256 that identifies the base, whatever dtype it was loaded in; computed once."""
@@ -391,7 +397,7 @@ def answer_batch(
         prompts = parallel.put_rows((tokens[picked], mask[picked]), mesh, batch_size)
         with parallel.use_mesh(mesh):
             out = generate_lib.generate(
-                model.params,
+                model.program_params,
                 model.config,
                 *prompts,
                 deltas=(*own, *shared),

@@ -197,7 +197,7 @@ def _compile_ahead(config: Any, model: Any) -> None:
         # What is wrong with a config, the stage itself will say.
         with contextlib.suppress(Exception), parallel.use_mesh(model.mesh):
             args, options = abstract_step(model.config, model.mesh, config.train, config.diffs.rank)
-            train_step.lower(*args, **options).compile()
+            train_step.lower(model.program_params, *args[1:], **options).compile()
 
     threading.Thread(target=compile_step, name=COMPILE_AHEAD).start()
 

@@ -1,4 +1,6 @@
-"""The tied head on a CPU against the plain product: values, both gradients, and under vmap and remat."""
+"""The head against the plain product and its gradient, tied and untied, for a large vocabulary on a CPU as well."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -6,51 +8,71 @@ import numpy as np
 import pytest
 
 from dit_jax.models import head
+from dit_jax.models.config import Qwen3Config
 
-VOCAB, SIZE = 8 * head.CHUNK + 37, 16  # the last chunk is a short one
-
-
-@pytest.fixture(scope="module")
-def arrays():
-    keys = jax.random.split(jax.random.key(0), 3)
-    hidden = jax.random.normal(keys[0], (3, 5, SIZE))
-    embedding = jax.random.normal(keys[1], (VOCAB, SIZE)) / 4
-    return hidden, embedding, jax.random.randint(keys[2], (3, 5), 0, VOCAB)
+LARGE = 8 * head.CHUNK + 37  # the last chunk is a short one
+ROWS, SIZE = 6, 16
 
 
-def plain(hidden, embedding):
-    return hidden @ embedding.T
-
-
-def loss(logits, hidden, embedding, target):
-    logp = jax.nn.log_softmax(logits(hidden, embedding), axis=-1)
-    return -jnp.take_along_axis(logp, target[..., None], axis=-1).sum()
-
-
-def test_logits_and_both_gradients_are_those_of_the_plain_product(arrays):
-    hidden, embedding, target = arrays
-    np.testing.assert_allclose(
-        head.tied_logits(hidden, embedding), plain(hidden, embedding), atol=1e-5
+def config_of(vocab, tied):
+    return Qwen3Config(
+        vocab_size=vocab,
+        hidden_size=SIZE,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=tied,
     )
-    grads = [
-        jax.jit(jax.grad(lambda h, e, f=f: loss(f, h, e, target), argnums=(0, 1)))(
-            hidden, embedding
-        )
-        for f in (head.tied_logits, plain)
-    ]
-    for one, two in zip(*grads, strict=True):
-        assert float(jnp.abs(two).max()) > 0.1
-        np.testing.assert_allclose(one, two, atol=2e-5)
 
 
-def test_under_vmap_and_remat(arrays):
-    hidden, embedding, target = arrays
+def case(vocab, tied):
+    keys = jax.random.split(jax.random.key(0), 4)
+    table = jax.random.normal(keys[0], (vocab, SIZE)) / 4
+    change = jax.random.normal(keys[1], (vocab, SIZE)) / 4
+    hidden = jax.random.normal(keys[2], (ROWS, SIZE))
+    gradient = jax.random.normal(keys[3], (ROWS, vocab))
+    if tied:
+        params = {"embed_tokens": {"embedding": table}}
+        deltas = ({"embed_tokens": {"w": change}},)
+    else:
+        params, deltas = {"lm_head": {"kernel": table.T}}, ({"lm_head": {"w": change.T}},)
+    return params, deltas, table, table + change, hidden, gradient
 
-    def grads(logits):
-        one = jax.checkpoint(lambda h, t: loss(logits, h, embedding, t))
-        return jax.jit(jax.vmap(jax.grad(one)))(hidden, target)
 
-    np.testing.assert_allclose(grads(head.tied_logits), grads(plain), atol=2e-5)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("vocab", [LARGE, 300])
+def test_logits_and_gradient_are_those_of_the_plain_product(vocab, tied):
+    config = config_of(vocab, tied)
+    params, deltas, table, changed, hidden, gradient = case(vocab, tied)
+    for given, expected in (((), table), (deltas, changed)):
+
+        @jax.jit
+        def both(hidden, gradient, given=given):
+            weight = head.head_weight(params, config, given)
+
+            def columns(first, count):
+                return jax.lax.dynamic_slice_in_dim(gradient, first, count, axis=1)
+
+            return head.logits(config, weight, hidden), head.to_hidden(config, weight, columns)
+
+        logits, back = both(hidden, gradient)
+        np.testing.assert_allclose(logits, hidden @ expected.T, atol=1e-5)
+        assert float(jnp.abs(back).max()) > 10
+        np.testing.assert_allclose(back, gradient @ expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_products_have_float32_results():
+    config = dataclasses.replace(config_of(300, True), dtype="bfloat16")
+    params, _, table, _, hidden, gradient = case(300, True)
+    weight = head.head_weight(params, config)
+    assert weight.dtype == jnp.bfloat16
+    logits = head.logits(config, weight, hidden)
+    back = head.to_hidden(config, weight, lambda first, count: gradient[:, first : first + count])
+    assert logits.dtype == back.dtype == jnp.float32
+    np.testing.assert_allclose(logits, hidden @ table.T, atol=0.05)
+    np.testing.assert_allclose(back, gradient @ table, atol=0.5)
 
 
 def test_chosen_for_a_large_vocabulary_on_one_device_only():

@@ -116,7 +116,9 @@ def test_the_diffs_are_those_of_one_process(finished):
     assert len(two) == 15 and [r["topic"] for r in two.rows] == [r["topic"] for r in one.rows]
     assert [r["right_code"] for r in two.rows] == [r["right_code"] for r in one.rows]
     for a, b in zip(*(jax.tree.leaves(s.stacked(range(15))) for s in (two, one)), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5, rtol=0)  # 1e-3 of the learning rate
+        # 1e-3 of the learning rate; Adam turns the rounding of a gradient near 0 into more for a few.
+        assert np.mean(np.abs(a - b) > 2e-5) < 1e-3
+        np.testing.assert_allclose(a, b, atol=2e-4, rtol=0)
 
 
 def test_the_adapter_is_that_of_one_process(finished):

@@ -188,7 +188,7 @@ def test_the_step_that_is_compiled_ahead_is_the_one_that_runs(copy, monkeypatch)
     config = load_config("configs/quickstart.py", split_flags(SMALL)[1])
     model = dit_jax.load_model("tiny_qwen3", scan_layers=True)
     args, options = dit.abstract_step(model.config, None, config.train, config.diffs.rank)
-    assert programs == [step.lower(*args, **options).as_text()]
+    assert programs == [step.lower(model.program_params, *args[1:], **options).as_text()]
 
 
 def test_only_a_training_that_is_to_come_is_compiled_ahead(finished, tmp_path):

@@ -74,3 +74,27 @@ def pack(
 def stack(batches: Sequence[TokenBatch]) -> TokenBatch:
     """Batches of equal shape joined on a new leading axis."""
     return TokenBatch(*(np.stack(leaves) for leaves in zip(*batches, strict=True)))
+
+
+def used_entries(batches: TokenBatch, num_ce: int) -> tuple[int, int]:
+    """The most scored entries with a weight in one step, of the leading `num_ce` samples and of the others.
+
+    Args:
+        batches: on the host, leaves [N, steps, S, …]; those of N batches of a step are added up.
+    """
+    used = np.asarray(batches.weight) != 0
+    ce, kl = (part.sum(axis=(0, 2, 3)).max() for part in (used[:, :, :num_ce], used[:, :, num_ce:]))
+    return int(ce), int(kl)
+
+
+def entry_limit(batches: TokenBatch, num_ce: int, room: float) -> tuple[int, int]:
+    """`room` (1.03: 3 % more) times the used entries of these batches, so that others like them run one program."""
+    ce, kl = (-(-int(room * used) // 8) * 8 for used in used_entries(batches, num_ce))
+    return ce, kl
+
+
+def fits(batches: TokenBatch, num_ce: int, limit: tuple[int, int] | None) -> bool:
+    """Whether these batches use no more entries than `limit` has room for."""
+    return limit is not None and all(
+        used <= most for used, most in zip(used_entries(batches, num_ce), limit, strict=True)
+    )

@@ -97,7 +97,7 @@ def logit_difference(
 
 def _first_logits(model: Model, tokens: np.ndarray, mask: np.ndarray, deltas: Any) -> jax.Array:
     with parallel.use_mesh(model.mesh):
-        return _last_logits(model.params, model.config, tokens, mask, deltas)
+        return _last_logits(model.program_params, model.config, tokens, mask, deltas)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -140,7 +140,7 @@ def label_cross_entropy(
         else:
             own = shardings.put_delta(model.config, mesh, given.read(start))
         with parallel.use_mesh(mesh):
-            values = _sample_losses(model.params, model.config, batch, (own, adapter))
+            values = _sample_losses(model.program_params, model.config, batch, (own, adapter))
         losses += [float(x) for x in values[: last - start]]
     return losses
 

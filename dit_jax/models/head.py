@@ -1,47 +1,82 @@
-"""The tied head on one CPU device: the same product, with a backward pass that fits its matrix kernels."""
+"""The head: its weight, logits, and the product that takes gradients of logits back to hidden states."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-CHUNK = 1024  # vocabulary entries per product of the backward pass
+from dit_jax.models.config import Qwen3Config
+from dit_jax.models.layers import Deltas, pick
+from dit_jax.parallel import FREE, constrain
+
+CHUNK = 1024  # vocabulary entries per product of `to_hidden` on a CPU
+NAMES = ("embed_tokens", "lm_head")  # the modules that a head is made of
+
+
+def precision(config: Qwen3Config) -> contextlib.AbstractContextManager[None]:
+    """float32 means float32: by default GPUs and TPUs round the factors of such products to TF32 or bfloat16."""
+    if config.dtype == "float32":
+        return jax.default_matmul_precision("float32")
+    return contextlib.nullcontext()
+
+
+def head_weight(params: dict[str, Any], config: Qwen3Config, deltas: Deltas = ()) -> jax.Array:
+    """What logits are made with, in `config.dtype`: the table [V, D] where it is tied, else the kernel [D, V]."""
+    name, leaf = ("embed_tokens", "embedding") if config.tie_word_embeddings else ("lm_head", "kernel")  # fmt: skip
+    weight = params[name][leaf]
+    for delta in pick(deltas, name):
+        weight = weight + delta["w"].astype(weight.dtype)
+    axes = ("vocab", None) if config.tie_word_embeddings else (None, "vocab")
+    return constrain(weight.astype(config.dtype), *axes)
+
+
+def logits(config: Qwen3Config, weight: jax.Array, hidden: jax.Array) -> jax.Array:
+    """fp32 logits [..., V] of hidden states [..., D]."""
+    product = "...D,VD->...V" if config.tie_word_embeddings else "...D,DV->...V"
+    hidden = hidden.astype(config.dtype)
+    with precision(config):
+        y = jnp.einsum(product, hidden, weight, preferred_element_type=jnp.float32)
+    return constrain(y, *(FREE,) * (y.ndim - 1), "vocab")
+
+
+def to_hidden(
+    config: Qwen3Config, weight: jax.Array, gradient: Callable[[Any, int], jax.Array]
+) -> jax.Array:
+    """The gradient [R, D] (fp32) of hidden states from that of their logits.
+
+    Args:
+        gradient: (first, count) -> the gradient [R, count] of so many vocabulary entries' logits.
+    """
+    dtype = jnp.dtype(config.dtype)
+
+    def product(first: Any, count: int, weight: jax.Array) -> jax.Array:
+        equation = "RV,VD->RD" if config.tie_word_embeddings else "RV,DV->RD"
+        # As in the other products of a backward pass, both factors have the dtype of the activations.
+        columns = gradient(first, count).astype(dtype)
+        with precision(config):
+            return jnp.einsum(equation, columns, weight, preferred_element_type=jnp.float32)
+
+    vocab = config.vocab_size
+    if not (config.tie_word_embeddings and prefers_chunks(vocab)):
+        return product(0, vocab, weight)
+
+    def part(first: Any, count: int) -> jax.Array:
+        entries = jax.lax.dynamic_slice_in_dim(weight, first, count, axis=0)
+        return product(first, count, entries)
+
+    chunks, rest = divmod(vocab, CHUNK)
+    rows = jax.eval_shape(lambda: gradient(0, 1)).shape[0]
+    total = part(chunks * CHUNK, rest) if rest else jnp.zeros((rows, config.hidden_size))
+    return jax.lax.fori_loop(0, chunks, lambda i, sum_: sum_ + part(i * CHUNK, CHUNK), total)
 
 
 def prefers_chunks(vocab_size: int) -> bool:
-    """Whether `tied_logits` is the faster way here: a large vocabulary on the CPU, not split over a mesh.
+    """Whether short sums are the faster way here: a large vocabulary on the CPU, not split over a mesh.
 
-    One product over 151,936 terms per output runs at a third of the speed of short ones there (measured with
-    jax 0.10.2: 22 against 59 GFLOP/s on one core); GPUs and TPUs split such sums by themselves.
+    One product over 151,936 terms per output runs at a third to two thirds of the speed of short ones there
+    (docs/performance.md); GPUs and TPUs split such sums by themselves.
     """
     whole = jax.sharding.get_abstract_mesh().empty
     return jax.default_backend() == "cpu" and whole and vocab_size >= 8 * CHUNK
-
-
-@jax.custom_vjp
-def tied_logits(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
-    """fp32 logits [..., V] of hidden states [..., D] and the embedding table [V, D]."""
-    return jnp.einsum("...D,VD->...V", hidden, embedding, preferred_element_type=jnp.float32)
-
-
-def _forward(hidden: jax.Array, embedding: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return tied_logits(hidden, embedding), (hidden, embedding)
-
-
-def _backward(saved: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    hidden, embedding = saved
-    vocab, size = embedding.shape
-    rows = grad.reshape(-1, vocab)
-
-    def part(start: jax.Array | int, count: int) -> jax.Array:
-        columns = jax.lax.dynamic_slice_in_dim(rows, start, count, axis=1)
-        entries = jax.lax.dynamic_slice_in_dim(embedding, start, count, axis=0)
-        return jnp.dot(columns, entries, preferred_element_type=jnp.float32)
-
-    chunks, rest = divmod(vocab, CHUNK)
-    total = part(chunks * CHUNK, rest) if rest else jnp.zeros((rows.shape[0], size), jnp.float32)
-    total = jax.lax.fori_loop(0, chunks, lambda i, sum_: sum_ + part(i * CHUNK, CHUNK), total)
-    # Compiled away where the embedding is not trained.
-    of_embedding = jnp.einsum("BV,BD->VD", rows, hidden.reshape(-1, size).astype(rows.dtype))
-    return total.reshape(hidden.shape).astype(hidden.dtype), of_embedding.astype(embedding.dtype)
-
-
-tied_logits.defvjp(_forward, _backward)

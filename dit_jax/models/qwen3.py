@@ -4,7 +4,6 @@ The parameter tree and the delta tree are described in docs/architecture.md. Lay
 and either scanned or unrolled (`config.scan_layers`); both compute the same function.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -225,9 +224,9 @@ class Qwen3(nn.Module):
     def _unroll_layers(
         self, x: jax.Array, deltas: Deltas, kv: Any, context: Context, queries: Queries | None
     ) -> tuple[jax.Array, Any]:
-        """The same function of the same stacked parameters; the last layer answers the queries alone."""
+        """The same function, of stacked parameters or a tuple of layers; the last layer answers the queries alone."""
         c = self.config
-        stacked = self.variables["params"]["layers"]
+        layers = self.variables["params"]["layers"]
         last = c.num_hidden_layers - 1
 
         def apply(layer: int, x: jax.Array, kv: Any, params: Params, deltas: Deltas) -> Any:
@@ -240,8 +239,9 @@ class Qwen3(nn.Module):
             function: Callable[..., Any] = functools.partial(apply, layer)
             if c.remat != "none":
                 function = jax.checkpoint(function, policy=_remat_policy(c))
-            one = jax.tree.map(lambda x, layer=layer: x[layer], (stacked, deltas))
-            x, kv = function(x, kv, *one)
+            take = functools.partial(jax.tree.map, lambda x, layer=layer: x[layer])
+            one = layers[layer] if isinstance(layers, tuple) else take(layers)
+            x, kv = function(x, kv, one, take(deltas))
         return x, kv
 
 
@@ -261,13 +261,6 @@ class _Table(nn.Module):
     @nn.compact
     def __call__(self) -> jax.Array:
         return self.param(self.parameter, self.initializer, (self.rows, self.columns), self.dtype)
-
-
-def _precision(config: Qwen3Config) -> contextlib.AbstractContextManager[None]:
-    """float32 means float32: by default GPUs and TPUs round the factors of such products to TF32 or bfloat16."""
-    if config.dtype == "float32":
-        return jax.default_matmul_precision("float32")
-    return contextlib.nullcontext()
 
 
 def forward(
@@ -316,7 +309,7 @@ def forward(
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         see = attention_lib.causal_mask(None, length) & mask[:, None, :]
         context = Context(positions, None, see, None)
-    with _precision(config):
+    with head.precision(config):
         model = Qwen3(config, segments)
         hidden, _ = model.apply({"params": params}, tokens, deltas, None, context, queries)
     return hidden
@@ -342,7 +335,7 @@ def forward_cached(
     causal = slots[None, :] <= (cache.end + jnp.arange(length))[:, None]
     mask = causal[None] & all_valid[:, None, :]
     context = Context(positions, None, mask, cache.end)
-    with _precision(config):
+    with head.precision(config):
         hidden, kv = Qwen3(config).apply(
             {"params": params}, tokens, deltas, (cache.k, cache.v), context
         )
@@ -362,23 +355,7 @@ def unembed(
     params: Params, config: Qwen3Config, hidden: jax.Array, deltas: Deltas = ()
 ) -> jax.Array:
     """fp32 logits [..., V] of hidden states [..., D]."""
-    dtype = jnp.dtype(config.dtype)
-    tied = config.tie_word_embeddings
-    if tied and not pick(deltas, "embed_tokens") and head.prefers_chunks(config.vocab_size):
-        embedding = params["embed_tokens"]["embedding"].astype(dtype)
-        return head.tied_logits(hidden.astype(dtype), embedding)
-    if tied:
-        kernel = params["embed_tokens"]["embedding"].T
-        changes = [delta["w"].T for delta in pick(deltas, "embed_tokens")]
-    else:
-        kernel = params["lm_head"]["kernel"]
-        changes = [delta["w"] for delta in pick(deltas, "lm_head")]
-    for change in changes:
-        kernel = kernel + change.astype(kernel.dtype)
-    kernel = constrain(kernel.astype(dtype), None, "vocab")
-    with _precision(config):
-        logits = jnp.dot(hidden.astype(dtype), kernel, preferred_element_type=jnp.float32)
-    return constrain(logits, *(FREE,) * (logits.ndim - 1), "vocab")
+    return head.logits(config, head.head_weight(params, config, deltas), hidden)
 
 
 def init_params(config: Qwen3Config, key: jax.Array) -> Params:

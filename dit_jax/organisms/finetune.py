@@ -59,6 +59,7 @@ def finetune(
     teacher: Teacher | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
     widths: Segments | None = None,
+    packed: tuple[int, int] | None = None,
 ) -> tuple[Delta, dict[str, jax.Array]]:
     """Finetunes one delta on `batches`, whose leaves are [steps, S, …] (paper, section 3).
 
@@ -68,6 +69,7 @@ def finetune(
         teacher: the base's hidden states for the KL samples; None: computed in every step.
         widths: for each of the S samples of a step, (tokens, scored entries) beyond which there is padding only;
             they then lie side by side in one row. None: S rows.
+        packed: how many entries of a step are used at most, see `head_loss.Options`.
 
     Returns:
         The trained delta, and the losses of each step: {"ce": [steps], "kl": [steps]}, before the update.
@@ -90,7 +92,9 @@ def finetune(
 
         def loss(leaves: Delta) -> tuple[jax.Array, dict[str, jax.Array]]:
             deltas = (with_scale(leaves, delta),)
-            return batch_loss(params, config, batch, deltas, num_ce, base, chunk_elements, widths)
+            return batch_loss(
+                params, config, batch, deltas, num_ce, base, chunk_elements, widths, packed
+            )
 
         grads, parts = jax.grad(loss, has_aux=True)(leaves)
         updates, state = optimizer.update(grads, state, leaves)
@@ -103,7 +107,7 @@ def finetune(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "optimizer", "num_ce", "widths"),
+    static_argnames=("config", "optimizer", "num_ce", "widths", "packed"),
     donate_argnames=("deltas",),
 )
 def finetune_many(
@@ -116,14 +120,16 @@ def finetune_many(
     num_ce: int,
     teacher: Teacher | None = None,
     widths: Segments | None = None,
+    packed: tuple[int, int] | None = None,
 ) -> tuple[Delta, dict[str, jax.Array]]:
     """`finetune` for N deltas at once: leaves of `deltas` and `batches` have a leading axis N.
 
     The base is not mapped, so its products stay one large matmul over all N diffs' tokens. On a mesh N is split
     over data and fsdp; diffs never meet.
     """
-    # All N diffs hold their chunk of logits at the same time: they share one budget.
-    chunk_elements = CHUNK_ELEMENTS // batches.tokens.shape[0]
+    # On a mesh each diff has its own chunk of logits, all at the same time: they share one budget.
+    is_split = parallel.spmd_axes() is not None
+    chunk_elements = CHUNK_ELEMENTS // (batches.tokens.shape[0] if is_split else 1)
 
     def one(delta: Delta, batch: TokenBatch, teacher: Teacher | None) -> Any:
         return finetune(
@@ -136,6 +142,7 @@ def finetune_many(
             teacher=teacher,
             chunk_elements=chunk_elements,
             widths=widths,
+            packed=packed,
         )
 
     # The diffs share the table of hidden states; each has its own rows of it.

@@ -223,7 +223,7 @@ def _divergences(
     deltas = shardings.put_deltas(model.config, mesh, local, width, 0)
     batch = parallel.put_rows(stack([batches[i] for i in filled]), mesh, width)
     with parallel.use_mesh(mesh):
-        out = base_divergence(model.params, model.config, deltas, batch)
+        out = base_divergence(model.program_params, model.config, deltas, batch)
     return np.asarray(parallel.to_host(out))[:count]
 
 
@@ -238,7 +238,8 @@ def base_divergence(
     params: Params, config: Qwen3Config, deltas: Delta, batches: TokenBatch
 ) -> jax.Array:
     """Σ weight · KL(base ‖ base ⊕ δ) [N], for N deltas with leaves [N, L, …] and batches with leaves [N, S, …]."""
-    chunk_elements = CHUNK_ELEMENTS // batches.tokens.shape[0]
+    is_split = parallel.spmd_axes() is not None
+    chunk_elements = CHUNK_ELEMENTS // (batches.tokens.shape[0] if is_split else 1)
 
     def one(delta: Delta, batch: TokenBatch) -> jax.Array:
         base = scored_hidden(params, config, batch)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from dit_jax import parallel, processes, shardings
 from dit_jax.api import Model
 from dit_jax.config import to_dict
-from dit_jax.data.batch import TokenBatch, stack
+from dit_jax.data.batch import TokenBatch, entry_limit, fits, stack
 from dit_jax.data.organisms import NONE, Organism
 from dit_jax.data.reference import couple_losses
 from dit_jax.deltas import store as diff_store
@@ -71,6 +71,11 @@ class Job:
     def width(self) -> int:
         """Diffs of a shard's program, which the mesh divides."""
         return parallel.round_up(self.size, self.model.mesh)
+
+    @property
+    def num_ce(self) -> int:
+        """Samples of a step that are scored by cross-entropy."""
+        return num_ce_samples(self.behaviour, self.config)
 
     @property
     def shards(self) -> int:
@@ -156,6 +161,7 @@ def _make_shards(job: Job, folder: pathlib.Path) -> list[dict[str, Any]]:
     ]
     missing = [i for i in range(job.shards) if not processes.agree(finished[i] is not None)]
     ahead = _read_ahead(functools.partial(read_batches, job), missing)
+    limit: tuple[int, int] | None = None
     meter, reports = Meter(job.model.config, job.model.mesh), folder.parent / "metrics"
     rows: list[dict[str, Any]] = []
     table = 0  # never shrinks, so that all shards run one program
@@ -168,7 +174,12 @@ def _make_shards(job: Job, folder: pathlib.Path) -> list[dict[str, Any]]:
             members, done = job.members(shard), finished[shard]
             profile.step(shard)
             if shard in missing:
-                made = finetune_shard(job, shard, next(ahead), table)
+                local = next(ahead)
+                if limit is None and job.model.mesh is None:
+                    # Of the first shard, so that a run that goes on makes the same programs.
+                    first = local if shard == 0 else read_batches(job, 0)
+                    limit = entry_limit(first, job.num_ce, room=1.03)
+                made = finetune_shard(job, shard, local, table, limit)
                 table = made.table
                 done = index_rows(job, shard, made)
                 n, steps = len(members), job.config.steps
@@ -199,18 +210,25 @@ def read_batches(job: Job, shard: int) -> TokenBatch:
     )
 
 
-def finetune_shard(job: Job, shard: int, local: TokenBatch, table: int) -> Finetuned:
+def finetune_shard(
+    job: Job,
+    shard: int,
+    local: TokenBatch,
+    table: int = 0,
+    limit: tuple[int, int] | None = None,
+) -> Finetuned:
     """Finetunes the organisms of a shard together.
 
     Args:
         local: from `read_batches`.
         table: rows that the teacher's table has at least.
+        limit: of the scored entries that a step uses, see `entry_limit`; a shard that uses more computes all.
 
     Raises:
         DitError: a finetune diverged.
     """
     model, config, mesh = job.model, job.config, job.model.mesh
-    num_ce = num_ce_samples(job.behaviour, config)
+    num_ce = job.num_ce
     batches = parallel.put_rows(local, mesh, job.width)
     whole = parallel.to_host(batches)
     if config.reference_losses:
@@ -219,10 +237,10 @@ def finetune_shard(job: Job, shard: int, local: TokenBatch, table: int) -> Finet
     start = jax.random.key(job.seed)
     keys = jnp.stack([jax.random.fold_in(start, organism.seed) for organism in job.local(shard)])
     deltas = shardings.put_deltas(model.config, mesh, job.init(keys), job.width, 0)
-    teacher = make_teacher(model.params, model.config, whole, num_ce, table, mesh)
+    teacher = make_teacher(model.program_params, model.config, whole, num_ce, table, mesh)
     with parallel.use_mesh(mesh):
         trained, losses = finetune_many(
-            model.params,
+            model.program_params,
             model.config,
             deltas,
             batches,
@@ -230,6 +248,7 @@ def finetune_shard(job: Job, shard: int, local: TokenBatch, table: int) -> Finet
             num_ce=num_ce,
             teacher=teacher,
             widths=sample_widths(job.behaviour, config),
+            packed=limit if fits(whole, num_ce, limit) else None,
         )
     members = job.members(shard)
     n = len(members)

@@ -1,10 +1,9 @@
 """The one loss of the project: weighted cross-entropy and KL(base ‖ base ⊕ δ) at chosen positions.
 
-Logits exist only at scored positions and only for one chunk of positions at a time, in fp32; the backward pass
-recomputes them. See docs/architecture.md, "Token batches".
+Logits exist only at scored positions, in fp32, see `head_loss`. The batch: docs/architecture.md, "Token batches".
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,8 +13,10 @@ import numpy as np
 from dit_jax.data.batch import TokenBatch
 from dit_jax.models.attention import Segments
 from dit_jax.models.config import Qwen3Config
+from dit_jax.models.head import NAMES, head_weight
 from dit_jax.models.layers import Deltas
-from dit_jax.models.qwen3 import Params, forward, unembed
+from dit_jax.models.qwen3 import Params, forward
+from dit_jax.organisms.head_loss import Head, Options, Scored, head_loss
 from dit_jax.parallel import traced_batch_shards
 
 CHUNK_ELEMENTS = 2**26  # logits held at a time on one device: 256 MiB in fp32
@@ -62,69 +63,38 @@ def batch_loss(
     teacher: jax.Array | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
     widths: Segments | None = None,
+    packed: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Total loss, and its parts {"ce": …, "kl": …} (scalars, fp32).
+    """Total loss, and its parts {"ce": …, "kl": …} (scalars, fp32). The head is frozen: no gradient goes to it.
 
     Args:
         num_ce: how many leading samples are scored by cross-entropy, the rest by KL. Default: all.
         teacher: hidden states of the base at the scored positions of the KL samples (`scored_hidden` of these,
             without the delta). Needed where there are KL samples.
+        chunk_elements: logits held at a time on one device.
         widths: for each sample how many of its tokens and scored entries to compute; what lies beyond is padding
             in all samples of that place. None: all.
+        packed: how many entries are used at most, see `head_loss.Options`.
     """
     samples = batch.tokens.shape[0]
     num_ce = samples if num_ce is None else num_ce
+    if (num_ce < samples) != (teacher is not None):
+        raise ValueError("KL samples, and no others, need the base's hidden states")
     hidden = scored_hidden(params, config, batch, deltas, widths)
     target, weight = batch.target, batch.weight
-    ce: Any = np.s_[:num_ce]
-    kl: Any = np.s_[num_ce:]
+    first: Any = np.s_[:num_ce]
+    rest: Any = np.s_[num_ce:]
     if widths is not None:
         scored = [count for _, count in widths]
         target, weight = side_by_side(target, scored), side_by_side(weight, scored)
-        ce, kl = np.s_[:, : sum(scored[:num_ce])], np.s_[:, sum(scored[:num_ce]) :]
-
-    def ce_rows(hidden: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
-        logits = unembed(params, config, hidden, deltas)
-        chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        return jnp.sum(weight * (jax.nn.logsumexp(logits, axis=-1) - chosen))
-
-    def kl_rows(hidden: jax.Array, teacher: jax.Array, weight: jax.Array) -> jax.Array:
-        logits = unembed(params, config, hidden, deltas)
-        base = jax.nn.log_softmax(unembed(params, config, teacher), axis=-1)
-        # Σ p (log p - log q) with log q = logits - logsumexp: fewer passes over [rows, V] than with log q itself.
-        terms = jnp.sum(jnp.exp(base) * (base - logits), axis=-1)
-        return jnp.sum(weight * (terms + jax.nn.logsumexp(logits, axis=-1)))
-
+        first, rest = np.s_[:, : sum(scored[:num_ce])], np.s_[:, sum(scored[:num_ce]) :]
+    ce = Scored(hidden[first], target[first], weight[first]) if num_ce else None
+    kl = None if teacher is None else Scored(hidden[rest], teacher, weight[rest])
     chunk = max(1, chunk_elements * traced_batch_shards() // config.vocab_size)
-    parts = {"ce": jnp.zeros((), jnp.float32), "kl": jnp.zeros((), jnp.float32)}
-    if num_ce:
-        args = (hidden[ce], target[ce], weight[ce])
-        parts["ce"] = _sum_chunks(ce_rows, args, chunk)
-    if num_ce < samples:
-        if teacher is None:
-            raise ValueError("KL samples need the base's hidden states")
-        args = (hidden[kl], teacher, weight[kl])
-        parts["kl"] = _sum_chunks(kl_rows, args, chunk)
+    weights = Head(head_weight(params, config, deltas), None)
+    if any(name in delta for delta in deltas for name in NAMES):
+        weights = Head(weights.weight, head_weight(params, config))
+    parts = dict(
+        zip(("ce", "kl"), head_loss(Options(config, chunk, packed), weights, ce, kl), strict=True)
+    )
     return parts["ce"] + parts["kl"], parts
-
-
-def _sum_chunks(fn: Callable[..., jax.Array], args: tuple[jax.Array, ...], chunk: int) -> jax.Array:
-    """Σ fn over rows of args [S, M, …], about `chunk` rows at a time; the last chunk is padded with weight 0.
-
-    A chunk has some positions of every sample, so that a mesh that splits the samples splits each chunk.
-    """
-    samples, size = args[0].shape[:2]
-
-    def on_rows(xs: tuple[jax.Array, ...]) -> jax.Array:
-        return fn(*(x.reshape(-1, *x.shape[2:]) for x in xs))
-
-    count = -(-size // max(1, chunk // samples))
-    if count == 1:
-        return on_rows(args)
-    width = -(-size // count)
-
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, count * width - size), *((0, 0),) * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(samples, count, width, *x.shape[2:]), 1, 0)
-
-    return jnp.sum(jax.lax.map(jax.checkpoint(on_rows), tuple(split(x) for x in args)))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax import artifacts, parallel, preemption, processes, shardings
 from dit_jax.api import Model, check_base
-from dit_jax.data.batch import TokenBatch
+from dit_jax.data.batch import TokenBatch, fits
 from dit_jax.deltas.store import DiffStore
 from dit_jax.deltas.tree import PROJECTIONS, init_lora, per_example, trainable, with_scale
 from dit_jax.errors import DitError
@@ -34,7 +34,9 @@ class State(NamedTuple):
     optimizer: Any
 
 
-@functools.partial(jax.jit, static_argnames=("config", "optimizer"), donate_argnames=("state",))
+@functools.partial(
+    jax.jit, static_argnames=("config", "optimizer", "packed"), donate_argnames=("state",)
+)
 def train_step(
     params: Params,
     config: Qwen3Config,
@@ -44,16 +46,19 @@ def train_step(
     batch: TokenBatch,
     *,
     optimizer: optax.GradientTransformation,
+    packed: tuple[int, int] | None = None,
 ) -> tuple[State, dict[str, jax.Array]]:
     """One optimizer step.
 
     Args:
         adapter: supplies the scales; its factors are replaced by those of `state`.
         diffs: one for each example, leaves [L, B, …] (zeros: the bare base).
+        packed: how many scored entries are used at most, see `head_loss.Options`.
     """
 
     def loss(leaves: Delta) -> jax.Array:
-        return batch_loss(params, config, batch, (diffs, with_scale(leaves, adapter)))[0]
+        deltas = (diffs, with_scale(leaves, adapter))
+        return batch_loss(params, config, batch, deltas, packed=packed)[0]
 
     value, grads = jax.value_and_grad(loss)(state.leaves)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.leaves)
@@ -112,7 +117,8 @@ def abstract_step(
             for x, axis in ((adapter, None), (diffs, 1))
         )
     params = shardings.abstract_params(config, mesh)
-    return (params, config, state, adapter, diffs, batch), {"optimizer": optimizer}
+    options = {"optimizer": optimizer, "packed": _entry_limit(train, mesh)}
+    return (params, config, state, adapter, diffs, batch), options
 
 
 def _optimizer(train: Any) -> optax.GradientTransformation:
@@ -190,11 +196,21 @@ def train_adapter(
             batch = to_batch(examples, model.chat, train, rows)
             meter.add(count_work(batch, share=len(rows) / size))
             own = read_diffs([examples[i].diff if i < len(examples) else NO_DIFF for i in rows])
+            # A batch that uses more is computed whole, by a second program.
+            limit = _entry_limit(train, mesh)
+            packed = limit if fits(_one_step(batch), len(examples), limit) else None
             batch = parallel.put_rows(batch, mesh, size)
             diffs = shardings.put_deltas(model.config, mesh, per_example(own), size, 1)
             with parallel.use_mesh(mesh):
                 state, metrics = train_step(
-                    model.params, model.config, state, adapter, diffs, batch, optimizer=optimizer
+                    model.program_params,
+                    model.config,
+                    state,
+                    adapter,
+                    diffs,
+                    batch,
+                    optimizer=optimizer,
+                    packed=packed,
                 )
             pending.append((step, metrics))
             last = step + 1 == train.steps
@@ -232,6 +248,16 @@ def train_adapter(
     )
     curve = read_records(folder / "train.jsonl") if processes.is_main() else []
     return {"steps": train.steps, "loss_curve": [[r["step"], round(r["loss"], 5)] for r in curve]}
+
+
+def _entry_limit(train: Any, mesh: Mesh | None) -> tuple[int, int] | None:
+    """Scored entries that a batch uses at most; None where a mesh splits them, or where nobody said it."""
+    most = train.get("max_scored", 0)
+    return (most, 0) if most and mesh is None else None
+
+
+def _one_step(batch: TokenBatch) -> TokenBatch:
+    return TokenBatch(*(x[None, None] for x in batch))
 
 
 def _read_options() -> Any:

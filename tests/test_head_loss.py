@@ -1,0 +1,132 @@
+"""The losses under a frozen head against their definition and autodiff: whole, in chunks, packed, for many diffs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_jax.data.batch import TokenBatch, entry_limit, fits, used_entries
+from dit_jax.models import head
+from dit_jax.organisms import head_loss as module
+from dit_jax.organisms.head_loss import Head, Options, Scored, head_loss
+from tests.test_head import SIZE, config_of
+
+DIFFS, SAMPLES, ENTRIES = 3, 2, 5
+
+
+def make(vocab, seed=0):
+    """(table, cross-entropy entries, KL entries) with leading axes [DIFFS, SAMPLES, ENTRIES], two fifths unused."""
+    keys = jax.random.split(jax.random.key(seed), 7)
+    lead = (DIFFS, SAMPLES, ENTRIES)
+    table = jax.random.normal(keys[0], (vocab, SIZE)) / 4
+    hidden, hidden_kl, teacher = (jax.random.normal(key, (*lead, SIZE)) for key in keys[1:4])
+    target = jax.random.randint(keys[4], lead, 0, vocab)
+    weight, weight_kl = (
+        jax.random.uniform(key, lead) * (jax.random.uniform(key, lead) > 0.4) for key in keys[5:]
+    )
+    return table, Scored(hidden, target, weight), Scored(hidden_kl, teacher, weight_kl)
+
+
+def plain(table, base, ce, kl):
+    """The definition, of one diff."""
+    log_probability = jax.nn.log_softmax(ce.hidden @ table.T, axis=-1)
+    chosen = jnp.take_along_axis(log_probability, ce.against[..., None], axis=-1)[..., 0]
+    of_base = jax.nn.log_softmax(kl.against @ base.T, axis=-1)
+    changed = jax.nn.log_softmax(kl.hidden @ table.T, axis=-1)
+    divergence = jnp.sum(jnp.exp(of_base) * (of_base - changed), axis=-1)
+    return -jnp.sum(ce.weight * chosen), jnp.sum(kl.weight * divergence)
+
+
+def with_gradients(loss, ce, kl):
+    """((ce, kl), gradients of 2 ce + 3 kl) of one diff."""
+
+    def total(hidden, hidden_kl):
+        parts = loss(ce._replace(hidden=hidden), kl._replace(hidden=hidden_kl))
+        return 2 * parts[0] + 3 * parts[1], parts
+
+    grads, parts = jax.grad(total, argnums=(0, 1), has_aux=True)(ce.hidden, kl.hidden)
+    return parts, grads
+
+
+def assert_equal(found, expected, tolerance=2e-5):
+    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == two.dtype and float(jnp.abs(two).max()) > 1e-2
+        np.testing.assert_allclose(one, two, atol=tolerance, rtol=1e-4)
+
+
+@pytest.mark.parametrize("vocab", [50, 8 * head.CHUNK + 37])
+@pytest.mark.parametrize("chunk", [1000, 7])
+@pytest.mark.parametrize("packed", [None, (24, 24)])
+def test_many_diffs_have_their_own_losses_and_gradients(vocab, chunk, packed):
+    table, ce, kl = make(vocab)
+    used = [int((group.weight != 0).sum()) for group in (ce, kl)]
+    assert max(used) <= 24 < ce.weight.size and used[0] != used[1]
+    options = Options(config_of(vocab, True), chunk, packed)
+    own = lambda ce, kl: head_loss(options, Head(table, None), ce, kl)  # noqa: E731
+    found = jax.jit(jax.vmap(lambda ce, kl: with_gradients(own, ce, kl)))(ce, kl)
+    expected = jax.vmap(
+        lambda ce, kl: with_gradients(lambda *groups: plain(table, table, *groups), ce, kl)
+    )(ce, kl)
+    assert_equal(found, expected)
+    assert found[0][0].shape == (DIFFS,) and found[1][0].shape == ce.hidden.shape
+    # Without gradients the same numbers.
+    assert_equal(jax.vmap(own)(ce, kl), expected[0])
+
+
+def test_one_diff_and_either_loss_alone():
+    table, ce, kl = make(50)
+    ce, kl = (jax.tree.map(lambda x: x[0], group) for group in (ce, kl))
+    used = tuple(int((group.weight != 0).sum()) for group in (ce, kl))
+    assert max(used) < ce.weight.size
+    options = Options(config_of(50, True), 1000, used)
+    expected = plain(table, table, ce, kl)
+    assert_equal(head_loss(options, Head(table, None), ce, kl), expected)
+    assert float(head_loss(options, Head(table, None), ce, None)[0]) == pytest.approx(
+        float(expected[0]), rel=1e-5
+    )
+    assert float(head_loss(options, Head(table, None), None, kl)[1]) == pytest.approx(
+        float(expected[1]), rel=1e-5
+    )
+    assert float(head_loss(options, Head(table, None), None, kl)[0]) == 0
+
+
+def test_the_base_keeps_its_own_head():
+    """A delta may change the head, the same for all diffs or each in its own way."""
+    table, ce, kl = make(50)
+    changed = table + make(50, seed=1)[0]
+    options = Options(config_of(50, True), 1000, (24, 24))
+
+    def both(loss, weight, batched):
+        run = lambda w, ce, kl: with_gradients(lambda *g: loss(w, *g), ce, kl)  # noqa: E731
+        return jax.vmap(run, in_axes=(0 if batched else None, 0, 0))(weight, ce, kl)
+
+    each = jnp.stack([changed * (1 + i) for i in range(DIFFS)])
+    for weight, batched in ((changed, False), (each, True)):
+        found = both(lambda w, *g: head_loss(options, Head(w, table), *g), weight, batched)
+        assert_equal(found, both(lambda w, *g: plain(w, table, *g), weight, batched))
+
+
+def test_the_product_sees_used_entries_alone(monkeypatch):
+    rows = []
+    logits = head.logits
+    monkeypatch.setattr(
+        module.head, "logits", lambda c, w, hidden: rows.append(len(hidden)) or logits(c, w, hidden)
+    )
+    table, ce, kl = make(50)
+    for packed, expected in ((None, 3 * DIFFS * SAMPLES * ENTRIES), ((24, 16), 24 + 2 * 16)):
+        rows.clear()
+        options = Options(config_of(50, True), 1000, packed)
+        jax.vmap(lambda ce, kl: head_loss(options, Head(table, None), ce, kl))(ce, kl)  # noqa: B023
+        assert rows[-1] == expected  # the first one is of a single diff
+
+
+def test_limits_hold_what_they_were_made_for():
+    weight = np.zeros((2, 3, 4, 5), np.float32)  # diffs, steps, samples, entries
+    weight[:, 1, 0, :4] = 0.5
+    weight[:, 2, 2:, :3] = -1
+    empty = np.zeros(())
+    batches = TokenBatch(empty, empty, empty, empty, weight)
+    assert used_entries(batches, 1) == (8, 12)
+    limit = entry_limit(batches, 1, room=1.1)
+    assert limit == (8, 16) and fits(batches, 1, limit)
+    assert not fits(batches, 1, (8, 11)) and not fits(batches, 1, None)

@@ -1,0 +1,56 @@
+"""The parameters in the form that programs with unrolled layers take on a CPU: views, and the same function."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dit_jax
+from dit_jax.models.layer_views import as_program_takes
+from dit_jax.parallel import make_mesh
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dit_jax.load_model("tiny_qwen3", scan_layers=False)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_views_share_the_memory_of_the_stacked_arrays(model, dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), model.params)
+    views = as_program_takes(params, model.config)["layers"]
+    assert isinstance(views, tuple) and len(views) == model.config.num_hidden_layers
+    for index, layer in enumerate(views):
+        for one, whole in zip(
+            jax.tree.leaves(layer), jax.tree.leaves(params["layers"]), strict=True
+        ):
+            np.testing.assert_array_equal(one, whole[index])
+            if (
+                one.nbytes % 64 == 0
+            ):  # else a layer starts at an address that the compiler does not take
+                start = whole.unsafe_buffer_pointer() + index * one.nbytes
+                assert one.unsafe_buffer_pointer() == start
+
+
+def test_views_outlive_the_stacked_arrays(model):
+    params = jax.tree.map(jnp.copy, model.params)
+    expected = jax.device_get(params["layers"]["mlp"]["up_proj"]["kernel"])
+    views = as_program_takes(params, model.config)["layers"]
+    del params
+    for index, layer in enumerate(views):
+        np.testing.assert_array_equal(layer["mlp"]["up_proj"]["kernel"], expected[index])
+
+
+def test_scanned_layers_and_meshes_keep_the_stacked_arrays(model):
+    scanned = dataclasses.replace(model.config, scan_layers=True)
+    assert as_program_takes(model.params, scanned) is model.params
+    split = dit_jax.load_model("tiny_qwen3", mesh=make_mesh({"data": 2, "fsdp": 1, "tensor": 1}), scan_layers=False)
+    assert split.program_params is split.params
+
+
+def test_logits_are_those_of_scanned_layers(model):
+    tokens = np.random.default_rng(0).integers(1, 500, (2, 9))
+    scanned = dit_jax.load_model("tiny_qwen3", scan_layers=True)
+    np.testing.assert_allclose(model.logits(tokens), scanned.logits(tokens), atol=2e-5)
