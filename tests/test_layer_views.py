@@ -46,7 +46,9 @@ def test_views_outlive_the_stacked_arrays(model):
 def test_scanned_layers_and_meshes_keep_the_stacked_arrays(model):
     scanned = dataclasses.replace(model.config, scan_layers=True)
     assert as_program_takes(model.params, scanned) is model.params
-    split = dit_jax.load_model("tiny_qwen3", mesh=make_mesh({"data": 2, "fsdp": 1, "tensor": 1}), scan_layers=False)
+    split = dit_jax.load_model(
+        "tiny_qwen3", mesh=make_mesh({"data": 2, "fsdp": 1, "tensor": 1}), scan_layers=False
+    )
     assert split.program_params is split.params
 
 
