@@ -71,6 +71,7 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> list[str]:
         )
     axes[0].set_xscale("log", base=2)
     axes[0].set_xticks(sizes, [str(size) for size in sizes])
+    axes[0].margins(y=0.3)  # of the range of the points, which is far from 0
     axes[0].set(xlabel="diffs", ylabel="µs per token", ylim=(0, None))
     axes[0].legend(frameon=False, fontsize=8)
 
