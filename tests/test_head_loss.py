@@ -1,5 +1,7 @@
 """The losses under a frozen head against their definition and autodiff: whole, in chunks, packed, for many diffs."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +120,26 @@ def test_the_product_sees_used_entries_alone(monkeypatch):
         options = Options(config_of(50, True), 1000, packed)
         jax.vmap(lambda ce, kl: head_loss(options, Head(table, None), ce, kl))(ce, kl)  # noqa: B023
         assert rows[-1] == expected  # the first one is of a single diff
+
+
+@pytest.mark.parametrize("packed", [None, (24, 24)])
+def test_gradients_have_the_dtype_of_the_hidden_states(packed):
+    """Else the whole backward pass of a bfloat16 model would run in float32."""
+    config = dataclasses.replace(config_of(50, True), dtype="bfloat16")
+    table, ce, kl = make(50)
+    half = lambda group: jax.tree.map(  # noqa: E731
+        lambda x: x.astype(jnp.bfloat16) if x.ndim == 4 else x, group
+    )
+    head_ = Head(table.astype(jnp.bfloat16), None)
+    own = lambda ce, kl: head_loss(Options(config, 1000, packed), head_, ce, kl)  # noqa: E731
+    parts, grads = jax.vmap(lambda ce, kl: with_gradients(own, ce, kl))(half(ce), half(kl))
+    expected = jax.vmap(
+        lambda ce, kl: with_gradients(lambda *groups: plain(table, table, *groups), ce, kl)
+    )(ce, kl)
+    for one, two in zip(jax.tree.leaves((parts, grads)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one.astype(jnp.float32), two, atol=0.05, rtol=0.03)
+    assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves(parts)} == {jnp.dtype(jnp.float32)}
 
 
 def test_limits_hold_what_they_were_made_for():

@@ -181,7 +181,8 @@ def test_diffs_train_as_on_one_device(shape):
     expected_losses, expected, *_ = diffs_run(None)
     for name in ("ce", "kl"):
         assert (expected_losses[name] > 0).all()
-        np.testing.assert_allclose(losses[name], expected_losses[name], rtol=1e-4, atol=5e-7)
+        # A KL of 0.007 is what is left of sums near 1, and carries their rounding.
+        np.testing.assert_allclose(losses[name], expected_losses[name], rtol=1e-4, atol=2e-6)
     for one, two in zip(jax.tree.leaves(trained), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, two, atol=TOLERANCE, rtol=0)
 

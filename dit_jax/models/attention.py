@@ -102,10 +102,37 @@ def _xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) ->
     kv_heads = k.shape[2]
     # G query heads share one key/value head; kept apart as an axis so that k and v are never repeated.
     q = q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    scores = scores * head_dim**-0.5
+    scores = (_scores if q.dtype == jnp.float32 else _half_scores)(q, k) * head_dim**-0.5
     # A finite floor: a padding query sees nothing, and -inf everywhere would turn its row into NaN.
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
     return out.reshape(batch, queries, heads, head_dim)
+
+
+def _scores(q_BxTxKxGxH: jax.Array, k_BxSxKxH: jax.Array) -> jax.Array:
+    """fp32 products of queries and keys, [B, K, G, T, S]."""
+    return jnp.einsum(
+        "BTKGH,BSKH->BKGTS", q_BxTxKxGxH, k_BxSxKxH, preferred_element_type=jnp.float32
+    )
+
+
+# The same, in half precision also backward: left alone, the fp32 gradient would make both products of the backward
+# pass fp32 ones, on copies of q and k.
+_half_scores = jax.custom_vjp(_scores)
+
+
+def _half_forward(q: jax.Array, k: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _scores(q, k), (q, k)
+
+
+def _half_backward(
+    saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    q, k = saved
+    gradient = gradient.astype(q.dtype)
+    of_q = jnp.einsum("BKGTS,BSKH->BTKGH", gradient, k)
+    return of_q, jnp.einsum("BKGTS,BTKGH->BSKH", gradient, q)
+
+
+_half_scores.defvjp(_half_forward, _half_backward)

@@ -1,6 +1,5 @@
 """The head: its weight, logits, and the product that takes gradients of logits back to hidden states."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -8,18 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from dit_jax.models.config import Qwen3Config
-from dit_jax.models.layers import Deltas, pick
+from dit_jax.models.layers import Deltas, pick, precision
 from dit_jax.parallel import FREE, constrain
 
 CHUNK = 1024  # vocabulary entries per product of `to_hidden` on a CPU
 NAMES = ("embed_tokens", "lm_head")  # the modules that a head is made of
-
-
-def precision(config: Qwen3Config) -> contextlib.AbstractContextManager[None]:
-    """float32 means float32: by default GPUs and TPUs round the factors of such products to TF32 or bfloat16."""
-    if config.dtype == "float32":
-        return jax.default_matmul_precision("float32")
-    return contextlib.nullcontext()
 
 
 def head_weight(params: dict[str, Any], config: Qwen3Config, deltas: Deltas = ()) -> jax.Array:
@@ -36,7 +28,7 @@ def logits(config: Qwen3Config, weight: jax.Array, hidden: jax.Array) -> jax.Arr
     """fp32 logits [..., V] of hidden states [..., D]."""
     product = "...D,VD->...V" if config.tie_word_embeddings else "...D,DV->...V"
     hidden = hidden.astype(config.dtype)
-    with precision(config):
+    with precision(config.dtype):
         y = jnp.einsum(product, hidden, weight, preferred_element_type=jnp.float32)
     return constrain(y, *(FREE,) * (y.ndim - 1), "vocab")
 
@@ -55,7 +47,7 @@ def to_hidden(
         equation = "RV,VD->RD" if config.tie_word_embeddings else "RV,DV->RD"
         # As in the other products of a backward pass, both factors have the dtype of the activations.
         columns = gradient(first, count).astype(dtype)
-        with precision(config):
+        with precision(config.dtype):
             return jnp.einsum(equation, columns, weight, preferred_element_type=jnp.float32)
 
     vocab = config.vocab_size

@@ -3,6 +3,7 @@
 Einsum letters: B batch, T length, D d_model, N heads, K kv heads, H head_dim, F ffn, L layers, R rank.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,13 @@ Deltas = Sequence[Delta]
 def pick(deltas: Deltas, name: str) -> tuple[Delta, ...]:
     """What each delta holds for the sub-module `name`; deltas that leave it alone drop out."""
     return tuple(delta[name] for delta in deltas if name in delta)
+
+
+def precision(dtype: Any) -> contextlib.AbstractContextManager[None]:
+    """float32 means float32: by default GPUs and TPUs round the factors of such products to TF32 or bfloat16."""
+    if jnp.dtype(dtype) == jnp.float32:
+        return jax.default_matmul_precision("float32")
+    return contextlib.nullcontext()
 
 
 class RMSNorm(nn.Module):
@@ -101,9 +109,12 @@ def _down_backward(
     saved: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, a = saved
-    # [R, D] and transposed: on a CPU five times as fast as [D, R] at once, into which XLA would turn it.
-    of_a = jax.lax.optimization_barrier(gradient.mT @ x).mT
-    return gradient @ a.mT, of_a
+    with precision(
+        x.dtype
+    ):  # not inherited from the forward pass, as it would be without rules of our own
+        # [R, D] and transposed: on a CPU five times as fast as [D, R] at once, into which XLA would turn it.
+        of_a = jax.lax.optimization_barrier(gradient.mT @ x).mT
+        return gradient @ a.mT, of_a
 
 
 _down.defvjp(_down_forward, _down_backward)

@@ -17,7 +17,7 @@ from dit_jax.models import attention as attention_lib
 from dit_jax.models import head
 from dit_jax.models.attention import Segments
 from dit_jax.models.config import Qwen3Config
-from dit_jax.models.layers import Deltas, Linear, RMSNorm, pick, rope
+from dit_jax.models.layers import Deltas, Linear, RMSNorm, pick, precision, rope
 from dit_jax.parallel import FREE, constrain
 
 Params = dict[str, Any]
@@ -309,7 +309,7 @@ def forward(
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         see = attention_lib.causal_mask(None, length) & mask[:, None, :]
         context = Context(positions, None, see, None)
-    with head.precision(config):
+    with precision(config.dtype):
         model = Qwen3(config, segments)
         hidden, _ = model.apply({"params": params}, tokens, deltas, None, context, queries)
     return hidden
@@ -335,7 +335,7 @@ def forward_cached(
     causal = slots[None, :] <= (cache.end + jnp.arange(length))[:, None]
     mask = causal[None] & all_valid[:, None, :]
     context = Context(positions, None, mask, cache.end)
-    with head.precision(config):
+    with precision(config.dtype):
         hidden, kv = Qwen3(config).apply(
             {"params": params}, tokens, deltas, (cache.k, cache.v), context
         )

@@ -62,7 +62,10 @@ def _forward(options: Options, head_: Head, ce: Scored | None, kl: Scored | None
 
 def _backward(_: Options, gradients: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
     def one(gradient: jax.Array | None, cotangent: jax.Array) -> Scored | None:
-        return None if gradient is None else Scored(cotangent * gradient, None, None)  # type: ignore[arg-type]
+        if gradient is None:
+            return None
+        scaled = (cotangent * gradient).astype(gradient.dtype)
+        return Scored(scaled, None, None)  # type: ignore[arg-type]
 
     return (None, *(one(*pair) for pair in zip(gradients, cotangents, strict=True)))
 
