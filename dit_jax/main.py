@@ -45,6 +45,7 @@ MINIMUM = {
     "train.rank": 1,
     "train.steps": 1,
     "train.batch_size": 1,
+    "train.max_scored": 0,
     "train.no_diff_per_batch": 0,
     "train.benign_per_batch": 0,
     "train.log_every": 1,

@@ -10,7 +10,7 @@ import pytest
 from test_qwen3 import TINY, logits, random_lora
 
 import dit_jax
-from dit_jax.data.batch import Sample, TokenBatch, pack, stack
+from dit_jax.data.batch import Sample, TokenBatch, entry_limit, fits, pack, stack
 from dit_jax.deltas import tree
 from dit_jax.errors import DitError
 from dit_jax.models.qwen3 import init_params
@@ -90,6 +90,24 @@ def test_targets_are_scored_by_the_logits_before_them():
     np.testing.assert_array_equal(batch.weight[0], [1, 1, 0])
     with pytest.raises(dit_jax.DitError, match="does not fit"):
         pack([Sample(tuple(range(9)), 2, 4)], [1.0], 6, 3, pad_id=0)
+
+
+def test_leaving_out_unused_entries_changes_nothing(params):
+    optimizer = make_optimizer("adam", 1e-2, 4)
+    batches = stack([make_batches(seed) for seed in (1, 2, 3)])
+    limit = entry_limit(batches, 2, room=1.0)
+    assert fits(batches, 2, limit) and sum(limit) < batches.weight[:, 0].size
+
+    def train(packed):
+        starts = [tree.init_lora(TINY, jax.random.key(seed), 2) for seed in (1, 2, 3)]
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *starts)
+        return finetune_many(
+            params, TINY, stacked, batches, optimizer=optimizer, num_ce=2, packed=packed
+        )
+
+    found, expected = train(limit), train(None)
+    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=2e-4)
 
 
 def test_many_diffs_at_once_equal_a_loop_and_do_not_touch_each_other(params):

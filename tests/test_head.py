@@ -42,7 +42,7 @@ def case(vocab, tied):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("vocab", [LARGE, 300])
+@pytest.mark.parametrize("vocab", [LARGE, 8 * head.CHUNK, 300])
 def test_logits_and_gradient_are_those_of_the_plain_product(vocab, tied):
     config = config_of(vocab, tied)
     params, deltas, table, changed, hidden, gradient = case(vocab, tied)

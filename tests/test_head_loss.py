@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_head import SIZE, config_of
 
 from dit_jax.data.batch import TokenBatch, entry_limit, fits, used_entries
 from dit_jax.models import head
 from dit_jax.organisms import head_loss as module
 from dit_jax.organisms.head_loss import Head, Options, Scored, head_loss
-from tests.test_head import SIZE, config_of
 
 DIFFS, SAMPLES, ENTRIES = 3, 2, 5
 

@@ -27,9 +27,8 @@ def test_views_share_the_memory_of_the_stacked_arrays(model, dtype):
             jax.tree.leaves(layer), jax.tree.leaves(params["layers"]), strict=True
         ):
             np.testing.assert_array_equal(one, whole[index])
-            if (
-                one.nbytes % 64 == 0
-            ):  # else a layer starts at an address that the compiler does not take
+            # Else a layer starts at an address that the compiler does not take.
+            if one.nbytes % 64 == 0:
                 start = whole.unsafe_buffer_pointer() + index * one.nbytes
                 assert one.unsafe_buffer_pointer() == start
 

@@ -17,6 +17,7 @@ from dit_jax import main
 from dit_jax.config import load_config, split_flags
 from dit_jax.deltas.store import DiffStore
 from dit_jax.metrics import read_records
+from dit_jax.organisms import generate
 from dit_jax.train import dit
 
 SMALL = [
@@ -191,6 +192,54 @@ def test_the_step_that_is_compiled_ahead_is_the_one_that_runs(copy, monkeypatch)
     assert programs == [step.lower(model.program_params, *args[1:], **options).as_text()]
 
 
+def test_a_batch_with_more_scored_tokens_than_said_is_computed_whole(
+    finished, model, monkeypatch, tmp_path
+):
+    train = load_config("configs/quickstart.py", split_flags(SMALL)[1]).train
+    step, seen = dit.train_step, []
+
+    def record(*args, **options):
+        seen.append((int(np.count_nonzero(args[5].weight)), options["packed"]))
+        return step(*args, **options)
+
+    monkeypatch.setattr(dit, "train_step", record)
+    curves = []
+    for most in (0, None):  # all, and what half of the batches have at most
+        train.max_scored = (
+            sorted(used for used, _ in seen)[len(seen) // 2] if most is None else most
+        )
+        seen.clear()
+        workdir = tmp_path / str(most)
+        facts = dit.train_adapter(model, finished / "diffs", train, workdir, seed=0)
+        curves.append(np.asarray(facts["loss_curve"]))
+        if most == 0:
+            assert {packed for _, packed in seen} == {None}
+    limit = (train.max_scored, 0)
+    assert [packed for _, packed in seen] == [limit if n <= limit[0] else None for n, _ in seen]
+    assert {packed for _, packed in seen} == {limit, None}
+    np.testing.assert_allclose(*curves, rtol=1e-3, atol=1e-5)
+
+
+def test_a_shard_with_more_scored_tokens_than_the_first_is_computed_whole(monkeypatch, tmp_path):
+    many, seen = generate.finetune_many, []
+
+    def record(*args, **options):
+        seen.append(options["packed"])
+        return many(*args, **options)
+
+    monkeypatch.setattr(generate, "finetune_many", record)
+    assert run(tmp_path / "packed", "--config.stages=('diffs',)") == 0
+    assert len(seen) == 2 and seen[0] is not None
+    assert seen[1] in (seen[0], None)
+    seen.clear()
+    monkeypatch.setattr(generate, "entry_limit", lambda *_, **__: (10**6, 1))
+    assert run(tmp_path / "whole", "--config.stages=('diffs',)") == 0
+    assert seen == [None, None]
+    stores = [DiffStore(tmp_path / name / "diffs") for name in ("packed", "whole")]
+    for one, two in zip(*(jax.tree.leaves(s.stacked(range(18))) for s in stores), strict=True):
+        np.testing.assert_allclose(one, two, atol=2e-4)
+
+
 def test_only_a_training_that_is_to_come_is_compiled_ahead(finished, tmp_path):
     def ahead(workdir, *extra):
         config = load_config("configs/quickstart.py", split_flags([*SMALL, *extra])[1])
@@ -269,6 +318,7 @@ def test_a_missing_shard_alone_is_made_again(copy):
         (["--workdir="], "--workdir is empty"),
         (["--confg.seed=1"], "unrecognized arguments: --confg.seed=1"),
         (["--config.train.rank=4"], "train.rank"),
+        (["--config.train.max_scored=-1"], "train.max_scored"),
         (["--config.model.path=no_such_folder"], "model.path"),
     ],
 )

@@ -11,13 +11,17 @@ from dit_jax.models.layers import Deltas, pick, precision
 from dit_jax.parallel import FREE, constrain
 
 CHUNK = 1024  # vocabulary entries per product of `to_hidden` on a CPU
-NAMES = ("embed_tokens", "lm_head")  # the modules that a head is made of
+
+
+def head_module(config: Qwen3Config) -> str:
+    """Which module of the parameters, and of a delta, makes the logits."""
+    return "embed_tokens" if config.tie_word_embeddings else "lm_head"
 
 
 def head_weight(params: dict[str, Any], config: Qwen3Config, deltas: Deltas = ()) -> jax.Array:
     """What logits are made with, in `config.dtype`: the table [V, D] where it is tied, else the kernel [D, V]."""
-    name, leaf = ("embed_tokens", "embedding") if config.tie_word_embeddings else ("lm_head", "kernel")  # fmt: skip
-    weight = params[name][leaf]
+    name = head_module(config)
+    weight = params[name]["embedding" if config.tie_word_embeddings else "kernel"]
     for delta in pick(deltas, name):
         weight = weight + delta["w"].astype(weight.dtype)
     axes = ("vocab", None) if config.tie_word_embeddings else (None, "vocab")
@@ -58,9 +62,9 @@ def to_hidden(
         entries = jax.lax.dynamic_slice_in_dim(weight, first, count, axis=0)
         return product(first, count, entries)
 
-    chunks, rest = divmod(vocab, CHUNK)
-    rows = jax.eval_shape(lambda: gradient(0, 1)).shape[0]
-    total = part(chunks * CHUNK, rest) if rest else jnp.zeros((rows, config.hidden_size))
+    last = vocab % CHUNK or CHUNK
+    chunks = (vocab - last) // CHUNK
+    total = part(vocab - last, last)
     return jax.lax.fori_loop(0, chunks, lambda i, sum_: sum_ + part(i * CHUNK, CHUNK), total)
 
 

@@ -109,9 +109,8 @@ def _down_backward(
     saved: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, a = saved
-    with precision(
-        x.dtype
-    ):  # not inherited from the forward pass, as it would be without rules of our own
+    # A rule of our own does not inherit the precision of the forward pass.
+    with precision(x.dtype):
         # [R, D] and transposed: on a CPU five times as fast as [D, R] at once, into which XLA would turn it.
         of_a = jax.lax.optimization_barrier(gradient.mT @ x).mT
         return gradient @ a.mT, of_a

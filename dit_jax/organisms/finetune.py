@@ -14,7 +14,13 @@ from dit_jax.models.attention import Segments
 from dit_jax.models.config import Qwen3Config
 from dit_jax.models.layers import Delta
 from dit_jax.models.qwen3 import Params
-from dit_jax.organisms.losses import CHUNK_ELEMENTS, batch_loss, scored_hidden, side_by_side
+from dit_jax.organisms.losses import (
+    CHUNK_ELEMENTS,
+    batch_loss,
+    chunk_elements_of,
+    scored_hidden,
+    side_by_side,
+)
 from dit_jax.organisms.teacher import Teacher
 
 
@@ -127,9 +133,7 @@ def finetune_many(
     The base is not mapped, so its products stay one large matmul over all N diffs' tokens. On a mesh N is split
     over data and fsdp; diffs never meet.
     """
-    # On a mesh each diff has its own chunk of logits, all at the same time: they share one budget.
-    is_split = parallel.spmd_axes() is not None
-    chunk_elements = CHUNK_ELEMENTS // (batches.tokens.shape[0] if is_split else 1)
+    chunk_elements = chunk_elements_of(batches.tokens.shape[0])
 
     def one(delta: Delta, batch: TokenBatch, teacher: Teacher | None) -> Any:
         return finetune(

@@ -21,7 +21,7 @@ from dit_jax.models.config import Qwen3Config
 from dit_jax.models.layers import Delta
 from dit_jax.models.qwen3 import Params
 from dit_jax.organisms.behaviours import Behaviour
-from dit_jax.organisms.losses import CHUNK_ELEMENTS, batch_loss, scored_hidden
+from dit_jax.organisms.losses import batch_loss, chunk_elements_of, scored_hidden
 from dit_jax.text import normalise
 
 CONDITIONS = ("right_code", "wrong_code", "no_code")  # the trigger, a wrong one, none
@@ -238,8 +238,7 @@ def base_divergence(
     params: Params, config: Qwen3Config, deltas: Delta, batches: TokenBatch
 ) -> jax.Array:
     """Σ weight · KL(base ‖ base ⊕ δ) [N], for N deltas with leaves [N, L, …] and batches with leaves [N, S, …]."""
-    is_split = parallel.spmd_axes() is not None
-    chunk_elements = CHUNK_ELEMENTS // (batches.tokens.shape[0] if is_split else 1)
+    chunk_elements = chunk_elements_of(batches.tokens.shape[0])
 
     def one(delta: Delta, batch: TokenBatch) -> jax.Array:
         base = scored_hidden(params, config, batch)

@@ -80,10 +80,9 @@ def _batched(options: Options, gradient: bool) -> Any:
         out = _many(options, gradient, head_, jax.tree.map(lambda x: x[None], groups))
         return jax.tree.map(lambda x: x[0], out)
 
+    # On a mesh the diffs of a `vmap` lie on different devices: each computes its own.
     if parallel.spmd_axes() is not None:
-        return (
-            alone  # on a mesh the diffs of a `vmap` lie on different devices: each computes its own
-        )
+        return alone
     compute = jax.custom_batching.custom_vmap(alone)
 
     @compute.def_vmap
@@ -106,11 +105,9 @@ def _many(options: Options, gradient: bool, head_: Head, groups: Groups) -> Any:
     """Losses [N] and gradients [N, S, M, D] of groups with leaves [N, S, M, …]."""
     shapes = [None if group is None else group.weight.shape for group in groups]
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), groups)
-    restores: list[Any] = [lambda y: y] * 2
-    if options.packed is not None:
-        packed = [_pack(*pair) for pair in zip(flat, options.packed, strict=True)]
-        flat, restores = tuple(rows for rows, _ in packed), [restore for _, restore in packed]
-    out = _chunks(options, gradient, head_, flat)
+    limits = options.packed or (None, None)
+    packed, restores = zip(*map(_pack, flat, limits), strict=True)
+    out = _chunks(options, gradient, head_, packed)
     losses: list[jax.Array | None] = []
     gradients: list[jax.Array | None] = []
     for shape, restore, found in zip(shapes, restores, out, strict=True):
@@ -126,9 +123,9 @@ def _many(options: Options, gradient: bool, head_: Head, groups: Groups) -> Any:
     return tuple(zero if x is None else x for x in losses), tuple(gradients)
 
 
-def _pack(group: Scored | None, count: int) -> tuple[Scored | None, Any]:
+def _pack(group: Scored | None, count: int | None) -> tuple[Scored | None, Any]:
     """The used entries of a group first, [1, count, …], and the way back of what is computed for them."""
-    if group is None or count >= group.weight.size:
+    if group is None or count is None or count >= group.weight.size:
         return group, lambda y: y
     shape = group.weight.shape
     used = group.weight.reshape(-1) != 0

@@ -13,13 +13,22 @@ import numpy as np
 from dit_jax.data.batch import TokenBatch
 from dit_jax.models.attention import Segments
 from dit_jax.models.config import Qwen3Config
-from dit_jax.models.head import NAMES, head_weight
-from dit_jax.models.layers import Deltas
+from dit_jax.models.head import head_module, head_weight
+from dit_jax.models.layers import Deltas, pick
 from dit_jax.models.qwen3 import Params, forward
 from dit_jax.organisms.head_loss import Head, Options, Scored, head_loss
-from dit_jax.parallel import traced_batch_shards
+from dit_jax.parallel import spmd_axes, traced_batch_shards
 
 CHUNK_ELEMENTS = 2**26  # logits held at a time on one device: 256 MiB in fp32
+
+
+def chunk_elements_of(diffs: int) -> int:
+    """`CHUNK_ELEMENTS` for each of so many diffs of a `vmap`.
+
+    On a mesh each diff has its own chunk of logits, all at the same time: they share one budget. Elsewhere they have
+    one chunk together (`head_loss`).
+    """
+    return CHUNK_ELEMENTS if spmd_axes() is None else CHUNK_ELEMENTS // diffs
 
 
 def scored_hidden(
@@ -92,7 +101,7 @@ def batch_loss(
     kl = None if teacher is None else Scored(hidden[rest], teacher, weight[rest])
     chunk = max(1, chunk_elements * traced_batch_shards() // config.vocab_size)
     weights = Head(head_weight(params, config, deltas), None)
-    if any(name in delta for delta in deltas for name in NAMES):
+    if pick(deltas, head_module(config)):
         weights = Head(weights.weight, head_weight(params, config))
     parts = dict(
         zip(("ce", "kl"), head_loss(Options(config, chunk, packed), weights, ce, kl), strict=True)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax import artifacts, parallel, preemption, processes, shardings
 from dit_jax.api import Model, check_base
-from dit_jax.data.batch import TokenBatch, fits
+from dit_jax.data.batch import TokenBatch
 from dit_jax.deltas.store import DiffStore
 from dit_jax.deltas.tree import PROJECTIONS, init_lora, per_example, trainable, with_scale
 from dit_jax.errors import DitError
@@ -177,6 +177,7 @@ def train_adapter(
         iterator.set_state(iterator_state)
 
     # ---------------------------------------------------------------- loop
+    limit = _entry_limit(train, mesh)
     pending: list[tuple[int, dict[str, jax.Array]]] = []
     meter, folder = Meter(model.config, mesh), workdir / "metrics"
     with (
@@ -197,8 +198,7 @@ def train_adapter(
             meter.add(count_work(batch, share=len(rows) / size))
             own = read_diffs([examples[i].diff if i < len(examples) else NO_DIFF for i in rows])
             # A batch that uses more is computed whole, by a second program.
-            limit = _entry_limit(train, mesh)
-            packed = limit if fits(_one_step(batch), len(examples), limit) else None
+            packed = limit if limit and np.count_nonzero(batch.weight) <= limit[0] else None
             batch = parallel.put_rows(batch, mesh, size)
             diffs = shardings.put_deltas(model.config, mesh, per_example(own), size, 1)
             with parallel.use_mesh(mesh):
@@ -254,10 +254,6 @@ def _entry_limit(train: Any, mesh: Mesh | None) -> tuple[int, int] | None:
     """Scored entries that a batch uses at most; None where a mesh splits them, or where nobody said it."""
     most = train.get("max_scored", 0)
     return (most, 0) if most and mesh is None else None
-
-
-def _one_step(batch: TokenBatch) -> TokenBatch:
-    return TokenBatch(*(x[None, None] for x in batch))
 
 
 def _read_options() -> Any:
