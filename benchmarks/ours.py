@@ -49,7 +49,7 @@ class _Ours:
     def __init__(self, work: Workload, data: Any, factors: Any, folder: pathlib.Path):
         self.work, self.data, self.factors = work, data, factors
         self.model = load_model(work, folder)
-        jax.block_until_ready(self.model.params)
+        jax.block_until_ready(self.model.program_params)
         self.facts = {
             "device": jax.devices()[0].device_kind,
             "remat": work.remat,

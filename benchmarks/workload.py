@@ -219,6 +219,7 @@ def random_params(work: Workload) -> Any:
     import jax
     import jax.numpy as jnp
 
+    from dit_jax.models.layer_views import keep_on_host
     from dit_jax.models.qwen3 import init_params
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -235,7 +236,8 @@ def random_params(work: Workload) -> Any:
         key = jax.random.fold_in(jax.random.key(work.seed), number)
         is_norm = path[-1].key == "scale"
         make = (lambda _, *args: jnp.ones(*args)) if is_norm else normal
-        made.append(make(key, leaf.shape, leaf.dtype))
+        array = make(key, leaf.shape, leaf.dtype)
+        made.append(jax.device_get(array) if keep_on_host(work.config, None) else array)
     return jax.tree.unflatten(structure, made)
 
 

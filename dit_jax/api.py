@@ -28,7 +28,7 @@ from dit_jax.errors import DitError
 from dit_jax.models import generate as generate_lib
 from dit_jax.models.config import DTYPES, NAMED_CONFIGS, Qwen3Config, read_config
 from dit_jax.models.hf_checkpoint import find_folder, generation_eos, load_params
-from dit_jax.models.layer_views import as_program_takes
+from dit_jax.models.layer_views import as_program_takes, keep_on_host
 from dit_jax.models.layers import Delta, Deltas
 from dit_jax.models.qwen3 import Params, forward, init_params, unembed
 from dit_jax.progress import Progress
@@ -40,7 +40,8 @@ PathLike = str | pathlib.Path
 class Model:
     """A base model: parameters (docs/architecture.md), architecture, and its chat format (None: no tokenizer).
 
-    `mesh` is what the parameters, and everything computed with them, are split over (None: one device).
+    `mesh` is what the parameters, and everything computed with them, are split over (None: one device). On an
+    accelerator with unrolled layers `params` stay on the host, and the device holds `program_params`.
     """
 
     params: Params
@@ -108,13 +109,16 @@ def load_model(
             raise DitError(f"unknown model shape {shape!r}: choose from {', '.join(NAMED_CONFIGS)}")
         config = dataclasses.replace(NAMED_CONFIGS[shape], dtype=dtype, **compute)
         split = None if mesh is None else shardings.param_shardings(config, mesh)
-        make = jax.jit(lambda: init_params(config, jax.random.key(0)), out_shardings=split)
-        return Model(make(), config, name, mesh=mesh)
+        params = jax.jit(lambda: init_params(config, jax.random.key(0)), out_shardings=split)()
+        if keep_on_host(config, mesh):
+            params = jax.device_get(params)
+        return Model(params, config, name, mesh=mesh)
     folder = find_folder(name)
     config = dataclasses.replace(read_config(folder), dtype=dtype, **compute)
-    params = load_params(
-        folder, config, None if mesh is None else shardings.param_placer(config, mesh)
-    )
+    place: Any = None if mesh is None else shardings.param_placer(config, mesh)
+    if keep_on_host(config, mesh):
+        place = lambda path, array: array  # noqa: E731
+    params = load_params(folder, config, place)
     chat = (
         load_chat(folder, generation_eos(folder)) if (folder / "tokenizer.json").exists() else None
     )

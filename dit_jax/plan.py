@@ -2,11 +2,12 @@
 
     python -m dit_jax.plan --config configs/plan/paper.py --topology v5e:4x4 --mesh 1,4,4 --model qwen3-32b
     python -m dit_jax.plan --config configs/plan/paper.py --topology v5e-16 --search
+    python -m dit_jax.plan --config configs/plan/paper.py --topology h200 --model qwen3-8b --search
     python -m dit_jax.plan --config configs/quickstart.py                     # the devices of this machine
     python -m dit_jax.plan --config configs/plan/paper.py --table --cache runs/plan/cache.jsonl
 
-Planning for TPUs needs the extra `tpu` (pip install 'dit_jax[tpu]') and no TPU. Batches are the config's:
-`--config.train.batch_size=32`. docs/scale.md has the tables and says how to read them.
+Planning for TPUs needs the extra `tpu` (pip install 'dit_jax[tpu]') and no TPU, for GPUs `plan-gpu` and no GPU.
+Batches are the config's: `--config.train.batch_size=32`. docs/scale.md has the tables and says how to read them.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--config", required=True, help="configs/NAME.py, or configs/NAME.py:ARGUMENT")
-    add("--topology", help="a TPU slice, v5e:4x4 or v5e-16; default: the devices of this machine")
+    add("--topology", help="v5e:4x4, v5e-16, h200 or h200:8; default: the devices here")
     add("--mesh", help="data,fsdp,tensor, e.g. 1,4,4; default: the config's")
     add("--model", default="", help="another model: a folder, or " + ", ".join(NAMED_CONFIGS))
     add("--stages", default=",".join(STAGES), help="default: %(default)s")
@@ -84,7 +85,7 @@ def run(flags: argparse.Namespace, config: Any) -> int:
         return _print_tables(flags, config, stages, level, deadline)
     if flags.topology:
         machine, devices = machines.find_machine(flags.topology), None
-        machines.tpu_devices(machine)
+        machines.absent_devices(machine)
     else:
         machine, devices = machines.local_machine()
     compiler = Compiler(machine, devices, level, flags.cache, deadline)
@@ -246,12 +247,12 @@ def _print_run(
         print("  time: not estimated, the speed of this device is not in the table of chips")
     else:
         price = machine.chip.price if flags.price is None else flags.price
+        paid = f"${plan.dollars:,.0f}" if plan.dollars is not None else "cost: give --price"
+        source = "given" if flags.price is not None else f"{machines.PRICES_OF}, on demand"
+        cost = f", ${price:g} a chip and hour ({source})" if price else ""
+        print(f"  diffs {plan.diff_hours:.2f} h, adapter {plan.train_hours:.2f} h, {paid}")
         print(
-            f"  diffs {plan.diff_hours:.2f} h, adapter {plan.train_hours:.2f} h, ${plan.dollars:,.0f}"
-        )
-        print(
-            f"  assumed: {flags.utilization:.0%} of {machine.chip.flops / 1e12:g} TFLOP/s a chip, "
-            f"${price:g} a chip and hour ({machines.PRICES_OF}, on demand);\n"
+            f"  assumed: {flags.utilization:.0%} of {machine.chip.flops / 1e12:g} TFLOP/s a chip{cost};\n"
             "  without loading, compiling, gating, evaluation and waiting for data"
         )
     diffs, adapter = (table.show_bytes(size) for size in (plan.diff_bytes, plan.adapter_bytes))

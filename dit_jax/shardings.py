@@ -11,6 +11,7 @@ from dit_jax import parallel
 from dit_jax.data.batch import TokenBatch
 from dit_jax.deltas.tree import map_modules
 from dit_jax.models.config import Qwen3Config
+from dit_jax.models.layer_views import abstract_layers
 from dit_jax.models.layers import Delta
 from dit_jax.models.qwen3 import Params, init_params, logical_axes
 
@@ -134,10 +135,10 @@ def constrain_delta(config: Qwen3Config, delta: Delta, batch_axis: int | None = 
 
 
 def abstract_params(config: Qwen3Config, mesh: Mesh | None) -> Params:
-    """ShapeDtypeStructs of all parameters with their shardings, to compile for a machine that is not there."""
+    """ShapeDtypeStructs of what programs take, with their shardings, to compile for a machine that is not there."""
     _, shapes = _parameters(config)
     if mesh is None:
-        return shapes
+        return {**shapes, "layers": abstract_layers(shapes["layers"], config)}
     return with_shardings(shapes, param_shardings(config, mesh))
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 import types
@@ -11,6 +12,7 @@ import pytest
 from conftest import ROOT
 
 import dit_jax
+from dit_jax import xla_flags
 
 HEAVY = ("torch", "transformers", "datasets", "tensorflow", "tensorflow_datasets", "matplotlib")
 
@@ -112,3 +114,21 @@ def test_ask_stays_the_function():
 def test_eight_devices():
     assert jax.default_backend() == "cpu"
     assert jax.device_count() == 8
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ("", "--xla_gpu_dot_merger_threshold_mb=0"),
+        ("--xla_a=1", "--xla_gpu_dot_merger_threshold_mb=0 --xla_a=1"),
+        ("--xla_gpu_dot_merger_threshold_mb=32", "--xla_gpu_dot_merger_threshold_mb=32"),
+    ],
+)
+def test_flags_for_a_gpu_leave_what_the_user_said(monkeypatch, given, expected):
+    monkeypatch.setenv("XLA_FLAGS", given)
+    monkeypatch.setattr(xla_flags, "has_cuda_plugin", lambda: False)
+    xla_flags.set_defaults()
+    assert os.environ["XLA_FLAGS"] == given
+    monkeypatch.setattr(xla_flags, "has_cuda_plugin", lambda: True)
+    xla_flags.set_defaults()
+    assert os.environ["XLA_FLAGS"] == expected

@@ -10,6 +10,7 @@ import pytest
 import dit_jax
 from dit_jax.models.layer_views import as_program_takes
 from dit_jax.parallel import make_mesh
+from dit_jax.shardings import abstract_params
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +56,25 @@ def test_logits_are_those_of_scanned_layers(model):
     tokens = np.random.default_rng(0).integers(1, 500, (2, 9))
     scanned = dit_jax.load_model("tiny_qwen3", scan_layers=True)
     np.testing.assert_allclose(model.logits(tokens), scanned.logits(tokens), atol=2e-5)
+
+
+def test_parameters_that_stay_on_the_host_make_the_same_programs(model, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    kept = dit_jax.load_model("tiny_qwen3", scan_layers=False)
+    scanned = dit_jax.load_model("tiny_qwen3", scan_layers=True)
+    monkeypatch.undo()
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(kept.params))
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(kept.program_params))
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(scanned.params))
+    assert kept.digest() == model.digest()
+    tokens = np.random.default_rng(0).integers(1, 500, (2, 9))
+    np.testing.assert_array_equal(kept.logits(tokens), model.logits(tokens))
+
+
+def test_abstract_parameters_have_the_form_of_the_real_ones(model):
+    for config in (model.config, dataclasses.replace(model.config, scan_layers=True)):
+        abstract = abstract_params(config, None)
+        real = as_program_takes(model.params, config)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), real
+        )

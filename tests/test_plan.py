@@ -15,6 +15,7 @@ from dit_jax.config import load_config
 from dit_jax.models.config import NAMED_CONFIGS
 from dit_jax.planning import estimate, machines, programs, search, table, workload
 from dit_jax.planning.programs import Program
+from dit_jax.xla_flags import has_cuda_plugin
 
 PAPER = "configs/plan/paper.py"
 QUICKSTART = "configs/quickstart.py"
@@ -26,6 +27,9 @@ TINY = [
     "--config.train.batch_size=12",
     "--config.evaluate.batch_size=8",
 ]
+needs_gpu_compiler = pytest.mark.skipif(
+    not has_cuda_plugin(), reason="the extra 'plan-gpu' is not installed"
+)
 needs_tpu_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra 'tpu')"
 )
@@ -111,7 +115,8 @@ def test_memory_is_read_from_a_refusal():
 def test_what_was_compiled_is_remembered(tmp_path, monkeypatch):
     calls = []
 
-    def fake(stage, model, mesh, config, memory, level):
+    def fake(stage, model, mesh, config, memory, level, device, options):
+        assert device is None and options is None  # of the machine that is here
         calls.append((stage, programs.batch_size(stage, config)))
         return Program(stage, 8, True, 1.0, {"peak": 5.0}, {"all-reduce": (1, 2.0)})
 
@@ -329,3 +334,43 @@ def test_a_step_compiles_for_a_tpu_that_is_not_there(tmp_path, capsys):
     flags = ["--topology", "v5e-4", "--mesh", "4,1,1", "--stages", "diffs", "--level", "O0"]
     assert plan.main(["--config", f"{PAPER}:qwen3-32b", *flags]) == 1
     assert " NO " in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ a GPU's compiler
+
+
+def test_gpus_go_by_name_and_number():
+    one, eight = machines.find_machine("h200"), machines.find_machine("H200:8")
+    assert (one.count, one.topology, eight.count) == (1, "h200:1", 8)
+    assert 130 < one.memory / 2**30 < 139.8
+    with pytest.raises(dit_jax.DitError, match="h100, h200, also :2"):
+        machines.find_machine("h200:3")
+
+
+def test_without_a_gpus_compiler_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(dit_jax.DitError, match=r"pip install 'dit_jax\[plan-gpu\]'"):
+        machines.absent_devices(machines.find_machine("h200"))
+
+
+@needs_gpu_compiler
+@pytest.mark.parametrize("scan", ["true", "false"])
+def test_a_step_compiles_for_a_gpu_that_is_not_there(tmp_path, capsys, scan):
+    file = tmp_path / "plan.json"
+    flags = ["--topology", "h200", f"--config.model.scan_layers={scan}", "--json", str(file)]
+    assert plan.main([*TINY, *flags]) == 0
+    stages = json.loads(file.read_text())["stages"]
+    assert set(stages) == {"diffs", "train", "ask"}
+    for found in stages.values():
+        assert found["memory"]["arguments"] >= found["memory"]["parameters"] > 0
+        assert found["memory"]["peak"] < 2**30 and not found["collectives"]
+    shown = capsys.readouterr().out
+    assert "1 × h200 (h200:1), 1 devices, 132.81 GiB each" in shown and "give --price" in shown
+
+
+@needs_gpu_compiler
+def test_a_mesh_of_gpus_that_are_not_there(tmp_path):
+    file = tmp_path / "plan.json"
+    flags = ["--topology", "h200:4", "--mesh", "1,2,2", "--stages", "train", "--json", str(file)]
+    assert plan.main([*TINY, *flags]) == 0
+    assert json.loads(file.read_text())["stages"]["train"]["collectives"]["all-reduce"][0] > 0

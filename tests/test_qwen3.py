@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from dit_jax.deltas import tree
 from dit_jax.deltas.safetensors_file import SafetensorsFile
 from dit_jax.models.config import Qwen3Config, parse_config
 from dit_jax.models.generate import generate
+from dit_jax.models.layers import ready
 from dit_jax.models.qwen3 import forward, init_params, logical_axes, unembed
 
 TINY = Qwen3Config(97, 32, 48, 3, 4, 2, 16, tie_word_embeddings=True)
@@ -195,6 +197,61 @@ def test_layers_unrolled_or_rematerialised_compute_the_same(tiny, change):
     np.testing.assert_allclose(value, other_value, rtol=1e-6)
     for one, two in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4 * float(jnp.abs(one).max()))
+
+
+def stacked_residuals(config, deltas):
+    """Elements per layer and token that the forward pass of scanned layers keeps for the backward pass."""
+    tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 97)
+    params = init_params(config, jax.random.key(0))
+
+    def loss(deltas):
+        return jnp.sum(logits(params, config, tokens, deltas=deltas))
+
+    jaxpr = jax.make_jaxpr(lambda x: jax.vjp(loss, x))(deltas)
+    (scan,) = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "scan"]
+    kept = [v.aval for v in scan.outvars[scan.params["num_carry"] :]]
+    tokens_of = [x for x in kept if x.shape[:3] == (config.num_hidden_layers, *tokens.shape)]
+    flat = [x for x in kept if x.shape[:2] == (config.num_hidden_layers, tokens.size)]
+    return sum(math.prod(x.shape) for x in tokens_of + flat) / config.num_hidden_layers / 18
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns") and equation.primitive.name != "scan":
+                yield from equations(inner)
+
+
+def test_remat_dots_keeps_the_output_of_each_projection_once():
+    config = dataclasses.replace(TINY, remat="dots")
+    heads = config.head_dim * (config.num_attention_heads + 2 * config.num_key_value_heads)
+    # The block's input, and of q, k, v, o, gate, up: what down makes, the next block's input holds.
+    outputs = 2 * config.hidden_size + heads + 2 * config.intermediate_size
+    one, two = random_lora(TINY, 1, rank=3), random_lora(TINY, 2, rank=5)
+    # Of each LoRA its narrow product beside them.
+    assert stacked_residuals(config, (one,)) == outputs + 7 * 3
+    assert stacked_residuals(config, (one, two)) == outputs + 7 * (3 + 5)
+
+
+def test_factors_are_made_ready_for_all_layers_at_once():
+    config = dataclasses.replace(TINY, dtype="bfloat16")
+    deltas = (random_lora(TINY, 1, rank=5),)
+    done = ready(deltas, jnp.bfloat16)
+    module = deltas[0]["layers"]["mlp"]["up_proj"]
+    found = done[0]["layers"]["mlp"]["up_proj"]
+    assert set(found) == {"a", "b"} and found["a"].dtype == found["b"].dtype == jnp.bfloat16
+    expected = module["b"] * module["scale"][:, None, None]
+    np.testing.assert_array_equal(found["b"], expected.astype(jnp.bfloat16))
+    again = ready(done, jnp.bfloat16)
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), done, again))
+    params = init_params(config, jax.random.key(0))
+    tokens = jnp.ones((1, 4), jnp.int32)
+    jaxpr = jax.make_jaxpr(lambda d: forward(params, config, tokens, deltas=d))(deltas)
+    (scan,) = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "scan"]
+    taken = [v.aval for v in scan.invars if 5 in v.aval.shape]
+    assert len(taken) == 14 and all(x.dtype == jnp.bfloat16 for x in taken)
 
 
 def test_no_token_sees_a_later_one(tiny):

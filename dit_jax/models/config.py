@@ -28,7 +28,7 @@ class Qwen3Config:
 
     The first block are the fields of Hugging Face's `config.json`. The second block never changes the
     function that is computed: `dtype` is the compute dtype, `scan_layers` compiles one layer and loops,
-    `remat` recomputes activations in the backward pass ("none", "full", or "dots": keep matmul outputs),
+    `remat` recomputes activations in the backward pass ("none", "full", or "dots": all but the projections' outputs),
     `attention` picks the implementation ("xla", "cudnn").
     """
 

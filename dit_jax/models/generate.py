@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from dit_jax import parallel, shardings
 from dit_jax.deltas.tree import init_lora
 from dit_jax.models.config import Qwen3Config
-from dit_jax.models.layers import Deltas
+from dit_jax.models.layers import Deltas, ready
 from dit_jax.models.qwen3 import Cache, Params, forward_cached, init_cache, unembed
 
 
@@ -63,6 +63,7 @@ def generate(
         A `Generation`; its logprobs are those of the model at temperature 1, whatever the temperature.
     """
     batch, length = tokens.shape
+    deltas = ready(deltas, config.dtype)
     cache = init_cache(config, batch, length + max_new_tokens)
     with jax.named_scope("prefill"):
         hidden, cache = forward_cached(params, config, tokens, mask.astype(bool), cache, deltas)

@@ -55,24 +55,29 @@ def to_hidden(
             return jnp.einsum(equation, columns, weight, preferred_element_type=jnp.float32)
 
     vocab = config.vocab_size
-    if not (config.tie_word_embeddings and prefers_chunks(vocab)):
-        return product(0, vocab, weight)
 
     def part(first: Any, count: int) -> jax.Array:
         entries = jax.lax.dynamic_slice_in_dim(weight, first, count, axis=0)
         return product(first, count, entries)
 
-    last = vocab % CHUNK or CHUNK
-    chunks = (vocab - last) // CHUNK
-    total = part(vocab - last, last)
-    return jax.lax.fori_loop(0, chunks, lambda i, sum_: sum_ + part(i * CHUNK, CHUNK), total)
+    def in_chunks() -> jax.Array:
+        last = vocab % CHUNK or CHUNK
+        chunks = (vocab - last) // CHUNK
+        total = part(vocab - last, last)
+        return jax.lax.fori_loop(0, chunks, lambda i, sum_: sum_ + part(i * CHUNK, CHUNK), total)
+
+    def at_once() -> jax.Array:
+        return product(0, vocab, weight)
+
+    if config.tie_word_embeddings and prefers_chunks(vocab):
+        return jax.lax.platform_dependent(cpu=in_chunks, default=at_once)
+    return at_once()
 
 
 def prefers_chunks(vocab_size: int) -> bool:
-    """Whether short sums are the faster way here: a large vocabulary on the CPU, not split over a mesh.
+    """Whether a CPU is faster with short sums: for a large vocabulary that is not split over a mesh.
 
     One product over 151,936 terms per output runs at a third to two thirds of the speed of short ones there
     (docs/performance.md); GPUs and TPUs split such sums by themselves.
     """
-    whole = jax.sharding.get_abstract_mesh().empty
-    return jax.default_backend() == "cpu" and whole and vocab_size >= 8 * CHUNK
+    return jax.sharding.get_abstract_mesh().empty and vocab_size >= 8 * CHUNK

@@ -1,4 +1,4 @@
-"""The layers' parameters as arrays of their own, without a copy: for programs that unroll the layers on a CPU."""
+"""The layers' parameters as arrays of their own, for programs that unroll the layers on one device."""
 
 from typing import Any
 
@@ -9,19 +9,38 @@ from dit_jax.models.config import Qwen3Config
 
 
 def as_program_takes(params: dict[str, Any], config: Qwen3Config) -> dict[str, Any]:
-    """The same parameters, `layers` a tuple of L trees where a CPU program has unrolled layers.
+    """The same parameters on their device, `layers` a tuple of L trees where a program has unrolled layers.
 
-    XLA's CPU programs copy a slice of a stacked array before every matrix product that reads it. The tuple's arrays
-    are views of the stacked ones: they take no memory (but for a layer that starts at an odd address).
+    XLA copies a slice of a stacked array before every matrix product that reads it. On a CPU the tuple's arrays are
+    views of the stacked ones: they take no memory (but for a layer that starts at an odd address). On an accelerator
+    they are copies, so that the stacked ones are better kept on the host (`keep_on_host`).
     """
-
-    def is_on_one_cpu(x: Any) -> bool:
-        return isinstance(x, jax.Array) and [d.platform for d in x.devices()] == ["cpu"]
-
-    if config.scan_layers or not all(map(is_on_one_cpu, jax.tree.leaves(params["layers"]))):
+    leaves = jax.tree.leaves(params)
+    devices = {device for x in leaves if isinstance(x, jax.Array) for device in x.devices()}
+    if config.scan_layers or len(devices) > 1:
         return params
+    device = next(iter(devices), None)
+    layers = split_layers(
+        params["layers"], config, lambda x, i: jax.device_put(np.asarray(x)[i], device)
+    )
+    rest = {name: node for name, node in params.items() if name != "layers"}
+    return {**jax.device_put(rest, device), "layers": layers}
 
-    def layer(index: int) -> Any:
-        return jax.tree.map(lambda x: jax.device_put(np.asarray(x)[index]), params["layers"])
 
-    return {**params, "layers": tuple(layer(i) for i in range(config.num_hidden_layers))}
+def split_layers(layers: Any, config: Qwen3Config, take: Any) -> Any:
+    """A tuple of L trees: take(x, i) of every stacked leaf."""
+    return tuple(
+        jax.tree.map(lambda x, i=i: take(x, i), layers) for i in range(config.num_hidden_layers)
+    )
+
+
+def abstract_layers(layers: Any, config: Qwen3Config) -> Any:
+    """`layers` of `as_program_takes` as ShapeDtypeStructs on one device, from the stacked ones."""
+    if config.scan_layers:
+        return layers
+    return split_layers(layers, config, lambda x, _: jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
+
+
+def keep_on_host(config: Qwen3Config, mesh: Any) -> bool:
+    """Whether a model's stacked parameters stay on the host: where its programs need a copy of each layer."""
+    return mesh is None and not config.scan_layers and jax.default_backend() != "cpu"

@@ -10,8 +10,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from dit_jax.parallel import FREE, constrain
+
+# What remat "dots" keeps goes by this name: the outputs of `Linear`, and of a LoRA's first factor.
+PROJECTION = "projection"
 
 Delta = Mapping[str, Any]
 Deltas = Sequence[Delta]
@@ -20,6 +24,23 @@ Deltas = Sequence[Delta]
 def pick(deltas: Deltas, name: str) -> tuple[Delta, ...]:
     """What each delta holds for the sub-module `name`; deltas that leave it alone drop out."""
     return tuple(delta[name] for delta in deltas if name in delta)
+
+
+def ready(deltas: Deltas, dtype: Any) -> Deltas:
+    """The deltas as the layers take them: LoRA factors in the compute dtype, each scale inside its `b`.
+
+    Done to the stacked factors of all layers at once: done in every layer these are dozens of kernels more, and in a
+    decoding loop again for each token. What is ready stays as it is.
+    """
+
+    def one(node: Any) -> Any:
+        if "a" in node:
+            scale = node.get("scale")
+            b = node["b"] if scale is None else node["b"] * scale[..., None, None]
+            return {"a": node["a"].astype(dtype), "b": b.astype(dtype)}
+        return {name: one(x) if isinstance(x, Mapping) else x for name, x in node.items()}
+
+    return tuple(one(delta) for delta in deltas)
 
 
 def precision(dtype: Any) -> contextlib.AbstractContextManager[None]:
@@ -73,26 +94,23 @@ class Linear(nn.Module):
         y = _matmul(x, constrain(kernel.astype(self.dtype), inner, outer, units=self.units))
         for delta in deltas:
             if "a" in delta:
-                y = y + lora(x, delta, self.dtype, (inner, outer), self.units)
+                y = y + lora(x, delta, (inner, outer), self.units)
             elif delta["w"].ndim == 3:  # [B, in, out]: one for each example
                 w = constrain(delta["w"].astype(self.dtype), FREE, inner, outer, units=self.units)
                 y = y + jnp.einsum("BTD,BDF->BTF", x, w)
-        return constrain(y, FREE, FREE, outer, units=self.units)
+        return checkpoint_name(constrain(y, FREE, FREE, outer, units=self.units), PROJECTION)
 
 
-def lora(
-    x: jax.Array, delta: Delta, dtype: Any, axes: tuple[str | None, str | None], units: int
-) -> jax.Array:
-    """scale · (x a) b for one LoRA shared by the batch (a: [in, R]) or one per example (a: [B, in, R])."""
-    a, b, scale = (delta[name].astype(dtype) for name in ("a", "b", "scale"))
+def lora(x: jax.Array, delta: Delta, axes: tuple[str | None, str | None], units: int) -> jax.Array:
+    """(x a) b for one `ready` LoRA shared by the batch (a: [in, R]) or one per example (a: [B, in, R])."""
+    a, b = delta["a"], delta["b"]
     batch = (FREE,) * (a.ndim - 2)
     a = constrain(a, *batch, axes[0], None, units=units)
     b = constrain(b, *batch, None, axes[1], units=units)
     if a.ndim == 2:
-        xa = _down(x.reshape(-1, x.shape[-1]), a) * scale
+        xa = checkpoint_name(_down(x.reshape(-1, x.shape[-1]), a), PROJECTION)
         return (xa @ b).reshape(*x.shape[:-1], b.shape[-1])
-    xa = _down(x, a) * scale[:, None, None]
-    return jnp.einsum("BTR,BRF->BTF", xa, b)
+    return jnp.einsum("BTR,BRF->BTF", checkpoint_name(_down(x, a), PROJECTION), b)
 
 
 @jax.custom_vjp

@@ -17,7 +17,16 @@ from dit_jax.models import attention as attention_lib
 from dit_jax.models import head
 from dit_jax.models.attention import Segments
 from dit_jax.models.config import Qwen3Config
-from dit_jax.models.layers import Deltas, Linear, RMSNorm, pick, precision, rope
+from dit_jax.models.layers import (
+    PROJECTION,
+    Deltas,
+    Linear,
+    RMSNorm,
+    pick,
+    precision,
+    ready,
+    rope,
+)
 from dit_jax.parallel import FREE, constrain
 
 Params = dict[str, Any]
@@ -192,7 +201,7 @@ class Qwen3(nn.Module):
             x = x + delta["w"][tokens].astype(dtype)
         x = constrain(x, FREE, FREE, None)
 
-        layers = pick(deltas, "layers")
+        layers = ready(pick(deltas, "layers"), dtype)
         if c.scan_layers or self.is_initializing():
             x, kv = self._scan_layers(x, layers, kv, context)
             if queries is not None:
@@ -247,7 +256,8 @@ class Qwen3(nn.Module):
 
 def _remat_policy(config: Qwen3Config) -> Any:
     if config.remat == "dots":
-        return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        # By name: a rule for all products would keep those with W and those with each LoRA beside their sum.
+        return jax.checkpoint_policies.save_only_these_names(PROJECTION)
     return None
 
 

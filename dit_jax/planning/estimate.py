@@ -87,12 +87,12 @@ def step_flops(model: Qwen3Config, load: Load) -> float:
     if not load.trained:
         decoded = load.rows * load.new_tokens
         return tokens * forward + decoded * (2.0 * layer_parameters(model) + head)
-    again = 0.0 if model.remat == "none" else 1.0
+    again = {"none": 0.0, "dots": attention, "full": forward}[model.remat]
     # Backward: the gradient of activations alone; scores and weights of attention have two factors each.
     backward = 2.0 * layer_parameters(model) + 2 * attention
     # The head: forward, recomputed, backward; the teacher's logits forward and recomputed.
     logits = head * (3 * scored + 2 * load.teacher_rows * load.scored)
-    return tokens * (forward * (1 + again) + backward) + teacher + logits
+    return tokens * (forward + again + backward) + teacher + logits
 
 
 def _passes(load: Load) -> int:
@@ -175,8 +175,10 @@ def device_memory(
     logits = min(load.rows / shards * load.scored * model.vocab_size / tensor, CHUNK_ELEMENTS)
     temporary = working + scores + gathered + 2 * FLOAT32 * logits
     if load.trained:
-        saved = 1 if model.remat != "none" else 12
-        temporary += saved * layers * tokens * width * _item(model)
+        outputs = 2 * model.intermediate_size + 2 * width
+        outputs += model.head_dim * (model.num_attention_heads + 2 * model.num_key_value_heads)
+        saved = {"none": 2 * outputs, "dots": outputs, "full": width}[model.remat]
+        temporary += saved * layers * tokens * _item(model)
     else:
         slots = load.rows / shards * (load.length + load.new_tokens)
         kv = min(tensor, model.num_key_value_heads)
@@ -192,7 +194,7 @@ def device_memory(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An estimate of a whole run: hours and dollars on one machine (None: unknown speed), bytes on disk."""
+    """An estimate of a whole run: hours and dollars on one machine (None: unknown speed or price), bytes on disk."""
 
     diffs: int
     diff_hours: float | None
@@ -244,7 +246,7 @@ def whole_run(
     seconds = step_seconds(model, load, sizes, machine.chip, utilization)
     train_hours = train.steps * seconds / 3600
     each = machine.chip.price if price is None else price
-    dollars = (diff_hours + train_hours) * machine.count * each
+    dollars = (diff_hours + train_hours) * machine.count * each if each else None
     return Run(diffs, diff_hours, train_hours, dollars, *stored)
 
 

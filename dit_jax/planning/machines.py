@@ -1,4 +1,4 @@
-"""Machines that a plan is made for: TPU slices that are not there, by name, and the local devices."""
+"""Machines that a plan is made for: TPU slices and GPUs that are not there, by name, and the local devices."""
 
 import dataclasses
 import importlib.util
@@ -9,8 +9,7 @@ from typing import Any
 import jax
 
 from dit_jax.errors import DitError, first_line
-
-GIB = 2**30
+from dit_jax.planning.gpus import COMPILER_OPTIONS, GIB, GPUS, gpu_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +18,11 @@ class Chip:
 
     Attributes:
         flops: peak bfloat16 FLOPs per second.
-        memory: bytes that a program may use, as the TPU compiler reports them when one does not fit.
+        memory: bytes that a program may use: a TPU's compiler reports them when one does not fit; of a GPU what jax
+            allocates with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95.
         bandwidth: bytes per second of its memory.
         network: bytes per second of all its links to other chips, in one direction.
-        price: US dollars per chip and hour, on demand.
+        price: US dollars per chip and hour, on demand; 0: there is no list price.
         cores: per chip, where slices are named by cores ("v5p-8" has four chips).
     """
 
@@ -43,6 +43,10 @@ CHIPS = {
     "v5e": Chip("v5e", 197e12, 15.75 * GIB, 0.819e12, 200e9, 1.20),
     "v6e": Chip("v6e", 918e12, 31.25 * GIB, 1.64e12, 448e9, 2.70),
     "v5p": Chip("v5p", 459e12, 95.74 * GIB, 2.765e12, 600e9, 4.20, cores=2),
+    # Data sheets of NVIDIA (SXM modules); bfloat16 without sparsity, NVLink one way.
+    "a100": Chip("a100", 312e12, 0.95 * GPUS["a100"][2], GPUS["a100"][3], 300e9, 0.0),
+    "h100": Chip("h100", 989e12, 0.95 * GPUS["h100"][2], GPUS["h100"][3], 450e9, 0.0),
+    "h200": Chip("h200", 989e12, 0.95 * GPUS["h200"][2], GPUS["h200"][3], 450e9, 0.0),
 }
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SHAPES = {
@@ -62,7 +66,7 @@ _ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """A slice or the local devices. `topology` is empty and `chip` may be None for the local ones."""
+    """A slice, GPUs of one host, or the local devices: of those `topology` is empty and `chip` may be None."""
 
     name: str
     count: int
@@ -78,7 +82,7 @@ def slice_name(generation: str, shape: str) -> str:
 
 
 def find_machine(name: str) -> Machine:
-    """The TPU slice of a name like "v5e:4x4" or "v5e-16".
+    """The TPU slice of a name like "v5e:4x4" or "v5e-16", or the GPUs of one like "h200" or "h200:8".
 
     Raises:
         DitError: an unknown name; the message lists those that are known.
@@ -91,12 +95,34 @@ def find_machine(name: str) -> Machine:
                 chip = CHIPS[generation]
                 count = math.prod(int(size) for size in shape.split("x"))
                 return Machine(ordered, count, topology, chip, chip.memory)
+    gpu, _, number = wanted.partition(":")
+    if gpu in GPUS and (number or "1") in ("1", "2", "4", "8"):
+        count = int(number or 1)
+        return Machine(f"{count} × {gpu}", count, f"{gpu}:{count}", CHIPS[gpu], CHIPS[gpu].memory)
     known = "; ".join(
         f"{generation}: {', '.join(shapes)} ({slice_name(generation, shapes[0])} "
         f"to {slice_name(generation, shapes[-1])})"
         for generation, shapes in SHAPES.items()
     )
-    raise DitError(f"unknown topology {name!r}: write GENERATION:SHAPE or its slice name; {known}")
+    raise DitError(
+        f"unknown topology {name!r}: write GENERATION:SHAPE or its slice name; {known}; "
+        f"or GPUs of one host: {', '.join(GPUS)}, also :2, :4, :8"
+    )
+
+
+def absent_devices(machine: Machine) -> list[Any]:
+    """The devices of a machine that is not there, to compile for.
+
+    Raises:
+        DitError: its compiler is not installed, or does not know the machine.
+    """
+    gpu, _, count = machine.topology.partition(":")
+    return gpu_devices(gpu, int(count)) if gpu in GPUS else tpu_devices(machine)
+
+
+def compiler_options(machine: Machine) -> dict[str, Any] | None:
+    """What XLA must be told to compile for a machine, beside its flags."""
+    return COMPILER_OPTIONS if machine.topology.partition(":")[0] in GPUS else None
 
 
 def tpu_devices(machine: Machine) -> list[Any]:

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from dit_jax import parallel
 from dit_jax.deltas.tree import with_scale
@@ -95,6 +95,18 @@ def stage_step(
     return decoding.generate, args, options, parts
 
 
+def on_device(arguments: Any, device: Any) -> Any:
+    """The same arguments with their ShapeDtypeStructs on one device, which need not be there."""
+    sharding = SingleDeviceSharding(device)
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, jax.ShapeDtypeStruct):
+            return x
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(one, arguments)
+
+
 def device_bytes(tree: Any) -> int:
     """Bytes of a tree of ShapeDtypeStructs on one device, without the padding of its layouts."""
 
@@ -106,11 +118,20 @@ def device_bytes(tree: Any) -> int:
 
 
 def compile_step(
-    stage: str, model: Qwen3Config, mesh: Mesh | None, config: Any, memory: float, level: str
+    stage: str,
+    model: Qwen3Config,
+    mesh: Mesh | None,
+    config: Any,
+    memory: float,
+    level: str,
+    device: Any = None,
+    compiler_options: dict[str, Any] | None = None,
 ) -> Program:
     """Compiles one stage's step for the devices of `mesh`.
 
     Args:
+        device: without a mesh, the one to compile for; None: this process's first.
+        compiler_options: what XLA must be told beside its flags, see `machines.compiler_options`.
         memory: bytes that a device has. Compilers for accelerators refuse what does not fit; a CPU's does not.
         level: "O0" is quicker and gives the same memory, but other collectives: they are left out then.
 
@@ -121,11 +142,13 @@ def compile_step(
     batch = parallel.round_up(batch_size(stage, config), mesh)
     step, args, options, parts = stage_step(stage, model, mesh, config)
     sizes = {name: float(device_bytes(tree)) for name, tree in parts.items()}
+    if mesh is None and device is not None:
+        args, options = on_device((args, options), device)
     before: Any = getattr(jax.config, "jax_optimization_level")  # noqa: B009
     jax.config.update("jax_optimization_level", "UNKNOWN" if level == "default" else level)
     try:
         with parallel.use_mesh(mesh):
-            compiled = step.lower(*args, **options).compile()
+            compiled = step.lower(*args, **options).compile(compiler_options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise DitError(f"the compiler failed on stage {stage!r}: {error}") from error

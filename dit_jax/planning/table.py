@@ -125,7 +125,8 @@ def run_table(
                     price,
                 )
                 hours = (run.diff_hours or 0.0) + (run.train_hours or 0.0)
-                row.append(f"{hours:.1f} h, ${run.dollars or 0:,.0f}")
+                cost = "" if run.dollars is None else f", ${run.dollars:,.0f}"
+                row.append(f"{hours:.1f} h{cost}")
         if run is None:
             run = estimate.whole_run(
                 model, config, Machine("", 1), diffs, ((1, 1, 1), 1), ((1, 1, 1), 1)

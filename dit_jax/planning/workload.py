@@ -18,7 +18,7 @@ from dit_jax.errors import DitError
 from dit_jax.models.config import NAMED_CONFIGS, Qwen3Config, read_config
 from dit_jax.models.hf_checkpoint import find_folder
 from dit_jax.planning import programs
-from dit_jax.planning.machines import Machine, tpu_devices
+from dit_jax.planning.machines import Machine, absent_devices, compiler_options
 from dit_jax.planning.programs import Program
 
 COMPUTE = ("scan_layers", "remat", "attention")
@@ -64,7 +64,7 @@ class Compiler:
     """Compiles the steps of one machine, and remembers the results in a file of JSON lines.
 
     Args:
-        devices: of the machine; None for a slice whose compiler is loaded at first use.
+        devices: of the machine; None for an absent machine whose compiler is loaded at first use.
         level: see `programs.compile_step`.
         cache: the file, made at first use; None: remember nothing.
         deadline: of `time.monotonic`, after which nothing more is compiled.
@@ -85,7 +85,7 @@ class Compiler:
     def mesh(self, sizes: tuple[int, int, int]) -> Mesh | None:
         """The mesh of all the machine's devices. Raises DitError if the sizes do not fill it or fit its wires."""
         if self._devices is None:
-            self._devices = tpu_devices(self.machine)
+            self._devices = absent_devices(self.machine)
         named = dict(zip(parallel.MESH_AXES, sizes, strict=True))
         shape = parallel.mesh_shape(named, self.machine.count)
         if self.machine.topology and shape[0] * shape[1] * shape[2] != self.machine.count:
@@ -106,7 +106,12 @@ class Compiler:
         if self._deadline is not None and time.monotonic() > self._deadline:
             raise OutOfTime
         memory = self.machine.memory
-        found = programs.compile_step(stage, model, self.mesh(sizes), config, memory, self.level)
+        mesh = self.mesh(sizes)
+        device = self._devices[0] if self._devices and self.machine.topology else None
+        options = compiler_options(self.machine)
+        found = programs.compile_step(
+            stage, model, mesh, config, memory, self.level, device, options
+        )
         self._known[key] = found
         if self._cache is not None:
             self._cache.parent.mkdir(parents=True, exist_ok=True)
