@@ -10,8 +10,15 @@ from jax.sharding import Mesh
 from dit_jax import parallel, shardings
 from dit_jax.deltas.tree import init_lora
 from dit_jax.models.config import Qwen3Config
-from dit_jax.models.layers import Deltas, ready
-from dit_jax.models.qwen3 import Cache, Params, forward_cached, init_cache, unembed
+from dit_jax.models.layers import Deltas
+from dit_jax.models.qwen3 import (
+    Cache,
+    Params,
+    forward_cached,
+    init_cache,
+    ready_deltas,
+    unembed,
+)
 
 
 class Generation(NamedTuple):
@@ -63,7 +70,7 @@ def generate(
         A `Generation`; its logprobs are those of the model at temperature 1, whatever the temperature.
     """
     batch, length = tokens.shape
-    deltas = ready(deltas, config.dtype)
+    deltas = ready_deltas(deltas, config)
     cache = init_cache(config, batch, length + max_new_tokens)
     with jax.named_scope("prefill"):
         hidden, cache = forward_cached(params, config, tokens, mask.astype(bool), cache, deltas)

@@ -197,11 +197,12 @@ class Qwen3(nn.Module):
             # Declared here, used by `unembed`: one place says what the parameters are.
             _Table(c.hidden_size, c.vocab_size, init, "kernel", dtype, name="lm_head")()
         x = constrain(embedding, "vocab", None)[tokens].astype(dtype)
+        deltas = ready_deltas(deltas, c)
         for delta in pick(deltas, "embed_tokens"):
             x = x + delta["w"][tokens].astype(dtype)
         x = constrain(x, FREE, FREE, None)
 
-        layers = ready(pick(deltas, "layers"), dtype)
+        layers = pick(deltas, "layers")
         if c.scan_layers or self.is_initializing():
             x, kv = self._scan_layers(x, layers, kv, context)
             if queries is not None:
@@ -248,10 +249,31 @@ class Qwen3(nn.Module):
             function: Callable[..., Any] = functools.partial(apply, layer)
             if c.remat != "none":
                 function = jax.checkpoint(function, policy=_remat_policy(c))
-            take = functools.partial(jax.tree.map, lambda x, layer=layer: x[layer])
-            one = layers[layer] if isinstance(layers, tuple) else take(layers)
-            x, kv = function(x, kv, one, take(deltas))
+            own = _take(layers, layer), tuple(_take(delta, layer) for delta in deltas)
+            x, kv = function(x, kv, *own)
         return x, kv
+
+
+def _take(layers: Any, layer: int) -> Any:
+    """One layer of a tuple of layers, or of stacked ones."""
+    return layers[layer] if isinstance(layers, tuple) else jax.tree.map(lambda x: x[layer], layers)
+
+
+def ready_deltas(deltas: Deltas, config: Qwen3Config) -> Deltas:
+    """The deltas as the model takes them (`layers.ready`), cut into layers where those are unrolled.
+
+    Every call of the model does it; a loop of calls does it once, before. What is ready stays as it is.
+    """
+    done = ready(deltas, config.dtype)
+    if config.scan_layers:
+        return done
+    count = range(config.num_hidden_layers)
+    return tuple(
+        {**delta, "layers": tuple(_take(delta["layers"], i) for i in count)}
+        if "layers" in delta
+        else delta
+        for delta in done
+    )
 
 
 def _remat_policy(config: Qwen3Config) -> Any:

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from dit_jax import parallel
@@ -96,11 +97,11 @@ def stage_step(
 
 
 def on_device(arguments: Any, device: Any) -> Any:
-    """The same arguments with their ShapeDtypeStructs on one device, which need not be there."""
+    """The same arguments with ShapeDtypeStructs on one device, which need not be there, for its arrays."""
     sharding = SingleDeviceSharding(device)
 
     def one(x: Any) -> Any:
-        if not isinstance(x, jax.ShapeDtypeStruct):
+        if not isinstance(x, jax.ShapeDtypeStruct | np.ndarray):
             return x
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
