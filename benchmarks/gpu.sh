@@ -11,7 +11,7 @@
 # Baselines are left out where PyTorch, transformers or PEFT is missing. A command that fails or takes too
 # long is a row that says so; the others run on.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 PYTHON=${PYTHON:-python3} OUT=${OUT:-runs/benchmarks-gpu} MODEL=${MODEL:-qwen3-4b}
 SCRATCH=$(mktemp -d)
 trap 'rm -rf "$SCRATCH"' EXIT
@@ -33,28 +33,31 @@ against() { # the baselines that can run here
   "$PYTHON" -c 'import torch, transformers, peft' 2> /dev/null && echo "$@"
 }
 
+# How to compute was chosen from the compiled programs (`python -m benchmarks.compiled`, docs/performance.md). Unrolled
+# layers compile for a minute or two.
+FAST=(--remat dots --attention cudnn)
 diffs() {
   # shellcheck disable=SC2046
-  bench diffs 300 --model "$MODEL" --remat full --repeats 2 --baseline $(against torch-batched peft-loop)
-  for remat in full dots; do
-    bench diffs 90 --model "$MODEL" --remat $remat --attention cudnn --repeats 2 --baseline
-  done
+  bench diffs 255 --model "$MODEL" "${FAST[@]}" --repeats 2 --baseline $(against torch-batched peft-loop)
+  bench diffs 120 --model "$MODEL" "${FAST[@]}" --scan-layers no --repeats 2 --baseline
+  bench diffs 75 --model "$MODEL" --remat full --repeats 2 --baseline
 }
 train() {
   # shellcheck disable=SC2046
-  bench train 240 --model "$MODEL" --baseline $(against torch-dense torch-factored peft-one-by-one)
-  bench train 90 --model "$MODEL" --batch 64 --remat full --baseline
-  bench train 90 --model "$MODEL" --batch 256 --diffs 256 --steps 4 --remat full --baseline
-  bench train 120 --model qwen3-8b --batch 64 --steps 4 --remat full --baseline
+  bench train 255 --model "$MODEL" "${FAST[@]}" --scan-layers no \
+    --baseline $(against torch-dense torch-factored peft-one-by-one)
+  bench train 60 --model "$MODEL" "${FAST[@]}" --baseline
+  bench train 75 --model "$MODEL" "${FAST[@]}" --batch 256 --diffs 256 --steps 4 --baseline
+  bench train 90 --model qwen3-8b "${FAST[@]}" --batch 64 --steps 4 --baseline
 }
 ask() {
   # shellcheck disable=SC2046
-  bench ask 360 --model "$MODEL" --repeats 1 --baseline $(against generate-merged generate-peft)
-  bench ask 90 --model "$MODEL" --baseline
-  bench ask 180 --model qwen3-32b --baseline
+  bench ask 300 --model "$MODEL" --scan-layers no --repeats 1 --baseline $(against generate-merged generate-peft)
+  bench ask 60 --model "$MODEL" --baseline
+  bench ask 120 --model qwen3-32b --baseline
 }
 growth() {
-  timeout 180 "$PYTHON" -m benchmarks.growth --model qwen3-0.6b --platform gpu --dtype bfloat16 --remat full \
+  timeout 90 "$PYTHON" -m benchmarks.growth --model qwen3-0.6b --platform gpu --dtype bfloat16 --remat full \
     --repeats 2 --sizes 4 16 64 --lengths 64 256 --out "$OUT" || echo "== exit $?"
 }
 

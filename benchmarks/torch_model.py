@@ -57,8 +57,8 @@ class Torch:
 
 
 def enable_remat(model: Any, work: Workload) -> None:
-    """Gradient checkpointing of layers, where the workload asks for recomputation."""
-    if work.remat != "none":
+    """Gradient checkpointing of layers, where the workload recomputes all of them ("dots" has no counterpart here)."""
+    if work.remat == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # transformers checkpoints in training mode only; Qwen3 has no dropout
 

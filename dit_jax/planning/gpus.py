@@ -1,6 +1,5 @@
 """NVIDIA GPUs that are not there: what XLA's compiler needs to know of them."""
 
-import os
 from typing import Any
 
 import jax
@@ -33,8 +32,6 @@ def gpu_devices(name: str, count: int) -> list[Any]:
             "planning for a GPU needs its compiler, which is not installed: "
             "pip install 'dit_jax[plan-gpu]' (or pip install -e '.[plan-gpu]' in a checkout)"
         )
-    # The plugin says in several lines that there is no GPU.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 

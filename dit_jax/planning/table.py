@@ -95,7 +95,7 @@ def stage_table(table: Table, stage: str) -> str:
 
 def machine_title(machine: Machine) -> str:
     """v5e-16: 16 × 15.75 GiB."""
-    return f"{machine.name}: {machine.count} × {machine.memory / GIB:g} GiB"
+    return f"{machine.name}: {machine.count} × {machine.memory / GIB:.4g} GiB"
 
 
 def run_table(
