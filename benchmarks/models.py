@@ -15,7 +15,7 @@ TINY_FOLDER = pathlib.Path(__file__).parent.parent / "dit_jax" / "assets" / "tin
 # recipe: diffs of rank 1 in steps of 2 questions x 3 kinds of samples, an adapter of rank 16 in batches of 8).
 PRESETS: dict[tuple[str, str], dict[str, int]] = {
     ("diffs", "world"): dict(
-        diffs=50, batch=50, steps=72, samples=3, num_ce=1, length=35, scored=15, repeats=1
+        diffs=50, batch=50, steps=72, samples=3, num_ce=1, length=35, scored=15, repeats=3
     ),
     ("diffs", "tiny"): dict(diffs=48, batch=48, steps=8, samples=5, num_ce=2, length=36, scored=16),
     ("diffs", "slice"): dict(diffs=4, batch=4, steps=2, samples=3, num_ce=1, length=48, scored=16),
