@@ -23,10 +23,10 @@ from benchmarks.workload import LEARNING_RATE, WEIGHT_DECAY, Workload
 from dit_jax import shardings
 from dit_jax.data.batch import TokenBatch, entry_limit
 from dit_jax.deltas.tree import init_lora, trainable
-from dit_jax.errors import exit_on_error
+from dit_jax.errors import DitError, exit_on_error
 from dit_jax.models import generate as decoding
 from dit_jax.organisms.finetune import finetune_many, make_optimizer
-from dit_jax.planning.gpus import GIB
+from dit_jax.planning.gpus import GIB, GPUS
 from dit_jax.planning.machines import CHIPS, absent_devices, compiler_options, find_machine
 from dit_jax.planning.programs import device_bytes, on_device
 from dit_jax.train.dit import State, train_step
@@ -36,7 +36,15 @@ LAUNCH = 2e-6  # seconds that a kernel takes at least
 
 
 def abstract_program(work: Workload) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """(compiled function, args, kwargs) as `benchmarks.ours` calls it, without values."""
+    """(compiled function, args, kwargs) as `benchmarks.ours` calls it, without values.
+
+    Raises:
+        DitError: for the embedded world's tokens, whose program takes a table of the base's hidden states as well.
+    """
+    if work.tokens == "world":
+        raise DitError(
+            "--tokens world is a suite for CPUs: programs are compiled for random tokens"
+        )
     config = work.config
     params = shardings.abstract_params(config, None)
     if work.suite == "ask":
@@ -130,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--gpu", default="h200", help="a100, h100 or h200 (default)")
+    parser.add_argument("--gpu", choices=tuple(GPUS), default="h200")
     parser.add_argument(
         "--without-flags", action="store_true", help="without the flags of dit_jax.xla_flags"
     )

@@ -132,6 +132,14 @@ def test_the_arguments_are_those_of_the_benchmark(suite, scan, tmp_path, monkeyp
         assert options["packed"] == seen["options"]["packed"]
 
 
+def test_the_embedded_world_is_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(compiled, "absent_devices", lambda machine: [None])
+    with pytest.raises(SystemExit) as stop:
+        compiled.main(["--suite", "diffs", "--model", "tiny", "--tokens", "world"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --tokens world is a suite for CPUs")
+
+
 @pytest.mark.skipif(not has_cuda_plugin(), reason="the extra 'plan-gpu' is not installed")
 def test_a_program_is_compiled_and_counted(capsys):
     flags = ["--suite", "train", "--model", "tiny-2layers", "--batch", "4", "--diffs", "4"]
