@@ -209,7 +209,7 @@ def stacked_residuals(config, deltas):
 
     jaxpr = jax.make_jaxpr(lambda x: jax.vjp(loss, x))(deltas)
     (scan,) = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "scan"]
-    kept = [v.aval for v in scan.outvars[scan.params["num_carry"] :]]
+    kept = [v.aval for v in scan.outvars]
     tokens_of = [x for x in kept if x.shape[:3] == (config.num_hidden_layers, *tokens.shape)]
     flat = [x for x in kept if x.shape[:2] == (config.num_hidden_layers, tokens.size)]
     return sum(math.prod(x.shape) for x in tokens_of + flat) / config.num_hidden_layers / 18
