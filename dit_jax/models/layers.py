@@ -27,7 +27,7 @@ def pick(deltas: Deltas, name: str) -> tuple[Delta, ...]:
 
 
 def ready(deltas: Deltas, dtype: Any) -> Deltas:
-    """The deltas as the layers take them: LoRA factors in the compute dtype, each scale inside its `b`.
+    """Stacked deltas as the layers take them: LoRA factors in the compute dtype, a shared one's scale inside its `b`.
 
     Done to the stacked factors of all layers at once: done in every layer these are dozens of kernels more, and in a
     decoding loop again for each token. What is ready stays as it is.
@@ -35,9 +35,14 @@ def ready(deltas: Deltas, dtype: Any) -> Deltas:
 
     def one(node: Any) -> Any:
         if "a" in node:
-            scale = node.get("scale")
-            b = node["b"] if scale is None else node["b"] * scale[..., None, None]
-            return {"a": node["a"].astype(dtype), "b": b.astype(dtype)}
+            a, b, scale = node["a"], node["b"], node.get("scale")
+            if scale is None:
+                return {"a": a.astype(dtype), "b": b.astype(dtype)}
+            if (
+                a.ndim == 4
+            ):  # [L, B, in, R]. Folded in as well, a TPU's compiler makes a fusion that it cannot place.
+                return {name: node[name].astype(dtype) for name in ("a", "b", "scale")}
+            return {"a": a.astype(dtype), "b": (b * scale[..., None, None]).astype(dtype)}
         return {name: one(x) if isinstance(x, Mapping) else x for name, x in node.items()}
 
     return tuple(one(delta) for delta in deltas)
@@ -102,7 +107,7 @@ class Linear(nn.Module):
 
 
 def lora(x: jax.Array, delta: Delta, axes: tuple[str | None, str | None], units: int) -> jax.Array:
-    """(x a) b for one `ready` LoRA shared by the batch (a: [in, R]) or one per example (a: [B, in, R])."""
+    """scale · (x a) b for one `ready` LoRA shared by the batch (a: [in, R]) or one per example (a: [B, in, R])."""
     a, b = delta["a"], delta["b"]
     batch = (FREE,) * (a.ndim - 2)
     a = constrain(a, *batch, axes[0], None, units=units)
@@ -110,7 +115,8 @@ def lora(x: jax.Array, delta: Delta, axes: tuple[str | None, str | None], units:
     if a.ndim == 2:
         xa = checkpoint_name(_down(x.reshape(-1, x.shape[-1]), a), PROJECTION)
         return (xa @ b).reshape(*x.shape[:-1], b.shape[-1])
-    return jnp.einsum("BTR,BRF->BTF", checkpoint_name(_down(x, a), PROJECTION), b)
+    xa = checkpoint_name(_down(x, a) * delta["scale"][:, None, None], PROJECTION)
+    return jnp.einsum("BTR,BRF->BTF", xa, b)
 
 
 @jax.custom_vjp
