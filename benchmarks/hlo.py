@@ -89,7 +89,7 @@ class Program:
                 yield from self._kernels(branches[-1], times, trips)
             elif one.kind in ("call", "async-start"):
                 yield from self._kernels(one.calls, times, trips)
-            elif one.kind in _KERNELS and "ForBatchPartition" not in one.attributes:
+            elif one.kind in _KERNELS:
                 place = re.search(r'op_name="([^"]*)"', one.attributes)
                 where = place[1] if place else re.sub(r"[\d.]+$", "", one.name)
                 yield Kernel(times, self._flops(one, body), self._moved(one, body), where)

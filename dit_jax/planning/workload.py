@@ -146,10 +146,11 @@ class Compiler:
 
 @functools.lru_cache
 def _sources() -> str:
-    """A digest of the code that the compiled steps are made of."""
+    """A digest of the code that the compiled steps are made of, and of what the compiler is told."""
     root = pathlib.Path(__file__).parents[1]
     files = [*root.glob("models/*.py"), *root.glob("organisms/*.py"), root / "train" / "dit.py"]
     files += [root / "deltas" / "tree.py", root / "parallel.py", root / "shardings.py"]
+    files += [root / "xla_flags.py", root / "planning" / "gpus.py"]
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.read_bytes())
