@@ -43,6 +43,15 @@ def test_views_outlive_the_stacked_arrays(model):
         np.testing.assert_array_equal(layer["mlp"]["up_proj"]["kernel"], expected[index])
 
 
+def test_views_are_bound_to_a_device_only_where_the_parameters_are(model):
+    # Else the first training step takes a free state, returns a bound one, and the second step compiles again.
+    free = as_program_takes(model.params, model.config)
+    assert not any(x.committed for x in jax.tree.leaves(free))
+    device = jax.devices()[1]
+    bound = as_program_takes(jax.device_put(model.params, device), model.config)
+    assert all(x.committed and x.devices() == {device} for x in jax.tree.leaves(bound))
+
+
 def test_scanned_layers_and_meshes_keep_the_stacked_arrays(model):
     scanned = dataclasses.replace(model.config, scan_layers=True)
     assert as_program_takes(model.params, scanned) is model.params

@@ -173,25 +173,6 @@ def test_an_interrupted_training_ends_bitwise_as_an_uninterrupted_one(copy, mode
     assert list((copy / "metrics" / "profile" / "train").rglob("*.xplane.pb"))
 
 
-def test_the_step_that_is_compiled_ahead_is_the_one_that_runs(copy, monkeypatch):
-    for name in ("adapter", "checkpoints"):
-        shutil.rmtree(copy / name)
-    (copy / "stages" / "train.json").unlink()
-    programs = []
-
-    def record(*args, **options):
-        programs.append(step.lower(*args, **options).as_text())
-        raise KeyboardInterrupt
-
-    step = dit.train_step
-    monkeypatch.setattr(dit, "train_step", record)
-    assert run(copy) == 130
-    config = load_config("configs/quickstart.py", split_flags(SMALL)[1])
-    model = dit_jax.load_model("tiny_qwen3", scan_layers=True)
-    args, options = dit.abstract_step(model.config, None, config.train, config.diffs.rank)
-    assert programs == [step.lower(model.program_params, *args[1:], **options).as_text()]
-
-
 def test_a_batch_with_more_scored_tokens_than_said_is_computed_whole(
     finished, model, monkeypatch, tmp_path
 ):
@@ -249,6 +230,27 @@ def test_only_a_training_that_is_to_come_is_compiled_ahead(finished, tmp_path):
     assert not ahead(finished)
     assert not ahead(tmp_path, "--config.stages=('diffs',)")
     assert not ahead(tmp_path, "--config.diffs.parameters=linear")
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_what_is_compiled_ahead_is_what_every_step_runs(
+    finished, monkeypatch, tmp_path, scan_layers
+):
+    model = dit_jax.load_model("tiny_qwen3", scan_layers=scan_layers)
+    config = load_config(
+        "configs/quickstart.py", split_flags([*SMALL, "--config.train.steps=2"])[1]
+    )
+    args, options = dit.abstract_step(model.config, None, config.train, config.diffs.rank)
+    ahead = dit.train_step.lower(model.program_params, *args[1:], **options).as_text()
+    step, programs = dit.train_step, []
+
+    def record(*args, **options):
+        programs.append(step.lower(*args, **options).as_text())
+        return step(*args, **options)
+
+    monkeypatch.setattr(dit, "train_step", record)
+    dit.train_adapter(model, finished / "diffs", config.train, tmp_path, seed=0)
+    assert programs == [ahead] * 2
 
 
 INTERRUPTED = """

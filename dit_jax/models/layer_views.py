@@ -15,11 +15,13 @@ def as_program_takes(params: dict[str, Any], config: Qwen3Config) -> dict[str, A
     views of the stacked ones: they take no memory (but for a layer that starts at an odd address). On an accelerator
     they are copies, so that the stacked ones are better kept on the host (`keep_on_host`).
     """
-    leaves = jax.tree.leaves(params)
-    devices = {device for x in leaves if isinstance(x, jax.Array) for device in x.devices()}
+    leaves = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
+    devices = {device for x in leaves for device in x.devices()}
     if config.scan_layers or len(devices) > 1:
         return params
-    device = next(iter(devices), None)
+    # Bound to a device only where the parameters are: what a program returns is bound as well, and given back to it
+    # (a training state) it would make it compile again.
+    device = next((device for x in leaves if x.committed for device in devices), None)
     layers = split_layers(
         params["layers"], config, lambda x, i: jax.device_put(np.asarray(x)[i], device)
     )
