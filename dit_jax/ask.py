@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dit_jax import xla_flags
+from dit_jax import host_memory, xla_flags
 from dit_jax.errors import DitError, Parser, exit_on_error, printable
 
 VARIANTS = ("base", "finetuned", "adapter", "finetuned + adapter")
@@ -20,6 +20,7 @@ VARIANTS = ("base", "finetuned", "adapter", "finetuned + adapter")
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for a problem the user can fix, 130 for Ctrl-C."""
     xla_flags.set_defaults()
+    host_memory.keep_freed()
     try:
         with exit_on_error():
             flags = parse_flags(argv)

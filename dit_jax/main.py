@@ -20,7 +20,15 @@ from typing import Any, NoReturn
 import jax
 from ml_collections import ConfigDict
 
-from dit_jax import artifacts, os_errors, parallel, preemption, processes, xla_flags
+from dit_jax import (
+    artifacts,
+    host_memory,
+    os_errors,
+    parallel,
+    preemption,
+    processes,
+    xla_flags,
+)
 from dit_jax.config import check_minimum, check_workdir, load_config, split_flags, to_dict
 from dit_jax.errors import DitError, Parser, did_you_mean, exit_on_error
 from dit_jax.workdir import ARTIFACTS, is_done, locked, run_once
@@ -80,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--process-id", type=int, help="from 0")
     code, several = 0, False
     xla_flags.set_defaults()
+    host_memory.keep_freed()
     try:
         with exit_on_error():
             rest, overrides = split_flags(sys.argv[1:] if argv is None else argv)

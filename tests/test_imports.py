@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import platform
 import subprocess
 import sys
 import types
@@ -114,6 +115,35 @@ def test_ask_stays_the_function():
 def test_eight_devices():
     assert jax.default_backend() == "cpu"
     assert jax.device_count() == 8
+
+
+PAGE_FAULTS = """
+import resource, sys
+import numpy as np
+from dit_jax import host_memory
+if "keep" in sys.argv:
+    host_memory.keep_freed()
+def faults():
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        np.ones(48 << 18, np.float32)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
+@pytest.mark.parametrize("environment, kept", [({}, True), ({"MALLOC_MMAP_MAX_": "65536"}, False)])
+def test_freed_arrays_are_kept_for_the_next_ones(environment, kept):
+    def faults(*arguments):
+        command = [sys.executable, "-c", PAGE_FAULTS, *arguments]
+        # Without numpy's huge pages, which make one fault of 512.
+        env = {**os.environ, **environment, "NUMPY_MADVISE_HUGEPAGE": "0"}
+        return int(subprocess.run(command, env=env, capture_output=True, check=True).stdout)
+
+    assert faults() > 10_000
+    assert (faults("keep") < 1_000) == kept
 
 
 @pytest.mark.parametrize(
