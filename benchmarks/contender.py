@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from benchmarks import measure, workload
-from dit_jax import host_memory, xla_flags
 
 # NAME[:VARIANT] -> module with make(work, data, factors, folder, variant) -> Contender, by suite.
 MODULES: dict[str, dict[str, str]] = {
@@ -57,8 +56,6 @@ class Contender(Protocol):
 
 
 def main(name: str, folder: pathlib.Path, out: pathlib.Path) -> None:
-    xla_flags.set_defaults()  # as the command lines do
-    host_memory.keep_freed()
     work, data, factors = workload.read(folder)
     base, _, variant = name.partition(":")
     module = importlib.import_module(f"benchmarks.{MODULES[work.suite][base]}")

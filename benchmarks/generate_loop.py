@@ -9,7 +9,6 @@ import torch
 from benchmarks import torch_model as tm
 from benchmarks.peft_loop import lora_config, lora_layers, set_factors, with_lora
 from benchmarks.workload import Workload
-from dit_jax.deltas.tree import PROJECTIONS
 
 
 class GenerateLoop(tm.Torch):
@@ -54,9 +53,9 @@ class Merged(GenerateLoop):
         self.changed = []
         for layer, block in enumerate(self.model.model.layers):
             for part in (block.self_attn, block.mlp):
-                for name in PROJECTIONS:
-                    if hasattr(part, name):
-                        weight = getattr(part, name).weight
+                for name, module in part.named_children():
+                    if isinstance(module, torch.nn.Linear):
+                        weight = module.weight
                         a, b = (self._factor(f"adapter.{name}.{k}", None, layer) for k in "ab")
                         with torch.no_grad():
                             original = weight + ((b / work.adapter_rank).T @ a.T).to(weight.dtype)

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks import measure
 from benchmarks.workload import LEARNING_RATE, WEIGHT_DECAY, Workload, random_params
-from dit_jax import api
+from dit_jax import api, startup
 from dit_jax.data.batch import TokenBatch, entry_limit, fits
 from dit_jax.deltas.tree import per_example, projection_shapes, trainable
 from dit_jax.models.config import Qwen3Config
@@ -191,4 +191,5 @@ def make(
     work: Workload, data: Any, factors: Any, folder: pathlib.Path, name: str, variant: str
 ) -> _Ours:
     """`variant` is not used: how to compute stands in the workload."""
+    startup.prepare()  # as the command lines do
     return {"diffs": Diffs, "train": Train, "ask": Ask}[work.suite](work, data, factors, folder)

@@ -8,7 +8,6 @@ import torch
 
 from benchmarks import torch_model as tm
 from benchmarks.workload import LEARNING_RATE, WEIGHT_DECAY, Workload
-from dit_jax.deltas.tree import PROJECTIONS
 
 _FIELDS = ("tokens", "lengths", "position", "target", "weight")
 
@@ -23,7 +22,7 @@ def with_lora(model: Any, rank: int, name: str) -> Any:
 def lora_config(rank: int) -> Any:
     import peft
 
-    return peft.LoraConfig(r=rank, lora_alpha=1, target_modules=list(PROJECTIONS), bias="none")
+    return peft.LoraConfig(r=rank, lora_alpha=1, target_modules="all-linear", bias="none")
 
 
 def lora_layers(model: Any) -> dict[tuple[str, int], Any]:

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dit_jax import host_memory, xla_flags
 from dit_jax.errors import DitError, Parser, exit_on_error, printable
 
 VARIANTS = ("base", "finetuned", "adapter", "finetuned + adapter")
@@ -19,8 +18,6 @@ VARIANTS = ("base", "finetuned", "adapter", "finetuned + adapter")
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for a problem the user can fix, 130 for Ctrl-C."""
-    xla_flags.set_defaults()
-    host_memory.keep_freed()
     try:
         with exit_on_error():
             flags = parse_flags(argv)
@@ -91,7 +88,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One record per (diff, variant, question, sample), in that order."""
-    from dit_jax import parallel
+    from dit_jax import parallel, startup
     from dit_jax.api import Diff, Diffs, ask_many, load_adapter, load_diffs, load_model
 
     if not flags.diff and (flags.all or flags.index is not None or flags.svd_rank):
@@ -100,6 +97,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         raise DitError(
             "--n asks for several samples, but greedy decoding gives one: add --temperature 1"
         )
+    startup.prepare()
     mesh = parallel.make_mesh(parallel.parse_mesh(flags.mesh)) if flags.mesh else None
     model = load_model(flags.base, flags.dtype, mesh)
     adapter = load_adapter(flags.adapter, model) if flags.adapter else None

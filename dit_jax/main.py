@@ -20,15 +20,7 @@ from typing import Any, NoReturn
 import jax
 from ml_collections import ConfigDict
 
-from dit_jax import (
-    artifacts,
-    host_memory,
-    os_errors,
-    parallel,
-    preemption,
-    processes,
-    xla_flags,
-)
+from dit_jax import artifacts, os_errors, parallel, preemption, processes, startup
 from dit_jax.config import check_minimum, check_workdir, load_config, split_flags, to_dict
 from dit_jax.errors import DitError, Parser, did_you_mean, exit_on_error
 from dit_jax.workdir import ARTIFACTS, is_done, locked, run_once
@@ -87,12 +79,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num-processes", type=int)
     parser.add_argument("--process-id", type=int, help="from 0")
     code, several = 0, False
-    xla_flags.set_defaults()
-    host_memory.keep_freed()
     try:
         with exit_on_error():
             rest, overrides = split_flags(sys.argv[1:] if argv is None else argv)
             flags = parser.parse_args(rest)
+            startup.prepare()
             if flags.distributed:
                 processes.initialize_distributed(
                     flags.coordinator, flags.num_processes, flags.process_id
@@ -137,7 +128,6 @@ def run(config: Any, workdir: pathlib.Path) -> None:
             from dit_jax.organisms.behaviours import get_behaviour
 
             get_behaviour(config.diffs)  # one of the user's own becomes known to all stages
-        _setup_jax()
         with preemption.listen(), locked(workdir):
             _run_stages(config, workdir)
 
@@ -302,17 +292,6 @@ def run_stage(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> dic
     print_headline(write_report(workdir, to_dict(config).get("evaluate", {})))
     print(f"report: {workdir / 'report' / 'report.html'}", flush=True)
     return {}
-
-
-def _setup_jax() -> None:
-    """A persistent compilation cache: the second run of a program starts at once."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = (
-            pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-            / "dit_jax"
-            / "xla"
-        )
-        jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 if __name__ == "__main__":

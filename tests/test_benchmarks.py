@@ -3,10 +3,12 @@
 import json
 import pathlib
 import shlex
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from benchmarks import checks, contender, floors, growth, models, report, run, workload
 
@@ -59,7 +61,11 @@ def test_contenders_agree_and_a_wrong_one_is_flagged(suite, tmp_path, in_process
     flags = ["--suite", suite, "--model", "tiny-1layers", *SIZES[suite], "--repeats", "1"]
     code = run.main([*flags, "--external", "wrong", "wrong", "--out", str(tmp_path)])
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [row["contender"] for row in rows] == [*contender.MODULES[suite], "wrong"]
+    assert [row["contender"] for row in rows] == [
+        "ours",
+        *run.default_baselines(suite),
+        "wrong",
+    ]
     for row in rows[:-1]:
         assert row["valid"], row["check"]
         assert row["seconds"] > 0 and row["peak_host_bytes"] > 2**20
@@ -90,8 +96,8 @@ def test_contenders_run_in_processes_of_their_own(tmp_path, monkeypatch):
     work = workload.Workload("ask", "tiny-1layers", diffs=2, batch=2, length=4, new_tokens=2)
     copy = "import sys, shutil; shutil.copytree(sys.argv[1] + '/out0', sys.argv[2], dirs_exist_ok=True)"
     command = shlex.join([sys.executable, "-c", copy])
-    rows = run.run_suite(work, [], [["copy", command]], tmp_path)
-    assert [row["valid"] for row in rows] == [True, True]
+    rows = run.run_suite(work, ["ours:again"], [["copy", command]], tmp_path)
+    assert [row["valid"] for row in rows] == [True] * 3
     assert rows[0]["warm_up_seconds"] > rows[0]["seconds"]
 
 
@@ -177,3 +183,12 @@ def test_growth_fits_and_plots(tmp_path):
     assert (tmp_path / "growth.png").stat().st_size > 5000
     said = growth.plot(at_once + by_tokens, tmp_path / "growth.png")
     assert said[0] == "200 to 200 µs per token for 16 to 64 diffs at once"
+
+
+def test_baselines_do_not_carry_jax():
+    names = {name for suite in contender.MODULES.values() for name in suite.values()} - {"ours"}
+    code = "import sys, benchmarks.contender\n" + "".join(
+        f"import benchmarks.{name}\n" for name in sorted(names)
+    )
+    code += "sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

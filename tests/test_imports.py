@@ -146,6 +146,26 @@ def test_freed_arrays_are_kept_for_the_next_ones(environment, kept):
     assert (faults("keep") < 1_000) == kept
 
 
+COMPILE = """
+import jax
+from dit_jax import host_memory
+trims = []
+host_memory._glibc = lambda name: trims.append
+for _ in range(2):
+    host_memory.trim_after_compiling()
+jax.jit(lambda x: x + 1)(1.0)
+assert not trims
+host_memory._LONG = 0
+jax.jit(lambda x: x + 2)(1.0)
+assert len(trims) == 1, trims
+"""
+
+
+def test_memory_is_given_back_after_a_long_compilation():
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    subprocess.run([sys.executable, "-c", COMPILE], env=environment, check=True)
+
+
 @pytest.mark.parametrize(
     "given, expected",
     [

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 # (tokens, scored positions) of each segment of a row.
 Segments = tuple[tuple[int, int], ...]
 
-IMPLEMENTATIONS = ("xla", "cudnn")
-
 
 def attention(
     q_BxTxNxH: jax.Array,

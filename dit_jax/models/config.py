@@ -6,7 +6,8 @@ from typing import Any
 
 from dit_jax.deltas.files import read_json_object
 from dit_jax.errors import DitError
-from dit_jax.models.attention import IMPLEMENTATIONS
+
+ATTENTION = ("xla", "cudnn")  # the implementations in dit_jax.models.attention
 
 DTYPES = ("float32", "bfloat16")
 
@@ -53,7 +54,7 @@ class Qwen3Config:
         for name, known in (
             ("dtype", DTYPES),
             ("remat", ("none", "full", "dots")),
-            ("attention", IMPLEMENTATIONS),
+            ("attention", ATTENTION),
         ):
             if getattr(self, name) not in known:
                 raise DitError(
