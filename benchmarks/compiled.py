@@ -28,7 +28,7 @@ from dit_jax.models import generate as decoding
 from dit_jax.organisms.finetune import finetune_many, make_optimizer
 from dit_jax.planning.gpus import GIB, GPUS
 from dit_jax.planning.machines import CHIPS, absent_devices, compiler_options, find_machine
-from dit_jax.planning.programs import device_bytes, on_device
+from dit_jax.planning.programs import device_bytes, memory_sizes, on_device
 from dit_jax.train.dit import State, train_step
 from dit_jax.xla_flags import GPU_FLAGS
 
@@ -112,17 +112,14 @@ def analyse(work: Workload, gpu: str, flags: bool = True) -> tuple[dict[str, Any
     start = time.perf_counter()
     compiled = function.lower(*args, **options).compile(compiler)
     took = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    weights = device_bytes(args[0])
-    results = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
-    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
+    memory, weights = memory_sizes(compiled), device_bytes(args[0])
     kernels = Program(compiled.as_text()).kernels(trips=max(work.new_tokens, 1))
     numbers = {
         "weights_gib": weights / GIB,
-        "temporaries_gib": memory.temp_size_in_bytes / GIB,
-        "peak_gib": peak / GIB,
-        "peak_over_weights": peak / weights,
-        "fits": peak <= machine.memory,
+        "temporaries_gib": memory["temporaries"] / GIB,
+        "peak_gib": memory["peak"] / GIB,
+        "peak_over_weights": memory["peak"] / weights,
+        "fits": memory["peak"] <= machine.memory,
         "kernels": sum(kernel.times for kernel in kernels),
         "tflop": sum(kernel.times * kernel.flops for kernel in kernels) / 1e12,
         "gbyte": sum(kernel.times * kernel.bytes for kernel in kernels) / 1e9,

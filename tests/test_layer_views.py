@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import dit_jax
+from dit_jax.models import hf_checkpoint
+from dit_jax.models.config import read_config
 from dit_jax.models.layer_views import as_program_takes
 from dit_jax.parallel import make_mesh
 from dit_jax.shardings import abstract_params
@@ -87,3 +89,22 @@ def test_abstract_parameters_have_the_form_of_the_real_ones(model):
         assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(
             lambda x: (x.shape, x.dtype), real
         )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_cpu_the_arrays_that_files_are_read_into_are_the_parameters(monkeypatch, dtype):
+    read, allocate = [], hf_checkpoint._aligned
+    monkeypatch.setattr(
+        hf_checkpoint, "_aligned", lambda *args: read.append(allocate(*args)) or read[-1]
+    )
+    folder = hf_checkpoint.find_folder(hf_checkpoint.TINY)
+    config = dataclasses.replace(read_config(folder), dtype=dtype)
+    leaves = jax.tree.leaves(hf_checkpoint.load_params(folder, config))
+    assert {x.unsafe_buffer_pointer() for x in leaves} == {x.ctypes.data for x in read}
+
+
+def test_large_arrays_start_where_huge_pages_do():
+    for shape, unit in (((3, 5), 64), ((5, 2**20), 2**21)):
+        array = hf_checkpoint._aligned(shape, np.dtype(np.float32))
+        assert array.shape == shape and array.flags.c_contiguous
+        assert array.ctypes.data % unit == 0

@@ -1,6 +1,7 @@
 """Qwen3 weights in Hugging Face format: folders of safetensors, read tensor by tensor and written back."""
 
 import json
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -103,14 +104,15 @@ def load_params(
 
     Args:
         place: called with (path, host array) for every leaf; returns the array to keep (on a device,
-            sharded, …). Default: `jnp.asarray`. Host memory in use is one leaf, not the model.
+            sharded, …). Default: on jax's default device, which on a CPU is the host array itself. Host memory in
+            use beside what is kept is one leaf at most.
 
     Raises:
         DitError: missing, unexpected or misshapen tensors (all are listed), or an unreadable file.
     """
     from dit_jax.deltas.safetensors_file import SafetensorsFolder
 
-    place = place or (lambda path, array: jnp.asarray(array))
+    place = place or (lambda path, array: jax.device_put(array, may_alias=True))
     dtype = jnp.dtype(config.dtype)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     names = tensor_names(config)
@@ -121,18 +123,24 @@ def load_params(
     for name, (path, layer) in names.items():
         by_leaf.setdefault(path, []).append((layer, name))
     params: Params = {}
-    # Large leaves first: the second copy that each has for a moment then meets the fewest others.
+    # Large leaves first: the second copy that each may have for a moment then meets the fewest others.
     for path, members in sorted(by_leaf.items(), key=lambda item: -_get(shapes, item[0]).size):
         target = _get(shapes, path)
-        if members[0][0] is None:
-            host = _orient(path, files.read(members[0][1])).astype(dtype)
-        else:
-            host = np.empty(target.shape, dtype)
-            for layer, name in members:
-                host[layer] = _orient(path, files.read(name))
+        host = _aligned(target.shape, dtype)
+        for layer, name in members:
+            host[... if layer is None else layer] = _orient(path, files.read(name))
         _set(params, path, jax.block_until_ready(place(path, host)))
         del host  # before the next one is made
     return params
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An empty array that starts where jax on a CPU takes it as it is, a large one also where huge pages start."""
+    size = math.prod(shape) * dtype.itemsize
+    unit = 2 << 20 if size >= 4 << 20 else 64  # numpy asks for huge pages from 4 MiB on
+    buffer = np.empty(size + unit, np.uint8)
+    start = -buffer.ctypes.data % unit
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def iterate_tensors(params: Params, config: Qwen3Config) -> Iterator[tuple[str, np.ndarray]]:

@@ -22,15 +22,17 @@ def as_program_takes(params: dict[str, Any], config: Qwen3Config) -> dict[str, A
     # Bound to a device only where the parameters are: what a program returns is bound as well, and given back to it
     # (a training state) it would make it compile again.
     device = next((device for x in leaves if x.committed for device in devices), None)
-    layers = split_layers(
+    layers = cut_layers(
         params["layers"], config, lambda x, i: jax.device_put(np.asarray(x)[i], device)
     )
     rest = {name: node for name, node in params.items() if name != "layers"}
     return {**jax.device_put(rest, device), "layers": layers}
 
 
-def split_layers(layers: Any, config: Qwen3Config, take: Any) -> Any:
-    """A tuple of L trees: take(x, i) of every stacked leaf."""
+def cut_layers(layers: Any, config: Qwen3Config, take: Any = lambda x, i: x[i]) -> Any:
+    """A tuple of L trees: take(x, i) of every stacked leaf. What is cut already stays."""
+    if isinstance(layers, tuple):
+        return layers
     return tuple(
         jax.tree.map(lambda x, i=i: take(x, i), layers) for i in range(config.num_hidden_layers)
     )
@@ -40,7 +42,7 @@ def abstract_layers(layers: Any, config: Qwen3Config) -> Any:
     """`layers` of `as_program_takes` as ShapeDtypeStructs on one device, from the stacked ones."""
     if config.scan_layers:
         return layers
-    return split_layers(layers, config, lambda x, _: jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
+    return cut_layers(layers, config, lambda x, _: jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
 
 
 def keep_on_host(config: Qwen3Config, mesh: Any) -> bool:

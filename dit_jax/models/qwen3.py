@@ -5,7 +5,7 @@ and either scanned or unrolled (`config.scan_layers`); both compute the same fun
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -17,6 +17,7 @@ from dit_jax.models import attention as attention_lib
 from dit_jax.models import head
 from dit_jax.models.attention import Segments
 from dit_jax.models.config import Qwen3Config
+from dit_jax.models.layer_views import cut_layers
 from dit_jax.models.layers import (
     PROJECTION,
     Deltas,
@@ -232,11 +233,16 @@ class Qwen3(nn.Module):
         return out
 
     def _unroll_layers(
-        self, x: jax.Array, deltas: Deltas, kv: Any, context: Context, queries: Queries | None
+        self,
+        x: jax.Array,
+        deltas: Sequence[Any],
+        kv: Any,
+        context: Context,
+        queries: Queries | None,
     ) -> tuple[jax.Array, Any]:
-        """The same function, of stacked parameters or a tuple of layers; the last layer answers the queries alone."""
+        """The same function, of `ready_deltas`; the last layer answers the queries alone."""
         c = self.config
-        layers = self.variables["params"]["layers"]
+        layers = cut_layers(self.variables["params"]["layers"], c)
         last = c.num_hidden_layers - 1
 
         def apply(layer: int, x: jax.Array, kv: Any, params: Params, deltas: Deltas) -> Any:
@@ -249,14 +255,8 @@ class Qwen3(nn.Module):
             function: Callable[..., Any] = functools.partial(apply, layer)
             if c.remat != "none":
                 function = jax.checkpoint(function, policy=_remat_policy(c))
-            own = _take(layers, layer), tuple(_take(delta, layer) for delta in deltas)
-            x, kv = function(x, kv, *own)
+            x, kv = function(x, kv, layers[layer], tuple(delta[layer] for delta in deltas))
         return x, kv
-
-
-def _take(layers: Any, layer: int) -> Any:
-    """One layer of a tuple of layers, or of stacked ones."""
-    return layers[layer] if isinstance(layers, tuple) else jax.tree.map(lambda x: x[layer], layers)
 
 
 def ready_deltas(deltas: Deltas, config: Qwen3Config) -> Deltas:
@@ -267,11 +267,8 @@ def ready_deltas(deltas: Deltas, config: Qwen3Config) -> Deltas:
     done = ready(deltas, config.dtype)
     if config.scan_layers:
         return done
-    count = range(config.num_hidden_layers)
     return tuple(
-        {**delta, "layers": tuple(_take(delta["layers"], i) for i in count)}
-        if "layers" in delta
-        else delta
+        {**delta, "layers": cut_layers(delta["layers"], config)} if "layers" in delta else delta
         for delta in done
     )
 

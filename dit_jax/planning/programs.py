@@ -159,15 +159,22 @@ def compile_step(
     finally:
         jax.config.update("jax_optimization_level", before)
     seconds = time.perf_counter() - start
-    found = compiled.memory_analysis()
-    sizes["arguments"] = float(found.argument_size_in_bytes)
-    sizes["temporaries"] = float(found.temp_size_in_bytes)
-    sizes["code"] = float(found.generated_code_size_in_bytes)
-    results = found.output_size_in_bytes - found.alias_size_in_bytes
-    sizes["peak"] = sizes["arguments"] + sizes["temporaries"] + sizes["code"] + max(results, 0)
+    sizes |= memory_sizes(compiled)
     collectives = count_collectives(compiled.as_text()) if level == "default" else {}
     fits = not memory or sizes["peak"] <= memory
     return Program(stage, batch, fits, seconds, sizes, collectives)
+
+
+def memory_sizes(compiled: Any) -> dict[str, float]:
+    """Bytes of one device: arguments, temporaries, code, and the peak, which adds results that reuse none of them."""
+    found = compiled.memory_analysis()
+    sizes = {
+        "arguments": float(found.argument_size_in_bytes),
+        "temporaries": float(found.temp_size_in_bytes),
+        "code": float(found.generated_code_size_in_bytes),
+    }
+    results = max(found.output_size_in_bytes - found.alias_size_in_bytes, 0)
+    return sizes | {"peak": sum(sizes.values()) + results}
 
 
 # ------------------------------------------------------------------ what compilers print
