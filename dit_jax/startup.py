@@ -1,5 +1,6 @@
 """What every command line does before it computes."""
 
+import contextlib
 import os
 import pathlib
 
@@ -18,4 +19,12 @@ def prepare() -> None:
     host_memory.trim_after_compiling()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(caches / "dit_jax" / "xla"))
+        _keep_programs(caches / "dit_jax" / "xla")
+
+
+def _keep_programs(folder: pathlib.Path) -> None:
+    """Where the folder cannot be written, programs are compiled anew; jax would warn of each."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 import dit_jax
-from dit_jax import xla_flags
+from dit_jax import startup, xla_flags
 
 HEAVY = ("torch", "transformers", "datasets", "tensorflow", "tensorflow_datasets", "matplotlib")
 
@@ -164,6 +164,20 @@ assert len(trims) == 1, trims
 def test_memory_is_given_back_after_a_long_compilation():
     environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0"}
     subprocess.run([sys.executable, "-c", COMPILE], env=environment, check=True)
+
+
+def test_programs_are_kept_where_the_users_caches_are(monkeypatch, tmp_path):
+    settings = []
+    monkeypatch.setattr(jax.config, "update", lambda *setting: settings.append(setting))
+    startup.prepare()  # the suite's own folder, see conftest.py
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    startup.prepare()  # no place for a folder
+    assert settings == []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    startup.prepare()
+    assert settings == [("jax_compilation_cache_dir", str(tmp_path / "dit_jax" / "xla"))]
 
 
 @pytest.mark.parametrize(
