@@ -237,20 +237,23 @@ def test_what_is_compiled_ahead_is_what_every_step_runs(
     finished, monkeypatch, tmp_path, scan_layers
 ):
     model = dit_jax.load_model("tiny_qwen3", scan_layers=scan_layers)
-    config = load_config(
-        "configs/quickstart.py", split_flags([*SMALL, "--config.train.steps=2"])[1]
-    )
+    flags = [*SMALL, "--config.train.steps=4", "--config.train.save_every=2"]
+    config = load_config("configs/quickstart.py", split_flags(flags)[1])
     args, options = dit.abstract_step(model.config, None, config.train, config.diffs.rank)
     ahead = dit.train_step.lower(model.program_params, *args[1:], **options).as_text()
     step, programs = dit.train_step, []
 
     def record(*args, **options):
         programs.append(step.lower(*args, **options).as_text())
+        if len(programs) == 3:
+            raise KeyboardInterrupt
         return step(*args, **options)
 
     monkeypatch.setattr(dit, "train_step", record)
+    with pytest.raises(KeyboardInterrupt):
+        dit.train_adapter(model, finished / "diffs", config.train, tmp_path, seed=0)
     dit.train_adapter(model, finished / "diffs", config.train, tmp_path, seed=0)
-    assert programs == [ahead] * 2
+    assert programs == [ahead] * 5  # also those after a checkpoint
 
 
 INTERRUPTED = """
