@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import weakref
 
 import jax
@@ -239,21 +240,30 @@ def test_what_is_compiled_ahead_is_what_every_step_runs(
     model = dit_jax.load_model("tiny_qwen3", scan_layers=scan_layers)
     flags = [*SMALL, "--config.train.steps=4", "--config.train.save_every=2"]
     config = load_config("configs/quickstart.py", split_flags(flags)[1])
-    args, options = dit.abstract_step(model.config, None, config.train, config.diffs.rank)
-    ahead = dit.train_step.lower(model.program_params, *args[1:], **options).as_text()
     step, programs = dit.train_step, []
 
+    def lower(*args, **options):
+        lowered = step.lower(*args, **options)
+        programs.append(lowered.as_text())
+        return lowered
+
     def record(*args, **options):
-        programs.append(step.lower(*args, **options).as_text())
-        if len(programs) == 3:
+        lower(*args, **options)
+        if len(programs) == 4:
             raise KeyboardInterrupt
         return step(*args, **options)
 
+    record.lower = lower
     monkeypatch.setattr(dit, "train_step", record)
+    main._compile_ahead(config, model)
+    for thread in threading.enumerate():
+        if thread.name == main.COMPILE_AHEAD:
+            thread.join()
+    (ahead,) = programs
     with pytest.raises(KeyboardInterrupt):
         dit.train_adapter(model, finished / "diffs", config.train, tmp_path, seed=0)
     dit.train_adapter(model, finished / "diffs", config.train, tmp_path, seed=0)
-    assert programs == [ahead] * 5  # also those after a checkpoint
+    assert programs == [ahead] * 6  # also those after a checkpoint
 
 
 INTERRUPTED = """
