@@ -38,9 +38,8 @@ def ready(deltas: Deltas, dtype: Any) -> Deltas:
             a, b, scale = node["a"], node["b"], node.get("scale")
             if scale is None:
                 return {"a": a.astype(dtype), "b": b.astype(dtype)}
-            if (
-                a.ndim == 4
-            ):  # [L, B, in, R]. Folded in as well, a TPU's compiler makes a fusion that it cannot place.
+            # One per example: folded in as well, a TPU's compiler makes a fusion that it cannot place.
+            if a.ndim == 4:  # [L, B, in, R]
                 return {name: node[name].astype(dtype) for name in ("a", "b", "scale")}
             return {"a": a.astype(dtype), "b": (b * scale[..., None, None]).astype(dtype)}
         return {name: one(x) if isinstance(x, Mapping) else x for name, x in node.items()}
