@@ -98,16 +98,19 @@ def load_model(
         **compute: fields of `Qwen3Config` that say how to compute: scan_layers, remat, attention.
 
     Raises:
-        DitError: no such model, or one that this program does not compute exactly.
+        DitError: no such model, one that this program does not compute exactly, or a way to compute that this
+            platform does not have.
     """
     if dtype not in DTYPES:
         raise DitError(f"unknown dtype {dtype!r}: choose from {', '.join(DTYPES)}")
     name = str(path_or_hf_id)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     if name.startswith("random:"):
         shape = name.removeprefix("random:").lower()
         if shape not in NAMED_CONFIGS:
             raise DitError(f"unknown model shape {shape!r}: choose from {', '.join(NAMED_CONFIGS)}")
         config = dataclasses.replace(NAMED_CONFIGS[shape], dtype=dtype, **compute)
+        config.check_platform(platform)
         split = None if mesh is None else shardings.param_shardings(config, mesh)
         params = jax.jit(lambda: init_params(config, jax.random.key(0)), out_shardings=split)()
         if keep_on_host(config, mesh):
@@ -115,6 +118,7 @@ def load_model(
         return Model(params, config, name, mesh=mesh)
     folder = find_folder(name)
     config = dataclasses.replace(read_config(folder), dtype=dtype, **compute)
+    config.check_platform(platform)
     place: Any = None if mesh is None else shardings.param_placer(config, mesh)
     if keep_on_host(config, mesh):
         place = lambda path, array: array  # noqa: E731

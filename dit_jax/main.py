@@ -23,9 +23,9 @@ from ml_collections import ConfigDict
 from dit_jax import artifacts, os_errors, parallel, preemption, processes, startup
 from dit_jax.config import check_minimum, check_workdir, load_config, split_flags, to_dict
 from dit_jax.errors import DitError, Parser, did_you_mean, exit_on_error
+from dit_jax.models.config import COMPUTE
 from dit_jax.workdir import ARTIFACTS, is_done, locked, run_once
 
-COMPUTE = ("scan_layers", "remat", "attention")  # of config.model: how to compute, see Qwen3Config
 COMPILE_AHEAD = "compile ahead"  # name of the thread
 NEED_MODEL = ("diffs", "train", "evaluate")
 ALWAYS = ("report", "tables")  # cheap, and made from what may have changed

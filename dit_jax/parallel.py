@@ -6,7 +6,7 @@ The programs are written for one device; XLA splits them by the shardings of the
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
 }
+DIFFS = "diffs"  # the axis of `vmap_diffs`; its mesh axes are those of a batch
 FREE = PartitionSpec.UNCONSTRAINED  # in `constrain`: an axis that the partitioner decides on
 
 # ------------------------------------------------------------------ the mesh
@@ -179,6 +180,44 @@ def constrain(x: jax.Array, *axes: Any, units: int | None = None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(mesh, axes, sizes))
 
 
+def per_device(
+    fn: Callable[..., jax.Array], axes: Sequence[Sequence[Any]], *arrays: jax.Array
+) -> jax.Array:
+    """fn(*arrays), computed by every device on its own part of them; for kernels that the partitioner cannot split.
+
+    Where diffs are split (`vmap_diffs`), each has its whole batch.
+
+    Args:
+        axes: logical axes of each array; an axis that does not divide stays whole. fn returns an array with the shape
+            and the axes of the first.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return fn(*arrays)
+    mapped = _is_mapped_over_diffs()
+
+    def part(names: Sequence[Any], x: jax.Array) -> PartitionSpec:
+        return spec(mesh, [None if mapped and name == "batch" else name for name in names], x.shape)
+
+    specs = tuple(map(part, axes, arrays))
+    # What a kernel returns does not say over which axes it varies: unchecked.
+    return jax.shard_map(fn, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+
+
+def _is_mapped_over_diffs() -> bool:
+    try:
+        jax.lax.axis_size(DIFFS)
+    except NameError:
+        return False
+    return True
+
+
+def splits(axis: str, size: int) -> bool:
+    """Whether the mesh that a compiled function is traced for cuts a logical axis of this size into equal parts."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or size % math.prod(mesh.shape[name] for name in RULES[axis]) == 0
+
+
 def replicate(tree: Any) -> Any:
     """Results that every process reads, inside a compiled function: a whole copy on each device."""
     return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), tree)
@@ -187,6 +226,11 @@ def replicate(tree: Any) -> Any:
 def spmd_axes() -> tuple[str, ...] | None:
     """For `jax.vmap(spmd_axis_name=…)` over a batch, inside a compiled function: the mesh axes of that batch."""
     return None if jax.sharding.get_abstract_mesh().empty else RULES["batch"]
+
+
+def vmap_diffs(fn: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:
+    """`jax.vmap` over diffs, each of which is computed on one part of the mesh. Inside a compiled function."""
+    return jax.vmap(fn, in_axes, axis_name=DIFFS, spmd_axis_name=spmd_axes())
 
 
 # ------------------------------------------------------------------ host data to devices and back

@@ -3,6 +3,7 @@
 Tests run on the CPU with 8 virtual devices, so that sharded programs are always exercised.
 """
 
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -40,6 +41,15 @@ def golden() -> Path:
     if not GOLDEN.is_dir():
         pytest.skip(NO_GOLDEN)
     return GOLDEN
+
+
+@pytest.fixture
+def interpreted_splash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the attention kernel for TPUs run here."""
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    make = functools.partial(splash_attention.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash_attention, "make_splash_mha", make)
 
 
 def golden_cases(prefix: str) -> list:

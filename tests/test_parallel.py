@@ -1,5 +1,6 @@
 """Sharded programs on 8 virtual devices: the numbers of one device, and the shardings they are meant to have."""
 
+import dataclasses
 import functools
 import re
 import types
@@ -15,11 +16,13 @@ from dit_jax import api, parallel, shardings
 from dit_jax.api import Model, answer_batch
 from dit_jax.data.batch import Sample, TokenBatch, pack, stack
 from dit_jax.deltas import tree
+from dit_jax.errors import DitError
 from dit_jax.models import generate
 from dit_jax.models.config import Qwen3Config
-from dit_jax.models.qwen3 import init_params
+from dit_jax.models.qwen3 import forward, init_params
 from dit_jax.organisms import generate as generate_diffs
 from dit_jax.organisms.finetune import finetune_many, make_optimizer
+from dit_jax.organisms.gate import base_divergence
 from dit_jax.organisms.teacher import make_teacher
 from dit_jax.train import dit
 from dit_jax.train.checkpoints import Checkpoints
@@ -95,10 +98,11 @@ def only(stacked):
 
 
 @functools.cache
-def adapter_run(shape):
+def adapter_run(shape, attention="xla"):
     """(losses, trained factors, lowered program, compiled HLO) of STEPS steps on 6 examples, each with a diff of
     its own."""
     mesh = mesh_of(shape)
+    config = dataclasses.replace(SMALL, attention=attention)
     params = params_on(SMALL, mesh)
     adapter = jax.tree.map(jnp.asarray, only(random_deltas(SMALL, 1, 1, TRAIN.rank)))
     optimizer = dit.make_optimizer(
@@ -118,7 +122,7 @@ def adapter_run(shape):
         diffs = tree.per_example(jax.tree.map(padding, random_deltas(SMALL, 6, step)))
         batch = parallel.put_rows(batch, mesh, size)
         diffs = shardings.put_deltas(SMALL, mesh, diffs, size, 1)
-        args = (params, SMALL, state, adapter, diffs, batch)
+        args = (params, config, state, adapter, diffs, batch)
         with parallel.use_mesh(mesh):
             if compiled is None:
                 program = dit.train_step.lower(*args, optimizer=optimizer)
@@ -146,10 +150,11 @@ OPTIMIZER = make_optimizer("adam", RATE, STEPS, final_fraction=0.1)
 
 
 @functools.cache
-def diffs_run(shape):
+def diffs_run(shape, attention="xla"):
     """(losses, trained diffs, lowered program, compiled HLO) of DIFFS finetunes at once: two samples with
     cross-entropy, two with KL."""
     mesh = mesh_of(shape)
+    config = dataclasses.replace(SMALL, attention=attention)
     params = params_on(SMALL, mesh)
     size = parallel.round_up(DIFFS, mesh)
     own = [i % DIFFS for i in range(size)]
@@ -161,7 +166,7 @@ def diffs_run(shape):
     batches = parallel.put_rows(batches, mesh, size)
     with parallel.use_mesh(mesh):
         options = {"optimizer": OPTIMIZER, "num_ce": 2, "widths": ((12, 6),) * 4}
-        lowered = finetune_many.lower(params, SMALL, deltas, batches, **options)
+        lowered = finetune_many.lower(params, config, deltas, batches, **options)
         compiled = lowered.compile()
         trained, losses = compiled(params, deltas, batches)
     if mesh is not None:
@@ -185,6 +190,42 @@ def test_diffs_train_as_on_one_device(shape):
         np.testing.assert_allclose(losses[name], expected_losses[name], rtol=1e-4, atol=2e-6)
     for one, two in zip(jax.tree.leaves(trained), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, two, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2, 2), (1, 1, 8)], ids=str)
+def test_the_tpu_kernel_trains_as_plain_attention_does(shape, interpreted_splash):
+    """(1, 1, 8): the heads of keys and values cannot be split, so that plain attention is computed."""
+    for run in (adapter_run, diffs_run):
+        losses, trained, *_, compiled = run(shape, "splash")
+        expected_losses, expected, *_ = run(None)
+        assert ("splash" in compiled) == (shape != (1, 1, 8))
+        for one, two in zip(*map(jax.tree.leaves, (losses, expected_losses)), strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-4, atol=2e-6)
+        for one, two in zip(*map(jax.tree.leaves, (trained, expected)), strict=True):
+            np.testing.assert_allclose(one, two, atol=TOLERANCE, rtol=0)
+
+
+def test_the_tpu_kernel_measures_divergence_and_takes_what_does_not_divide(interpreted_splash):
+    batches = stack([random_batch(SMALL, 3, seed) for seed in range(4)])
+    deltas = random_deltas(SMALL, 4, 7)
+    found = []
+    for shape, attention in ((None, "xla"), ((2, 2, 2), "splash")):
+        mesh, config = mesh_of(shape), dataclasses.replace(SMALL, attention=attention)
+        params = params_on(SMALL, mesh)
+        with parallel.use_mesh(mesh):
+            divergence = base_divergence(params, config, deltas, batches)
+            one_row = jax.jit(forward, static_argnums=1)(params, config, batches.tokens[0, :1])
+        found.append(jax.device_get((divergence, one_row)))
+    assert found[0][0].min() > 0.02
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_at_padding_need_plain_attention(tmp_path):
+    model = Model(host_params(SMALL), dataclasses.replace(SMALL, attention="splash"), "small")
+    train = ConfigDict({"reference_labels": True})
+    with pytest.raises(DitError, match="set model.attention to 'xla'"):
+        dit.train_adapter(model, tmp_path, train, tmp_path, 0)
 
 
 def test_the_table_of_the_teacher_is_that_of_one_device():

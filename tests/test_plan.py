@@ -330,6 +330,9 @@ def test_a_step_compiles_for_a_tpu_that_is_not_there(tmp_path, capsys):
     assert found["memory"]["peak"] < 2**30
     assert found["collectives"]["all-reduce"][0] > 0
     assert "v5e-4 (v5e:2x2), 4 devices, 15.75 GiB each" in capsys.readouterr().out
+    # Its own attention kernel, on every device's part.
+    kernel = ["--config.model.attention=splash", "--stages", "diffs", "--level", "O0"]
+    assert plan.main([*TINY, *flags[:4], *kernel]) == 0
     # The same on a slice that is too small says so instead of failing.
     flags = ["--topology", "v5e-4", "--mesh", "4,1,1", "--stages", "diffs", "--level", "O0"]
     assert plan.main(["--config", f"{PAPER}:qwen3-32b", *flags]) == 1
@@ -337,6 +340,12 @@ def test_a_step_compiles_for_a_tpu_that_is_not_there(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------ a GPU's compiler
+
+
+def test_attention_of_another_platform_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        plan.main([*TINY, "--stages", "train", "--config.model.attention=splash"])
+    assert "attention 'splash' needs a TPU, and this is a CPU" in capsys.readouterr().err
 
 
 def test_gpus_go_by_name_and_number():

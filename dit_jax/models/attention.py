@@ -5,8 +5,13 @@ import itertools
 import jax
 import jax.numpy as jnp
 
+from dit_jax.parallel import per_device, splits
+
 # (tokens, scored positions) of each segment of a row.
 Segments = tuple[tuple[int, int], ...]
+
+SPLASH_LANES = 128  # blocks of that kernel are multiples of it,
+SPLASH_BLOCK = 512  # and at most so long
 
 
 def attention(
@@ -24,6 +29,8 @@ def attention(
         mask: [B, T, S] bool, True where query t sees key s.
         lengths: [B] int, causal attention over right-padded rows of that many real tokens (T = S).
             The fast path: no mask of size T x S is made where the implementation can avoid it.
+        impl: see `config.ATTENTION`. "cudnn" and "splash" are for `lengths`; with a mask, and "splash" where the
+            heads of keys and values cannot be split over the mesh, it is plain attention.
     """
     if (mask is None) == (lengths is None):
         raise ValueError("give either mask or lengths")
@@ -37,6 +44,10 @@ def attention(
             key_value_seq_lengths=lengths,
             implementation="cudnn",
         )
+    # Right padding needs no mask where all is causal: no real query sees it.
+    if lengths is not None and impl == "splash" and splits("kv_heads", k_BxSxKxH.shape[2]):
+        axes = tuple(("batch", None, heads, None) for heads in ("heads", "kv_heads", "kv_heads"))
+        return per_device(_splash_attention, axes, q_BxTxNxH, k_BxSxKxH, v_BxSxKxH)
     if mask is None:
         mask = causal_mask(lengths, q_BxTxNxH.shape[1])
     return _xla_attention(q_BxTxNxH, k_BxSxKxH, v_BxSxKxH, mask)
@@ -93,6 +104,30 @@ def causal_mask(lengths: jax.Array | None, size: int) -> jax.Array:
     if lengths is None:
         return causal
     return causal & (jnp.arange(size) < lengths[:, None])[:, None, :]
+
+
+def _splash_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Causal attention of one device's part of batch and heads by jax's TPU kernel, which keeps no scores."""
+    # Here, not above: Pallas is half a second of imports that only this needs.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    length, count = q.shape[1:3]
+    padded = -(-length // SPLASH_LANES) * SPLASH_LANES
+    sizes = range(SPLASH_LANES, SPLASH_BLOCK + 1, SPLASH_LANES)
+    block = max(size for size in sizes if padded % size == 0)
+
+    def heads_first(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([splash.CausalMask((padded, padded))] * count),
+        block_sizes=splash.BlockSizes(*(block,) * 6, use_fused_bwd_kernel=True),
+        head_shards=1,
+        q_seq_shards=1,
+    )
+    scaled = q * q.shape[-1] ** -0.5  # the kernel does not scale
+    y = jax.vmap(kernel)(heads_first(scaled), heads_first(k), heads_first(v))
+    return y.swapaxes(1, 2)[:, :length]
 
 
 def _xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:

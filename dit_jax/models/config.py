@@ -7,7 +7,11 @@ from typing import Any
 from dit_jax.deltas.files import read_json_object
 from dit_jax.errors import DitError
 
-ATTENTION = ("xla", "cudnn")  # the implementations in dit_jax.models.attention
+# The implementations in dit_jax.models.attention, and the platform that each needs.
+ATTENTION = {"xla": "", "cudnn": "gpu", "splash": "tpu"}
+
+# Of a config's section `model`: how to compute, see Qwen3Config.
+COMPUTE = ("scan_layers", "remat", "attention")
 
 DTYPES = ("float32", "bfloat16")
 
@@ -30,7 +34,7 @@ class Qwen3Config:
     The first block are the fields of Hugging Face's `config.json`. The second block never changes the
     function that is computed: `dtype` is the compute dtype, `scan_layers` compiles one layer and loops,
     `remat` recomputes activations in the backward pass ("none", "full", or "dots": all but the projections' outputs),
-    `attention` picks the implementation ("xla", "cudnn").
+    `attention` picks the implementation ("xla"; "cudnn" on GPUs, "splash" on TPUs).
     """
 
     vocab_size: int
@@ -63,6 +67,15 @@ class Qwen3Config:
         if self.attention == "cudnn" and self.dtype != "bfloat16":
             raise DitError(
                 "attention 'cudnn' computes in bfloat16 only: choose that dtype or 'xla'"
+            )
+
+    def check_platform(self, platform: str) -> None:
+        """Raises DitError where a way to compute does not exist on a platform ("cpu", "gpu", "tpu")."""
+        needed = ATTENTION[self.attention]
+        if needed not in ("", platform):
+            raise DitError(
+                f"attention {self.attention!r} needs a {needed.upper()}, and this is a {platform.upper()}: "
+                "choose 'xla'"
             )
 
     def num_parameters(self) -> int:

@@ -151,6 +151,6 @@ def finetune_many(
 
     # The diffs share the table of hidden states; each has its own rows of it.
     in_axes = (0, 0, None if teacher is None else Teacher(hidden=None, rows=0))
-    many = jax.vmap(one, in_axes, spmd_axis_name=parallel.spmd_axes())
+    many = parallel.vmap_diffs(one, in_axes)
     trained, losses = many(deltas, batches, teacher)
     return shardings.constrain_delta(config, trained, batch_axis=0), losses

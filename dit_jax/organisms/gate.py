@@ -244,4 +244,4 @@ def base_divergence(
         base = scored_hidden(params, config, batch)
         return batch_loss(params, config, batch, (delta,), 0, base, chunk_elements)[0]
 
-    return parallel.replicate(jax.vmap(one, spmd_axis_name=parallel.spmd_axes())(deltas, batches))
+    return parallel.replicate(parallel.vmap_diffs(one)(deltas, batches))

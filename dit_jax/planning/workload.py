@@ -15,13 +15,12 @@ from jax.sharding import Mesh
 from dit_jax import __version__, parallel
 from dit_jax.config import flatten
 from dit_jax.errors import DitError
-from dit_jax.models.config import NAMED_CONFIGS, Qwen3Config, read_config
+from dit_jax.models.config import COMPUTE, NAMED_CONFIGS, Qwen3Config, read_config
 from dit_jax.models.hf_checkpoint import find_folder
 from dit_jax.planning import programs
 from dit_jax.planning.machines import Machine, absent_devices, compiler_options
 from dit_jax.planning.programs import Program
 
-COMPUTE = ("scan_layers", "remat", "attention")
 # The keys of a config that a stage's program depends on, beside its batch.
 _SHAPES = ("parameters", "rank", "projections", "optimizer", "max_length", "max_target")
 _KEYS = {
@@ -98,7 +97,12 @@ class Compiler:
     def compile(
         self, stage: str, model: Qwen3Config, config: Any, sizes: tuple[int, int, int], batch: int
     ) -> Program:
-        """One stage's step. Raises OutOfTime, or DitError, see `programs.compile_step`."""
+        """One stage's step.
+
+        Raises:
+            OutOfTime: the deadline has passed.
+            DitError: the machine lacks a way to compute, or see `programs.compile_step`.
+        """
         config = programs.with_batch(stage, config, batch)
         key = self._key(stage, model, config, sizes, batch)
         if key in self._known:
@@ -107,7 +111,9 @@ class Compiler:
             raise OutOfTime
         memory = self.machine.memory
         mesh = self.mesh(sizes)
-        device = self._devices[0] if self._devices and self.machine.topology else None
+        first = (self._devices or jax.devices())[0]
+        model.check_platform(first.platform)
+        device = first if self.machine.topology else None
         options = compiler_options(self.machine)
         found = programs.compile_step(
             stage, model, mesh, config, memory, self.level, device, options

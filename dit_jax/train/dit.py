@@ -142,7 +142,16 @@ def train_adapter(
 
     Returns:
         Facts for the record of the stage: {"steps": n, "loss_curve": [[step, loss], …]}.
+
+    Raises:
+        DitError: the diffs are another model's, training diverges, or a way to compute does not go with the labels.
     """
+    attention = model.config.attention
+    if train.reference_labels and attention != "xla":
+        raise DitError(
+            f"train.reference_labels scores padding, which attention {attention!r} leaves out: "
+            "set model.attention to 'xla'"
+        )
     # ---------------------------------------------------------------- data
     store = DiffStore(store_path)
     check_base(store.manifest.get("base"), model, str(store_path))
