@@ -1,4 +1,4 @@
-"""The losses under a frozen head against their definition and autodiff: whole, in chunks, packed, for many diffs."""
+"""The losses under a head against their definition and autodiff: whole, in chunks, packed, for many diffs."""
 
 import dataclasses
 
@@ -9,9 +9,13 @@ import pytest
 from test_head import SIZE, config_of
 
 from dit_jax.data.batch import TokenBatch, entry_limit, fits, used_entries
+from dit_jax.deltas.store import flatten
 from dit_jax.models import head
+from dit_jax.models.qwen3 import forward, init_params, unembed
 from dit_jax.organisms import head_loss as module
 from dit_jax.organisms.head_loss import Head, Options, Scored, head_loss
+from dit_jax.organisms.losses import batch_loss
+from dit_jax.organisms.parameters import init_delta
 
 DIFFS, SAMPLES, ENTRIES = 3, 2, 5
 
@@ -106,6 +110,57 @@ def test_the_base_keeps_its_own_head():
     for weight, batched in ((changed, False), (each, True)):
         found = both(lambda w, *g: head_loss(options, Head(w, table), *g), weight, batched)
         assert_equal(found, both(lambda w, *g: plain(w, table, *g), weight, batched))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("chunk", [1000, 7])
+@pytest.mark.parametrize("packed", [None, (24, 24)])
+def test_a_changed_head_has_its_gradient(tied, chunk, packed):
+    table, ce, kl = make(50)
+    options = Options(config_of(50, tied), chunk, packed)
+    own = table if tied else table.T  # [V, D], and [D, V] where it is not tied
+
+    def run(loss, base):
+        def total(change, ce, kl):
+            parts = loss(own + change, base, ce, kl)
+            return 2 * parts[0] + 3 * parts[1]
+
+        gradient = jax.grad(total)
+        changes = jnp.stack([(0.1 * i) * own for i in range(DIFFS)])
+        return [
+            jax.jit(jax.vmap(gradient))(changes, ce, kl),  # a head for each diff
+            jax.vmap(gradient, (None, 0, 0))(changes[1], ce, kl),  # one for all, each its gradient
+            jax.grad(lambda w: total(w, *(jax.tree.map(lambda x: x[0], g) for g in (ce, kl))))(own),
+        ]
+
+    defined = lambda w, base, *g: plain(w if tied else w.T, base, *g)  # noqa: E731
+    found = run(lambda w, base, *g: head_loss(options, Head(w, base), *g), own)
+    assert_equal(found, run(defined, table))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_parameters_have_their_gradients(tied):
+    config = dataclasses.replace(config_of(50, tied), num_hidden_layers=2)
+    params = init_params(config, jax.random.key(0))
+    change = jax.tree.map(
+        lambda x: 0.1 * jax.random.normal(jax.random.key(x.size), x.shape),
+        init_delta(config, jax.random.key(0), {"parameters": "all"}),
+    )
+    rng = np.random.default_rng(0)
+    tokens, target = (rng.integers(0, 50, shape).astype(np.int32) for shape in ((2, 6), (2, 3)))
+    position = np.tile(np.arange(1, 4, dtype=np.int32), (2, 1))
+    weight = rng.random((2, 3)).astype(np.float32)
+    batch = TokenBatch(tokens, np.full(2, 6, np.int32), position, target, weight)
+
+    def defined(delta):
+        hidden = forward(params, config, tokens, deltas=(delta,))[:, 1:4]
+        chances = jax.nn.log_softmax(unembed(params, config, hidden, (delta,)))
+        return -jnp.sum(weight * jnp.take_along_axis(chances, target[..., None], -1)[..., 0])
+
+    found = jax.grad(lambda delta: batch_loss(params, config, batch, (delta,))[0])(change)
+    for name, expected in flatten(jax.grad(defined)(change)).items():
+        assert np.abs(expected).max() > 1e-3, name
+        np.testing.assert_allclose(flatten(found)[name], expected, atol=1e-5, err_msg=name)
 
 
 def test_the_product_sees_used_entries_alone(monkeypatch):

@@ -1,4 +1,4 @@
-"""The head: its weight, logits, and the product that takes gradients of logits back to hidden states."""
+"""The head: its weight, logits, and the products that take gradients of logits back to hidden states and weight."""
 
 from collections.abc import Callable
 from typing import Any
@@ -72,6 +72,19 @@ def to_hidden(
     if config.tie_word_embeddings and prefers_chunks(vocab):
         return jax.lax.platform_dependent(cpu=in_chunks, default=at_once)
     return at_once()
+
+
+def to_weight(config: Qwen3Config, gradient: jax.Array, hidden: jax.Array) -> jax.Array:
+    """The gradient (fp32) of the head's weight, from that of the logits [R, V] of hidden states [R, D]."""
+    equation = "RV,RD->VD" if config.tie_word_embeddings else "RV,RD->DV"
+    dtype = jnp.dtype(config.dtype)
+    with precision(config.dtype):
+        return jnp.einsum(
+            equation,
+            gradient.astype(dtype),
+            hidden.astype(dtype),
+            preferred_element_type=jnp.float32,
+        )
 
 
 def prefers_chunks(vocab_size: int) -> bool:

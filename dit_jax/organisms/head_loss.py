@@ -1,8 +1,8 @@
-"""Weighted cross-entropy and KL of hidden states under a frozen head.
+"""Weighted cross-entropy and KL of hidden states under a head.
 
 Logits exist for one chunk of scored entries at a time, and their gradient is taken back to the hidden states while
 they are there: nothing of [entries, V] is kept for the backward pass, and nothing is computed twice. Entries of many
-diffs (`vmap`) share one product with the head, without those that no sample uses.
+diffs (`vmap`) share one product with the base's head, without those that no sample uses.
 """
 
 import functools
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dit_jax import parallel
 from dit_jax.models import head
@@ -39,10 +40,21 @@ class Options(NamedTuple):
 
 
 class Head(NamedTuple):
-    """weight: see `models.head.head_weight`. base: that of the base, where the delta changes the head."""
+    """weight: see `models.head.head_weight`. base: that of the base, where a delta changes the head.
+
+    Only a changed head has a gradient: the base is frozen.
+    """
 
     weight: jax.Array
     base: jax.Array | None
+
+
+class Found(NamedTuple):
+    """Of one kind of loss: its terms [S, M], and gradients of their sum for hidden states [S, M, D] and the weight."""
+
+    terms: jax.Array
+    hidden: jax.Array | None
+    weight: jax.Array | None
 
 
 Groups = tuple[Scored | None, Scored | None]
@@ -52,7 +64,10 @@ Groups = tuple[Scored | None, Scored | None]
 def head_loss(
     options: Options, head_: Head, ce: Scored | None, kl: Scored | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Σ weight · cross-entropy and Σ weight · KL(base ‖ changed), fp32 scalars; gradients go to `hidden` alone."""
+    """Σ weight · cross-entropy and Σ weight · KL(base ‖ changed), fp32 scalars.
+
+    Gradients go to `hidden`, and to the weight of a changed head.
+    """
     return _batched(options, False)(head_, (ce, kl))[0]
 
 
@@ -61,13 +76,16 @@ def _forward(options: Options, head_: Head, ce: Scored | None, kl: Scored | None
 
 
 def _backward(_: Options, gradients: Any, cotangents: tuple[jax.Array, jax.Array]) -> Any:
-    def one(gradient: jax.Array | None, cotangent: jax.Array) -> Scored | None:
+    def scored(gradient: jax.Array | None, cotangent: jax.Array) -> Scored | None:
         if gradient is None:
             return None
         scaled = (cotangent * gradient).astype(gradient.dtype)
         return Scored(scaled, None, None)  # type: ignore[arg-type]
 
-    return (None, *(one(*pair) for pair in zip(gradients, cotangents, strict=True)))
+    of_hidden, of_weight = gradients
+    weights = [c * x for x, c in zip(of_weight, cotangents, strict=True) if x is not None]
+    head_ = Head(sum(weights).astype(weights[0].dtype), None) if weights else None
+    return (head_, *map(scored, of_hidden, cotangents))
 
 
 head_loss.defvjp(_forward, _backward)
@@ -87,40 +105,43 @@ def _batched(options: Options, gradient: bool) -> Any:
 
     @compute.def_vmap
     def together(size: int, batched: Any, head_: Head, groups: Groups) -> Any:
-        def stack(x: jax.Array, has: bool) -> jax.Array:
-            return x if has else jnp.broadcast_to(x, (size, *x.shape))
+        if head_.base is None and not any(jax.tree.leaves(batched[0])):
 
-        if any(jax.tree.leaves(batched[0])):  # a head for each diff
-            out = jax.vmap(alone)(
-                jax.tree.map(stack, head_, batched[0]), jax.tree.map(stack, groups, batched[1])
-            )
-        else:
+            def stack(x: jax.Array, has: bool) -> jax.Array:
+                return x if has else jnp.broadcast_to(x, (size, *x.shape))
+
             out = _many(options, gradient, head_, jax.tree.map(stack, groups, batched[1]))
+        else:  # a head for each diff, or at least a gradient of it
+            axes = jax.tree.map(lambda has: 0 if has else None, tuple(batched))
+            out = jax.vmap(alone, axes, axis_size=size)(head_, groups)
         return out, jax.tree.map(lambda _: True, out)
 
     return compute
 
 
 def _many(options: Options, gradient: bool, head_: Head, groups: Groups) -> Any:
-    """Losses [N] and gradients [N, S, M, D] of groups with leaves [N, S, M, …]."""
+    """Losses [N], and gradients of hidden states [N, S, M, D] and weight [N, …], of groups with leaves [N, S, M, …].
+
+    One diff alone (N = 1) may have changed the head.
+    """
     shapes = [None if group is None else group.weight.shape for group in groups]
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), groups)
     limits = options.packed or (None, None)
     packed, restores = zip(*map(_pack, flat, limits), strict=True)
-    out = _chunks(options, gradient, head_, packed)
-    losses: list[jax.Array | None] = []
-    gradients: list[jax.Array | None] = []
-    for shape, restore, found in zip(shapes, restores, out, strict=True):
-        if shape is None:
-            losses.append(None)
-            gradients.append(None)
-            continue
-        terms, slope = jax.tree.map(restore, found)
-        losses.append(terms.reshape(shape[0], -1).sum(axis=1))
-        gradients.append(None if slope is None else slope.reshape(*shape, -1))
     count = next(shape[0] for shape in shapes if shape is not None)
-    zero = jnp.zeros((count,), jnp.float32)
-    return tuple(zero if x is None else x for x in losses), tuple(gradients)
+    losses = [jnp.zeros((count,), jnp.float32)] * 2
+    of_hidden: list[Any] = [None, None]
+    of_weight: list[Any] = [None, None]
+    for i, found in enumerate(_chunks(options, gradient, head_, packed)):
+        shape, restore = shapes[i], restores[i]
+        if shape is None or found is None:
+            continue
+        losses[i] = restore(found.terms).reshape(count, -1).sum(axis=1)
+        if found.hidden is not None:
+            of_hidden[i] = restore(found.hidden).reshape(*shape, -1)
+        if found.weight is not None:
+            of_weight[i] = found.weight[None].astype(head_.weight.dtype)
+    return tuple(losses), (tuple(of_hidden), tuple(of_weight))
 
 
 def _pack(group: Scored | None, count: int | None) -> tuple[Scored | None, Any]:
@@ -140,18 +161,21 @@ def _pack(group: Scored | None, count: int | None) -> tuple[Scored | None, Any]:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[order][None], group), restore
 
 
-def _chunks(options: Options, gradient: bool, head_: Head, groups: Groups) -> list[Any]:
-    """For both groups, leaves [S, M, …]: (terms [S, M], gradients [S, M, D] or None)."""
+def _chunks(options: Options, gradient: bool, head_: Head, groups: Groups) -> list[Found | None]:
+    """Of both groups, leaves [S, M, …]."""
     ce, kl = groups
     rows = functools.partial(_rows, options.config, gradient, head_)
 
-    def on(ce: Scored | None, kl: Scored | None) -> list[Any]:
+    def on(ce: Scored | None, kl: Scored | None) -> list[Found | None]:
         found = rows(*jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (ce, kl)))
 
-        def shaped(group: Scored | None, out: Any) -> Any:
-            if group is None:
+        def shaped(group: Scored | None, out: Found | None) -> Found | None:
+            if group is None or out is None:
                 return None
-            return jax.tree.map(lambda y: y.reshape(*group.weight.shape, *y.shape[1:]), out)
+            terms, hidden = jax.tree.map(
+                lambda y: y.reshape(*group.weight.shape, *y.shape[1:]), (out.terms, out.hidden)
+            )
+            return Found(terms, hidden, out.weight)
 
         return [shaped(*pair) for pair in zip((ce, kl), found, strict=True)]
 
@@ -166,7 +190,7 @@ def _chunks(options: Options, gradient: bool, head_: Head, groups: Groups) -> li
     ]
 
 
-def _map_chunks(fn: Any, group: Scored | None, chunk: int) -> Any:
+def _map_chunks(fn: Any, group: Scored | None, chunk: int) -> Found | None:
     """fn over entries [S, M, …], about `chunk` of them at a time; the last chunk is padded with weight 0.
 
     A chunk has some entries of every sample, so that a mesh that splits the samples splits each chunk.
@@ -186,13 +210,22 @@ def _map_chunks(fn: Any, group: Scored | None, chunk: int) -> Any:
     def join(y: jax.Array) -> jax.Array:
         return jnp.moveaxis(y, 0, 1).reshape(samples, count * width, *y.shape[3:])[:, :entries]
 
-    return jax.tree.map(join, jax.lax.map(fn, jax.tree.map(split, group)))
+    def step(total: Any, part: Scored) -> tuple[Any, Any]:
+        found = fn(part)
+        return jax.tree.map(jnp.add, total, found.weight), (found.terms, found.hidden)
+
+    parts = jax.tree.map(split, group)
+    shape = jax.eval_shape(fn, jax.tree.map(lambda x: x[0], parts)).weight
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape)
+    total, made = jax.lax.scan(step, start, parts)
+    terms, hidden = jax.tree.map(join, made)
+    return Found(terms, hidden, total)
 
 
 def _rows(
     config: Qwen3Config, gradient: bool, head_: Head, ce: Scored | None, kl: Scored | None
-) -> list[Any]:
-    """(terms [R], gradients [R, D] or None) of both groups, leaves [R, …], by one product with the head."""
+) -> list[Found | None]:
+    """Of both groups, leaves [R, …], by one product with the head."""
     sizes = [0 if group is None else len(group.weight) for group in (ce, kl)]
     split, rows = sizes[0], sum(sizes)
     hidden = [group.hidden for group in (ce, kl) if group is not None]
@@ -204,18 +237,18 @@ def _rows(
         base = [head.logits(config, head_.base, x) for x in teacher]
         logits = jnp.concatenate([logits, *base])
     norm = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    found: list[Any] = [None, None]
+    terms: list[Any] = [None, None]
     if ce is not None:
         target = ce.against[:, None]
         chosen = jnp.take_along_axis(logits[:split], target, axis=-1)
-        found[0] = ce.weight * (norm[:split] - chosen)[:, 0]
+        terms[0] = ce.weight * (norm[:split] - chosen)[:, 0]
     if kl is not None:
         student, of_base = logits[split:rows], logits[rows:] - norm[rows:]
         # Σ p (log p - log q) with log q = logits - norm: fewer passes over [R, V] than with log q itself.
-        terms = jnp.sum(jnp.exp(of_base) * (of_base - student), axis=-1)
-        found[1] = kl.weight * (terms + norm[split:rows, 0])
+        divergence = jnp.sum(jnp.exp(of_base) * (of_base - student), axis=-1)
+        terms[1] = kl.weight * (divergence + norm[split:rows, 0])
     if not gradient:
-        return [None if terms is None else (terms, None) for terms in found]
+        return [None if one is None else Found(one, None, None) for one in terms]
 
     def slopes(first: Any, count: int) -> jax.Array:
         """Of so many vocabulary entries' logits: weight · (probability - wanted probability)."""
@@ -231,8 +264,13 @@ def _rows(
         return jnp.concatenate(parts)
 
     slope = head.to_hidden(config, head_.weight, slopes).astype(hidden[0].dtype)
-    slopes_of = (slope[:split], slope[split:])
+    parts = [np.s_[:split], np.s_[split:]]
+    of_weight: list[Any] = [None, None]
+    if head_.base is not None:
+        of_logits = slopes(0, config.vocab_size)
+        students = jnp.concatenate(hidden)
+        of_weight = [head.to_weight(config, of_logits[part], students[part]) for part in parts]
     return [
-        None if terms is None else (terms, part)
-        for terms, part in zip(found, slopes_of, strict=True)
+        None if one is None else Found(one, slope[part], weight)
+        for one, part, weight in zip(terms, parts, of_weight, strict=True)
     ]

@@ -74,7 +74,9 @@ def batch_loss(
     widths: Segments | None = None,
     packed: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Total loss, and its parts {"ce": …, "kl": …} (scalars, fp32). The head is frozen: no gradient goes to it.
+    """Total loss, and its parts {"ce": …, "kl": …} (scalars, fp32).
+
+    No gradient goes to the base's head; one that a delta changes has its gradient.
 
     Args:
         num_ce: how many leading samples are scored by cross-entropy, the rest by KL. Default: all.
