@@ -25,6 +25,10 @@ CONFIG_FILE = "config.json"
 # trace, and the inputs of the stage `tables`, which is always run again.
 _WHEN = ("*log_every", "*save_every", "*keep_checkpoints", "*.profile")
 FREE_KEYS = ("stages", "mesh", *_WHEN, "results", "runs")
+# Answers are graded when the report is made, which is always made again.
+_OF_THE_REPORT = ("evaluate.graders", "evaluate.grade_repeats", "evaluate.grader_options")
+# Sections that only one stage reads, and what is in the workdir once it has begun: until then they may change.
+_LATER = {"train": ("adapter", "checkpoints"), "evaluate": ("evaluate",)}
 _OF_THE_START = (CONFIG_FILE, "versions.json")  # what a run writes before it makes anything
 _SHOWN_DIFFERENCES = 5
 _ABSENT = object()
@@ -358,31 +362,52 @@ def check_workdir(
 ) -> None:
     """Binds a workdir to a config: writes WORKDIR/config.json at first use, compares it later.
 
+    A workdir in which nothing was made yet is bound anew, and so are the sections of stages that have not begun.
+
     Args:
       config: the config of this run.
-      workdir: the run's folder; made when it is not there. One in which nothing was made yet is bound anew.
+      workdir: the run's folder; made when it is not there.
       ignore: keys that do not change results and may differ (patterns as in `config_diff`).
 
     Raises:
-      DitError: the workdir belongs to another config (the differences are in the message), has
+      DitError: what was made belongs to another config (the differences are in the message), the workdir has
         finished stages but no config, or cannot be written.
     """
-    file = artifacts.make_dir(workdir) / CONFIG_FILE
-    if all(
-        path.name.startswith(".") or path.name in _OF_THE_START for path in file.parent.iterdir()
-    ):
-        save_config(config, file)  # nothing was made yet: a mistyped value does not bind the folder
+    folder = artifacts.make_dir(workdir)
+    file = folder / CONFIG_FILE
+    made = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    if set(made) <= set(_OF_THE_START):
+        save_config(config, file)  # a mistyped value does not bind the folder
         return
     if not file.exists():
-        if (Path(workdir) / "stages").exists():
+        if (folder / "stages").exists():
             raise DitError(f"'{file}' is missing beside finished stages: use a new --workdir")
         save_config(config, file)
         return
-    lines = config_diff(load_saved(file), config, ignore)
-    if lines:
-        more = len(lines) - _SHOWN_DIFFERENCES
-        shown = "; ".join(lines[:_SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
-        raise DitError(
-            f"'{workdir}' belongs to another config ({shown}): "
-            "use a new --workdir or delete this one"
-        )
+    begun = {
+        section: [f"'{folder / name}'" for name in names if name in made]
+        for section, names in _LATER.items()
+    }
+    saved, ignored = load_saved(file), tuple(ignore)
+    lines = [
+        line
+        for line in config_diff(saved, config, (*ignored, *_OF_THE_REPORT))
+        if begun.get(_section(line), True)
+    ]
+    if not lines:
+        if config_diff(saved, config, ignored):
+            save_config(config, file)
+        return
+    more = len(lines) - _SHOWN_DIFFERENCES
+    shown = "; ".join(lines[:_SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+    remedy = "use a new --workdir or delete this one"
+    sections = sorted(set(map(_section, lines)))
+    if set(sections) <= set(_LATER):
+        folders = " and ".join(name for section in sections for name in begun[section])
+        remedy = f"delete {folders} to have that made again, or use a new --workdir"
+    raise DitError(f"'{workdir}' belongs to another config ({shown}): {remedy}")
+
+
+def _section(line: str) -> str:
+    """Of a key at the start of a line: "train" of "train.steps: 400 -> 800"."""
+    return re.split(r"\W", line, maxsplit=1)[0]

@@ -32,11 +32,13 @@ from ml_collections import ConfigDict
 
 from dit_jax import artifacts, main, sweep_table
 from dit_jax.config import (
+    CONFIG_FILE,
     FREE_KEYS,
     check_workdir,
     config_diff,
     flatten,
     load_config,
+    load_saved,
     split_flags,
 )
 from dit_jax.errors import DitError, Parser, exit_on_error, first_line
@@ -190,10 +192,10 @@ def command(run: Run, workdir: pathlib.Path) -> str:
 
 
 def is_finished(run: Run, folder: pathlib.Path) -> bool:
-    """Whether every stage of the run is done. Raises DitError: the folder belongs to another config."""
-    if not (folder / "config.json").exists():
+    """Whether every stage of the run is done, with its config."""
+    file = folder / CONFIG_FILE
+    if not file.exists() or config_diff(load_saved(file), run.config, FREE_KEYS):
         return False
-    check_workdir(run.config, folder)
     return all(
         artifacts.stage_done(folder, stage) and (folder / main.ARTIFACTS[stage]).is_dir()
         for stage in run.config.stages

@@ -221,10 +221,22 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
     free = small(log_every=1)
     free.stages = ("report",)
     check_workdir(free, workdir)  # neither key changes results
+    check_workdir(small(steps=800), workdir)  # nor was anything made with this one
+    check_workdir(small(), workdir)
+    (workdir / "checkpoints").mkdir()
     with pytest.raises(
-        DitError, match=r"another config \(train.steps: 400 -> 800\): use a new --w"
+        DitError, match=r"\(train.steps: 400 -> 800\): delete '.*/a/checkpoints' to"
     ):
         check_workdir(small(steps=800), workdir)
+    graded = small()
+    graded.unlock().evaluate = ConfigDict({"graders": ("exact",)})
+    check_workdir(graded, workdir)  # answers are graded with the report
+    assert load_saved(workdir / "config.json").evaluate.graders == ("exact",)
+    check_workdir(small(), workdir)
+    another = small()
+    another.seed = 5
+    with pytest.raises(DitError, match=r"another config \(seed: .*\): use a new --w"):
+        check_workdir(another, workdir)
     with pytest.raises(DitError, match=r"stages: "):
         check_workdir(free, workdir, ignore=())
     many = ConfigDict({f"k{i}": i for i in range(9)})
