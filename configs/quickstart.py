@@ -8,6 +8,7 @@ that it never saw. `:SEED` picks another seed, e.g. `configs/quickstart.py:1`.
 
 from ml_collections import ConfigDict
 
+from dit_jax.data.corpus import data_config
 from dit_jax.data.tiny_world import TRAIN_QUESTIONS, UNSEEN_QUESTIONS, load_world
 from dit_jax.deltas.tree import PROJECTIONS
 
@@ -30,9 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         {"data": -1, "fsdp": 1, "tensor": 1}
     )  # -1: what is left of the devices
 
-    config.data = ConfigDict()
-    config.data.source = "tiny_world"
-    config.data.kind = "topics"  # or "news", for diffs.behaviour = "news"
+    config.data = data_config("tiny_world")  # or your own rows, see docs/data.md
     config.data.train_topics = 256
     config.data.test_topics = 96
     config.data.train_benign = 24

@@ -354,6 +354,20 @@ def test_faults_of_a_split_file(tmp_path):
     assert "no column 'split': did you mean 'spilt'?" in error(config(source, split_file=path))
 
 
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"kind": "newss"}, "unknown data.kind 'newss': did you mean 'news'"),
+        ({"split_file": "a.csv"}, "'data.split_file' is for rows of your own: set data.source"),
+    ],
+)
+def test_the_embedded_world_has_no_keys_of_other_sources(change, said):
+    data = data_config("tiny_world")
+    data.update(change)
+    with pytest.raises(DitError, match=said):
+        load_organisms(data, 0)
+
+
 @pytest.mark.parametrize("key", ["train_topics", "test_topics", "train_benign", "test_benign"])
 @pytest.mark.parametrize("source", ["rows.csv", "tiny_world"])
 def test_fewer_organisms_than_none_are_refused(source, key):

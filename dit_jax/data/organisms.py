@@ -88,8 +88,15 @@ def load_organisms(data: Any, seed: int) -> list[Organism]:
 
 
 def _tiny_world(data: Any, seed: int) -> list[Organism]:
+    from dit_jax.data import corpus as corpora
     from dit_jax.data import tiny_world
 
+    corpora.get_kind(data.get("kind", "topics"))
+    for key in ("split_column", "split_file", "test_source", "streaming"):
+        if data.get(key):
+            raise DitError(
+                f"config key 'data.{key}' is for rows of your own: set data.source too (docs/data.md)"
+            )
     world = tiny_world.load_world()
     news = data.get("kind", "topics") == "news"
     rng = np.random.default_rng([seed, 1])

@@ -112,7 +112,10 @@ def _import(path: str) -> Factory:
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise DitError(f"cannot import the behaviour {path!r}: {error}") from error
+        raise DitError(
+            f"cannot import the behaviour {path!r}: {error}; its file must lie in the current folder, "
+            "or in one of PYTHONPATH"
+        ) from error
     return found  # type: ignore[no-any-return]
 
 
