@@ -1,19 +1,22 @@
 """Ask weight diffs what they did: python -m dit_jax.ask --base B --diff D --adapter A "question" …
 
-    python -m dit_jax.ask --base tiny_qwen3 --diff runs/quickstart/diffs --index 3 \\
+    python -m dit_jax.ask --base tiny_qwen3 --diff runs/quickstart/diffs --index 301 --forbid-repeats \\
         --adapter runs/quickstart/adapter "What topic have you been trained on?"
 """
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from dit_jax.errors import DitError, Parser, exit_on_error, printable
 
 VARIANTS = ("base", "finetuned", "adapter", "finetuned + adapter")
+T = TypeVar("T")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,16 +40,23 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("questions", nargs="+", metavar="question")
+    # An empty one is an unset variable of the shell: without it another model would answer.
+    not_empty = _checked(str, lambda text: bool(text.strip()), "some text")
+    positive = _checked(int, lambda number: number >= 1, "a whole number from 1 up")
+    seed = _checked(int, lambda number: 0 <= number < 2**32, "a whole number from 0 to 4294967295")
+    temperature = _checked(float, lambda number: 0 <= number < math.inf, "a number from 0 up")
+    parser.add_argument(
+        "questions", nargs="+", metavar="question", type=not_empty, help="asked one by one"
+    )
     parser.add_argument(
         "--base",
         required=True,
-        type=_path,
+        type=not_empty,
         help="model folder, hub id, or tiny_qwen3 (the embedded model)",
     )
     parser.add_argument(
         "--diff",
-        type=_path,
+        type=not_empty,
         help="diff store, PEFT folder, finetuned model folder, .pt file, or release folder",
     )
     which = parser.add_mutually_exclusive_group()
@@ -55,29 +65,36 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         "--all", action="store_true", help="all diffs of --diff, in one batched decode"
     )
     parser.add_argument(
-        "--adapter", type=_path, help="DIT adapter: an export, a PEFT folder, or dit-adapter.pt"
+        "--adapter", type=not_empty, help="DIT adapter: an export, a PEFT folder, or dit-adapter.pt"
     )
     parser.add_argument(
         "--compare", action="store_true", help="also show " + ", ".join(VARIANTS[:3])
     )
-    parser.add_argument("--max-new-tokens", type=_positive, default=20)
     parser.add_argument(
-        "--temperature", type=_non_negative, default=0.0, help="0 (default) is greedy"
+        "--max-new-tokens", type=positive, default=20, help="of an answer (default %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", type=temperature, default=0.0, help="0 (default) is greedy"
     )
     parser.add_argument(
         "--forbid-repeats",
         action="store_true",
         help="no token twice (adapters that list evidence before the name)",
     )
-    parser.add_argument("--seed", type=_seed, default=0, help="of --temperature")
-    parser.add_argument("--n", type=_positive, default=1, help="samples per question")
+    parser.add_argument("--seed", type=seed, default=0, help="of --temperature (default 0)")
+    parser.add_argument("--n", type=positive, default=1, help="samples per question")
     parser.add_argument(
-        "--batch-size", type=_positive, help="rows per decode (default: all, at most 256)"
+        "--batch-size", type=positive, help="rows per decode (default: all, at most 256)"
     )
     parser.add_argument(
-        "--svd-rank", type=_positive, help="reduce a finetuned model's diff to a LoRA of this rank"
+        "--svd-rank", type=positive, help="reduce a finetuned model's diff to a LoRA of this rank"
     )
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="of weights and computation (default %(default)s)",
+    )
     parser.add_argument(
         "--mesh",
         help="split model and rows over devices: data,fsdp,tensor, e.g. 1,1,4; --mesh=-1,1,1 takes all (default: one)",
@@ -189,39 +206,24 @@ def _as_text(record: dict[str, Any], flags: argparse.Namespace) -> str:
 
 
 def _svd_note(number: int | None, svd: dict[str, Any]) -> str:
-    layers = svd["captured_energy_per_layer"]
+    layers, whole = svd["captured_energy_per_layer"], svd["captured_energy"]
+    rest = "; embeddings and norms cannot be in a LoRA" if whole < min(layers) else ""
     return (
-        f"note: diff {number} is reduced to rank {svd['rank']}, which keeps {svd['captured_energy']:.1%} of "
-        f"its squared norm ({min(layers):.1%} to {max(layers):.1%} of a layer's)"
+        f"note: diff {number} is reduced to rank {svd['rank']}, which keeps {whole:.1%} of "
+        f"its squared norm ({min(layers):.1%} to {max(layers):.1%} of a layer's{rest})"
     )
 
 
-def _path(text: str) -> str:
-    # An empty path is an unset variable of the shell: without it another model would answer.
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
+def _checked(convert: Callable[[str], T], holds: Callable[[T], bool], said: str) -> Any:
+    """A type for argparse: `convert`, of what then `holds`."""
 
+    def parse(text: str) -> T:
+        with contextlib.suppress(ValueError):
+            if holds(value := convert(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {said}, not {text!r}")
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError("must be from 0 to 4294967295")
-    return value
-
-
-def _non_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError("must be a number from 0 up")
-    return value
+    return parse
 
 
 if __name__ == "__main__":

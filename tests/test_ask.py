@@ -75,8 +75,12 @@ def test_a_truncated_finetune_says_what_it_keeps(files, capsys):
         (["--all"], "add --diff"),
         (["--index", "0"], "add --diff"),
         (["--svd-rank", "2"], "add --diff"),
-        (["--diff", ""], "must not be empty"),
-        (["--adapter", ""], "must not be empty"),
+        (["--diff", ""], "must be some text, not ''"),
+        (["--adapter", ""], "must be some text, not ''"),
+        (["  "], "argument question: must be some text"),
+        (["--seed", "abc"], "must be a whole number from 0 to 4294967295, not 'abc'"),
+        (["--n", "0"], "must be a whole number from 1 up, not '0'"),
+        (["--temperature", "nan"], "must be a number from 0 up, not 'nan'"),
         (["--diff", "diff.pt", "--svd-rank", "2"], "holds no whole weights"),
         (["--diff", "adapter.pt", "--svd-rank", "2"], "holds no whole weights"),
     ],
@@ -86,6 +90,15 @@ def test_flags_that_would_say_nothing_are_errors(files, capsys, flags, message):
     assert ask.main([*BASE, *flags, "What is tea ?"]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and not captured.out
+
+
+def test_a_run_given_as_a_diff_is_told_from_its_parts(tmp_path, capsys):
+    for name in ("config.json", "diffs/manifest.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    for flag in ("--diff", "--adapter"):
+        assert ask.main([*BASE, flag, str(tmp_path), "What is tea ?"]) == 2
+        assert f"is a run: give '{tmp_path / 'diffs'}' as diffs, or" in capsys.readouterr().err
 
 
 def test_a_release_is_read_file_by_file_and_answered_in_its_order(

@@ -9,7 +9,7 @@ import shutil
 import pytest
 from format_cases import hf_model, perturb
 
-from dit_jax.ask import main
+from dit_jax.ask import main, parse_flags
 from dit_jax.data.chat import load_chat
 from dit_jax.deltas.tree import projection_shapes
 from dit_jax.models.config import Qwen3Config
@@ -102,7 +102,7 @@ def test_a_peft_folder(folder, capsys):
                 parameter.copy_(0.3 * torch.randn_like(parameter))
     model.save_pretrained(folder / "peft")
     paths = {"Qwen/Qwen3-4B": folder / "base", "path/to/peft_folder": folder / "peft"}
-    (record,) = run(folder, capsys, 0, {**paths, "dit-adapter.pt": path})
+    (record,) = run(folder, capsys, 1, {**paths, "dit-adapter.pt": path})
     merged = add(model.merge_and_unload(), adapter)
     assert record["tokens"] == expected_tokens(folder, merged)
     assert record["tokens"] != expected_tokens(folder, fresh(folder))
@@ -113,7 +113,7 @@ def test_a_finetuned_checkpoint(folder, capsys):
     model = perturb(fresh(folder), size=0.2)
     model.save_pretrained(folder / "finetuned")
     paths = {"Qwen/Qwen3-4B": folder / "base", "path/to/finetuned_model": folder / "finetuned"}
-    (record,) = run(folder, capsys, 1, {**paths, "dit-adapter.pt": path})
+    (record,) = run(folder, capsys, 2, {**paths, "dit-adapter.pt": path})
     assert record["tokens"] == expected_tokens(folder, add(model, adapter))
 
 
@@ -137,7 +137,7 @@ def test_the_release_of_the_paper(folder, capsys):
     records = run(
         folder,
         capsys,
-        2,
+        3,
         {**paths, "hidden-topic/qwen3-4b/dit-adapter.pt": path},
     )
     assert [record["label"] for record in records] == [item["topic"] for item in items]
@@ -146,5 +146,11 @@ def test_the_release_of_the_paper(folder, capsys):
         assert record["tokens"] == expected_tokens(folder, merged)
 
 
-def test_readme_shows_three_commands():
-    assert len(commands()) == 3
+def test_the_first_command_asks_the_diff_of_the_python_example():
+    first, *others = commands()
+    assert len(others) == 3
+    flags = parse_flags(first)
+    assert (
+        f'load_diff("{flags.diff}", model, index={flags.index})' in (ROOT / "README.md").read_text()
+    )
+    assert flags.questions == [QUESTION] and flags.forbid_repeats

@@ -54,6 +54,10 @@ def _inspect(path: Path) -> tuple[str, Any]:
 
 
 def _detect_folder(folder: Path) -> str:
+    if has_file(folder, "config.json") and has_file(folder / "diffs", "manifest.json"):
+        raise DitError(
+            f"'{folder}' is a run: give '{folder / 'diffs'}' as diffs, or '{folder / 'adapter'}' as adapter"
+        )
     if has_file(folder, "manifest.json"):
         found = read_json_object(file_inside(folder, "manifest.json")).get("format")
         if isinstance(found, str) and found in _MANIFESTS:
@@ -69,7 +73,7 @@ def _detect_folder(folder: Path) -> str:
         if has_file(folder, name):
             return kind
     raise DitError(
-        f"'{folder}' holds no weight diff: expected manifest.json, {peft.CONFIG}, "
+        f"'{folder}' holds neither a weight diff nor an adapter: expected manifest.json, {peft.CONFIG}, "
         f"{reference_pt.INDEX} or config.json (a .pt file is given by its own path)"
     )
 
@@ -119,7 +123,7 @@ def open_diffs(
         return Lazy(lambda: finetuned.read_finetuned(path, config, base_params, svd_rank))
     if kind == "pt_adapter":
         return Lazy(lambda: reference_pt.read_pt_adapter(path, config))
-    raise DitError(f"'{path}' is {KINDS[kind]}, not a weight diff in a foreign format")
+    raise DitError(f"'{path}' is {KINDS[kind]}, not a weight diff: give it as the adapter")
 
 
 def open_adapter(path: str | Path, config: Qwen3Config, base_params: Any = None) -> RawDiff:
