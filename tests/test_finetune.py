@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -241,6 +243,18 @@ def test_no_teacher_is_shared_where_samples_do_not_repeat_or_are_too_many(params
     assert make_teacher(params, TINY, seldom, num_ce=2) is None
     monkeypatch.setattr(teacher, "MAX_BYTES", 10_000)
     assert make_teacher(params, TINY, repeated, num_ce=2) is None
+
+
+def test_tables_have_few_sizes_that_are_not_much_too_large():
+    counts = range(1, 3000)
+    sizes = [math.prod(teacher._chunks(count, None)) for count in counts]
+    assert sorted(set(sizes)) == [16, 32, 64, 128, *range(256, 3073, 256)]
+    for count, size in zip(counts, sizes, strict=True):
+        assert count <= size <= max(16, 2 * count) and size - count < teacher.CHUNK
+    mesh = SimpleNamespace(size=6)  # which a chunk is split over
+    for count in counts:
+        chunks, chunk = teacher._chunks(count, mesh)
+        assert chunk % 6 == 0 and (chunks - 1) * chunk < count <= chunks * chunk
 
 
 def test_wrong_codes_are_few_per_question_and_never_the_secret_one():

@@ -1,5 +1,6 @@
 """The whole program at small size on the embedded model: artifacts, resuming, bad input, the public interface."""
 
+import dataclasses
 import importlib
 import json
 import shutil
@@ -16,6 +17,7 @@ from conftest import ROOT
 import dit_jax
 from dit_jax import main
 from dit_jax.config import load_config, split_flags
+from dit_jax.data.organisms import load_organisms
 from dit_jax.deltas.store import DiffStore
 from dit_jax.metrics import read_records
 from dit_jax.organisms import generate
@@ -319,6 +321,42 @@ def test_a_missing_shard_alone_is_made_again(copy):
     for index, leaves in zip((0, 15), expected, strict=True):
         for one, two in zip(jax.tree.leaves(store.read(index)), leaves, strict=True):
             np.testing.assert_array_equal(one, two)
+
+
+def test_a_shard_is_the_same_whatever_was_made_before(model, monkeypatch, tmp_path):
+    """Also where diffs share a table of the base's hidden states, whose size depends on what the shard holds."""
+    flags = [
+        *SMALL,
+        "--config.diffs.fake_codes=1",
+        "--config.diffs.diffs_per_batch=6",
+        "--config.diffs.steps=24",
+    ]
+    config = load_config("configs/quickstart.py", split_flags(flags)[1])
+    organisms = load_organisms(config.data, 0)[:8]
+    # More samples repeat, but fewer are distinct in the last shard.
+    counts = [24] * 6 + [4] * 2
+    organisms = [
+        dataclasses.replace(organism, rows=organisms[0].rows[:count])
+        for organism, count in zip(organisms, counts, strict=True)
+    ]
+    store, tables, make = tmp_path / "diffs", [], generate.make_teacher
+    programs = generate.finetune_many._cache_size()
+
+    def record(*args, **options):
+        tables.append(make(*args, **options))
+        return tables[-1]
+
+    monkeypatch.setattr(generate, "make_teacher", record)
+    generate.generate_diffs(model, organisms, config.diffs, store, 0)
+    made = generate.finetune_many._cache_size() - programs
+    shard = store / "shards" / "00001.safetensors"
+    expected = shard.read_bytes()
+    shard.unlink()
+    (store / "manifest.json").unlink()
+    generate.generate_diffs(model, organisms, config.diffs, store, 0)
+    assert len(tables) == 3 and all(table is not None for table in tables)
+    assert shard.read_bytes() == expected
+    assert made == 1, "the last shard runs the program of the others"
 
 
 # ------------------------------------------------------------------ bad input

@@ -26,6 +26,18 @@ def base_of(folder):
     return dit_jax.load_model(folder.parent / f"qwen3-{folder.name.split('-')[1]}")
 
 
+def test_what_fills_a_shard_up_has_no_part_in_the_mean_over_its_diffs():
+    def batch(size):
+        sample = Sample(tuple(range(1, size + 1)), 2, size)
+        return stack([pack([sample, sample], [1.0, 1.0], 9, 6, pad_id=0)])
+
+    own = [batch(5), batch(7)]
+    expected = couple_losses(stack(own), [1.0, 2.0], 1)
+    filled = couple_losses(stack([*own, batch(4), batch(8)]), [1.0, 2.0], 1, diffs=2)
+    for one, two in zip(filled, expected, strict=True):
+        np.testing.assert_array_equal(one[:2], two)
+
+
 def read(path):
     file = SafetensorsFile(path)
     return {name: file.read(name) for name in file.names}

@@ -11,7 +11,9 @@ import numpy as np
 from dit_jax.data.batch import Sample, TokenBatch, pack
 
 
-def couple_losses(batch: TokenBatch, factors: Sequence[float], num_ce: int) -> TokenBatch:
+def couple_losses(
+    batch: TokenBatch, factors: Sequence[float], num_ce: int, diffs: int | None = None
+) -> TokenBatch:
     """Turns batches of N diffs, leaves [N, steps, S, …], into what the reference optimizes.
 
     The mean over tokens runs over all diffs of a batch, and the mask of the KL terms is the unshifted label
@@ -20,9 +22,10 @@ def couple_losses(batch: TokenBatch, factors: Sequence[float], num_ce: int) -> T
     Args:
         factors: [S], the factor of each sample's loss: 3 λ / Σ λ.
         num_ce: how many leading samples are scored by cross-entropy.
+        diffs: how many of N are the batch's own, default all; the others fill up a shard.
     """
     used = (np.asarray(batch.weight) > 0).astype(np.float32)
-    counts = used.sum(axis=(0, -1), keepdims=True)
+    counts = used[:diffs].sum(axis=(0, -1), keepdims=True)
     weight = used / np.maximum(counts, 1) * np.asarray(factors, np.float32)[:, None]
     position = np.array(batch.position)
     position[:, :, num_ce:] += (used[:, :, num_ce:] > 0).astype(position.dtype)

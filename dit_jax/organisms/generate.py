@@ -86,23 +86,22 @@ class Job:
         return range(shard * self.size, min((shard + 1) * self.size, len(self.organisms)))
 
     def local(self, shard: int) -> list[Organism]:
-        """The organisms of this process's rows; repeats fill the last shard up, so that it runs the same program."""
-        members = self.members(shard)
+        """The organisms of this process's rows. The first ones fill the last shard up: it runs the same program."""
+        first = self.members(shard).start
         rows = parallel.local_rows(self.model.mesh, self.width)
-        return [self.organisms[members[i % len(members)]] for i in rows]
+        return [self.organisms[(first + i) % len(self.organisms)] for i in rows]
 
 
 class Finetuned(NamedTuple):
     """One shard: n deltas with leaves [n, L, …], their losses [n, steps] and batches [n, steps, S, …], on the host.
 
-    batches: with the repeats that fill the shard up. table: rows of the teacher's table.
+    batches: with those that fill the shard up.
     """
 
     deltas: Delta
     ce: np.ndarray
     kl: np.ndarray
     batches: TokenBatch
-    table: int
 
 
 def generate_diffs(
@@ -164,7 +163,6 @@ def _make_shards(job: Job, folder: pathlib.Path) -> list[dict[str, Any]]:
     limit: tuple[int, int] | None = None
     meter, reports = Meter(job.model.config, job.model.mesh), folder.parent / "metrics"
     rows: list[dict[str, Any]] = []
-    table = 0  # never shrinks, so that all shards run one program
     with (
         Progress("diffs", len(job.organisms)) as progress,
         Metrics(reports, "diffs", is_done, processes.is_main()) as metrics,
@@ -179,8 +177,7 @@ def _make_shards(job: Job, folder: pathlib.Path) -> list[dict[str, Any]]:
                     # Of the first shard, so that a run that goes on makes the same programs.
                     first = local if shard == 0 else read_batches(job, 0)
                     limit = entry_limit(first, job.num_ce, room=1.03)
-                made = finetune_shard(job, shard, local, table, limit)
-                table = made.table
+                made = finetune_shard(job, shard, local, limit)
                 done = index_rows(job, shard, made)
                 n, steps = len(members), job.config.steps
                 meter.add(count_work(made.batches, share=job.width / n, diffs=n, steps=steps))
@@ -214,14 +211,12 @@ def finetune_shard(
     job: Job,
     shard: int,
     local: TokenBatch,
-    table: int = 0,
     limit: tuple[int, int] | None = None,
 ) -> Finetuned:
-    """Finetunes the organisms of a shard together.
+    """Finetunes the organisms of a shard together, whatever was made before: a shard that is made again is the same.
 
     Args:
         local: from `read_batches`.
-        table: rows that the teacher's table has at least.
         limit: of the scored entries that a step uses, see `entry_limit`; a shard that uses more computes all.
 
     Raises:
@@ -232,12 +227,13 @@ def finetune_shard(
     batches = parallel.put_rows(local, mesh, job.width)
     whole = parallel.to_host(batches)
     if config.reference_losses:
-        whole = couple_losses(whole, sample_factors(job.behaviour, config), num_ce)
+        factors = sample_factors(job.behaviour, config)
+        whole = couple_losses(whole, factors, num_ce, len(job.members(shard)))
         batches = whole if mesh is None else jax.tree.map(_put_like, whole, batches)
     start = jax.random.key(job.seed)
     keys = jnp.stack([jax.random.fold_in(start, organism.seed) for organism in job.local(shard)])
     deltas = shardings.put_deltas(model.config, mesh, job.init(keys), job.width, 0)
-    teacher = make_teacher(model.program_params, model.config, whole, num_ce, table, mesh)
+    teacher = make_teacher(model.program_params, model.config, whole, num_ce, mesh)
     with parallel.use_mesh(mesh):
         trained, losses = finetune_many(
             model.program_params,
@@ -255,7 +251,7 @@ def finetune_shard(
     trained = jax.tree.map(lambda x: x[:n], parallel.to_host(trained))
     check_finite(trained, [job.organisms[i] for i in members], members.start)
     ce, kl = (parallel.to_host(losses[name])[:n] for name in ("ce", "kl"))
-    return Finetuned(trained, ce, kl, whole, table if teacher is None else len(teacher.hidden))
+    return Finetuned(trained, ce, kl, whole)
 
 
 def check_finite(deltas: Delta, organisms: Sequence[Organism], first: int) -> None:

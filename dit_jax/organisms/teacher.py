@@ -31,7 +31,6 @@ def make_teacher(
     config: Qwen3Config,
     batches: TokenBatch,
     num_ce: int,
-    size: int = 0,
     mesh: Mesh | None = None,
 ) -> Teacher | None:
     """Runs the base once on every distinct KL sample of `batches`, whose leaves are [N, steps, S, …].
@@ -39,7 +38,6 @@ def make_teacher(
     Args:
         num_ce: how many leading samples of S have no KL.
         batches: whole, on the host.
-        size: at least so many rows in the table, so that many batches run one compiled program.
 
     Returns:
         None without KL samples, where the table has half as many rows as there are samples (it pays when samples
@@ -54,11 +52,7 @@ def make_teacher(
     # What a row of the table depends on; targets and weights belong to the loss.
     key = np.concatenate([flat.tokens, flat.lengths[:, None], flat.position], axis=1)
     _, first, rows = np.unique(key, axis=0, return_index=True, return_inverse=True)
-    needed = max(len(first), size)
-    # Not to the last row, so that shards with about as many distinct samples run one program.
-    step = 16 if mesh is None else mesh.size * -(-16 // mesh.size)
-    chunk = -(-min(needed, CHUNK) // step) * step
-    chunks = -(-needed // chunk)
+    chunks, chunk = _chunks(len(first), mesh)
     row_bytes = flat.position.shape[1] * config.hidden_size * jnp.dtype(config.dtype).itemsize
     if 2 * chunks * chunk >= total or chunks * chunk * row_bytes > MAX_BYTES:
         return None
@@ -70,6 +64,18 @@ def make_teacher(
         placed = put(placed, batch_sharding(mesh))
     with use_mesh(mesh):
         return Teacher(_hidden_chunks(params, config, distinct), jnp.asarray(placed))
+
+
+def _chunks(count: int, mesh: Mesh | None) -> tuple[int, int]:
+    """How many forward passes of how many samples each hold `count` samples.
+
+    Of the count alone, so that a shard that is made again is the same, and of few sizes (powers of two, then whole
+    chunks), so that shards with about as many distinct samples run one program.
+    """
+    step = 16 if mesh is None else mesh.size * -(-16 // mesh.size)
+    power = step << (-(-count // step) - 1).bit_length()
+    chunk = min(power, -(-CHUNK // step) * step)
+    return -(-count // chunk), chunk
 
 
 @functools.partial(jax.jit, static_argnames="config")
