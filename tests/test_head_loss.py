@@ -96,6 +96,22 @@ def test_one_diff_and_either_loss_alone():
     assert float(head_loss(options, Head(table, None), None, kl)[0]) == 0
 
 
+@pytest.mark.parametrize("off", [0, 1])
+def test_a_loss_of_which_no_entry_is_used_is_zero(off):
+    table, *groups = make(50)
+    groups[off] = groups[off]._replace(weight=jnp.zeros_like(groups[off].weight))
+    limits = tuple(0 if group == off else 24 for group in (0, 1))
+    options = Options(config_of(50, True), 1000, limits)
+    own = lambda ce, kl: head_loss(options, Head(table, None), ce, kl)  # noqa: E731
+    losses, gradients = jax.vmap(lambda ce, kl: with_gradients(own, ce, kl))(*groups)
+    assert not losses[off].any() and not gradients[off].any()
+    expected = jax.vmap(
+        lambda ce, kl: with_gradients(lambda *groups: plain(table, table, *groups), ce, kl)
+    )(*groups)
+    on = 1 - off
+    assert_equal((losses[on], gradients[on]), (expected[0][on], expected[1][on]))
+
+
 def test_the_base_keeps_its_own_head():
     """A delta may change the head, the same for all diffs or each in its own way."""
     table, ce, kl = make(50)

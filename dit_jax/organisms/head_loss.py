@@ -148,6 +148,7 @@ def _pack(group: Scored | None, count: int | None) -> tuple[Scored | None, Any]:
     """The used entries of a group first, [1, count, …], and the way back of what is computed for them."""
     if group is None or count is None or count >= group.weight.size:
         return group, lambda y: y
+    count = max(count, 1)  # without a used entry, one that is not
     shape = group.weight.shape
     used = group.weight.reshape(-1) != 0
     order = jnp.argsort(~used, stable=True)[:count]
