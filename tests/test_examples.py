@@ -1,6 +1,7 @@
 """What the adapter is trained on and what it is tested on: splits, the share of `none`, labels, wordings, controls."""
 
 import collections
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -83,6 +84,18 @@ def test_a_share_of_each_batch_is_answered_with_none_and_the_rest_with_its_label
     assert per_batch["no diff"] == pytest.approx(train.no_diff_per_batch, abs=0.2)
     assert per_batch["benign"] == pytest.approx(train.benign_per_batch, abs=0.2)
     assert len(orders) > 15, "a fixed order is learned by heart"
+
+
+def test_a_batch_may_be_one_example(store, train):
+    train = train.copy_and_resolve_references()
+    train.update({"batch_size": 1, "no_diff_per_batch": 0, "benign_per_batch": 0})
+    dataset, members = make_pipeline(store, train, 0)
+    drawn = list(itertools.islice(dataset.to_iter_dataset(), 24))
+    assert {len(batch) for batch in drawn} == {1}
+    topics = [
+        i for i, row in enumerate(store.rows[m] for m in members) if row["category"] == "topic"
+    ]
+    assert collections.Counter(batch[0].diff for batch in drawn) == dict.fromkeys(topics, 2)
 
 
 def test_the_wordings_are_those_of_the_training_and_the_order_is_that_of_the_seed(store, train):

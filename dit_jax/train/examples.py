@@ -16,6 +16,7 @@ from dit_jax.errors import DitError
 from dit_jax.models.layers import Delta
 
 NO_DIFF = -1
+_EPOCHS = 2**31  # endless: of its own endless length grain cannot count batches of one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,9 @@ def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[in
     parts, weights = [], []
     for number, (diffs, share) in enumerate(sources):
         if share and len(diffs):
-            parts.append(grain.MapDataset.source(list(diffs)).shuffle(seed=seed + number).repeat())
+            parts.append(
+                grain.MapDataset.source(list(diffs)).shuffle(seed=seed + number).repeat(_EPOCHS)
+            )
             weights.append(share)
     questions = list(train.questions)
     column = train.get("label", "label")
