@@ -121,7 +121,7 @@ def world_widths() -> tuple[tuple[int, int], ...]:
     """The quickstart's limits of each sample of a step, see `sample_widths`."""
     from dit_jax.config import load_config
     from dit_jax.organisms.behaviours import get_behaviour
-    from dit_jax.organisms.generate import sample_widths
+    from dit_jax.organisms.samples import sample_widths
 
     diffs = load_config(str(QUICKSTART)).diffs
     return sample_widths(get_behaviour(diffs), diffs)
@@ -138,7 +138,7 @@ def world_data(work: Workload) -> dict[str, np.ndarray]:
     from dit_jax.data.batch import stack
     from dit_jax.data.organisms import load_organisms
     from dit_jax.organisms.behaviours import get_behaviour
-    from dit_jax.organisms.generate import finetuning_batches
+    from dit_jax.organisms.samples import finetuning_batches
 
     config = load_config(str(QUICKSTART), {"diffs.steps": work.steps})
     diffs, model = config.diffs, load_model("tiny_qwen3")

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 import dit_jax
-from dit_jax import parallel, plan
+from dit_jax import metrics, parallel, plan
 from dit_jax.config import load_config
 from dit_jax.models.config import NAMED_CONFIGS
 from dit_jax.planning import estimate, machines, programs, search, table, workload
@@ -230,9 +230,14 @@ def test_estimates_rest_on_known_counts():
     attention = 4 * 36 * 32 * 128 * 64
     assert forward == pytest.approx(4 * 64 * (2 * layers + attention))
     head = 2 * 151936 * 2560 * 4 * 8
-    assert flops == pytest.approx(4 * 64 * (4 * layers + 3 * attention) + 3 * head)
+    assert flops == pytest.approx(4 * 64 * (4 * layers + 3 * attention) + 2 * head)
     taught = estimate.step_flops(plain, dataclasses.replace(load, teacher_rows=4))
-    assert taught - flops == pytest.approx(forward + 2 * head)
+    assert taught - flops == pytest.approx(forward + head)
+    # Of the head it counts what the reported MFU does; that one leaves the teacher out.
+    more = dataclasses.replace(load, scored=9)
+    work = [metrics.Work(tokens=4 * 64, scored=4 * n, squares=4 * 64**2) for n in (8, 9)]
+    counted = [metrics.train_flops(plain, w) for w in work]
+    assert estimate.step_flops(plain, more) - flops == pytest.approx(counted[1] - counted[0])
 
 
 def test_a_run_costs_its_chips_and_hours():

@@ -14,14 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from dit_jax import parallel
 from dit_jax.deltas.tree import init_lora, num_parameters
 from dit_jax.models.config import Qwen3Config
 from dit_jax.organisms.behaviours import get_behaviour
-from dit_jax.organisms.generate import sample_widths
 from dit_jax.organisms.losses import CHUNK_ELEMENTS
+from dit_jax.organisms.samples import sample_widths
 from dit_jax.planning.machines import Chip, Machine
 from dit_jax.planning.programs import batch_size
 
@@ -90,8 +88,8 @@ def step_flops(model: Qwen3Config, load: Load) -> float:
     again = {"none": 0.0, "dots": attention, "full": forward}[model.remat]
     # Backward: the gradient of activations alone; scores and weights of attention have two factors each.
     backward = 2.0 * layer_parameters(model) + 2 * attention
-    # The head: forward, recomputed, backward; the teacher's logits forward and recomputed.
-    logits = head * (3 * scored + 2 * load.teacher_rows * load.scored)
+    # The head computes nothing twice (organisms/head_loss.py): forward and backward; the teacher's logits forward.
+    logits = head * (2 * scored + load.teacher_rows * load.scored)
     return tokens * (forward + again + backward) + teacher + logits
 
 
@@ -202,14 +200,6 @@ class Run:
     dollars: float | None
     diff_bytes: float
     adapter_bytes: float
-
-
-def mesh_sizes(mesh: Mesh | None) -> tuple[int, int, int]:
-    """(data, fsdp, tensor) of a mesh."""
-    if mesh is None:
-        return 1, 1, 1
-    data, fsdp, tensor = (mesh.shape[name] for name in parallel.MESH_AXES)
-    return data, fsdp, tensor
 
 
 def whole_run(
