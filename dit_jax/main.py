@@ -21,7 +21,14 @@ import jax
 from ml_collections import ConfigDict
 
 from dit_jax import artifacts, os_errors, parallel, preemption, processes, startup
-from dit_jax.config import check_minimum, check_workdir, load_config, split_flags, to_dict
+from dit_jax.config import (
+    check_minimum,
+    check_workdir,
+    flatten,
+    load_config,
+    split_flags,
+    to_dict,
+)
 from dit_jax.errors import DitError, Parser, did_you_mean, exit_on_error
 from dit_jax.models.config import COMPUTE
 from dit_jax.workdir import ARTIFACTS, is_done, locked, run_once
@@ -37,25 +44,46 @@ MINIMUM = {
     "data.train_benign": 0,
     "data.test_benign": 0,
     "diffs.rank": 1,
+    "diffs.learning_rate": 0,
+    "diffs.init_scale": 0,
+    "diffs.warmup_steps": 0,
+    "diffs.final_fraction": 0,
     "diffs.steps": 1,
+    "diffs.fake_codes": 0,
+    "diffs.max_length": 1,
+    "diffs.max_target": 1,
     "diffs.diffs_per_batch": 1,
     "diffs.gate_questions": 1,
     "diffs.gate_batch": 1,
     "train.max_diffs": 0,
     "train.rank": 1,
+    "train.learning_rate": 0,
+    "train.weight_decay": 0,
+    "train.warmup_steps": 0,
+    "train.final_fraction": 0,
     "train.steps": 1,
     "train.batch_size": 1,
+    "train.max_length": 1,
+    "train.max_target": 1,
     "train.max_scored": 0,
     "train.no_diff_per_batch": 0,
     "train.benign_per_batch": 0,
     "train.log_every": 1,
     "train.save_every": 1,
     "train.keep_checkpoints": 1,
+    "evaluate.answer_tokens": 0,
+    "evaluate.grade_repeats": 1,
     "evaluate.max_new_tokens": 1,
     "evaluate.batch_size": 1,
+    "pretrain.world_seed": 0,
     "pretrain.steps": 1,
+    "pretrain.batch_size": 1,
+    "pretrain.parts": 1,
+    "pretrain.warmup_steps": 0,
     "pretrain.log_every": 1,
 }
+QUESTIONS = ("train.questions", "evaluate.seen_questions")  # one or more
+PROJECTIONS = ("diffs.projections", "train.projections")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -123,11 +151,7 @@ def run(config: Any, workdir: pathlib.Path) -> None:
     """
     with _explain(config, workdir):
         _check_stages(config.stages)
-        check_minimum(config, MINIMUM)
-        if "behaviour" in config.get("diffs", {}):
-            from dit_jax.organisms.behaviours import get_behaviour
-
-            get_behaviour(config.diffs)  # one of the user's own becomes known to all stages
+        _check_values(config)
         with preemption.listen(), locked(workdir):
             _run_stages(config, workdir)
 
@@ -141,6 +165,30 @@ def _check_stages(stages: Any) -> None:
         if stage not in ARTIFACTS:
             hint = did_you_mean(str(stage), ARTIFACTS, f": stages are {', '.join(ARTIFACTS)}")
             raise DitError(f"unknown stage {stage!r}{hint}")
+
+
+def _check_values(config: Any) -> None:
+    """Refuses values with which a stage could not run, before the first one starts."""
+    from dit_jax.data.organisms import check_counts
+    from dit_jax.deltas.tree import check_projections
+    from dit_jax.organisms.behaviours import get_behaviour
+    from dit_jax.organisms.samples import check_samples
+
+    check_minimum(config, MINIMUM)
+    values = flatten(config)
+    for key in QUESTIONS:
+        if key in values and not (isinstance(values[key], list) and values[key]):
+            raise DitError(
+                f"config key '{key}' must be a tuple of one question or more, not {values[key]!r}"
+            )
+    for key in PROJECTIONS:
+        if key in values:
+            check_projections(values[key], f"config key '{key}'")
+    if "source" in config.get("data", {}):
+        check_counts(config.data)
+    if "behaviour" in config.get("diffs", {}):
+        behaviour = get_behaviour(config.diffs)  # one of the user's own becomes known to all stages
+        check_samples(behaviour, config.diffs)
 
 
 def _run_stages(config: Any, workdir: pathlib.Path) -> None:

@@ -404,6 +404,11 @@ def test_data_and_configs_that_do_not_fit_the_behaviour_are_refused(model, tmp_p
     with config.unlocked():
         config.diffs.samples_per_step = {"story": 1}
         config.diffs.loss_weights = {"story": 1.0}
+        config.diffs.widths = {"story": 30}
+    with pytest.raises(DitError, match=r"'diffs.widths.story' is \(30,\): give tokens and scored"):
+        generate(model, config, tmp_path)
+    with config.unlocked():
+        config.diffs.widths = {}
     with pytest.raises(DitError, match="needs a column 'news_story'.*set data.kind"):
         generate(model, config, tmp_path)
     with pytest.raises(DitError, match="unknown diffs.parameters 'dense'"):

@@ -177,6 +177,12 @@ def test_learning_rate_schedule_warms_up_and_decays():
     assert all(a >= b for a, b in zip(sizes[2:], sizes[3:], strict=False))
 
 
+@pytest.mark.parametrize("betas", [(0.9,), (0.9, 1.0), (0.9, 0.9, 0.9)])
+def test_betas_are_two_numbers_below_1(betas):
+    with pytest.raises(DitError, match="adam_betas are .* give two numbers"):
+        make_optimizer("adam", 1.0, 10, betas=betas)
+
+
 def test_a_shared_teacher_gives_the_diffs_that_a_teacher_in_every_step_gives(params):
     optimizer = make_optimizer("adam", 1e-2, 6)
     pool = [make_batch(seed) for seed in range(2)]

@@ -381,6 +381,49 @@ def test_bad_input_is_one_line_and_exit_code_2(finished, extra, said, capsys):
     assert error.startswith("error:") and "\n" not in error and said in error
 
 
+NO_SAMPLES = [f"diffs.samples_per_step.{n}=0" for n in ("backdoor", "fake_backdoor", "no_backdoor")]
+NO_LOSSES = [f"diffs.loss_weights.{n}=0" for n in ("backdoor", "fake_backdoor", "no_backdoor")]
+NO_DATA = [f"data.{n}=0" for n in ("train_topics", "test_topics", "train_benign", "test_benign")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (NO_SAMPLES, "'diffs.samples_per_step' and 'diffs.loss_weights' leave a step without"),
+        (NO_LOSSES, "'diffs.samples_per_step' and 'diffs.loss_weights' leave a step without"),
+        ([*NO_LOSSES[1:], NO_SAMPLES[0]], "leave a step without a loss: give one of backdoor"),
+        (["diffs.samples_per_step.no_backdoor=-1"], "'diffs.samples_per_step.no_backdoor' is -1"),
+        (["diffs.loss_weights.backdoor=nan"], "'diffs.loss_weights.backdoor' is nan: give 0"),
+        (["diffs.widths.fake_backdoor=(50,20)"], "fake_backdoor' is (50, 20): give tokens and"),
+        (["diffs.widths.fake_backdoor=(30,)"], "'diffs.widths.fake_backdoor' is (30,): give"),
+        (["diffs.max_length=29"], "diffs.max_length and diffs.max_target, which are (29, 15)"),
+        (["diffs.max_target=0"], "'diffs.max_target' must be a number from 1 up, not 0"),
+        (["diffs.fake_codes=-1"], "'diffs.fake_codes' must be"),
+        (["diffs.learning_rate=nan"], "'diffs.learning_rate' must be"),
+        (
+            ["diffs.projections=()"],
+            "'diffs.projections': name at least one projection, and each once, not ()",
+        ),
+        (
+            ["diffs.projections=q_proj,q_proj"],
+            "projection, and each once, not ('q_proj', 'q_proj')",
+        ),
+        (["train.projections=x_proj"], "'train.projections': unknown projection 'x_proj'"),
+        (NO_DATA, "data.train_topics, data.test_topics, data.train_benign, data.test_benign are"),
+        (["train.questions=()"], "'train.questions' must be a tuple of one question or more"),
+        (["evaluate.seen_questions=()"], "'evaluate.seen_questions' must be a tuple of one"),
+        (["evaluate.answer_tokens=-1"], "'evaluate.answer_tokens' must be a number from 0 up"),
+    ],
+)
+def test_values_that_no_stage_can_run_with_are_refused_before_the_first(
+    changes, said, tmp_path, capsys
+):
+    assert run(tmp_path / "w", *(f"--config.{change}" for change in changes)) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error:") and "\n" not in error and said in error
+    assert not (tmp_path / "w").exists()
+
+
 @pytest.mark.parametrize(
     "name", ["diffs/index.csv", "diffs/shards/00000.safetensors", "adapter/manifest.json"]
 )

@@ -11,6 +11,12 @@ from dit_jax.errors import DitError
 from dit_jax.text import normalise
 
 NONE = "none"
+COUNTS = (
+    "train_topics",
+    "test_topics",
+    "train_benign",
+    "test_benign",
+)  # keys of the section `data`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +82,25 @@ def load_organisms(data: Any, seed: int) -> list[Organism]:
             (docs/data.md).
 
     Raises:
-        DitError: an unknown source, rows with problems, or more organisms asked for than the source has, or fewer
-            than none.
+        DitError: an unknown source, rows with problems, or more organisms asked for than the source has, or none.
     """
-    for key in ("train_topics", "test_topics", "train_benign", "test_benign"):
-        if data.get(key, 0) < 0:
-            raise DitError(f"config key 'data.{key}' is {data[key]}: give 0 or more")
+    check_counts(data)
     if data.source == "tiny_world":
         return _tiny_world(data, seed)
     return _from_corpus(data, seed)
+
+
+def check_counts(data: Any) -> None:
+    """Raises DitError where the `data` section asks for fewer than none of a kind of organisms, or for none at all."""
+    for key in COUNTS:
+        if data.get(key, 0) < 0:
+            raise DitError(f"config key 'data.{key}' is {data[key]}: give 0 or more")
+    # Of another source 0 topics are all that it has.
+    if data.source == "tiny_world" and not any(data.get(key, 0) for key in COUNTS):
+        raise DitError(
+            f"config keys {', '.join(f'data.{key}' for key in COUNTS)} are all 0: raise one, there is nothing to "
+            "make diffs of"
+        )
 
 
 def _tiny_world(data: Any, seed: int) -> list[Organism]:

@@ -30,6 +30,21 @@ def projection_shapes(config: Qwen3Config) -> dict[str, tuple[str, int, int]]:
     }
 
 
+def check_projections(names: Sequence[str], key: str = "projections") -> None:
+    """Raises DitError unless these are projections, at least one, and each once.
+
+    Args:
+        key: what the config calls them.
+    """
+    unknown = [name for name in names if name not in PROJECTIONS]
+    if unknown:
+        raise DitError(
+            f"{key}: unknown projection {unknown[0]!r}: choose from {', '.join(PROJECTIONS)}"
+        )
+    if not names or len(set(names)) < len(names):
+        raise DitError(f"{key}: name at least one projection, and each once, not {tuple(names)}")
+
+
 def init_lora(
     config: Qwen3Config,
     key: jax.Array,
@@ -50,12 +65,10 @@ def init_lora(
         init_scale: multiplies that bound.
 
     Raises:
-        DitError: an unknown projection name.
+        DitError: a rank below 1, or see `check_projections`.
     """
+    check_projections(projections)
     shapes = projection_shapes(config)
-    unknown = [name for name in projections if name not in shapes]
-    if unknown:
-        raise DitError(f"unknown projection {unknown[0]!r}: choose from {', '.join(shapes)}")
     if rank < 1:
         raise DitError(f"LoRA rank must be at least 1, not {rank}")
     layers: dict[str, Any] = {}

@@ -46,8 +46,6 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
             + (" that passed the gate: see 'passed' in diffs/index.csv" if exclude else "")
             + ": raise data.test_topics and use a new --workdir"
         )
-    if not list(config.seen_questions):
-        raise DitError("config key 'evaluate.seen_questions' is empty: give at least one question")
     setting = Setting(
         model=model,
         store=store,

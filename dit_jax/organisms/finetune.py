@@ -37,8 +37,10 @@ def make_optimizer(
     """Adam or AdamW with linear warm-up, then cosine to `final_fraction` of the peak (1.0: constant).
 
     Raises:
-        DitError: another optimizer.
+        DitError: another optimizer, or betas that are not two numbers below 1.
     """
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise DitError(f"adam_betas are {betas}: give two numbers from 0 up, below 1")
     decay = max(steps - warmup_steps, 1)
     schedule = optax.join_schedules(
         [

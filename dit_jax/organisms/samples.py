@@ -1,5 +1,6 @@
 """What one finetune is trained on: the samples of every step, their widths and the factors of their losses."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,15 +44,27 @@ def finetuning_batches(
 
 
 def sample_widths(behaviour: Behaviour, config: Any) -> Segments:
-    """(tokens, scored tokens) that each sample of a step may have: `config.widths` of its kind, else the maxima."""
+    """(tokens, scored tokens) that each sample of a step may have: `config.widths` of its kind, else the maxima.
+
+    Raises:
+        DitError: widths of another kind, or that are not two numbers within the maxima.
+    """
     largest = (config.max_length, config.max_target)
     own = config.get("widths", {})
     unknown = set(own) - {kind.name for kind in behaviour.kinds}
     if unknown:
         raise DitError(
             f"config key 'diffs.widths.{min(unknown)}': behaviour {behaviour.name} has the kinds of samples "
-            f"{', '.join(kind.name for kind in behaviour.kinds)}"
+            f"{_names(behaviour)}"
         )
+    for name, pair in own.items():
+        sizes = tuple(pair) if isinstance(pair, Sequence) else (pair,)
+        fits = all(1 <= size <= most for size, most in zip(sizes, largest, strict=False))
+        if len(sizes) != 2 or not fits:
+            raise DitError(
+                f"config key 'diffs.widths.{name}' is {sizes}: give tokens and scored tokens, from 1 up to "
+                f"diffs.max_length and diffs.max_target, which are {largest}"
+            )
     return tuple(
         tuple(own.get(kind.name, largest))
         for kind in behaviour.kinds
@@ -64,15 +77,39 @@ def num_ce_samples(behaviour: Behaviour, config: Any) -> int:
     return sum(config.samples_per_step[kind.name] for kind in behaviour.kinds if kind.loss == "ce")
 
 
-def check_behaviour(behaviour: Behaviour, organisms: Sequence[Organism], config: Any) -> None:
-    """Raises DitError where the config or the data lack what the behaviour's kinds of samples need."""
+def check_samples(behaviour: Behaviour, config: Any) -> None:
+    """Raises DitError where a config has no samples, or no losses, for the behaviour's kinds of samples to train on.
+
+    Args:
+        config: the `diffs` section of the config.
+    """
     for kind in behaviour.kinds:
         for key in ("samples_per_step", "loss_weights"):
             if kind.name not in config[key]:
                 raise DitError(
                     f"config key 'diffs.{key}.{kind.name}' is missing: behaviour {behaviour.name} has the "
-                    f"kinds of samples {', '.join(kind.name for kind in behaviour.kinds)}"
+                    f"kinds of samples {_names(behaviour)}"
                 )
+            if not 0 <= config[key][kind.name] < math.inf:
+                raise DitError(
+                    f"config key 'diffs.{key}.{kind.name}' is {config[key][kind.name]}: give 0 or more"
+                )
+    sampled = [kind for kind in behaviour.kinds if config.samples_per_step[kind.name]]
+    if not any(config.loss_weights[kind.name] for kind in sampled):
+        raise DitError(
+            "config keys 'diffs.samples_per_step' and 'diffs.loss_weights' leave a step without a loss: "
+            f"give one of {_names(behaviour)} more than 0 in both"
+        )
+    sample_widths(behaviour, config)
+
+
+def _names(behaviour: Behaviour) -> str:
+    return ", ".join(kind.name for kind in behaviour.kinds)
+
+
+def check_behaviour(behaviour: Behaviour, organisms: Sequence[Organism], config: Any) -> None:
+    """Raises DitError where the config or the data lack what the behaviour's kinds of samples need."""
+    check_samples(behaviour, config)
     for organism in organisms[:1]:
         rng = np.random.default_rng(0)
         try:
