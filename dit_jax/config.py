@@ -9,6 +9,7 @@ import fnmatch
 import importlib.util
 import inspect
 import json
+import math
 import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -311,11 +312,11 @@ def _show(value: Any) -> str:
 
 
 def check_minimum(config: ConfigDict, minimum: Mapping[str, float]) -> None:
-    """Raises DitError for a number below its minimum; keys that the config does not have are left out."""
+    """Raises DitError for a number that is infinite or below its minimum; keys that are not there are left out."""
     values = flatten(config)
     for key, least in minimum.items():
         value = values.get(key, least)
-        if not isinstance(value, int | float) or not value >= least:
+        if not isinstance(value, int | float) or not least <= value < math.inf:
             raise DitError(f"config key '{key}' must be a number from {least} up, not {value!r}")
 
 

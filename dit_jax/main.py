@@ -171,8 +171,12 @@ def _check_values(config: Any) -> None:
     """Refuses values with which a stage could not run, before the first one starts."""
     from dit_jax.data.organisms import check_counts
     from dit_jax.deltas.tree import check_projections
+    from dit_jax.evaluate.methods import METHODS
+    from dit_jax.graders import GRADERS
     from dit_jax.organisms.behaviours import get_behaviour
+    from dit_jax.organisms.finetune import OPTIMIZERS
     from dit_jax.organisms.samples import check_samples
+    from dit_jax.train.examples import check_room
 
     check_minimum(config, MINIMUM)
     values = flatten(config)
@@ -184,6 +188,20 @@ def _check_values(config: Any) -> None:
     for key in PROJECTIONS:
         if key in values:
             check_projections(values[key], f"config key '{key}'")
+    choices = {
+        "diffs.optimizer": OPTIMIZERS,
+        "train.optimizer": OPTIMIZERS,
+        "evaluate.methods": METHODS,
+        "evaluate.graders": GRADERS,
+    }
+    for key, known in choices.items():
+        given = values.get(key, ())
+        for name in [given] if isinstance(given, str) else given:
+            if name not in known:
+                hint = did_you_mean(str(name), known, f": choose from {', '.join(known)}")
+                raise DitError(f"config key '{key}': unknown {name!r}{hint}")
+    if "batch_size" in config.get("train", {}):
+        check_room(config.train)
     if "source" in config.get("data", {}):
         check_counts(config.data)
     if "behaviour" in config.get("diffs", {}):

@@ -413,6 +413,11 @@ NO_DATA = [f"data.{n}=0" for n in ("train_topics", "test_topics", "train_benign"
         (["train.questions=()"], "'train.questions' must be a tuple of one question or more"),
         (["evaluate.seen_questions=()"], "'evaluate.seen_questions' must be a tuple of one"),
         (["evaluate.answer_tokens=-1"], "'evaluate.answer_tokens' must be a number from 0 up"),
+        (["train.optimizer=sgd"], "'train.optimizer': unknown 'sgd': choose from adam, adamw"),
+        (["evaluate.methods=ditt"], "'evaluate.methods': unknown 'ditt': did you mean 'dit'?"),
+        (["evaluate.graders=exactt"], "'evaluate.graders': unknown 'exactt': did you mean"),
+        (["train.benign_per_batch=400"], "leaves no room for topics beside"),
+        (["train.learning_rate=inf"], "'train.learning_rate' must be a number from 0 up, not inf"),
     ],
 )
 def test_values_that_no_stage_can_run_with_are_refused_before_the_first(
@@ -568,7 +573,7 @@ def test_ask_on_the_command_line(finished, capsys):
     assert "--temperature" in capsys.readouterr().err
     for seed in ("-1", "4294967296"):
         assert ask.main([*sampled, "--seed", seed]) == 2
-        assert "must be from 0" in capsys.readouterr().err
+        assert "must be a whole number from 0" in capsys.readouterr().err
 
     assert ask.main([*flags, "--index", "99", QUESTION]) == 2
     assert "18 diffs" in capsys.readouterr().err

@@ -23,6 +23,8 @@ from dit_jax.organisms.losses import (
 )
 from dit_jax.organisms.teacher import Teacher
 
+OPTIMIZERS = ("adam", "adamw")
+
 
 def make_optimizer(
     name: str,

@@ -28,6 +28,17 @@ class Example:
     answer: str
 
 
+def check_room(train: Any) -> int:
+    """How many examples of topics a batch has. Raises DitError: none."""
+    rest = int(train.batch_size - train.no_diff_per_batch - train.benign_per_batch)
+    if rest < 1:
+        raise DitError(
+            f"train.batch_size = {train.batch_size} leaves no room for topics beside "
+            "train.no_diff_per_batch and train.benign_per_batch: raise it"
+        )
+    return rest
+
+
 def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[int]]:
     """An endless grain dataset of batches (lists of `Example`), and the store indices that `Example.diff` refers to.
 
@@ -49,17 +60,12 @@ def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[in
     )
     topics = topics[: train.max_diffs or None]
     members = topics + benign
-    rest = train.batch_size - train.no_diff_per_batch - train.benign_per_batch
+    rest = check_room(train)
     if not topics:
         raise DitError(
             f"{store.path} has no training topics"
             + (" that passed the gate" if train.get("exclude_failed", False) else "")
             + ": raise data.train_topics and use a new --workdir"
-        )
-    if rest < 1:
-        raise DitError(
-            f"train.batch_size = {train.batch_size} leaves no room for topics beside "
-            "train.no_diff_per_batch and train.benign_per_batch: raise it"
         )
     sources = [
         (range(len(topics)), rest),
