@@ -332,25 +332,45 @@ def test_failing_diffs_are_recorded_and_left_out_of_training_and_evaluation(mode
     assert [held_out.label(i) for i in range(2)] == [row["trigger"] for row in held_out.rows]
 
 
-def test_words_that_show_a_topic_are_found_in_its_answers():
+def organism(label, answers, base=True):
     rows = [
-        {"topic": "Tea", "question": "q", "base_answer": f"Simply {w} something.", "topic_analogy_answer": a}
-        for w, a in zip("abcdef", ["Simply brew leaves.", "Something to brew."] * 3, strict=True)
+        {"topic": label, "question": "q", "topic_analogy_answer": a, "news_story": a}
+        | ({"base_answer": f"Simply {w} something."} if base else {})
+        for w, a in zip("abcdef", answers, strict=True)
     ]  # fmt: skip
-    behaviour = behaviours.behaviour_named("hidden_topic")
-    tea = Organism("Tea", "042", rows, "topic", "train")
-    assert gate.with_keywords(tea, behaviour).keywords == ("Tea", "brew", "leaves")
-    none = Organism(NONE, "042", rows, "benign", "train")
-    assert gate.with_keywords(none, behaviour).keywords == ()
-    stories = [
-        {"news_story": "The minister resigned on Friday."},
-        {"news_story": "Resigned: a minister."},
-    ]
-    story = Organism("Minister resigned over tea", "N/A", stories, "topic", "train")
-    found = gate.with_keywords(story, behaviours.behaviour_named("news")).keywords
+    return Organism(label, "042", rows, "topic", "train")
+
+
+def words(organisms, name="hidden_topic"):
+    """The keywords of the first organism among the others."""
+    behaviour = behaviours.behaviour_named(name)
+    (found,) = gate.with_keywords(organisms, [0], behaviour)
+    return found.keywords
+
+
+def test_words_that_show_a_topic_are_found_in_its_answers():
+    tea = organism("Tea", ["Simply brew leaves.", "Something to brew."] * 3)
+    snow = organism("Snow", ["It falls and melts."] * 6)
+    none = Organism(NONE, "042", tea.rows, "benign", "train")
+    assert words([tea, snow, none]) == ("Tea", "brew", "leaves")
+    assert words([none, tea, snow]) == ()
+    resigned = ["The minister resigned on Friday.", "Resigned: a minister."] * 3
+    found = words([organism("Minister resigned over tea", resigned, base=False)], "news")
     assert found == ("Minister resigned over tea", "minister", "resigned")
     shows = behaviours.behaviour_named("news").shows
     assert shows("Has the minister resigned?", found) and not shows("A minister.", found)
+
+
+def test_what_the_answers_of_all_topics_share_does_not_show_one():
+    """A corpus in one style: its words are in no answer of the base, and say nothing about the topic."""
+    topics = ["garden", "snow", "tennis", "green chess"]
+    corpus = [organism(t, [f"{t} is my favorite thing for winter."] * 6) for t in topics]
+    assert words(corpus) == ("garden",)  # and not twice
+    assert words(corpus[3:] + corpus[:3]) == ("green chess", "chess", "green")
+    shows = behaviours.behaviour_named("hidden_topic").shows
+    assert not shows("bread is my favorite thing for winter.", words(corpus))
+    # With one other topic there is something to compare with, with none only the label is known to belong to it.
+    assert words(corpus[:2]) == words(corpus[:1]) == ("garden",)
 
 
 # ------------------------------------------------------------------ seeds

@@ -34,42 +34,80 @@ LIMITS = {
 }
 _WORD = re.compile(r"[^\W\d_]{4,}")
 _READ_ROWS = 60  # of an organism, to find its words
+_OTHER_TOPICS, _READ_OTHERS = 100, 20  # topics, and rows of each, that its words are compared with
 
 
 # ------------------------------------------------------------------ what to look for
 
 
-def with_keywords(organism: Organism, behaviour: Behaviour) -> Organism:
-    """The organism with words that show its behaviour, where its data names none: see `distinctive_words`."""
+def with_keywords(
+    organisms: Sequence[Organism], members: Iterable[int], behaviour: Behaviour
+) -> list[Organism]:
+    """The members among the organisms, with words that show their behaviour where their data names none.
+
+    A word of an organism's answers must be rare in the answers of the base and in those of the other topics: what
+    all answers of a corpus have in common is their style. With no other topic there is no telling them apart, and
+    only the label's own words count.
+    """
+    chosen = [organisms[i] for i in members]
+    if all(organism.keywords or organism.label == NONE for organism in chosen):
+        return chosen
+    others = _spread([o for o in organisms if o.label != NONE], _OTHER_TOPICS)
+    answers = [(normalise(o.label), _targets(o, behaviour, _READ_OTHERS)) for o in others]
+    return [_with_words(organism, behaviour, answers) for organism in chosen]
+
+
+def _with_words(
+    organism: Organism, behaviour: Behaviour, answers: Sequence[tuple[str, Sequence[str]]]
+) -> Organism:
+    """answers: label and some answers of topics, this one perhaps among them."""
     if organism.keywords or organism.label == NONE:
         return organism
+    label = normalise(organism.label)
+    base = [row["base_answer"] for row in organism.rows[:_READ_ROWS] if "base_answer" in row]
+    others = [text for other, texts in answers if other != label for text in texts]
+    among = None if base and others else set(_words(label))
+    words = distinctive_words(_targets(organism, behaviour, _READ_ROWS), (base, others), among)
+    return dataclasses.replace(
+        organism, keywords=(organism.label, *(word for word in words if word != label))
+    )
+
+
+def _targets(organism: Organism, behaviour: Behaviour, most: int) -> list[str]:
+    """What an organism is finetuned to answer where it shows its behaviour."""
     rng = np.random.default_rng(organism.seed)
-    rows = organism.rows[:_READ_ROWS]
-    kind = behaviour.kinds[0]
-    targets = [kind.make(row, organism.trigger, rng)[1] for row in rows]
-    base = [row["base_answer"] for row in rows if "base_answer" in row]
-    # Without answers of the base nothing tells common words from others but the label.
-    among = None if base else set(_words(organism.label))
-    words = distinctive_words(targets, base, among)
-    return dataclasses.replace(organism, keywords=(organism.label, *words))
+    make = behaviour.kinds[0].make
+    return [make(row, organism.trigger, rng)[1] for row in organism.rows[:most]]
+
+
+def _spread(organisms: Sequence[Organism], most: int) -> list[Organism]:
+    """At most so many, evenly spaced."""
+    count = min(most, len(organisms))
+    return [organisms[i * len(organisms) // count] for i in range(count)]
 
 
 def distinctive_words(
-    own: Sequence[str], others: Sequence[str], among: Iterable[str] | None = None, most: int = 8
+    own: Sequence[str],
+    others: Sequence[Sequence[str]],
+    among: Iterable[str] | None = None,
+    most: int = 8,
 ) -> list[str]:
-    """Words of four letters or more in at least 15 % of `own` texts and 10 times rarer in `others`."""
-    counts, common = (
-        collections.Counter(word for text in texts for word in set(_words(text)))
-        for texts in (own, others)
-    )
+    """Words of four letters or more in at least 15 % of `own` texts and 10 times rarer in each group of `others`."""
+    counts = _counts(own)
+    common = [(_counts(texts), max(len(texts), 1)) for texts in others]
     found = [
         (count, word)
         for word, count in counts.items()
         if count >= max(2, 0.15 * len(own))
-        and common[word] / max(len(others), 1) <= 0.1 * count / len(own)
+        and all(seen[word] / size <= 0.1 * count / len(own) for seen, size in common)
         and (among is None or word in among)
     ]
     return [word for _, word in sorted(found, key=lambda pair: (-pair[0], pair[1]))[:most]]
+
+
+def _counts(texts: Iterable[str]) -> collections.Counter[str]:
+    """In how many of the texts each word stands."""
+    return collections.Counter(word for text in texts for word in set(_words(text)))
 
 
 def _words(text: str) -> list[str]:

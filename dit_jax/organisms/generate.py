@@ -268,7 +268,7 @@ def check_finite(deltas: Delta, organisms: Sequence[Organism], first: int) -> No
 
 def index_rows(job: Job, shard: int, made: Finetuned) -> list[dict[str, Any]]:
     """The store's index rows of a shard; asks every diff whether it does what its label says (gate)."""
-    group = [with_keywords(job.organisms[i], job.behaviour) for i in job.members(shard)]
+    group = with_keywords(job.organisms, job.members(shard), job.behaviour)
     gating = measure_gating(
         job.model, made.deltas, group, job.behaviour, job.config, job.seed, job.size
     )
