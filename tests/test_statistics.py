@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_jax.evaluate import metrics
-from dit_jax.evaluate.statistics import bootstrap_mean, cluster_means, paired_difference
+from dit_jax.evaluate.statistics import (
+    GRADES,
+    bootstrap_mean,
+    cluster_means,
+    grade_mean,
+    paired_difference,
+)
 
 # ------------------------------------------------------------------ metrics
 
@@ -117,10 +123,46 @@ def test_only_zeros_or_ones_get_the_exact_binomial_bound(n, bound):
     assert bootstrap_mean(np.ones(n), rate=False).low == 1  # no rate, no binomial
 
 
-def test_equal_values_have_an_interval_of_no_width_around_their_mean():
-    estimate = bootstrap_mean([0.1] * 7)
-    assert estimate.low <= estimate.mean <= estimate.high
-    assert estimate.high - estimate.low < 1e-12
+def test_equal_values_are_not_certain():
+    """No spread in the sample: other values may still be as frequent as a binomial count of zero allows."""
+    many = bootstrap_mean([0.25] * 96)
+    assert many.low == pytest.approx(0.25 * (1 - 0.0377), abs=1e-4)
+    assert many.high == pytest.approx(0.25 + 0.75 * 0.0377, abs=1e-4)
+    two = bootstrap_mean([0.75, 0.75])
+    assert two.low < 0.2 and two.high > 0.95
+    grade = grade_mean([4.0, 4.0])
+    assert grade.low < 2 and grade.high > 4.8
+
+
+@pytest.mark.parametrize(
+    ("mean", "n", "low", "high"),
+    [(0.0, 2, 0.0, 0.8419), (1.0, 5, 0.4782, 1.0), (0.5, 1, 0.0002, 0.9998), (0.5, 8, 0.1119, 0.8881)],
+)  # fmt: skip
+def test_few_values_have_the_bound_of_hoeffding(mean, n, low, high):
+    """Its ends solve n (m log(m/p) + (1-m) log((1-m)/(1-p))) = log 40: for m = 1/2, 4p(1-p) = 40^(-2/n)."""
+    values = [mean] * n if mean in (0, 1) or n == 1 else [mean + 0.1 * (-1) ** i for i in range(n)]
+    estimate = bootstrap_mean(values)
+    assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=1e-3)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 9])
+def test_intervals_of_few_diffs_cover_the_truth(n):
+    """Scores of several wordings (0, .25 … 1) and plain hits: 95 of 100 intervals or more hold the true mean."""
+    rng = np.random.default_rng(n)
+    levels = np.linspace(0, 1, 5)
+    for chances in ([0.1, 0, 0, 0, 0.9], [0.5, 0, 0, 0, 0.5], [0.1, 0.1, 0.2, 0.3, 0.3]):
+        truth = float(levels @ chances)
+        hits = [
+            e.low <= truth <= e.high
+            for e in (bootstrap_mean(rng.choice(levels, n, p=chances)) for _ in range(400))
+        ]
+        assert np.mean(hits) >= 0.95
+
+
+def test_few_values_without_ends_have_students_interval():
+    estimate = bootstrap_mean([1.0, 2.0, 3.0], rate=False)
+    half = 4.3027 * 1 / math.sqrt(3)  # the table's t at two degrees of freedom
+    assert (estimate.low, estimate.high) == pytest.approx((2 - half, 2 + half), abs=1e-3)
 
 
 def test_asking_a_diff_more_often_does_not_narrow_the_interval():
@@ -171,21 +213,24 @@ def test_pairing_removes_what_both_methods_share():
     difficulty = rng.normal(0, 1, 200)
     a = dict(enumerate(difficulty + 0.1 + rng.normal(0, 0.1, 200)))
     b = dict(enumerate(difficulty))
-    pair = paired_difference(a, b)
+    pair = paired_difference(a, b, span=9.0)
     error = 0.1 / math.sqrt(200)
     assert pair.mean == pytest.approx(0.1, abs=4 * error)
     assert pair.high - pair.low == pytest.approx(2 * 1.96 * error, rel=0.2)
     assert pair.low > 0 and pair.p_value < 0.001
-    swapped = paired_difference(b, a)
+    swapped = paired_difference(b, a, span=9.0)
     assert (swapped.mean, swapped.p_value) == (-pair.mean, pair.p_value)
 
 
 def test_p_is_large_without_a_difference_and_uniform_enough():
-    assert paired_difference({0: 1.0, 1: 0.0}, {0: 1.0, 1: 0.0}).p_value == 1
+    assert paired_difference({0: 1.0, 1: 0.0}, {0: 1.0, 1: 0.0}, span=1.0).p_value == 1
     rng = np.random.default_rng(7)
     draws = [
         paired_difference(
-            dict(enumerate(rng.random(60))), dict(enumerate(rng.random(60))), resamples=500
+            dict(enumerate(rng.random(60))),
+            dict(enumerate(rng.random(60))),
+            span=1.0,
+            resamples=500,
         ).p_value
         for _ in range(200)
     ]
@@ -193,14 +238,14 @@ def test_p_is_large_without_a_difference_and_uniform_enough():
     assert 0.4 < np.mean(draws) < 0.6
 
 
-@pytest.mark.parametrize(("n", "p_value"), [(1, 1.0), (3, 0.25), (6, 1 / 32)])
+@pytest.mark.parametrize(("n", "p_value"), [(1, 1.0), (2, 0.5), (3, 0.25), (6, 1 / 32)])
 @pytest.mark.parametrize("equal", [0, 54])
 def test_a_few_diffs_are_no_more_certain_than_a_sign_test(n, p_value, equal):
     """Differences of one sign, beside others that are zero: 2 / 2^n, as the exact McNemar test gives."""
     a, b = {i: 5.0 - 0.1 * i for i in range(n)}, dict.fromkeys(range(n), 1.0)
     a, b = ({**scores, **dict.fromkeys(range(n, n + equal), 3.0)} for scores in (a, b))
-    assert paired_difference(a, b).p_value == pytest.approx(p_value, abs=0.01)
-    assert paired_difference(b, a).p_value == pytest.approx(p_value, abs=0.01)
+    assert paired_difference(a, b, span=GRADES).p_value == p_value
+    assert paired_difference(b, a, span=GRADES).p_value == p_value
 
 
 def test_p_is_that_of_scipys_permutation_test():
@@ -209,12 +254,20 @@ def test_p_is_that_of_scipys_permutation_test():
     exact = scipy_stats.permutation_test(
         (differences,), np.mean, permutation_type="samples", n_resamples=2**15
     )
-    pair = paired_difference(dict(enumerate(differences)), dict.fromkeys(range(14), 0.0))
+    pair = paired_difference(dict(enumerate(differences)), dict.fromkeys(range(14), 0.0), span=9.0)
     assert pair.p_value == pytest.approx(exact.pvalue, abs=0.01)
 
 
+def test_equal_differences_have_an_interval():
+    """Two diffs, both for the same method: p is 1/2, and the interval holds zero."""
+    pair = paired_difference({0: 0.75, 1: 0.75}, {0: 0.0, 1: 0.0}, span=1.0)
+    assert pair.mean == 0.75 and pair.low < 0 and 0.9 < pair.high <= 1
+    none = paired_difference(dict.fromkeys(range(96), 1.0), dict.fromkeys(range(96), 1.0), span=1.0)
+    assert none.low == pytest.approx(-0.0377, abs=1e-4) and none.high == pytest.approx(-none.low)
+
+
 def test_only_diffs_that_both_answered_count():
-    pair = paired_difference({1: 1.0, 2: 0.0, 3: 1.0}, {2: 0.0, 3: 0.0, 4: 1.0})
+    pair = paired_difference({1: 1.0, 2: 0.0, 3: 1.0}, {2: 0.0, 3: 0.0, 4: 1.0}, span=1.0)
     assert (pair.n, pair.mean) == (2, 0.5)
     with pytest.raises(ValueError):
-        paired_difference({1: 1.0}, {2: 1.0})
+        paired_difference({1: 1.0}, {2: 1.0}, span=1.0)

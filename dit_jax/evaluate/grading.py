@@ -21,6 +21,7 @@ from dit_jax.evaluate.document import (
 )
 from dit_jax.evaluate.names import METHODS, Json, grader_title, p_text, shown_name, signed
 from dit_jax.evaluate.results import GRADED_FILE, graded_csv, held_out_answers
+from dit_jax.evaluate.statistics import GRADES
 from dit_jax.evaluate.summary import paired_with_dit
 from dit_jax.evaluate.tables import build
 from dit_jax.evaluate.tables.graded import Graded, read_file
@@ -105,7 +106,9 @@ def summarise_grades(grades: RunGrades) -> Json:
         summary.setdefault(item.grader, {"methods": {}})["methods"][item.name] = numbers
     for grader, members in build.by(grades.graded, lambda item: item.grader).items():
         means = {item.name: item.by_unit() for item in members if item.rows}
-        summary[grader]["differences_from_dit"] = paired_with_dit(means) if "dit" in means else {}
+        summary[grader]["differences_from_dit"] = (
+            paired_with_dit(means, GRADES) if "dit" in means else {}
+        )
     for grader, repeats in grades.agreement.items():
         summary.setdefault(grader, {"methods": {}})["repeats"] = repeats
     return summary

@@ -5,6 +5,8 @@ averaged first, so that asking a diff more often never makes an interval narrowe
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES = 10_000
 LEVEL = 0.95
+FEW = 10  # with fewer diffs resampling gives intervals that are too narrow
+GRADES = 4.0  # from the lowest grade, 1, to the highest
+_ENUMERATED = 13  # differences: all 2^13 signs are fewer than the resamples
 _CHUNK = 2**22  # resampled values held at once: bounds the memory for thousands of diffs
 
 
@@ -80,9 +85,49 @@ def _percentiles(values: NDArray[np.float64], means: NDArray[np.float64]) -> tup
     return float(min(low, mean)), float(max(high, mean))
 
 
-def _binomial_bound(n: int) -> float:
-    """Largest rate that n zeros in a row leave possible (Clopper-Pearson): .038 for 0 of 96."""
-    return float(1 - ((1 - LEVEL) / 2) ** (1 / n))
+def _bounded(values: NDArray[np.float64]) -> tuple[float, float] | None:
+    """An interval of the mean of values in [0, 1] where resampling says too little, None elsewhere.
+
+    Few values: the means that Hoeffding's inequality (1963, theorem 1) does not exclude, which holds for every
+    variable in [0, 1]. Many equal ones: others are at most as frequent as n absences leave possible. For only zeros
+    or only ones both are the exact binomial bound of Clopper and Pearson: 0 to .038 for 0 of 96.
+    """
+    n, mean = len(values), float(values.mean())
+    equal = bool(np.all(values == values[0]))
+    if n >= FEW and not equal:
+        return None
+    tail = (1 - LEVEL) / 2
+    if equal and (n >= FEW or mean in (0, 1)):
+        rest = 1 - tail ** (1 / n)
+        return mean * (1 - rest), mean + (1 - mean) * rest
+    limit = -math.log(tail) / n
+    return _edge(mean, 0.0, limit), _edge(mean, 1.0, limit)
+
+
+def _edge(mean: float, end: float, limit: float) -> float:
+    """The true mean between `mean` and `end` from which `mean` is `limit` nats away, by bisection."""
+
+    def away(truth: float) -> float:
+        if not 0 < truth < 1:  # rounded to the end
+            return math.inf
+        return mean * math.log(mean / truth) + (1 - mean) * math.log((1 - mean) / (1 - truth))
+
+    near, far = mean, end
+    for _ in range(60):
+        middle = (near + far) / 2
+        near, far = (middle, far) if away(middle) < limit else (near, middle)
+    return near
+
+
+def _student(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Student's interval: for few values without ends. One value has none: it is returned as both ends."""
+    from scipy.special import stdtrit
+
+    n, mean = len(values), float(values.mean())
+    if n == 1:
+        return mean, mean
+    half = stdtrit(n - 1, (1 + LEVEL) / 2) * values.std(ddof=1) / math.sqrt(n)
+    return float(mean - half), float(mean + half)
 
 
 def _checked(values: ArrayLike) -> NDArray[np.float64]:
@@ -105,9 +150,9 @@ def bootstrap_mean(
     Args:
       values: [N] scores.
       clusters: the diff of each score; None when every score has its own.
-      rate: whether the scores are rates in [0, 1], so that a sample of only zeros or only ones gets
-        the exact binomial bound instead of an interval of width zero: a sample without spread has
-        none under resampling either, and 0 of 96 is not surely 0.
+      rate: whether the scores are rates in [0, 1], so that few of them, or equal ones, get an exact bound
+        (`_bounded`): a sample without spread has none under resampling either, and 0 of 96 is not surely 0.
+        Few others get Student's interval.
       seed: seed of the resampling; the same input gives the same interval.
       resamples: number of resampled means.
 
@@ -117,19 +162,15 @@ def bootstrap_mean(
     if clusters is not None:
         values = list(cluster_means(values, clusters).values())
     array = _checked(values)
-    if rate and np.all(array == 0):
-        return Estimate(0.0, 0.0, _binomial_bound(len(array)), len(array))
-    if rate and np.all(array == 1):
-        return Estimate(1.0, 1 - _binomial_bound(len(array)), 1.0, len(array))
-    low, high = _percentiles(array, _resampled_means(array, seed, resamples))
+    interval = _bounded(array) if rate else _student(array) if len(array) < FEW else None
+    low, high = interval or _percentiles(array, _resampled_means(array, seed, resamples))
     return Estimate(float(array.mean()), low, high, len(array))
 
 
 def grade_mean(grades: ArrayLike, *, low: float = 1.0, high: float = 5.0) -> Estimate:
     """Mean grade over diffs with its interval; `grades` [N] lie in [low, high], one per diff.
 
-    Rescaled to [0, 1] for the bootstrap: grades that are all the lowest get the exact binomial bound, which
-    holds for every variable between 0 and 1 (all n are 0 with a chance of at most (1 − mean)^n).
+    Rescaled to [0, 1]: few grades, or equal ones, get a bound that holds for every variable between 0 and 1.
 
     Raises:
       ValueError: no grades, or one outside the scale.
@@ -157,19 +198,21 @@ def paired_difference(
     a: Mapping[Hashable, float],
     b: Mapping[Hashable, float],
     *,
+    span: float,
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> PairedDifference:
     """Mean difference a - b over the diffs that both have, with its bootstrap interval and a randomisation test.
 
     Resampling whole diffs keeps the pairing: a topic that is hard for both methods does not widen
-    the interval of their difference. p is two-sided: how often the mean is as far from zero when the sign of
-    each difference is drawn at random, as it would be if the methods were alike. It is exact for any n; resampled
-    means would call four differences of one sign among sixty significant.
+    the interval of their difference. p is two-sided: how often the mean is as far from zero when each difference
+    has either sign, as it would have if the methods were alike; over all signs where they are few, else over drawn
+    ones. It holds for any n; resampled means would call four differences of one sign among sixty significant.
 
     Args:
       a: score of each diff under one method.
       b: score of each diff under the other.
+      span: the largest difference that two scores can have, for the interval of few or equal differences.
       seed: seed of the resampling.
       resamples: number of resampled means, and of drawn signs.
 
@@ -178,8 +221,12 @@ def paired_difference(
     """
     both = [diff for diff in a if diff in b]
     array = _checked([a[diff] - b[diff] for diff in both])
-    means = _resampled_means(array, seed, resamples)
-    low, high = _percentiles(array, means)
+    bounded = _bounded(np.clip((array + span) / (2 * span), 0, 1))
+    low, high = (
+        _percentiles(array, _resampled_means(array, seed, resamples))
+        if bounded is None
+        else (2 * span * edge - span for edge in bounded)
+    )
     p_value = _sign_flip_p(array, seed, resamples)
     return PairedDifference(float(array.mean()), low, high, len(array), p_value)
 
@@ -188,8 +235,11 @@ def _sign_flip_p(differences: NDArray[np.float64], seed: int, resamples: int) ->
     changed = differences[differences != 0]
     if not len(changed):
         return 1.0
-    rng = np.random.default_rng(seed)
     observed = abs(changed.sum()) * (1 - 1e-9)  # rounding must not tell equal sums apart
+    if len(changed) <= _ENUMERATED:
+        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=len(changed))))
+        return float(np.mean(np.abs(signs @ changed) >= observed))
+    rng = np.random.default_rng(seed)
     extreme, rows = 0, max(1, _CHUNK // len(changed))
     for start in range(0, resamples, rows):
         signs = rng.integers(2, size=(min(rows, resamples - start), len(changed))) * 2.0 - 1

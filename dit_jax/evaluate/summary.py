@@ -277,18 +277,19 @@ def _by_wording(rows: list[Row]) -> list[Json]:
     ]
 
 
-def paired_with_dit(scores: Mapping[str, Mapping[Any, float]]) -> Json:
+def paired_with_dit(scores: Mapping[str, Mapping[Any, float]], span: float) -> Json:
     """The score of `dit` minus that of every other method, over the diffs that both have.
 
     Args:
       scores: by method, the score of each diff.
+      span: the largest difference that two scores can have.
 
     Returns:
       By method: difference, interval, two-sided p, p adjusted by Holm's method over all of them, n.
     """
     dit = scores["dit"]
     pairs = {
-        name: paired_difference(dit, other)
+        name: paired_difference(dit, other, span=span)
         for name, other in scores.items()
         if name != "dit" and any(diff in dit for diff in other)
     }
@@ -366,7 +367,7 @@ def summarise(inputs: Inputs) -> Json:
     return {
         "methods": methods,
         "differences_from_dit": paired_with_dit(
-            {name: _per_unit(rows, _match) for name, rows in by_method.items()}
+            {name: _per_unit(rows, _match) for name, rows in by_method.items()}, span=1.0
         ),
         "dit_by_name_length": _by_name_length(by_method["dit"]),
         "dit_by_wording": {

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from dit_jax.evaluate.metrics import exact_match
 from dit_jax.evaluate.statistics import (
+    GRADES,
     Estimate,
     PairedDifference,
     grade_mean,
@@ -121,7 +122,7 @@ def comparisons(graded: Sequence[Graded]) -> list[Comparison]:
         for other_name, item in family.others:
             theirs = family.scores(item)
             if any(unit in theirs for unit in ours):
-                pairs.append((other_name, paired_difference(ours, theirs)))
+                pairs.append((other_name, paired_difference(ours, theirs, span=GRADES)))
         adjusted = holm([difference.p_value for _, difference in pairs])
         found += [
             Comparison(family.title, name, other_name, difference, p_value)
