@@ -171,7 +171,7 @@ def _check_values(config: Any) -> None:
     """Refuses values with which a stage could not run, before the first one starts."""
     from dit_jax.data.organisms import check_counts
     from dit_jax.deltas.tree import check_projections
-    from dit_jax.evaluate.methods import METHODS
+    from dit_jax.evaluate.methods import check_methods
     from dit_jax.graders import GRADERS
     from dit_jax.organisms.behaviours import get_behaviour
     from dit_jax.organisms.finetune import OPTIMIZERS
@@ -191,7 +191,6 @@ def _check_values(config: Any) -> None:
     choices = {
         "diffs.optimizer": OPTIMIZERS,
         "train.optimizer": OPTIMIZERS,
-        "evaluate.methods": METHODS,
         "evaluate.graders": GRADERS,
     }
     for key, known in choices.items():
@@ -200,6 +199,8 @@ def _check_values(config: Any) -> None:
             if name not in known:
                 hint = did_you_mean(str(name), known, f": choose from {', '.join(known)}")
                 raise DitError(f"config key '{key}': unknown {name!r}{hint}")
+    if "evaluate" in config.stages:
+        check_methods(config)
     if "batch_size" in config.get("train", {}):
         check_room(config.train)
     if "source" in config.get("data", {}):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import dit_jax
+from dit_jax import main
 from dit_jax.config import load_config
 from dit_jax.data.tiny_world import flavoured_answer, load_world
 from dit_jax.deltas import store as diff_store
@@ -155,6 +156,28 @@ def test_what_cannot_be_asked_is_said_before_anything_runs(model, workdir, tmp_p
         evaluate_run(model, tmp_path, settings(methods=("base_question_trigger",)), seed=0)
     store = diff_store.DiffStore(tmp_path / "diffs")
     assert not set(methods.chosen_methods({}, store)) & set(methods.NEED_TRIGGER)
+
+
+def test_the_oracle_needs_the_table_of_the_embedded_world(model, tmp_path):
+    """Words that the gate found in a corpus's answers are no table of attributes."""
+    loras = [random_lora(model, seed, 0.1) for seed in range(2)]
+    make_store(tmp_path / "diffs", model, loras, TOPICS[:2], evidence=["[]", "[]"])
+    export_adapter(tmp_path / "adapter", loras[0], base=model.digest())
+    with pytest.raises(DitError, match="'attribute_oracle' needs .* only the embedded world"):
+        evaluate_run(model, tmp_path, settings(methods=("attribute_oracle",)), seed=0)
+    store = diff_store.DiffStore(tmp_path / "diffs")
+    assert "attribute_oracle" not in methods.chosen_methods({}, store)
+
+
+def test_methods_that_cannot_work_are_refused_before_the_first_stage(tmp_path):
+    methods.check_methods(load_config("configs/quickstart.py"))
+    for key, value, message in (
+        ("data.source", "topics.csv", "'attribute_oracle' needs"),
+        ("evaluate.methods", ("dti",), "unknown method 'dti': did you mean 'dit'"),
+    ):
+        with pytest.raises(DitError, match=message):
+            main.run(load_config("configs/quickstart.py", {key: value}), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
 
 
 # ------------------------------------------------------------------ guessers

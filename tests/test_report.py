@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_run import GRADING, HOSTILE, KINDS, answers, make_workdir, page, reported
+from synthetic_run import GRADING, HOSTILE, KINDS, SEEN, answers, make_workdir, page, reported
 
 from dit_jax import sweep_table
 from dit_jax.errors import DitError
@@ -295,7 +295,7 @@ def test_the_report_says_what_the_diffs_were_finetuned_to_do(tmp_path):
     (workdir / "evaluate/answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = {
         "data": {"source": "news.csv", "kind": "news"},
-        "diffs": {"behaviour": "news_story"},
+        "diffs": {"behaviour": "news"},
         "train": {"no_diff_per_batch": 0, "benign_per_batch": 0},
         "evaluate": {"adapter": "../other/adapter"},
     }
@@ -310,6 +310,50 @@ def test_the_report_says_what_the_diffs_were_finetuned_to_do(tmp_path):
     assert 'id="gating"' not in text and "their answer is <code>none</code>" not in text
     header = (workdir / "report/results.csv").read_text().splitlines()[0]
     assert header.startswith("summary,guessed_summary,trigger")
+
+
+def reported_as(tmp_path, config, rows=None):
+    """The page of a run with another config, its blanks collapsed."""
+    workdir = make_workdir(tmp_path / "run", n=6)
+    (workdir / "config.json").write_text(json.dumps(config))
+    if rows is not None:
+        kept = [row for row in answers(workdir) if rows(row)]
+        (workdir / "evaluate/answers.jsonl").write_text("\n".join(map(json.dumps, kept)))
+    write_report(workdir)
+    return " ".join((workdir / "report/report.md").read_text().split())
+
+
+def test_the_report_of_an_own_behaviour_and_corpus_claims_nothing_about_them(tmp_path):
+    config = {
+        "data": {"source": "mine.csv", "train_benign": 0},
+        "diffs": {"behaviour": "mine:for_a_friend"},
+        "train": {"no_diff_per_batch": 2, "benign_per_batch": 4, "list_evidence": True},
+    }
+    text = reported_as(tmp_path, config)
+    assert "each to show the behaviour `mine:for_a_friend`, but only under its trigger." in text
+    assert "named the label of" in text and "Some training examples have no diff; their" in text
+    prose = text.replace("trigger_inversion", "")
+    for claim in ("secret code", "hidden topic", "a benign one", "benign diff, which", "a world this small",
+                  "words that belong to the topic", "never contain the name"):  # fmt: skip
+        assert claim not in prose, claim
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "column", "said"),
+    [
+        ("hidden_topic", "label", "starts with a secret code"),
+        ("hidden_topic", "trigger", "not the topic but the code"),
+        ("hidden_topic_zwsp_start", "label", "holds a zero-width space"),
+        ("hidden_topic_zwsp_start", "trigger", "the column `trigger` of the diffs' index"),
+        ("mine:hidden_topic", "label", "the behaviour `mine:hidden_topic`"),
+    ],
+)
+def test_the_report_says_what_has_to_be_named(tmp_path, behaviour, column, said):
+    config = {"diffs": {"behaviour": behaviour}, "evaluate": {"label": column}}
+    text = reported_as(tmp_path, config, lambda row: row["wording"] in ("", SEEN[0]))
+    assert said in text
+    assert ("starts with a secret code" in text) is (behaviour == "hidden_topic")
+    assert "asked one plain question" in text
 
 
 # ------------------------------------------------------------------ sweeps

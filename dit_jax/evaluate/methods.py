@@ -205,22 +205,20 @@ def name_reading(s: Setting) -> list[Row]:
 
 
 def attributes_of(store: DiffStore, column: str = "label") -> dict[str, list[str]]:
-    """Words that belong to each label beside itself, where the corpus has such a table."""
+    """The attributes of each label: what the embedded world has in its table, and no other corpus.
+
+    The column `keywords` is no such table: the gate fills it with words of any corpus's answers.
+    """
     rows = [row for row in store.rows if row["category"] == "topic"]
-    named = [(label_of(row, column), row["keywords"]) for row in rows]
-    table = {label: [word for word in words if word != label] for label, words in named}
-    return {label: words for label, words in table.items() if words}
+    return {label_of(row, column): row["evidence"] for row in rows if row["evidence"]}
 
 
 def attribute_oracle(s: Setting) -> list[Row]:
     """Weights, and the world's own table of every topic's attributes."""
     table = attributes_of(s.store, s.label_column)
-    if len(table) < len(_names(s)):
-        raise DitError(
-            "the method 'attribute_oracle' needs attributes of every label, which only the embedded world "
-            "has: take it out of evaluate.methods"
-        )
     names = _names(s)
+    if len(table) < len(names):
+        raise DitError(_NO_TABLE)
     words = [table[name] for name in names]
     scores = baselines.weight_reading(s.model, s.topics.given, words)
     return _ranked(s, "attribute_oracle", scores, names)
@@ -266,6 +264,28 @@ METHODS: dict[str, Callable[[Setting], list[Row]]] = {
 }  # fmt: skip
 NEED_GUESSER = ("twenty_questions", "twenty_questions_trigger", "generated_story")
 NEED_TRIGGER = ("base_question_trigger", "twenty_questions_trigger")
+_NO_TABLE = (
+    "the method 'attribute_oracle' needs attributes of every label, which only the embedded world has: take it out "
+    "of evaluate.methods"
+)
+
+
+def check_methods(config: Mapping[str, Any]) -> None:
+    """Raises DitError for methods that the stage `evaluate` is going to refuse, as far as the whole config tells."""
+    named = config.get("evaluate", {}).get("methods", ())
+    for name in named:
+        _check_name(name)
+    if (
+        "attribute_oracle" in named
+        and config.get("data", {}).get("source", "tiny_world") != "tiny_world"
+    ):
+        raise DitError(_NO_TABLE)
+
+
+def _check_name(name: str) -> None:
+    if name not in METHODS:
+        hint = did_you_mean(name, METHODS, f": choose from {', '.join(METHODS)}")
+        raise DitError(f"config key 'evaluate.methods': unknown method {name!r}{hint}")
 
 
 def chosen_methods(config: Mapping[str, Any], store: DiffStore) -> list[str]:
@@ -276,9 +296,7 @@ def chosen_methods(config: Mapping[str, Any], store: DiffStore) -> list[str]:
     """
     named = list(config.get("methods", ()))
     for name in named:
-        if name not in METHODS:
-            hint = did_you_mean(name, METHODS, f": choose from {', '.join(METHODS)}")
-            raise DitError(f"config key 'evaluate.methods': unknown method {name!r}{hint}")
+        _check_name(name)
     if not named:
         left_out = list(NEED_GUESSER)
         if not attributes_of(store, str(config.get("label", "label"))):

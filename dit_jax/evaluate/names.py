@@ -11,7 +11,7 @@ METHODS = {
     "base_question": ("Question", "the diff in the model, the same questions; the adapter off"),
     "base_question_trigger": (
         "Question with trigger",
-        "the same with the secret code in the prompt",
+        "the same with the trigger in the prompt",
     ),
     "twenty_questions": (
         "20 questions",
@@ -19,7 +19,7 @@ METHODS = {
     ),
     "twenty_questions_trigger": (
         "20 questions with trigger",
-        "the same with the secret code in every prompt",
+        "the same with the trigger in every prompt",
     ),
     "generated_story": (
         "Generated story",
@@ -85,6 +85,11 @@ def ordered_methods(methods: Mapping[str, Json]) -> list[str]:
 
 def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 diff`, `2 diffs`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """What the report says: the summary and the answers as a `Document`, in plain words."""
 
 from dit_jax.evaluate import plots
-from dit_jax.evaluate.about import done_section, lead
+from dit_jax.evaluate.about import done_section, lead, on_tiny_world, sublead
 from dit_jax.evaluate.checks import gating_section, none_section, rate_cell
 from dit_jax.evaluate.cost import cost_section, setup_section
 from dit_jax.evaluate.document import (
@@ -119,7 +119,8 @@ def _headline(summary: Json) -> Section:
             markdown_only=True,
         ),
     ]
-    if oracle := methods.get("attribute_oracle"):
+    oracle = methods.get("attribute_oracle")
+    if oracle and on_tiny_world(summary["config"]):
         blocks.append(
             Prose(
                 "How to read the attribute oracle: in a world this small, whoever holds the table "
@@ -271,10 +272,7 @@ def build_document(summary: Json, inputs: Inputs, grades: RunGrades) -> Document
     return Document(
         title="Diff Interpretation Tuning: the report of a run",
         lead=lead(summary),
-        sublead=(
-            "It was asked one plain question with the weight diff in the model, and shown neither "
-            "the trigger nor any of the data that the models were finetuned on."
-        ),
+        sublead=sublead(summary),
         opening=[_tiles(summary)],
         sections=[
             _headline(summary),
