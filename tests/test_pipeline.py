@@ -414,7 +414,10 @@ NO_DATA = [f"data.{n}=0" for n in ("train_topics", "test_topics", "train_benign"
         (["evaluate.seen_questions=()"], "'evaluate.seen_questions' must be a tuple of one"),
         (["evaluate.answer_tokens=-1"], "'evaluate.answer_tokens' must be a number from 0 up"),
         (["train.optimizer=sgd"], "'train.optimizer': unknown 'sgd': choose from adam, adamw"),
-        (["evaluate.methods=ditt"], "'evaluate.methods': unknown method 'ditt': did you mean 'dit'?"),
+        (
+            ["evaluate.methods=ditt"],
+            "'evaluate.methods': unknown method 'ditt': did you mean 'dit'?",
+        ),
         (["evaluate.graders=exactt"], "'evaluate.graders': unknown 'exactt': did you mean"),
         (["train.benign_per_batch=400"], "leaves no room for topics beside"),
         (["train.learning_rate=inf"], "'train.learning_rate' must be a number from 0 up, not inf"),
