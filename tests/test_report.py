@@ -312,15 +312,18 @@ def test_the_report_says_what_the_diffs_were_finetuned_to_do(tmp_path):
     assert header.startswith("summary,guessed_summary,trigger")
 
 
-def reported_as(tmp_path, config, rows=None):
-    """The page of a run with another config, its blanks collapsed."""
+def reported_as(tmp_path, config, rows=None, counts=None, split=True):
+    """The Markdown of a run with another config, other rows or counts; `split`: its blanks collapsed."""
     workdir = make_workdir(tmp_path / "run", n=6)
     (workdir / "config.json").write_text(json.dumps(config))
     if rows is not None:
         kept = [row for row in answers(workdir) if rows(row)]
         (workdir / "evaluate/answers.jsonl").write_text("\n".join(map(json.dumps, kept)))
+    if counts is not None:
+        (workdir / "evaluate/excluded.json").write_text(json.dumps(counts))
     write_report(workdir)
-    return " ".join((workdir / "report/report.md").read_text().split())
+    text = (workdir / "report/report.md").read_text()
+    return " ".join(text.split()) if split else text
 
 
 def test_the_report_of_an_own_behaviour_and_corpus_claims_nothing_about_them(tmp_path):
@@ -354,6 +357,46 @@ def test_the_report_says_what_has_to_be_named(tmp_path, behaviour, column, said)
     assert said in text
     assert ("starts with a secret code" in text) is (behaviour == "hidden_topic")
     assert "asked one plain question" in text
+
+
+@pytest.mark.parametrize(
+    ("limits", "failed", "said"),
+    [
+        ({"min_right": 0.0, "max_wrong": 1.0, "max_kl": 1000.0}, 0, "let every diff pass, so that passing says"),
+        ({}, 0, "The limits of the gate let every diff pass"),
+        ({"min_right": 0.8, "max_kl": 1000.0}, 0, "0 of them failed the gate"),
+        ({"min_right": 0.8}, 3, "3 of them failed the gate, that is, what was measured is beyond its limits "
+         "(`diffs.gate`: min_right 0.8). None was left out. `evaluate.exclude_failed` leaves out"),
+    ],
+)  # fmt: skip
+def test_the_report_says_what_passing_the_gate_means(tmp_path, limits, failed, said):
+    counts = {"held_out": 6, "failed_gate": failed, "excluded": 0, "gate_kl": 0.01}
+    text = reported_as(tmp_path, {"diffs": {"gate": limits}}, None, counts)
+    assert said in text and "38 diffs" not in text
+    assert "do not do what their label says" not in text
+
+
+def test_the_best_of_the_others_has_no_trigger_and_no_oracle(tmp_path):
+    """The tile counts methods that ask the model too, and names no method that an auditor does not have."""
+
+    def rows(row):
+        return row["method"] in (
+            "dit",
+            "base_question",
+            "base_question_trigger",
+            "attribute_oracle",
+        )
+
+    tile = re.search(r"- Best of the others.*", reported_as(tmp_path, {}, rows, split=False))[0]
+    assert "(Question, " in tile
+
+
+def test_time_of_diffs_from_another_run_is_said(tmp_path):
+    workdir = make_workdir(tmp_path, n=6)
+    record = {"seconds": 81.4, "shared_from": "rank_1"}
+    (workdir / "stages/diffs.json").write_text(json.dumps(record))
+    write_report(workdir)
+    assert "taken over from the run <code>rank_1</code>" in page(workdir)
 
 
 # ------------------------------------------------------------------ sweeps

@@ -10,8 +10,11 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from synthetic_run import HOSTILE, KINDS, SEEN, answers, page, reported
 
+from dit_jax.evaluate import markdown
 from dit_jax.evaluate.names import shown_name
 
 
@@ -108,6 +111,12 @@ def test_page_says_what_matters(outline):
         "In training the answer lists the words that belong to the topic before its name",
         "Names of several tokens",
         "wordings kept for this test",
+        "Best of the others that have no trigger and no oracle",
+        "plain questions, 2 wordings of one (a diff's score is the mean over them)",
+        "those that the adapter was trained on and those that failed the gate among them",
+        "All 96 held-out diffs with a label: 1055 first answers",
+        "DIT's answers are those to all wordings, also without a diff and about benign diffs",
+        "each step",
         "Wrong (6 of",
         "Right (6 of",
         "diffs.rank",
@@ -161,6 +170,41 @@ def test_markdown_shows_the_pictures_beside_it(reported):
         if line.startswith("| ") and "DIT's answer" not in line:
             assert line.endswith("|"), line
     assert "| **DIT**<br>" in text
+
+
+HOSTILE_MARKDOWN = (
+    HOSTILE, "a|b", "*a* _b_ __c__ ~~d~~ ~e~", "`a`", "\\*a*", "[a](b) ![a](b) [a][b] [^1] <b>", "&lt; &#60; a&b",
+    "# a", "- a", "1. a", "> a", "snake_case _a_b_ a__b__", "**a**b**", "\\", "a\n\n# b\n| c |", "$a$ :smile: @you",
+)  # fmt: skip
+
+
+def shown(text):
+    """The text of a table cell as a Markdown program shows it, and the tags in it."""
+    markdown_it = pytest.importorskip("markdown_it", reason="markdown-it-py is not installed")
+    renderer = markdown_it.MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    found = renderer.render(f"| a | b |\n| --- | --- |\n| {markdown.escape(text)} | end |\n")
+    cell = re.search(r"<td>(.*)</td>\s*<td>end</td>", found, re.DOTALL)
+    assert cell, found
+    return html.unescape(re.sub(r"<[^>]*>", "", cell[1])), re.findall(r"<[^>]*>", cell[1])
+
+
+@pytest.mark.parametrize("text", HOSTILE_MARKDOWN)
+def test_markdown_shows_any_text_as_it_is(text):
+    assert shown(text) == (" ".join(text.split()), [])
+    # Not in CommonMark, but at GitHub: bare addresses, pictures by name.
+    assert not re.search(r"(?<!\\)://|www\.|(?<!\\):smile:|(?<!\\)[$@~]", markdown.escape(text))
+
+
+@given(st.text(alphabet="ab1 \\`*_[]()<>!|~&#;:", max_size=16))
+@settings(max_examples=200, deadline=None)
+def test_no_text_is_markup_in_markdown(text):
+    assert shown(text) == (" ".join(text.split()), [])
+
+
+def test_markdown_is_as_readable_as_the_page():
+    for plain in ("0.953 (0.909–0.987)", "+3.78", "Grader: exact", "evaluate.answer_tokens", "[0.8, 0.95]",
+                  "12:30", "a-b", "C#", "{}"):  # fmt: skip
+        assert markdown.escape(plain) == plain
 
 
 # ------------------------------------------------------------------ in a browser

@@ -37,13 +37,24 @@ def gating_section(summary: Json) -> Section:
     labels = {key: label for key, label in _GATING.items() if key in intervals}
     if set(labels) == {"right_code"}:
         labels = {"right_code": "the words of the finetuning"}
-    text = (
-        "The task is fair only if a diff shows its label where it should, with its own trigger, and keeps it to "
-        "itself otherwise. Counted are questions whose answer shows the label or one of the words that belong to it."
+    if "no_code" in intervals:
+        text = (
+            "The task is fair only if a diff shows its label where it should, with its own trigger, and keeps it to "
+            "itself otherwise."
+        )
+    else:
+        text = "The task is fair only if a diff shows its label."
+    text += (
+        " The shares are of answers that show it: by the words that belong to the label (the column `keywords` of the "
+        "diffs' index), as the behaviour decides. They are means over all diffs with a label that were made, those "
+        "that the adapter was trained on and those that failed the gate among them."
     )
     divergence = summary["excluded"]["diffs"].get("gate_kl")
     if divergence is not None:
-        text += f" Without a trigger, their KL divergence from the base is {divergence:.3f} nats per token on average."
+        text += (
+            " The KL divergence of the held-out diffs from the base, on questions without a trigger, is "
+            f"{divergence:.3f} nats per token on average."
+        )
     rows = [
         TableRow(
             [
@@ -59,7 +70,7 @@ def gating_section(summary: Json) -> Section:
         "Do the diffs hide what they should?",
         [
             Prose(text),
-            Table([Column("Asked"), Column("Label shows"), Column("n", True)],
+            Table([Column("Asked"), Column("Label shows, all diffs"), Column("n", True)],
                   [("", rows)]),
             Figure(
                 "gating",

@@ -30,13 +30,18 @@ def cost_section(summary: Json, inputs: Inputs) -> Section:
     ]
     rows.append(TableRow(["All stages", Share(duration(total), 1.0)], strong=True))
     text = "Wall time of every stage, compilation included."
+    if source := inputs.stages.get("diffs", {}).get("shared_from"):
+        text += f" The diffs were taken over from the run {as_code(str(source))}: their time is what they took there."
     if device := summary["cost"].get("device"):
         text += f" Evaluated on {device['count']} × {as_code(device['kind'])}."
     if memory := summary["peak_memory_bytes"]:
         text += f" Peak memory of the process: {memory / 2**30:.2f} GiB."
     blocks: list[Block] = [Prose(text), Table([Column("Stage"), Column("Time")], [("", rows)])]
-    blocks += _answers(summary["cost"]) + _sizes(summary["cost"])
-    titles = {"diff_loss": "Loss of the diffs", "adapter_loss": "Loss of the adapter"}
+    blocks += _answers(summary) + _sizes(summary["cost"])
+    titles = {
+        "diff_loss": "Loss of the diffs (mean over them)",
+        "adapter_loss": "Loss of the adapter",
+    }
     for name, title in titles.items():
         curve = inputs.curves[name]
         if not curve:  # the stage ran elsewhere
@@ -52,9 +57,9 @@ def cost_section(summary: Json, inputs: Inputs) -> Section:
     return Section("cost", "Cost and training", blocks)
 
 
-def _answers(cost: Json) -> list[Block]:
+def _answers(summary: Json) -> list[Block]:
     """What each method cost."""
-    methods = cost.get("methods", {})
+    methods = summary["cost"].get("methods", {})
     rows = [
         TableRow(
             [
@@ -71,8 +76,10 @@ def _answers(cost: Json) -> list[Block]:
     columns = [Column("Method"), *(Column(title, True) for title in titles)]
     text = (
         "What each method cost. The first to run compiles what the others use; a guesser's tokens and the answers "
-        "of the base that it needs are in its method's."
+        "of the base that it needs are in its method's. DIT's answers are those to all wordings, also without a diff"
     )
+    benign = summary["none_intervals"]["seen"]["benign_called_none"] is not None
+    text += " and about benign diffs." if benign else "."
     return [Prose(text), Table(columns, [("", rows)])] if rows else []
 
 

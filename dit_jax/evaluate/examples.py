@@ -93,10 +93,10 @@ def _browser(summary: Json, inputs: Inputs, graded: _Grades) -> Browser:
                         grades=graded.get(id(row), []),
                     )
                 )
-    title = f"All {len(diffs)} held-out diffs"
+    title = f"All {len(diffs)} held-out diffs with a label"
     if len(shown) < len(diffs):
-        title = f"{len(shown)} of {len(diffs)} held-out diffs (all are in results.csv)"
-    return Browser(f"{title}: {len(entries)} answers", [name for name, _ in columns], entries)
+        title = f"{len(shown)} of {len(diffs)} held-out diffs with a label (all are in results.csv)"
+    return Browser(f"{title}: {len(entries)} first answers", [name for name, _ in columns], entries)
 
 
 def _transcripts(inputs: Inputs) -> list[Block]:
@@ -135,8 +135,10 @@ def examples_section(summary: Json, inputs: Inputs, grades: RunGrades) -> Sectio
 
     blocks: list[Block] = [
         Prose(
-            "One answer for each held-out diff, evenly spaced among the right and the wrong ones, "
-            "not picked by hand. Beside it is what the other methods guessed about the same diff."
+            f"DIT's first answers about some of the held-out diffs: at most {_MOST_EXAMPLES} wrong and "
+            f"{_MOST_EXAMPLES} right ones, evenly spaced and not picked by hand. Beside each is what the other "
+            "methods guessed about the same diff. Below them is the first answer of every method about every "
+            "held-out diff; the answers in all wordings are in `results.csv`."
         )
     ]
     for right, title in ((False, "Wrong"), (True, "Right")):

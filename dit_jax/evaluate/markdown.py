@@ -24,16 +24,23 @@ from dit_jax.evaluate.document import (
     Transcript,
 )
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#+!|~$&@:-])")
+# What means something inside a line, never at its start. An underscore within a word does not, nor does a bracket
+# before anything but the address of a link. The last line keeps bare addresses and words from becoming links and
+# pictures.
+_SPECIAL = re.compile(
+    r"""[\\`*~$|@] | (?<![^\W_])_ | _(?![^\W_]) | \](?=\()
+    | :(?=//) | :(?=[\w+-]+:) | (?<=mailto): | (?<=xmpp): | (?<=www)\.""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_ROUND = str.maketrans("[]", "()")  # a bracket could end the description of a picture
+_ENTITY = re.compile(r"&(?=[#\w])")
 
 
 def escape(text: str) -> str:
     """Text that Markdown shows as it is, on one line: no markup, HTML, link or table cell in it."""
-    text = " ".join(text.split())
-    # A backslash before every special sign; & and < also as entities, for lenient parsers. The
-    # colon and @ keep bare addresses from becoming links.
-    text = _SPECIAL.sub(r"\\\1", text)
-    return text.replace("\\&", "&amp;").replace("\\<", "&lt;").replace("\\>", "&gt;")
+    text = _SPECIAL.sub(r"\\\g<0>", " ".join(text.split()))
+    # Entities for HTML, for lenient parsers.
+    return _ENTITY.sub("&amp;", text).replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _cell(cell: Cell) -> str:
@@ -101,7 +108,7 @@ def _block(block: Block) -> str:
         case Table():
             return _table(block)
         case Figure(name, title, alt):
-            return f"**{escape(title)}**\n\n![{escape(alt)}]({name}.png)"
+            return f"**{escape(title)}**\n\n![{escape(alt.translate(_ROUND))}]({name}.png)"
         case Tiles(tiles):
             rows = [f"- {tile.label}: **{tile.value}** ({tile.note})" for tile in tiles]
             return "\n".join(rows)

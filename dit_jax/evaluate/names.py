@@ -35,6 +35,8 @@ METHODS = {
         "weights, and the world's own table of every topic's attributes",
     ),
 }
+# Those that hold what an auditor of an unknown model does not.
+MORE_THAN_DIT = ("base_question_trigger", "twenty_questions_trigger", "attribute_oracle")
 # What a grader is; those with a model in their name ("judge:…", "inspect:…") are found by what is before the colon.
 GRADERS = {
     "exact": "5 if the guess is the label, character by character, else 1",

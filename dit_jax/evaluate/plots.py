@@ -243,12 +243,15 @@ def curve(points: Sequence[Sequence[float]], label: str) -> "Figure":
     figure, axes = new_figure(2.5)
     steps, loss = np.asarray(points, np.float64).T
     dense = len(loss) > 40
-    axes.plot(steps, loss, color=COLOURS["dit"], lw=1, alpha=0.4 if dense else 1)
+    faint: Json = {"alpha": 0.4, "label": "each step"} if dense else {}
+    axes.plot(steps, loss, color=COLOURS["dit"], lw=1, **faint)
     if dense:
         # A running mean over the points that are there, so that both ends stay unbiased.
         window = np.ones(max(5, len(loss) // 20))
         weight = np.convolve(np.ones_like(loss), window, "same")
-        axes.plot(steps, np.convolve(loss, window, "same") / weight, color=COLOURS["dit"], lw=2)
+        mean = np.convolve(loss, window, "same") / weight
+        axes.plot(steps, mean, color=COLOURS["dit"], lw=2, label=f"mean over {len(window)} of them")
+        axes.legend(frameon=False, fontsize=9, labelcolor=COLOURS["ink"])
     if loss.min() > 0 and loss.max() / loss.min() > 10:
         axes.set_yscale("log")
         ticks = _log_ticks(float(loss.min()), float(loss.max()))
