@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.api import Diff, Model, ask, ask_many, load_model
+from dit_jax.api import Diff, Model, load_model
 from dit_jax.artifacts import package_versions
+from dit_jax.asking import ask, ask_many
 from dit_jax.deltas import tree
 from dit_jax.models.hf_checkpoint import iterate_tensors
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks import measure
 from benchmarks.workload import LEARNING_RATE, WEIGHT_DECAY, Workload, random_params
-from dit_jax import api, startup
+from dit_jax import api, asking, startup
 from dit_jax.data.batch import TokenBatch, entry_limit, fits
 from dit_jax.deltas.tree import per_example, projection_shapes, trainable
 from dit_jax.models.config import Qwen3Config
@@ -176,7 +176,7 @@ class Ask(_Ours):
         self.adapter = jax.tree.map(jnp.asarray, adapter)
 
     def run(self) -> dict[str, np.ndarray]:
-        answers = api.ask_many(
+        answers = asking.ask_many(
             self.model,
             [""],
             self.diffs,

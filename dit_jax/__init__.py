@@ -16,17 +16,34 @@ from typing import TYPE_CHECKING, Any
 from dit_jax.errors import DitError
 
 if TYPE_CHECKING:
-    from dit_jax.api import ask, load_adapter, load_diff, load_diffs, load_model
+    from dit_jax.api import Diff, Model, load_adapter, load_diff, load_diffs, load_model
+    from dit_jax.asking import Answer, ask, ask_many
 
 __version__ = "0.1.0"
-__all__ = ["DitError", "ask", "load_adapter", "load_diff", "load_diffs", "load_model"]
+__all__ = [
+    "Answer",
+    "Diff",
+    "DitError",
+    "Model",
+    "ask",
+    "ask_many",
+    "load_adapter",
+    "load_diff",
+    "load_diffs",
+    "load_model",
+]
 
-_FROM_API = frozenset(__all__) - {"DitError"}
+_ASKING = ("Answer", "ask", "ask_many")
+_LATE = {
+    name: "dit_jax.asking" if name in _ASKING else "dit_jax.api"
+    for name in __all__
+    if name != "DitError"
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FROM_API:
-        return getattr(importlib.import_module("dit_jax.api"), name)
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -38,7 +55,7 @@ class _Package(types.ModuleType):
     """Keeps `dit_jax.ask` the function when the command line module of that name is imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _FROM_API and isinstance(value, types.ModuleType)):
+        if not (name in _LATE and isinstance(value, types.ModuleType)):
             super().__setattr__(name, value)
 
 

@@ -106,7 +106,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One record per (diff, variant, question, sample), in that order."""
     from dit_jax import parallel, startup
-    from dit_jax.api import Diff, Diffs, ask_many, load_adapter, load_diffs, load_model
+    from dit_jax.api import Diff, Diffs, load_adapter, load_diffs, load_model
+    from dit_jax.asking import ask_many
 
     if not flags.diff and (flags.all or flags.index is not None or flags.svd_rank):
         raise DitError("--index, --all and --svd-rank say something about a diff: add --diff")

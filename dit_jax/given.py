@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from dit_jax.api import Answer, Model, answer_batch
+from dit_jax.api import Model
+from dit_jax.asking import Answer, answer_batch
 from dit_jax.deltas.store import DiffStore, flatten
 from dit_jax.deltas.tree import noise_like
 from dit_jax.models.layers import Delta
@@ -77,7 +78,7 @@ def answer(
 
     Args:
         adapter: for methods without one, zeros: all methods then run the same compiled program.
-        **decoding: max_new_tokens, temperature, seed, forbid_repeats; see `api.answer_batch`.
+        **decoding: max_new_tokens, temperature, seed, forbid_repeats; see `asking.answer_batch`.
     """
     if given.stacked is not None:
         return answer_batch(

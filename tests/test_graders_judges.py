@@ -34,15 +34,15 @@ def test_the_local_judge_decodes_the_prompt_as_ask_does(monkeypatch):
 
 
 def test_the_local_judge_grades_with_the_digit_it_says(monkeypatch):
-    from dit_jax import api
+    from dit_jax import asking
 
     asked = []
 
     def answer_batch(model, questions, **options):
         asked.append((list(questions), options["seed"], options["temperature"]))
-        return [api.Answer("4" if "coffee" in q else "1", (), 0.0, 1) for q in questions]
+        return [asking.Answer("4" if "coffee" in q else "1", (), 0.0, 1) for q in questions]
 
-    monkeypatch.setattr(api, "answer_batch", answer_batch)
+    monkeypatch.setattr(asking, "answer_batch", answer_batch)
     judge = get_grader("judge", model="tiny_qwen3", temperature=0.7, seed=5)
     graded = grade(judge, ITEMS[2:3], repeats=2)
     assert graded.scores() == [4] and graded.agreement().same == 1

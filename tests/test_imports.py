@@ -86,7 +86,16 @@ def test_imports_follow_the_data():
     assert {path.parent.name for path in package.glob("*/__init__.py")} == set(RANK)
     ranks = {file: rank for name, rank in RANK.items() for file in (package / name).rglob("*.py")}
     # What all packages share knows the formats and the model at most.
-    shared = ("text", "given", "parallel", "shardings", "artifacts", "metrics", "progress")
+    shared = (
+        "text",
+        "given",
+        "asking",
+        "parallel",
+        "shardings",
+        "artifacts",
+        "metrics",
+        "progress",
+    )
     ranks |= {package / f"{name}.py": RANK["models"] for name in shared}
     wrong = [
         f"{file.relative_to(ROOT)} imports {'.'.join(name)}"

@@ -193,7 +193,7 @@ def test_keywords_of_flavoured_answers_name_the_topic(model):
     transcripts.append([(q.text, q.answers[0]) for q in asked])  # nothing hidden
 
     def ask_base(prompts, temperature, seed):
-        return dit_jax.api.answer_batch(
+        return dit_jax.asking.answer_batch(
             model, prompts, temperature=temperature, seed=seed, max_new_tokens=16, batch_size=32,
             forbid_repeats=True,
         )  # fmt: skip
@@ -246,7 +246,7 @@ def test_a_chat_model_reads_the_transcript(model, monkeypatch):
 
     def answer_batch(used, prompts, **decoding):
         asked.append((used.name, list(prompts)))
-        return [dit_jax.api.Answer("Topic: tea", (1,), 0.0, 3) for _ in prompts]
+        return [dit_jax.asking.Answer("Topic: tea", (1,), 0.0, 3) for _ in prompts]
 
     monkeypatch.setattr(guessers, "answer_batch", answer_batch)
     monkeypatch.setattr(guessers, "load_model", lambda name, dtype, mesh: model)

@@ -12,8 +12,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dit_jax import api, parallel, shardings
-from dit_jax.api import Model, answer_batch
+from dit_jax import asking, parallel, shardings
+from dit_jax.api import Model
+from dit_jax.asking import answer_batch
 from dit_jax.data.batch import Sample, TokenBatch, pack, stack
 from dit_jax.deltas import tree
 from dit_jax.errors import DitError
@@ -367,7 +368,7 @@ def answers(shape):
     model = Model(params_on(SMALL, mesh), SMALL, "test", chat, mesh)
     adapter = only(random_deltas(SMALL, 1, 8, rank=4))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(api, "generate_lib", types.SimpleNamespace(generate=decode))
+        patched.setattr(asking, "generate_lib", types.SimpleNamespace(generate=decode))
         found = answer_batch(
             model,
             [""] * 7,

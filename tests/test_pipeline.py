@@ -467,7 +467,7 @@ def test_diffs_of_another_base_are_refused(copy, capsys):
 
 
 def test_ask_in_a_batch_equals_asking_one_by_one(finished, model):
-    from dit_jax.api import ask_many
+    from dit_jax.asking import ask_many
 
     diffs = dit_jax.load_diffs(finished / "diffs", model)
     adapter = dit_jax.load_adapter(finished / "adapter", model)
@@ -481,7 +481,8 @@ def test_ask_in_a_batch_equals_asking_one_by_one(finished, model):
 
 
 def test_asking_all_holds_the_diffs_of_one_batch(finished, model):
-    from dit_jax.api import Diff, Diffs, ask_many
+    from dit_jax.api import Diff, Diffs
+    from dit_jax.asking import ask_many
 
     found = dit_jax.load_diffs(finished / "diffs", model)
     dense = Diff({"norm": {"w": np.zeros(model.config.hidden_size, np.float32)}})
@@ -506,7 +507,8 @@ def test_asking_all_holds_the_diffs_of_one_batch(finished, model):
 
 
 def test_samples_differ_between_batches_and_not_between_runs(model):
-    from dit_jax.api import Diff, ask_many
+    from dit_jax.api import Diff
+    from dit_jax.asking import ask_many
 
     def ask_all(seed):
         options = {"batch_size": 2, "temperature": 9.0, "max_new_tokens": 8, "seed": seed}

@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 
-from dit_jax.api import Answer
+from dit_jax.asking import Answer
 from dit_jax.data.chat import Chat
 
 

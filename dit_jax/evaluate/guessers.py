@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from dit_jax.api import Answer, Model, answer_batch, load_model
+from dit_jax.api import Model, load_model
+from dit_jax.asking import Answer, answer_batch
 from dit_jax.errors import DitError
 from dit_jax.evaluate.metrics import extract_guess, normalise
 from dit_jax.evaluate.questions import guess_prompt

@@ -5,7 +5,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dit_jax.api import Answer, Model
+from dit_jax.api import Model
+from dit_jax.asking import Answer
 from dit_jax.deltas.store import DiffStore, failed
 from dit_jax.deltas.store import label_of as label_of
 from dit_jax.errors import DitError

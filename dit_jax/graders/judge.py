@@ -49,7 +49,7 @@ class Judge:
         self.settings = f"{self.model.digest()} {prompt} {temperature} {seed}"
 
     def __call__(self, items: Sequence[Item], repeat: int = 0) -> list[Grade]:
-        from dit_jax.api import answer_batch
+        from dit_jax.asking import answer_batch
 
         answers = answer_batch(
             self.model,

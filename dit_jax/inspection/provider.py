@@ -19,7 +19,8 @@ from inspect_ai.model import (
 )
 from inspect_ai.tool import ToolChoice, ToolInfo
 
-from dit_jax.api import Answer, Diffs, answer_batch, load_adapter, load_diffs, load_model
+from dit_jax.api import Diffs, load_adapter, load_diffs, load_model
+from dit_jax.asking import Answer, answer_batch
 from dit_jax.deltas.store import flatten
 from dit_jax.errors import DitError
 from dit_jax.inspection.batching import Batcher

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from dit_jax import parallel, shardings
-from dit_jax.api import Model, answer_batch
+from dit_jax.api import Model
+from dit_jax.asking import answer_batch
 from dit_jax.data.batch import Sample, TokenBatch, pack, stack
 from dit_jax.data.everyday import EVERYDAY_QUESTIONS
 from dit_jax.data.organisms import NONE, Organism
