@@ -21,8 +21,8 @@ from dit_jax import parallel, shardings
 from dit_jax.artifacts import base_digest
 from dit_jax.data.chat import Chat, load_chat
 from dit_jax.deltas.names import check_fits, check_shapes, svd_error
-from dit_jax.errors import DitError
-from dit_jax.models.config import DTYPES, NAMED_CONFIGS, Qwen3Config, read_config
+from dit_jax.errors import DitError, did_you_mean
+from dit_jax.models.config import COMPUTE, DTYPES, NAMED_CONFIGS, Qwen3Config, read_config
 from dit_jax.models.hf_checkpoint import find_folder, generation_eos, load_params
 from dit_jax.models.layer_views import as_program_takes, keep_on_host
 from dit_jax.models.layers import Delta, Deltas
@@ -31,7 +31,7 @@ from dit_jax.models.qwen3 import Params, forward, init_params, unembed
 PathLike = str | pathlib.Path
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """A base model: parameters (docs/architecture.md), architecture, and its chat format (None: no tokenizer).
 
@@ -39,10 +39,10 @@ class Model:
     accelerator with unrolled layers `params` stay on the host, and the device holds `program_params`.
     """
 
-    params: Params
+    params: Params = dataclasses.field(repr=False)
     config: Qwen3Config
     name: str
-    chat_or_none: Chat | None = None
+    chat_or_none: Chat | None = dataclasses.field(default=None, repr=False)
     mesh: Mesh | None = None
 
     @property
@@ -90,12 +90,18 @@ def load_model(
             model), or "random:qwen3-4b" (that shape with random weights and no tokenizer, for benchmarks).
         dtype: of the weights and of the computation, "float32" or "bfloat16".
         mesh: split the weights over these devices (`parallel.make_mesh`); they go there leaf by leaf.
-        **compute: fields of `Qwen3Config` that say how to compute: scan_layers, remat, attention.
+        **compute: fields of `Qwen3Config` that say how to compute (`COMPUTE`): scan_layers, remat, attention.
 
     Raises:
-        DitError: no such model, one that this program does not compute exactly, or a way to compute that this
-            platform does not have.
+        DitError: no such model, one that this program does not compute exactly, another keyword, or a way to compute
+            that this platform does not have.
     """
+    for option in compute:
+        if option not in COMPUTE:  # another field would make another model
+            known = f": how to compute is said by {', '.join(COMPUTE)}"
+            raise DitError(
+                f"load_model has no option {option!r}{did_you_mean(option, COMPUTE, known)}"
+            )
     if dtype not in DTYPES:
         raise DitError(f"unknown dtype {dtype!r}: choose from {', '.join(DTYPES)}")
     name = str(path_or_hf_id)
@@ -124,11 +130,11 @@ def load_model(
     return Model(params, config, name, chat, mesh)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Diff:
     """A weight diff: `delta` (docs/architecture.md), what it is known to do, and where it came from."""
 
-    delta: Delta
+    delta: Delta = dataclasses.field(repr=False)
     label: str | None = None
     trigger: str | None = None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -170,6 +176,7 @@ def load_diffs(path: PathLike, model: Model, svd_rank: int | None = None) -> Dif
     from dit_jax.deltas.detect import open_diffs
     from dit_jax.deltas.store import DiffStore
 
+    path = os.path.expanduser(path)
     if _is_own(path, "diff_store"):
         if svd_rank is not None:
             raise svd_error(path)
@@ -210,6 +217,7 @@ def load_adapter(path: PathLike, model: Model) -> Delta:
     """
     from dit_jax.deltas.detect import open_adapter
 
+    path = os.path.expanduser(path)
     if not _is_own(path, "adapter"):
         raw = open_adapter(path, model.config, model.params)
         return shardings.put_delta(model.config, model.mesh, raw.delta)
