@@ -1,5 +1,8 @@
 """Deltas: applied functionally = merged into the weights; any number at once; nothing leaks between rows."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,8 @@ from test_qwen3 import TINY, logits, random_lora
 import dit_jax
 from dit_jax.deltas import tree
 from dit_jax.deltas.factors import fuse
-from dit_jax.models.qwen3 import init_params
+from dit_jax.models.generate import generate
+from dit_jax.models.qwen3 import forward, init_params
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +120,53 @@ def test_unknown_projections_and_ranks_are_refused():
         tree.init_lora(TINY, jax.random.key(0), 1, projections=("q_porj",))
     with pytest.raises(dit_jax.DitError, match="rank"):
         tree.init_lora(TINY, jax.random.key(0), 0)
+
+
+def nested(path, value):
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return value
+
+
+PROJECTION = random_lora(TINY, 1)["layers"]["mlp"]["up_proj"]
+NOT_OF_THE_MODEL = {
+    "a misspelt module": (nested("layers.mlpp.up_proj", PROJECTION), "layers.mlpp.up_proj"),
+    "without `layers`": (nested("mlp.up_proj", PROJECTION), "mlp.up_proj"),
+    "a head where it is tied": (nested("lm_head.w", np.zeros((32, 97))), "lm_head"),
+    "a LoRA of a norm": (nested("layers.input_layernorm", PROJECTION), "layers.input_layernorm"),
+    "too few layers": (
+        nested("layers.mlp.up_proj", jax.tree.map(lambda x: x[:2], PROJECTION)),
+        "layers.mlp.up_proj has the shapes",
+    ),
+    "another width": (nested("norm.w", np.zeros(31, np.float32)), "norm has the shapes"),
+    "one per example of another batch": (
+        nested("layers.mlp.up_proj", jax.tree.map(lambda x: jnp.stack([x] * 2, 1), PROJECTION)),
+        "layers.mlp.up_proj has the shapes",
+    ),
+    "no scale": (tree.trainable(random_lora(TINY, 1)), "has no `scale`"),
+    "a number": (nested("norm.w", 1), "norm"),
+    "an array": (np.zeros(3, np.float32), "a delta is a dict of modules"),
+}
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("what", NOT_OF_THE_MODEL)
+def test_a_delta_that_is_not_one_of_the_model_is_refused(params, tokens, what, scan):
+    """Left out without a word, its answers would be those of the base."""
+    config = dataclasses.replace(TINY, scan_layers=scan)
+    delta, message = NOT_OF_THE_MODEL[what]
+    with pytest.raises(dit_jax.DitError, match=re.escape(message)):
+        forward(params, config, tokens, deltas=(random_lora(TINY, 2), delta))
+    with pytest.raises(dit_jax.DitError, match=re.escape(message)):
+        mask = jnp.ones_like(tokens, bool)
+        generate(params, config, tokens, mask, deltas=(delta,), max_new_tokens=2)
+
+
+def test_checking_a_delta_takes_its_shapes_alone(params):
+    """So that programs are compiled ahead, and a wrong delta costs no computation."""
+    lower = jax.jit(lambda p, t, d: forward(p, TINY, t, deltas=(d,))).lower
+    shapes = jax.eval_shape(lambda: random_lora(TINY, 1))
+    tokens = jax.ShapeDtypeStruct((2, 5), jnp.int32)
+    lower(params, tokens, shapes)
+    with pytest.raises(dit_jax.DitError, match="no `scale`"):
+        lower(params, tokens, tree.trainable(shapes))

@@ -241,16 +241,14 @@ def test_factors_are_made_ready_for_all_layers_at_once():
     done = ready(deltas, jnp.bfloat16)
     module = deltas[0]["layers"]["mlp"]["up_proj"]
     found = done[0]["layers"]["mlp"]["up_proj"]
-    assert set(found) == {"a", "b"} and found["a"].dtype == found["b"].dtype == jnp.bfloat16
+    assert found.scale is None and found.a.dtype == found.b.dtype == jnp.bfloat16
     expected = module["b"] * module["scale"][:, None, None]
-    np.testing.assert_array_equal(found["b"], expected.astype(jnp.bfloat16))
-    again = ready(done, jnp.bfloat16)
-    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), done, again))
+    np.testing.assert_array_equal(found.b, expected.astype(jnp.bfloat16))
     # One per example keeps its scale: folded in, an adapter's step of 8B at 512 examples did not compile for a TPU.
     each = jax.tree.map(lambda x: jnp.stack([x, 2 * x], axis=1), deltas[0])
     own = ready((each,), jnp.bfloat16)[0]["layers"]["mlp"]["up_proj"]
-    assert set(own) == {"a", "b", "scale"} and own["scale"].shape == (TINY.num_hidden_layers, 2)
-    assert {x.dtype for x in own.values()} == {jnp.dtype(jnp.bfloat16)}
+    assert own.scale.shape == (TINY.num_hidden_layers, 2)
+    assert {x.dtype for x in own} == {jnp.dtype(jnp.bfloat16)}
     params = init_params(config, jax.random.key(0))
     tokens = jnp.ones((1, 4), jnp.int32)
     jaxpr = jax.make_jaxpr(lambda d: forward(params, config, tokens, deltas=d))(deltas)

@@ -7,7 +7,7 @@ other programs put in front (`base_model.model.`, `language_model.`) are underst
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -123,32 +123,51 @@ def check_shapes(delta: Delta, config: Qwen3Config, what: str) -> None:
 
     The leaves may be arrays or `jax.ShapeDtypeStruct`s of what is still to be read.
     """
+    if not jax.tree.leaves(delta):
+        raise DitError(f"{what} changes nothing: check that it is a weight diff for this model")
+    check_modules(delta, config, what)
+
+
+def check_modules(delta: Delta, config: Qwen3Config, what: str, batch: int | None = None) -> None:
+    """`check_shapes` for deltas that may change nothing. What a delta calls otherwise would never be applied.
+
+    Args:
+        batch: projections may also hold one change for each of so many examples, on axis 1.
+    """
+    if not isinstance(delta, Mapping):
+        raise DitError(
+            f"{what} is of type {type(delta).__name__}: a delta is a dict of modules (docs/architecture.md)"
+        )
     found: dict[Path, dict[str, tuple[int, ...]]] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(delta)[0]:
-        *parts, name = (key.key for key in keys)
-        found.setdefault(tuple(parts), {})[name] = tuple(leaf.shape)
-        if leaf.dtype.name not in FLOATS:
-            raise DitError(
-                f"{what}: {'.'.join(parts)}.{name} holds {leaf.dtype.name} instead of floats"
-            )
-    if not found:
-        raise DitError(f"{what} changes nothing: check that it is a weight diff for this model")
+        *parts, name = (str(getattr(key, "key", key)) for key in keys)
+        found.setdefault(tuple(parts), {})[name] = np.shape(leaf)
+        kind = leaf.dtype.name if hasattr(leaf, "dtype") else type(leaf).__name__
+        if kind not in FLOATS:
+            raise DitError(f"{what}: {'.'.join(parts)}.{name} holds {kind} instead of float arrays")
     known = weight_paths(config)
     for path, shapes in found.items():
         module = ".".join(path)
         if path not in known:
             raise DitError(f"{what} changes {short(module)}, which is no weight of this model")
-        layers = (config.num_hidden_layers,) if path[0] == "layers" else ()
+        lead = (config.num_hidden_layers,) if path[0] == "layers" else ()
         weight = weight_shape(path, config)
-        wanted = {"w": (*layers, *weight)}
+        if is_projection(path) and batch is not None and max(map(len, shapes.values())) == 4:
+            lead = (*lead, batch)
+        wanted = {"w": (*lead, *weight)}
         if "w" not in shapes and is_projection(path):
-            rank = shapes.get("b", (0, 0))[1:2]
-            wanted = {"a": (*layers, weight[0], *rank), "b": (*layers, *rank, weight[1])}
-            wanted["scale"] = layers
+            if set(shapes) == {"a", "b"}:
+                raise DitError(
+                    f"{what}: {module} has no `scale` beside its factors: put it back "
+                    "(dit_jax.deltas.tree.with_scale)"
+                )
+            rank = shapes.get("b", (0, 0))[-2:-1]
+            wanted = {"a": (*lead, weight[0], *rank), "b": (*lead, *rank, weight[1])}
+            wanted["scale"] = lead
         if shapes != wanted:
             raise DitError(f"{what}: {module} has the shapes {shapes}, this model needs {wanted}")
         if "b" in shapes:
-            check_rank(shapes["b"][1], weight[0], weight[1], module, what)
+            check_rank(shapes["b"][-2], weight[0], weight[1], module, what)
 
 
 def check_fits(delta: Delta, config: Qwen3Config, what: str) -> None:

@@ -68,9 +68,12 @@ def generate(
 
     Returns:
         A `Generation`; its logprobs are those of the model at temperature 1, whatever the temperature.
+
+    Raises:
+        DitError: a delta that is not one of this model.
     """
     batch, length = tokens.shape
-    deltas = ready_deltas(deltas, config)
+    deltas = ready_deltas(deltas, config, batch)
     cache = init_cache(config, batch, length + max_new_tokens)
     with jax.named_scope("prefill"):
         hidden, cache = forward_cached(params, config, tokens, mask.astype(bool), cache, deltas)

@@ -5,7 +5,7 @@ Einsum letters: B batch, T length, D d_model, N heads, K kv heads, H head_dim, F
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,27 +21,33 @@ Delta = Mapping[str, Any]
 Deltas = Sequence[Delta]
 
 
+class Lora(NamedTuple):
+    """LoRA factors as a layer takes them (`ready`), in the compute dtype; scale [B]: one LoRA per example."""
+
+    a: jax.Array
+    b: jax.Array
+    scale: jax.Array | None
+
+
 def pick(deltas: Deltas, name: str) -> tuple[Delta, ...]:
     """What each delta holds for the sub-module `name`; deltas that leave it alone drop out."""
     return tuple(delta[name] for delta in deltas if name in delta)
 
 
 def ready(deltas: Deltas, dtype: Any) -> Deltas:
-    """Stacked deltas as the layers take them: LoRA factors in the compute dtype, a shared one's scale inside its `b`.
+    """Stacked deltas as the layers take them: each LoRA a `Lora`, a shared one's scale inside its `b`.
 
     Done to the stacked factors of all layers at once: done in every layer these are dozens of kernels more, and in a
-    decoding loop again for each token. What is ready stays as it is.
+    decoding loop again for each token.
     """
 
     def one(node: Any) -> Any:
         if "a" in node:
-            a, b, scale = node["a"], node["b"], node.get("scale")
-            if scale is None:
-                return {"a": a.astype(dtype), "b": b.astype(dtype)}
+            a, b, scale = node["a"], node["b"], node["scale"]
             # One per example: folded in as well, a TPU's compiler makes a fusion that it cannot place.
             if a.ndim == 4:  # [L, B, in, R]
-                return {name: node[name].astype(dtype) for name in ("a", "b", "scale")}
-            return {"a": a.astype(dtype), "b": (b * scale[..., None, None]).astype(dtype)}
+                return Lora(a.astype(dtype), b.astype(dtype), scale.astype(dtype))
+            return Lora(a.astype(dtype), (b * scale[..., None, None]).astype(dtype), None)
         return {name: one(x) if isinstance(x, Mapping) else x for name, x in node.items()}
 
     return tuple(one(delta) for delta in deltas)
@@ -91,13 +97,13 @@ class Linear(nn.Module):
             "kernel", init, (x.shape[-1], self.features), self.param_dtype
         )
         for delta in deltas:
-            if "w" in delta and delta["w"].ndim == 2:
+            if not isinstance(delta, Lora) and delta["w"].ndim == 2:
                 kernel = kernel + delta["w"].astype(kernel.dtype)
         # The residual axis is whole where it is used: each example, and each LoRA, sees all of it.
         inner, outer = (None if axis == "embed" else axis for axis in self.axes)
         y = _matmul(x, constrain(kernel.astype(self.dtype), inner, outer, units=self.units))
         for delta in deltas:
-            if "a" in delta:
+            if isinstance(delta, Lora):
                 y = y + lora(x, delta, (inner, outer), self.units)
             elif delta["w"].ndim == 3:  # [B, in, out]: one for each example
                 w = constrain(delta["w"].astype(self.dtype), FREE, inner, outer, units=self.units)
@@ -105,16 +111,16 @@ class Linear(nn.Module):
         return checkpoint_name(constrain(y, FREE, FREE, outer, units=self.units), PROJECTION)
 
 
-def lora(x: jax.Array, delta: Delta, axes: tuple[str | None, str | None], units: int) -> jax.Array:
-    """scale · (x a) b for one `ready` LoRA shared by the batch (a: [in, R]) or one per example (a: [B, in, R])."""
-    a, b = delta["a"], delta["b"]
+def lora(x: jax.Array, delta: Lora, axes: tuple[str | None, str | None], units: int) -> jax.Array:
+    """scale · (x a) b for one LoRA shared by the batch (a: [in, R]) or one per example (a: [B, in, R])."""
+    a, b, scale = delta
     batch = (FREE,) * (a.ndim - 2)
     a = constrain(a, *batch, axes[0], None, units=units)
     b = constrain(b, *batch, None, axes[1], units=units)
-    if a.ndim == 2:
+    if scale is None:
         xa = checkpoint_name(_down(x.reshape(-1, x.shape[-1]), a), PROJECTION)
         return (xa @ b).reshape(*x.shape[:-1], b.shape[-1])
-    xa = checkpoint_name(_down(x, a) * delta["scale"][:, None, None], PROJECTION)
+    xa = checkpoint_name(_down(x, a) * scale[:, None, None], PROJECTION)
     return jnp.einsum("BTR,BRF->BTF", xa, b)
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.deltas.names import check_modules
 from dit_jax.models import attention as attention_lib
 from dit_jax.models import head
 from dit_jax.models.attention import Segments
@@ -170,7 +171,7 @@ class Block(nn.Module):
 
 
 class Qwen3(nn.Module):
-    """Token ids [B, T] -> final hidden states [B, T, D], or [B, P, D] at `queries`.
+    """Token ids [B, T] and `ready_deltas` -> final hidden states [B, T, D], or [B, P, D] at `queries`.
 
     The head is a function of its own, see `unembed`.
     """
@@ -198,7 +199,6 @@ class Qwen3(nn.Module):
             # Declared here, used by `unembed`: one place says what the parameters are.
             _Table(c.hidden_size, c.vocab_size, init, "kernel", dtype, name="lm_head")()
         x = constrain(embedding, "vocab", None)[tokens].astype(dtype)
-        deltas = ready_deltas(deltas, c)
         for delta in pick(deltas, "embed_tokens"):
             x = x + delta["w"][tokens].astype(dtype)
         x = constrain(x, FREE, FREE, None)
@@ -240,7 +240,7 @@ class Qwen3(nn.Module):
         context: Context,
         queries: Queries | None,
     ) -> tuple[jax.Array, Any]:
-        """The same function, of `ready_deltas`; the last layer answers the queries alone."""
+        """The same function; the last layer answers the queries alone."""
         c = self.config
         layers = cut_layers(self.variables["params"]["layers"], c)
         last = c.num_hidden_layers - 1
@@ -259,11 +259,14 @@ class Qwen3(nn.Module):
         return x, kv
 
 
-def ready_deltas(deltas: Deltas, config: Qwen3Config) -> Deltas:
-    """The deltas as the model takes them (`layers.ready`), cut into layers where those are unrolled.
+def ready_deltas(deltas: Deltas, config: Qwen3Config, batch: int) -> Deltas:
+    """Deltas for a batch of so many rows as the layers take them (`layers.ready`), cut where layers are unrolled.
 
-    Every call of the model does it; a loop of calls does it once, before. What is ready stays as it is.
+    Raises:
+        DitError: a delta that is not one of this model: what no layer asks for would be left out without a word.
     """
+    for i, delta in enumerate(deltas):
+        check_modules(delta, config, f"deltas[{i}]", batch)
     done = ready(deltas, config.dtype)
     if config.scan_layers:
         return done
@@ -312,6 +315,9 @@ def forward(
         segments: rows hold several texts side by side that do not see each other, of so many (tokens, positions)
             each; `lengths` is then [B, segments]. None: one text in each row.
         position: [B, P] positions in their segments whose hidden states are returned; without a mask only.
+
+    Raises:
+        DitError: a delta that is not one of this model.
     """
     batch, length = tokens.shape
     if mask is not None and not (lengths is None and segments is None and position is None):
@@ -338,6 +344,7 @@ def forward(
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         see = attention_lib.causal_mask(None, length) & mask[:, None, :]
         context = Context(positions, None, see, None)
+    deltas = ready_deltas(deltas, config, batch)
     with precision(config.dtype):
         model = Qwen3(config, segments)
         hidden, _ = model.apply({"params": params}, tokens, deltas, None, context, queries)
@@ -354,7 +361,8 @@ def forward_cached(
 ) -> tuple[jax.Array, Cache]:
     """Appends T tokens per row to the cache. tokens, valid: [B, T]; returns hidden states [B, T, D] and the cache.
 
-    Rows are left padded: `valid` is False at padding, which no later token attends to.
+    Rows are left padded: `valid` is False at padding, which no later token attends to. The deltas are
+    `ready_deltas`: a loop of calls makes them ready once, before it.
     """
     length = tokens.shape[1]
     slots = jnp.arange(cache.valid.shape[1])
