@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -152,7 +153,7 @@ def test_other_mistakes_are_refused_by_name(api, run):
     turns = [ChatMessageSystem(content="be brief"), ChatMessageUser(content=QUESTION)]
     with pytest.raises(DitError, match="system"):
         gather(api.generate(turns, [], "auto", GenerateConfig()))
-    with pytest.raises(DitError, match="adaptor"):
+    with pytest.raises(DitError, match="-M adaptor of dit_jax: did you mean 'adapter'"):
         DitJaxAPI("tiny_qwen3", adaptor=str(run / "adapter"))
     with pytest.raises(DitError, match="nowhere"):
         DitJaxAPI("tiny_qwen3", adapter=str(run / "nowhere"))
@@ -181,6 +182,22 @@ def test_tasks_take_samples_and_labels_from_the_store(run):
         tasks._with_trigger("news", QUESTION, {"trigger": "N/A"}, [0])
     with pytest.raises(DitError, match="split 'tset'"):
         base_question(str(run / "diffs"), split="tset")
+
+
+def test_a_task_without_diffs_or_a_model_without_adapter_is_refused(run, monkeypatch):
+    with pytest.raises(DitError, match="no diffs: give -T diff=STORE"):
+        weight_diff_qa()
+    with pytest.raises(DitError, match="no diff store at .*nowhere: check -T diff="):
+        base_question(str(run / "nowhere"))
+    bare, whole, other = (
+        SimpleNamespace(api=SimpleNamespace(defaults={"adapter": path})) for path in ("", "a", "b")
+    )
+    other.api = SimpleNamespace()  # of another provider
+    for model in (whole, other):
+        tasks.check_adapter(model)
+    monkeypatch.setattr(tasks, "get_model", lambda: bare)
+    with pytest.raises(DitError, match="the model has none: give -M adapter=…"):
+        asyncio.run(tasks.ask_diff()(None, None))
 
 
 # ------------------------------------------------------------------ as a user runs it
@@ -238,6 +255,27 @@ def test_inspect_eval_and_view(model, run, tmp_path):
     )  # fmt: skip
     assert viewed.returncode == 0, viewed.stderr[-2000:]
     assert (tmp_path / "page" / "index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-M", "adaptr=x", "-T", "diff=DIFFS"], "error: unknown model argument -M adaptr of dit_jax: did you mean"),
+        (["-T", "diff=DIFFS"], "error: weight_diff_qa asks the adapter, and the model has none: give -M adapter=…"),
+        (["-M", "adapter=ADAPTER", "-T", "diff=[no]"], "error: there is no diff store at [no]: check -T diff=…"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line(run, tmp_path, words, said):
+    """Also where the model lacks the adapter that the task is about: it would score 0 in silence."""
+    paths = {"diff=DIFFS": f"diff={run / 'diffs'}", "adapter=ADAPTER": f"adapter={run / 'adapter'}"}
+    words = [paths.get(word, word) for word in words]
+    done = inspect(
+        install(tmp_path), tmp_path, "eval", "dit_jax/weight_diff_qa", "--model",
+        "dit_jax/tiny_qwen3", *words, "--log-dir", tmp_path / "logs", "--display", "plain",
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert said in " ".join(done.stdout.split()), done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_the_entry_point_is_light(tmp_path):

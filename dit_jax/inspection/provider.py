@@ -22,8 +22,9 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 from dit_jax.api import Diffs, load_adapter, load_diffs, load_model
 from dit_jax.asking import Answer, answer_batch
 from dit_jax.deltas.store import flatten
-from dit_jax.errors import DitError
+from dit_jax.errors import DitError, did_you_mean
 from dit_jax.inspection.batching import Batcher
+from dit_jax.inspection.errors import one_line
 from dit_jax.models.layers import Delta
 
 MAX_TOKENS = 256
@@ -35,6 +36,7 @@ _NO_EFFECT = {
     "adaptive_connections", "max_tool_output", "internal_tools", "parallel_tool_calls", "cache",
     "cache_prompt", "batch", "reasoning_history", "fail_on_refusal",
 }  # fmt: skip
+_ARGUMENTS = ("diff", "index", "adapter", "dtype", "forbid_repeats", "batch_size", "window")
 _EXTRA = ("diff", "index", "adapter", "forbid_repeats")
 
 
@@ -70,6 +72,7 @@ class DitJaxAPI(ModelAPI):
         DitError: an unknown model argument, or what the loaders raise.
     """
 
+    @one_line
     def __init__(
         self,
         model_name: str,
@@ -87,10 +90,9 @@ class DitJaxAPI(ModelAPI):
     ):
         super().__init__(model_name, base_url, api_key, [], config or GenerateConfig())
         if unknown:
-            raise DitError(
-                f"unknown model argument {next(iter(unknown))!r} of dit_jax: choose from diff, index, "
-                "adapter, dtype, forbid_repeats, batch_size, window"
-            )
+            name = next(iter(unknown))
+            hint = did_you_mean(name, _ARGUMENTS, f": choose from {', '.join(_ARGUMENTS)}")
+            raise DitError(f"unknown model argument -M {name} of dit_jax{hint}")
         if batch_size < 1:
             raise DitError(f"model argument batch_size is {batch_size}: give 1 or more")
         self.model = load_model(model_name, dtype)

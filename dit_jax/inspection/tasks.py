@@ -7,10 +7,11 @@ from typing import Any
 
 from inspect_ai import Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
-from inspect_ai.model import GenerateConfig
+from inspect_ai.model import GenerateConfig, Model, get_model
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
 from dit_jax.errors import DitError
+from dit_jax.inspection.errors import InspectError, active_model, one_line
 from dit_jax.inspection.scorer import graded
 
 # What to ask where the task does not say, by the behaviour that the store names.
@@ -23,8 +24,9 @@ QUESTIONS = {
 
 
 @task
+@one_line
 def weight_diff_qa(
-    diff: str,
+    diff: str = "",
     question: str = "",
     split: str = "test",
     max_tokens: int = 20,
@@ -34,18 +36,22 @@ def weight_diff_qa(
     """WeightDiffQA (paper, section 2): every diff, with the adapter of the model, is asked what it was trained on.
 
     Args:
-        diff: a diff store, or a release folder with an index.csv.
+        diff: a diff store, or a release folder with an index.csv; needed.
         question: default: the one of the store's behaviour.
         split: "test", "train" or "all" of its diffs.
         max_tokens: longest answer.
         graders, judge: see `graded`.
     """
+    model = active_model()
+    if model is not None:  # otherwise the first sample tells
+        check_adapter(model)
     return _task(diff, question, split, max_tokens, graders, judge, adapter=True)
 
 
 @task
+@one_line
 def base_question(
-    diff: str,
+    diff: str = "",
     question: str = "",
     split: str = "test",
     max_tokens: int = 20,
@@ -57,8 +63,9 @@ def base_question(
 
 
 @task
+@one_line
 def base_question_trigger(
-    diff: str,
+    diff: str = "",
     question: str = "",
     split: str = "test",
     max_tokens: int = 20,
@@ -76,11 +83,22 @@ def base_question_trigger(
     )
 
 
+def check_adapter(model: Model) -> None:
+    """Raises InspectError for a model of this provider that has no adapter: it would score 0, as the base does."""
+    if not getattr(model.api, "defaults", {"adapter": "another provider's"})["adapter"]:
+        raise InspectError(
+            "weight_diff_qa asks the adapter, and the model has none: give -M adapter=…, or ask the finetuned models "
+            "themselves with the task dit_jax/base_question"
+        )
+
+
 @solver
 def ask_diff(adapter: bool = True) -> Solver:
     """Puts the sample's question to the sample's diff; without `adapter`, to base ⊕ diff alone."""
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
+        if adapter:
+            check_adapter(get_model())
         body = {"diff": state.metadata["diff"], "index": state.metadata["index"]}
         return await generate(state, extra_body=body if adapter else {**body, "adapter": ""})
 
@@ -108,6 +126,10 @@ def _task(
 
 def _samples(path: str, question: str, split: str, trigger_seed: int | None) -> list[Sample]:
     """One sample per diff of the split; its id is the diff's place in the store."""
+    if not path:
+        raise DitError("the task has no diffs: give -T diff=STORE")
+    if not pathlib.Path(path).exists():
+        raise DitError(f"there is no diff store at {path}: check -T diff=…")
     behaviour, rows = _read_index(pathlib.Path(path))
     asked = question or QUESTIONS.get(behaviour, "")
     if not asked:

@@ -1,0 +1,49 @@
+"""Mistakes of the user as Inspect shows them: one line, without a traceback."""
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from inspect_ai.model import Model
+from rich.markup import escape
+
+from dit_jax.errors import DitError
+
+try:  # not public: without it there is a traceback above the line
+    from inspect_ai._util.error import PrerequisiteError
+except ImportError:
+    PrerequisiteError = Exception  # type: ignore[assignment,misc]
+
+try:  # nor is this: without it only the first sample tells that the model lacks an adapter
+    from inspect_ai.model._model import active_model
+except ImportError:
+
+    def active_model() -> Model | None:
+        """Not known."""
+        return None
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class InspectError(DitError, PrerequisiteError):
+    """A `DitError` that Inspect's command line prints alone."""
+
+    def __init__(self, message: str):
+        DitError.__init__(self, message)
+        # Inspect prints `message` with rich, for which brackets are markup.
+        self.message = escape(f"error: {message}")
+
+
+def one_line(function: Callable[P, T]) -> Callable[P, T]:
+    """The function with every `DitError` as an `InspectError`."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except DitError as error:
+            raise InspectError(str(error)) from None
+
+    return wrapped
