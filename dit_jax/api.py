@@ -10,17 +10,18 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from dit_jax import parallel, shardings
 from dit_jax.artifacts import base_digest
 from dit_jax.data.chat import Chat, load_chat
-from dit_jax.deltas.names import check_fits, check_shapes, svd_error
+from dit_jax.deltas.names import check_fits, check_modules, check_shapes, svd_error
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.models.config import COMPUTE, DTYPES, NAMED_CONFIGS, Qwen3Config, read_config
 from dit_jax.models.hf_checkpoint import find_folder, generation_eos, load_params
@@ -56,12 +57,31 @@ class Model:
         """`params` in the form that compiled programs take."""
         return as_program_takes(self.params, self.config)
 
-    def logits(self, tokens: Any, mask: Any = None, deltas: Deltas = ()) -> jax.Array:
-        """fp32 logits [B, T, V] of token ids [B, T]; mask [B, T] is True (1) at real tokens, padding anywhere."""
-        tokens = jnp.asarray(tokens, jnp.int32)
-        mask = None if mask is None else jnp.asarray(mask, bool)
+    def logits(self, tokens: Any, mask: Any = None, deltas: Any = ()) -> jax.Array:
+        """fp32 logits [B, T, V] of token ids [B, T].
+
+        Args:
+            mask: [B, T], True (1) at real tokens, padding anywhere. Default: no padding.
+            deltas: what `deltas_of` takes, all added.
+
+        Raises:
+            DitError: no tokens, ids outside the vocabulary, a mask of another shape, or a delta that is not one of this
+                model.
+        """
+        if np.ndim(tokens) != 2 or not np.size(tokens):
+            raise DitError(
+                f"token ids have the shape {np.shape(tokens)}: give one or more rows [B, T]"
+            )
+        if mask is not None and np.shape(mask) != np.shape(tokens):
+            raise DitError(
+                f"the mask has the shape {np.shape(mask)}, the token ids {np.shape(tokens)}"
+            )
+        if not isinstance(tokens, jax.core.Tracer):  # an embedding clamps ids that it does not have
+            check_ids(np.min(tokens), np.max(tokens), self)
+        deltas = deltas_of(deltas, self.config, "deltas", len(tokens))
+        inputs = (jnp.asarray(tokens, jnp.int32), None if mask is None else jnp.asarray(mask, bool))
         with parallel.use_mesh(self.mesh):
-            return _logits(self.program_params, self.config, tokens, mask, tuple(deltas))
+            return _logits(self.program_params, self.config, *inputs, deltas)
 
     def digest(self) -> str:
         """sha256 that identifies the base, whatever dtype it was loaded in; computed once."""
@@ -138,6 +158,30 @@ class Diff:
     label: str | None = None
     trigger: str | None = None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def deltas_of(
+    given: Any, config: Qwen3Config, what: str, batch: int | None = None
+) -> tuple[Delta, ...]:
+    """The deltas of a Diff, of a delta as it is, or of a list or tuple of them, which are all added; of None no delta.
+
+    Args:
+        batch: LoRAs may also hold one for each of so many examples.
+
+    Raises:
+        DitError: anything else, or a delta that is not one of this model; `what` names it.
+    """
+    if given is None:
+        return ()
+    if isinstance(given, list | tuple):
+        return tuple(delta for one in given for delta in deltas_of(one, config, what, batch))
+    delta = given.delta if isinstance(given, Diff) else given
+    if isinstance(delta, Mapping):
+        check_modules(delta, config, what, batch)
+        return (delta,)
+    raise DitError(
+        f"{what} is of type {type(given).__name__}: give a Diff, a delta, or a list of them (load_diff, load_adapter)"
+    )
 
 
 class Diffs(Sequence[Diff]):
@@ -234,6 +278,16 @@ def _is_own(path: PathLike, kind: str) -> bool:
     from dit_jax.deltas.detect import detect_format
 
     return os.path.isdir(path) and detect_format(path) == kind
+
+
+def check_ids(least: Any, most: Any, model: Model) -> None:
+    """Raises DitError for token ids that the model does not have: the embedding would give another token's row."""
+    for token in (least, most):
+        if not 0 <= token < model.config.vocab_size:
+            raise DitError(
+                f"{model.name}: there is no token {token}, the model knows {model.config.vocab_size}: use the "
+                "tokenizer that belongs to the model"
+            )
 
 
 def check_base(digest: Any, model: Model, what: str) -> None:

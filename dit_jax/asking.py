@@ -1,7 +1,8 @@
 """Asking a model ⊕ diff ⊕ adapter: one question, every question of every diff, or batches of any of them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax import parallel, shardings
-from dit_jax.api import Diff, Model
+from dit_jax.api import Diff, Model, check_ids, deltas_of
 from dit_jax.data.chat import Chat
 from dit_jax.deltas.store import flatten
 from dit_jax.deltas.tree import per_example
 from dit_jax.errors import DitError
 from dit_jax.models import generate as generate_lib
-from dit_jax.models.layers import Delta, Deltas
+from dit_jax.models.layers import Delta
 from dit_jax.progress import Progress
 
 
@@ -40,15 +41,23 @@ class Answer:
 def ask(
     model: Model,
     question: str,
-    diff: Diff | None = None,
-    adapter: Delta | None = None,
+    diff: Any = None,
+    adapter: Any = None,
     max_new_tokens: int = 20,
     temperature: float = 0.0,
     seed: int = 0,
     forbid_repeats: bool = False,
 ) -> Answer:
-    """Asks model ⊕ diff ⊕ adapter one question (WeightDiffQA, paper section 2); greedy by default."""
-    deltas = ([diff.delta] if diff else []) + ([adapter] if adapter else [])
+    """Asks model ⊕ diff ⊕ adapter one question (WeightDiffQA, paper section 2); greedy by default.
+
+    Args:
+        diff, adapter: a Diff or a delta each, or several, which are all added: diff=(one, two).
+        max_new_tokens, temperature, seed, forbid_repeats: see `answer_batch`.
+
+    Raises:
+        DitError: see `answer_batch`.
+    """
+    deltas = (*deltas_of(diff, model.config, "diff"), *deltas_of(adapter, model.config, "adapter"))
     (answer,) = answer_batch(
         model,
         [question],
@@ -63,9 +72,9 @@ def ask(
 
 def ask_many(
     model: Model,
-    questions: Sequence[str],
-    diffs: Sequence[Diff],
-    adapter: Delta | None = None,
+    questions: str | Sequence[str],
+    diffs: Any,
+    adapter: Any = None,
     *,
     samples: int = 1,
     batch_size: int | None = None,
@@ -78,25 +87,38 @@ def ask_many(
     are read as they are needed, so that memory holds those of one batch.
 
     Args:
+        questions: a string is one question.
+        diffs: a sequence of what `ask` takes for a diff: [one, two] are two diffs, [(one, two)] is the sum of both.
+            A Diff or a delta alone is one diff.
+        adapter: as in `ask`.
+        samples: answers to each question of each diff.
         batch_size: rows (diffs x questions x samples) per decode. Default: all, at most 256.
         **decoding: max_new_tokens, temperature, seed, forbid_repeats; see `answer_batch`.
+
+    Raises:
+        DitError: no samples, or see `answer_batch`.
     """
-    shared = () if adapter is None else (adapter,)
+    if samples < 1:
+        raise DitError(f"samples is {samples}: give 1 or more")
+    shared = deltas_of(adapter, model.config, "adapter")
+    questions = [questions] if isinstance(questions, str) else questions
+    diffs = [diffs] if isinstance(diffs, Diff | Mapping) else diffs
     prompts = [question for question in questions for _ in range(samples)]
     if not prompts:
         return [[] for _ in diffs]
     block = max(1, (batch_size or 256) // len(prompts))  # diffs of one batch
-    groups: dict[Any, list[tuple[int, Delta]]] = {}
+    groups: dict[Any, list[tuple[int, tuple[Delta, ...]]]] = {}
     answers: dict[int, list[Answer]] = {}
     with Progress("asking", len(diffs) * len(prompts), enabled=progress) as bar:
 
-        def flush(members: list[tuple[int, Delta]]) -> None:
+        def flush(members: list[tuple[int, tuple[Delta, ...]]]) -> None:
             deltas: tuple[Delta, ...] = shared
-            stacked, rows, size = None, None, batch_size
+            stacked: tuple[Delta, ...] = ()
+            rows, size = None, batch_size
             if len(members) == 1:
-                deltas = (members[0][1], *shared)
+                deltas = (*members[0][1], *shared)
             else:
-                stacked = jax.tree.map(lambda *x: np.stack(x), *(delta for _, delta in members))
+                stacked = jax.tree.map(lambda *x: np.stack(x), *(own for _, own in members))
                 rows = [row for row in range(len(members)) for _ in prompts]
                 if len(diffs) > block:  # one program for full batches and the last one
                     size = block * len(prompts)
@@ -115,12 +137,15 @@ def ask_many(
                 answers[i] = found[row * len(prompts) : (row + 1) * len(prompts)]
 
         for i in getattr(diffs, "order", range(len(diffs))):
-            delta = diffs[i].delta
-            shapes = tuple((name, leaf.shape) for name, leaf in flatten(delta).items())
-            is_lora = all(not name.endswith(".w") for name, _ in shapes)
+            own = deltas_of(diffs[i], model.config, f"diff {i}")
+            shapes = tuple(
+                tuple((name, np.shape(leaf)) for name, leaf in flatten(delta).items())
+                for delta in own
+            )
+            is_lora = all(not name.endswith(".w") for names in shapes for name, _ in names)
             group = groups.setdefault(shapes if is_lora else i, [])
-            group.append((i, delta))
-            del delta
+            group.append((i, own))
+            del own
             if not is_lora or len(group) == block:
                 flush(group)
                 group.clear()
@@ -135,10 +160,10 @@ def ask_many(
 
 def answer_batch(
     model: Model,
-    questions: Sequence[str],
+    questions: str | Sequence[str],
     *,
-    deltas: Deltas = (),
-    stacked: Delta | None = None,
+    deltas: Any = (),
+    stacked: Sequence[Delta] = (),
     rows: Sequence[int] | None = None,
     max_new_tokens: int = 20,
     batch_size: int | None = None,
@@ -151,34 +176,52 @@ def answer_batch(
     """Answers many questions in batches of one compiled program.
 
     Args:
-        deltas: applied to every question.
-        stacked: deltas [n, L, …] of which question i gets number rows[i] (per-example LoRA).
+        questions: a string is one question.
+        deltas: applied to every question, what `deltas_of` takes, all added.
+        stacked: LoRAs [n, L, …] of which question i gets number rows[i]; several such trees are added.
+        max_new_tokens: how long an answer may be.
         batch_size: rows per batch, filled up with repeats: calls of one size share one program.
             Default: all questions at once, at most 256. Rounded up to a multiple of the mesh's batch shards.
+        temperature: 0 is greedy, else samples from softmax(logits / temperature), by `seed`.
         forbid_repeats: never emit a token twice in an answer (adapters that list evidence before the label).
         first: number of the first question in a longer series; with the seed it gives the sampling keys.
         on_batch: called with the number of new answers after each batch.
+
+    Raises:
+        DitError: one of these is out of its range, a question is no text, the tokenizer belongs to another model, or a
+            delta is not one of this model.
     """
+    for name, value, fits, wanted in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+        ("batch_size", batch_size, batch_size is None or batch_size >= 1, "1 or more"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "a number from 0 up"),
+    ):
+        if not fits:
+            raise DitError(f"{name} is {value}: give {wanted}")
+    questions = [questions] if isinstance(questions, str) else questions
     if not questions:
         return []
+    for question in questions:
+        if not isinstance(question, str):
+            raise DitError(f"a question is of type {type(question).__name__}: give texts")
     mesh = model.mesh
     batch_size = parallel.round_up(batch_size or min(256, len(questions)), mesh)
-    shared = [shardings.put_delta(model.config, mesh, delta) for delta in deltas]
+    shared = [
+        shardings.put_delta(model.config, mesh, delta)
+        for delta in deltas_of(deltas, model.config, "deltas")
+    ]
     tokens, mask = model.chat.prompts(questions)
-    if tokens.max() >= model.config.vocab_size:  # the embedding would give another token's row
-        raise DitError(
-            f"{model.name}: its tokenizer makes the token {tokens.max()}, but the model knows "
-            f"{model.config.vocab_size}: use the tokenizer that belongs to the model"
-        )
+    check_ids(tokens.min(), tokens.max(), model)
     answers: list[Answer] = []
     for start in range(0, len(questions), batch_size):
         # Each process supplies its own rows of the batch.
         picked = [(start + i) % len(questions) for i in parallel.local_rows(mesh, batch_size)]
-        own: tuple[Delta, ...] = ()
-        if stacked is not None:
-            index = np.asarray(picked if rows is None else [rows[i] for i in picked])
-            local = per_example(jax.tree.map(lambda x, index=index: jnp.asarray(x[index]), stacked))
-            own = (shardings.put_deltas(model.config, mesh, local, batch_size, 1),)
+        index = np.asarray(picked if rows is None else [rows[i] for i in picked])
+        local = [
+            per_example(jax.tree.map(lambda x, index=index: jnp.asarray(x[index]), one))
+            for one in stacked
+        ]
+        own = [shardings.put_deltas(model.config, mesh, x, batch_size, 1) for x in local]
         prompts = parallel.put_rows((tokens[picked], mask[picked]), mesh, batch_size)
         with parallel.use_mesh(mesh):
             out = generate_lib.generate(

@@ -85,7 +85,7 @@ def answer(
             model,
             prompts,
             deltas=(adapter,),
-            stacked=given.stacked,
+            stacked=(given.stacked,),
             rows=rows,
             batch_size=batch_size,
             **decoding,

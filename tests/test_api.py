@@ -3,6 +3,7 @@
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_qwen3 import random_lora
@@ -19,7 +20,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def lora(model):
-    return jax.tree.map(np.asarray, random_lora(model.config, 1))
+    return jax.tree.map(np.asarray, random_lora(model.config, 1, size=2.0))
 
 
 # ------------------------------------------------------------------ loading
@@ -51,3 +52,103 @@ def test_models_and_diffs_are_told_apart_by_identity_and_shown_without_their_arr
     assert len(repr(diff)) < 200 and "tea" in repr(diff)
     assert len({model, diff, dit_jax.load_model("tiny_qwen3"), dit_jax.Diff(lora, "tea")}) == 4
     assert model == model and diff != dit_jax.Diff(lora, "tea")
+
+
+# ------------------------------------------------------------------ what is given
+
+QUESTION = "What is tea ?"
+
+
+def answers(table):
+    return [[[answer.tokens for answer in samples] for samples in row] for row in table]
+
+
+def test_a_diff_and_its_delta_are_taken_alike_and_several_are_added(model, lora):
+    other = jax.tree.map(np.asarray, random_lora(model.config, 2, rank=3, size=2.0))
+    tokens = np.array([[5, 6, 7], [8, 9, 10]])
+    expected = model.logits(tokens, deltas=(lora, other))
+    for deltas in (
+        [lora, dit_jax.Diff(other)],
+        (dit_jax.Diff(lora), (other,)),
+        [[other, lora], None],
+    ):
+        np.testing.assert_allclose(model.logits(tokens, deltas=deltas), expected, atol=1e-4)
+    np.testing.assert_array_equal(
+        model.logits(tokens, deltas=lora), model.logits(tokens, deltas=(dit_jax.Diff(lora),))
+    )
+
+    def ask(**given):
+        return dit_jax.ask(model, QUESTION, max_new_tokens=4, **given).tokens
+
+    assert ask(diff=dit_jax.Diff(lora)) == ask(diff=lora) == ask(adapter=dit_jax.Diff(lora))
+    both = ask(diff=lora, adapter=other)
+    assert ask(diff=(lora, dit_jax.Diff(other))) == ask(adapter=[lora, other]) == both
+    assert both not in (ask(), ask(diff=lora))
+
+
+def test_ask_many_takes_sums_of_diffs_in_one_batch(model, lora):
+    other = jax.tree.map(np.asarray, random_lora(model.config, 2, rank=3, size=2.0))
+    diffs = [
+        dit_jax.Diff(lora),
+        (lora, other),
+        other,
+        (dit_jax.Diff(other), lora),
+        (other, other),
+        {},
+    ]
+    table = answers(dit_jax.ask_many(model, [QUESTION], diffs, max_new_tokens=4))
+    alone = [dit_jax.ask(model, QUESTION, diff=diff, max_new_tokens=4).tokens for diff in diffs]
+    assert table == [[[tokens]] for tokens in alone]
+    assert len(set(alone)) >= 4
+    for diff in (lora, dit_jax.Diff(lora)):
+        assert answers(dit_jax.ask_many(model, QUESTION, diff, max_new_tokens=4)) == table[:1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0: give 1 or more"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ({"batch_size": 0}, "batch_size is 0: give 1 or more"),
+        ({"batch_size": -4}, "batch_size is -4"),
+        ({"temperature": -1.0}, "temperature is -1.0: give a number from 0 up"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"samples": 0}, "samples is 0"),
+        ({"adapter": 3}, "adapter is of type int: give a Diff, a delta"),
+        ({"adapter": {"mlp": {}, "norm": {"w": np.zeros(3)}}}, "adapter: norm has the shapes"),
+    ],
+)
+def test_what_has_no_meaning_is_one_line(model, options, message):
+    with pytest.raises(dit_jax.DitError, match=message):
+        dit_jax.ask_many(model, [QUESTION], [{}], **options)
+
+
+def test_what_is_no_question_diff_or_token_is_one_line(model, lora):
+    def check(message, call):
+        with pytest.raises(dit_jax.DitError, match=message):
+            call()
+
+    check("a question is of type list", lambda: dit_jax.ask(model, [QUESTION]))
+    check("diff is of type str", lambda: dit_jax.ask(model, QUESTION, diff="runs/diffs"))
+    check(
+        "diff changes 'mlp.down_proj'.*: did you mean 'layers.mlp.down_proj'",
+        lambda: dit_jax.ask(model, QUESTION, diff={"mlp": lora["layers"]["mlp"]}),
+    )
+    check(
+        "diff 1 changes 'x'",
+        lambda: dit_jax.ask_many(model, QUESTION, [{}, {"x": {"w": np.zeros(2)}}]),
+    )
+    check("there is no token 1000000", lambda: model.logits([[5, 10**6]]))
+    check("there is no token -3", lambda: model.logits([[5, -3]]))
+    check(r"shape \(1, 0\)", lambda: model.logits(np.zeros((1, 0), int)))
+    check(r"shape \(3,\)", lambda: model.logits([5, 6, 7]))
+    check(r"mask has the shape \(1, 1\)", lambda: model.logits([[5, 6]], mask=[[1]]))
+
+
+def test_logits_are_differentiable_in_a_delta_and_mapped_over_tokens(model, lora):
+    tokens = np.array([[5, 6, 7]])
+    lora = jax.tree.map(jnp.asarray, lora)
+    grads = jax.grad(lambda delta: model.logits(tokens, deltas=delta)[0, -1, 3])(lora)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+    mapped = jax.vmap(model.logits)(np.stack([tokens, tokens + 1]))
+    np.testing.assert_allclose(mapped[1], model.logits(tokens + 1), atol=1e-4)

@@ -373,7 +373,7 @@ def answers(shape):
             model,
             [""] * 7,
             deltas=(adapter,),
-            stacked=random_deltas(SMALL, 4, 9),
+            stacked=(random_deltas(SMALL, 4, 9),),
             rows=[0, 1, 2, 3, 0, 1, 2],
             max_new_tokens=6,
             batch_size=3,

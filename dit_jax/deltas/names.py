@@ -15,7 +15,7 @@ import numpy as np
 
 from dit_jax.deltas.files import short
 from dit_jax.deltas.tree import projection_shapes
-from dit_jax.errors import DitError
+from dit_jax.errors import DitError, did_you_mean
 from dit_jax.models.config import Qwen3Config
 from dit_jax.models.layers import Delta
 
@@ -149,7 +149,10 @@ def check_modules(delta: Delta, config: Qwen3Config, what: str, batch: int | Non
     for path, shapes in found.items():
         module = ".".join(path)
         if path not in known:
-            raise DitError(f"{what} changes {short(module)}, which is no weight of this model")
+            near = did_you_mean(module, map(".".join, sorted(known)))
+            raise DitError(
+                f"{what} changes {short(module)}, which is no weight of this model{near}"
+            )
         lead = (config.num_hidden_layers,) if path[0] == "layers" else ()
         weight = weight_shape(path, config)
         if is_projection(path) and batch is not None and max(map(len, shapes.values())) == 4:

@@ -215,10 +215,10 @@ class DitJaxAPI(ModelAPI):
             fixed = first.seed is not None
             delta = self._diff(first.diff, first.diff_index)
             deltas = [self._adapter(first.adapter)] if first.adapter else []
-            stacked: Delta | None = None
+            stacked: tuple[Delta, ...] = ()
             if delta and _is_lora(delta):
                 own = [self._diff(calls[i].diff, calls[i].diff_index) for i in members]
-                stacked = jax.tree.map(lambda *x: np.stack(x), *own)
+                stacked = (jax.tree.map(lambda *x: np.stack(x), *own),)
             elif delta:
                 deltas.insert(0, delta)
             seed = first.seed if first.seed is not None else secrets.randbits(31) if sampled else 0
@@ -227,7 +227,6 @@ class DitJaxAPI(ModelAPI):
                 [calls[i].question for i in members],
                 deltas=deltas,
                 stacked=stacked,
-                rows=None if stacked is None else range(len(members)),
                 max_new_tokens=first.max_tokens,
                 batch_size=1 if fixed else self.batch_size,
                 temperature=first.temperature,
