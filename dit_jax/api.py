@@ -96,6 +96,9 @@ class Model:
 def _logits(
     params: Params, config: Qwen3Config, tokens: jax.Array, mask: Any, deltas: Deltas
 ) -> jax.Array:
+    # Every device has all tokens: left to itself, each would compute all of them.
+    tokens = parallel.constrain(tokens, "batch", None)
+    mask = None if mask is None else parallel.constrain(mask, "batch", None)
     hidden = forward(params, config, tokens, mask=mask, deltas=deltas)
     return parallel.replicate(unembed(params, config, hidden, deltas))
 

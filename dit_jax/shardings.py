@@ -99,9 +99,10 @@ def delta_shardings(
 
 
 def put_delta(config: Qwen3Config, mesh: Mesh | None, delta: Delta) -> Delta:
-    """One delta that all examples share, on the mesh; as it is without one or where it is there already."""
+    """One delta that all examples share, on the mesh or the one device; as it is where it is there already."""
     if mesh is None:
-        return delta
+        # Bound to no device: what a program takes and what it returns must not differ in that (`layer_views`).
+        return jax.device_put(delta, may_alias=True)
     return jax.tree.map(parallel.put, delta, delta_shardings(config, mesh, delta))
 
 

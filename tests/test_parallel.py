@@ -8,11 +8,12 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dit_jax import asking, parallel, shardings
+from dit_jax import api, asking, parallel, shardings
 from dit_jax.api import Model
 from dit_jax.asking import answer_batch
 from dit_jax.data.batch import Sample, TokenBatch, pack, stack
@@ -144,6 +145,30 @@ def test_the_adapter_trains_as_on_one_device(shape):
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     for one, two in zip(jax.tree.leaves(leaves), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, two, atol=TOLERANCE, rtol=0)
+
+
+def test_on_one_device_a_delta_is_put_once_and_training_from_it_compiles_once():
+    host = only(random_deltas(SMALL, 1, 1, TRAIN.rank))
+    before = jax.tree.map(np.copy, host)
+    adapter = shardings.put_delta(SMALL, None, host)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(adapter))
+    again = shardings.put_delta(SMALL, None, adapter)
+    for one, two in zip(jax.tree.leaves(adapter), jax.tree.leaves(again), strict=True):
+        assert one.unsafe_buffer_pointer() == two.unsafe_buffer_pointer()
+    params = jax.tree.map(jnp.asarray, host_params(SMALL))
+    optimizer = optax.adam(RATE)
+    leaves = tree.trainable(adapter)
+    state = dit.State(leaves, optimizer.init(leaves))
+    programs = dit.train_step._cache_size()
+    for step in range(3):
+        diffs = shardings.put_deltas(
+            SMALL, None, tree.per_example(random_deltas(SMALL, 6, step)), 6, 1
+        )
+        batch = random_batch(SMALL, 6, step)
+        state, _ = dit.train_step(params, SMALL, state, host, diffs, batch, optimizer=optimizer)
+    assert dit.train_step._cache_size() == programs + 1
+    # The donated state shares its memory with the host's arrays, which stay what they were.
+    assert jax.tree.all(jax.tree.map(np.array_equal, host, before))
 
 
 DIFFS = 6
@@ -380,6 +405,45 @@ def answers(shape):
             forbid_repeats=True,
         )
     return found, seen[0]
+
+
+def test_an_adapter_from_the_host_goes_to_the_device_once(monkeypatch):
+    """Given as numpy, it would go there with every batch."""
+    seen = []
+
+    def decode(*args, deltas, **options):
+        seen.append(jax.tree.leaves(deltas))
+        return generate.generate(*args, deltas=deltas, **options)
+
+    monkeypatch.setattr(asking, "generate_lib", types.SimpleNamespace(generate=decode))
+    chat = types.SimpleNamespace(
+        prompts=lambda questions: (np.ones((4, 5), np.int32), np.ones((4, 5), bool)),
+        eos_ids=(3,), pad_id=0, decode=str,
+    )  # fmt: skip
+    model = Model(params_on(SMALL, None), SMALL, "test", chat)
+    adapter = only(random_deltas(SMALL, 1, 8))
+    answer_batch(model, [""] * 4, deltas=(adapter,), max_new_tokens=2, batch_size=2)
+    first, second = seen
+    assert all(isinstance(x, jax.Array) and not x.committed for x in first)
+    assert all(one is two for one, two in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+def test_each_device_computes_logits_of_its_own_rows(shape):
+    mesh = mesh_of(shape)
+    tokens = np.random.default_rng(0).integers(1, SMALL.vocab_size, (8, 16))
+    alone, split = (Model(params_on(SMALL, at), SMALL, "test", mesh=at) for at in (None, mesh))
+    for rows in (8, 3):  # 3 do not divide: whole on every device
+        given = tokens[:rows], np.arange(16) < 11 + np.arange(rows)[:, None] % 5
+        np.testing.assert_allclose(split.logits(*given), alone.logits(*given), atol=1e-4)
+
+    def work(model):
+        given = jnp.asarray(tokens, jnp.int32), None
+        with parallel.use_mesh(model.mesh):
+            program = api._logits.lower(model.program_params, SMALL, *given, ())
+            return program.compile().cost_analysis()["flops"]
+
+    assert work(split) < work(alone) / parallel.batch_shards(mesh) * 1.5
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
