@@ -136,6 +136,10 @@ def finetune_many(
 
     The base is not mapped, so its products stay one large matmul over all N diffs' tokens. On a mesh N is split
     over data and fsdp; diffs never meet.
+
+    Args:
+        deltas: donated: their arrays are gone afterwards, so copy what is still needed.
+        optimizer: is compared by identity: make it once, before the loop, for each new one compiles again.
     """
     chunk_elements = chunk_elements_of(batches.tokens.shape[0])
 

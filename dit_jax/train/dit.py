@@ -51,8 +51,11 @@ def train_step(
     """One optimizer step.
 
     Args:
+        state: donated: its arrays are gone afterwards, also where an adapter shares them, as in
+            State(trainable(adapter), …). Copy them first (`jax.tree.map(jnp.copy, …)`) to go on with both.
         adapter: supplies the scales; its factors are replaced by those of `state`.
         diffs: one for each example, leaves [L, B, …] (zeros: the bare base).
+        optimizer: is compared by identity: make it once, before the loop, for each new one compiles again.
         packed: how many scored entries are used at most, see `head_loss.Options`.
     """
 
