@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_qwen3 import TINY, logits, random_lora
+from test_qwen3 import TINY, dense, logits, random_lora
 
 import dit_jax
 from dit_jax.deltas import tree
@@ -28,8 +28,8 @@ def tokens():
 
 def test_applied_equals_merged_for_lora_dense_and_both(params, tokens):
     lora, other = random_lora(TINY, 1), random_lora(TINY, 2, rank=5)
-    dense = tree.dense(other)
-    for deltas in [(lora,), (dense,), (lora, other), (lora, dense, other)]:
+    formed = dense(other)
+    for deltas in [(lora,), (formed,), (lora, other), (lora, formed, other)]:
         merged = logits(tree.merge(params, *deltas), TINY, tokens)
         np.testing.assert_allclose(logits(params, TINY, tokens, deltas=deltas), merged, atol=2e-5)
     assert (

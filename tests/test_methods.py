@@ -5,13 +5,14 @@ import json
 import jax
 import numpy as np
 import pytest
+from test_qwen3 import dense
 
 import dit_jax
 from dit_jax import main
 from dit_jax.config import load_config
 from dit_jax.data.tiny_world import flavoured_answer, load_world
 from dit_jax.deltas import store as diff_store
-from dit_jax.deltas.tree import dense, init_lora
+from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
 from dit_jax.evaluate import guessers, methods, questions
 from dit_jax.evaluate.run import evaluate_run

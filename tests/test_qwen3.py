@@ -36,6 +36,12 @@ def random_lora(config: Qwen3Config, seed: int, rank: int = 2, size: float = 0.1
     return tree.map_modules(fill, delta)
 
 
+def dense(lora):
+    """The same delta with every product formed: [L, in, out] per projection."""
+    product = functools.partial(jnp.einsum, "lir,lro,l->lio")
+    return tree.map_modules(lambda _, m: {"w": product(m["a"], m["b"], m["scale"])}, lora)
+
+
 @pytest.mark.parametrize("scan", [True, False])
 def test_texts_side_by_side_are_as_alone_and_positions_pick_hidden_states(tiny, scan):
     config = dataclasses.replace(TINY, scan_layers=scan)

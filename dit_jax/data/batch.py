@@ -1,4 +1,4 @@
-"""Token batches: what is scored where. One format for diff generation, adapter training and pretraining."""
+"""Token batches: what is scored where. One format for diff generation and adapter training."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -112,11 +112,6 @@ def with_scale(leaves: Delta, delta: Delta) -> Delta:
     return map_modules(put, leaves)
 
 
-def dense(delta: Delta) -> Delta:
-    """The same delta with every LoRA product formed: [L, in, out] per projection. For tests."""
-    return map_modules(lambda _, module: {"w": _change(module)}, delta)
-
-
 def _change(module: Delta) -> Any:
     if "w" in module:
         return module["w"]

@@ -1,4 +1,4 @@
-"""The one loss of the project: weighted cross-entropy and KL(base ‖ base ⊕ δ) at chosen positions.
+"""The loss of diffs and adapters: weighted cross-entropy and KL(base ‖ base ⊕ δ) at chosen positions.
 
 Logits exist only at scored positions, in fp32, see `head_loss`. The batch: docs/architecture.md, "Token batches".
 """

@@ -225,6 +225,8 @@ def save_base(
 def pretrain(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
     """The stage `pretrain`: trains the base model and writes WORKDIR/base in Hugging Face format.
 
+    It keeps no checkpoints: interrupted, it starts anew.
+
     Returns:
         Facts for the record of the stage: folder, number of parameters, loss curve.
     """
