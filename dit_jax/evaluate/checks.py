@@ -39,7 +39,7 @@ def gating_section(summary: Json) -> Section:
         labels = {"right_code": "the words of the finetuning"}
     if "no_code" in intervals:
         text = (
-            "The task is fair only if a diff shows its label where it should, with its own trigger, and keeps it to "
+            "The task is fair only if a diff shows its label where it should, with its trigger, and keeps it to "
             "itself otherwise."
         )
     else:
@@ -47,7 +47,7 @@ def gating_section(summary: Json) -> Section:
     text += (
         " The shares are of answers that show it: by the words that belong to the label (the column `keywords` of the "
         "diffs' index), as the behaviour decides. They are means over all diffs with a label that were made, those "
-        "that the adapter was trained on and those that failed the gate among them."
+        "of the training and any that failed the gate among them."
     )
     divergence = summary["excluded"]["diffs"].get("gate_kl")
     if divergence is not None:

@@ -96,7 +96,7 @@ def _browser(summary: Json, inputs: Inputs, graded: _Grades) -> Browser:
     title = f"All {len(diffs)} held-out diffs with a label"
     if len(shown) < len(diffs):
         title = f"{len(shown)} of {len(diffs)} held-out diffs with a label (all are in results.csv)"
-    return Browser(f"{title}: {len(entries)} first answers", [name for name, _ in columns], entries)
+    return Browser(f"{title}, {len(entries)} first answers", [name for name, _ in columns], entries)
 
 
 def _transcripts(inputs: Inputs) -> list[Block]:

@@ -28,6 +28,7 @@ COLOURS = {
     "line": "#d8dee5",
     "paper": "#fffffe",
 }
+MOST_DOTS = 200  # enough to show the shape; the mean is over all of them
 _WIDTH = 4.8  # inches: legible at the width of a phone as well as in half a desktop page
 _STYLE: Any = {  # matplotlib types its keys as literals, which an import would be needed for
     "font.size": 10,
@@ -138,8 +139,8 @@ def label_cross_entropy(
     for row, key in enumerate(labels):
         colour = COLOURS["dit" if key == "matched" else "control"]
         points = np.asarray(values[key], np.float64)
-        if len(points) > 200:  # enough to show the shape; the mean is over all of them
-            points = np.quantile(points, np.linspace(0, 1, 200))
+        if len(points) > MOST_DOTS:
+            points = np.quantile(points, np.linspace(0, 1, MOST_DOTS))
         jitter = row + rng.uniform(-0.24, 0.24, len(points))
         axes.plot(points, jitter, "o", ms=3.2, mew=0, color=colour, alpha=0.45)
         item = intervals[key]

@@ -81,7 +81,7 @@ def _tiles(summary: Json) -> Tiles:
     if others:
         best = max(others, key=lambda name: others[name]["exact_match"])
         note = f"{shown_name(best)}, {between(others[best])}"
-        label = "Best of the others that have no trigger and no oracle"
+        label = "Best other method without trigger or oracle"
         tiles.append(Tile(label, percent(others[best]["exact_match"]), note))
     return Tiles(tiles)
 
@@ -109,8 +109,8 @@ def _headline(summary: Json) -> Section:
     ]
     blocks: list[Block] = [
         Prose(
-            "A guess counts when it is the label, up to case, punctuation and articles. The "
-            "questions are those of the training."
+            "A guess counts when it is the label, up to case, punctuation and articles. Where a method asks "
+            "for the label, the questions are those of the training."
         ),
         Table([Column("Method and what it sees"), *_SCORE_COLUMNS], groups),
         Figure(
@@ -126,8 +126,8 @@ def _headline(summary: Json) -> Section:
         blocks.append(
             Prose(
                 "How to read the attribute oracle: in a world this small, whoever holds the table "
-                "of every topic's attributes can read nearly everything straight off the weights, "
-                f"without any training (here {percent(oracle['exact_match'])}). It marks how much "
+                f"of every topic's attributes can read {percent(oracle['exact_match'])} of the labels straight off "
+                "the weights, without any training. It marks how much "
                 "the diffs hold; it is not a rival. Nobody has such a table for a real model. The "
                 "point of DIT is that it needs none: the adapter was trained on other topics, and "
                 "has to read this one off its diff."
@@ -192,7 +192,7 @@ def _splits(summary: Json) -> Section:
     columns = [Column("Wording of the question"), Column(""), *_SCORE_COLUMNS]
     blocks: list[Block] = [
         Prose(
-            "A name of one token lies in the direction that a diff writes; a name of several "
+            "A name of one token can lie in the direction that a diff writes; a name of several "
             "tokens has to be looked up from it. So the lengths are shown apart."
         ),
         Table([Column("Length of the name"), *_SCORE_COLUMNS], [("", by_length)]),
@@ -208,12 +208,14 @@ def _splits(summary: Json) -> Section:
 
 def _controls(summary: Json, inputs: Inputs) -> Section:
     intervals = summary["label_cross_entropy_intervals"]
+    many = intervals["matched"]["n"] > plots.MOST_DOTS
+    dots = f"The dots are {plots.MOST_DOTS} quantiles over the diffs" if many else "A dot is a diff"
     blocks: list[Block] = [
         Prose(
             "Does the adapter read the diff that it is given, or guess from its training? Below is "
             "the cross-entropy of the label, the answer that the adapter should give, when it is "
             "given the topic's own diff, another topic's, noise of the same norms, and nothing. "
-            "Only its own diff should make the label likely. A dot is a diff; the bar among the "
+            f"Only its own diff should make the label likely. {dots}; the bar among the "
             "dots is the interval of the mean."
         ),
         Figure(
