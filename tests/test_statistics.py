@@ -159,10 +159,11 @@ def test_intervals_of_few_diffs_cover_the_truth(n):
         assert np.mean(hits) >= 0.95
 
 
-def test_few_values_without_ends_have_students_interval():
+def test_few_cross_entropies_have_students_interval():
     estimate = bootstrap_mean([1.0, 2.0, 3.0], rate=False)
     half = 4.3027 * 1 / math.sqrt(3)  # the table's t at two degrees of freedom
-    assert (estimate.low, estimate.high) == pytest.approx((2 - half, 2 + half), abs=1e-3)
+    assert (estimate.low, estimate.high) == pytest.approx((0, 2 + half), abs=1e-3)  # never negative
+    assert bootstrap_mean([11.0, 12.0, 13.0], rate=False).low == pytest.approx(12 - half, abs=1e-3)
 
 
 def test_asking_a_diff_more_often_does_not_narrow_the_interval():

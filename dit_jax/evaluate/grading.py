@@ -186,7 +186,7 @@ def grades_section(grades: RunGrades, summary: Json) -> Section | None:
         heads = [Column("DIT compared with"), *(Column(title, True) for title in titles)]
         blocks.append(
             Prose(
-                "Mean grade of DIT minus that of each other method, on the same diffs (bootstrap over diffs; "
+                "Mean grade of DIT minus that of each other method, on the same diffs ("
                 "p of a two-sided randomisation test, and adjusted by Holm's method over the methods)."
             )
         )

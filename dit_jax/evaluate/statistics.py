@@ -120,14 +120,17 @@ def _edge(mean: float, end: float, limit: float) -> float:
 
 
 def _student(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Student's interval: for few values without ends. One value has none: it is returned as both ends."""
+    """Student's interval: for few values that have no upper end and are never negative.
+
+    One value has none: it is returned as both ends.
+    """
     from scipy.special import stdtrit
 
     n, mean = len(values), float(values.mean())
     if n == 1:
         return mean, mean
     half = stdtrit(n - 1, (1 + LEVEL) / 2) * values.std(ddof=1) / math.sqrt(n)
-    return float(mean - half), float(mean + half)
+    return max(0.0, float(mean - half)), float(mean + half)
 
 
 def _checked(values: ArrayLike) -> NDArray[np.float64]:
@@ -152,7 +155,7 @@ def bootstrap_mean(
       clusters: the diff of each score; None when every score has its own.
       rate: whether the scores are rates in [0, 1], so that few of them, or equal ones, get an exact bound
         (`_bounded`): a sample without spread has none under resampling either, and 0 of 96 is not surely 0.
-        Few others get Student's interval.
+        Others are cross-entropies: few of them get Student's interval, as far as it is not negative.
       seed: seed of the resampling; the same input gives the same interval.
       resamples: number of resampled means.
 
