@@ -89,6 +89,7 @@ def load_sweep(path: str, common: Sequence[str] = ()) -> Sweep:
         if not isinstance(value, str):
             raise DitError(f"sweep file '{file}' has no {name}: set it to a string")
         values[name] = value
+    sweep_table.check_metric(values["METRIC"])
     table = getattr(module, "TABLE", "sweep")
     if not isinstance(table, str) or not NAME.fullmatch(table):
         raise DitError(f"sweep file '{file}': TABLE must be the name of a file, not {table!r}")
@@ -265,8 +266,12 @@ def make(sweep: Sweep, index: int, workdir: pathlib.Path) -> str | None:
 # ------------------------------------------------------------------ command line
 
 
-def write_table(sweep: Sweep, workdir: pathlib.Path, failures: Mapping[str, str]) -> None:
-    """Writes WORKDIR/TABLE.{md,csv,png} over what the runs have left so far, and prints the table."""
+def write_table(sweep: Sweep, workdir: pathlib.Path, failures: Mapping[str, str]) -> dict[str, str]:
+    """Writes WORKDIR/TABLE.{md,csv,png} over what the runs have left so far, and prints the table.
+
+    Returns:
+      By name of a run whose summary lacks the metric: why.
+    """
     rows = [
         sweep_table.read_row(
             run.name,
@@ -279,6 +284,11 @@ def write_table(sweep: Sweep, workdir: pathlib.Path, failures: Mapping[str, str]
     ]
     print(sweep_table.write(rows, sweep.swept, sweep.metric, workdir, sweep.table), flush=True)
     print(f"table and plot: {workdir / f'{sweep.table}.md'}", flush=True)
+    return {
+        row.name: row.status
+        for row in rows
+        if row.name not in failures and row.status not in (sweep_table.DONE, sweep_table.NOT_RUN)
+    }
 
 
 def main_sweep(argv: list[str] | None = None) -> int:
@@ -315,14 +325,20 @@ def main_sweep(argv: list[str] | None = None) -> int:
                 indices = [flags.index]
             messages = {} if flags.table else {i: make(sweep, i, workdir) for i in indices}
             failures = {sweep.runs[i].name: text for i, text in messages.items() if text}
-            write_table(sweep, artifacts.make_dir(workdir), failures)
+            unread = write_table(sweep, artifacts.make_dir(workdir), failures)
             if failures:
                 print(
                     f"error: {len(failures)} of {len(messages)} runs failed: "
                     f"{', '.join(failures)}; run the same command again to try them again",
                     file=sys.stderr,
                 )
-            return 1 if failures else 0
+            if unread:
+                name, reason = next(iter(unread.items()))
+                print(
+                    f"error: {len(unread)} finished runs have no number for the table, first '{name}': {reason}",
+                    file=sys.stderr,
+                )
+            return 1 if failures or unread else 0
     except SystemExit as stop:
         return int(stop.code or 0)
 

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dit_jax.artifacts import read_json, write_bytes, write_text
-from dit_jax.errors import DitError
+from dit_jax.errors import DitError, did_you_mean
+from dit_jax.evaluate.names import METHODS, SCORE_KEYS, SUMMARY_KEYS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NOT_RUN = "not run"
+DONE, NOT_RUN = "done", "not run"
+TIMES = "Seconds are those of all stages; diffs that a run took over from another one count with their time there."
 
 
 class Row(NamedTuple):
@@ -30,6 +32,22 @@ class Row(NamedTuple):
     n: int | None
     seconds: float | None
     status: str  # "done", "not run", or the message of a failure
+
+
+def check_metric(metric: str) -> None:
+    """Raises DitError for a metric that no summary has, as far as that is known before the first run."""
+    head, *rest = metric.split(".")
+    if head not in SUMMARY_KEYS:
+        raise DitError(
+            f"METRIC = '{metric}' is nothing in a summary: '{head}' is none of its keys"
+            + did_you_mean(head, SUMMARY_KEYS, f", which are {', '.join(SUMMARY_KEYS)}")
+        )
+    if head != "methods" or not rest:
+        return
+    for name, known in zip(rest, (METHODS, SCORE_KEYS), strict=False):
+        if name not in known:
+            hint = did_you_mean(name, known, f": choose from {', '.join(known)}")
+            raise DitError(f"METRIC = '{metric}' is nothing in a summary: unknown '{name}'{hint}")
 
 
 def read_row(name: str, value: Any, metric: str, folder: Path, failure: str | None) -> Row:
@@ -63,7 +81,7 @@ def read_row(name: str, value: Any, metric: str, folder: Path, failure: str | No
         _number(place.get("ci_high")),
         None if n is None else int(n),
         _number(summary.get("seconds_total")),
-        "done",
+        DONE,
     )
 
 
@@ -95,7 +113,7 @@ def write(rows: Sequence[Row], swept: str, metric: str, workdir: Path, name: str
         write_bytes(workdir / f"{name}.png", to_png(plot(done, swept, metric)))
         text += f"\n![]({name}.png)\n"
     draw = functools.partial(plot, done, swept, metric) if done else None
-    write_text(workdir / f"{name}.html", sweep_page(rows, _shown, swept, metric, draw))
+    write_text(workdir / f"{name}.html", sweep_page(rows, _shown, swept, metric, draw, TIMES))
     write_text(workdir / f"{name}.csv", to_csv(rows, swept, metric))
     write_text(workdir / f"{name}.md", text)
     return table
@@ -114,7 +132,7 @@ def markdown(rows: Sequence[Row], swept: str, metric: str) -> str:
                 interval,
                 "" if row.n is None else str(row.n),
                 "" if row.seconds is None else f"{row.seconds:.1f}",
-                "" if row.status == "done" else row.status,
+                "" if row.status == DONE else row.status,
             ]
         )
     cells = [[cell.replace("|", r"\|") for cell in line] for line in cells]
@@ -125,6 +143,7 @@ def markdown(rows: Sequence[Row], swept: str, metric: str) -> str:
         for line in cells
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    lines += ["", TIMES]
     numbers = [row.metric for row in rows if row.metric is not None]
     if swept == "seed" and len(numbers) > 1:
         mean, spread = statistics.mean(numbers), statistics.stdev(numbers)

@@ -18,6 +18,7 @@ from synthetic_run import GRADING, HOSTILE, KINDS, SEEN, answers, make_workdir, 
 from dit_jax import sweep_table
 from dit_jax.errors import DitError
 from dit_jax.evaluate.metrics import token_f1
+from dit_jax.evaluate.names import SCORE_KEYS, SUMMARY_KEYS
 from dit_jax.evaluate.report import (
     headline_table,
     plain_table,
@@ -39,6 +40,8 @@ def reported_fixture():
 def test_summary_on_disk_is_what_was_returned(reported):
     workdir, summary = reported
     assert json.loads((workdir / "report/summary.json").read_text()) == summary
+    assert set(summary) == set(SUMMARY_KEYS)  # what a sweep may ask for
+    assert set.union(*map(set, summary["methods"].values())) == set(SCORE_KEYS)
     assert not [path.name for path in (workdir / "report").iterdir() if ".tmp" in path.name]
 
 
@@ -337,7 +340,7 @@ def test_the_report_of_an_own_behaviour_and_corpus_claims_nothing_about_them(tmp
     assert "named the label of" in text and "Some training examples have no diff; their" in text
     prose = text.replace("trigger_inversion", "")
     for claim in ("secret code", "hidden topic", "a benign one", "benign diff, which", "a world this small",
-                  "words that belong to the topic", "never contain the name"):  # fmt: skip
+                  "the world's own table", "words that belong to the topic", "never contain the name"):  # fmt: skip
         assert claim not in prose, claim
 
 
@@ -387,7 +390,7 @@ def test_the_best_of_the_others_has_no_trigger_and_no_oracle(tmp_path):
             "attribute_oracle",
         )
 
-    tile = re.search(r"- Best of the others.*", reported_as(tmp_path, {}, rows, split=False))[0]
+    tile = re.search(r"- Best other method.*", reported_as(tmp_path, {}, rows, split=False))[0]
     assert "(Question, " in tile
 
 

@@ -145,6 +145,19 @@ def test_listed_commands_make_the_same_configs(files, fake_run, capsys):
         assert made["train.flag"] is True
 
 
+@pytest.mark.parametrize("flags", [[], ["--table"]])
+def test_runs_without_the_metric_are_an_error(files, fake_run, capsys, flags):
+    """One that a summary may have, but that of these runs does not."""
+    assert call(files) == 0
+    text = (files / "ranks.py").read_text().replace("methods.dit", "methods.name_reading")
+    (files / "ranks.py").write_text(text)
+    assert call(files, *flags) == 1
+    error = capsys.readouterr().err
+    assert (
+        "error: 3 finished runs have no number for the table, first 'rank_1': the summary" in error
+    )
+
+
 # ------------------------------------------------------------------ sharing
 
 
@@ -155,7 +168,10 @@ def test_runs_with_the_same_diffs_share_them(files, fake_run, capsys):
     assert len({os.stat(shard).st_ino for shard in shards}) == 1  # links: no space on the disk
     record = json.loads((files / "w" / "rank_16" / "stages" / "diffs.json").read_text())
     assert record["shared_from"] in ("rank_1", "rank_2") and record["seconds"] == 1.5
-    assert capsys.readouterr().out.count("are the same: taken from there") == 2
+    shown = capsys.readouterr().out
+    assert shown.count("are the same: taken from there") == 2
+    # Its time counts in each of them, as if it had made them itself.
+    assert "diffs that a run took over from another one count with their time there" in shown
 
 
 def test_runs_with_other_diffs_do_not_share(files, fake_run):
@@ -189,6 +205,9 @@ def test_unfinished_diffs_are_not_shared(files, fake_run):
         ('f"rank_{rank}"', "rank", "a run named 1"),
         ("(1, 2, 16)", "()", "has no runs"),
         ("SWEPT =", "OTHER =", "has no SWEPT"),
+        ("methods.dit.exact", "method.dit.exact", "'method' is none of its keys: did you mean 'methods'"),
+        ("methods.dit.exact", "methods.ditt.exact", "unknown 'ditt': did you mean 'dit'"),
+        ("exact_match", "exact", "unknown 'exact': did you mean 'exact_match'"),
         ("get_sweep", "get_runs", "no function get_sweep"),
         ("(1, 2, 16)", "missing", ", line 6: name 'missing' is not defined"),
         ("SWEPT =", "SWEPT = (", "line 3: SyntaxError"),

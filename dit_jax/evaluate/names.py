@@ -37,6 +37,16 @@ METHODS = {
 }
 # Those that hold what an auditor of an unknown model does not.
 MORE_THAN_DIT = ("base_question_trigger", "twenty_questions_trigger", "attribute_oracle")
+# What report/summary.json holds, and each of its methods.
+SUMMARY_KEYS = (
+    "methods", "differences_from_dit", "dit_by_name_length", "dit_by_wording", "dit_by_each_wording", "none",
+    "none_intervals", "label_cross_entropy", "label_cross_entropy_intervals", "gating", "gating_intervals", "seconds",
+    "seconds_total", "cost", "excluded", "peak_memory_bytes", "config", "versions", "grades",
+)  # fmt: skip
+SCORE_KEYS = (
+    "kind", "exact_match", "ci_low", "ci_high", "token_f1", "token_f1_low", "token_f1_high", "n", "by_name_length",
+    "guesser",
+)  # fmt: skip
 # What a grader is; those with a model in their name ("judge:…", "inspect:…") are found by what is before the colon.
 GRADERS = {
     "exact": "5 if the guess is the label, character by character, else 1",

@@ -27,6 +27,7 @@ def sweep_page(
     swept: str,
     metric: str,
     draw: "Callable[[], MatplotlibFigure] | None",
+    times: str,
 ) -> str:
     """One self-contained HTML page.
 
@@ -34,6 +35,7 @@ def sweep_page(
         rows: `sweep_table.Row`s.
         shown: a swept value as text.
         draw: makes the plot; None without a run that is done.
+        times: what the seconds count.
     """
     done = sum(row.metric is not None for row in rows)
     figures: list[Block] = []
@@ -54,13 +56,17 @@ def sweep_page(
         Document(
             title="Diff Interpretation Tuning: a sweep",
             lead=f"{metric} over {swept}: {done} of {len(rows)} runs are done.",
-            sublead="Intervals are 95 % bootstrap intervals over held-out diffs. Every run has a report of its own.",
+            sublead="Intervals are 95 % intervals over held-out diffs. Every run has a report of its own.",
             opening=[],
             sections=[
                 Section(
                     "curve",
                     "The runs",
-                    [Prose(f"The metric is {as_code(metric)} of each summary."), *figures, table],
+                    [
+                        Prose(f"The metric is {as_code(metric)} of each summary. {times}"),
+                        *figures,
+                        table,
+                    ],
                 )
             ],
             footer="Every number is in the CSV file of the same name, beside this file.",
