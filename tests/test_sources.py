@@ -363,7 +363,7 @@ def test_faults_of_a_split_file(tmp_path):
 )
 def test_the_embedded_world_has_no_keys_of_other_sources(change, said):
     data = data_config("tiny_world")
-    data.update(change)
+    data.update({"test_topics": 1, **change})
     with pytest.raises(DitError, match=said):
         load_organisms(data, 0)
 
