@@ -262,7 +262,7 @@ def test_inspect_eval_and_view(model, run, tmp_path):
     [
         (["-M", "adaptr=x", "-T", "diff=DIFFS"], "error: unknown model argument -M adaptr of dit_jax: did you mean"),
         (["-T", "diff=DIFFS"], "error: weight_diff_qa asks the adapter, and the model has none: give -M adapter=…"),
-        (["-M", "adapter=ADAPTER", "-T", "diff=[no]"], "error: there is no diff store at [no]: check -T diff=…"),
+        (["-M", "adapter=ADAPTER", "-T", "diff=no[w]"], "error: there is no diff store at no[w]: check -T diff=…"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(run, tmp_path, words, said):

@@ -128,7 +128,8 @@ def _samples(path: str, question: str, split: str, trigger_seed: int | None) -> 
     """One sample per diff of the split; its id is the diff's place in the store."""
     if not path:
         raise DitError("the task has no diffs: give -T diff=STORE")
-    if not pathlib.Path(path).exists():
+    # Inspect reads a value as YAML: [no] is a list.
+    if not isinstance(path, str) or not pathlib.Path(path).exists():
         raise DitError(f"there is no diff store at {path}: check -T diff=…")
     behaviour, rows = _read_index(pathlib.Path(path))
     asked = question or QUESTIONS.get(behaviour, "")
