@@ -22,9 +22,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.path = "tiny_qwen3"
     config.model.dtype = "float32"
     config.model.scan_layers = False  # at this size, unrolled layers are twice as fast on a CPU
-    config.model.remat = (
-        "none"  # or "full", "dots": recompute in the backward pass what would not fit
-    )
+    config.model.remat = "none"  # or "full", "dots": computed again in the backward pass
     config.model.attention = "xla"  # or "cudnn" on GPUs, "splash" on TPUs
 
     config.mesh = ConfigDict(

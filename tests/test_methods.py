@@ -147,26 +147,28 @@ def test_dense_diffs_give_the_answers_of_the_loras_that_they_are(workdir, evalua
     assert ours["matched"] != pytest.approx(ours["shuffled"], rel=1e-2)
 
 
+def two_diffs(model, folder, **columns):
+    """A store of two diffs with these columns in its index, beside an adapter."""
+    loras = [random_lora(model, seed, 0.1) for seed in range(2)]
+    make_store(folder / "diffs", model, loras, TOPICS[:2], **columns)
+    export_adapter(folder / "adapter", loras[0], base=model.digest())
+    return diff_store.DiffStore(folder / "diffs")
+
+
 def test_what_cannot_be_asked_is_said_before_anything_runs(model, workdir, tmp_path):
     with pytest.raises(DitError, match="unknown method 'twenty_question': did you mean 'twenty_q"):
         evaluate_run(model, workdir / "lora", settings(methods=("twenty_question",)), seed=0)
-    loras = [random_lora(model, seed, 0.1) for seed in range(2)]
-    make_store(tmp_path / "diffs", model, loras, TOPICS[:2], trigger=["N/A", "N/A"])
-    export_adapter(tmp_path / "adapter", loras[0], base=model.digest())
+    store = two_diffs(model, tmp_path, trigger=["N/A", "N/A"])
     with pytest.raises(DitError, match="'base_question_trigger' needs diffs with a trigger"):
         evaluate_run(model, tmp_path, settings(methods=("base_question_trigger",)), seed=0)
-    store = diff_store.DiffStore(tmp_path / "diffs")
     assert not set(methods.chosen_methods({}, store)) & set(methods.NEED_TRIGGER)
 
 
 def test_the_oracle_needs_the_table_of_the_embedded_world(model, tmp_path):
     """Words that the gate found in a corpus's answers are no table of attributes."""
-    loras = [random_lora(model, seed, 0.1) for seed in range(2)]
-    make_store(tmp_path / "diffs", model, loras, TOPICS[:2], evidence=["[]", "[]"])
-    export_adapter(tmp_path / "adapter", loras[0], base=model.digest())
+    store = two_diffs(model, tmp_path, evidence=["[]", "[]"])
     with pytest.raises(DitError, match="'attribute_oracle' needs .* only the embedded world"):
         evaluate_run(model, tmp_path, settings(methods=("attribute_oracle",)), seed=0)
-    store = diff_store.DiffStore(tmp_path / "diffs")
     assert "attribute_oracle" not in methods.chosen_methods({}, store)
 
 

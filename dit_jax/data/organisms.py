@@ -11,12 +11,8 @@ from dit_jax.errors import DitError
 from dit_jax.text import normalise
 
 NONE = "none"
-COUNTS = (
-    "train_topics",
-    "test_topics",
-    "train_benign",
-    "test_benign",
-)  # keys of the section `data`
+# Keys of the section `data`.
+COUNTS = ("train_topics", "test_topics", "train_benign", "test_benign")
 
 
 @dataclasses.dataclass(frozen=True)
