@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from dit_jax.deltas.safetensors_file import SafetensorsFile
 from dit_jax.models.config import Qwen3Config, parse_config
 from dit_jax.models.generate import generate
 from dit_jax.models.layers import ready
-from dit_jax.models.qwen3 import forward, init_params, logical_axes, unembed
+from dit_jax.models.qwen3 import forward, forward_cached, init_params, logical_axes, unembed
 
 TINY = Qwen3Config(97, 32, 48, 3, 4, 2, 16, tie_word_embeddings=True)
 
@@ -239,6 +240,24 @@ def test_remat_dots_keeps_the_output_of_each_projection_once():
     # Of each LoRA its narrow product beside them.
     assert stacked_residuals(config, (one,)) == outputs + 7 * 3
     assert stacked_residuals(config, (one, two)) == outputs + 7 * (3 + 5)
+
+
+def test_the_model_does_not_run_on_the_last_token(tiny, monkeypatch):
+    calls = []
+
+    def counted(*args):
+        jax.debug.callback(lambda: calls.append(args[2].shape[1]))
+        return forward_cached(*args)
+
+    monkeypatch.setattr(sys.modules[generate.__module__], "forward_cached", counted)
+    tokens = jnp.ones((2, 3), jnp.int32)
+    for count in (1, 4):
+        out = generate.__wrapped__(tiny, TINY, tokens, tokens > 0, max_new_tokens=count)
+        jax.block_until_ready(out)
+        jax.effects_barrier()
+        assert out.lengths.tolist() == [count] * 2
+        assert calls == [3] + [1] * (count - 1)
+        calls.clear()
 
 
 def test_factors_are_made_ready_for_all_layers_at_once():

@@ -33,9 +33,8 @@ class Generation(NamedTuple):
 
 
 class _State(NamedTuple):
-    step: jax.Array
+    step: jax.Array  # how many tokens are chosen; the last of them is not in the cache yet
     cache: Cache
-    logits: jax.Array
     done: jax.Array
     key: jax.Array
     out: Generation
@@ -74,6 +73,7 @@ def generate(
     """
     batch, length = tokens.shape
     deltas = ready_deltas(deltas, config, batch)
+    # The last token needs no slot; with one the sizes stay the round ones that callers choose.
     cache = init_cache(config, batch, length + max_new_tokens)
     with jax.named_scope("prefill"):
         hidden, cache = forward_cached(params, config, tokens, mask.astype(bool), cache, deltas)
@@ -84,13 +84,10 @@ def generate(
         jnp.zeros((batch,), jnp.int32),
     )
     key = jax.random.key(0) if key is None else key
-    start = _State(jnp.zeros((), jnp.int32), cache, logits, jnp.zeros((batch,), bool), key, out)
+    start = _State(jnp.zeros((), jnp.int32), cache, jnp.zeros((batch,), bool), key, out)
 
-    def unfinished(state: _State) -> jax.Array:
-        return (state.step < max_new_tokens) & ~jnp.all(state.done)
-
-    def step(state: _State) -> _State:
-        logits = state.logits
+    def choose(state: _State, logits: jax.Array) -> _State:
+        all_logits = logits
         if forbid_repeats:
             rows = jnp.arange(batch)[:, None]
             written = jnp.arange(max_new_tokens) < state.step
@@ -100,7 +97,7 @@ def generate(
         key, sample_key = jax.random.split(state.key)
         token = _choose(logits, temperature, sample_key)
         logprob = jnp.take_along_axis(
-            jax.nn.log_softmax(state.logits, axis=-1), token[:, None], axis=1
+            jax.nn.log_softmax(all_logits, axis=-1), token[:, None], axis=1
         )[:, 0]
         live = ~state.done
         token = jnp.where(live, token, pad_id)
@@ -110,14 +107,22 @@ def generate(
             state.out.lengths + live,
         )
         done = state.done | jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
+        return _State(state.step + 1, state.cache, done, key, out)
+
+    def unfinished(state: _State) -> jax.Array:
+        return (state.step < max_new_tokens) & ~jnp.all(state.done)
+
+    def step(state: _State) -> _State:
+        token = jax.lax.dynamic_slice_in_dim(state.out.tokens, state.step - 1, 1, axis=1)
         with jax.named_scope("decode"):
             hidden, cache = forward_cached(
-                params, config, token[:, None], jnp.ones((batch, 1), bool), state.cache, deltas
+                params, config, token, jnp.ones((batch, 1), bool), state.cache, deltas
             )
             logits = unembed(params, config, hidden[:, -1], deltas)
-        return _State(state.step + 1, cache, logits, done, key, out)
+        return choose(state._replace(cache=cache), logits)
 
-    return parallel.replicate(jax.lax.while_loop(unfinished, step, start).out)
+    # The first token before the loop: in it the model runs on what was chosen before, so never after the last one.
+    return parallel.replicate(jax.lax.while_loop(unfinished, step, choose(start, logits)).out)
 
 
 def _choose(logits: jax.Array, temperature: jax.Array | float, key: jax.Array) -> jax.Array:
