@@ -113,7 +113,7 @@ def analyse(work: Workload, gpu: str, flags: bool = True) -> tuple[dict[str, Any
     compiled = function.lower(*args, **options).compile(compiler)
     took = time.perf_counter() - start
     memory, weights = memory_sizes(compiled), device_bytes(args[0])
-    kernels = Program(compiled.as_text()).kernels(trips=max(work.new_tokens, 1))
+    kernels = Program(compiled.as_text()).kernels(trips=max(work.new_tokens - 1, 1))
     numbers = {
         "weights_gib": weights / GIB,
         "temporaries_gib": memory["temporaries"] / GIB,
