@@ -181,7 +181,7 @@ def answer_batch(
         stacked: LoRAs [n, L, …] of which question i gets number rows[i]; several such trees are added.
         max_new_tokens: how long an answer may be.
         batch_size: rows per batch, filled up with repeats: calls of one size share one program.
-            Default: all questions at once, at most 256. Rounded up to a multiple of the mesh's batch shards.
+            Default: all questions at once, at most 256. Rounded up, see `generate.even_rows`.
         temperature: 0 is greedy, else samples from softmax(logits / temperature), by `seed`.
         forbid_repeats: never emit a token twice in an answer (adapters that list evidence before the label).
         first: number of the first question in a longer series; with the seed it gives the sampling keys.
@@ -205,7 +205,8 @@ def answer_batch(
         if not isinstance(question, str):
             raise DitError(f"a question is of type {type(question).__name__}: give texts")
     mesh = model.mesh
-    batch_size = parallel.round_up(batch_size or min(256, len(questions)), mesh)
+    batch_size = batch_size or min(256, len(questions))
+    batch_size = generate_lib.even_rows(batch_size, model.config, mesh)
     shared = [
         shardings.put_delta(model.config, mesh, delta)
         for delta in deltas_of(deltas, model.config, "deltas")

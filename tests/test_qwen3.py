@@ -12,12 +12,20 @@ import pytest
 from conftest import golden_cases
 
 import dit_jax
+from dit_jax import parallel
 from dit_jax.deltas import tree
 from dit_jax.deltas.safetensors_file import SafetensorsFile
 from dit_jax.models.config import Qwen3Config, parse_config
-from dit_jax.models.generate import generate
+from dit_jax.models.generate import even_rows, generate
 from dit_jax.models.layers import ready
-from dit_jax.models.qwen3 import forward, forward_cached, init_params, logical_axes, unembed
+from dit_jax.models.qwen3 import (
+    forward,
+    forward_cached,
+    init_cache,
+    init_params,
+    logical_axes,
+    unembed,
+)
 
 TINY = Qwen3Config(97, 32, 48, 3, 4, 2, 16, tie_word_embeddings=True)
 
@@ -297,11 +305,13 @@ def test_no_token_sees_a_later_one(tiny):
     np.testing.assert_array_equal(reach, [True] * 5 + [False] * 3)
 
 
-def test_decoding_with_a_cache_equals_decoding_without(tiny):
+@pytest.mark.parametrize("scan", [False, True])
+def test_decoding_with_a_cache_equals_decoding_without(tiny, scan):
+    config = dataclasses.replace(TINY, scan_layers=scan)
     tokens = jax.random.randint(jax.random.key(1), (3, 7), 0, 97)
     diffs = jax.tree.map(lambda *x: jnp.stack(x), *(random_lora(TINY, s) for s in (3, 4, 5)))
     deltas = (tree.per_example(diffs), random_lora(TINY, 9))
-    out = generate(tiny, TINY, tokens, jnp.ones_like(tokens), deltas=deltas, max_new_tokens=6)
+    out = generate(tiny, config, tokens, jnp.ones_like(tokens), deltas=deltas, max_new_tokens=6)
     text = tokens
     for _ in range(6):
         step = logits(tiny, TINY, text, deltas=deltas)[:, -1]
@@ -310,6 +320,24 @@ def test_decoding_with_a_cache_equals_decoding_without(tiny):
     picked = jax.nn.log_softmax(logits(tiny, TINY, text, deltas=deltas)[:, 6:-1], axis=-1)
     expected = jnp.take_along_axis(picked, out.tokens[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(out.logprobs, expected, atol=1e-4)
+
+
+def test_half_precision_decodes_in_sizes_that_a_gpu_need_not_pad(tiny):
+    half = dataclasses.replace(TINY, dtype="bfloat16")
+    rows = [1, 5, 8, 9, 100]
+    assert [even_rows(n, half, None) for n in rows] == [1, 5, 8, 16, 104]
+    assert [even_rows(n, TINY, None) for n in rows] == rows
+    mesh = parallel.make_mesh({"data": 4, "fsdp": 2, "tensor": 1})
+    assert [even_rows(n, half, mesh) for n in rows] == [8, 8, 8, 16, 128]
+    assert [even_rows(n, TINY, mesh) for n in rows] == [8, 8, 8, 16, 104]
+    tokens = jnp.ones((2, 3), jnp.int32)
+    made = str(jax.make_jaxpr(lambda x: generate(tiny, half, x, x > 0, max_new_tokens=4))(tokens))
+    assert "bf16[1,2,8,2,16]" in made and "bf16[1,2,7,2,16]" not in made
+    few, many = (
+        forward_cached(tiny, TINY, tokens, tokens > 0, init_cache(TINY, 2, size))[0]
+        for size in (3, 8)
+    )
+    np.testing.assert_allclose(few, many, atol=1e-5)
 
 
 def test_rows_stop_at_the_end_of_text_token(tiny):

@@ -35,10 +35,14 @@ Params = dict[str, Any]
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers, [L, B, S, K, H], filled from slot 0; `valid` [B, S] says which count."""
+    """Keys and values of all layers, filled from slot 0; `valid` [B, S] says which count.
 
-    k: jax.Array
-    v: jax.Array
+    k, v: one array [L, B, S, K, H] where layers are scanned, else for each layer one of its own, [1, B, S, K, H]:
+    a layer's part of one array would be copied for its products.
+    """
+
+    k: Any
+    v: Any
     valid: jax.Array
     end: jax.Array  # scalar int32: the next free slot, the same for all rows (rows are left padded)
 
@@ -248,15 +252,18 @@ class Qwen3(nn.Module):
         def apply(layer: int, x: jax.Array, kv: Any, params: Params, deltas: Deltas) -> Any:
             block = Block(c, self.segments, parent=None)
             asked = queries if layer == last else None
-            index = jnp.asarray(layer)
+            index = jnp.asarray(0)  # of the layer in a cache of its own
             return block.apply({"params": params}, (x, kv), index, deltas, context, asked)[0]
 
+        caches: list[Any] = []
         for layer in range(c.num_hidden_layers):
             function: Callable[..., Any] = functools.partial(apply, layer)
             if c.remat != "none":
                 function = jax.checkpoint(function, policy=_remat_policy(c))
-            x, kv = function(x, kv, layers[layer], tuple(delta[layer] for delta in deltas))
-        return x, kv
+            own = kv and tuple(arrays[layer] for arrays in kv)
+            x, own = function(x, own, layers[layer], tuple(delta[layer] for delta in deltas))
+            caches.append(own)
+        return x, kv and tuple(zip(*caches, strict=True))
 
 
 def ready_deltas(deltas: Deltas, config: Qwen3Config, batch: int) -> Deltas:
@@ -376,16 +383,21 @@ def forward_cached(
         hidden, kv = Qwen3(config).apply(
             {"params": params}, tokens, deltas, (cache.k, cache.v), context
         )
-    k, v = cast(tuple[jax.Array, jax.Array], kv)
+    k, v = kv
     return hidden, Cache(k, v, all_valid, cache.end + length)
 
 
 def init_cache(config: Qwen3Config, batch: int, size: int) -> Cache:
     """An empty cache of `size` slots per row."""
-    shape = (config.num_hidden_layers, batch, size, config.num_key_value_heads, config.head_dim)
-    zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
-    zeros = constrain(zeros, None, "batch", None, "kv_heads", None)
-    return Cache(zeros, zeros, jnp.zeros((batch, size), bool), jnp.zeros((), jnp.int32))
+    layers = config.num_hidden_layers
+
+    def zeros(count: int) -> jax.Array:
+        shape = (count, batch, size, config.num_key_value_heads, config.head_dim)
+        empty = jnp.zeros(shape, jnp.dtype(config.dtype))
+        return constrain(empty, None, "batch", None, "kv_heads", None)
+
+    both: Any = zeros(layers) if config.scan_layers else tuple(zeros(1) for _ in range(layers))
+    return Cache(both, both, jnp.zeros((batch, size), bool), jnp.zeros((), jnp.int32))
 
 
 def unembed(
