@@ -19,14 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_run import HOSTILE, answers, reported
 
-from dit_jax.artifacts import write_json
+from dit_jax.artifacts import write_json, write_text
 from dit_jax.data.sources import open_source
 from dit_jax.errors import DitError
 from dit_jax.evaluate.document import Figure
 from dit_jax.evaluate.results import graded_csv, held_out_answers, results_csv, subject_of, to_csv
 from dit_jax.evaluate.statistics import grade_mean, holm
 from dit_jax.evaluate.tables import build
-from dit_jax.evaluate.tables.graded import GradedRow, read_grade, read_graded
+from dit_jax.evaluate.tables.graded import GradedRow, read_file, read_grade, read_graded
 from dit_jax.evaluate.tables.pages import build_document
 from dit_jax.evaluate.tables.paper import PRINTED, Place, model_of
 from dit_jax.main import main
@@ -305,6 +305,28 @@ def test_results_are_the_papers_columns_and_lose_nothing():
     assert {r["method"] for r in read} >= {"dit", "shuffled_diff", "name_reading"}
     assert subject_of({"data": {"kind": "news"}}) == "summary"
     assert results_csv(rows, "summary").startswith("summary,guessed_summary,")
+
+
+def test_an_answer_of_any_characters_is_one_row(tmp_path):
+    """A lone carriage return would end the row, and all that follow would be lost."""
+    texts = ["a\rb", "c\r\nd", "e\nf", '"g', "h,i", "j\0k", "\u2028l", "\r"]
+    rows = [
+        {
+            "method": "dit",
+            "kind": "method",
+            "diff": i,
+            "topic": f"t{i}",
+            "guess": text,
+            "answer": text,
+        }
+        for i, text in enumerate(texts)
+    ]
+    path = tmp_path / "results-graded.csv"
+    grades = [SimpleNamespace(score=2.0, grader="judge", reason="") for _ in rows]
+    write_text(path, graded_csv(rows, [grades]))
+    (graded,) = read_file(path, path.name)
+    assert not graded.excluded
+    assert [row.guess for row in graded.rows] == [text.strip() for text in texts]
 
 
 def test_an_own_run_stands_beside_the_paper(generated, tmp_path):
