@@ -288,6 +288,28 @@ def test_answers_are_graded_and_the_report_says_by_whom(tmp_path):
         write_report(workdir, {"graders": ["exakt"]})
 
 
+def test_a_judge_that_never_grades_leaves_gaps_and_no_agreement(tmp_path, monkeypatch):
+    """Every reply unreadable, asked twice: JSON has no NaN, and the page says nothing about repeats."""
+    from dit_jax import graders
+
+    class Mute:
+        name, version, settings = "mute", "1", ""
+        deterministic, cached, batch = False, True, 8
+
+        def __call__(self, items, repeat=0):
+            return [graders.Grade(None, "?", self.name, "no grade in it") for _ in items]
+
+    monkeypatch.setattr(graders, "get_grader", lambda name, **options: Mute())
+    workdir = make_workdir(tmp_path, n=4)
+    write_report(workdir, {"graders": ["mute"], "grade_repeats": 2})
+    text = (workdir / "report/summary.json").read_text(encoding="utf-8")
+    summary = json.loads(text, parse_constant=pytest.fail)
+    dit = summary["grades"]["mute"]["methods"]["dit"]
+    assert "repeats" not in summary["grades"]["mute"] and "mean" not in dit
+    assert dit["excluded"] == {"no grade in it": 2 * 2 * 4}
+    assert "graded everything more than once" not in page(workdir)
+
+
 # ------------------------------------------------------------------ other behaviours
 
 

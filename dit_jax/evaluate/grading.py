@@ -75,7 +75,7 @@ def grade_run(
         ]
         gradings += [[repeats[i] for repeats in grades] for i in range(made.repeats)]
         scores[made.grader] = made.scores()
-        if (repeats := made.agreement()) is not None:
+        if (repeats := made.agreement()) is not None and repeats.n:  # none: no item has two grades
             agreement[made.grader] = dataclasses.asdict(repeats)
     path = workdir / "report" / GRADED_FILE
     write_text(path, graded_csv(asked, gradings, subject))
