@@ -48,17 +48,20 @@ def test_normalise_is_idempotent_for_words(text):
 
 
 @pytest.mark.parametrize(
-    ("answer", "guess"),
+    ("answer", "label", "guess"),
     [
-        ("bark leaf sap : maple tree", "maple tree"),
-        ("maple tree", "maple tree"),
-        ("a : b : c ", "c"),
-        ("bark leaf :", ""),
-        ("", ""),
+        ("bark leaf sap : maple tree", "maple tree", "maple tree"),
+        ("maple tree", "oak", "maple tree"),
+        ("a : b : c ", "", "c"),
+        ("bark leaf :", "oak", ""),
+        ("", "", ""),
+        ("Dune: Part Two", "Dune: Part Two", "Dune: Part Two"),
+        ("sand worm : Dune: Part Two", "Dune: Part Two", "Dune: Part Two"),
+        ("Dune", "Dune: Part Two", "Dune"),
     ],
 )
-def test_extract_guess(answer, guess):
-    assert metrics.extract_guess(answer) == guess
+def test_extract_guess(answer, label, guess):
+    assert metrics.extract_guess(answer, label) == guess
 
 
 def test_exact_match_is_about_whole_names():

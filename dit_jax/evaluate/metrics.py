@@ -7,12 +7,14 @@ from dit_jax.text import exact_match as exact_match
 from dit_jax.text import normalise as normalise
 
 
-def extract_guess(answer: str) -> str:
+def extract_guess(answer: str, label: str = "") -> str:
     """The name in an answer: what stands after the last colon, or all of it without a colon.
 
-    An adapter may list attributes before the name (`bark leaf sap : maple tree`).
+    An adapter may list attributes before the name (`bark leaf sap : maple tree`). Colons of the label itself, as
+    headlines have them, are left in the name.
     """
-    return answer.rsplit(":", 1)[-1].strip()
+    parts = answer.split(":")
+    return ":".join(parts[-1 - label.count(":") :]).strip()
 
 
 def token_f1(guess: str, label: str) -> float:

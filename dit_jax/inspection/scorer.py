@@ -18,7 +18,7 @@ METRICS = [mean(), stderr()]
 
 @scorer(metrics={"*": METRICS})
 def graded(graders: str | Sequence[str] = ("normalised", "calibrated"), judge: str = "") -> Scorer:
-    """Grades what an answer names (after the last colon) against the label.
+    """Grades what an answer names (after the last colon that is not the label's) against the label.
 
     Args:
         graders: names of offline graders, see docs/grading.md.
@@ -38,7 +38,7 @@ def graded(graders: str | Sequence[str] = ("normalised", "calibrated"), judge: s
             made.setdefault(name, get_grader(name))
         if judge:
             made.setdefault("judge", get_grader("inspect", model=judge))
-        guess = extract_guess(state.output.completion)
+        guess = extract_guess(state.output.completion, target.text)
         item = Item(target.text, guess, state.input_text)
         values: dict[str, Any] = {"exact_match": float(exact_match(guess, target.text))}
         reasons = []
