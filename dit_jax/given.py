@@ -29,11 +29,11 @@ class Given:
     def __len__(self) -> int:
         return self.size
 
-    def shuffled(self) -> "Given":
-        """Every diff replaced by its neighbour: a control in which all diffs are real and all labels wrong."""
+    def reordered(self, order: Sequence[int]) -> "Given":
+        """Number i is number order[i] of these."""
         if self.stacked is not None:
-            return from_stacked(jax.tree.map(lambda x: np.roll(x, 1, axis=0), self.stacked))
-        return Given(self.size, lambda i: self.read((i - 1) % self.size))
+            return from_stacked(jax.tree.map(lambda x: x[np.asarray(order)], self.stacked))
+        return Given(len(order), lambda i: self.read(order[i]))
 
     def noise(self, seed: int) -> "Given":
         """Every diff replaced by noise with the same norm of each factor in each layer."""

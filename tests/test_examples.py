@@ -1,6 +1,7 @@
 """What the adapter is trained on and what it is tested on: splits, the share of `none`, labels, wordings, controls."""
 
 import collections
+import dataclasses
 import itertools
 import json
 from types import SimpleNamespace
@@ -116,8 +117,15 @@ def test_only_held_out_diffs_are_asked_and_controls_are_what_they_say(store):
         return given.stacked["layers"]["mlp"]["up_proj"]["a"][:, 0, 0, 0]
 
     np.testing.assert_array_equal(numbers(topics.given), np.arange(13, 18))
-    shuffled = numbers(topics.given.shuffled())
+    shuffled = numbers(topics.shuffled())
     assert sorted(shuffled) == list(range(13, 18)) and not (shuffled == np.arange(13, 18)).any()
+    # Behaviours of one's own may give several diffs one label.
+    rows = [{"label": label} for label in ("tea", "tea", "The Tea", "jazz", "tea")]
+    alike = dataclasses.replace(topics, rows=rows)
+    given = [rows[int(i) - 13]["label"] for i in numbers(alike.shuffled())]
+    assert given == ["jazz", "jazz", "jazz", "The Tea", "jazz"]
+    alone = dataclasses.replace(topics, rows=[{"label": "tea"}] * 5)
+    np.testing.assert_array_equal(numbers(alone.shuffled()), np.roll(np.arange(13, 18), 1))
     assert not numbers(topics.given.nothing()).any()
 
 
@@ -139,7 +147,7 @@ def test_each_method_gets_the_diff_the_adapter_and_the_prompt_that_its_name_says
         "base_question": (topics.given, "off", list(config.seen_questions)),
         "base_question_trigger": (topics.given, "off", list(config.seen_questions[:1])),
         "no_diff": (topics.given.nothing(), "adapter", list(config.seen_questions[:1])),
-        "shuffled_diff": (topics.given.shuffled(), "adapter", list(config.seen_questions[:1])),
+        "shuffled_diff": (topics.shuffled(), "adapter", list(config.seen_questions[:1])),
     }
     for name, (given, adapter, wordings) in wanted.items():
         calls.clear()

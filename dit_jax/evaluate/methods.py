@@ -68,7 +68,7 @@ def no_diff(s: Setting) -> list[Row]:
 
 def shuffled_diff(s: Setting) -> list[Row]:
     """The adapter with the diff of another topic."""
-    given = s.topics.given.shuffled()
+    given = s.topics.shuffled()
     return _asked(s, "shuffled_diff", "control", s.seen[:1], s.adapter, s.topics, given=given)
 
 

@@ -80,7 +80,7 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
                 )
                 for name, instead in (
                     ("matched", given),
-                    ("shuffled", given.shuffled()),
+                    ("shuffled", topics.shuffled()),
                     ("noise", setting.noise),
                     ("none", given.nothing()),
                 )

@@ -11,7 +11,7 @@ from dit_jax.deltas.store import DiffStore, failed
 from dit_jax.deltas.store import label_of as label_of
 from dit_jax.errors import DitError
 from dit_jax.evaluate.cost_meter import CostMeter
-from dit_jax.evaluate.metrics import extract_guess
+from dit_jax.evaluate.metrics import extract_guess, normalise
 from dit_jax.given import Given, answer, from_store
 from dit_jax.models.layers import Delta
 
@@ -33,6 +33,15 @@ class HeldOut:
     def label(self, row: int) -> str:
         """What the adapter should say about a diff."""
         return label_of(self.rows[row])
+
+    def shuffled(self) -> Given:
+        """Every diff replaced by its nearest neighbour, of another label if there is one: real diffs, wrong labels."""
+        labels, n = [normalise(self.label(row)) for row in range(len(self))], len(self)
+        order = []
+        for i in range(n):
+            others = (j % n for j in range(i - 1, i - n, -1) if labels[j % n] != labels[i])
+            order.append(next(others, i - 1))
+        return self.given.reordered(order)
 
 
 def read_held_out(
@@ -169,6 +178,8 @@ def new_row(
         "wording_seen": seen,
         "question": question,
         "answer": text,
-        "guess": extract_guess(text) if s.config.list_evidence and kind != "baseline" else text,
+        "guess": extract_guess(text, topic)
+        if s.config.list_evidence and kind != "baseline"
+        else text,
         "logprob": None if logprob is None else round(logprob, 4),
     }
