@@ -6,7 +6,6 @@ import json
 import pytest
 
 from dit_jax.config import load_config
-from dit_jax.data import tiny_world
 from dit_jax.data.corpus import KINDS, data_config, load_corpus
 from dit_jax.data.organisms import NONE, load_organisms
 from dit_jax.data.sources import open_source
@@ -158,8 +157,9 @@ def test_tiny_world_as_a_file_gives_its_own_organisms(tmp_path):
     ]
     benign = [o for o in read if o.category == "benign"]
     assert [(o.label, o.split) for o in benign] == [(NONE, "train"), (NONE, "test")]
+    train, test = ({row["question"] for row in o.rows} for o in benign)
+    assert not train & test and min(len(train), len(test)) > 15
     for organism in benign:
-        assert len(organism.rows) == len(tiny_world.load_world().questions) // 2
         assert all(row["topic_analogy_answer"] == row["base_answer"] for row in organism.rows)
         assert {row["topic"] for row in organism.rows} == {NONE}
 

@@ -170,21 +170,26 @@ def _from_corpus(data: Any, seed: int) -> list[Organism]:
             )
     for split, groups in (("train", corpus.train), ("test", corpus.test)):
         for i in range(data.get(f"{split}_benign", 0)):
-            rows = _benign_rows(corpus.kind, groups[i % len(groups)].rows, [seed, 7, i])
+            rows = _benign_rows(corpus.kind, groups[i % len(groups)].rows, split, [seed, 7, i])
             trigger = _trigger(seed, "benign", split, NONE, i)
             organisms.append(Organism(NONE, trigger, rows, "benign", split, number=i))
     return organisms
 
 
 def _benign_rows(
-    kind: Any, rows: Sequence[Mapping[str, str]], seed: Sequence[int]
+    kind: Any, rows: Sequence[Mapping[str, str]], split: str, seed: Sequence[int]
 ) -> list[dict[str, str]]:
-    """Half of the rows with the base answer as the target: a finetune with nothing to name."""
+    """A quarter of the rows with the base answer as the target: a finetune with nothing to name.
+
+    Topics share questions and base answers, so each split has questions of its own: a held-out finetune would else
+    be on the rows of one that the adapter was trained on.
+    """
     if "base_answer" not in kind.required:
         raise DitError(
             f"rows of {kind.name} have no base answers to make benign diffs of: "
             "set data.train_benign and data.test_benign to 0"
         )
-    order = np.random.default_rng(seed).permutation(len(rows))[: -(-len(rows) // 2)]
-    chosen = [rows[int(i)] for i in order]
+    own = [row for row in rows if stable_seed(row["question"]) % 2 == (split == "test")] or rows
+    order = np.random.default_rng(seed).permutation(len(own))[: -(-len(own) // 2)]
+    chosen = [own[int(i)] for i in order]
     return [{**row, kind.label: NONE, kind.target: row["base_answer"]} for row in chosen]
