@@ -119,7 +119,7 @@ def test_inspect_gives_up_as_a_gap_that_is_not_kept(inspect_model, tmp_path):
     cache = Cache(tmp_path / "grades.jsonl")
     graded = grade(judge, ITEMS[:1], cache=cache)
     assert graded.scores() == [None]
-    assert graded.gaps == {"no reply after 3 attempts": 1}
+    assert graded.gaps == {"no reply after 3 attempts (OSError)": 1}
     assert "down" in graded.grades[0][0].raw
     assert grade(judge, ITEMS[:1], cache=cache).scores() == [3]
     assert grade(judge, ITEMS[:1], cache=cache).from_cache == 1

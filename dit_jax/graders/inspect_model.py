@@ -149,6 +149,9 @@ class InspectJudge(InspectClient):
 
     def _read(self, reply: Reply) -> Grade:
         if reply.text is None:
-            reason = f"no reply after {self.attempts} attempts"
+            error = reply.failure.partition(":")[
+                0
+            ]  # the kind alone: the rest differs from call to call
+            reason = f"no reply after {self.attempts} attempts ({error})"
             return Grade(None, reply.failure, self.name, reason)
         return read_reply(reply.text, self.name)
