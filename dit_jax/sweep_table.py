@@ -169,36 +169,44 @@ def _shown(value: Any) -> str:
 
 
 def plot(rows: Sequence[Row], swept: str, metric: str) -> "Figure":
-    """The metric over the swept value with intervals: on a line if the values are numbers, in columns if not.
+    """The metric with its intervals, over the swept value if the values are numbers, else a row for each run.
 
-    The axis is logarithmic where positive numbers span more than a decade.
+    The axis of the values is logarithmic where positive ones span more than a decade.
     """
-    from dit_jax.evaluate.plots import COLOURS, new_figure
+    from dit_jax.evaluate.plots import COLOURS, new_figure, spaced
 
     rows = list(rows)
     values = [_number(row.value) for row in rows]
-    figure, axes = new_figure(3.4, 6.0)
     numeric = all(value is not None for value in values) and len(set(values)) == len(values)
     if numeric:
         rows.sort(key=lambda row: float(row.value))
-        places = [float(row.value) for row in rows]
-    else:
-        places = [float(i) for i in range(len(rows))]
+    places = [float(row.value) if numeric else float(i) for i, row in enumerate(rows)]
     means = [float(row.metric or 0.0) for row in rows]
-    style = "-o" if numeric and swept != "seed" else "o"  # a line between seeds would mean nothing
-    axes.plot(places, means, style, color=COLOURS["dit"], lw=1.6, ms=5)
+    figure, axes = new_figure(3.4 if numeric else 0.8 + 0.36 * len(rows), 6.0)
+    # Keys, names and values are not ours: a dollar sign would start a formula.
+    label = metric.replace("$", r"\$")
+    line: Any = {"color": COLOURS["dit"], "lw": 1.6, "ms": 5}
+    if numeric:
+        # A line between seeds would mean nothing.
+        axes.plot(places, means, "o" if swept == "seed" else "-o", **line)
+        axes.set_xlabel(swept.replace("$", r"\$"))
+        axes.set_ylabel(label)
+        ticks = [_shown(row.value) for row in rows]
+        if places[0] > 0 and places[-1] > 10 * places[0]:
+            axes.set_xscale("log", base=2)
+            ticks = spaced(places, ticks)
+        axes.set_xticks(places, ticks)
+        axes.minorticks_off()
+    else:
+        axes.plot(means, places, "o", **line)
+        axes.set_xlabel(label)
+        axes.set_yticks(places, [row.name.replace("$", r"\$") for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+    interval = axes.vlines if numeric else axes.hlines
     for place, row in zip(places, rows, strict=True):
         if row.low is not None and row.high is not None:
-            axes.vlines(place, row.low, row.high, color=COLOURS["dit"], lw=1.2, alpha=0.6)
-    if numeric and places[0] > 0 and places[-1] > 10 * places[0]:
-        axes.set_xscale("log", base=2)
-    # Keys, names and values are not ours: a dollar sign would start a formula.
-    shown = [_shown(row.value) if numeric else row.name for row in rows]
-    axes.set_xticks(places, [text.replace("$", r"\$") for text in shown])
-    axes.minorticks_off()
-    axes.set_xlabel(swept.replace("$", r"\$"))
-    axes.set_ylabel(metric.replace("$", r"\$"))
+            interval(place, row.low, row.high, color=COLOURS["dit"], lw=1.2, alpha=0.6)
     if all(0 <= mean <= 1 for mean in means):
-        axes.set_ylim(-0.02, 1.02)
-    axes.grid(axis="y", color=COLOURS["line"])
+        (axes.set_ylim if numeric else axes.set_xlim)(-0.02, 1.02)
+    axes.grid(axis="y" if numeric else "x", color=COLOURS["line"])
     return figure

@@ -272,7 +272,9 @@ def test_the_plot_stands_over_the_swept_value():
     assert list(scaled.lines[0].get_xdata()) == [4.0, 16.0, 256.0]
     assert list(axes((0, 1)).lines[0].get_xdata()) == [0.0, 1.0]
     words = axes(("a$b$", "c"))
-    assert [text.get_text() for text in words.get_xticklabels()] == [r"ra\$b\$", "rc"]
+    # Names are long: side by side below the plot they would run into each other.
+    assert [text.get_text() for text in words.get_yticklabels()] == [r"ra\$b\$", "rc"]
+    assert list(words.lines[0].get_xdata()) == [0.5, 0.5]
     assert axes((0, 1, 2), "seed").lines[0].get_linestyle() == "None"
 
 

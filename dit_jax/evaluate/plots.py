@@ -203,18 +203,29 @@ def grade_curves(
       label: of the x axis.
     """
     figure, axes = new_figure(3.0, width=6.0)
-    names = ("dit", "method", "baseline", "control")
+    names, markers = (
+        ("dit", "method", "baseline", "control"),
+        "osD^",
+    )  # told apart without colours, too
     for index, (name, points) in enumerate(series.items()):
         x, mean, low, high = np.array(sorted(points), np.float64).T
         colour = COLOURS[names[index % len(names)]]
         style = "-" if index < len(names) else "--"
+        marker = markers[index % len(markers)]
         axes.plot(
-            x, mean, style, marker="o", ms=4, lw=1.6, color=colour, label=name.replace("$", r"\$")
+            x,
+            mean,
+            style,
+            marker=marker,
+            ms=4,
+            lw=1.6,
+            color=colour,
+            label=name.replace("$", r"\$"),
         )
         axes.vlines(x, low, high, color=colour, lw=1.2, alpha=0.6)
     axes.set_xscale("log", base=2)
     ticks = sorted({point[0] for points in series.values() for point in points})
-    axes.set_xticks(ticks, _apart(ticks), fontsize=8)
+    axes.set_xticks(ticks, spaced(ticks, [f"{tick:g}" for tick in ticks]), fontsize=8)
     axes.minorticks_off()
     axes.set_ylim(0.9, 5.1)
     axes.set_yticks(range(1, 6))
@@ -228,15 +239,15 @@ def grade_curves(
     return figure
 
 
-def _apart(ticks: Sequence[float]) -> list[str]:
-    """Labels of ticks on a logarithmic axis, "" for one that would run into the label before it."""
-    labels: list[str] = []
+def spaced(ticks: Sequence[float], labels: Sequence[str]) -> list[str]:
+    """Labels of rising ticks on a logarithmic axis, "" for one that would run into the label before it."""
+    kept: list[str] = []
     last = 0.0
-    for tick in ticks:
+    for tick, label in zip(ticks, labels, strict=True):
         near = last and np.log(tick / last) < 0.05 * np.log(ticks[-1] / ticks[0])
-        labels.append("" if near else f"{tick:g}")
+        kept.append("" if near else label)
         last = last if near else tick
-    return labels
+    return kept
 
 
 def curve(points: Sequence[Sequence[float]], label: str) -> "Figure":
