@@ -126,7 +126,7 @@ def _training(config: Json) -> str:
     if on_tiny_world(config) and train.get("list_evidence"):
         text += (
             " In training the answer lists the words that belong to the topic before its name, so that the model "
-            "looks the name up with them in view. Of the topics tested here it was shown neither."
+            "looks the name up with them in view. Of the topics tested here it was shown neither list nor name."
         )
     kinds = []
     if train.get("no_diff_per_batch"):

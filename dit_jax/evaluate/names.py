@@ -11,7 +11,7 @@ METHODS = {
     "base_question": ("Question", "the diff in the model, the same questions; the adapter off"),
     "base_question_trigger": (
         "Question with trigger",
-        "the same with the trigger in the prompt",
+        "the first of these questions with the trigger in the prompt",
     ),
     "twenty_questions": (
         "20 questions",
