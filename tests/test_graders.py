@@ -92,8 +92,9 @@ def test_equal_items_are_graded_once_in_batches():
 def test_repeats_have_a_mean_and_an_agreement():
     replies = {("x", 0): "5", ("x", 1): "4", ("y", 0): "1", ("y", 1): "1", ("z", 0): "2"}
     judge = Scripted(lambda item, repeat: replies.get((item.label, repeat), "no idea"))
-    graded = grade(judge, [("x", "?"), ("y", "?"), ("z", "?")], repeats=2)
-    assert graded.scores() == [4.5, 1, 2]
+    # Equal answers get one grade: how often they come says nothing about the judge.
+    graded = grade(judge, [("x", "?"), ("y", "?"), ("y", "?"), ("z", "?"), ("y", "?")], repeats=2)
+    assert graded.scores() == [4.5, 1, 1, 2, 1]
     assert graded.gaps == {"the judge's reply is no grade": 1}
     agreement = graded.agreement()
     assert agreement.n == 2 and agreement.same == 0.5

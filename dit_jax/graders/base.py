@@ -66,7 +66,7 @@ class Graded:
 
     grades[item][repeat]; grader: its name; repeats: how many were made (1 where asking again would
     change nothing); from_cache: how many grades were read from disk; gaps: reasons with their counts;
-    damaged: what is wrong with lines of the cache whose grades were made again.
+    distinct: the first of equal items; damaged: what is wrong with lines of the cache whose grades were made again.
     """
 
     grades: list[list[Grade]]
@@ -74,6 +74,7 @@ class Graded:
     repeats: int
     from_cache: int
     gaps: dict[str, int]
+    distinct: tuple[int, ...]
     damaged: tuple[str, ...] = ()
 
     def scores(self) -> list[float | None]:
@@ -81,8 +82,10 @@ class Graded:
         return [mean_score(grades) for grades in self.grades]
 
     def agreement(self) -> "Agreement | None":
-        """How much repeats agree; None with a single repeat."""
-        return repeat_agreement(self.grades) if self.repeats > 1 else None
+        """How much repeats agree, equal items being graded once; None with a single repeat."""
+        if self.repeats == 1:
+            return None
+        return repeat_agreement([self.grades[i] for i in self.distinct])
 
 
 @dataclass(frozen=True)
@@ -187,4 +190,5 @@ def grade(
     grades = [[found[row, repeat] for repeat in range(repeats)] for row in rows]
     gaps = Counter(made.reason for row in grades for made in row if made.score is None)
     damaged = tuple(cache.damaged) if cache is not None else ()
-    return Graded(grades, grader.name, repeats, from_cache, dict(gaps), damaged)
+    distinct = tuple({item: i for i, item in reversed(list(enumerate(rows)))}.values())
+    return Graded(grades, grader.name, repeats, from_cache, dict(gaps), distinct, damaged)

@@ -187,9 +187,13 @@ def by(items: Sequence[T], key: Callable[[T], K]) -> dict[K, list[T]]:
 
 
 def judge_noise(graded: Sequence[Graded]) -> list[JudgeNoise]:
-    """Noise of every grader that graded some pair of label and answer twice or more, in any file."""
+    """Noise of every grader that graded some pair of label and answer twice or more, in any file.
+
+    Runs of ours are left out: they grade a pair once, however many answers are the same, and their reports say how
+    far repeats agree.
+    """
     scores: dict[str, dict[tuple[str, str], list[float]]] = {}
-    for item in graded:
+    for item in (item for item in graded if not item.own):
         pairs = scores.setdefault(item.grader, {})
         for row in item.rows:
             if exact_match(row.guess, row.label):
