@@ -107,6 +107,7 @@ def make_workdir(folder: Path, n: int = 96, seed: int = 0, hostile: bool = False
             "parameters": {"base": 940672, "adapter": 131100},
             "methods": {
                 "dit": {"seconds": 15.6, "answers": 968, "prompt_tokens": 12221, "tokens": 6120},
+                "name_reading": {"seconds": 0.1, "answers": 0, "prompt_tokens": 0, "tokens": 0},
             },
         },
         "evaluate/excluded.json": {"held_out": n + 32, "failed_gate": 3, "excluded": 2},

@@ -170,6 +170,7 @@ def test_markdown_shows_the_pictures_beside_it(reported):
         if line.startswith("| ") and "DIT's answer" not in line:
             assert line.endswith("|"), line
     assert "| **DIT**<br>" in text
+    assert "| Name reading | 0.1 s | – | – | – |" in text  # it reads weights: no tokens are counted
 
 
 HOSTILE_MARKDOWN = (

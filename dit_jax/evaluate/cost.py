@@ -65,9 +65,11 @@ def _answers(summary: Json) -> list[Block]:
             [
                 shown_name(name) if name in METHODS else name.replace("_", " "),
                 duration(entry["seconds"]),
-                number(entry["answers"]),
-                number(entry["prompt_tokens"]),
-                number(entry["tokens"]),
+                # What reads weights or logits answers nothing, and what it reads is not counted.
+                *(
+                    number(entry[key]) if entry["answers"] else "–"
+                    for key in ("answers", "prompt_tokens", "tokens")
+                ),
             ]
         )
         for name, entry in methods.items()
