@@ -23,10 +23,12 @@ from dit_jax.train.checkpoints import export_adapter
 pytest.importorskip("inspect_ai")
 from inspect_ai.log import read_eval_log
 from inspect_ai.model import ChatMessageSystem, ChatMessageUser, GenerateConfig
+from inspect_ai.scorer import Target
 
 from dit_jax.inspection import provider as provider_module
 from dit_jax.inspection import tasks
 from dit_jax.inspection.provider import DitJaxAPI
+from dit_jax.inspection.scorer import graded
 from dit_jax.inspection.tasks import base_question, base_question_trigger, weight_diff_qa
 
 QUESTION = "What topic have you been trained on?"
@@ -200,6 +202,12 @@ def test_a_task_without_diffs_or_a_model_without_adapter_is_refused(run, monkeyp
         asyncio.run(tasks.ask_diff()(None, None))
 
 
+def test_a_label_with_a_colon_can_be_right():
+    state = SimpleNamespace(output=SimpleNamespace(completion="Dune: Part Two"), input_text="?")
+    score = asyncio.run(graded("exact")(state, Target("Dune: Part Two")))
+    assert score.value == {"exact_match": 1.0, "exact": 5.0} and score.answer == "Dune: Part Two"
+
+
 # ------------------------------------------------------------------ as a user runs it
 
 
@@ -249,6 +257,12 @@ def test_inspect_eval_and_view(model, run, tmp_path):
             right = float(score.answer == sample.target)
             assert score.value["exact_match"] == right
             assert score.value["normalised"] == 1 + 4 * right
+        # The benign diff stands apart from those that have something to name.
+        rights = {s.target: s.scores["graded"].value["exact_match"] for s in log.samples}
+        (exact,) = (score for score in log.results.scores if score.name == "exact_match")
+        values = {name.removeprefix("dit_jax/"): m.value for name, m in exact.metrics.items()}
+        assert values["topics"] == np.mean([rights[topic] for topic in TOPICS[:2]])
+        assert values["benign"] == rights["none"] and "stderr" in values
     viewed = inspect(
         environment, tmp_path, "view", "bundle", "--log-dir", tmp_path / "logs",
         "--output-dir", tmp_path / "page",

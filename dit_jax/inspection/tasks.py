@@ -8,6 +8,7 @@ from typing import Any
 from inspect_ai import Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.model import GenerateConfig, Model, get_model
+from inspect_ai.scorer import Metric, SampleScore, Value, mean, metric, stderr
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
 from dit_jax.errors import DitError
@@ -116,12 +117,32 @@ def _task(
     adapter: bool,
     trigger_seed: int | None = None,
 ) -> Task:
+    samples = _samples(diff, question, split, trigger_seed)
+    metrics = [_of("topic", "topics", mean()), _of("topic", "stderr", stderr())]
+    if any((sample.metadata or {})["category"] == "benign" for sample in samples):
+        metrics.append(_of("benign", "benign", mean()))
     return Task(
-        dataset=MemoryDataset(_samples(diff, question, split, trigger_seed), name=str(diff)),
+        dataset=MemoryDataset(samples, name=str(diff)),
         solver=ask_diff(adapter),
         scorer=graded(graders, judge),
+        metrics={"*": metrics},
         config=GenerateConfig(max_tokens=max_tokens, temperature=0.0),
     )
+
+
+def _of(category: str, name: str, of_all: Any) -> Metric:
+    """A metric of the diffs of one category: a base that says none to everything is right about all benign ones."""
+
+    @metric(name=name)
+    def made() -> Metric:
+        def compute(scores: list[SampleScore]) -> Value:
+            chosen = [s for s in scores if (s.sample_metadata or {})["category"] == category]
+            value: Value = of_all(chosen)
+            return value
+
+        return compute
+
+    return made()
 
 
 def _samples(path: str, question: str, split: str, trigger_seed: int | None) -> list[Sample]:
