@@ -438,6 +438,8 @@ def test_a_sweep_has_a_page_with_its_curve(tmp_path):
     sweep_table.write(rows, "train.max_diffs", "methods.dit.exact_match", tmp_path, "scaling")
     text = (tmp_path / "scaling.html").read_text()
     assert "<svg" in text and "0.7000" in text and "0.600–0.800" in text and "2 of 3 runs" in text
-    assert "<script" not in text and f"failed: {html.escape(HOSTILE)[:20]}" in text
+    # As a quote, which breaks anywhere: a long word would push the table out of the page.
+    assert "<script" not in text
+    assert f'<q class="quote">failed: {html.escape(HOSTILE)[:20]}' in text
     sweep_table.write(rows[2:], "train.max_diffs", "methods.dit.exact_match", tmp_path, "none")
     assert "<svg" not in (tmp_path / "none.html").read_text()

@@ -10,6 +10,7 @@ from dit_jax.evaluate.document import (
     Document,
     Figure,
     Prose,
+    Quote,
     Section,
     Table,
     TableRow,
@@ -84,6 +85,7 @@ def _row(row: Any, value: str) -> TableRow:
             interval,
             "" if row.n is None else str(row.n),
             "" if row.seconds is None else duration(row.seconds),
-            row.status,
+            # A message is as long as it is: like what models wrote, it breaks anywhere and widens nothing.
+            row.status if row.metric is not None else Quote(row.status),
         ]
     )
