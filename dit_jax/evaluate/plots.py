@@ -28,6 +28,12 @@ COLOURS = {
     "line": "#d8dee5",
     "paper": "#fffffe",
 }
+_KINDS = {
+    "dit": "DIT",
+    "method": "asks the finetuned model",
+    "control": "control",
+    "baseline": "reads weights or logits",
+}
 MOST_DOTS = 200  # enough to show the shape; the mean is over all of them
 _WIDTH = 4.8  # inches: legible at the width of a phone as well as in half a desktop page
 _STYLE: Any = {  # matplotlib types its keys as literals, which an import would be needed for
@@ -108,13 +114,22 @@ def _horizontal_bars(
 
 def methods(entries: Sequence[tuple[str, str, Json]]) -> "Figure":
     """Exact match of every method. Entries: shown name, colour name, entry of `summary.methods`."""
-    return _horizontal_bars(
+    figure = _horizontal_bars(
         [label for label, _, _ in entries],
         [{**score, "mean": score["exact_match"]} for _, _, score in entries],
         [COLOURS[colour] for _, colour, _ in entries],
         "exact match, with 95 % interval over diffs",
         width=6.8,  # for Markdown, where it stands alone
     )
+    from matplotlib.patches import Patch
+
+    present = {colour for _, colour, _ in entries}
+    figure.legend(
+        handles=[Patch(color=COLOURS[c], label=text) for c, text in _KINDS.items() if c in present],
+        loc="outside upper right", ncols=4, frameon=False, fontsize=9, handlelength=1,
+        handleheight=1, labelcolor=COLOURS["ink"],
+    )  # fmt: skip
+    return figure
 
 
 def gating(labels: Mapping[str, str], intervals: Mapping[str, Json]) -> "Figure":
