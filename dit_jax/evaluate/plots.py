@@ -218,25 +218,15 @@ def grade_curves(
       label: of the x axis.
     """
     figure, axes = new_figure(3.0, width=6.0)
-    names, markers = (
-        ("dit", "method", "baseline", "control"),
-        "osD^",
-    )  # told apart without colours, too
+    names = ("dit", "method", "baseline", "control")
+    markers = "osD^"  # told apart without colours, too
     for index, (name, points) in enumerate(series.items()):
         x, mean, low, high = np.array(sorted(points), np.float64).T
         colour = COLOURS[names[index % len(names)]]
         style = "-" if index < len(names) else "--"
         marker = markers[index % len(markers)]
-        axes.plot(
-            x,
-            mean,
-            style,
-            marker=marker,
-            ms=4,
-            lw=1.6,
-            color=colour,
-            label=name.replace("$", r"\$"),
-        )
+        shown = name.replace("$", r"\$")
+        axes.plot(x, mean, style, marker=marker, ms=4, lw=1.6, color=colour, label=shown)
         axes.vlines(x, low, high, color=colour, lw=1.2, alpha=0.6)
     axes.set_xscale("log", base=2)
     ticks = sorted({point[0] for points in series.values() for point in points})

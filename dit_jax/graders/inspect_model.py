@@ -149,9 +149,8 @@ class InspectJudge(InspectClient):
 
     def _read(self, reply: Reply) -> Grade:
         if reply.text is None:
-            error = reply.failure.partition(":")[
-                0
-            ]  # the kind alone: the rest differs from call to call
+            # The kind alone: the rest differs from call to call.
+            error, _, _ = reply.failure.partition(":")
             reason = f"no reply after {self.attempts} attempts ({error})"
             return Grade(None, reply.failure, self.name, reason)
         return read_reply(reply.text, self.name)
