@@ -83,8 +83,8 @@ def step_flops(model: Qwen3Config, load: Load) -> float:
     tokens, scored = load.rows * load.length, load.rows * load.scored
     teacher = load.teacher_rows * load.length * forward
     if not load.trained:
-        decoded = 2.0 * layer_parameters(model) * _fed_back(load) + head * load.new_tokens
-        return tokens * forward + load.rows * decoded
+        decoded = load.rows * load.new_tokens
+        return tokens * forward + decoded * (2.0 * layer_parameters(model) + head)
     again = {"none": 0.0, "dots": attention, "full": forward}[model.remat]
     # Backward: the gradient of activations alone; scores and weights of attention have two factors each.
     backward = 2.0 * layer_parameters(model) + 2 * attention
@@ -95,12 +95,7 @@ def step_flops(model: Qwen3Config, load: Load) -> float:
 
 def _passes(load: Load) -> int:
     """How often a step goes through all layers."""
-    return (2 if load.trained else 1) + (1 if load.teacher_rows else 0) + _fed_back(load)
-
-
-def _fed_back(load: Load) -> int:
-    """Decoded tokens of a row that the model runs on: all but the last."""
-    return max(load.new_tokens - 1, 0)
+    return (2 if load.trained else 1) + (1 if load.teacher_rows else 0) + load.new_tokens
 
 
 def step_seconds(
@@ -119,7 +114,7 @@ def step_seconds(
     if tensor > 1:
         # Two sums of activations per layer forward, two backward, two recomputed.
         ways = 2 * (6 if load.trained else 2)
-        tokens = load.rows * (load.length + _fed_back(load)) + load.teacher_rows * load.length / 3
+        tokens = load.rows * (load.length + load.new_tokens) + load.teacher_rows * load.length / 3
         summed = tokens / (data * fsdp) * model.hidden_size * _item(model)
         received += ways * model.num_hidden_layers * summed * (tensor - 1) / tensor
     return max(compute, read) + received / (NETWORK_SHARE * chip.network)
