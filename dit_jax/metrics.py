@@ -7,11 +7,12 @@ Nothing here waits for a device: the caller hands over numbers that it has fetch
 MFU (model FLOPs utilization) is model FLOPs per second ÷ (devices × the FLOPs per second that one device
 reaches in one large matmul of the model's dtype, measured in this process). Model FLOPs of a training step,
 with P the kernels of the layers, V·D the head, and the base model frozen (so its backward pass has products
-for the activations only, none for the weights):
+for the activations only, none for the weights; attention, whose factors are all activations, has both):
 
-    4 · (P · tokens + V·D · scored tokens) + 8 · L · N · H · Σ length²
+    4 · (P · tokens + V·D · scored tokens) + 12 · L · N · H · Σ length²
 
-Padding, recomputation, the factors of LoRA and the teacher of the KL terms count as overhead, not as model FLOPs.
+Attention counts whole, also what the causal mask hides. Padding, recomputation, the factors of LoRA and the teacher
+of the KL terms count as overhead, not as model FLOPs.
 """
 
 import functools
@@ -36,7 +37,7 @@ from dit_jax.models.config import Qwen3Config
 FOLDER = "metrics"
 MFU = (
     "MFU = model FLOPs/s ÷ (devices × measured matmul FLOPs/s of one); model FLOPs = "
-    "4 (P tokens + V D scored) + 8 L N H Σ length², base frozen"
+    "4 (P tokens + V D scored) + 12 L N H Σ length², base frozen"
 )
 
 
@@ -71,15 +72,20 @@ def count_work(batch: TokenBatch, *, share: float = 1.0, diffs: int = 0, steps: 
     return Work(float(sums[0]), float(sums[1]), float(sums[2]), diffs, steps)
 
 
+def forward_flops(config: Qwen3Config, work: Work) -> float:
+    """FLOPs of the base's forward pass over this work: projections and head, scores and weighted values."""
+    c = config
+    weights = (
+        c.num_projection_parameters() * work.tokens + c.hidden_size * c.vocab_size * work.scored
+    )
+    attention = c.num_hidden_layers * c.num_attention_heads * c.head_dim * work.squares
+    return 2.0 * weights + 4.0 * attention
+
+
 def train_flops(config: Qwen3Config, work: Work) -> float:
     """Model FLOPs of training on this work with a frozen base; the formula is in this module's docstring."""
-    c = config
-    heads = c.num_attention_heads * c.head_dim
-    attention = c.hidden_size * (2 * heads + 2 * c.num_key_value_heads * c.head_dim)
-    layers = c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size)
-    head = c.hidden_size * c.vocab_size
-    products = layers * work.tokens + head * work.scored
-    return 4.0 * products + 8.0 * c.num_hidden_layers * heads * work.squares
+    # Backward once more the same, and attention a third time.
+    return 2 * forward_flops(config, work) + forward_flops(config, Work(squares=work.squares))
 
 
 @functools.lru_cache

@@ -146,8 +146,9 @@ def test_work_counts_no_padding_and_adds_up():
     assert work.plus(half) == metrics.Work(24, 9, 102, 2, 5)
 
 
-def test_model_flops_are_those_that_xla_counts():
-    rows, length, scored = 4, 64, 8
+@pytest.mark.parametrize(("rows", "length"), [(4, 64), (1, 1024)])
+def test_model_flops_are_those_that_xla_counts(rows, length):
+    scored = 8
     params = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
     lora = jax.eval_shape(lambda: init_lora(CONFIG, jax.random.key(0), 1))
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
@@ -158,10 +159,9 @@ def test_model_flops_are_those_that_xla_counts():
 
     compiled = jax.jit(jax.grad(loss)).lower(lora, params, tokens).compile()
     work = metrics.Work(rows * length, rows * scored, rows * length**2, 0, 1)
-    # XLA also counts norms, softmax and the factors: a few percent at this size.
-    assert metrics.train_flops(CONFIG, work) == pytest.approx(
-        compiled.cost_analysis()["flops"], rel=0.08
-    )
+    # XLA also counts norms, softmax and the factors, and leaves out what the first layer need not hand back.
+    counted = compiled.cost_analysis()["flops"]
+    assert metrics.train_flops(CONFIG, work) == pytest.approx(counted, rel=0.04)
 
 
 def test_rates_follow_from_work_time_and_ceiling(monkeypatch, tmp_path):

@@ -78,14 +78,18 @@ class Qwen3Config:
                 "choose 'xla'"
             )
 
+    def num_projection_parameters(self) -> int:
+        """Number of parameters of the projections of all layers."""
+        d = self.hidden_size
+        heads = self.num_attention_heads + self.num_key_value_heads
+        return self.num_hidden_layers * d * (2 * heads * self.head_dim + 3 * self.intermediate_size)
+
     def num_parameters(self) -> int:
         """Number of parameters, counting a tied head once."""
-        d, h = self.hidden_size, self.head_dim
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        attention = d * h * (2 * heads + 2 * kv_heads) + 2 * h
-        layer = attention + 3 * d * self.intermediate_size + 2 * d
+        d = self.hidden_size
+        norms = self.num_hidden_layers * (2 * d + 2 * self.head_dim) + d
         embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * layer + embeddings + d
+        return self.num_projection_parameters() + norms + embeddings
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` of this architecture, as transformers >= 5 writes it."""

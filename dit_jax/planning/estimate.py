@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from dit_jax.deltas.tree import init_lora, num_parameters
+from dit_jax.metrics import Work, forward_flops, train_flops
 from dit_jax.models.config import Qwen3Config
 from dit_jax.organisms.behaviours import get_behaviour
 from dit_jax.organisms.losses import CHUNK_ELEMENTS
@@ -67,30 +68,24 @@ def step_load(stage: str, config: Any, batch: int) -> Load:
     return Load(batch, 0, train.max_length, 1, False, config.evaluate.max_new_tokens)
 
 
-def layer_parameters(model: Qwen3Config) -> int:
-    """Parameters of the projections of all layers."""
-    d, h = model.hidden_size, model.head_dim
-    attention = d * h * 2 * (model.num_attention_heads + model.num_key_value_heads)
-    return model.num_hidden_layers * (attention + 3 * d * model.intermediate_size)
-
-
 def step_flops(model: Qwen3Config, load: Load) -> float:
-    """FLOPs of a step. A frozen base costs 2 per parameter and token forward, 2 backward, 2 for full remat."""
-    heads = model.num_attention_heads * model.head_dim
-    attention = 4.0 * model.num_hidden_layers * heads * load.length
-    forward = 2.0 * layer_parameters(model) + attention
-    head = 2.0 * model.vocab_size * model.hidden_size
-    tokens, scored = load.rows * load.length, load.rows * load.scored
-    teacher = load.teacher_rows * load.length * forward
+    """FLOPs of a step: those that `metrics` counts, and what it leaves out: recomputation, and the teacher's pass."""
+
+    def work(rows: float) -> Work:
+        return Work(rows * load.length, rows * load.scored, rows * load.length**2)
+
+    own = work(load.rows)
     if not load.trained:
         decoded = load.rows * load.new_tokens
-        return tokens * forward + decoded * (2.0 * layer_parameters(model) + head)
-    again = {"none": 0.0, "dots": attention, "full": forward}[model.remat]
-    # Backward: the gradient of activations alone; scores and weights of attention have two factors each.
-    backward = 2.0 * layer_parameters(model) + 2 * attention
-    # The head computes nothing twice (organisms/head_loss.py): forward and backward; the teacher's logits forward.
-    logits = head * (2 * scored + load.teacher_rows * load.scored)
-    return tokens * (forward + again + backward) + teacher + logits
+        return forward_flops(model, own) + forward_flops(model, Work(decoded, decoded))
+    # The head computes nothing twice (organisms/head_loss.py).
+    again = {
+        "none": Work(),
+        "dots": Work(squares=own.squares),
+        "full": own._replace(scored=0.0),
+    }[model.remat]
+    teacher = work(load.teacher_rows)
+    return train_flops(model, own) + forward_flops(model, again) + forward_flops(model, teacher)
 
 
 def _passes(load: Load) -> int:
@@ -168,7 +163,7 @@ def device_memory(
     inner = 4 * model.intermediate_size + 6 * heads
     working = tokens * (8 * width + inner / tensor) * _item(model)
     scores = load.rows / shards * model.num_attention_heads / tensor * load.length**2 * FLOAT32 * 2
-    gathered = 2 * layer_parameters(model) / layers / tensor * _item(model)
+    gathered = 2 * model.num_projection_parameters() / layers / tensor * _item(model)
     gathered += model.vocab_size * width / tensor * _item(model) * (1 if fsdp > 1 else 0)
     logits = min(load.rows / shards * load.scored * model.vocab_size / tensor, CHUNK_ELEMENTS)
     temporary = working + scores + gathered + 2 * FLOAT32 * logits
