@@ -22,7 +22,7 @@ from benchmarks.hlo import Kernel, Program
 from benchmarks.workload import LEARNING_RATE, WEIGHT_DECAY, Workload
 from dit_jax import shardings
 from dit_jax.data.batch import TokenBatch, entry_limit
-from dit_jax.deltas.tree import init_lora, trainable
+from dit_jax.deltas.tree import abstract_lora, trainable
 from dit_jax.errors import DitError, exit_on_error
 from dit_jax.models import generate as decoding
 from dit_jax.organisms.finetune import finetune_many, make_optimizer
@@ -54,8 +54,8 @@ def abstract_program(work: Workload) -> tuple[Any, tuple[Any, ...], dict[str, An
             work.batch,
             work.length,
             work.new_tokens,
-            work.rank,
-            work.adapter_rank,
+            _lora(config, work.rank),
+            _lora(config, work.adapter_rank),
         )
         return decoding.generate, args, options
     data = workload.make_data(work)
@@ -87,7 +87,7 @@ def abstract_program(work: Workload) -> tuple[Any, tuple[Any, ...], dict[str, An
 
 def _lora(config: Any, rank: int, count: int = 0, axis: int = 0) -> Any:
     """Shapes of a LoRA, or of `count` of them along an axis."""
-    one = jax.eval_shape(lambda: init_lora(config, jax.random.key(0), rank))
+    one = abstract_lora(config, rank)
     if not count:
         return one
     grow = lambda x: (*x.shape[:axis], count, *x.shape[axis:])  # noqa: E731

@@ -259,12 +259,14 @@ def compiles_ahead(config: Any, workdir: pathlib.Path) -> bool:
 
 def _compile_ahead(config: Any, model: Any) -> None:
     """Compiles the step of the stage `train` into the cache of programs, in a thread of its own."""
+    from dit_jax.deltas.tree import abstract_lora
     from dit_jax.train.dit import abstract_step, train_step
 
     def compile_step() -> None:
         # What is wrong with a config, the stage itself will say.
         with contextlib.suppress(Exception), parallel.use_mesh(model.mesh):
-            args, options = abstract_step(model.config, model.mesh, config.train, config.diffs.rank)
+            diff = abstract_lora(model.config, config.diffs.rank, config.diffs.projections)
+            args, options = abstract_step(model.config, model.mesh, config.train, diff)
             train_step.lower(model.program_params, *args[1:], **options).compile()
 
     threading.Thread(target=compile_step, name=COMPILE_AHEAD).start()

@@ -81,7 +81,7 @@ def random_batch(config, count, seed, weights=None):
 def random_deltas(config, count, seed, rank=2):
     """Stacked LoRAs that change what the model says: no factor is zero, as `init_lora` has it."""
     rng = np.random.default_rng(seed)
-    start = jax.eval_shape(lambda: tree.init_lora(config, jax.random.key(0), rank))
+    start = tree.abstract_lora(config, rank)
 
     def fill(path, leaf):
         shape = (count, *leaf.shape)
@@ -311,7 +311,9 @@ def test_no_diff_needs_another_one():
 @functools.cache
 def asking_program(shape):
     mesh = mesh_of(shape)
-    args, options = generate.abstract_arguments(SMALL, mesh, 3, 9, 6, 2, 4)
+    args, options = generate.abstract_arguments(
+        SMALL, mesh, 3, 9, 6, tree.abstract_lora(SMALL, 2), tree.abstract_lora(SMALL, 4)
+    )
     with parallel.use_mesh(mesh):
         return generate.generate.lower(*args, **options).compile()
 
@@ -342,7 +344,7 @@ def test_planning_compiles_the_programs_that_run():
     args, options = generate_diffs.abstract_step(SMALL, mesh, DIFF_SECTION)
     with parallel.use_mesh(mesh):
         assert finetune_many.lower(*args, **options).as_text() == diffs_run((2, 2, 2))[2]
-        args, options = dit.abstract_step(SMALL, mesh, TRAIN, diff_rank=2)
+        args, options = dit.abstract_step(SMALL, mesh, TRAIN, tree.abstract_lora(SMALL, 2))
         assert dit.train_step.lower(*args, **options).as_text() == adapter_run((2, 2, 2))[2]
     results = jax.tree.leaves(asking_program((2, 2, 2)).output_shardings)
     assert all(leaf.is_fully_replicated for leaf in results)

@@ -81,6 +81,19 @@ def test_a_plan_of_this_machine_counts_every_byte(tmp_path, capsys):
     assert programs.device_bytes(parts["parameters"]) == stages["train"]["memory"]["parameters"]
 
 
+def test_adapter_and_questions_are_planned_on_the_projections_of_the_config():
+    config = load_config(
+        PAPER, {"diffs.projections": ("up_proj",), "train.projections": ("q_proj", "down_proj")}
+    )
+    for stage in ("train", "ask"):
+        *_, parts = programs.stage_step(stage, NAMED_CONFIGS["qwen3-0.6b"], None, config)
+        changed = [
+            {name for module in parts[part]["layers"].values() for name in module}
+            for part in ("diffs", "adapter")
+        ]
+        assert changed == [{"up_proj"}, {"q_proj", "down_proj"}]
+
+
 def test_collectives_are_read_from_a_program():
     text = """
 %body (p: f32[2]) -> f32[2] {

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from dit_jax.config import load_config
+from dit_jax.deltas.tree import abstract_lora
 from dit_jax.models.config import NAMED_CONFIGS
 from dit_jax.organisms import generate
 from dit_jax.organisms.finetune import finetune_many
@@ -19,7 +20,8 @@ def products(stage, dtype, remat):
     """The lines of a program's products."""
     config = dataclasses.replace(NAMED_CONFIGS["qwen3-0.6b"], dtype=dtype, remat=remat)
     if stage == "train":
-        step, (args, options) = dit.train_step, dit.abstract_step(config, None, CONFIG.train, 1)
+        diff = abstract_lora(config, 1)
+        step, (args, options) = dit.train_step, dit.abstract_step(config, None, CONFIG.train, diff)
     else:
         step, (args, options) = finetune_many, generate.abstract_step(config, None, CONFIG.diffs)
     lines = [

@@ -84,6 +84,15 @@ def init_lora(
     return {"layers": layers}
 
 
+def abstract_lora(
+    config: Qwen3Config, rank: int, projections: Sequence[str] = PROJECTIONS
+) -> Delta:
+    """`init_lora` as ShapeDtypeStructs."""
+    return jax.eval_shape(
+        lambda: init_lora(config, jax.random.key(0), rank, projections=projections)
+    )
+
+
 def map_modules(fn: Callable[[tuple[str, ...], Delta], Any], delta: Delta) -> Delta:
     """Applies fn(path, module) to every module of a delta: a dict that holds `w`, or `a`, `b`, `scale`."""
 

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dit_jax import parallel, shardings
-from dit_jax.deltas.tree import init_lora
 from dit_jax.models.config import Qwen3Config
-from dit_jax.models.layers import Deltas
+from dit_jax.models.layers import Delta, Deltas
 from dit_jax.models.qwen3 import (
     Cache,
     Params,
@@ -156,22 +155,19 @@ def abstract_arguments(
     batch: int,
     length: int,
     max_new_tokens: int,
-    diff_rank: int = 1,
-    adapter_rank: int = 16,
+    diff: Delta,
+    adapter: Delta,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of `generate` without values, as (args, kwargs), to compile it for a machine that is not there.
 
     Use: `with parallel.use_mesh(mesh): generate.lower(*args, **kwargs).compile()`.
 
     Args:
-        batch, length: prompts, each with a diff of its own, under one adapter; all projections.
+        batch, length: prompts, each with a diff of its own, under one adapter.
+        diff, adapter: `deltas.tree.abstract_lora`.
     """
     batch = even_rows(batch, config, mesh)
     tokens, mask = (jax.ShapeDtypeStruct((batch, length), dtype) for dtype in (jnp.int32, bool))
-    adapter, diff = (
-        jax.eval_shape(lambda rank=rank: init_lora(config, jax.random.key(0), rank))
-        for rank in (adapter_rank, diff_rank)
-    )
     diffs = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((x.shape[0], batch, *x.shape[1:]), x.dtype), diff
     )

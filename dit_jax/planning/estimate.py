@@ -13,9 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
-from dit_jax.deltas.tree import init_lora, num_parameters
+from dit_jax.deltas.tree import abstract_lora, num_parameters
 from dit_jax.metrics import Work, forward_flops, train_flops
 from dit_jax.models.config import Qwen3Config
 from dit_jax.organisms.behaviours import get_behaviour
@@ -126,10 +124,7 @@ def lora_parameters(model: Qwen3Config, rank: int, projections: Sequence[str]) -
 
 @functools.lru_cache
 def _lora_parameters(model: Qwen3Config, rank: int, projections: tuple[str, ...]) -> int:
-    lora = jax.eval_shape(
-        lambda: init_lora(model, jax.random.key(0), rank, projections=projections)
-    )
-    return num_parameters(lora)
+    return num_parameters(abstract_lora(model, rank, projections))
 
 
 # ------------------------------------------------------------------ memory

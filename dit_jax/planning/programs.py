@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from dit_jax import parallel
-from dit_jax.deltas.tree import with_scale
+from dit_jax.deltas.tree import abstract_lora, with_scale
 from dit_jax.errors import DitError
 from dit_jax.models import generate as decoding
 from dit_jax.models.config import Qwen3Config
@@ -70,13 +70,14 @@ def stage_step(
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any], dict[str, Any]]:
     """(compiled function, args, kwargs, {"parameters": tree, …}) of a stage, without values.
 
-    Questions are as long as those that the adapter is trained on.
+    Questions are as long as those that the adapter is trained on, and diffs are LoRAs there.
     """
     if stage == "diffs":
         args, options = diff_generation.abstract_step(model, mesh, config.diffs)
         return finetune_many, args, options, {"parameters": args[0], "diffs": args[2]}
+    diff = abstract_lora(model, config.diffs.rank, config.diffs.projections)
     if stage == "train":
-        args, options = dit.abstract_step(model, mesh, config.train, config.diffs.rank)
+        args, options = dit.abstract_step(model, mesh, config.train, diff)
         params, _, state, adapter, diffs, _ = args
         parts = {"adapter": state.leaves, "optimizer": state.optimizer, "diffs": diffs}
         # Of the adapter's tree the step reads the scales alone.
@@ -88,8 +89,8 @@ def stage_step(
         config.evaluate.batch_size,
         config.train.max_length,
         config.evaluate.max_new_tokens,
-        config.diffs.rank,
-        config.train.rank,
+        diff,
+        abstract_lora(model, config.train.rank, config.train.projections),
     )
     diffs, adapter = options["deltas"]
     parts = {"parameters": args[0], "adapter": adapter, "diffs": diffs}

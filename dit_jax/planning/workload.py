@@ -31,8 +31,15 @@ _KEYS = {
         "diffs.widths.*",
         "diffs",
     ),
-    "train": ("diffs.rank", "train"),
-    "ask": ("diffs.rank", "train.rank", "train.max_length", "evaluate.max_new_tokens"),
+    "train": ("diffs.rank", "diffs.projections", "train"),
+    "ask": (
+        "diffs.rank",
+        "diffs.projections",
+        "train.rank",
+        "train.projections",
+        "train.max_length",
+        "evaluate.max_new_tokens",
+    ),
 }
 
 

@@ -14,7 +14,7 @@ from dit_jax import artifacts, parallel, preemption, processes, shardings
 from dit_jax.api import Model, check_base
 from dit_jax.data.batch import TokenBatch
 from dit_jax.deltas.store import DiffStore
-from dit_jax.deltas.tree import PROJECTIONS, init_lora, per_example, trainable, with_scale
+from dit_jax.deltas.tree import abstract_lora, init_lora, per_example, trainable, with_scale
 from dit_jax.errors import DitError
 from dit_jax.metrics import Meter, Metrics, Profile, count_work, read_records
 from dit_jax.models.config import Qwen3Config
@@ -90,7 +90,7 @@ def state_shardings(
 
 
 def abstract_step(
-    config: Qwen3Config, mesh: Mesh | None, train: Any, diff_rank: int = 1
+    config: Qwen3Config, mesh: Mesh | None, train: Any, diff: Delta
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of `train_step` without values, as (args, kwargs), to compile it for a machine that is not there.
 
@@ -98,17 +98,13 @@ def abstract_step(
 
     Args:
         train: the `train` section of the config.
-        diff_rank: of the diffs in a batch, on all projections.
+        diff: of each example, see `deltas.tree.abstract_lora`.
     """
     size = parallel.round_up(train.batch_size, mesh)
     optimizer = _optimizer(train)
-    key = jax.random.key(0)
-    adapter = jax.eval_shape(
-        lambda: init_lora(config, key, train.rank, projections=train.projections)
-    )
+    adapter = abstract_lora(config, train.rank, train.projections)
     leaves = trainable(adapter)
     state = State(leaves, jax.eval_shape(optimizer.init, leaves))
-    diff = jax.eval_shape(lambda: init_lora(config, key, diff_rank, projections=PROJECTIONS))
     diffs = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((x.shape[0], size, *x.shape[1:]), x.dtype), diff
     )
