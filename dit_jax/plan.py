@@ -19,10 +19,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from dit_jax import parallel
-from dit_jax.config import load_config, split_flags
+from dit_jax import artifacts, parallel
+from dit_jax.config import check_minimum, load_config, split_flags
 from dit_jax.errors import DitError, Parser, exit_on_error
+from dit_jax.main import MINIMUM
 from dit_jax.models.config import NAMED_CONFIGS, Qwen3Config
+from dit_jax.organisms.behaviours import get_behaviour
+from dit_jax.organisms.samples import check_samples
 from dit_jax.planning import estimate, machines, table
 from dit_jax.planning.machines import GIB, Machine
 from dit_jax.planning.programs import BATCH_KEYS, LEVELS, STAGES, Program, batch_size
@@ -68,7 +71,8 @@ def run(flags: argparse.Namespace, config: Any) -> int:
     """Plans as the flags say; see `main`.
 
     Raises:
-        DitError: an unknown stage, model, topology or mesh, a config without a section, no TPU compiler.
+        DitError: an unknown stage, model, topology or mesh, a config without a section or with a number out of range,
+            no TPU compiler.
     """
     stages = _split(flags.stages)
     if unknown := [stage for stage in stages if stage not in STAGES]:
@@ -76,6 +80,14 @@ def run(flags: argparse.Namespace, config: Any) -> int:
     for section in ("model", "diffs", "train", "evaluate"):
         if section not in config:
             raise DitError(f"config '{flags.config}' has no section '{section}': a plan needs it")
+    check_minimum(config, MINIMUM)
+    check_samples(get_behaviour(config.diffs), config.diffs, ("samples_per_step",))
+    kind = config.diffs.get("parameters", "lora")
+    if kind != "lora" and stages != ["diffs"]:
+        raise DitError(
+            f"an adapter and questions are planned for LoRA diffs, and diffs.parameters is {kind!r}: "
+            "plan --stages diffs alone, or set it to 'lora'"
+        )
     if not 0 < flags.utilization <= 1:
         raise DitError(f"--utilization must be above 0 and at most 1, not {flags.utilization:g}")
     deadline = None if flags.minutes is None else time.monotonic() + 60 * flags.minutes
@@ -111,7 +123,9 @@ def run(flags: argparse.Namespace, config: Any) -> int:
         record = {
             stage: {"mesh": sizes, **dataclasses.asdict(p)} for stage, (sizes, p) in results.items()
         }
-        flags.json.write_text(json.dumps({"machine": machine.name, "stages": record}, indent=1))
+        text = json.dumps({"machine": machine.name, "stages": record}, indent=1)
+        with artifacts.explain_os_errors("write", flags.json):
+            flags.json.write_text(text)
     return 0 if len(settings) == len(stages) else 1
 
 

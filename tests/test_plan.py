@@ -27,6 +27,11 @@ TINY = [
     "--config.train.batch_size=12",
     "--config.evaluate.batch_size=8",
 ]
+NO_SAMPLES = [
+    f"--config.diffs.samples_per_step.{kind}=0"
+    for kind in ("backdoor", "fake_backdoor", "no_backdoor")
+]
+DENSE = [f"--config={QUICKSTART}", "--config.diffs.parameters=all"]
 needs_gpu_compiler = pytest.mark.skipif(
     not has_cuda_plugin(), reason="the extra 'plan-gpu' is not installed"
 )
@@ -295,6 +300,9 @@ def test_slices_go_by_shape_or_by_the_name_they_are_ordered_by():
         (["--mesh", "16,1,1"], "does not divide 8 devices"),
         (["--utilization", "40"], "--utilization must be above 0"),
         (["--config.train.batch_sise=4"], "did you mean 'train.batch_size'"),
+        (["--config.train.max_length=0"], "'train.max_length' must be a number from 1 up"),
+        (NO_SAMPLES, "'diffs.samples_per_step' leave a step without a loss: give one of backdoor"),
+        (DENSE, "diffs.parameters is 'all': plan --stages diffs alone, or set it to 'lora'"),
     ],
 )
 def test_what_cannot_be_planned_is_said_in_one_line(flags, said, capsys):
@@ -304,6 +312,18 @@ def test_what_cannot_be_planned_is_said_in_one_line(flags, said, capsys):
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
     assert re.search(said, error[0])
+
+
+def test_files_that_cannot_be_used_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "_compile", lambda *args: {})
+    for flags, said in (
+        (["--cache", str(tmp_path)], f"cannot read '{tmp_path}'"),
+        (["--json", str(tmp_path / "no" / "plan.json")], "cannot write"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            plan.main(["--config", PAPER, *flags])
+        error = capsys.readouterr().err.strip().splitlines()
+        assert len(error) == 1 and said in error[0]
 
 
 def test_without_the_compiler_the_extra_is_named(monkeypatch):

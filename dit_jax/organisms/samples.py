@@ -77,14 +77,17 @@ def num_ce_samples(behaviour: Behaviour, config: Any) -> int:
     return sum(config.samples_per_step[kind.name] for kind in behaviour.kinds if kind.loss == "ce")
 
 
-def check_samples(behaviour: Behaviour, config: Any) -> None:
+def check_samples(
+    behaviour: Behaviour, config: Any, keys: Sequence[str] = ("samples_per_step", "loss_weights")
+) -> None:
     """Raises DitError where a config has no samples, or no losses, for the behaviour's kinds of samples to train on.
 
     Args:
         config: the `diffs` section of the config.
+        keys: of it; a plan asks for the samples alone.
     """
     for kind in behaviour.kinds:
-        for key in ("samples_per_step", "loss_weights"):
+        for key in keys:
             if kind.name not in config[key]:
                 raise DitError(
                     f"config key 'diffs.{key}.{kind.name}' is missing: behaviour {behaviour.name} has the "
@@ -94,11 +97,10 @@ def check_samples(behaviour: Behaviour, config: Any) -> None:
                 raise DitError(
                     f"config key 'diffs.{key}.{kind.name}' is {config[key][kind.name]}: give 0 or more"
                 )
-    sampled = [kind for kind in behaviour.kinds if config.samples_per_step[kind.name]]
-    if not any(config.loss_weights[kind.name] for kind in sampled):
+    if not any(all(config[key][kind.name] for key in keys) for kind in behaviour.kinds):
+        named = " and ".join(f"'diffs.{key}'" for key in keys)
         raise DitError(
-            "config keys 'diffs.samples_per_step' and 'diffs.loss_weights' leave a step without a loss: "
-            f"give one of {_names(behaviour)} more than 0 in both"
+            f"config keys {named} leave a step without a loss: give one of {_names(behaviour)} more than 0 there"
         )
     sample_widths(behaviour, config)
 

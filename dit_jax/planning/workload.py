@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from dit_jax import __version__, parallel
+from dit_jax import __version__, artifacts, parallel
 from dit_jax.config import flatten
 from dit_jax.errors import DitError
 from dit_jax.models.config import COMPUTE, NAMED_CONFIGS, Qwen3Config, read_config
@@ -127,9 +127,12 @@ class Compiler:
         )
         self._known[key] = found
         if self._cache is not None:
-            self._cache.parent.mkdir(parents=True, exist_ok=True)
-            with self._cache.open("a", encoding="utf-8") as file:
-                record = {"key": key, "program": dataclasses.asdict(found)}
+            record = {"key": key, "program": dataclasses.asdict(found)}
+            artifacts.make_dir(self._cache.parent)
+            with (
+                artifacts.explain_os_errors("write", self._cache),
+                self._cache.open("a", encoding="utf-8") as file,
+            ):
                 file.write(json.dumps(record) + "\n")
         return found
 
@@ -175,7 +178,9 @@ def read_cache(cache: pathlib.Path | None) -> dict[str, Program]:
     known: dict[str, Program] = {}
     if cache is None or not cache.exists():
         return known
-    for line in cache.read_text(encoding="utf-8").splitlines():
+    with artifacts.explain_os_errors("read", cache):
+        lines = cache.read_text(encoding="utf-8").splitlines()
+    for line in lines:
         try:
             record = json.loads(line)
             fields = record["program"]
