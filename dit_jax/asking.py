@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dit_jax import parallel, shardings
@@ -100,7 +99,10 @@ def ask_many(
     """
     if samples < 1:
         raise DitError(f"samples is {samples}: give 1 or more")
-    shared = deltas_of(adapter, model.config, "adapter")
+    shared = tuple(  # on the device once, not with every batch
+        shardings.put_delta(model.config, model.mesh, delta)
+        for delta in deltas_of(adapter, model.config, "adapter")
+    )
     questions = [questions] if isinstance(questions, str) else questions
     diffs = [diffs] if isinstance(diffs, Diff | Mapping) else diffs
     prompts = [question for question in questions for _ in range(samples)]
@@ -108,27 +110,28 @@ def ask_many(
         return [[] for _ in diffs]
     block = max(1, (batch_size or 256) // len(prompts))  # diffs of one batch
     groups: dict[Any, list[tuple[int, tuple[Delta, ...]]]] = {}
+    # Shapes of which a whole batch was decoded: its program takes the rest of them as well.
+    filled: set[Any] = set()
     answers: dict[int, list[Answer]] = {}
     with Progress("asking", len(diffs) * len(prompts), enabled=progress) as bar:
 
-        def flush(members: list[tuple[int, tuple[Delta, ...]]]) -> None:
+        def flush(members: list[tuple[int, tuple[Delta, ...]]], whole: bool = False) -> None:
+            """whole: as many rows as a whole batch has."""
             deltas: tuple[Delta, ...] = shared
             stacked: tuple[Delta, ...] = ()
-            rows, size = None, batch_size
-            if len(members) == 1:
+            rows = None
+            if len(members) == 1 and not whole:
                 deltas = (*members[0][1], *shared)
             else:
                 stacked = jax.tree.map(lambda *x: np.stack(x), *(own for _, own in members))
                 rows = [row for row in range(len(members)) for _ in prompts]
-                if len(diffs) > block:  # one program for full batches and the last one
-                    size = block * len(prompts)
             found = answer_batch(
                 model,
                 prompts * len(members),
                 deltas=deltas,
                 stacked=stacked,
                 rows=rows,
-                batch_size=size,
+                batch_size=block * len(prompts) if whole else batch_size,
                 first=len(answers) * len(prompts),
                 on_batch=bar.advance,
                 **decoding,
@@ -146,12 +149,14 @@ def ask_many(
             group = groups.setdefault(shapes if is_lora else i, [])
             group.append((i, own))
             del own
+            if is_lora and len(group) == block > 1:
+                filled.add(shapes)
             if not is_lora or len(group) == block:
-                flush(group)
+                flush(group, shapes in filled)
                 group.clear()
-        for group in groups.values():
+        for shapes, group in groups.items():
             if group:
-                flush(group)
+                flush(group, shapes in filled)
     return [
         [answers[i][q * samples : (q + 1) * samples] for q in range(len(questions))]
         for i in range(len(diffs))
@@ -218,10 +223,7 @@ def answer_batch(
         # Each process supplies its own rows of the batch.
         picked = [(start + i) % len(questions) for i in parallel.local_rows(mesh, batch_size)]
         index = np.asarray(picked if rows is None else [rows[i] for i in picked])
-        local = [
-            per_example(jax.tree.map(lambda x, index=index: jnp.asarray(x[index]), one))
-            for one in stacked
-        ]
+        local = [per_example(jax.tree.map(lambda x, index=index: x[index], one)) for one in stacked]
         own = [shardings.put_deltas(model.config, mesh, x, batch_size, 1) for x in local]
         prompts = parallel.put_rows((tokens[picked], mask[picked]), mesh, batch_size)
         with parallel.use_mesh(mesh):
@@ -233,7 +235,7 @@ def answer_batch(
                 max_new_tokens=max_new_tokens,
                 eos_ids=model.chat.eos_ids,
                 pad_id=model.chat.pad_id,
-                temperature=temperature,
+                temperature=float(temperature),  # of an integer the program would be another one
                 forbid_repeats=forbid_repeats,
                 key=jax.random.fold_in(jax.random.key(seed), first + start),
             )

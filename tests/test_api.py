@@ -9,7 +9,9 @@ import pytest
 from test_qwen3 import random_lora
 
 import dit_jax
+from dit_jax import asking
 from dit_jax.deltas import export
+from dit_jax.models.generate import generate
 from dit_jax.models.hf_checkpoint import find_folder
 
 
@@ -102,6 +104,35 @@ def test_ask_many_takes_sums_of_diffs_in_one_batch(model, lora):
     assert len(set(alone)) >= 4
     for diff in (lora, dit_jax.Diff(lora)):
         assert answers(dit_jax.ask_many(model, QUESTION, diff, max_new_tokens=4)) == table[:1]
+
+
+def test_many_batches_are_one_program_and_one_copy_of_the_adapter(model, lora, monkeypatch):
+    diffs = [
+        jax.tree.map(np.asarray, random_lora(model.config, i, rank=2, size=2.0)) for i in range(5)
+    ]
+    alone = [
+        dit_jax.ask(model, QUESTION, diff=diff, adapter=lora, max_new_tokens=3).tokens
+        for diff in diffs
+    ]
+    given, real = [], asking.answer_batch
+
+    def answer_batch(*args, **options):
+        given.append(options["deltas"])
+        return real(*args, **options)
+
+    monkeypatch.setattr(asking, "answer_batch", answer_batch)
+    programs = generate._cache_size()
+    table = dit_jax.ask_many(
+        model, QUESTION, diffs, lora, batch_size=2, max_new_tokens=3, temperature=0
+    )
+    assert answers(table) == [[[tokens]] for tokens in alone]
+    # Two, two, and the last one alone.
+    assert len(given) == 3 and generate._cache_size() == programs + 1
+    dit_jax.ask_many(model, QUESTION, diffs[:2], lora, batch_size=2, max_new_tokens=3)
+    assert generate._cache_size() == programs + 1
+    for (adapter,) in given[:3]:
+        assert adapter is given[0][0]
+        assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(adapter))
 
 
 @pytest.mark.parametrize(
