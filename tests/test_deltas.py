@@ -95,16 +95,18 @@ def test_concatenated_along_the_rank_is_the_sum(params, tokens):
 
 def test_noise_has_the_norms_of_the_diff_and_nothing_else_of_it():
     diff = random_lora(TINY, 1)
+    size = np.arange(1.0, 1 + TINY.num_hidden_layers)[:, None]
+    diff["layers"]["input_layernorm"] = {"w": jnp.asarray(size) * jnp.ones((1, TINY.hidden_size))}
+    diff["norm"] = {"w": jnp.ones(TINY.hidden_size)}
     noise = tree.noise_like(diff, jax.random.key(3))
 
     def compare(path, module):
         other = noise
         for name in path:
             other = other[name]
-        for factor in ("a", "b"):
-            one, two = (
-                np.asarray(x[factor]).reshape(TINY.num_hidden_layers, -1) for x in (module, other)
-            )
+        layers = TINY.num_hidden_layers if path[0] == "layers" else 1
+        for factor in module.keys() - {"scale"}:
+            one, two = (np.asarray(x[factor]).reshape(layers, -1) for x in (module, other))
             np.testing.assert_allclose(
                 np.linalg.norm(one, axis=1), np.linalg.norm(two, axis=1), rtol=1e-5
             )

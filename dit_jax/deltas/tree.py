@@ -154,7 +154,7 @@ def noise_like(delta: Delta, key: jax.Array) -> Delta:
             leaf = module[name]
             subkey = jax.random.fold_in(key, _stable_hash((*path, str(index))))
             noise = jax.random.normal(subkey, leaf.shape, leaf.dtype)
-            axes = (-2, -1) if leaf.ndim > 1 else (-1,)
+            axes = tuple(range(1 if path[0] == "layers" else 0, leaf.ndim))
             norm, size = (jnp.linalg.norm(x, axis=axes, keepdims=True) for x in (leaf, noise))
             out[name] = noise * norm / size
         return out
