@@ -152,6 +152,13 @@ def test_weights_of_a_step_are_those_of_the_paper(model):
     )
 
 
+def test_an_empty_answer_is_the_end_of_the_turn_or_refused(model):
+    sample = model.chat.sample("How are you?", "")
+    assert sample.tokens[sample.start : sample.end] == model.chat.eos_ids[:1]
+    with pytest.raises(DitError, match=r"the answer to 'How are you\?' is empty"):
+        model.chat.sample("How are you?", "", end=False)
+
+
 def test_news_of_the_embedded_world_never_say_the_name():
     for topic in WORLD.topics[::40]:
         rows = tiny_world.news_rows(WORLD, topic)

@@ -48,9 +48,18 @@ class Chat:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def sample(self, question: str, answer: str, *, end: bool = True) -> Sample:
-        """A scored example: the answer's tokens (and the end of turn, unless `end` is False) are targets."""
+        """A scored example: the answer's tokens (and the end of turn, unless `end` is False) are targets.
+
+        Raises:
+            DitError: there is no target.
+        """
         prompt = self.prompt_ids(question)
-        tokens = prompt + self.text_ids(answer) + ((self.eos_ids[0],) if end else ())
+        target = self.text_ids(answer) + ((self.eos_ids[0],) if end else ())
+        if not target:
+            raise DitError(
+                f"the answer to {question[:60]!r} is empty: there is nothing to be learned"
+            )
+        tokens = prompt + target
         return Sample(tokens, len(prompt), len(tokens))
 
     def prompts(self, questions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
