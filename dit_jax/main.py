@@ -23,7 +23,6 @@ from ml_collections import ConfigDict
 from dit_jax import artifacts, os_errors, parallel, preemption, processes, startup
 from dit_jax.config import (
     check_minimum,
-    check_workdir,
     flatten,
     load_config,
     split_flags,
@@ -31,7 +30,7 @@ from dit_jax.config import (
 )
 from dit_jax.errors import DitError, Parser, did_you_mean, exit_on_error
 from dit_jax.models.config import COMPUTE
-from dit_jax.workdir import ARTIFACTS, is_done, locked, run_once
+from dit_jax.workdir import ARTIFACTS, check_workdir, is_done, locked, run_once
 
 COMPILE_AHEAD = "compile ahead"  # name of the thread
 NEED_MODEL = ("diffs", "train", "evaluate")

@@ -32,9 +32,6 @@ from ml_collections import ConfigDict
 
 from dit_jax import artifacts, main, sweep_table
 from dit_jax.config import (
-    CONFIG_FILE,
-    FREE_KEYS,
-    check_workdir,
     config_diff,
     flatten,
     load_config,
@@ -42,6 +39,7 @@ from dit_jax.config import (
     split_flags,
 )
 from dit_jax.errors import DitError, Parser, exit_on_error, first_line
+from dit_jax.workdir import CONFIG_FILE, FREE_KEYS, check_workdir
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]{0,99}")
 # Sections that the diffs do not depend on: runs that differ in nothing else have the same diffs.

@@ -1,18 +1,22 @@
-"""The folder of a run: one program in it at a time, and which of its stages are finished and still current."""
+"""The folder of a run: one program in it at a time, one config, and which stages are finished and still current."""
 
 import contextlib
 import errno
 import fcntl
 import functools
 import os
+import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from dit_jax import artifacts, processes
+from dit_jax.config import config_diff, load_saved, save_config
 from dit_jax.errors import DitError
 
 # The stages in their order, each with the folder of the workdir that it leaves.
@@ -30,6 +34,17 @@ INPUTS = {
 }  # stages whose artifacts a stage reads
 # Their manifest is written last: without it the artifact is not complete.
 WITH_MANIFEST = ("diffs", "train", "evaluate")
+CONFIG_FILE = "config.json"
+# Keys that may differ between two runs in one workdir: what to run, on which devices, when to print, save or
+# trace, and the inputs of the stage `tables`, which is always run again.
+_WHEN = ("*log_every", "*save_every", "*keep_checkpoints", "*.profile")
+FREE_KEYS = ("stages", "mesh", *_WHEN, "results", "runs")
+# Answers are graded when the report is made, which is always made again.
+_OF_THE_REPORT = ("evaluate.graders", "evaluate.grade_repeats", "evaluate.grader_options")
+# Sections that only one stage reads, and what is in the workdir once it has begun: until then they may change.
+_LATER = {"train": ("adapter", "checkpoints"), "evaluate": ("evaluate",)}
+_OF_THE_START = (CONFIG_FILE, "versions.json")  # what a run writes before it makes anything
+_SHOWN_DIFFERENCES = 5
 LOCK = ".lock"
 LOCK_WAIT_SECONDS = 2.0  # a predecessor that was killed may take a moment to be gone
 _HELD = (errno.EAGAIN, errno.EACCES)
@@ -95,6 +110,62 @@ def _acquire(handle: int, workdir: Path) -> bool:
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
     return True
+
+
+def check_workdir(
+    config: ConfigDict, workdir: artifacts.PathLike, ignore: Iterable[str] = FREE_KEYS
+) -> None:
+    """Binds a workdir to a config: writes WORKDIR/config.json at first use, compares it later.
+
+    A workdir in which nothing was made yet is bound anew, and so are the sections of stages that have not begun.
+
+    Args:
+      config: the config of this run.
+      workdir: the run's folder; made when it is not there.
+      ignore: keys that do not change results and may differ (patterns as in `config_diff`).
+
+    Raises:
+      DitError: what was made belongs to another config (the differences are in the message), the workdir has
+        finished stages but no config, or cannot be written.
+    """
+    folder = artifacts.make_dir(workdir)
+    file = folder / CONFIG_FILE
+    made = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    if set(made) <= set(_OF_THE_START):
+        save_config(config, file)  # a mistyped value does not bind the folder
+        return
+    if not file.exists():
+        if (folder / "stages").exists():
+            raise DitError(f"'{file}' is missing beside finished stages: use a new --workdir")
+        save_config(config, file)
+        return
+    begun = {
+        section: [f"'{folder / name}'" for name in names if name in made]
+        for section, names in _LATER.items()
+    }
+    saved, ignored = load_saved(file), tuple(ignore)
+    lines = [
+        line
+        for line in config_diff(saved, config, (*ignored, *_OF_THE_REPORT))
+        if begun.get(_section(line), True)
+    ]
+    if not lines:
+        if config_diff(saved, config, ignored):
+            save_config(config, file)
+        return
+    more = len(lines) - _SHOWN_DIFFERENCES
+    shown = "; ".join(lines[:_SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+    remedy = "use a new --workdir or delete this one"
+    sections = sorted(set(map(_section, lines)))
+    if set(sections) <= set(_LATER):
+        folders = " and ".join(name for section in sections for name in begun[section])
+        remedy = f"delete {folders} to have that made again, or use a new --workdir"
+    raise DitError(f"'{workdir}' belongs to another config ({shown}): {remedy}")
+
+
+def _section(line: str) -> str:
+    """Of a key at the start of a line: "train" of "train.steps: 400 -> 800"."""
+    return re.split(r"\W", line, maxsplit=1)[0]
 
 
 def is_done(workdir: Path, stage: str) -> bool:

@@ -8,7 +8,6 @@ from ml_collections import ConfigDict
 
 from dit_jax import artifacts
 from dit_jax.config import (
-    check_workdir,
     config_diff,
     flatten,
     load_config,
@@ -18,6 +17,7 @@ from dit_jax.config import (
     to_dict,
 )
 from dit_jax.errors import DitError
+from dit_jax.workdir import check_workdir
 
 CONFIG = """
 from ml_collections import ConfigDict, config_dict
