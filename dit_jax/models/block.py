@@ -1,0 +1,141 @@
+"""One layer of Qwen3: attention and feed-forward network, each with what the deltas hold for it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dit_jax.models import attention as attention_lib
+from dit_jax.models.attention import Segments
+from dit_jax.models.config import Qwen3Config
+from dit_jax.models.layers import Deltas, Linear, RMSNorm, pick, rope
+from dit_jax.parallel import FREE, constrain
+
+
+class Context(NamedTuple):
+    """What every layer needs beside its activations; the same for all layers."""
+
+    positions: jax.Array
+    lengths: jax.Array | None
+    mask: jax.Array | None
+    end: jax.Array | None
+
+
+class Queries(NamedTuple):
+    """The only positions [B, P] whose outputs are wanted, in their segments and in the whole row."""
+
+    position: jax.Array
+    row_index: jax.Array
+
+
+class Attention(nn.Module):
+    config: Qwen3Config
+    segments: Segments | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        deltas: Deltas,
+        kv: Any,
+        layer: jax.Array,
+        context: Context,
+        asking: tuple[jax.Array, jax.Array] | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """asking: inputs [B, P, D] and positions [B, P] of the queries, where they are not all of x."""
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        x_q, position = (x, None) if asking is None else asking
+
+        def heads(name: str, count: int, axis: str, x: jax.Array = x) -> jax.Array:
+            linear = Linear(count * c.head_dim, ("embed", axis), dtype, dtype, count, name=name)
+            y = linear(x, pick(deltas, name)).reshape(*x.shape[:2], count, c.head_dim)
+            return constrain(y, FREE, FREE, axis, None)
+
+        def norm(name: str, y: jax.Array) -> jax.Array:
+            return RMSNorm(c.rms_norm_eps, dtype, name=name)(y, pick(deltas, name))
+
+        q = norm("q_norm", heads("q_proj", c.num_attention_heads, "heads", x_q))
+        k = norm("k_norm", heads("k_proj", c.num_key_value_heads, "kv_heads"))
+        v = heads("v_proj", c.num_key_value_heads, "kv_heads")
+        q = rope(q, context.positions if position is None else position, c.rope_theta)
+        k = rope(k, context.positions, c.rope_theta)
+        if kv is not None:
+            # The cache of all layers travels as one carried array, so that XLA updates it in place.
+            start: Any = (layer, 0, context.end, 0, 0)
+            kv = tuple(
+                jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), start)
+                for old, new in zip(kv, (k, v), strict=True)
+            )
+            k, v = (jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for y in kv)
+        if self.segments is None:
+            y = attention_lib.attention(q, k, v, mask=context.mask, impl=c.attention)
+        else:
+            y = attention_lib.segmented_attention(
+                q,
+                k,
+                v,
+                lengths=cast(jax.Array, context.lengths),
+                segments=self.segments,
+                position=position,
+                impl=c.attention,
+            )
+        y = y.reshape(*y.shape[:2], -1)
+        axes, units = ("heads", "embed"), c.num_attention_heads
+        o_proj = Linear(c.hidden_size, axes, dtype, dtype, units, name="o_proj")
+        return o_proj(y, pick(deltas, "o_proj")), kv
+
+
+class MLP(nn.Module):
+    config: Qwen3Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deltas: Deltas) -> jax.Array:
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+
+        def linear(name: str, features: int, axes: tuple[str, str], y: jax.Array) -> jax.Array:
+            units = c.intermediate_size
+            return Linear(features, axes, dtype, dtype, units, name=name)(y, pick(deltas, name))
+
+        gate = linear("gate_proj", c.intermediate_size, ("embed", "mlp"), x)
+        up = linear("up_proj", c.intermediate_size, ("embed", "mlp"), x)
+        return linear("down_proj", c.hidden_size, ("mlp", "embed"), jax.nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    config: Qwen3Config
+    segments: Segments | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[jax.Array, Any],
+        layer: jax.Array,
+        deltas: Deltas,
+        context: Context,
+        queries: Queries | None = None,
+    ) -> tuple[tuple[jax.Array, Any], None]:
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        x, kv = carry
+
+        def norm(name: str) -> Callable[[jax.Array], jax.Array]:
+            module = RMSNorm(c.rms_norm_eps, dtype, name=name)
+            return lambda y: module(y, pick(deltas, name))
+
+        with jax.named_scope("attention"):
+            normed = norm("input_layernorm")
+            y, asking = normed(x), None
+            if queries is not None:
+                x = jnp.take_along_axis(x, queries.row_index[..., None], axis=1)
+                asking = (normed(x), queries.position)
+            attend = Attention(c, self.segments, name="self_attn")
+            y, kv = attend(y, pick(deltas, "self_attn"), kv, layer, context, asking)
+            x = x + y
+        with jax.named_scope("mlp"):
+            y = norm("post_attention_layernorm")(x)
+            x = x + MLP(c, name="mlp")(y, pick(deltas, "mlp"))
+        return (x, kv), None
