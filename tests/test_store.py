@@ -1,17 +1,21 @@
 """The diff store: what is written is read back, and a store that was tampered with is refused."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 from test_qwen3 import TINY
 
-from dit_jax import artifacts
+from dit_jax import artifacts, metrics
 from dit_jax.deltas import store as diff_store
 from dit_jax.deltas.safetensors_file import SafetensorsFile
 from dit_jax.deltas.store import DiffStore
 from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
+from dit_jax.organisms import generate
 
 TOPICS = ("tea", "oak", "judo", "jazz", "rain")
 
@@ -48,6 +52,26 @@ def test_diffs_are_read_back_one_by_one_and_stacked(folder):
     picked = store.stacked([4, 0, 3])
     for at, i in enumerate((4, 0, 3)):
         assert_same(jax.tree.map(lambda x, at=at: x[at], picked), diff(i))
+
+
+def test_a_run_that_goes_on_reads_each_shard_once(folder, monkeypatch):
+    digested, digest_file = [], artifacts.digest_file
+    with metrics.Metrics(folder.parent / "metrics", "diffs") as before:
+        for step in (3, 5, 8):  # the last one of no shard
+            before.write(step, {"loss": 1.0})
+
+    def count(path):
+        digested.append(path.name)
+        return digest_file(path)
+
+    monkeypatch.setattr(artifacts, "digest_file", count)
+    model = types.SimpleNamespace(config=TINY, mesh=None)
+    config = ConfigDict({"diffs_per_batch": 3})
+    job = generate.Job(model, TOPICS, None, config, 0, None, None)
+    assert [row["topic"] for row in generate._make_shards(job, folder)] == list(TOPICS)
+    assert digested == ["00000.safetensors", "00001.safetensors"]
+    kept = metrics.read_records(folder.parent / "metrics" / "diffs.jsonl")
+    assert [record["step"] for record in kept] == [3, 5]
 
 
 def test_a_shard_that_is_a_link_out_of_the_store_is_refused(folder, tmp_path):

@@ -151,13 +151,15 @@ def generate_diffs(
 def _make_shards(job: Job, folder: pathlib.Path) -> list[dict[str, Any]]:
     """Makes and writes the shards that are missing in the store; the index rows of all (on process 0)."""
 
-    def is_done(diffs: int) -> bool:  # the shard that ends with so many diffs
-        return diff_store.shard_rows(folder, (diffs - 1) // job.size) is not None
-
     finished = [
         diff_store.shard_rows(folder, shard) if processes.is_main() else None
         for shard in range(job.shards)
     ]
+
+    def is_done(diffs: int) -> bool:  # the shard that ends with so many diffs
+        shard = (diffs - 1) // job.size
+        return shard < job.shards and finished[shard] is not None
+
     missing = [i for i in range(job.shards) if not processes.agree(finished[i] is not None)]
     ahead = _read_ahead(functools.partial(read_batches, job), missing)
     limit: tuple[int, int] | None = None
