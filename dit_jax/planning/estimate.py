@@ -37,7 +37,7 @@ class Load:
         length: tokens of each, padding included.
         scored: positions of each whose logits are computed.
         trained: False: only a forward pass.
-        new_tokens: decoded one by one after it.
+        new_tokens: decoded one by one after the first, which that pass gives.
     """
 
     rows: int
@@ -63,7 +63,7 @@ def step_load(stage: str, config: Any, batch: int) -> Load:
     train = config.train
     if stage == "train":
         return Load(batch, 0, train.max_length, train.max_target, True)
-    return Load(batch, 0, train.max_length, 1, False, config.evaluate.max_new_tokens)
+    return Load(batch, 0, train.max_length, 1, False, config.evaluate.max_new_tokens - 1)
 
 
 def step_flops(model: Qwen3Config, load: Load) -> float:
