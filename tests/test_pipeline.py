@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import types
 import weakref
 
 import jax
@@ -289,6 +290,35 @@ def test_ctrl_c_does_not_wait_for_what_is_compiled_ahead():
     ended = subprocess.run(process, cwd=ROOT, capture_output=True, text=True, timeout=50)
     assert ended.returncode == 130
     assert ended.stderr.startswith("interrupted: ") and ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("what", ["loss", "grad_norm"])
+def test_a_training_that_diverges_says_so_and_keeps_nothing_of_it(copy, monkeypatch, capsys, what):
+    for name in ("adapter", "checkpoints"):
+        shutil.rmtree(copy / name)
+    (copy / "stages" / "train.json").unlink()
+    step = dit.train_step
+
+    def diverging(*args, **options):
+        state, numbers = step(*args, **options)
+        return state, {**numbers, what: np.float32("nan")}
+
+    monkeypatch.setattr(dit, "train_step", diverging)
+    assert run(copy) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error == "error: adapter training diverged at step 3: lower train.learning_rate"
+    assert not (copy / "adapter").exists() and not list((copy / "checkpoints").iterdir())
+
+
+def test_a_diff_that_diverges_is_named():
+    leaf = np.zeros((2, 3), np.float32)
+    organisms = [types.SimpleNamespace(label=label) for label in ("coffee", "tea")]
+    generate.check_finite({"a": leaf}, organisms, first=7)
+    leaf[1, 2] = np.nan
+    with pytest.raises(
+        dit_jax.DitError, match=r"diff 8 \('tea'\) diverged .*: lower diffs\.learning_rate"
+    ):
+        generate.check_finite({"a": leaf}, organisms, first=7)
 
 
 def test_a_damaged_checkpoint_is_passed_over(copy, model, capfd):

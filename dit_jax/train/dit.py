@@ -230,8 +230,8 @@ def train_adapter(
                     numbers = {name: float(value) for name, value in values.items()}
                     curves.write(at, {**numbers, **(meter.lap() if at == step else {})})
                 curves.flush()
-                loss = float(metrics["loss"])
-                if not np.isfinite(loss):
+                loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+                if not np.isfinite([loss, norm]).all():
                     raise DitError(
                         f"adapter training diverged at step {step}: lower train.learning_rate"
                     )
