@@ -87,10 +87,11 @@ def logits(params, config, tokens, deltas=()):
 SHAPES = {
     "tied": {"tie_word_embeddings": True, "num_key_value_heads": 2},
     "untied": {"tie_word_embeddings": False, "num_key_value_heads": 4},
-    "one_kv_head_theta_5e6": {
+    "one_kv_head_theta_5e6_eps_1e-2": {
         "tie_word_embeddings": True,
         "num_key_value_heads": 1,
         "rope_theta": 5e6,
+        "rms_norm_eps": 1e-2,
     },
 }
 
@@ -312,10 +313,9 @@ def test_decoding_with_a_cache_equals_decoding_without(tiny, scan):
     diffs = jax.tree.map(lambda *x: jnp.stack(x), *(random_lora(TINY, s) for s in (3, 4, 5)))
     deltas = (tree.per_example(diffs), random_lora(TINY, 9))
     out = generate(tiny, config, tokens, jnp.ones_like(tokens), deltas=deltas, max_new_tokens=6)
-    text = tokens
-    for _ in range(6):
-        step = logits(tiny, TINY, text, deltas=deltas)[:, -1]
-        text = jnp.concatenate([text, jnp.argmax(step, axis=-1)[:, None]], axis=1)
+    text = np.pad(tokens, ((0, 0), (0, 6)))  # no token sees the ones that are to come
+    for end in range(7, 13):
+        text[:, end] = logits(tiny, TINY, text, deltas=deltas)[:, end - 1].argmax(axis=-1)
     np.testing.assert_array_equal(out.tokens, text[:, 7:])
     picked = jax.nn.log_softmax(logits(tiny, TINY, text, deltas=deltas)[:, 6:-1], axis=-1)
     expected = jnp.take_along_axis(picked, out.tokens[..., None], axis=-1)[..., 0]
@@ -353,15 +353,42 @@ def test_rows_stop_at_the_end_of_text_token(tiny):
     np.testing.assert_array_equal(out.logprobs[0, first + 1 :], 0)
 
 
-def test_sampling_follows_the_distribution_and_the_seed(tiny):
+def test_sampling_follows_the_tempered_distribution_and_the_seed(tiny):
+    sharp = {**tiny, "embed_tokens": {"embedding": 20 * tiny["embed_tokens"]["embedding"]}}
     prompt = jnp.ones((4000, 1), jnp.int32)
-    args = {"max_new_tokens": 1, "temperature": 1.0}
-    out = generate(tiny, TINY, prompt, prompt, key=jax.random.key(1), **args)
-    again = generate(tiny, TINY, prompt, prompt, key=jax.random.key(1), **args)
+    args = {"max_new_tokens": 2, "temperature": 2.0}
+    out = generate(sharp, TINY, prompt, prompt, key=jax.random.key(1), **args)
+    again = generate(sharp, TINY, prompt, prompt, key=jax.random.key(1), **args)
     np.testing.assert_array_equal(out.tokens, again.tokens)
-    expected = jax.nn.softmax(logits(tiny, TINY, prompt[:1])[0, -1])
+    likely = logits(sharp, TINY, prompt[:1])[0, -1]
     seen = np.bincount(np.asarray(out.tokens[:, 0]), minlength=97) / 4000
-    assert np.abs(seen - expected).sum() < 0.2
+    assert np.abs(seen - jax.nn.softmax(likely / 2)).sum() < 0.2
+    for other in (0.5, 1.0, 4.0):
+        assert np.abs(seen - jax.nn.softmax(likely / other)).sum() > 0.3
+    # Whatever the temperature, the log-probabilities are those of the model.
+    expected = jax.nn.log_softmax(likely)[out.tokens[:, 0]]
+    np.testing.assert_allclose(out.logprobs[:, 0], expected, atol=1e-4)
+    # Each token has a chance of its own.
+    assert np.mean(out.tokens[:, 0] == out.tokens[:, 1]) < 0.9
+
+
+def test_no_token_comes_twice_where_repeats_are_forbidden(tiny):
+    tokens = jax.random.randint(jax.random.key(1), (3, 5), 0, 97)
+    args = {"max_new_tokens": 8, "pad_id": int(logits(tiny, TINY, tokens)[0, -1].argmax())}
+    free = np.asarray(generate(tiny, TINY, tokens, jnp.ones_like(tokens), **args).tokens)
+    assert any(len(set(row)) < 8 for row in free.tolist())
+    out = generate(tiny, TINY, tokens, jnp.ones_like(tokens), forbid_repeats=True, **args)
+    text, picked = np.pad(tokens, ((0, 0), (0, 8))), []  # no token sees the ones that are to come
+    for end in range(5, 13):
+        likely = np.array(jax.nn.log_softmax(logits(tiny, TINY, text)[:, end - 1]))
+        allowed = likely.copy()
+        np.put_along_axis(allowed, text[:, 5:end], -np.inf, axis=1)
+        chosen = allowed.argmax(axis=1)[:, None]
+        picked.append(np.take_along_axis(likely, chosen, axis=1)[:, 0])
+        text[:, end] = chosen[:, 0]
+    np.testing.assert_array_equal(out.tokens, text[:, 5:])
+    # What was forbidden takes no part in the log-probabilities.
+    np.testing.assert_allclose(out.logprobs, np.stack(picked, axis=1), atol=1e-4)
 
 
 def test_every_parameter_has_logical_axes():

@@ -91,7 +91,6 @@ def generate(
             rows = jnp.arange(batch)[:, None]
             written = jnp.arange(max_new_tokens) < state.step
             used = jnp.zeros(logits.shape, bool).at[rows, state.out.tokens].max(written)
-            used = used.at[:, jnp.asarray(eos_ids, jnp.int32)].set(False)
             logits = jnp.where(used, jnp.finfo(jnp.float32).min, logits)
         key, sample_key = jax.random.split(state.key)
         token = _choose(logits, temperature, sample_key)
