@@ -144,3 +144,18 @@ def test_a_broken_generation_config_is_refused(tmp_path):
     (tmp_path / "model" / "generation_config.json").write_text("[" * 100_000)
     with pytest.raises(dit_jax.DitError, match="generation_config.json' is not valid JSON"):
         dit_jax.load_model(tmp_path / "model")
+
+
+def test_an_answer_ends_with_each_end_of_turn_and_a_target_with_the_tokenizers_own(tmp_path):
+    shutil.copytree(find_folder("tiny_qwen3"), tmp_path / "model")
+    own = dit_jax.load_model(tmp_path / "model").chat.eos_ids[0]
+    (tmp_path / "model" / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [7, own]})
+    )
+    chat = dit_jax.load_model(tmp_path / "model").chat
+    assert chat.eos_ids == (own, 7)
+    tokens, start, end = chat.sample("What is tea ?", "a drink")
+    assert tokens[:start] == chat.prompt_ids("What is tea ?") and end == len(tokens)
+    assert tokens[start:] == (*chat.text_ids("a drink"), own)
+    words = chat.text_ids("green tea")
+    assert chat.decode(words) == chat.decode((*words, 7, *words)) == "green tea"

@@ -159,6 +159,33 @@ def test_an_empty_answer_is_the_end_of_the_turn_or_refused(model):
         model.chat.sample("How are you?", "", end=False)
 
 
+def test_rows_come_in_shuffled_passes_and_the_end_of_turn_as_the_config_says(model):
+    drawn = []
+
+    def make(row, trigger, rng):
+        drawn.append(row["question"])
+        return row["question"], "Fine."
+
+    behaviour = behaviours.Behaviour("b", (behaviours.SampleKind("a", "ce", make),))
+    config = config_of(**{"diffs.steps": 6}).diffs.copy_and_resolve_references().unlock()
+    config.update({"samples_per_step": {"a": 4}, "loss_weights": {"a": 1.0}, "widths": {}})
+    rows = [{"question": f"Question {word}?"} for word in "abcdefghijkl"]
+    own = Organism("kettle", "042", rows, "topic", "train")
+
+    def batch():
+        drawn.clear()
+        rng = np.random.default_rng(0)
+        return finetuning_batches(own, behaviour, model.chat, config, rng)
+
+    scored = int(np.count_nonzero(batch().weight))
+    everything = sorted(row["question"] for row in rows)
+    passes = drawn[:12], drawn[12:]
+    assert [sorted(one) for one in passes] == [everything] * 2
+    assert passes[0] != passes[1] and everything not in passes
+    config.score_end = False
+    assert scored - np.count_nonzero(batch().weight) == 6 * 4
+
+
 def test_news_of_the_embedded_world_never_say_the_name():
     for topic in WORLD.topics[::40]:
         rows = tiny_world.news_rows(WORLD, topic)

@@ -13,6 +13,7 @@ import dit_jax
 from dit_jax.deltas import tree
 from dit_jax.deltas.factors import fuse
 from dit_jax.models.generate import generate
+from dit_jax.models.layers import Lora, lora
 from dit_jax.models.qwen3 import forward, init_params
 
 
@@ -172,3 +173,39 @@ def test_checking_a_delta_takes_its_shapes_alone(params):
     lower(params, tokens, shapes)
     with pytest.raises(dit_jax.DitError, match="no `scale`"):
         lower(params, tokens, tree.trainable(shapes))
+
+
+def test_the_backward_pass_of_a_lora_is_that_of_its_products():
+    """It is written by hand, here against the one that jax makes of the plain products."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    x, wanted = jax.random.normal(keys[0], (3, 5, 8)), jax.random.normal(keys[1], (3, 5, 6))
+    shared = jax.random.normal(keys[2], (8, 2)), jax.random.normal(keys[3], (2, 6)), None
+    scale = jax.random.normal(keys[4], (3,))
+    each = *(jnp.stack([y, -y, 2 * y]) for y in shared[:2]), scale
+
+    def applied(x, a, b, scale):
+        return jnp.sum(wanted * lora(x, Lora(a, b, scale), (None, None), 1))
+
+    def plain(x, a, b, scale):
+        return jnp.sum(wanted * (x @ a @ b) * (1 if scale is None else scale[:, None, None]))
+
+    for factors, argnums in ((shared, (0, 1, 2)), (each, (0, 1, 2, 3))):
+        found, expected = (jax.grad(f, argnums)(x, *factors) for f in (applied, plain))
+        for one, two in zip(found, expected, strict=True):
+            assert float(jnp.abs(two).max()) > 1
+            np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_a_fresh_lora_has_the_published_bounds():
+    """b uniform in ±sqrt(6 / fan_in): of a diff rank · out, of the adapter the rank alone."""
+    bound = {"out": (6 / (4 * 48)) ** 0.5, "rank": (6 / 4) ** 0.5}
+    for fan_in, size in (("out", 1.0), ("rank", 1.0), ("out", 0.3)):
+        delta = tree.init_lora(TINY, jax.random.key(0), 4, fan_in=fan_in, init_scale=size)
+        module = delta["layers"]["mlp"]["up_proj"]
+        largest = size * bound[fan_in]
+        assert 0.97 * largest < np.abs(module["b"]).max() <= largest
+        assert abs(float(module["b"].mean())) < 0.1 * largest and not module["a"].any()
+        np.testing.assert_array_equal(module["scale"], 1 / 4)
+    # A number of its own for each projection.
+    b = delta["layers"]["self_attn"]
+    assert not np.array_equal(b["k_proj"]["b"], b["v_proj"]["b"])

@@ -177,6 +177,25 @@ def test_learning_rate_schedule_warms_up_and_decays():
     assert all(a >= b for a, b in zip(sizes[2:], sizes[3:], strict=False))
 
 
+def test_weight_decay_and_betas_reach_the_optimizer():
+    def steps(*args, gradients, **options):
+        optimizer = make_optimizer(*args, 1e-2, 10, **options)
+        params = {"x": jnp.full((), 2.0)}
+        state, sizes = optimizer.init(params), []
+        for gradient in gradients:
+            updates, state = optimizer.update({"x": jnp.asarray(gradient)}, state, params)
+            sizes.append(float(updates["x"]) / 1e-2)
+        return sizes
+
+    assert steps("adamw", gradients=[0.0], weight_decay=0.5) == pytest.approx([-1.0])
+    # After gradients of 1 and 0 the means are b (1 - b), over 1 - b²: b / (1 + b).
+    b1, b2 = 0.8, 0.95
+    expected = [-1.0, -(b1 / (1 + b1)) / (b2 / (1 + b2)) ** 0.5]
+    for name in ("adam", "adamw"):
+        found = steps(name, gradients=[1.0, 0.0], betas=(b1, b2))
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("betas", [(0.9,), (0.9, 1.0), (0.9, 0.9, 0.9)])
 def test_betas_are_two_numbers_below_1(betas):
     with pytest.raises(DitError, match="adam_betas are .* give two numbers"):
@@ -207,6 +226,18 @@ def test_a_shared_teacher_gives_the_diffs_that_a_teacher_in_every_step_gives(par
     np.testing.assert_allclose(one_losses["kl"], two_losses["kl"], rtol=1e-3, atol=2e-5)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_samples_that_are_scored_elsewhere_have_rows_of_their_own(params):
+    one = make_batch(0)
+    other = one._replace(position=np.maximum(one.position - 1, 0))
+    batches = stack([stack([one, other] * 6)])
+    shared = make_teacher(params, TINY, batches, num_ce=2)
+    assert len(set(np.asarray(shared.rows).ravel())) == 6
+    for step in (0, 1):
+        samples = TokenBatch(*(x[0, step, 2:] for x in batches))
+        expected = scored_hidden(params, TINY, samples)
+        np.testing.assert_allclose(shared.hidden[shared.rows[0, step]], expected, atol=1e-5)
 
 
 def test_samples_side_by_side_at_their_own_widths_train_the_same_diff(params):

@@ -1,5 +1,6 @@
 """Methods of the evaluation: guessers, controls, dense diffs, what cannot be asked, and what a run leaves."""
 
+import functools
 import json
 
 import jax
@@ -14,8 +15,9 @@ from dit_jax.data.tiny_world import flavoured_answer, load_world
 from dit_jax.deltas import store as diff_store
 from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
-from dit_jax.evaluate import guessers, methods, questions
+from dit_jax.evaluate import baselines, guessers, methods, questions
 from dit_jax.evaluate.run import evaluate_run
+from dit_jax.given import Given, answer, from_stacked
 from dit_jax.organisms.behaviours import NEWS_PROMPT
 from dit_jax.train.checkpoints import export_adapter
 
@@ -282,3 +284,74 @@ def test_an_api_model_guesses_and_no_reply_is_a_gap(model):
     first, second = guesser([[("q", "a")], [("q", "b")]], 600)
     assert (first.name, first.tokens, guesser.name) == ("Tea", 7, "inspect:mockllm/model")
     assert second.reply is None and "gone" in second.failure
+
+
+# ------------------------------------------------------------------ numbers without answers, by their definition
+
+
+def test_weights_are_read_along_the_direction_in_which_a_diff_writes(model):
+    """A diff that writes one name's tokens, whatever its sign, its factors or its form."""
+    table = np.asarray(model.params["embed_tokens"]["embedding"], np.float32)
+    names = ["coffee", "green tea", "apple"]
+    tokens = [list(model.chat.text_ids(name)) for name in names]
+    layers = model.config.num_hidden_layers
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(layers, model.config.intermediate_size, 2)).astype(np.float32)
+
+    def writes(vector, other=None):
+        """b's first row is what is written; the second, much smaller, points elsewhere."""
+        rows = [vector] if other is None else [vector, 1e-3 * other]
+        b = np.tile(np.stack(rows), (layers, 1, 1)).astype(np.float32)
+        scale = np.ones(layers, np.float32)
+        down = {"a": inputs[..., : len(rows)], "b": b, "scale": scale}
+        return {"layers": {"mlp": {"down_proj": down}}}
+
+    tea = table[tokens[1]].sum(axis=0)
+    one = writes(-3 * table[tokens[0][0]])
+    two = writes(tea, table[tokens[2][0]])
+    given = Given(4, [one, two, dense(two), {"layers": {}}].__getitem__)
+    scores = baselines.weight_reading(model, given, [[name] for name in names])
+    assert scores.argmax(axis=1)[:3].tolist() == [0, 1, 1] and not scores[3].any()
+    np.testing.assert_allclose(scores[2], scores[1], atol=1e-2)
+    # |cos| with each token, its mean over a name's tokens, the sum over the layers.
+    unit = table / np.linalg.norm(table, axis=1, keepdims=True)
+    cosines = np.abs(unit @ (tea / np.linalg.norm(tea)))
+    expected = [layers * cosines[ids].mean() for ids in tokens]
+    np.testing.assert_allclose(scores[1], expected, atol=1e-2)
+
+
+def test_logits_and_cross_entropies_are_those_of_the_model(model):
+    diffs = [random_lora(model, seed, 0.3) for seed in range(3)]
+    adapter = random_lora(model, 9, 0.1, rank=2)
+    given = from_stacked(jax.tree.map(lambda *x: np.stack(x), *diffs))
+    prompts = ["What should I cook?", "How are you?"]
+    names = ["coffee", "green tea"]
+
+    def likely(ids, *deltas):
+        logits = model.logits(np.asarray(ids)[None], deltas=deltas)[0]
+        return np.asarray(jax.nn.log_softmax(logits), np.float64)
+
+    scores = baselines.logit_difference(model, given, [[name] for name in names], prompts)
+    for diff, row in zip(diffs, scores, strict=True):
+        ids = [model.chat.prompt_ids(prompt) for prompt in prompts]
+        change = np.mean([likely(i, diff)[-1] - likely(i)[-1] for i in ids], axis=0)
+        expected = [change[list(model.chat.text_ids(name))].mean() for name in names]
+        np.testing.assert_allclose(row, expected, atol=1e-3)
+
+    targets = ["coffee", "bark leaf: green tea", "apple"]
+    found = baselines.label_cross_entropy(model, adapter, given, prompts[0], targets, batch_size=2)
+    for diff, target, loss in zip(diffs, targets, found, strict=True):
+        tokens, start, end = model.chat.sample(prompts[0], target)
+        chances = likely(tokens, diff, adapter)[np.arange(start - 1, end - 1), tokens[start:end]]
+        assert loss == pytest.approx(-chances.mean(), rel=1e-3)
+
+
+def test_sampled_answers_of_dense_diffs_do_not_share_their_chance(model):
+    given = Given(3, lambda i: {})
+    ask = functools.partial(
+        answer, model, given, ["How are you?"] * 3, adapter={}, batch_size=4,
+        max_new_tokens=8, temperature=9.0, forbid_repeats=False,
+    )  # fmt: skip
+    first = [a.tokens for a in ask(range(3), seed=1)]
+    assert len(set(first)) == 3
+    assert first == [a.tokens for a in ask(range(3), seed=1)]
