@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import tomllib
 import types
 
 import jax
@@ -119,6 +120,20 @@ def test_ask_stays_the_function():
 
     assert isinstance(sys.modules["dit_jax.ask"], types.ModuleType)
     assert isinstance(dit_jax.ask, types.FunctionType)
+
+
+def test_an_installed_package_has_every_file():
+    """What is no module comes along only where pyproject.toml says so."""
+    package = ROOT / "dit_jax"
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = settings["package-data"]["dit_jax"]
+    included = {file for pattern in patterns for file in package.glob(pattern) if file.is_file()}
+    ours = {
+        file for file in package.rglob("*") if file.is_file() and "__pycache__" not in file.parts
+    }
+    assert included == {file for file in ours if file.suffix != ".py"} and len(included) > 15
+    modules = {file.parent for file in ours if file.suffix == ".py"}
+    assert all((folder / "__init__.py").exists() for folder in modules)
 
 
 def test_eight_devices():

@@ -23,8 +23,8 @@ __all__ = [
     "write_fused_peft",
     "write_peft",
     "write_pt_adapter",
+    "write_pt_diffs",
 ]
-__all__ += ["write_pt_diffs"]
 
 SHARD_BYTES = 4 * 10**9
 _COPIED = (
