@@ -1,9 +1,9 @@
 """dit_jax: train a language model adapter that says what a weight diff changed.
 
-    model = dit_jax.load_model("dit_jax/assets/tiny_qwen3")
-    diff = dit_jax.load_diff(path, model, index=0)
-    adapter = dit_jax.load_adapter(path, model)
-    answer = dit_jax.ask(model, "what topic have you been trained on ?", diff=diff, adapter=adapter)
+    model = dit_jax.load_model("tiny_qwen3")
+    diff = dit_jax.load_diff("runs/quickstart/diffs", model, index=0)
+    adapter = dit_jax.load_adapter("runs/quickstart/adapter", model)
+    answer = dit_jax.ask(model, "What topic have you been trained on?", diff=diff, adapter=adapter)
 
 The names of the interface are imported at first use, so that `import dit_jax` stays light.
 """

@@ -1,10 +1,4 @@
-"""The public interface: load a model, weight diffs and an adapter; `asking` asks them.
-
-model = dit_jax.load_model("tiny_qwen3")
-diff = dit_jax.load_diff("runs/quickstart/diffs", model, index=0)
-adapter = dit_jax.load_adapter("runs/quickstart/adapter", model)
-print(dit_jax.ask(model, "What topic have you been trained on?", diff=diff, adapter=adapter).text)
-"""
+"""The public interface: load a model, weight diffs and an adapter; `asking` asks them. An example: `dit_jax`."""
 
 import dataclasses
 import functools
@@ -48,6 +42,7 @@ class Model:
 
     @property
     def chat(self) -> Chat:
+        """Tokenizer and chat template. Raises DitError: the model has none."""
         if self.chat_or_none is None:
             raise DitError(f"{self.name} has no tokenizer: load a model folder that has one")
         return self.chat_or_none
@@ -249,7 +244,11 @@ def load_diffs(path: PathLike, model: Model, svd_rank: int | None = None) -> Dif
 
 
 def load_diff(path: PathLike, model: Model, index: int = 0, svd_rank: int | None = None) -> Diff:
-    """One weight diff, see `load_diffs`."""
+    """Weight diff number `index`, from the end if it is negative; the rest as in `load_diffs`.
+
+    Raises:
+        DitError: no diff of that number, or see `load_diffs`.
+    """
     diffs = load_diffs(path, model, svd_rank)
     if not -len(diffs) <= index < len(diffs):
         raise DitError(f"{path} holds {len(diffs)} diffs: there is no diff {index}")

@@ -34,6 +34,7 @@ class Answer:
 
     @property
     def mean_logprob(self) -> float:
+        """Log-probability per generated token, the end of turn included."""
         return self.logprob / max(self.generated, 1)
 
 

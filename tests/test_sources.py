@@ -69,7 +69,7 @@ def error(data) -> str:
 
 @pytest.fixture(scope="module", name="tfds_folder")
 def tfds_folder_fixture(tmp_path_factory):
-    """A TFDS data set that TFDS itself prepared, as array_record."""
+    """A TFDS dataset that TFDS itself prepared, as array_record."""
     tfds = pytest.importorskip("tensorflow_datasets")
 
     class TinyTopics(tfds.core.GeneratorBasedBuilder):
@@ -378,7 +378,7 @@ def test_fewer_organisms_than_none_are_refused(source, key):
 
 @pytest.mark.parametrize("kind", ["hf", "hf streaming", "tfds"])
 def test_classes_have_their_names(kind, tmp_path, monkeypatch):
-    """A data set holds the number of a class; a topic of that number would be a silent mistake."""
+    """A dataset holds the number of a class; a topic of that number would be a silent mistake."""
     names, rows = ["tea", "jazz"], rows_of(2, 1)
     if kind == "tfds":
         tfds = pytest.importorskip("tensorflow_datasets")

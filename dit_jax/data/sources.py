@@ -4,7 +4,7 @@ A source is named by one string (docs/data.md):
 
     topics.csv  rows.jsonl  shards/*.parquet  a/folder      files; several are read one after the other
     hf:NAME[:CONFIG][@SPLIT]                                Hugging Face datasets: a hub name or a local folder
-    tfds:NAME[/CONFIG][:VERSION][@SPLIT]                    TFDS: a name, or the folder of a prepared data set
+    tfds:NAME[/CONFIG][:VERSION][@SPLIT]                    TFDS: a name, or the folder of a prepared dataset
 
 The libraries of a format are imported when such a source is opened. Nothing here runs code from the data.
 """
@@ -294,7 +294,7 @@ def _tfds(spec: str) -> Source:
         r"\w+:\D", name
     ):  # NAMESPACE:NAME, where a version has a digit
         raise DitError(
-            f"'{spec}' names a community data set, whose code TFDS would download and run: prepare it "
+            f"'{spec}' names a community dataset, whose code TFDS would download and run: prepare it "
             "yourself and name its folder"
         )
     try:
@@ -338,7 +338,7 @@ def _classes(features: Mapping[str, Any], kind: Any) -> dict[str, Sequence[str]]
 
 
 def _named(classes: Mapping[str, Sequence[str]], column: str, value: Any) -> Any:
-    """The name of a class, which a data set holds as a number; None where it has none (-1)."""
+    """The name of a class, which a dataset holds as a number; None where it has none (-1)."""
     names = classes.get(column)
     if names is None or value is None:
         return value

@@ -40,7 +40,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Quote:
-    """A cell: text that a model or a data set wrote, right, wrong or neither."""
+    """A cell: text that a model or a dataset wrote, right, wrong or neither."""
 
     text: str
     right: bool | None = None
