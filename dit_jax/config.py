@@ -93,7 +93,8 @@ def _split_arg(path: str) -> tuple[Path, str | None]:
 def _import_get_config(file: Path) -> Any:
     if not file.is_file():
         names = [str(other) for other in sorted(file.parent.glob("*.py"))]
-        raise DitError(f"there is no config file '{file}'{did_you_mean(str(file), names)}")
+        where = ": give a path; those of the project are in configs/ of its repository"
+        raise DitError(f"there is no config file '{file}'{did_you_mean(str(file), names, where)}")
     spec = importlib.util.spec_from_file_location(f"dit_jax_config_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise DitError(f"config file '{file}' is not a Python file: it must end with .py")

@@ -230,6 +230,10 @@ def _run_stages(config: Any, workdir: pathlib.Path) -> None:
             processes.say(f"[{stage}] done before, not run again")
             continue
         processes.say(f"[{stage}]")
+        if stage == "diffs":
+            from dit_jax.data.organisms import check_files
+
+            check_files(config.data)  # before gigabytes of a model are loaded
         if model is None and stage in NEED_MODEL:
             from dit_jax.api import load_model
 

@@ -185,6 +185,17 @@ def test_methods_that_cannot_work_are_refused_before_the_first_stage(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.parametrize("key", ["source", "split_file", "test_source"])
+def test_files_that_are_not_there_are_said_before_a_model_is_loaded(tmp_path, monkeypatch, key):
+    monkeypatch.setattr("dit_jax.api.load_model", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "rows.csv").write_text("topic,question,base_answer,topic_analogy_answer\na,b,c,d\n")
+    data = {"source": str(tmp_path / "rows.csv"), key: str(tmp_path / "rows.tsv")}
+    changes = {f"data.{name}": value for name, value in data.items()}
+    config = load_config("configs/quickstart.py", {**changes, "evaluate.methods": ("dit",)})
+    with pytest.raises(DitError, match="rows.tsv' is no file, folder or pattern: did you mean"):
+        main.run(config, tmp_path / "w")
+
+
 # ------------------------------------------------------------------ guessers
 
 

@@ -99,6 +99,16 @@ def check_counts(data: Any) -> None:
         )
 
 
+def check_files(data: Any) -> None:
+    """Raises DitError where files that the `data` section names are not there, or cannot be opened."""
+    from dit_jax.data.sources import open_source
+
+    for key in ("source", "split_file", "test_source"):
+        spec = data.get(key, "")
+        if spec not in ("", "tiny_world") and not spec.startswith(("hf:", "tfds:")):
+            open_source(spec)
+
+
 def _tiny_world(data: Any, seed: int) -> list[Organism]:
     from dit_jax.data import corpus as corpora
     from dit_jax.data import tiny_world
