@@ -32,7 +32,9 @@ def test_what_fills_a_shard_up_has_no_part_in_the_mean_over_its_diffs():
         return stack([pack([sample, sample], [1.0, 1.0], 9, 6, pad_id=0)])
 
     own = [batch(5), batch(7)]
-    expected = couple_losses(stack(own), [1.0, 2.0], 1)
+    given = stack(own)
+    expected = couple_losses(given, [1.0, 2.0], 1)
+    np.testing.assert_array_equal(given.position, stack(own).position)  # it is not changed itself
     filled = couple_losses(stack([*own, batch(4), batch(8)]), [1.0, 2.0], 1, diffs=2)
     for one, two in zip(filled, expected, strict=True):
         np.testing.assert_array_equal(one[:2], two)

@@ -262,6 +262,11 @@ def test_p_is_that_of_scipys_permutation_test():
     assert pair.p_value == pytest.approx(exact.pvalue, abs=0.01)
 
 
+def test_a_drawn_p_is_never_zero():
+    ones, zeros = (dict.fromkeys(range(40), value) for value in (1.0, 0.0))
+    assert paired_difference(ones, zeros, span=1.0).p_value == 1 / 10_001
+
+
 def test_equal_differences_have_an_interval():
     """Two diffs, both for the same method: p is 1/2, and the interval holds zero."""
     pair = paired_difference({0: 0.75, 1: 0.75}, {0: 0.0, 1: 0.0}, span=1.0)
