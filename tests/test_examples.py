@@ -66,6 +66,14 @@ def test_an_adapter_is_trained_on_the_training_split_alone(store, train):
     np.testing.assert_array_equal(given[:, 0, 0, 0], wanted)
 
 
+def test_as_many_training_topics_are_used_as_asked_for_and_all_benign_diffs(store, train):
+    train = train.copy_and_resolve_references()
+    train.max_diffs = 5
+    _, members = make_pipeline(store, train, 0)
+    used = [store.rows[i]["label"] for i in members]
+    assert used == [*(f"train {i}" for i in range(5)), *[NONE] * 3]
+
+
 def test_a_share_of_each_batch_is_answered_with_none_and_the_rest_with_its_label(store, train):
     examples, members = batches(store, train, 30)
     counts = collections.Counter()
