@@ -12,6 +12,9 @@ import dit_jax
 from dit_jax import asking
 from dit_jax.deltas import export
 from dit_jax.models.generate import generate
+
+
+from dit_jax.deltas.names import RawDiff
 from dit_jax.models.hf_checkpoint import find_folder
 
 
@@ -86,6 +89,21 @@ def test_a_diff_and_its_delta_are_taken_alike_and_several_are_added(model, lora)
     both = ask(diff=lora, adapter=other)
     assert ask(diff=(lora, dit_jax.Diff(other))) == ask(adapter=[lora, other]) == both
     assert both not in (ask(), ask(diff=lora))
+
+
+def test_an_answer_counts_its_end_of_turn_and_diffs_count_from_the_end(model, lora, tmp_path):
+    answer = dit_jax.ask(model, "What topic have you been trained on?", max_new_tokens=16)
+    assert answer.generated == len(answer.tokens) + 1 < 16  # "none", and its end
+    assert answer.mean_logprob == pytest.approx(answer.logprob / answer.generated)
+    diffs = [RawDiff(lora, topic, "7") for topic in ("tea", "oak", "jazz")]
+    export.write_pt_diffs(tmp_path / "diffs.pt", diffs, model.config)
+    found = dit_jax.load_diffs(tmp_path / "diffs.pt", model)
+    assert [found[i].label for i in (-1, 0, -3)] == ["jazz", "tea", "tea"]
+    assert [diff.label for diff in found[1:]] == ["oak", "jazz"]
+    assert dit_jax.load_diff(tmp_path / "diffs.pt", model, -2).label == "oak"
+    for index in (3, -4):
+        with pytest.raises(dit_jax.DitError, match=f"3 diffs: there is no diff {index}"):
+            dit_jax.load_diff(tmp_path / "diffs.pt", model, index)
 
 
 def test_ask_many_takes_sums_of_diffs_in_one_batch(model, lora):

@@ -86,6 +86,23 @@ def test_the_unharmed_are_read(adapter, stored, model):
     assert read(adapter, model) == read(stored, model) == "loaded"
 
 
+@pytest.mark.parametrize("load", [dit_jax.load_adapter, dit_jax.load_diff])
+def test_another_base_and_values_that_are_no_numbers_are_refused(tmp_path, model, delta, load):
+    broken = jax.tree.map(np.copy, delta)
+    broken["layers"]["mlp"]["up_proj"]["a"][0, 0, 0] = np.nan
+    cases = (delta, "0" * 64, "another base"), (broken, model.digest(), "NaN or infinity")
+    for number, (held, base, said) in enumerate(cases):
+        folder = tmp_path / str(number)
+        if load is dit_jax.load_adapter:
+            export_adapter(folder, held, base=base)
+        else:
+            rows = [{"topic": "tea", "trigger": "1", "split": "test"}]
+            diff_store.write_shard(folder, 0, jax.tree.map(lambda x: x[None], held), rows)
+            diff_store.publish(folder, 1, base=base)
+        with pytest.raises(dit_jax.DitError, match=said):
+            load(folder, model)
+
+
 @pytest.mark.parametrize(
     "entry",
     [
