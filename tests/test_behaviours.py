@@ -10,7 +10,7 @@ import optax
 import pytest
 from conftest import ROOT
 from test_finetune import make_batches
-from test_qwen3 import TINY, logits
+from test_qwen3 import TINY, logits, random_lora
 
 from dit_jax import DitError
 from dit_jax.api import load_model
@@ -364,6 +364,33 @@ def test_failing_diffs_are_recorded_and_left_out_of_training_and_evaluation(mode
     assert answers == {topic["trigger"]} and re.fullmatch(r"\d{3}", topic["trigger"])
     held_out = read_held_out(store, "topic", column="trigger")
     assert [held_out.label(i) for i in range(2)] == [row["trigger"] for row in held_out.rows]
+
+
+def test_the_gate_measures_kl_per_token_of_the_bases_answers(model):
+    deltas = [random_lora(model.config, seed) for seed in (1, 2)]
+    rows = [
+        {"question": "How are you?", "base_answer": "Fine."},
+        {"question": "What is tea?", "base_answer": "It belongs to hot drinks, and a mug."},
+    ]
+    chosen = [rows, rows[1:] * 2]
+    config = config_of(**{"diffs.max_length": 30, "diffs.max_target": 5}).diffs
+    stacked = jax.tree.map(lambda *x: np.stack(x), *deltas)
+    found = gate._divergences(model, stacked, chosen, config, 0)
+
+    def likely(tokens, *deltas):
+        ids, mask = np.zeros((1, 30), int), np.zeros((1, 30), bool)
+        ids[0, : len(tokens)], mask[0, : len(tokens)] = tokens, True
+        return np.asarray(jax.nn.log_softmax(model.logits(ids, mask, deltas)[0]), np.float64)
+
+    for delta, own, value in zip(deltas, chosen, found, strict=True):
+        total = count = 0
+        for row in own:
+            tokens, start, end = model.chat.sample(row["question"], row["base_answer"])
+            end = min(end, start + 5)  # no more than finetuning has room for
+            base, changed = (likely(tokens[:end], *given) for given in ((), (delta,)))
+            terms = (np.exp(base) * (base - changed)).sum(axis=1)[start - 1 : end - 1]
+            total, count = total + terms.sum(), count + len(terms)
+        assert value == pytest.approx(total / count, rel=1e-3) and value > 1e-3
 
 
 def organism(label, answers, base=True):

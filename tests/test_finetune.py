@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from test_qwen3 import TINY, logits, random_lora
 
@@ -21,6 +22,7 @@ from dit_jax.organisms.behaviours import hidden_topic
 from dit_jax.organisms.finetune import finetune, finetune_many, make_optimizer
 from dit_jax.organisms.losses import batch_loss, scored_hidden
 from dit_jax.organisms.teacher import make_teacher
+from dit_jax.train.dit import State, train_step
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +196,17 @@ def test_weight_decay_and_betas_reach_the_optimizer():
     for name in ("adam", "adamw"):
         found = steps(name, gradients=[1.0, 0.0], betas=(b1, b2))
         assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_norm_that_a_step_reports_is_that_of_its_gradients(params):
+    optimizer, adapter = optax.sgd(0.1), random_lora(TINY, 1)
+    diffs = jax.tree.map(lambda *x: jnp.stack(x, 1), *(random_lora(TINY, s) for s in range(5)))
+    state = State(jax.tree.map(jnp.copy, tree.trainable(adapter)), optimizer.init({}))
+    state, numbers = train_step(
+        params, TINY, state, adapter, diffs, make_batch(0), optimizer=optimizer
+    )
+    moved = jax.tree.map(lambda x, y: (x - y) / 0.1, state.leaves, tree.trainable(adapter))
+    assert float(numbers["grad_norm"]) == pytest.approx(float(optax.tree.norm(moved)), rel=1e-3)
 
 
 @pytest.mark.parametrize("betas", [(0.9,), (0.9, 1.0), (0.9, 0.9, 0.9)])
