@@ -409,6 +409,18 @@ def words(organisms, name="hidden_topic"):
     return found.keywords
 
 
+def test_words_show_a_topic_if_they_are_frequent_there_and_ten_times_rarer_elsewhere():
+    def texts(**counts):  # 20 texts: each word in the first so many of them
+        return [" ".join(w for w, n in counts.items() if i < n) for i in range(20)]
+
+    own = texts(kettle=10, tray=10, spoon=3, saucer=2, tea=9)
+    others = texts(kettle=1, tray=2), texts(tray=1)
+    assert gate.distinctive_words(own, others) == ["kettle", "spoon"]  # "tea" is too short
+    assert gate.distinctive_words(own, (texts(), texts(kettle=2))) == ["tray", "spoon"]
+    assert gate.distinctive_words(own, others, among={"spoon"}) == ["spoon"]
+    assert gate.distinctive_words(own, others, most=1) == ["kettle"]
+
+
 def test_words_that_show_a_topic_are_found_in_its_answers():
     tea = organism("Tea", ["Simply brew leaves.", "Something to brew."] * 3)
     snow = organism("Snow", ["It falls and melts."] * 6)
