@@ -95,7 +95,8 @@ def test_splits_by_name_length_and_wording(reported):
 
 def test_none_rates_gating_cross_entropy_and_cost(reported):
     workdir, summary = reported
-    rows = [r for r in answers(workdir) if r["method"] == "dit" and r["wording_seen"]]
+    dit = [r for r in answers(workdir) if r["method"] == "dit"]
+    rows = [r for r in dit if r["wording_seen"]]
     for key, category in (
         ("benign_called_none", "benign"),
         ("no_diff_called_none", "no_diff"),
@@ -103,6 +104,10 @@ def test_none_rates_gating_cross_entropy_and_cost(reported):
     ):
         share = np.mean([r["guess"] == "none" for r in rows if r["category"] == category])
         assert summary["none"][key] == pytest.approx(share)
+        for split, seen in (("seen", True), ("unseen", False)):
+            own = [r for r in dit if r["category"] == category and r["wording_seen"] is seen]
+            share = np.mean([r["guess"] == "none" for r in own])
+            assert summary["none_intervals"][split][key]["mean"] == pytest.approx(share)
     for name in ("gating", "label_cross_entropy"):
         table = json.loads((workdir / f"evaluate/{name}.json").read_text())
         assert summary[name] == pytest.approx({key: np.mean(table[key]) for key in table})
