@@ -206,6 +206,8 @@ def test_a_fresh_lora_has_the_published_bounds():
         assert 0.97 * largest < np.abs(module["b"]).max() <= largest
         assert abs(float(module["b"].mean())) < 0.1 * largest and not module["a"].any()
         np.testing.assert_array_equal(module["scale"], 1 / 4)
+    ends = sum(inputs + outputs for _, inputs, outputs in tree.projection_shapes(TINY).values())
+    assert tree.num_parameters(delta) == TINY.num_hidden_layers * 4 * ends  # without the scales
     # A number of its own for each projection.
     b = delta["layers"]["self_attn"]
     assert not np.array_equal(b["k_proj"]["b"], b["v_proj"]["b"])
