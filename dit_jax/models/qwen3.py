@@ -6,7 +6,7 @@ and either scanned or unrolled (`config.scan_layers`); both compute the same fun
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
