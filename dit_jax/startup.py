@@ -18,13 +18,13 @@ def prepare() -> None:
     host_memory.keep_freed()
     host_memory.trim_after_compiling()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-        _keep_programs(caches / "dit_jax" / "xla")
+        _keep_programs(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
 
 
-def _keep_programs(folder: pathlib.Path) -> None:
-    """Where the folder cannot be written, programs are compiled anew; jax would warn of each."""
-    with contextlib.suppress(OSError):
+def _keep_programs(caches: str) -> None:
+    """Where the folder cannot be written, or nobody has a home, programs are compiled anew; jax would warn of each."""
+    with contextlib.suppress(OSError, RuntimeError):
+        folder = pathlib.Path(caches).expanduser() / "dit_jax" / "xla"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             jax.config.update("jax_compilation_cache_dir", str(folder))

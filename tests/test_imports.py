@@ -203,6 +203,11 @@ def test_programs_are_kept_where_the_users_caches_are(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     startup.prepare()
     assert settings == [("jax_compilation_cache_dir", str(tmp_path / "dit_jax" / "xla"))]
+    monkeypatch.setenv(
+        "XDG_CACHE_HOME", "~nobody_of_that_name/cache"
+    )  # as ~ of a user without a home
+    startup.prepare()
+    assert len(settings) == 1
 
 
 @pytest.mark.parametrize(
