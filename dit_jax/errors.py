@@ -52,16 +52,25 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Runs a command line program: `DitError` and Ctrl-C become one line and an exit status.
+    """Runs a command line program: `DitError`, too little memory and Ctrl-C become one line and an exit status.
 
     Raises:
-      SystemExit: with status 2 after a DitError and 130 after Ctrl-C. Other exceptions are bugs and
+      SystemExit: with status 2 after a DitError or without memory, and 130 after Ctrl-C. Other exceptions are bugs and
         keep their traceback.
     """
     try:
         yield
     except DitError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_ERROR) from None
+    except Exception as error:
+        if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
+            raise
+        problem = DitError(
+            f"out of memory ({first_line(error)[:200]}): lower what is computed at once, or split it over more devices "
+            "('python -m dit_jax.plan' says what fits)"
+        )
+        print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(EXIT_ERROR) from None
     except KeyboardInterrupt:
         print(

@@ -301,6 +301,12 @@ def test_stage_marks(tmp_path):
     ("error", "status", "message"),
     [
         (DitError("no diff\n  at 'x': look"), 2, "error: no diff at 'x': look\n"),
+        (MemoryError("8 TiB for an array"), 2, "error: out of memory (8 TiB for an array): lower"),
+        (
+            ValueError("RESOURCE_EXHAUSTED: x\ny"),
+            2,
+            "error: out of memory (RESOURCE_EXHAUSTED: x): ",
+        ),
         (KeyboardInterrupt(), 130, "interrupted: what was finished is kept, "),
     ],
 )
