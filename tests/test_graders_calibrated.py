@@ -243,6 +243,10 @@ def test_wrong_results_are_one_line(tmp_path, capsys, text, message):
     assert re.search(message, capsys.readouterr().err)
     assert calibrate.main(["--results", str(tmp_path / "nowhere")]) == 2
     assert "no folder" in capsys.readouterr().err
+    for flags in (["--reslts", "x"], ["--model", "x"], ["--save", "x", "--shipped"]):
+        assert calibrate.main(["--results", str(tmp_path), *flags]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_the_shipped_grader_is_measured_without_fitting(results, capsys, monkeypatch):

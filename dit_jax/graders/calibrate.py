@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_jax import artifacts
-from dit_jax.errors import DitError, exit_on_error
+from dit_jax.errors import DitError, Parser, exit_on_error
 from dit_jax.graders import forest
 from dit_jax.graders.agreement import quadratic_kappa, spearman, to_levels
 from dit_jax.graders.base import Item
@@ -253,7 +253,11 @@ def save(graded: dict[str, GradedPairs], encoder: Any, folder: str) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for a problem that the user can fix."""
-    parser = argparse.ArgumentParser(prog="python -m dit_jax.graders.calibrate")
+    parser = Parser(
+        prog="python -m dit_jax.graders.calibrate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--results", required=True, help="folder of graded answers")
     parser.add_argument("--embeddings", action="store_true", help="also with sentence embeddings")
     parser.add_argument("--model", default=None, help="folder of all-MiniLM-L6-v2")
@@ -265,10 +269,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", default=None, help="also write the numbers as JSON")
     parser.add_argument("--save", default=None, help="fit to everything, write assets there")
-    flags = parser.parse_args(argv)
     try:
         with exit_on_error():
-            _run(flags)
+            _run(parser.parse_args(argv))
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0
@@ -277,6 +280,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(flags: argparse.Namespace) -> None:
     if flags.seeds < 1:
         raise DitError(f"--seeds {flags.seeds}: give 1 or more")
+    if flags.model is not None and not flags.embeddings:
+        raise DitError("--model is that of the embeddings: add --embeddings")
+    if flags.save is not None and (flags.shipped or flags.output is not None):
+        raise DitError("--save fits and measures nothing: leave out --shipped and --output")
     encoder = None
     model = None
     if flags.embeddings:

@@ -4,7 +4,6 @@ Encodes the vocabulary of all-MiniLM-L6-v2 with the model itself (needs sentence
 minute on two cores). The calibrated graders must be fitted again afterwards (`calibrate --save`).
 """
 
-import argparse
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dit_jax import artifacts
-from dit_jax.errors import exit_on_error
+from dit_jax.errors import Parser, exit_on_error
 from dit_jax.graders import sentences, words
 from dit_jax.graders.embeddings import load_encoder, minilm
 
@@ -21,12 +20,12 @@ WORD_COMPONENTS = 48
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for a problem that the user can fix."""
-    parser = argparse.ArgumentParser(prog="python -m dit_jax.graders.vectors")
+    parser = Parser(prog="python -m dit_jax.graders.vectors", description=__doc__)
     parser.add_argument("--save", required=True, help="folder to write to")
     parser.add_argument("--model", default=None, help="folder of all-MiniLM-L6-v2")
-    flags = parser.parse_args(argv)
     try:
         with exit_on_error():
+            flags = parser.parse_args(argv)
             encoder = load_encoder(flags.model or minilm())
             vocabulary = encoder.vocabulary()
             vectors = encoder(vocabulary)
