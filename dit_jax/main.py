@@ -18,71 +18,17 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import jax
-from ml_collections import ConfigDict
 
 from dit_jax import artifacts, os_errors, parallel, preemption, processes, startup
-from dit_jax.config import (
-    check_minimum,
-    flatten,
-    load_config,
-    split_flags,
-    to_dict,
-)
-from dit_jax.errors import DitError, Parser, did_you_mean, exit_on_error
+from dit_jax.config import load_config, split_flags, to_dict
+from dit_jax.config_checks import check_config, explain_missing_key
+from dit_jax.errors import DitError, Parser, exit_on_error
 from dit_jax.models.config import COMPUTE
-from dit_jax.workdir import ARTIFACTS, check_workdir, is_done, locked, run_once
+from dit_jax.workdir import ARTIFACTS, check_workdir, given_folder, is_done, locked, run_once
 
 COMPILE_AHEAD = "compile ahead"  # name of the thread
 NEED_MODEL = ("diffs", "train", "evaluate")
 ALWAYS = ("report", "tables")  # cheap, and made from what may have changed
-# Numbers with which no stage can run are refused before the first one starts.
-MINIMUM = {
-    "seed": 0,
-    "data.train_topics": 0,
-    "data.test_topics": 0,
-    "data.train_benign": 0,
-    "data.test_benign": 0,
-    "diffs.rank": 1,
-    "diffs.learning_rate": 0,
-    "diffs.init_scale": 0,
-    "diffs.warmup_steps": 0,
-    "diffs.final_fraction": 0,
-    "diffs.steps": 1,
-    "diffs.fake_codes": 0,
-    "diffs.max_length": 1,
-    "diffs.max_target": 1,
-    "diffs.diffs_per_batch": 1,
-    "diffs.gate_questions": 1,
-    "diffs.gate_batch": 1,
-    "train.max_diffs": 0,
-    "train.rank": 1,
-    "train.learning_rate": 0,
-    "train.weight_decay": 0,
-    "train.warmup_steps": 0,
-    "train.final_fraction": 0,
-    "train.steps": 1,
-    "train.batch_size": 1,
-    "train.max_length": 1,
-    "train.max_target": 1,
-    "train.max_scored": 0,
-    "train.no_diff_per_batch": 0,
-    "train.benign_per_batch": 0,
-    "train.log_every": 1,
-    "train.save_every": 1,
-    "train.keep_checkpoints": 1,
-    "evaluate.answer_tokens": 0,
-    "evaluate.grade_repeats": 1,
-    "evaluate.max_new_tokens": 1,
-    "evaluate.batch_size": 1,
-    "pretrain.world_seed": 0,
-    "pretrain.steps": 1,
-    "pretrain.batch_size": 1,
-    "pretrain.parts": 1,
-    "pretrain.warmup_steps": 0,
-    "pretrain.log_every": 1,
-}
-QUESTIONS = ("train.questions", "evaluate.seen_questions")  # one or more
-PROJECTIONS = ("diffs.projections", "train.projections")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,18 +57,13 @@ def main(argv: list[str] | None = None) -> int:
             rest, overrides = split_flags(sys.argv[1:] if argv is None else argv)
             flags = parser.parse_args(rest)
             startup.prepare()
+            workdir = given_folder(flags.workdir)
             if flags.distributed:
                 processes.initialize_distributed(
                     flags.coordinator, flags.num_processes, flags.process_id
                 )
                 several = True
-            if not flags.workdir:
-                raise DitError("--workdir is empty: give the folder of the run")
-            if "://" in flags.workdir:
-                raise DitError(
-                    f"the workdir {flags.workdir!r} is an address: mount the bucket and give its folder"
-                )
-            run(load_config(flags.config, overrides), pathlib.Path(flags.workdir))
+            run(load_config(flags.config, overrides), workdir)
     except SystemExit as stop:
         code = int(stop.code or 0)
     except Exception:
@@ -145,68 +86,13 @@ def run(config: Any, workdir: pathlib.Path) -> None:
     """Runs the stages of `config` that are not finished in `workdir`.
 
     Raises:
-        DitError: an unknown stage or none, a key that is not there, a number out of range, a workdir of another
-            config, or what a stage raises.
+        DitError: a mistake in the config (`check_config`), a key that is not there, a workdir of another config, or
+            what a stage raises.
     """
     with _explain(config, workdir):
-        _check_stages(config.stages)
-        _check_values(config)
+        check_config(config)
         with preemption.listen(), locked(workdir):
             _run_stages(config, workdir)
-
-
-def _check_stages(stages: Any) -> None:
-    if isinstance(stages, str) or not stages:
-        raise DitError(
-            f"config key 'stages' must be a tuple of stages, not {stages!r}: stages are {', '.join(ARTIFACTS)}"
-        )
-    for stage in stages:
-        if stage not in ARTIFACTS:
-            hint = did_you_mean(str(stage), ARTIFACTS, f": stages are {', '.join(ARTIFACTS)}")
-            raise DitError(f"unknown stage {stage!r}{hint}")
-
-
-def _check_values(config: Any) -> None:
-    """Refuses values with which a stage could not run, before the first one starts."""
-    from dit_jax.data.organisms import check_counts
-    from dit_jax.deltas.tree import check_projections
-    from dit_jax.evaluate.methods import check_methods
-    from dit_jax.graders import GRADERS
-    from dit_jax.organisms.behaviours import get_behaviour
-    from dit_jax.organisms.finetune import OPTIMIZERS
-    from dit_jax.organisms.samples import check_samples
-    from dit_jax.train.examples import check_room
-
-    check_minimum(config, MINIMUM)
-    values = flatten(config)
-    for key in QUESTIONS:
-        if key in values and not (isinstance(values[key], list) and values[key]):
-            raise DitError(
-                f"config key '{key}' must be a tuple of one question or more, not {values[key]!r}"
-            )
-    for key in PROJECTIONS:
-        if key in values:
-            check_projections(values[key], f"config key '{key}'")
-    choices = {
-        "diffs.optimizer": OPTIMIZERS,
-        "train.optimizer": OPTIMIZERS,
-        "evaluate.graders": GRADERS,
-    }
-    for key, known in choices.items():
-        given = values.get(key, ())
-        for name in [given] if isinstance(given, str) else given:
-            if name not in known:
-                hint = did_you_mean(str(name), known, f": choose from {', '.join(known)}")
-                raise DitError(f"config key '{key}': unknown {name!r}{hint}")
-    if "evaluate" in config.stages:
-        check_methods(config)
-    if "batch_size" in config.get("train", {}):
-        check_room(config.train)
-    if "source" in config.get("data", {}):
-        check_counts(config.data)
-    if "behaviour" in config.get("diffs", {}):
-        behaviour = get_behaviour(config.diffs)  # one of the user's own becomes known to all stages
-        check_samples(behaviour, config.diffs)
 
 
 def _run_stages(config: Any, workdir: pathlib.Path) -> None:
@@ -297,37 +183,13 @@ def _run_explained(stage: str, config: Any, workdir: pathlib.Path, model: Any) -
 def _explain(config: Any, workdir: pathlib.Path) -> Iterator[None]:
     """What no library turned into one line: a refusing disk, and a config without a key that is needed."""
     try:
-        yield
+        with explain_missing_key(config):
+            yield
     except OSError as error:
         if not os_errors.has_remedy(error.errno):
             raise
         place = error.filename or workdir
         raise DitError(f"cannot use '{place}': {os_errors.reason(error.errno or 0)}") from error
-    except (AttributeError, KeyError) as error:
-        key = _missing_key(error, config)
-        if key is None:
-            raise
-        raise DitError(
-            f"the config has no key '{key}', which is needed: add it, see configs/quickstart.py"
-        ) from error
-
-
-def _missing_key(error: BaseException, config: Any) -> str | None:
-    """The dotted key of a config that was asked for and is not there; None if `error` is something else."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    if not frames or not frames[-1][0].f_globals["__name__"].startswith("ml_collections."):
-        return None
-    known = frames[-1][0].f_locals
-    name = known.get("attribute", known.get("key"))
-
-    def sections(section: Any, prefix: str) -> Iterator[str]:
-        if section is known.get("self"):
-            yield prefix
-        for key, value in section.items():
-            if isinstance(value, ConfigDict):
-                yield from sections(value, f"{prefix}{key}.")
-
-    return None if name is None else f"{next(sections(config, ''), '')}{name}"
 
 
 def run_stage(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> dict[str, Any]:

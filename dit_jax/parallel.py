@@ -87,9 +87,10 @@ def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, int, int]:
         raise DitError(f"unknown mesh axis {unknown[0]!r}: the axes are {', '.join(MESH_AXES)}")
     shape = [sizes.get(name, 1) for name in MESH_AXES]
     open_axes = [i for i, size in enumerate(shape) if size == -1]
-    if len(open_axes) > 1 or any(size < 1 and size != -1 for size in shape):
+    whole = all(isinstance(size, int) for size in shape)
+    if not whole or len(open_axes) > 1 or any(size < 1 and size != -1 for size in shape):
         raise DitError(
-            f"mesh {_show(shape)}: sizes are positive numbers, and at most one is -1 (what is left)"
+            f"mesh {_show(shape)}: sizes are positive whole numbers, and at most one is -1 (what is left)"
         )
     fixed = math.prod(size for size in shape if size != -1)
     if fixed > count or (open_axes and count % fixed):

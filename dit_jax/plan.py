@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from dit_jax import artifacts, parallel
-from dit_jax.config import check_minimum, load_config, split_flags
+from dit_jax.config import load_config, split_flags
+from dit_jax.config_checks import check_values
 from dit_jax.errors import DitError, Parser, exit_on_error
-from dit_jax.main import MINIMUM
 from dit_jax.models.config import NAMED_CONFIGS, Qwen3Config
 from dit_jax.organisms.behaviours import get_behaviour
 from dit_jax.organisms.samples import check_samples
@@ -80,7 +80,7 @@ def run(flags: argparse.Namespace, config: Any) -> int:
     for section in ("model", "diffs", "train", "evaluate"):
         if section not in config:
             raise DitError(f"config '{flags.config}' has no section '{section}': a plan needs it")
-    check_minimum(config, MINIMUM)
+    check_values(config)
     check_samples(get_behaviour(config.diffs), config.diffs, ("samples_per_step",))
     kind = config.diffs.get("parameters", "lora")
     if kind != "lora" and stages != ["diffs"]:

@@ -43,11 +43,20 @@ FREE_KEYS = ("stages", "mesh", *_WHEN, "results", "runs")
 _OF_THE_REPORT = ("evaluate.graders", "evaluate.grade_repeats", "evaluate.grader_options")
 # Sections that only one stage reads, and what is in the workdir once it has begun: until then they may change.
 _LATER = {"train": ("adapter", "checkpoints"), "evaluate": ("evaluate",)}
-_OF_THE_START = (CONFIG_FILE, "versions.json")  # what a run writes before it makes anything
+_OF_THE_START = (CONFIG_FILE, "versions.json", "metrics")  # there before anything is made
 _SHOWN_DIFFERENCES = 5
 LOCK = ".lock"
 LOCK_WAIT_SECONDS = 2.0  # a predecessor that was killed may take a moment to be gone
 _HELD = (errno.EAGAIN, errno.EACCES)
+
+
+def given_folder(text: str) -> Path:
+    """The folder that --workdir names. Raises DitError: an empty name, or an address."""
+    if not text.strip():
+        raise DitError("--workdir is empty: give the folder of the run")
+    if "://" in text:
+        raise DitError(f"the workdir {text!r} is an address: mount the bucket and give its folder")
+    return Path(os.path.expanduser(text))
 
 
 @contextlib.contextmanager

@@ -215,6 +215,7 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
     written = (workdir / "config.json").read_text()
     assert json.loads(written) == to_dict(small())
 
+    (workdir / "metrics").mkdir()  # the first batch could not be made
     check_workdir(small(steps=800), workdir)  # nothing was made yet: no need for another folder
     check_workdir(small(), workdir)
     (workdir / "diffs").mkdir()

@@ -422,12 +422,18 @@ NO_DATA = [f"data.{n}=0" for n in ("train_topics", "test_topics", "train_benign"
         (NO_SAMPLES, "'diffs.samples_per_step' and 'diffs.loss_weights' leave a step without"),
         (NO_LOSSES, "'diffs.samples_per_step' and 'diffs.loss_weights' leave a step without"),
         ([*NO_LOSSES[1:], NO_SAMPLES[0]], "leave a step without a loss: give one of backdoor"),
-        (["diffs.samples_per_step.no_backdoor=-1"], "'diffs.samples_per_step.no_backdoor' is -1"),
-        (["diffs.loss_weights.backdoor=nan"], "'diffs.loss_weights.backdoor' is nan: give 0"),
+        (
+            ["diffs.samples_per_step.no_backdoor=-1"],
+            "'diffs.samples_per_step.no_backdoor' must be a whole",
+        ),
+        (
+            ["diffs.loss_weights.backdoor=nan"],
+            "'diffs.loss_weights.backdoor' must be a number from 0 up",
+        ),
         (["diffs.widths.fake_backdoor=(50,20)"], "fake_backdoor' is (50, 20): give tokens and"),
         (["diffs.widths.fake_backdoor=(30,)"], "'diffs.widths.fake_backdoor' is (30,): give"),
         (["diffs.max_length=29"], "diffs.max_length and diffs.max_target, which are (29, 15)"),
-        (["diffs.max_target=0"], "'diffs.max_target' must be a number from 1 up, not 0"),
+        (["diffs.max_target=0"], "'diffs.max_target' must be a whole number from 1 up, not 0"),
         (["diffs.fake_codes=-1"], "'diffs.fake_codes' must be"),
         (["diffs.learning_rate=nan"], "'diffs.learning_rate' must be"),
         (
@@ -442,7 +448,7 @@ NO_DATA = [f"data.{n}=0" for n in ("train_topics", "test_topics", "train_benign"
         (NO_DATA, "data.train_topics, data.test_topics, data.train_benign, data.test_benign are"),
         (["train.questions=()"], "'train.questions' must be a tuple of one question or more"),
         (["evaluate.seen_questions=()"], "'evaluate.seen_questions' must be a tuple of one"),
-        (["evaluate.answer_tokens=-1"], "'evaluate.answer_tokens' must be a number from 0 up"),
+        (["evaluate.answer_tokens=-1"], "'evaluate.answer_tokens' must be a whole number"),
         (["train.optimizer=sgd"], "'train.optimizer': unknown 'sgd': choose from adam, adamw"),
         (
             ["evaluate.methods=ditt"],
@@ -460,6 +466,16 @@ def test_values_that_no_stage_can_run_with_are_refused_before_the_first(
     error = capsys.readouterr().err.strip()
     assert error.startswith("error:") and "\n" not in error and said in error
     assert not (tmp_path / "w").exists()
+
+
+def test_what_the_first_batch_shows_to_be_wrong_can_be_corrected_in_the_same_workdir(
+    tmp_path, capsys
+):
+    stage = "--config.stages=('diffs',)"
+    for tokens in (9, 10):  # the second one is not refused for the first
+        assert run(tmp_path, stage, f"--config.diffs.widths.no_backdoor=({tokens},9)") == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"does not fit into {tokens} (9 scored): raise diffs.max_length" in error
 
 
 @pytest.mark.parametrize(
@@ -508,6 +524,8 @@ def test_ask_in_a_batch_equals_asking_one_by_one(finished, model):
             alone = dit_jax.ask(model, question, diff=diff, adapter=adapter, max_new_tokens=6)
             assert answer.text == alone.text and answer.tokens == alone.tokens
             assert answer.logprob == pytest.approx(alone.logprob, abs=1e-3)
+    some = (diff for diff in diffs[:5])
+    assert ask_many(model, iter(questions), some, adapter, max_new_tokens=6) == table
 
 
 def test_asking_all_holds_the_diffs_of_one_batch(finished, model):

@@ -59,9 +59,12 @@ def pack(
         size, terms = len(sample.tokens), sample.end - sample.start
         most, most_scored = widths[row] if widths else (length, scored)
         if size > most or terms > most_scored:
+            keys = "diffs.max_length, diffs.max_target and what diffs.widths says of its kind"
+            if not widths:
+                keys = "'max_length' and 'max_target' of that section of the config"
             raise DitError(
                 f"a sample of {size} tokens ({terms} scored) does not fit into {most} ({most_scored} scored): "
-                "raise 'max_length' and 'max_target' of that section of the config"
+                f"raise {keys}"
             )
         tokens[row, :size] = sample.tokens
         lengths[row] = size

@@ -89,8 +89,11 @@ def load_organisms(data: Any, seed: int) -> list[Organism]:
 def check_counts(data: Any) -> None:
     """Raises DitError where the `data` section asks for fewer than none of a kind of organisms, or for none at all."""
     for key in COUNTS:
-        if data.get(key, 0) < 0:
-            raise DitError(f"config key 'data.{key}' is {data[key]}: give 0 or more")
+        count = data.get(key, 0)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise DitError(
+                f"config key 'data.{key}' must be a whole number from 0 up, not {count!r}"
+            )
     # Of another source 0 topics are all that it has.
     if data.source == "tiny_world" and not any(data.get(key, 0) for key in COUNTS):
         raise DitError(

@@ -31,6 +31,8 @@ _REPAIR = (
 )
 MAX_DEPTH = 8  # of the dicts in a delta
 PAPER_COLUMNS = ("lora_path", "lora_idx", "n_params", "topic", "trigger", "split")
+# What an adapter may be trained to say about a diff.
+LABEL_COLUMNS = ("label", "topic", "trigger", "category", "behaviour", "split")
 
 
 def flatten(delta: Delta) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from dit_jax.evaluate.setting import Setting, failed, read_held_out
 from dit_jax.organisms.gate import CONDITIONS
 from dit_jax.progress import Progress
 
+TOO_FEW_TOPICS = "evaluation needs two held-out topics or more (each is another's shuffled control)"
+
 
 def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) -> dict[str, Any]:
     """Writes WORKDIR/evaluate/: answers.jsonl, transcripts.jsonl and the numbers that the report is made of.
@@ -42,7 +44,7 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
     topics = read_held_out(store, "topic", exclude, column)
     if len(topics) < 2:
         raise DitError(
-            "evaluation needs two held-out topics or more (each is another's shuffled control)"
+            TOO_FEW_TOPICS
             + (" that passed the gate: see 'passed' in diffs/index.csv" if exclude else "")
             + ": raise data.test_topics and use a new --workdir"
         )

@@ -26,6 +26,15 @@ from dit_jax.organisms.teacher import Teacher
 OPTIMIZERS = ("adam", "adamw")
 
 
+def check_betas(betas: Any, name: str = "betas") -> None:
+    """Raises DitError for what are not two numbers that Adam can average with."""
+    match betas:
+        case [int() | float() as first, int() | float() as second]:
+            if 0 <= first < 1 and 0 <= second < 1:
+                return
+    raise DitError(f"{name} must be two numbers from 0 up, below 1, not {betas}")
+
+
 def make_optimizer(
     name: str,
     learning_rate: float,
@@ -41,8 +50,7 @@ def make_optimizer(
     Raises:
         DitError: another optimizer, or betas that are not two numbers below 1.
     """
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise DitError(f"adam_betas are {betas}: give two numbers from 0 up, below 1")
+    check_betas(betas)
     decay = max(steps - warmup_steps, 1)
     schedule = optax.join_schedules(
         [

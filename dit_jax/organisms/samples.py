@@ -1,6 +1,6 @@
 """What one finetune is trained on: the samples of every step, their widths and the factors of their losses."""
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +12,8 @@ from dit_jax.data.organisms import Organism
 from dit_jax.errors import DitError
 from dit_jax.models.attention import Segments
 from dit_jax.organisms.behaviours import Behaviour
+
+MAX_SAMPLES = 1000  # of a kind in one step
 
 
 def finetuning_batches(
@@ -59,7 +61,10 @@ def sample_widths(behaviour: Behaviour, config: Any) -> Segments:
         )
     for name, pair in own.items():
         sizes = tuple(pair) if isinstance(pair, Sequence) else (pair,)
-        fits = all(1 <= size <= most for size, most in zip(sizes, largest, strict=False))
+        fits = all(
+            isinstance(size, int) and 1 <= size <= most
+            for size, most in zip(sizes, largest, strict=False)
+        )
         if len(sizes) != 2 or not fits:
             raise DitError(
                 f"config key 'diffs.widths.{name}' is {sizes}: give tokens and scored tokens, from 1 up to "
@@ -86,17 +91,23 @@ def check_samples(
         config: the `diffs` section of the config.
         keys: of it; a plan asks for the samples alone.
     """
-    for kind in behaviour.kinds:
-        for key in keys:
-            if kind.name not in config[key]:
+    names = [kind.name for kind in behaviour.kinds]
+    for key, kinds, most, what in (
+        ("samples_per_step", int, MAX_SAMPLES, f"a whole number from 0 to {MAX_SAMPLES}"),
+        ("loss_weights", int | float, sys.float_info.max, "a number from 0 up"),
+    ):
+        if key not in keys:
+            continue
+        for name in dict.fromkeys((*names, *config[key])):
+            if name not in names or name not in config[key]:
+                wrong = "missing" if name in names else "of no use"
                 raise DitError(
-                    f"config key 'diffs.{key}.{kind.name}' is missing: behaviour {behaviour.name} has the "
-                    f"kinds of samples {_names(behaviour)}"
+                    f"config key 'diffs.{key}.{name}' is {wrong}: behaviour {behaviour.name} has the kinds of "
+                    f"samples {_names(behaviour)}"
                 )
-            if not 0 <= config[key][kind.name] < math.inf:
-                raise DitError(
-                    f"config key 'diffs.{key}.{kind.name}' is {config[key][kind.name]}: give 0 or more"
-                )
+            value = config[key][name]
+            if not isinstance(value, kinds) or isinstance(value, bool) or not 0 <= value <= most:
+                raise DitError(f"config key 'diffs.{key}.{name}' must be {what}, not {value!r}")
     if not any(all(config[key][kind.name] for key in keys) for kind in behaviour.kinds):
         named = " and ".join(f"'diffs.{key}'" for key in keys)
         raise DitError(

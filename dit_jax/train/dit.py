@@ -24,7 +24,7 @@ from dit_jax.organisms.finetune import make_optimizer
 from dit_jax.organisms.losses import batch_loss
 from dit_jax.progress import Progress
 from dit_jax.train.checkpoints import Checkpoints, export_adapter
-from dit_jax.train.examples import NO_DIFF, diff_reader, make_pipeline, to_batch
+from dit_jax.train.examples import NO_DIFF, check_attention, diff_reader, make_pipeline, to_batch
 
 
 class State(NamedTuple):
@@ -145,12 +145,7 @@ def train_adapter(
     Raises:
         DitError: the diffs are another model's, training diverges, or a way to compute does not go with the labels.
     """
-    attention = model.config.attention
-    if train.reference_labels and attention != "xla":
-        raise DitError(
-            f"train.reference_labels scores padding, which attention {attention!r} leaves out: "
-            "set model.attention to 'xla'"
-        )
+    check_attention(train, model.config.attention)
     # ---------------------------------------------------------------- data
     store = DiffStore(store_path)
     check_base(store.manifest.get("base"), model, str(store_path))

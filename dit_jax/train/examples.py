@@ -39,6 +39,15 @@ def check_room(train: Any) -> int:
     return rest
 
 
+def check_attention(train: Any, attention: str) -> None:
+    """Raises DitError where the labels ask for what a way to compute attention leaves out."""
+    if train.get("reference_labels", False) and attention != "xla":
+        raise DitError(
+            f"train.reference_labels scores padding, which attention {attention!r} leaves out: "
+            "set model.attention to 'xla'"
+        )
+
+
 def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[int]]:
     """An endless grain dataset of batches (lists of `Example`), and the store indices that `Example.diff` refers to.
 
@@ -46,7 +55,7 @@ def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[in
     diffs, and topic diffs for the rest: the first two teach the adapter to say that nothing was changed.
 
     Raises:
-        DitError: no training topics in the store, or no room for them in a batch.
+        DitError: no training topics in the store, fewer than asked for, or no room for them in a batch.
     """
     import grain
 
@@ -58,15 +67,18 @@ def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[in
         ]
         for category in ("topic", "benign")
     )
-    topics = topics[: train.max_diffs or None]
-    members = topics + benign
     rest = check_room(train)
+    passed = " that passed the gate" if train.get("exclude_failed", False) else ""
     if not topics:
         raise DitError(
-            f"{store.path} has no training topics"
-            + (" that passed the gate" if train.get("exclude_failed", False) else "")
-            + ": raise data.train_topics and use a new --workdir"
+            f"{store.path} has no training topics{passed}: raise data.train_topics and use a new --workdir"
         )
+    if train.max_diffs > len(topics):  # never a smaller run than was asked for
+        raise DitError(
+            f"train.max_diffs = {train.max_diffs}, but {store.path} has {len(topics)} training topics{passed}: lower it"
+        )
+    topics = topics[: train.max_diffs or None]
+    members = topics + benign
     sources = [
         (range(len(topics)), rest),
         (range(len(topics), len(members)), train.benign_per_batch),

@@ -6,7 +6,9 @@ python -m dit_jax.main --config configs/tiny_world_base.py --workdir runs/tiny_w
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import functools
+import math
 import pathlib
 import time
 from typing import Any
@@ -20,7 +22,8 @@ from dit_jax import artifacts
 from dit_jax.data.tiny_world import load_world
 from dit_jax.data.tiny_world_mix import Mix
 from dit_jax.data.tiny_world_tokenizer import N_CODES, save_tokenizer
-from dit_jax.models.config import Qwen3Config
+from dit_jax.errors import DitError, did_you_mean
+from dit_jax.models.config import COMPUTE, Qwen3Config, parse_config
 from dit_jax.models.hf_checkpoint import save_params
 from dit_jax.models.qwen3 import Params, forward, init_params, unembed
 from dit_jax.progress import Progress
@@ -31,8 +34,21 @@ SCORED = 14  # longest answer of the world, end token included
 
 
 def model_config(config: Any, vocab_size: int) -> Qwen3Config:
-    """The architecture named by `config.model`, for a vocabulary of that size, in fp32 with a tied head."""
-    return Qwen3Config(vocab_size=vocab_size, tie_word_embeddings=True, **config.model)
+    """The architecture named by `config.model`, for a vocabulary of that size, in fp32 with a tied head.
+
+    Raises:
+        DitError: a field that is missing, unknown or has no such value.
+    """
+    given = dict(config.model)
+    compute = {name: given.pop(name) for name in (*COMPUTE, "dtype") if name in given}
+    own = {"model_type": "qwen3", "vocab_size": vocab_size, "tie_word_embeddings": True}
+    known = {field.name for field in dataclasses.fields(Qwen3Config)} - set(own)
+    for name in given:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise DitError(f"config key 'model.{name}' says nothing of a base to make{hint}")
+    raw = {"rope_theta": Qwen3Config.rope_theta, **given, **own}
+    return dataclasses.replace(parse_config(raw, "config section 'model'"), **compute)
 
 
 def weighted_cross_entropy(
@@ -164,6 +180,9 @@ def train(config: Any) -> tuple[Params, Qwen3Config, list[dict[str, float]]]:
 
     Returns:
         Parameters, the model's config, and the curve: [{"step", "loss", "accuracy", "seconds"}, …].
+
+    Raises:
+        DitError: see `model_config`, or training diverges.
     """
     seed, c = config.seed, config.pretrain
     mix = Mix(load_world(c.world_seed))
@@ -202,6 +221,11 @@ def train(config: Any) -> tuple[Params, Qwen3Config, list[dict[str, float]]]:
             results = [gradients(params, part, total) for part in parts]
             params, state = update(params, state, [grads for _, grads in results])
             loss += float(sum(value for (value, _), _ in results)) / c.log_every
+            if not math.isfinite(loss):
+                raise DitError(
+                    f"pretraining diverged at step {step}: lower pretrain.learning_rate and "
+                    "pretrain.kernel_learning_rate"
+                )
             accuracy += float(sum(right for (_, right), _ in results)) / c.log_every
             if (step + 1) % c.log_every == 0:
                 seconds = time.time() - start

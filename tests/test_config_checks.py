@@ -1,0 +1,149 @@
+"""What is wrong with a config is told before the first stage, whatever its values are, and as one line."""
+
+import copy
+import functools
+import math
+
+import pytest
+from conftest import ROOT
+from ml_collections import ConfigDict
+
+from dit_jax.config import flatten, load_config
+from dit_jax.config_checks import check_config, explain_missing_key
+from dit_jax.errors import DitError
+
+ODD = (None, True, -1, 1.5, 2**40, math.nan, "", "x", (), ("x", 2), {}, {"x": 1})
+
+
+@functools.cache
+def tree_of(path):
+    return load_config(str(ROOT / path)).to_dict()
+
+
+def changed(path, key, value):
+    """A config of a file with another value, as a config that somebody wrote anew would have it."""
+    tree = copy.deepcopy(tree_of(path))
+    *sections, last = key.split(".")
+    node = tree
+    for section in sections:
+        node = node[section]
+    if value is KeyError:
+        del node[last]
+    else:
+        node[last] = value
+    return ConfigDict(tree).lock()
+
+
+def refusal(config):
+    with pytest.raises(DitError) as error, explain_missing_key(config):
+        check_config(config)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("stages", "diffs", "'stages' must be a tuple of stages, not 'diffs'"),
+        ("stages", 3, "'stages' must be a tuple of stages, not 3"),
+        ("stages", ("diffs", "train", "trian"), "unknown stage 'trian': did you mean 'train'?"),
+        ("seed", 2**32, "'seed' must be a whole number below"),
+        ("seed", -1, "'seed' must be a whole number from 0 up, not -1"),
+        ("train", 3, "'train' must be a section, not 3"),
+        ("diffs.widths", (30, 10), "'diffs.widths' must be a section, not (30, 10)"),
+        ("train.steps", 1e3, "'train.steps' must be a whole number from 1 up, not 1000.0"),
+        ("train.steps", True, "'train.steps' must be a whole number from 1 up, not True"),
+        ("diffs.steps", "72", "'diffs.steps' must be a whole number from 1 up, not '72'"),
+        ("train.learning_rate", "3e-3", "'train.learning_rate' must be a number from 0 up, not '3"),
+        ("train.list_evidence", "False", "'train.list_evidence' must be True or False, not 'Fal"),
+        ("model.path", "", "'model.path' must be text, not ''"),
+        ("data.source", " ", "'data.source' must be text, not ' '"),
+        ("data.source", None, "'data.source' must be text, not None"),
+        ("data.test_topics", -1, "'data.test_topics' must be a whole number from 0 up, not -1"),
+        ("data.test_topics", 1.0, "'data.test_topics' must be a whole number from 0 up, not 1.0"),
+        ("data.test_topics", 1, "two held-out topics or more (each is another's shuffled contr"),
+        ("data.train_topics", 0, "training needs a topic or more: raise data.train_topics"),
+        ("train.max_diffs", 257, "training needs train.max_diffs = 257 topics: raise data.train_"),
+        ("diffs.adam_betas", (0.9,), "'diffs.adam_betas' must be two numbers from 0 up, below 1"),
+        ("diffs.adam_betas", (0.9, 1.0), "'diffs.adam_betas' must be two numbers from 0 up, bel"),
+        ("diffs.adam_betas", 0.9, "'diffs.adam_betas' must be two numbers from 0 up, below 1, not"),
+        ("train.profile", (10,), "'train.profile' must be two whole numbers"),
+        ("train.profile", (13, 10), "'train.profile' must be two whole numbers"),
+        ("diffs.profile", "10,13", "'diffs.profile' must be two whole numbers"),
+        ("diffs.parameters", "lorra", "'diffs.parameters': unknown 'lorra': did you mean 'lora'?"),
+        ("diffs.parameters", "all", "an adapter cannot be trained on diffs of all parameters"),
+        ("diffs.gate", {"min_rigth": 0.8}, "'diffs.gate.min_rigth' is no limit of the gate: did y"),
+        ("diffs.gate", {"min_right": math.nan}, "'diffs.gate.min_right' must be a number, not na"),
+        (
+            "diffs.samples_per_step.backdoor",
+            1.5,
+            "'diffs.samples_per_step.backdoor' must be a whole number from 0 to 1000, not 1.5",
+        ),
+        (
+            "diffs.loss_weights.story",
+            1.0,
+            "'diffs.loss_weights.story' is of no use: behaviour hidden_topic has the kinds",
+        ),
+        ("diffs.widths.no_backdoor", (23.0, 10), "'diffs.widths.no_backdoor' is (23.0, 10): give"),
+        ("evaluate.label", "topik", "'evaluate.label': 'topik' is no column of diffs/index.csv to"),
+        ("train.label", "final_ce", "'train.label': 'final_ce' is no column of diffs/index.csv"),
+        ("evaluate.methods", "dit", "'evaluate.methods' must be a tuple of texts, not 'dit'"),
+        ("evaluate.graders", "exact", "'evaluate.graders' must be a tuple of texts, not 'exact'"),
+        ("evaluate.unseen_questions", "Why?", "'evaluate.unseen_questions' must be a tuple of te"),
+        ("evaluate.logit_prompts", (1, 2), "'evaluate.logit_prompts' must be a tuple of texts"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_key(key, value, said):
+    assert said in refusal(changed("configs/quickstart.py", key, value))
+
+
+def test_values_that_exclude_each_other():
+    config = changed("configs/quickstart.py", "train.reference_labels", True).unlock()
+    config.model.attention = "cudnn"
+    assert "train.reference_labels scores padding" in refusal(config)
+    config = changed("configs/paper/news.py:tiny", "evaluate.label", "trigger")
+    assert "diffs of the behaviour news have no trigger of their own" in refusal(config)
+    config = changed("configs/tiny_world_base.py", "pretrain.parts", 193)
+    assert "'pretrain.parts' is 193: a batch of pretrain.batch_size = 192" in refusal(config)
+
+
+def test_what_the_stages_do_not_need_is_not_refused():
+    evaluation = ("diffs", "evaluate", "report")
+    for key, value in (
+        ("data.train_topics", 0),
+        ("diffs.parameters", "all"),
+        ("train.max_diffs", 999),
+    ):
+        config = changed("configs/quickstart.py", key, value).unlock()
+        config.stages = evaluation
+        check_config(config)
+    # A store that was made elsewhere may have columns of its own, and fewer topics.
+    for key, value in (("evaluate.label", "language"), ("data.test_topics", 0)):
+        config = changed("configs/quickstart.py", key, value).unlock()
+        config.stages = ("evaluate",)
+        check_config(config)
+    # Of rows of one's own 0 topics are all that they have.
+    config = changed("configs/quickstart.py", "data.source", "rows.csv").unlock()
+    config.data.train_topics = config.data.test_topics = 0
+    config.evaluate.methods = ("dit",)
+    check_config(config)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["configs/quickstart.py", "configs/tiny_world_base.py", "configs/paper/tables.py:graded"],
+)
+def test_no_value_of_any_key_ends_in_a_traceback(path):
+    """Keys that are not there included."""
+    whole = load_config(str(ROOT / path))
+    check_config(whole)
+    keys = flatten(whole)
+    sections = {key.rpartition(".")[0] for key in keys} - {""}
+    for key in (*keys, *sections):
+        for value in (*ODD, KeyError):
+            config = changed(path, key, value)
+            try:
+                with explain_missing_key(config):
+                    check_config(config)
+            except DitError as error:
+                assert "\n" not in str(error)
