@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from dit_jax import artifacts, main, sweep_table
+from dit_jax import artifacts, main, startup, sweep_table
 from dit_jax.config import (
     config_diff,
     flatten,
@@ -38,8 +38,9 @@ from dit_jax.config import (
     load_saved,
     split_flags,
 )
+from dit_jax.config_checks import check_config, explain_missing_key
 from dit_jax.errors import DitError, Parser, exit_on_error, first_line
-from dit_jax.workdir import CONFIG_FILE, FREE_KEYS, check_workdir
+from dit_jax.workdir import CONFIG_FILE, FREE_KEYS, check_workdir, given_folder
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]{0,99}")
 # Sections that the diffs do not depend on: runs that differ in nothing else have the same diffs.
@@ -76,7 +77,7 @@ def load_sweep(path: str, common: Sequence[str] = ()) -> Sweep:
 
     Raises:
       DitError: the file is missing, fails or lacks a name; runs without names or with the same name; an
-        unknown key or a value of the wrong type.
+        unknown key, a value of the wrong type, or one with which no stage can run (`check_config`).
     """
     head, separator, text = path.partition(".py:")
     file, arg = (pathlib.Path(head + ".py"), (text,)) if separator else (pathlib.Path(path), ())
@@ -103,7 +104,7 @@ def load_sweep(path: str, common: Sequence[str] = ()) -> Sweep:
         raise DitError(f"sweep file '{file}' {need} ':{text or 'ARG'}' after .py") from None
     try:
         made = [
-            (name, dict(overrides), other[0] if other else values["CONFIG"])
+            (name, dict(overrides), str(other[0]) if other else values["CONFIG"])
             for name, overrides, *other in get_sweep(*arg)
         ]
     except DitError:
@@ -163,6 +164,8 @@ def _make_run(base: str, name: str, common: Sequence[str], overrides: dict[str, 
     for key, value in _dotted(overrides):
         if flatten(config)[key] != flatten(checked)[key]:
             raise DitError(f"the value {value!r} of '{key}' cannot be written on a command line")
+    with explain_missing_key(config):
+        check_config(config)
     return Run(name, texts, config, base)
 
 
@@ -312,7 +315,7 @@ def main_sweep(argv: list[str] | None = None) -> int:
         with exit_on_error():
             rest, common = split_flags(sys.argv[1:] if argv is None else argv)
             flags = parser.parse_args(rest)
-            sweep, workdir = load_sweep(flags.sweep, common), pathlib.Path(flags.workdir)
+            sweep, workdir = load_sweep(flags.sweep, common), given_folder(flags.workdir)
             if flags.list:
                 print("\n".join(command(run, workdir) for run in sweep.runs))
                 return 0
@@ -321,6 +324,8 @@ def main_sweep(argv: list[str] | None = None) -> int:
                 if flags.index not in indices:
                     raise DitError(f"--index {flags.index}: the sweep has runs 0 to {indices[-1]}")
                 indices = [flags.index]
+            if not flags.table:
+                startup.prepare()
             messages = {} if flags.table else {i: make(sweep, i, workdir) for i in indices}
             failures = {sweep.runs[i].name: text for i, text in messages.items() if text}
             unread = write_table(sweep, artifacts.make_dir(workdir), failures)

@@ -212,6 +212,7 @@ def test_unfinished_diffs_are_not_shared(files, fake_run):
         ("(1, 2, 16)", "missing", ", line 6: name 'missing' is not defined"),
         ("SWEPT =", "SWEPT = (", "line 3: SyntaxError"),
         ("base.py", "bose.py", "no config file"),
+        ('"rank": rank', '"rank": rank - 1', "run 'rank_1' of sweep .* 'train.rank' must be a whole number"),
     ],
 )  # fmt: skip
 def test_a_bad_sweep_file_is_one_line(files, fake_run, capsys, old, new, said):
@@ -228,6 +229,9 @@ def test_a_bad_sweep_file_is_one_line(files, fake_run, capsys, old, new, said):
 def test_unknown_overrides_and_missing_files_are_one_line(files, fake_run, capsys):
     assert call(files, "--config.train.rnak=1") == 2
     assert "did you mean 'train.rank'" in capsys.readouterr().err
+    flags = ["--sweep", str(files / "ranks.py"), "--workdir="]
+    assert sweep.main_sweep(flags) == 2
+    assert "--workdir is empty" in capsys.readouterr().err
     assert call(files, file="none.py") == 2
     assert "there is no sweep file" in capsys.readouterr().err
 
