@@ -12,7 +12,7 @@ Batches are the config's: `--config.train.batch_size=32`. docs/scale.md has the 
 
 import argparse
 import dataclasses
-import json
+import math
 import pathlib
 import sys
 import time
@@ -21,7 +21,7 @@ from typing import Any
 
 from dit_jax import artifacts, parallel
 from dit_jax.config import load_config, split_flags
-from dit_jax.config_checks import check_values
+from dit_jax.config_checks import check_values, explain_missing_key
 from dit_jax.errors import DitError, Parser, exit_on_error
 from dit_jax.models.config import NAMED_CONFIGS, Qwen3Config
 from dit_jax.organisms.behaviours import get_behaviour
@@ -63,7 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     with exit_on_error():
         rest, overrides = split_flags(sys.argv[1:] if argv is None else argv)
         flags = parser.parse_args(rest)
-        return run(flags, load_config(flags.config, overrides))
+        config = load_config(flags.config, overrides)
+        with explain_missing_key(config):
+            return run(flags, config)
     return 2
 
 
@@ -74,7 +76,7 @@ def run(flags: argparse.Namespace, config: Any) -> int:
         DitError: an unknown stage, model, topology or mesh, a config without a section or with a number out of range,
             no TPU compiler.
     """
-    stages = _split(flags.stages)
+    stages = _split(flags.stages, "--stages")
     if unknown := [stage for stage in stages if stage not in STAGES]:
         raise DitError(f"unknown stage {unknown[0]!r}: stages of a plan are {', '.join(STAGES)}")
     for section in ("model", "diffs", "train", "evaluate"):
@@ -88,6 +90,10 @@ def run(flags: argparse.Namespace, config: Any) -> int:
             f"an adapter and questions are planned for LoRA diffs, and diffs.parameters is {kind!r}: "
             "plan --stages diffs alone, or set it to 'lora'"
         )
+    for name, least in (("tries", 0), ("diffs", 1), ("minutes", 0), ("price", 0)):
+        given = getattr(flags, name)
+        if given is not None and not least <= given < math.inf:
+            raise DitError(f"--{name} must be a number from {least} up, not {given:g}")
     if not 0 < flags.utilization <= 1:
         raise DitError(f"--utilization must be above 0 and at most 1, not {flags.utilization:g}")
     deadline = None if flags.minutes is None else time.monotonic() + 60 * flags.minutes
@@ -123,14 +129,15 @@ def run(flags: argparse.Namespace, config: Any) -> int:
         record = {
             stage: {"mesh": sizes, **dataclasses.asdict(p)} for stage, (sizes, p) in results.items()
         }
-        text = json.dumps({"machine": machine.name, "stages": record}, indent=1)
-        with artifacts.explain_os_errors("write", flags.json):
-            flags.json.write_text(text)
+        artifacts.write_json(flags.json, {"machine": machine.name, "stages": record})
     return 0 if len(settings) == len(stages) else 1
 
 
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _split(text: str, flag: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise DitError(f"{flag} names nothing: leave it out to have all")
+    return parts
 
 
 Results = dict[str, tuple[tuple[int, int, int], Program]]
@@ -280,8 +287,8 @@ def _print_tables(
     level: str,
     deadline: float | None,
 ) -> int:
-    found = [machines.find_machine(name) for name in _split(flags.topologies)]
-    models = {name: model_shape(config, name) for name in _split(flags.models)}
+    found = [machines.find_machine(name) for name in _split(flags.topologies, "--topologies")]
+    models = {name: model_shape(config, name) for name in _split(flags.models, "--models")}
     compilers = [Compiler(machine, None, level, flags.cache, deadline) for machine in found]
 
     def say(line: str) -> None:

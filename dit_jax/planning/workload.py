@@ -12,7 +12,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from dit_jax import __version__, artifacts, parallel
+from dit_jax import __version__, parallel
+from dit_jax.artifacts import explain_os_errors, make_dir, read_text
 from dit_jax.config import flatten
 from dit_jax.errors import DitError
 from dit_jax.models.config import COMPUTE, NAMED_CONFIGS, Qwen3Config, read_config
@@ -128,9 +129,9 @@ class Compiler:
         self._known[key] = found
         if self._cache is not None:
             record = {"key": key, "program": dataclasses.asdict(found)}
-            artifacts.make_dir(self._cache.parent)
+            make_dir(self._cache.parent)
             with (
-                artifacts.explain_os_errors("write", self._cache),
+                explain_os_errors("write", self._cache),
                 self._cache.open("a", encoding="utf-8") as file,
             ):
                 file.write(json.dumps(record) + "\n")
@@ -178,9 +179,7 @@ def read_cache(cache: pathlib.Path | None) -> dict[str, Program]:
     known: dict[str, Program] = {}
     if cache is None or not cache.exists():
         return known
-    with artifacts.explain_os_errors("read", cache):
-        lines = cache.read_text(encoding="utf-8").splitlines()
-    for line in lines:
+    for line in read_text(cache, "give another --cache").splitlines():
         try:
             record = json.loads(line)
             fields = record["program"]
