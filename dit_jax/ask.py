@@ -120,7 +120,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     model = load_model(flags.base, flags.dtype, mesh)
     adapter = load_adapter(flags.adapter, model) if flags.adapter else None
     numbers: list[int | None] = [None]
-    labels: dict[int, str | None] = {0: None}
+    known: dict[int, dict[str, str | None]] = {0: {"label": None, "split": None}}
     diffs: Sequence[Diff] = [Diff({})]
     if flags.diff:
         found = load_diffs(flags.diff, model, flags.svd_rank)
@@ -132,7 +132,8 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
         def read(i: int) -> Diff:
             diff = found[i if flags.all else index]
-            labels[i] = diff.label
+            split = diff.metadata.get("split")
+            known[i] = {"label": diff.label, "split": split if isinstance(split, str) else None}
             if "svd" in diff.metadata and i not in told:
                 told.add(i)
                 print(_svd_note(numbers[i], diff.metadata["svd"]), file=sys.stderr)
@@ -183,7 +184,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 for sample, answer in enumerate(table[i if len(table) > 1 else 0][q]):
                     yield {
                         "diff": number,
-                        "label": labels[i],
+                        **known[i],
                         "question": question,
                         "variant": name,
                         "sample": sample,
@@ -199,7 +200,9 @@ def _as_text(record: dict[str, Any], flags: argparse.Namespace) -> str:
     first = record["sample"] == 0 and (not flags.compare or record["variant"] == "base")
     if first:
         about = "" if record["diff"] is None else f"diff {record['diff']}"
-        about += f" (label: {printable(record['label'])})" if record["label"] else ""
+        told = [record["label"] and f"label: {record['label']}", record["split"]]
+        if any(told):
+            about += f" ({printable(', '.join(filter(None, told)))})"
         lines.append(f"{about + ': ' if about else ''}{record['question']}")
     name = f"{record['variant']:>20}: " if flags.compare else "  "
     lines.append(name + printable(record["answer"]))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -72,7 +72,7 @@ def ask(
 
 def ask_many(
     model: Model,
-    questions: str | Sequence[str],
+    questions: str | Iterable[str],
     diffs: Any,
     adapter: Any = None,
     *,
@@ -88,8 +88,8 @@ def ask_many(
 
     Args:
         questions: a string is one question.
-        diffs: a sequence of what `ask` takes for a diff: [one, two] are two diffs, [(one, two)] is the sum of both.
-            A Diff or a delta alone is one diff.
+        diffs: what `ask` takes for a diff, several times: [one, two] are two diffs, [(one, two)] is the sum of both.
+            A Diff or a delta alone is one diff. What is no sequence (a generator) is read before the first question.
         adapter: as in `ask`.
         samples: answers to each question of each diff.
         batch_size: rows (diffs x questions x samples) per decode. Default: all, at most 256.
@@ -104,8 +104,9 @@ def ask_many(
         shardings.put_delta(model.config, model.mesh, delta)
         for delta in deltas_of(adapter, model.config, "adapter")
     )
-    questions = [questions] if isinstance(questions, str) else questions
+    questions = [questions] if isinstance(questions, str) else list(questions)
     diffs = [diffs] if isinstance(diffs, Diff | Mapping) else diffs
+    diffs = diffs if isinstance(diffs, Sequence) else list(diffs)
     prompts = [question for question in questions for _ in range(samples)]
     if not prompts:
         return [[] for _ in diffs]

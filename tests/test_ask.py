@@ -37,6 +37,10 @@ def files(tmp_path_factory):
     return folder
 
 
+def names(folder):
+    return [path.name for path in folder.iterdir()]
+
+
 def run(capsys, *flags):
     assert ask.main([*BASE, *map(str, flags), "--json", "What is tea ?"]) == 0
     captured = capsys.readouterr()
@@ -82,14 +86,20 @@ def test_a_truncated_finetune_says_what_it_keeps(files, capsys):
         (["--n", "0"], "must be a whole number from 1 up, not '0'"),
         (["--temperature", "nan"], "must be a number from 0 up, not 'nan'"),
         (["--diff", "diff.pt", "--svd-rank", "2"], "holds no whole weights"),
+        (
+            ["--diff", "merged", "--svd-rank", "999"],
+            "rank of the SVD must be from 1 to 128, not 999",
+        ),
+        (["What is tea ? " * 300], "reads, 512: shorten it"),
         (["--diff", "adapter.pt", "--svd-rank", "2"], "holds no whole weights"),
     ],
 )
 def test_flags_that_would_say_nothing_are_errors(files, capsys, flags, message):
-    flags = [str(files / flag) if flag.endswith(".pt") else flag for flag in flags]
+    flags = [str(files / flag) if flag in names(files) else flag for flag in flags]
     assert ask.main([*BASE, *flags, "What is tea ?"]) == 2
     captured = capsys.readouterr()
     assert message in captured.err and not captured.out
+    assert "Token indices" not in captured.err
 
 
 def test_a_run_given_as_a_diff_is_told_from_its_parts(tmp_path, capsys):
@@ -118,6 +128,7 @@ def test_a_release_is_read_file_by_file_and_answered_in_its_order(
     monkeypatch.setattr(torch_pickle, "load", lambda path: opened.append(path.name) or load(path))
     records, _ = run(capsys, "--diff", tmp_path, "--all")
     assert [record["label"] for record in records] == [topic for _, _, topic in rows]
+    assert {record["split"] for record in records} == {"test"}
     assert opened == ["a.pt", "b.pt", "c.pt"]
 
 

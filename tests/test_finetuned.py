@@ -176,7 +176,9 @@ def test_what_does_not_fit_is_refused(tied, tmp_path):
     check("its hidden_size is 64, the base has 32")
     edit_config(tmp_path / "x", model_type="llama")
     check("model_type 'llama' is not supported")
-    refused(lambda: read_finetuned(tied.finetuned, CONFIG, tied.params, svd_rank=0), "at least 1")
+    refused(
+        lambda: read_finetuned(tied.finetuned, CONFIG, tied.params, svd_rank=0), "must be from 1 to"
+    )
     refused(lambda: read_finetuned(tmp_path, CONFIG, tied.params), "config.json' is missing")
 
 

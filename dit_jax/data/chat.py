@@ -34,6 +34,7 @@ class Chat:
                 enable_thinking=False,
                 tokenize=True,
                 return_dict=False,
+                tokenizer_kwargs={"verbose": False},  # what is too long is an error below
             )
             if not ids:
                 raise ValueError("it makes an empty prompt")
@@ -42,6 +43,12 @@ class Chat:
                 f"the chat template of {self.tokenizer.name_or_path!r} fails ({first_line(e)}): get the "
                 "model's chat_template.jinja again"
             ) from None
+        most = self.tokenizer.model_max_length
+        if len(ids) > most:
+            raise DitError(
+                f"a question of {len(ids)} tokens is longer than {self.tokenizer.name_or_path!r} reads, {most}: "
+                "shorten it"
+            )
         return tuple(int(i) for i in ids)
 
     def _text_ids(self, text: str) -> tuple[int, ...]:

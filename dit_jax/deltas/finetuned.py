@@ -21,6 +21,7 @@ from dit_jax.deltas.names import (
     weight_shape,
 )
 from dit_jax.deltas.safetensors_file import SafetensorsFolder
+from dit_jax.deltas.tree import projection_shapes
 from dit_jax.errors import DitError
 from dit_jax.models.config import Qwen3Config, parse_config
 
@@ -121,8 +122,9 @@ def changes(
         raise DitError(
             f"'{weights.source}' holds whole weights: the base model is needed to read it"
         )
-    if svd_rank is not None and svd_rank < 1:
-        raise DitError(f"the rank of the SVD must be at least 1, not {svd_rank}")
+    most = max(min(shape) for _, *shape in projection_shapes(config).values())
+    if svd_rank is not None and not 1 <= svd_rank <= most:
+        raise DitError(f"the rank of the SVD must be from 1 to {most}, not {svd_rank}")
     found = _place(weights, config)
 
     def subtract(path: Path, layer: int | None) -> np.ndarray:
