@@ -8,6 +8,7 @@ On several hosts the same command runs on each, with --distributed, and a workdi
 
 import contextlib
 import functools
+import json
 import os
 import pathlib
 import signal
@@ -20,7 +21,7 @@ from typing import Any, NoReturn
 import jax
 
 from dit_jax import artifacts, os_errors, parallel, preemption, processes, startup
-from dit_jax.config import load_config, split_flags, to_dict
+from dit_jax.config import flatten, load_config, split_flags, to_dict
 from dit_jax.config_checks import check_config, explain_missing_key
 from dit_jax.errors import DitError, Parser, exit_on_error
 from dit_jax.models.config import COMPUTE
@@ -57,11 +58,14 @@ def main(argv: list[str] | None = None) -> int:
             rest, overrides = split_flags(sys.argv[1:] if argv is None else argv)
             flags = parser.parse_args(rest)
             startup.prepare()
+            joins = (flags.coordinator, flags.num_processes, flags.process_id)
+            if not flags.distributed and joins != (None, None, None):
+                raise DitError(
+                    "--coordinator, --num-processes and --process-id say how to join others: add --distributed"
+                )
             workdir = given_folder(flags.workdir)
             if flags.distributed:
-                processes.initialize_distributed(
-                    flags.coordinator, flags.num_processes, flags.process_id
-                )
+                processes.initialize_distributed(*joins)
                 several = True
             run(load_config(flags.config, overrides), workdir)
     except SystemExit as stop:
@@ -91,6 +95,10 @@ def run(config: Any, workdir: pathlib.Path) -> None:
     """
     with _explain(config, workdir):
         check_config(config)
+        if not processes.say_the_same(json.dumps(flatten(config))):
+            raise DitError(
+                "the processes of this run have different configs: start the same command on all of them"
+            )
         with preemption.listen(), locked(workdir):
             _run_stages(config, workdir)
 

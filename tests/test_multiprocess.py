@@ -48,8 +48,8 @@ def flags(workdir, *extra):
     return ["--config", "configs/quickstart.py", "--workdir", str(workdir), *SMALL, *extra]
 
 
-def start(workdir, *extra, timeout=PATIENCE):
-    """Two processes of one run, their output going to WORKDIR.0.log and WORKDIR.1.log."""
+def start(workdir, *extra, timeout=PATIENCE, own=()):
+    """Two processes of one run, the second with flags of its `own`; they write to WORKDIR.0.log and WORKDIR.1.log."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -67,7 +67,11 @@ def start(workdir, *extra, timeout=PATIENCE):
         with open(f"{workdir}.{i}.log", "w") as log:
             processes.append(
                 subprocess.Popen(
-                    [*command, "--process-id", str(i)], cwd=ROOT, env=env, stdout=log, stderr=log
+                    [*command, "--process-id", str(i), *(own if i else ())],
+                    cwd=ROOT,
+                    env=env,
+                    stdout=log,
+                    stderr=log,
                 )
             )
     return processes
@@ -221,6 +225,15 @@ def test_what_process_0_refuses_ends_all_processes(tmp_path):
     codes = wait(start(workdir, timeout=TIMEOUT), workdir, 100)
     assert codes[0] == 2 and codes[1] != 0
     assert "config.json' is missing" in output(workdir, 0)
+
+
+def test_processes_with_different_configs_are_refused(tmp_path):
+    workdir = tmp_path / "w"
+    processes = start(workdir, timeout=TIMEOUT, own=["--config.seed=1"])
+    codes = wait(processes, workdir, 100)
+    assert codes[0] == 2 and codes[1] != 0
+    assert "have different configs: start the same command" in output(workdir, 0)
+    assert not workdir.exists()
 
 
 def test_a_wrong_process_number_is_one_line(monkeypatch):
