@@ -108,6 +108,17 @@ def check_values(config: Any) -> None:
     _check_pairs(values)
 
 
+def check_ranks(config: Any, model: Any) -> None:
+    """Refuses ranks that the model (its `Qwen3Config`) has no room for, before the diffs are made. Raises DitError."""
+    from dit_jax.deltas.tree import check_lora_rank
+
+    for name in ("diffs", "train"):
+        if name in config.stages and config[name].get("parameters", "lora") == "lora":
+            section = config[name]
+            key = f"config key '{name}.rank'"
+            check_lora_rank(model, section.rank, section.projections, key)
+
+
 def _check_stages(stages: Any) -> None:
     if not isinstance(stages, list | tuple) or not stages:
         raise DitError(

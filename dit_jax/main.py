@@ -22,7 +22,7 @@ import jax
 
 from dit_jax import artifacts, os_errors, parallel, preemption, processes, startup
 from dit_jax.config import flatten, load_config, split_flags, to_dict
-from dit_jax.config_checks import check_config, explain_missing_key
+from dit_jax.config_checks import check_config, check_ranks, explain_missing_key
 from dit_jax.errors import DitError, Parser, exit_on_error
 from dit_jax.models.config import COMPUTE
 from dit_jax.workdir import ARTIFACTS, check_workdir, given_folder, is_done, locked, run_once
@@ -133,6 +133,7 @@ def _run_stages(config: Any, workdir: pathlib.Path) -> None:
 
             compute = {name: config.model[name] for name in COMPUTE if name in config.model}
             model = load_model(config.model.path, config.model.dtype, mesh, **compute)
+            check_ranks(config, model.config)
         if stage == "diffs" and compiles_ahead(config, workdir):
             _compile_ahead(config, model)
         work = functools.partial(_run_explained, stage, config, workdir, model)

@@ -469,6 +469,16 @@ def test_values_that_no_stage_can_run_with_are_refused_before_the_first(
     assert not (tmp_path / "w").exists()
 
 
+def test_a_rank_that_the_model_has_no_room_for_is_refused_before_the_diffs_are_made(
+    tmp_path, capsys
+):
+    for key in ("diffs.rank", "train.rank"):
+        assert run(tmp_path, f"--config.{key}=129") == 2
+        error = capsys.readouterr().err
+        assert f"config key '{key}' must be from 1 to 128, not 129" in error
+        assert not (tmp_path / "diffs").exists()
+
+
 def test_what_the_first_batch_shows_to_be_wrong_can_be_corrected_in_the_same_workdir(
     tmp_path, capsys
 ):

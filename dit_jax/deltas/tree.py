@@ -45,6 +45,16 @@ def check_projections(names: Sequence[str], key: str = "projections") -> None:
         raise DitError(f"{key}: name at least one projection, and each once, not {tuple(names)}")
 
 
+def check_lora_rank(
+    config: Qwen3Config, rank: int, projections: Sequence[str], what: str = "the LoRA rank"
+) -> None:
+    """Raises DitError for a rank below 1, or above the size of one of the projections; `what` names it."""
+    shapes = projection_shapes(config)
+    most = min(max(shapes[name][1:]) for name in projections)
+    if not 1 <= rank <= most:
+        raise DitError(f"{what} must be from 1 to {most}, not {rank}")
+
+
 def init_lora(
     config: Qwen3Config,
     key: jax.Array,
@@ -65,12 +75,11 @@ def init_lora(
         init_scale: multiplies that bound.
 
     Raises:
-        DitError: a rank below 1, or see `check_projections`.
+        DitError: see `check_lora_rank` and `check_projections`.
     """
     check_projections(projections)
     shapes = projection_shapes(config)
-    if rank < 1:
-        raise DitError(f"LoRA rank must be at least 1, not {rank}")
+    check_lora_rank(config, rank, projections)
     layers: dict[str, Any] = {}
     size = config.num_hidden_layers
     for name, subkey in zip(projections, jax.random.split(key, len(projections)), strict=True):
