@@ -139,7 +139,11 @@ def check_workdir(
     """
     folder = artifacts.make_dir(workdir)
     file = folder / CONFIG_FILE
-    made = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    made = [
+        path.name
+        for path in folder.iterdir()
+        if not path.name.startswith(".") and not _is_empty_folder(path)
+    ]
     if set(made) <= set(_OF_THE_START):
         save_config(config, file)  # a mistyped value does not bind the folder
         return
@@ -170,6 +174,11 @@ def check_workdir(
         folders = " and ".join(name for section in sections for name in begun[section])
         remedy = f"delete {folders} to have that made again, or use a new --workdir"
     raise DitError(f"'{workdir}' belongs to another config ({shown}): {remedy}")
+
+
+def _is_empty_folder(path: Path) -> bool:
+    """Of a stage that failed before it made anything."""
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _section(line: str) -> str:

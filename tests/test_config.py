@@ -218,13 +218,16 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
     (workdir / "metrics").mkdir()  # the first batch could not be made
     check_workdir(small(steps=800), workdir)  # nothing was made yet: no need for another folder
     check_workdir(small(), workdir)
-    (workdir / "diffs").mkdir()
+    artifacts.write_text(workdir / "diffs" / "shard", "")
     free = small(log_every=1)
     free.stages = ("report",)
     check_workdir(free, workdir)  # neither key changes results
     check_workdir(small(steps=800), workdir)  # nor was anything made with this one
     check_workdir(small(), workdir)
     (workdir / "checkpoints").mkdir()
+    check_workdir(small(steps=900), workdir)  # training failed before the first of them
+    check_workdir(small(), workdir)
+    (workdir / "checkpoints" / "4").mkdir()
     with pytest.raises(
         DitError, match=r"\(train.steps: 400 -> 800\): delete '.*/a/checkpoints' to"
     ):
@@ -248,7 +251,7 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
 
 def test_a_damaged_workdir_is_refused(tmp_path):
     check_workdir(small(), tmp_path)
-    (tmp_path / "diffs").mkdir()
+    artifacts.write_text(tmp_path / "diffs" / "shard", "")
     file = tmp_path / "config.json"
     file.write_text(file.read_text()[:20])
     with pytest.raises(DitError, match="config.json' is truncated or not JSON"):

@@ -59,9 +59,9 @@ def pack(
         size, terms = len(sample.tokens), sample.end - sample.start
         most, most_scored = widths[row] if widths else (length, scored)
         if size > most or terms > most_scored:
-            keys = "diffs.max_length, diffs.max_target and what diffs.widths says of its kind"
-            if not widths:
-                keys = "'max_length' and 'max_target' of that section of the config"
+            keys = "train.max_length and train.max_target"
+            if widths:  # of samples of a finetune
+                keys = "diffs.max_length, diffs.max_target and what diffs.widths says of its kind"
             raise DitError(
                 f"a sample of {size} tokens ({terms} scored) does not fit into {most} ({most_scored} scored): "
                 f"raise {keys}"
