@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from dit_jax.config import flatten, load_config
 from dit_jax.config_checks import check_config, explain_missing_key
 from dit_jax.errors import DitError
+from dit_jax.train.pretrain import model_config
 
 ODD = (None, True, -1, 1.5, 2**40, math.nan, "", "x", (), ("x", 2), {}, {"x": 1})
 
@@ -147,3 +148,18 @@ def test_no_value_of_any_key_ends_in_a_traceback(path):
                     check_config(config)
             except DitError as error:
                 assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("hiden_size", 64, "'model.hiden_size' says nothing of a base to make: did you mean 'hid"),
+        ("hidden_size", 0, "'hidden_size' must be a positive integer, not 0"),
+        ("num_attention_heads", 3, "num_attention_heads must be a multiple"),
+        ("attention", "flash", "unknown attention 'flash'"),
+    ],
+)
+def test_a_base_that_cannot_be_made_is_refused(key, value, said):
+    config = changed("configs/tiny_world_base.py", f"model.{key}", value)
+    with pytest.raises(DitError, match=said):
+        model_config(config, 100)

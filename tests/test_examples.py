@@ -12,6 +12,7 @@ import pytest
 from dit_jax.config import load_config
 from dit_jax.data.organisms import NONE, load_organisms
 from dit_jax.deltas import store as diff_store
+from dit_jax.errors import DitError
 from dit_jax.evaluate import methods
 from dit_jax.evaluate.setting import Setting, read_held_out
 from dit_jax.train.examples import NO_DIFF, diff_reader, make_pipeline
@@ -72,6 +73,13 @@ def test_as_many_training_topics_are_used_as_asked_for_and_all_benign_diffs(stor
     _, members = make_pipeline(store, train, 0)
     used = [store.rows[i]["label"] for i in members]
     assert used == [*(f"train {i}" for i in range(5)), *[NONE] * 3]
+
+
+def test_fewer_training_diffs_than_asked_for_are_an_error(store, train):
+    changed = train.copy_and_resolve_references().unlock()
+    changed.max_diffs = 100
+    with pytest.raises(DitError, match="train.max_diffs = 100, but .* training topics: lower it"):
+        make_pipeline(store, changed, 0)
 
 
 def test_a_share_of_each_batch_is_answered_with_none_and_the_rest_with_its_label(store, train):
