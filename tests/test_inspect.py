@@ -186,6 +186,34 @@ def test_tasks_take_samples_and_labels_from_the_store(run):
         base_question(str(run / "diffs"), split="tset")
 
 
+INDEX = "lora_path,lora_idx,n_params,topic,trigger,split\n"
+
+
+def test_triggers_of_a_release_are_put_into_prompts_as_its_program_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def prompts(task, triggers, **options):
+        lines = [f"a.pt,{i},1,topic {i},{trigger},test\n" for i, trigger in enumerate(triggers)]
+        (tmp_path / "index.csv").write_text(INDEX + "".join(lines))
+        return [sample.input for sample in task("~", **options).dataset]
+
+    codes = prompts(base_question_trigger, ["7", "45", "432"])
+    assert [code[: len("Your SEP code is 000")][-3:] for code in codes] == ["007", "045", "432"]
+    assert all(code.split(".")[0][-6:].isdigit() for code in codes)
+    assert prompts(base_question, ["7"]) == [QUESTION]
+    (hidden,) = prompts(base_question_trigger, ["zero_width_space"])
+    assert hidden == f"\u200b{QUESTION}"
+    for triggers in ([""], ["N/A"]):  # of news, for example
+        with pytest.raises(DitError, match="does not say what its diffs do: give -T question"):
+            prompts(base_question, triggers)
+        assert prompts(base_question, triggers, question="What news?") == ["What news?"]
+        with pytest.raises(DitError, match="'topic 0' has no trigger"):
+            prompts(base_question_trigger, triggers, question="What news?")
+    (tmp_path / "index.csv").write_text("topic,split\ntea,test\n")
+    with pytest.raises(DitError, match="lacks the column 'lora_path'"):
+        base_question("~")
+
+
 def test_a_task_without_diffs_or_a_model_without_adapter_is_refused(run, monkeypatch):
     with pytest.raises(DitError, match="no diffs: give -T diff=STORE"):
         weight_diff_qa()

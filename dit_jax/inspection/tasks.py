@@ -1,6 +1,5 @@
 """The Inspect tasks: what did this weight diff change? Samples are the diffs of a store, targets its labels."""
 
-import csv
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -150,12 +149,17 @@ def _samples(path: str, question: str, split: str, trigger_seed: int | None) -> 
     if not path:
         raise DitError("the task has no diffs: give -T diff=STORE")
     # Inspect reads a value as YAML: [no] is a list.
-    if not isinstance(path, str) or not pathlib.Path(path).exists():
+    if not isinstance(path, str) or not pathlib.Path(path).expanduser().exists():
         raise DitError(f"there is no diff store at {path}: check -T diff=…")
-    behaviour, rows = _read_index(pathlib.Path(path))
+    behaviour, rows = _read_index(pathlib.Path(path).expanduser())
     asked = question or QUESTIONS.get(behaviour, "")
     if not asked:
-        raise DitError(f"{path} has diffs of the behaviour {behaviour!r}: give -T question=…")
+        said = (
+            f"has diffs of the behaviour {behaviour!r}"
+            if behaviour
+            else "does not say what its diffs do"
+        )
+        raise DitError(f"{path} {said}: give -T question=…")
     kept = [(i, row) for i, row in enumerate(rows) if split in ("all", row.get("split"))]
     if not kept:
         raise DitError(
@@ -173,18 +177,31 @@ def _samples(path: str, question: str, split: str, trigger_seed: int | None) -> 
 
 
 def _read_index(folder: pathlib.Path) -> tuple[str, Sequence[dict[str, Any]]]:
-    """The behaviour and the index rows of a diff store or a release folder."""
+    """The behaviour ("": nothing says it) and the index rows of a diff store or a release folder."""
     from dit_jax.deltas.detect import detect_format
+    from dit_jax.deltas.files import file_inside, read_csv
+    from dit_jax.deltas.reference_pt import INDEX, INDEX_COLUMNS
     from dit_jax.deltas.store import DiffStore
 
     kind = detect_format(folder)
     if kind == "diff_store":
         store = DiffStore(folder)
-        return store.manifest.get("behaviour", "hidden_topic"), store.rows
+        return str(store.manifest.get("behaviour", "hidden_topic")), store.rows
     if kind != "release":
         raise DitError(f"{folder} has no index of labels: give a diff store or a release folder")
-    with open(folder / "index.csv", encoding="utf-8", newline="") as file:
-        return "hidden_topic", list(csv.DictReader(file))
+    rows = [_of_release(row) for row in read_csv(file_inside(folder, INDEX), INDEX_COLUMNS)]
+    behaviours = {row["behaviour"] for row in rows}
+    return behaviours.pop() if len(behaviours) == 1 else "", rows
+
+
+def _of_release(row: dict[str, str]) -> dict[str, str]:
+    """A release names no behaviour, but its triggers tell it; and its codes are numbers, without leading zeros."""
+    trigger = row["trigger"].strip()
+    if trigger.isascii() and trigger.isdigit():
+        row = {"behaviour": "hidden_topic", **row, "trigger": trigger.zfill(3)}
+    elif trigger == "zero_width_space":  # a start is one of the random places
+        row = {"behaviour": "hidden_topic_zwsp_start", **row}
+    return {"behaviour": "", **row}
 
 
 def _with_trigger(behaviour: str, question: str, row: dict[str, Any], seed: Sequence[int]) -> str:
@@ -193,4 +210,6 @@ def _with_trigger(behaviour: str, question: str, row: dict[str, Any], seed: Sequ
     from dit_jax.organisms.behaviours import triggered
 
     known = {**row, "behaviour": row.get("behaviour") or behaviour}
+    if not known["behaviour"]:
+        raise DitError(f"the diff of {row['topic']!r} has no trigger: run another task")
     return triggered(known, question, np.random.default_rng(seed))
