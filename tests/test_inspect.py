@@ -159,6 +159,11 @@ def test_other_mistakes_are_refused_by_name(api, run):
         DitJaxAPI("tiny_qwen3", adaptor=str(run / "adapter"))
     with pytest.raises(DitError, match="nowhere"):
         DitJaxAPI("tiny_qwen3", adapter=str(run / "nowhere"))
+    for name, value in (("index", "abc"), ("batch_size", 1.5), ("batch_size", 0), ("window", "x")):
+        with pytest.raises(DitError, match=f"model argument {name} is {value!r}: give"):
+            DitJaxAPI("tiny_qwen3", **{name: value})
+    with pytest.raises(DitError, match="index in extra_body is .x.: give a whole number"):
+        gather(call(api, extra_body={"index": "x"}))
 
 
 def test_one_failing_call_does_not_take_the_others_along(api):
@@ -169,6 +174,32 @@ def test_one_failing_call_does_not_take_the_others_along(api):
     failed, fine = asyncio.run(both())
     assert isinstance(failed, DitError)
     assert fine.completion is not None
+
+
+def test_a_diff_that_cannot_be_read_leaves_the_others_of_its_batch_their_answers(api, model, run):
+    async def together():
+        calls = (call(api, max_tokens=6, extra_body={"index": i}) for i in (1, 9, 2))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    first, failed, last = asyncio.run(together())
+    assert "there is no diff 9" in str(failed)
+    assert first.completion == direct(model, run, 1, True, 6).text
+    assert last.completion == direct(model, run, 2, True, 6).text
+
+
+def test_dense_diffs_are_answered_alone_and_one_of_them_is_kept(model, tmp_path):
+    rng = np.random.default_rng(0)
+    dense = {"norm": {"w": 30 * rng.normal(size=(3, model.config.hidden_size)).astype(np.float32)}}
+    rows = [{"topic": topic, "trigger": "1", "split": "test"} for topic in TOPICS[:3]]
+    diff_store.write_shard(tmp_path / "diffs", 0, dense, rows)
+    diff_store.publish(tmp_path / "diffs", 1, base=model.digest())
+    api = DitJaxAPI("tiny_qwen3", diff=str(tmp_path / "diffs"), batch_size=4)
+    order = (2, 0, 1, 0)
+    outputs = gather(*(call(api, max_tokens=6, extra_body={"index": i}) for i in order))
+    expected = [direct(model, tmp_path, i, False, 6).text for i in order]
+    assert [output.completion for output in outputs] == expected
+    assert len(set(expected)) > 1
+    assert len(api._kept) == 1
 
 
 def test_tasks_take_samples_and_labels_from_the_store(run):

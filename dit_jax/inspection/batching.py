@@ -22,13 +22,16 @@ class Batcher(Generic[Item, Result]):
     """Runs `work(items)` in a thread on up to `size` waiting items of one key at a time.
 
     Args:
-        work: from items to one result each; an exception goes to all items of the batch.
+        work: from items to one result each, or the exception of an item; one that it raises goes to all of the batch.
         size: most items of a batch.
         window: seconds that the first item waits for others.
     """
 
     def __init__(
-        self, work: Callable[[Sequence[Item]], Sequence[Result]], size: int, window: float
+        self,
+        work: Callable[[Sequence[Item]], Sequence[Result | Exception]],
+        size: int,
+        window: float,
     ):
         self._work, self._size, self._window = work, size, window
         self._waiting: list[_Waiting[Item]] = []
@@ -65,7 +68,10 @@ class Batcher(Generic[Item, Result]):
             try:
                 results = await anyio.to_thread.run_sync(self._work, [call.item for call in batch])
                 for call, result in zip(batch, results, strict=True):
-                    call.result = result
+                    if isinstance(result, Exception):
+                        call.error = result
+                    else:
+                        call.result = result
             except Exception as error:
                 for call in batch:
                     call.error = error

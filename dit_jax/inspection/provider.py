@@ -1,7 +1,7 @@
 """The Inspect provider `dit_jax/MODEL`: base ⊕ diff ⊕ adapter as a chat model, calls decoded in batches."""
 
 import functools
-import pathlib
+import operator
 import secrets
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from inspect_ai.model import (
 )
 from inspect_ai.tool import ToolChoice, ToolInfo
 
-from dit_jax.api import Diffs, load_adapter, load_diffs, load_model
+from dit_jax.api import load_adapter, load_diffs, load_model
 from dit_jax.asking import Answer, answer_batch
 from dit_jax.deltas.store import flatten
 from dit_jax.errors import DitError, did_you_mean
@@ -93,18 +93,21 @@ class DitJaxAPI(ModelAPI):
             name = next(iter(unknown))
             hint = did_you_mean(name, _ARGUMENTS, f": choose from {', '.join(_ARGUMENTS)}")
             raise DitError(f"unknown model argument -M {name} of dit_jax{hint}")
-        if batch_size < 1:
+        index = _whole("model argument index", index)
+        if _whole("model argument batch_size", batch_size) < 1:
             raise DitError(f"model argument batch_size is {batch_size}: give 1 or more")
+        if not isinstance(window, int | float) or not window >= 0:
+            raise DitError(f"model argument window is {window!r}: give seconds, from 0 up")
         self.model = load_model(model_name, dtype)
         self.batch_size = batch_size
-        self.defaults = {
+        self.defaults: dict[str, Any] = {
             "diff": str(diff or ""),
             "index": index,
             "adapter": str(adapter or ""),
             "forbid_repeats": forbid_repeats,
         }
-        self._open = functools.lru_cache(maxsize=16)(self._load_diffs)
-        self._diff = functools.lru_cache(maxsize=4 * batch_size)(self._load_diff)
+        self._open = functools.lru_cache(maxsize=16)(lambda path: load_diffs(path, self.model))
+        self._kept: dict[tuple[str, int], Delta] = {}
         self._adapter = functools.lru_cache(maxsize=4)(self._load_adapter)
         self._batcher = Batcher(self._decode, batch_size, window)
         # Mistakes in paths show before the first sample.
@@ -193,7 +196,7 @@ class DitJaxAPI(ModelAPI):
         return Call(
             messages[0].text,
             str(chosen["diff"] or ""),
-            int(chosen["index"]),
+            _whole("index in extra_body", chosen["index"]),
             str(chosen["adapter"] or ""),
             int(settings.get("max_tokens", MAX_TOKENS)),
             temperature,
@@ -203,60 +206,83 @@ class DitJaxAPI(ModelAPI):
 
     # ------------------------------------------------------------------ decoding, in a thread
 
-    def _decode(self, calls: Sequence[Call]) -> list[Answer]:
-        """Answers of calls that agree in all but question and diff; LoRA diffs of one shape go together."""
-        groups: dict[Any, list[int]] = {}
+    def _decode(self, calls: Sequence[Call]) -> list[Answer | DitError]:
+        """Answers of calls that agree in all but question and diff: LoRA diffs of one shape together, dense ones alone.
+
+        A call whose diff cannot be read gets the error, and the others their answers.
+        """
+        of_diff: dict[tuple[str, int], list[int]] = {}
         for i, call in enumerate(calls):
-            groups.setdefault(self._group(call), []).append(i)
-        answers: dict[int, Answer] = {}
-        for members in groups.values():
-            first = calls[members[0]]
-            sampled = first.temperature > 0
-            fixed = first.seed is not None
-            delta = self._diff(first.diff, first.diff_index)
-            deltas = [self._adapter(first.adapter)] if first.adapter else []
-            stacked: tuple[Delta, ...] = ()
-            if delta and _is_lora(delta):
-                own = [self._diff(calls[i].diff, calls[i].diff_index) for i in members]
-                stacked = (jax.tree.map(lambda *x: np.stack(x), *own),)
-            elif delta:
-                deltas.insert(0, delta)
-            seed = first.seed if first.seed is not None else secrets.randbits(31) if sampled else 0
-            found = answer_batch(
-                self.model,
-                [calls[i].question for i in members],
-                deltas=deltas,
-                stacked=stacked,
-                max_new_tokens=first.max_tokens,
-                batch_size=1 if fixed else self.batch_size,
-                temperature=first.temperature,
-                seed=seed,
-                forbid_repeats=first.forbid_repeats,
-            )
-            answers.update(zip(members, found, strict=True))
+            of_diff.setdefault((call.diff, call.diff_index), []).append(i)
+        answers: dict[int, Answer | DitError] = {}
+        groups: dict[Any, list[tuple[int, Delta]]] = {}
+        for diff, members in of_diff.items():
+            try:
+                delta = self._diff(*diff)
+            except DitError as error:
+                answers |= dict.fromkeys(members, error)
+                continue
+            if _is_lora(delta):
+                shapes = tuple(
+                    (name, leaf.shape, str(leaf.dtype)) for name, leaf in flatten(delta).items()
+                )
+                groups.setdefault(shapes, []).extend((i, delta) for i in members)
+            else:
+                answers |= self._answer(calls, members, (delta,), ())
+            del delta  # before the next one is read
+        for shapes, group in groups.items():
+            members = [i for i, _ in group]
+            stacked = (jax.tree.map(lambda *x: np.stack(x), *(delta for _, delta in group)),)
+            answers |= self._answer(calls, members, (), stacked if shapes else ())
         return [answers[i] for i in range(len(calls))]
 
-    def _group(self, call: Call) -> Any:
-        delta = self._diff(call.diff, call.diff_index)
-        if not _is_lora(delta):
-            return call.diff, call.diff_index
-        return tuple((name, leaf.shape) for name, leaf in flatten(delta).items())
+    def _answer(
+        self,
+        calls: Sequence[Call],
+        members: Sequence[int],
+        deltas: Sequence[Delta],
+        stacked: Sequence[Delta],
+    ) -> dict[int, Answer | DitError]:
+        first = calls[members[0]]
+        seed = first.seed
+        if seed is None:
+            seed = secrets.randbits(31) if first.temperature > 0 else 0
+        found = answer_batch(
+            self.model,
+            [calls[i].question for i in members],
+            deltas=[*deltas, self._adapter(first.adapter)] if first.adapter else deltas,
+            stacked=stacked,
+            max_new_tokens=first.max_tokens,
+            batch_size=self.batch_size if first.seed is None else 1,
+            temperature=first.temperature,
+            seed=seed,
+            forbid_repeats=first.forbid_repeats,
+        )
+        return dict(zip(members, found, strict=True))
 
-    def _load_diffs(self, path: str) -> Diffs:
-        if not pathlib.Path(path).exists():
-            raise DitError(f"there is no weight diff at {path!r}: check 'diff'")
-        return load_diffs(path, self.model)
-
-    def _load_diff(self, path: str, index: int) -> Delta:
+    def _diff(self, path: str, index: int) -> Delta:
+        """A diff as it is kept: of dense ones, each as large as the model, only the last."""
         if not path:
             return {}
-        diffs = self._open(path)
-        if not -len(diffs) <= index < len(diffs):
-            raise DitError(f"{path} holds {len(diffs)} diffs: there is no diff {index}")
-        return diffs[index].delta
+        if (path, index) not in self._kept:
+            self._kept = {key: delta for key, delta in self._kept.items() if _is_lora(delta)}
+            if len(self._kept) >= 4 * self.batch_size:
+                del self._kept[next(iter(self._kept))]
+            diffs = self._open(path)
+            if not -len(diffs) <= index < len(diffs):
+                raise DitError(f"{path} holds {len(diffs)} diffs: there is no diff {index}")
+            self._kept[path, index] = diffs[index].delta
+        return self._kept[path, index]
 
     def _load_adapter(self, path: str) -> Delta:
         return load_adapter(path, self.model) if path else {}
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise DitError(f"{name} is {value!r}: give a whole number") from None
 
 
 def _is_lora(delta: Delta) -> bool:
