@@ -60,13 +60,22 @@ class Model:
             deltas: what `deltas_of` takes, all added.
 
         Raises:
-            DitError: no tokens, ids outside the vocabulary, a mask of another shape, or a delta that is not one of this
-                model.
+            DitError: no tokens, rows of several lengths, ids outside the vocabulary, a mask of another shape, or a
+                delta that is not one of this model.
         """
+        if not isinstance(tokens, jax.Array):
+            try:
+                tokens = np.asarray(tokens)
+            except ValueError:
+                raise DitError(
+                    "rows of token ids differ in length: pad them, and give a mask"
+                ) from None
         if np.ndim(tokens) != 2 or not np.size(tokens):
             raise DitError(
                 f"token ids have the shape {np.shape(tokens)}: give one or more rows [B, T]"
             )
+        if tokens.dtype.kind not in "iu":
+            raise DitError(f"token ids are of type {tokens.dtype.name}: give whole numbers")
         if mask is not None and np.shape(mask) != np.shape(tokens):
             raise DitError(
                 f"the mask has the shape {np.shape(mask)}, the token ids {np.shape(tokens)}"
@@ -218,6 +227,7 @@ def load_diffs(path: PathLike, model: Model, svd_rank: int | None = None) -> Dif
     from dit_jax.deltas.detect import open_diffs
     from dit_jax.deltas.store import DiffStore
 
+    check_model(model)
     path = os.path.expanduser(path)
     if _is_own(path, "diff_store"):
         if svd_rank is not None:
@@ -261,18 +271,25 @@ def load_adapter(path: PathLike, model: Model) -> Delta:
     Raises:
         DitError: nothing readable there, a damaged export, or an adapter of another base model.
     """
+    return read_adapter(path, model).delta
+
+
+def read_adapter(path: PathLike, model: Model) -> Diff:
+    """`load_adapter`, with what the files say beside it in `metadata`."""
     from dit_jax.deltas.detect import open_adapter
 
+    check_model(model)
     path = os.path.expanduser(path)
     if not _is_own(path, "adapter"):
         raw = open_adapter(path, model.config, model.params)
-        return shardings.put_delta(model.config, model.mesh, raw.delta)
+        delta = shardings.put_delta(model.config, model.mesh, raw.delta)
+        return Diff(delta, metadata=raw.metadata)
     from dit_jax.train.checkpoints import load_adapter as load_export
 
     delta, manifest = load_export(path, model.config)
     check_base(manifest.get("base"), model, str(path))
     check_fits(delta, model.config, str(path))
-    return shardings.put_delta(model.config, model.mesh, delta)
+    return Diff(shardings.put_delta(model.config, model.mesh, delta))
 
 
 def _is_own(path: PathLike, kind: str) -> bool:
@@ -280,6 +297,12 @@ def _is_own(path: PathLike, kind: str) -> bool:
     from dit_jax.deltas.detect import detect_format
 
     return os.path.isdir(path) and detect_format(path) == kind
+
+
+def check_model(model: Any) -> None:
+    """Raises DitError for what is no loaded model, its name for example."""
+    if not isinstance(model, Model):
+        raise DitError(f"the model is of type {type(model).__name__}: give what load_model returns")
 
 
 def check_ids(least: Any, most: Any, model: Model) -> None:

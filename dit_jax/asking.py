@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from dit_jax import parallel, shardings
-from dit_jax.api import Diff, Model, check_ids, deltas_of
+from dit_jax.api import Diff, Model, check_ids, check_model, deltas_of
 from dit_jax.data.chat import Chat
 from dit_jax.deltas.store import flatten
 from dit_jax.deltas.tree import per_example
@@ -57,6 +57,7 @@ def ask(
     Raises:
         DitError: see `answer_batch`.
     """
+    check_model(model)
     deltas = (*deltas_of(diff, model.config, "diff"), *deltas_of(adapter, model.config, "adapter"))
     (answer,) = answer_batch(
         model,
@@ -83,13 +84,14 @@ def ask_many(
 ) -> list[list[list[Answer]]]:
     """Asks every diff every question: answers[diff][question][sample].
 
-    LoRA diffs of one shape share one batched decode, each row with its own diff; dense diffs go one by one. Diffs
-    are read as they are needed, so that memory holds those of one batch.
+    LoRA diffs of one shape and dtype share one batched decode, each row with its own diff; dense diffs go one by one.
+    Diffs are read as they are needed, so that memory holds those of one batch.
 
     Args:
         questions: a string is one question.
         diffs: what `ask` takes for a diff, several times: [one, two] are two diffs, [(one, two)] is the sum of both.
-            A Diff or a delta alone is one diff. What is no sequence (a generator) is read before the first question.
+            A Diff or a delta alone is one diff, and so is None: no diff at all. What is no sequence (a generator) is
+            read before the first question.
         adapter: as in `ask`.
         samples: answers to each question of each diff.
         batch_size: rows (diffs x questions x samples) per decode. Default: all, at most 256.
@@ -98,6 +100,7 @@ def ask_many(
     Raises:
         DitError: no samples, or see `answer_batch`.
     """
+    check_model(model)
     if samples < 1:
         raise DitError(f"samples is {samples}: give 1 or more")
     shared = tuple(  # on the device once, not with every batch
@@ -105,7 +108,7 @@ def ask_many(
         for delta in deltas_of(adapter, model.config, "adapter")
     )
     questions = [questions] if isinstance(questions, str) else list(questions)
-    diffs = [diffs] if isinstance(diffs, Diff | Mapping) else diffs
+    diffs = [diffs] if diffs is None or isinstance(diffs, Diff | Mapping) else diffs
     diffs = diffs if isinstance(diffs, Sequence) else list(diffs)
     prompts = [question for question in questions for _ in range(samples)]
     if not prompts:
@@ -144,10 +147,10 @@ def ask_many(
         for i in getattr(diffs, "order", range(len(diffs))):
             own = deltas_of(diffs[i], model.config, f"diff {i}")
             shapes = tuple(
-                tuple((name, np.shape(leaf)) for name, leaf in flatten(delta).items())
+                tuple((name, leaf.shape, str(leaf.dtype)) for name, leaf in flatten(delta).items())
                 for delta in own
             )
-            is_lora = all(not name.endswith(".w") for names in shapes for name, _ in names)
+            is_lora = all(not name.endswith(".w") for names in shapes for name, *_ in names)
             group = groups.setdefault(shapes if is_lora else i, [])
             group.append((i, own))
             del own
@@ -199,12 +202,17 @@ def answer_batch(
             delta is not one of this model.
     """
     for name, value, fits, wanted in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
-        ("batch_size", batch_size, batch_size is None or batch_size >= 1, "1 or more"),
+        ("max_new_tokens", max_new_tokens, _is_count(max_new_tokens), "1 or more, a whole number"),
+        (
+            "batch_size",
+            batch_size,
+            batch_size is None or _is_count(batch_size),
+            "1 or more, a whole number",
+        ),
         ("temperature", temperature, 0 <= temperature < math.inf, "a number from 0 up"),
     ):
         if not fits:
-            raise DitError(f"{name} is {value}: give {wanted}")
+            raise DitError(f"{name} is {value!r}: give {wanted}")
     questions = [questions] if isinstance(questions, str) else questions
     if not questions:
         return []
@@ -246,6 +254,10 @@ def answer_batch(
         if on_batch is not None:
             on_batch(count)
     return answers
+
+
+def _is_count(value: Any) -> bool:
+    return hasattr(value, "__index__") and value >= 1
 
 
 def _read_out(chat: Chat, out: generate_lib.Generation, count: int) -> list[Answer]:

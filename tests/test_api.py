@@ -151,11 +151,23 @@ def test_many_batches_are_one_program_and_one_copy_of_the_adapter(model, lora, m
         assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(adapter))
 
 
+def test_ask_many_takes_diffs_of_every_float_and_questions_from_anywhere(model, lora):
+    diffs = [jax.tree.map(lambda x, d=d: jnp.asarray(x, d), lora) for d in ("bfloat16", "float16")]
+    diffs += [lora, jax.tree.map(lambda x: x.astype(np.float64), lora), None]
+    questions = (QUESTION for _ in range(2))
+    table = answers(dit_jax.ask_many(model, questions, diffs, max_new_tokens=4))
+    alone = [dit_jax.ask(model, QUESTION, diff=diff, max_new_tokens=4).tokens for diff in diffs]
+    assert table == [[[tokens], [tokens]] for tokens in alone]
+    assert answers(dit_jax.ask_many(model, QUESTION, None, max_new_tokens=4)) == [[[alone[-1]]]]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0: give 1 or more"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5: give 1 or more, a whole number"),
+        ({"batch_size": 2.5}, "batch_size is 2.5: give 1 or more, a whole number"),
         ({"batch_size": 0}, "batch_size is 0: give 1 or more"),
         ({"batch_size": -4}, "batch_size is -4"),
         ({"temperature": -1.0}, "temperature is -1.0: give a number from 0 up"),
@@ -177,6 +189,11 @@ def test_what_is_no_question_diff_or_token_is_one_line(model, lora):
 
     check("a question is of type list", lambda: dit_jax.ask(model, [QUESTION]))
     check("diff is of type str", lambda: dit_jax.ask(model, QUESTION, diff="runs/diffs"))
+    tensor = type("Tensor", (), {"dtype": object(), "shape": (3,)})()  # as those of torch
+    check(
+        "norm.w holds Tensor instead of float arrays of numpy or jax",
+        lambda: dit_jax.ask(model, QUESTION, diff={"norm": {"w": tensor}}),
+    )
     check(
         "diff changes 'mlp.down_proj'.*: did you mean 'layers.mlp.down_proj'",
         lambda: dit_jax.ask(model, QUESTION, diff={"mlp": lora["layers"]["mlp"]}),
@@ -185,6 +202,22 @@ def test_what_is_no_question_diff_or_token_is_one_line(model, lora):
         "diff 1 changes 'x'",
         lambda: dit_jax.ask_many(model, QUESTION, [{}, {"x": {"w": np.zeros(2)}}]),
     )
+    up_proj = lora["layers"]["mlp"]["up_proj"]
+    for module, holds in (({}, "up_proj holds dict"), ({**up_proj, "a": None}, "a holds NoneType")):
+        check(
+            holds,
+            lambda m=module: dit_jax.ask(model, QUESTION, {"layers": {"mlp": {"up_proj": m}}}),
+        )
+    assert dit_jax.ask(model, QUESTION, {"layers": {"mlp": {}}}) == dit_jax.ask(model, QUESTION)
+    check(
+        "'layers.mlp.up_proj.a', which .*: did you mean 'layers.mlp.up_proj'",
+        lambda: dit_jax.ask(model, QUESTION, {"layers.mlp.up_proj.a": up_proj["a"]}),
+    )
+    for call in (dit_jax.ask, dit_jax.load_diff, dit_jax.load_adapter, dit_jax.load_diffs):
+        given = ("tiny_qwen3", QUESTION) if call is dit_jax.ask else (model, "tiny_qwen3")
+        check("the model is of type str: give what load_model returns", lambda: call(*given))  # noqa: B023
+    check("differ in length: pad them", lambda: model.logits([[5, 6], [7]]))
+    check("token ids are of type float64", lambda: model.logits([[5.0, 6.0]]))
     check("there is no token 1000000", lambda: model.logits([[5, 10**6]]))
     check("there is no token -3", lambda: model.logits([[5, -3]]))
     check(r"shape \(1, 0\)", lambda: model.logits(np.zeros((1, 0), int)))

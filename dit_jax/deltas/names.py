@@ -139,15 +139,20 @@ def check_modules(delta: Delta, config: Qwen3Config, what: str, batch: int | Non
             f"{what} is of type {type(delta).__name__}: a delta is a dict of modules (docs/architecture.md)"
         )
     found: dict[Path, dict[str, tuple[int, ...]]] = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(delta)[0]:
-        *parts, name = (str(getattr(key, "key", key)) for key in keys)
-        found.setdefault(tuple(parts), {})[name] = np.shape(leaf)
-        kind = leaf.dtype.name if hasattr(leaf, "dtype") else type(leaf).__name__
-        if kind not in FLOATS:
-            raise DitError(f"{what}: {'.'.join(parts)}.{name} holds {kind} instead of float arrays")
     known = weight_paths(config)
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(delta, is_leaf=_is_empty)[0]:
+        names = tuple(str(getattr(key, "key", key)) for key in keys)
+        if isinstance(leaf, Mapping) and names not in known:
+            continue  # a group without modules
+        *parts, name = names
+        found.setdefault(tuple(parts), {})[name] = np.shape(leaf)
+        kind = getattr(getattr(leaf, "dtype", None), "name", type(leaf).__name__)
+        if kind not in FLOATS:
+            raise DitError(
+                f"{what}: {'.'.join(names)} holds {kind} instead of float arrays of numpy or jax"
+            )
     for path, shapes in found.items():
-        module = ".".join(path)
+        module = ".".join(path) or min(shapes)
         if path not in known:
             near = did_you_mean(module, map(".".join, sorted(known)))
             raise DitError(
@@ -171,6 +176,11 @@ def check_modules(delta: Delta, config: Qwen3Config, what: str, batch: int | Non
             raise DitError(f"{what}: {module} has the shapes {shapes}, this model needs {wanted}")
         if "b" in shapes:
             check_rank(shapes["b"][-2], weight[0], weight[1], module, what)
+
+
+def _is_empty(node: Any) -> bool:
+    """What has no leaves and would not be seen."""
+    return node is None or (isinstance(node, Mapping) and not node)
 
 
 def check_fits(delta: Delta, config: Qwen3Config, what: str) -> None:
