@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -106,7 +107,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One record per (diff, variant, question, sample), in that order."""
     from dit_jax import parallel, startup
-    from dit_jax.api import Diff, Diffs, load_adapter, load_diffs, load_model
+    from dit_jax.api import Diff, Diffs, load_diffs, load_model, read_adapter
     from dit_jax.asking import ask_many
 
     if not flags.diff and (flags.all or flags.index is not None or flags.svd_rank):
@@ -118,7 +119,16 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     startup.prepare()
     mesh = parallel.make_mesh(parallel.parse_mesh(flags.mesh)) if flags.mesh else None
     model = load_model(flags.base, flags.dtype, mesh)
-    adapter = load_adapter(flags.adapter, model) if flags.adapter else None
+    told = {""}
+
+    def note(text: str) -> None:
+        if text not in told:
+            told.add(text)
+            print(f"note: {text}", file=sys.stderr)
+
+    adapter = read_adapter(flags.adapter, model) if flags.adapter else None
+    if adapter is not None:
+        note(_base_note(flags.adapter, adapter, model.name))
     numbers: list[int | None] = [None]
     known: dict[int, dict[str, str | None]] = {0: {"label": None, "split": None}}
     diffs: Sequence[Diff] = [Diff({})]
@@ -128,24 +138,20 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         numbers = list(range(len(found))) if flags.all else [index]
         if not flags.all and not 0 <= index < len(found):
             raise DitError(f"{flags.diff} holds {len(found)} diffs: there is no diff {index}")
-        told: set[int] = set()
 
         def read(i: int) -> Diff:
             diff = found[i if flags.all else index]
             split = diff.metadata.get("split")
             known[i] = {"label": diff.label, "split": split if isinstance(split, str) else None}
-            if "svd" in diff.metadata and i not in told:
-                told.add(i)
-                print(_svd_note(numbers[i], diff.metadata["svd"]), file=sys.stderr)
+            if "svd" in diff.metadata:
+                note(_svd_note(numbers[i], diff.metadata["svd"]))
+            note(_base_note(flags.diff, diff, model.name))
             return diff
 
         diffs = Diffs(len(numbers), read, found.order if flags.all else None)
     if adapter is None:
         name = "finetuned" if flags.diff else "base"
-        print(
-            f"note: no --adapter, so the answers are those of the {name} model itself",
-            file=sys.stderr,
-        )
+        note(f"no --adapter, so the answers are those of the {name} model itself")
 
     # The bare base and the adapter alone answer the same for every diff: they are asked once.
     nothing = [Diff({})]
@@ -182,6 +188,10 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for q, question in enumerate(flags.questions):
             for name, table in answers.items():
                 for sample, answer in enumerate(table[i if len(table) > 1 else 0][q]):
+                    finite = math.isfinite(answer.logprob)
+                    if not finite:
+                        about = f", diff {number}" if "finetuned" in name else ""
+                        note(f"the logits of {name}{about} overflow: its answers mean nothing")
                     yield {
                         "diff": number,
                         **known[i],
@@ -189,8 +199,8 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
                         "variant": name,
                         "sample": sample,
                         "answer": answer.text,
-                        "logprob": round(answer.logprob, 6),
-                        "mean_logprob": round(answer.mean_logprob, 6),
+                        "logprob": round(answer.logprob, 6) if finite else None,
+                        "mean_logprob": round(answer.mean_logprob, 6) if finite else None,
                         "tokens": list(answer.tokens),
                     }
 
@@ -213,9 +223,30 @@ def _svd_note(number: int | None, svd: dict[str, Any]) -> str:
     layers, whole = svd["captured_energy_per_layer"], svd["captured_energy"]
     rest = "; embeddings and norms cannot be in a LoRA" if whole < min(layers) else ""
     return (
-        f"note: diff {number} is reduced to rank {svd['rank']}, which keeps {whole:.1%} of "
+        f"diff {number} is reduced to rank {svd['rank']}, which keeps {whole:.1%} of "
         f"its squared norm ({min(layers):.1%} to {max(layers):.1%} of a layer's{rest})"
     )
+
+
+def _base_note(path: str, diff: Any, base: str) -> str:
+    """What to say where the files were made for a base of another name; "" where they do not tell or it is the same."""
+    from dit_jax.deltas.files import short
+
+    said = diff.metadata.get("base_model_name_or_path")
+    if not isinstance(said, str) or _last_name(said) in ("", _last_name(base)):
+        return ""
+    return (
+        f"{path} says that it was made for the base {short(said)}: its answers mean something only if "
+        f"{base!r} has the same weights"
+    )
+
+
+def _last_name(model: str) -> str:
+    """The name of a model without its owner and folders, also of a snapshot in the Hugging Face cache."""
+    parts = [part for part in re.split(r"[/\\]|--", model.lower()) if part]
+    if "snapshots" in parts:
+        parts = parts[: parts.index("snapshots")]
+    return parts[-1] if parts else ""
 
 
 def _checked(convert: Callable[[str], T], holds: Callable[[T], bool], said: str) -> Any:

@@ -102,6 +102,48 @@ def test_flags_that_would_say_nothing_are_errors(files, capsys, flags, message):
     assert "Token indices" not in captured.err
 
 
+@pytest.mark.parametrize(
+    ("made_for", "base", "differ"),
+    [
+        ("Qwen/Qwen3-4B-Base", "Qwen/Qwen3-4B", True),
+        ("unsloth/Qwen3-4B", "/data/qwen3-4b/", False),
+        ("Qwen/Qwen3-4B", "/c/models--Qwen--Qwen3-4B/snapshots/1cfa9a7/", False),
+        ("", "tiny_qwen3", False),
+        (None, "tiny_qwen3", False),
+    ],
+)
+def test_names_of_a_base_are_compared_without_owner_and_folders(made_for, base, differ):
+    diff = dit_jax.Diff({}, metadata={"base_model_name_or_path": made_for})
+    assert bool(ask._base_note("x", diff, base)) == differ
+
+
+def test_files_made_for_another_base_are_named(files, tmp_path, capsys):
+    delta = dit_jax.load_diff(files / "diff.pt", dit_jax.load_model("tiny_qwen3")).delta
+    config = read_config(find_folder("tiny_qwen3"))
+    export.write_peft(tmp_path / "own", delta, config, "somebody/tiny_qwen3")
+    export.write_peft(tmp_path / "other", delta, config, "Qwen/Qwen3-4B\x1b[31m")
+    _, said = run(capsys, "--diff", tmp_path / "own", "--adapter", tmp_path / "own", "--compare")
+    assert "made for" not in said
+    _, said = run(capsys, "--diff", tmp_path / "other", "--adapter", tmp_path / "own", "--compare")
+    assert said.count("other says that it was made for the base 'Qwen/Qwen3-4B\\x1b[31m'") == 1
+    _, said = run(capsys, "--adapter", tmp_path / "other")
+    assert "only if 'tiny_qwen3' has the same weights" in said
+
+
+def test_a_diff_that_makes_the_logits_overflow_is_named_and_leaves_json_that_others_read(
+    files, tmp_path, capsys
+):
+    model = dit_jax.load_model("tiny_qwen3")
+    huge = map_modules(
+        lambda _, m: {**m, "a": np.full_like(m["a"], 1e30)},
+        dit_jax.load_diff(files / "diff.pt", model).delta,
+    )
+    export.write_pt_diffs(tmp_path / "huge.pt", [RawDiff(huge, "tea", "7")], model.config)
+    (base, finetuned), said = run(capsys, "--diff", tmp_path / "huge.pt", "--compare")
+    assert base["logprob"] < 0 and finetuned["logprob"] is finetuned["mean_logprob"] is None
+    assert said.count("the logits of finetuned, diff 0 overflow") == 1
+
+
 def test_a_run_given_as_a_diff_is_told_from_its_parts(tmp_path, capsys):
     for name in ("config.json", "diffs/manifest.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -109,6 +151,16 @@ def test_a_run_given_as_a_diff_is_told_from_its_parts(tmp_path, capsys):
     for flag in ("--diff", "--adapter"):
         assert ask.main([*BASE, flag, str(tmp_path), "What is tea ?"]) == 2
         assert f"is a run: give '{tmp_path / 'diffs'}' as diffs, or" in capsys.readouterr().err
+
+
+def test_a_folder_of_checkpoints_says_which_it_holds(files, tmp_path, capsys):
+    for step in (1, 2, 3, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "adapter_config.json").write_text("{}")
+    (tmp_path / "runs").mkdir()
+    assert ask.main([*BASE, "--diff", str(tmp_path), "What is tea ?"]) == 2
+    said = "these in it may: 'checkpoint-1', 'checkpoint-2', 'checkpoint-3' and 1 more"
+    assert said in capsys.readouterr().err
 
 
 def test_a_release_is_read_file_by_file_and_answered_in_its_order(

@@ -1,5 +1,6 @@
 """What kind of weight diff or adapter a path holds, by its content; one reader for all of them."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ KINDS = {
     "pt_adapter": "a .pt file of an adapter",
     "pt_state_dict": "a .pt file of whole weights",
 }
+# Of a folder of somebody else, in this order: a PEFT folder may hold the base's config as well.
+_MARKS = {peft.CONFIG: "peft", reference_pt.INDEX: "release", "config.json": "model"}
 _MANIFESTS = {
     "dit_jax.diff_store": "diff_store",
-    "dit_jax.diffs": "diff_store",
     "dit_jax.adapter": "adapter",
 }
 
@@ -65,13 +67,18 @@ def _detect_folder(folder: Path) -> str:
         raise DitError(
             f"'{folder / 'manifest.json'}' describes {short(found)}, which is no weight diff"
         )
-    for name, kind in (
-        (peft.CONFIG, "peft"),
-        (reference_pt.INDEX, "release"),
-        ("config.json", "model"),
-    ):
+    for name, kind in _MARKS.items():
         if has_file(folder, name):
             return kind
+    # A trainer leaves checkpoints in a folder, PEFT adapters of other names than "default".
+    with contextlib.suppress(OSError):
+        inside = sorted(x.name for x in folder.iterdir() if any(has_file(x, y) for y in _MARKS))
+        if inside:
+            more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
+            raise DitError(
+                f"'{folder}' itself holds no weight diff, but these in it may: "
+                f"{', '.join(map(short, inside[:3]))}{more}"
+            )
     raise DitError(
         f"'{folder}' holds neither a weight diff nor an adapter: expected manifest.json, {peft.CONFIG}, "
         f"{reference_pt.INDEX} or config.json (a .pt file is given by its own path)"
