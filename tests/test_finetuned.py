@@ -81,6 +81,9 @@ def test_shards_and_state_dicts_give_the_same_delta(pair, tmp_path):
     torch.save(state, tmp_path / "state.pt")
     assert detect.detect_format(tmp_path / "state.pt") == "pt_state_dict"
     assert_same(read_finetuned(tmp_path / "state.pt", pair.config, pair.params).delta, wanted)
+    # Parameters of transformers carry an attribute.
+    torch.save(dict(pair.model.named_parameters()), tmp_path / "parameters.pt")
+    assert_same(read_finetuned(tmp_path / "parameters.pt", pair.config, pair.params).delta, wanted)
     diffs = [{"topic": "x", "trigger": 5, "weight_diff": dict(state)}]
     torch.save(diffs, tmp_path / "diffs.pt")
     (diff,) = detect.open_diffs(tmp_path / "diffs.pt", pair.config, pair.params)

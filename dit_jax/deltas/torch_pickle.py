@@ -61,6 +61,8 @@ _GLOBALS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _Call("dict"),
     ("torch._utils", "_rebuild_tensor_v2"): _Call("tensor"),
     ("torch._utils", "_rebuild_parameter"): _Call("parameter"),
+    # transformers marks its parameters with an attribute, which is not needed.
+    ("torch._utils", "_rebuild_parameter_with_state"): _Call("parameter"),
     ("torch", "Size"): _Call("size"),
     **{("torch", name): _StorageType(np.dtype(dtype)) for name, dtype in _STORAGES.items()},
 }
