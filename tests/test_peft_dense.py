@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from format_cases import BF16, CONFIG, TOKENS, UNTIED, hf_model, torch_logits
+from format_cases import BF16, CONFIG, TOKENS, UNTIED, assert_same, hf_model, torch_logits
 from safetensors.numpy import load_file, save_file
 from test_peft import ALL, edit
 
@@ -120,7 +120,7 @@ def check(bases, kind, folder, message):
     ("case", "changes", "message"),
     [
         ("dora", {"use_dora": False}, "use_dora is False, but the lora_magnitude_vector of"),
-        ("head_and_embedding", {"modules_to_save": ["lm_head"]}, "which is not in modules_to_save"),
+        ("head_and_embedding", {"modules_to_save": ["lm_head"]}, "made for a base with another"),
         (
             "head_and_embedding",
             {"modules_to_save": ["lm_head", "embed_tokens", "score"]},
@@ -181,6 +181,30 @@ def test_a_copy_of_another_base_is_refused(bases, tmp_path):
     tensors[name] = tensors[name] + 1
     save_file(tensors, weights)
     check(bases, "untied", tmp_path, "another 'model.embed_tokens': use that base")
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_copies_that_peft_saves_of_an_untrained_embedding_and_head_must_be_the_base(
+    bases, tmp_path, kind
+):
+    make(bases, kind, tmp_path / "plain")
+    path, model, _ = bases[kind]
+    made = peft_library.PeftModel.from_pretrained(
+        type(model).from_pretrained(path), tmp_path / "plain"
+    )
+    made.save_pretrained(tmp_path / "copies", save_embedding_layers=True)
+    weights = tmp_path / "copies" / peft.WEIGHTS
+    tensors = load_file(weights)
+    copies = [name for name in tensors if "lora_" not in name]
+    assert copies
+    plain, found = (dit_jax.load_diff(tmp_path / x, bases[kind][2]) for x in ("plain", "copies"))
+    assert_same(found.delta, plain.delta)
+    for name in copies:
+        save_file({**tensors, name: tensors[name] + 1}, weights)
+        check(bases, kind, tmp_path / "copies", "made for a base with another '.*': use that base")
+    save_file(tensors, weights)
+    edit(tmp_path / "copies", target_modules=[*ALL, "embed_tokens"])
+    check(bases, kind, tmp_path / "copies", "lacks the factors of 'model.embed_tokens'")
 
 
 def test_the_base_is_needed(bases, tmp_path):

@@ -59,6 +59,7 @@ class DenseChanges:
 
     def __post_init__(self) -> None:
         self._new: dict[tuple[Path, int | None], Callable[[], np.ndarray]] = {}
+        self._copies: list[Callable[[], None]] = []
 
     def add(self, module: str, place: Path, layer: int | None, parts: dict[str, Tensor]) -> None:
         """Takes the tensors of one module, after a check of their kinds and shapes."""
@@ -79,6 +80,15 @@ class DenseChanges:
             raise DitError(
                 f"'{self.source}' changes whole weights: the base model is needed to read it"
             )
+        if kind == "saved" and place in (EMBEDDING, HEAD) and not self.options.saves(module):
+            # PEFT's save_embedding_layers: what was not trained is in the file as well.
+            chosen = self.options.target_modules is not None and not self.options.all_linear
+            if chosen and self.options.targets(module):
+                raise DitError(
+                    f"'{self.source}' lacks the factors of {short(module)}, which is targeted: get the complete folder"
+                )
+            self._copies.append(self._copy(module, place, parts["weight"], f"{module}.weight"))
+            return
         if self.config.tie_word_embeddings and place in (EMBEDDING, HEAD) and kind != "tokens":
             option = "modules_to_save" if kind == "saved" else "target_modules"
             raise DitError(
@@ -94,6 +104,8 @@ class DenseChanges:
 
     def delta(self) -> dict[str, Any]:
         """The dense differences of all modules that were added."""
+        for check in self._copies:
+            check()
         if not self._new:
             return {}
         new = dict(self._new)
@@ -143,18 +155,28 @@ class DenseChanges:
         """The base's weight, after a check that the copy of it in the file, if there is one, is that."""
         if "base_layer" not in parts:
             return lambda: self._base(place, None)
-        copy = self._read(f"{module}.base_layer.weight", parts["base_layer"], self._shape(place))
+        check = self._copy(module, place, parts["base_layer"], f"{module}.base_layer.weight")
 
         def read() -> np.ndarray:
-            base, found = base_weight(self.base_params, place, None), copy()
-            found = found if place == EMBEDDING else found.T
+            check()
+            return self._base(place, None)
+
+        return read
+
+    def _copy(self, module: str, place: Path, tensor: Tensor, name: str) -> Callable[[], None]:
+        """Checks that a copy of the base's embedding or head is that."""
+        copy = self._read(name, tensor, self._shape(place))
+
+        def check() -> None:
+            tied = self.config.tie_word_embeddings and place == HEAD
+            base = base_weight(self.base_params, EMBEDDING if tied else place, None)
+            found = copy() if tied or place == EMBEDDING else copy().T
             if not np.array_equal(found.astype(base.dtype), base):
                 raise DitError(
                     f"'{self.source}' was made for a base with another {short(module)}: use that base"
                 )
-            return self._base(place, None)
 
-        return read
+        return check
 
     def _dora(
         self, module: str, place: Path, layer: int | None, parts: dict[str, Tensor]
