@@ -277,6 +277,7 @@ ZIPS = {
     "checksum": lambda: patched(ENTRY, 16, 12345),
     "two roots": lambda: zip_bytes(entries=[("x/data.pkl", b"N."), ("y/data.pkl", b"N.")]),
     "deeper": lambda: zip_bytes(entries=[("x/y/data.pkl", b"N.")]),
+    "outside": lambda: zip_bytes(entries=[("x/data.pkl", b"N."), ("../../y", b"")]),
     "root only": lambda: zip_bytes(entries=[("data.pkl", b"N.")]),
     "parent": lambda: zip_bytes(entries=[("../data.pkl", b"N.")]),
     "big endian": lambda: zip_bytes(entries=[("x/data.pkl", b"N."), ("x/byteorder", b"big")]),

@@ -115,11 +115,30 @@ def check_links(folder: Path) -> None:
             file_inside(folder, entry)
 
 
+class RepeatedKey(ValueError):
+    """A JSON object has a key twice."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The hook of `json.loads` for objects: of a key that is there twice, it would drop the first value.
+
+    Raises:
+      RepeatedKey: a key is there twice.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise RepeatedKey(f"{short(key)} is in it twice")
+        found[key] = value
+    return found
+
+
 def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Reads a JSON object from a file of at most `max_bytes`.
 
     Raises:
-      DitError: unreadable, too large, not UTF-8, not JSON, nested too deeply, or not an object.
+      DitError: unreadable, too large, not UTF-8, not JSON, nested too deeply, a key twice, or not an
+        object.
     """
     try:
         with open(regular_file(path), "rb") as handle:
@@ -129,7 +148,9 @@ def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, A
     if len(raw) > max_bytes:
         raise DitError(f"'{path}' is larger than {max_bytes} bytes: it is no such file")
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
+    except RepeatedKey as error:
+        raise DitError(f"'{path}' is ambiguous: {error}; get the file again") from None
     except (ValueError, RecursionError):
         raise DitError(f"'{path}' is not valid JSON: get the file again") from None
     if not isinstance(value, dict):

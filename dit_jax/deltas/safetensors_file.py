@@ -13,7 +13,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dit_jax.deltas.files import is_plain_name, read_json_object, short
+from dit_jax.deltas.files import (
+    RepeatedKey,
+    is_plain_name,
+    read_json_object,
+    short,
+    unique_keys,
+)
 from dit_jax.errors import DitError
 
 MAX_HEADER_BYTES = 16 * 2**20
@@ -47,9 +53,11 @@ class SafetensorsFile:
                 length = int.from_bytes(f.read(8), "little")
                 if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                     raise self._error("the header is truncated or its length is wrong")
-                header = json.loads(f.read(length))
+                header = json.loads(f.read(length), object_pairs_hook=unique_keys)
         except OSError as e:
             raise DitError(f"{self.path}: cannot be read: {e.strerror}") from None
+        except RepeatedKey as e:
+            raise self._error(f"the header is ambiguous, {e}") from None
         except (ValueError, RecursionError):
             raise self._error("the header is not valid JSON") from None
         if not isinstance(header, dict):

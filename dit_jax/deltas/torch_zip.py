@@ -220,4 +220,8 @@ class TorchZip:
             raise DitError(f"'{self.path}' is not a file that torch.save wrote (no data.pkl in it)")
         root = pickles[0].partition("/")[0]
         prefix = f"{root}/"
-        return {n[len(prefix) :]: e for n, e in named.items() if n.startswith(prefix)}, root
+        if outside := [name for name in named if not name.startswith(prefix)]:
+            raise self.error(
+                f"{short(outside[0])} is outside the folder {short(prefix)} of the archive"
+            )
+        return {n[len(prefix) :]: e for n, e in named.items()}, root
