@@ -84,6 +84,12 @@ TUPLES = (
 )  # fmt: skip
 PROFILES = ("diffs.profile", "train.profile")
 COUNTS = tuple(f"data.{key}" for key in organisms.COUNTS)
+LEAVES = (
+    *MINIMUM, *COUNTS, *FLAGS, *TEXTS, *TEXTS_OR_EMPTY, *TUPLES, *PROFILES, "diffs.adam_betas",
+)  # fmt: skip
+# Sections whose keys are those of `LEAVES`, and within them those whose keys are names.
+CLOSED = ("data", "diffs", "train", "evaluate", "pretrain")
+NAMED = tuple(section for section in SECTIONS if "." in section)
 
 
 def check_config(config: Any) -> None:
@@ -102,6 +108,7 @@ def check_config(config: Any) -> None:
 def check_values(config: Any) -> None:
     """What `check_config` says of each value by itself, for a plan too. Raises DitError: the first mistake."""
     values = flatten(config)
+    _check_known(values)
     _check_kinds(config, values)
     check_minimum(config, MINIMUM)
     _check_choices(config, values)
@@ -133,24 +140,29 @@ def _check_stages(stages: Any) -> None:
 # ------------------------------------------------------------------ one value
 
 
+def _check_known(values: Mapping[str, Any]) -> None:
+    """A config of its own has no other config's keys to compare with: a misspelt one would say nothing to anyone."""
+    own = ":" in str(values.get("diffs.behaviour", ""))  # it may read keys of its own from `diffs`
+    for key in values:
+        section, _, name = key.partition(".")
+        if not name or section not in CLOSED or (own and section == "diffs"):
+            continue
+        if not any(key == leaf or key.startswith(f"{leaf}.") for leaf in (*LEAVES, *NAMED)):
+            inside = f"{section}."
+            known = [leaf.removeprefix(inside) for leaf in LEAVES if leaf.startswith(inside)]
+            otherwise = f": keys of '{section}' are {', '.join(known)}"
+            hint = did_you_mean(name, known, otherwise)
+            raise DitError(f"config key '{key}' is unknown{hint}")
+
+
 def _check_kinds(config: ConfigDict, values: Mapping[str, Any]) -> None:
     for key in SECTIONS:
         *outer, name = key.split(".")
         node = config.get(outer[0], {}) if outer else config
         if name in node and not isinstance(node[name], ConfigDict):
             raise DitError(f"config key '{key}' must be a section, not {node[name]!r}")
-    leaves = (
-        *MINIMUM,
-        *COUNTS,
-        *FLAGS,
-        *TEXTS,
-        *TEXTS_OR_EMPTY,
-        *TUPLES,
-        *PROFILES,
-        "diffs.adam_betas",
-    )
     for key in values:
-        for leaf in leaves:
+        for leaf in LEAVES:
             if key.startswith(f"{leaf}."):
                 raise DitError(f"config key '{leaf}' must be one value, and is a section")
     for key in FLAGS:

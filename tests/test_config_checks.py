@@ -9,7 +9,7 @@ from conftest import ROOT
 from ml_collections import ConfigDict
 
 from dit_jax.config import flatten, load_config
-from dit_jax.config_checks import check_config, explain_missing_key
+from dit_jax.config_checks import check_config, check_values, explain_missing_key
 from dit_jax.errors import DitError
 from dit_jax.train.pretrain import model_config
 
@@ -40,6 +40,24 @@ def refusal(config):
         check_config(config)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def test_a_key_that_nothing_reads_is_refused_in_a_config_of_its_own():
+    for key, said in (
+        (
+            "train.exlude_failed",
+            "'train.exlude_failed' is unknown: did you mean 'exclude_failed'?",
+        ),
+        ("evaluate.zzz", "'evaluate.zzz' is unknown: keys of 'evaluate' are "),
+        ("diffs.raank", "'diffs.raank' is unknown: did you mean 'rank'?"),
+        ("pretrain.seed", "'pretrain.seed' is unknown"),
+    ):
+        base = (
+            "configs/tiny_world_base.py" if key.startswith("pretrain") else "configs/quickstart.py"
+        )
+        assert said in refusal(changed(base, key, 1))
+    own = ConfigDict({"behaviour": "my.module:make", "colour": "red"})
+    check_values(ConfigDict({"diffs": own}))  # a behaviour of one's own may have keys of its own
 
 
 @pytest.mark.parametrize(
