@@ -100,7 +100,7 @@ def check_config(config: Any) -> None:
     Raises:
         DitError: the first mistake; the message names the key.
     """
-    _check_stages(config.get("stages"))
+    _check_stages(config.stages)
     check_values(config)
     _check_together(config, flatten(config))
 

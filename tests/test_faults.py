@@ -497,7 +497,7 @@ def test_what_stops_inside_a_stage_is_one_line(copy, monkeypatch, capfd):
 
 def test_a_config_without_a_key_is_one_line_before_any_stage(tmp_path, capfd):
     file = tmp_path / "config.py"
-    for section, key in (({}, "stages"), ({"stages": ("diffs",)}, "model")):
+    for section, key in (({}, "stages"), ({"stages": ("diffs",)}, "data")):
         text = "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict"
         file.write_text(f"{text}({section})\n")
         assert main.main(["--config", str(file), "--workdir", str(tmp_path / "w")]) == 2

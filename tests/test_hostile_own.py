@@ -203,7 +203,11 @@ def test_a_checkpoint_of_deep_or_large_metadata(adapter, model):
 
 
 def test_a_leaf_that_is_too_large_is_refused_before_it_is_read(stored, delta, model, monkeypatch):
-    wide = jax.tree.map(lambda x: np.stack([x, x]), init_lora(TINY, jax.random.key(1), 2000))
+    lora = init_lora(TINY, jax.random.key(1), 1, projections=["q_proj"])["layers"]["self_attn"][
+        "q_proj"
+    ]
+    wide = {**lora, "a": np.repeat(lora["a"], 2000, -1), "b": np.repeat(lora["b"], 2000, -2)}
+    wide = {"layers": {"self_attn": {"q_proj": jax.tree.map(lambda x: np.stack([x, x]), wide)}}}
     save_file(diff_store.flatten(wide), stored / SHARD)
     edit(stored)
     monkeypatch.setattr(SafetensorsFile, "read_row", None)

@@ -221,7 +221,8 @@ def test_sigterm_to_one_process_stops_both_after_the_same_step_with_a_checkpoint
 
 def test_what_process_0_refuses_ends_all_processes(tmp_path):
     workdir = tmp_path / "w"
-    (workdir / "stages").mkdir(parents=True)  # finished stages, but no config.json
+    (workdir / "stages").mkdir(parents=True)
+    (workdir / "stages" / "diffs.json").write_text("{}")  # a finished stage, but no config.json
     codes = wait(start(workdir, timeout=TIMEOUT), workdir, 100)
     assert codes[0] == 2 and codes[1] != 0
     assert "config.json' is missing" in output(workdir, 0)

@@ -380,11 +380,11 @@ def answers(shape):
     """Greedy answers to 7 questions in batches of 3, each with a diff of its own, under one adapter; and the
     arguments of the program that made them."""
     mesh = mesh_of(shape)
-    seen = []
+    seen, decoded = [], generate.generate
 
     def decode(*args, deltas, **options):
         seen.append((*args, *deltas))
-        return generate.generate(*args, deltas=deltas, **options)
+        return decoded(*args, deltas=deltas, **options)
 
     rng = np.random.default_rng(5)
     tokens = rng.integers(1, SMALL.vocab_size, (7, 9))
@@ -395,7 +395,7 @@ def answers(shape):
     model = Model(params_on(SMALL, mesh), SMALL, "test", chat, mesh)
     adapter = only(random_deltas(SMALL, 1, 8, rank=4))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(asking, "generate_lib", types.SimpleNamespace(generate=decode))
+        patched.setattr(asking.generate_lib, "generate", decode)
         found = answer_batch(
             model,
             [""] * 7,
@@ -411,13 +411,13 @@ def answers(shape):
 
 def test_an_adapter_from_the_host_goes_to_the_device_once(monkeypatch):
     """Given as numpy, it would go there with every batch."""
-    seen = []
+    seen, decoded = [], generate.generate
 
     def decode(*args, deltas, **options):
         seen.append(jax.tree.leaves(deltas))
-        return generate.generate(*args, deltas=deltas, **options)
+        return decoded(*args, deltas=deltas, **options)
 
-    monkeypatch.setattr(asking, "generate_lib", types.SimpleNamespace(generate=decode))
+    monkeypatch.setattr(asking.generate_lib, "generate", decode)
     chat = types.SimpleNamespace(
         prompts=lambda questions: (np.ones((4, 5), np.int32), np.ones((4, 5), bool)),
         eos_ids=(3,), pad_id=0, decode=str,

@@ -305,7 +305,7 @@ def test_slices_go_by_shape_or_by_the_name_they_are_ordered_by():
         (["--stages", ","], "--stages names nothing"),
         (["--config.diffs.steps=0"], "'diffs.steps' must be a whole number from 1 up"),
         (["--config.train.batch_sise=4"], "did you mean 'train.batch_size'"),
-        (["--config.train.max_length=0"], "'train.max_length' must be a number from 1 up"),
+        (["--config.train.max_length=0"], "'train.max_length' must be a whole number from 1 up"),
         (NO_SAMPLES, "'diffs.samples_per_step' leave a step without a loss: give one of backdoor"),
         (DENSE, "diffs.parameters is 'all': plan --stages diffs alone, or set it to 'lora'"),
     ],
@@ -321,9 +321,11 @@ def test_what_cannot_be_planned_is_said_in_one_line(flags, said, capsys):
 
 def test_files_that_cannot_be_used_are_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plan, "_compile", lambda *args: {})
+    file = tmp_path / "file"
+    file.write_text("")
     for flags, said in (
         (["--cache", str(tmp_path)], f"cannot read '{tmp_path}'"),
-        (["--json", str(tmp_path / "no" / "plan.json")], "cannot write"),
+        (["--json", str(file / "plan.json")], f"'{file}"),
     ):
         with pytest.raises(SystemExit, match="2"):
             plan.main(["--config", PAPER, *flags])

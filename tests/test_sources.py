@@ -372,7 +372,7 @@ def test_the_embedded_world_has_no_keys_of_other_sources(change, said):
 @pytest.mark.parametrize("source", ["rows.csv", "tiny_world"])
 def test_fewer_organisms_than_none_are_refused(source, key):
     data = config(source, **{"train_topics": 1, "test_topics": 1, key: -1})
-    with pytest.raises(DitError, match=f"'data.{key}' is -1"):
+    with pytest.raises(DitError, match=f"'data.{key}' must be a whole number from 0 up, not -1"):
         load_organisms(data, 0)
 
 
