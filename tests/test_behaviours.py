@@ -469,8 +469,14 @@ def test_more_training_topics_leave_the_other_organisms_alone():
 # ------------------------------------------------------------------ mistakes
 
 
-def test_mistakes_are_named():
+def test_mistakes_are_named(tmp_path, monkeypatch):
+    (tmp_path / "half_written.py").write_text("def make(:")
+    monkeypatch.syspath_prepend(tmp_path)
     for name, message in (
+        (
+            "half_written:make",
+            "cannot import the behaviour 'half_written:make': invalid syntax (half",
+        ),
         ("hiden_topic", "unknown behaviour 'hiden_topic': choose from hidden_topic"),
         ("no_such_module:f", "cannot import the behaviour 'no_such_module:f'"),
         ("dit_jax.organisms.behaviours:no_such", "cannot import the behaviour"),

@@ -116,6 +116,8 @@ def _import(path: str) -> Factory:
             f"cannot import the behaviour {path!r}: {error}; its file must lie in the current folder, "
             "or in one of PYTHONPATH"
         ) from error
+    except SyntaxError as error:
+        raise DitError(f"cannot import the behaviour {path!r}: {error}") from error
     return found  # type: ignore[no-any-return]
 
 
