@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 def get_config(arg=None):
     return ConfigDict({
         "stages": ("diffs", "train", "report"), "seed": 0, "note": "", "ranks": (1, 2),
-        "diffs": {"steps": 5}, "train": {"rank": 1, "flag": False},
+        "diffs": {"steps": 5}, "train": {"rank": 1, "list_evidence": False},
     })
 """
 SWEEP = """
@@ -26,7 +26,8 @@ SWEPT = "train.rank"
 METRIC = "methods.dit.exact_match"
 def get_sweep(arg=None):
     for rank in (1, 2, 16):
-        yield f"rank_{{rank}}", {{"train": {{"rank": rank, "flag": True}}, "note": "it's $HOME; a b", "ranks": (3,)}}
+        train = {{"rank": rank, "list_evidence": True}}
+        yield f"rank_{{rank}}", {{"train": train, "note": "it's $HOME; a b", "ranks": (3,)}}
 """
 
 
@@ -142,7 +143,7 @@ def test_listed_commands_make_the_same_configs(files, fake_run, capsys):
         made = flatten(load_config(rest[1], overrides))
         assert made == flatten(run.config)
         assert made["note"] == "it's $HOME; a b" and made["ranks"] == [3] and made["seed"] == 3
-        assert made["train.flag"] is True
+        assert made["train.list_evidence"] is True
 
 
 @pytest.mark.parametrize("flags", [[], ["--table"]])
