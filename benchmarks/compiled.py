@@ -22,7 +22,7 @@ from benchmarks.hlo import Kernel, Program
 from benchmarks.workload import LEARNING_RATE, WEIGHT_DECAY, Workload
 from dit_jax import shardings
 from dit_jax.data.batch import TokenBatch, entry_limit
-from dit_jax.deltas.tree import abstract_lora, trainable
+from dit_jax.deltas.tree import abstract_lora, abstract_stack, trainable
 from dit_jax.errors import DitError, exit_on_error
 from dit_jax.models import generate as decoding
 from dit_jax.organisms.finetune import finetune_many, make_optimizer
@@ -47,6 +47,7 @@ def abstract_program(work: Workload) -> tuple[Any, tuple[Any, ...], dict[str, An
         )
     config = work.config
     params = shardings.abstract_params(config, None)
+    diff, adapter = abstract_lora(config, work.rank), abstract_lora(config, work.adapter_rank)
     if work.suite == "ask":
         args, options = decoding.abstract_arguments(
             config,
@@ -54,8 +55,8 @@ def abstract_program(work: Workload) -> tuple[Any, tuple[Any, ...], dict[str, An
             work.batch,
             work.length,
             work.new_tokens,
-            _lora(config, work.rank),
-            _lora(config, work.adapter_rank),
+            diff,
+            adapter,
         )
         return decoding.generate, args, options
     data = workload.make_data(work)
@@ -70,28 +71,18 @@ def abstract_program(work: Workload) -> tuple[Any, tuple[Any, ...], dict[str, An
         }
         return (
             finetune_many,
-            (params, config, _lora(config, work.rank, work.batch, 0), batch),
+            (params, config, abstract_stack(diff, work.batch, 0), batch),
             options,
         )
     optimizer = make_optimizer(
         "adamw", LEARNING_RATE["train"], work.steps, weight_decay=WEIGHT_DECAY["train"]
     )
-    adapter = _lora(config, work.adapter_rank)
     leaves = trainable(adapter)
     state = State(leaves, jax.eval_shape(optimizer.init, leaves))
     limit = entry_limit(TokenBatch(*(x[None] for x in batches)), work.batch, room=1.0)
-    diffs = _lora(config, work.rank, work.batch, 1)
+    diffs = abstract_stack(diff, work.batch, 1)
     args = (params, config, state, adapter, diffs, TokenBatch(*(x[0] for x in batches)))
     return train_step, args, {"optimizer": optimizer, "packed": limit}
-
-
-def _lora(config: Any, rank: int, count: int = 0, axis: int = 0) -> Any:
-    """Shapes of a LoRA, or of `count` of them along an axis."""
-    one = abstract_lora(config, rank)
-    if not count:
-        return one
-    grow = lambda x: (*x.shape[:axis], count, *x.shape[axis:])  # noqa: E731
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(grow(x), x.dtype), one)
 
 
 def seconds(kernel: Kernel, gpu: str) -> float:

@@ -102,6 +102,13 @@ def abstract_lora(
     )
 
 
+def abstract_stack(one: Delta, count: int, axis: int) -> Delta:
+    """Shapes of so many deltas like one, along axis 0 (finetunes) or 1 (one for each example of a batch)."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((*x.shape[:axis], count, *x.shape[axis:]), x.dtype), one
+    )
+
+
 def map_modules(fn: Callable[[tuple[str, ...], Delta], Any], delta: Delta) -> Delta:
     """Applies fn(path, module) to every module of a delta: a dict that holds `w`, or `a`, `b`, `scale`."""
 

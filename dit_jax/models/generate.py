@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dit_jax import parallel, shardings
+from dit_jax.deltas.tree import abstract_stack
 from dit_jax.models.config import Qwen3Config
 from dit_jax.models.layers import Delta, Deltas
 from dit_jax.models.qwen3 import (
@@ -86,17 +87,17 @@ def generate(
     start = _State(jnp.zeros((), jnp.int32), cache, jnp.zeros((batch,), bool), key, out)
 
     def choose(state: _State, logits: jax.Array) -> _State:
-        all_logits = logits
+        allowed = logits
         if forbid_repeats:
             rows = jnp.arange(batch)[:, None]
             written = jnp.arange(max_new_tokens) < state.step
             used = jnp.zeros(logits.shape, bool).at[rows, state.out.tokens].max(written)
-            logits = jnp.where(used, jnp.finfo(jnp.float32).min, logits)
+            allowed = jnp.where(used, jnp.finfo(jnp.float32).min, logits)
         key, sample_key = jax.random.split(state.key)
-        token = _choose(logits, temperature, sample_key)
-        logprob = jnp.take_along_axis(
-            jax.nn.log_softmax(all_logits, axis=-1), token[:, None], axis=1
-        )[:, 0]
+        token = _choose(allowed, temperature, sample_key)
+        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token[:, None], axis=1)[
+            :, 0
+        ]
         live = ~state.done
         token = jnp.where(live, token, pad_id)
         out = Generation(
@@ -167,9 +168,7 @@ def abstract_arguments(
     """
     batch = even_rows(batch, config, mesh)
     tokens, mask = (jax.ShapeDtypeStruct((batch, length), dtype) for dtype in (jnp.int32, bool))
-    diffs = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((x.shape[0], batch, *x.shape[1:]), x.dtype), diff
-    )
+    diffs = abstract_stack(diff, batch, 1)
     if mesh is not None:
         tokens, mask = shardings.with_shardings(
             (tokens, mask), (parallel.batch_sharding(mesh),) * 2

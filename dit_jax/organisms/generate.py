@@ -20,7 +20,7 @@ from dit_jax.data.batch import TokenBatch, entry_limit, fits, stack
 from dit_jax.data.organisms import NONE, Organism
 from dit_jax.data.reference import couple_losses
 from dit_jax.deltas import store as diff_store
-from dit_jax.deltas.tree import num_parameters
+from dit_jax.deltas.tree import abstract_stack, num_parameters
 from dit_jax.errors import DitError
 from dit_jax.metrics import Meter, Metrics, Profile, count_work
 from dit_jax.models.config import Qwen3Config
@@ -317,7 +317,7 @@ def abstract_step(
     widths = sample_widths(behaviour, diffs)
     num_ce = num_ce_samples(behaviour, diffs)
     one = jax.eval_shape(lambda: init_delta(config, jax.random.key(0), diffs))
-    deltas = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype), one)
+    deltas = abstract_stack(one, size, 0)
     if mesh is not None:
         split = shardings.delta_shardings(config, mesh, deltas, 0)
         deltas = shardings.with_shardings(deltas, split)

@@ -14,7 +14,14 @@ from dit_jax import artifacts, parallel, preemption, processes, shardings
 from dit_jax.api import Model, check_base
 from dit_jax.data.batch import TokenBatch
 from dit_jax.deltas.store import DiffStore
-from dit_jax.deltas.tree import abstract_lora, init_lora, per_example, trainable, with_scale
+from dit_jax.deltas.tree import (
+    abstract_lora,
+    abstract_stack,
+    init_lora,
+    per_example,
+    trainable,
+    with_scale,
+)
 from dit_jax.errors import DitError
 from dit_jax.metrics import Meter, Metrics, Profile, count_work, read_records
 from dit_jax.models.config import Qwen3Config
@@ -105,9 +112,7 @@ def abstract_step(
     adapter = abstract_lora(config, train.rank, train.projections)
     leaves = trainable(adapter)
     state = State(leaves, jax.eval_shape(optimizer.init, leaves))
-    diffs = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((x.shape[0], size, *x.shape[1:]), x.dtype), diff
-    )
+    diffs = abstract_stack(diff, size, 1)
     batch = shardings.abstract_batch(mesh, (size,), train.max_length, train.max_target)
     if mesh is not None:
         state = shardings.with_shardings(state, state_shardings(config, mesh, optimizer, state))
