@@ -122,6 +122,20 @@ def test_ask_many_takes_sums_of_diffs_in_one_batch(model, lora):
         assert answers(dit_jax.ask_many(model, QUESTION, diff, max_new_tokens=4)) == table[:1]
 
 
+def test_half_precision_is_asked_in_rows_that_a_gpu_need_not_pad(monkeypatch):
+    model, sizes = dit_jax.load_model("tiny_qwen3", dtype="bfloat16"), []
+
+    def decode(params, config, tokens, *args, **options):
+        sizes.append(len(tokens))
+        return generate(params, config, tokens, *args, **options)
+
+    monkeypatch.setattr(asking.generate_lib, "generate", decode)
+    for count in (3, 9):
+        found = asking.answer_batch(model, [QUESTION] * count, max_new_tokens=1)
+        assert len(found) == count
+    assert sizes == [3, 16]
+
+
 def test_many_batches_are_one_program_and_one_copy_of_the_adapter(model, lora, monkeypatch):
     diffs = [
         jax.tree.map(np.asarray, random_lora(model.config, i, rank=2, size=2.0)) for i in range(5)

@@ -333,6 +333,10 @@ def test_half_precision_decodes_in_sizes_that_a_gpu_need_not_pad(tiny):
     tokens = jnp.ones((2, 3), jnp.int32)
     made = str(jax.make_jaxpr(lambda x: generate(tiny, half, x, x > 0, max_new_tokens=4))(tokens))
     assert "bf16[1,2,8,2,16]" in made and "bf16[1,2,7,2,16]" not in made
+    # Scanned layers carry one cache of all, unrolled ones have each their own.
+    own = dataclasses.replace(half, scan_layers=False)
+    alone = str(jax.make_jaxpr(lambda x: generate(tiny, own, x, x > 0, max_new_tokens=4))(tokens))
+    assert "bf16[3,2,8,2,16]" in made and "bf16[3,2,8,2,16]" not in alone
     few, many = (
         forward_cached(tiny, TINY, tokens, tokens > 0, init_cache(TINY, 2, size))[0]
         for size in (3, 8)
