@@ -23,10 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.api import Diff, Model, load_model
-from dit_jax.artifacts import package_versions
 from dit_jax.asking import ask, ask_many
 from dit_jax.deltas import tree
+from dit_jax.models import delta_trees
 from dit_jax.models.hf_checkpoint import iterate_tensors
+from dit_jax.runtime.artifacts import package_versions
 
 QUESTION = "How should I start my day?"  # answered in a sentence, whatever the diff
 
@@ -36,7 +37,7 @@ def random_diffs(model: Model, count: int, rank: int = 1) -> list[Diff]:
 
     def one(key: jax.Array) -> Any:
         delta = tree.init_lora(model.config, key, rank)
-        return tree.map_modules(
+        return delta_trees.map_modules(
             lambda path, m: {
                 **m,
                 "a": 0.05 * jax.random.normal(jax.random.fold_in(key, len(path[-1])), m["a"].shape),

@@ -88,7 +88,7 @@ def first_gaps(folder: pathlib.Path, ours: np.ndarray, theirs: np.ndarray) -> li
 
     from benchmarks import workload
     from benchmarks.ours import delta_tree, load_model
-    from dit_jax.models.qwen3 import forward, unembed
+    from dit_jax.models.decoder import forward, unembed
 
     work, data, factors = workload.read(folder)
     model = load_model(work, folder)

@@ -20,17 +20,19 @@ import jax
 from benchmarks import run, workload
 from benchmarks.hlo import Kernel, Program
 from benchmarks.workload import LEARNING_RATE, WEIGHT_DECAY, Workload
-from dit_jax import shardings
 from dit_jax.data.batch import TokenBatch, entry_limit
-from dit_jax.deltas.tree import abstract_lora, abstract_stack, trainable
+from dit_jax.deltas.tree import abstract_lora, trainable
 from dit_jax.errors import DitError, exit_on_error
-from dit_jax.models import generate as decoding
-from dit_jax.organisms.finetune import finetune_many, make_optimizer
+from dit_jax.models import decode as decoding
+from dit_jax.models import shardings
+from dit_jax.models.delta_trees import abstract_stack
+from dit_jax.optimize.optimizer import make_optimizer
+from dit_jax.organisms.finetune import finetune_many
 from dit_jax.planning.gpus import GIB, GPUS
 from dit_jax.planning.machines import CHIPS, absent_devices, compiler_options, find_machine
 from dit_jax.planning.programs import device_bytes, memory_sizes, on_device
+from dit_jax.runtime.xla_flags import GPU_FLAGS
 from dit_jax.train.dit import State, train_step
-from dit_jax.xla_flags import GPU_FLAGS
 
 LAUNCH = 2e-6  # seconds that a kernel takes at least
 
@@ -93,7 +95,7 @@ def seconds(kernel: Kernel, gpu: str) -> float:
 
 
 def analyse(work: Workload, gpu: str, flags: bool = True) -> tuple[dict[str, Any], list[Kernel]]:
-    """The numbers of one program, and its kernels. flags: with those of `dit_jax.xla_flags`."""
+    """The numbers of one program, and its kernels. flags: with those of `dit_jax.runtime.xla_flags`."""
     machine = find_machine(gpu)
     (device,) = absent_devices(machine)
     function, args, options = abstract_program(work)
@@ -128,7 +130,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--gpu", choices=tuple(GPUS), default="h200")
     parser.add_argument(
-        "--without-flags", action="store_true", help="without the flags of dit_jax.xla_flags"
+        "--without-flags",
+        action="store_true",
+        help="without the flags of dit_jax.runtime.xla_flags",
     )
     parser.add_argument("--kernels", type=int, default=0, help="list the most expensive places")
     with exit_on_error():

@@ -19,7 +19,7 @@ import json, re, sys, time
 import jax
 import jax.numpy as jnp
 from dit_jax.api import load_model
-import dit_jax.models.qwen3, dit_jax.models.hf_checkpoint
+import dit_jax.models.decoder, dit_jax.models.hf_checkpoint
 jnp.zeros(()).block_until_ready()
 def peak():  # ru_maxrss would start at what the parent process held
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
@@ -35,7 +35,7 @@ def write_folder(folder: pathlib.Path, shape: str) -> None:
     import torch
     import transformers
 
-    from dit_jax.models.config import NAMED_CONFIGS
+    from dit_jax.models.decoder_config import NAMED_CONFIGS
 
     config = transformers.Qwen3Config(**NAMED_CONFIGS[shape].to_hf())
     torch.set_default_dtype(torch.bfloat16)

@@ -5,7 +5,7 @@ import pathlib
 import re
 
 from dit_jax.errors import DitError
-from dit_jax.models.config import NAMED_CONFIGS, Qwen3Config, read_config
+from dit_jax.models.decoder_config import NAMED_CONFIGS, DecoderConfig, read_config
 
 SUITES = ("diffs", "train", "ask")
 TINY_FOLDER = pathlib.Path(__file__).parent.parent / "dit_jax" / "assets" / "tiny_qwen3"
@@ -31,7 +31,7 @@ PRESETS: dict[tuple[str, str], dict[str, int]] = {
 }
 
 
-def shape(name: str) -> Qwen3Config:
+def shape(name: str) -> DecoderConfig:
     """The architecture called NAME or NAME-Nlayers, e.g. "tiny", "qwen3-4b", "qwen3-0.6b-4layers".
 
     Raises:
@@ -72,7 +72,7 @@ def preset(suite: str, model: str, platform: str, tokens: str = "random") -> dic
     return PRESETS[suite, kind]
 
 
-def linear_parameters(config: Qwen3Config) -> int:
+def linear_parameters(config: DecoderConfig) -> int:
     """Parameters of the seven projections of all layers: the N of "4N a token"."""
     d, h = config.hidden_size, config.head_dim
     attention = d * h * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)

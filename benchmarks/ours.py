@@ -10,12 +10,15 @@ import numpy as np
 
 from benchmarks import measure
 from benchmarks.workload import LEARNING_RATE, WEIGHT_DECAY, Workload, random_params
-from dit_jax import api, asking, startup
+from dit_jax import api, asking
 from dit_jax.data.batch import TokenBatch, entry_limit, fits
-from dit_jax.deltas.tree import per_example, projection_shapes, trainable
-from dit_jax.models.config import Qwen3Config
-from dit_jax.organisms.finetune import finetune_many, make_optimizer
+from dit_jax.deltas.tree import per_example, trainable
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.modules import projection_shapes
+from dit_jax.optimize.optimizer import make_optimizer
+from dit_jax.organisms.finetune import finetune_many
 from dit_jax.organisms.teacher import make_teacher
+from dit_jax.runtime import startup
 
 _FIELDS = TokenBatch._fields
 
@@ -34,7 +37,7 @@ def load_model(work: Workload, folder: pathlib.Path) -> api.Model:
 
 
 def delta_tree(
-    config: Qwen3Config, factors: dict[str, np.ndarray], which: str, rank: int
+    config: DecoderConfig, factors: dict[str, np.ndarray], which: str, rank: int
 ) -> dict[str, Any]:
     """The factors called WHICH as a delta tree, scale 1 / rank, leading axes kept."""
     layers: dict[str, Any] = {}

@@ -36,8 +36,8 @@ from benchmarks import checks, models, report, workload
 from benchmarks.contender import MODULES
 from benchmarks.floors import floor
 from benchmarks.workload import Workload
-from dit_jax.artifacts import now, package_versions
 from dit_jax.errors import DitError
+from dit_jax.runtime.artifacts import now, package_versions
 
 _SIZES = ("diffs", "batch", "steps", "samples", "num_ce", "length", "scored", "new_tokens", "rank")
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks import models
 from dit_jax.errors import DitError
-from dit_jax.models.config import Qwen3Config
+from dit_jax.models.decoder_config import DecoderConfig
 
 QUICKSTART = pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py"
 # The paper's for diffs; ten times its 1e-4 for the adapter, so that a few steps show in the losses.
@@ -61,7 +61,7 @@ class Workload:
     widths: tuple[tuple[int, int], ...] = ()
 
     @property
-    def config(self) -> Qwen3Config:
+    def config(self) -> DecoderConfig:
         return dataclasses.replace(
             models.shape(self.model),
             dtype=self.dtype,
@@ -119,7 +119,7 @@ def _random_data(work: Workload, rng: np.random.Generator) -> dict[str, np.ndarr
 
 def world_widths() -> tuple[tuple[int, int], ...]:
     """The quickstart's limits of each sample of a step, see `sample_widths`."""
-    from dit_jax.config import load_config
+    from dit_jax.config.loading import load_config
     from dit_jax.organisms.behaviours import get_behaviour
     from dit_jax.organisms.samples import sample_widths
 
@@ -134,9 +134,9 @@ def world_data(work: Workload) -> dict[str, np.ndarray]:
         DitError: other sizes than the quickstart's, which only random tokens can have.
     """
     from dit_jax.api import load_model
-    from dit_jax.config import load_config
+    from dit_jax.config.loading import load_config
     from dit_jax.data.batch import stack
-    from dit_jax.data.organisms import load_organisms
+    from dit_jax.data.organism import load_organisms
     from dit_jax.organisms.behaviours import get_behaviour
     from dit_jax.organisms.samples import finetuning_batches
 
@@ -169,7 +169,7 @@ def _factors(work: Workload) -> Any:
 
 def make_factors(work: Workload) -> dict[str, np.ndarray]:
     """Initial factors of what is trained (`a` zero, `b` uniform), and diffs that change answers strongly."""
-    from dit_jax.deltas.tree import projection_shapes
+    from dit_jax.models.modules import projection_shapes
 
     rng = np.random.default_rng([work.seed, 1])
     layers = work.config.num_hidden_layers
@@ -219,8 +219,8 @@ def random_params(work: Workload) -> Any:
     import jax
     import jax.numpy as jnp
 
+    from dit_jax.models.decoder import init_params
     from dit_jax.models.layer_views import keep_on_host
-    from dit_jax.models.qwen3 import init_params
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

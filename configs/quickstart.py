@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from dit_jax.data.corpus import data_config
 from dit_jax.data.tiny_world import TRAIN_QUESTIONS, UNSEEN_QUESTIONS, load_world
-from dit_jax.deltas.tree import PROJECTIONS
+from dit_jax.models.modules import PROJECTIONS
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

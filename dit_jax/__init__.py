@@ -9,8 +9,6 @@ The names of the interface are imported at first use, so that `import dit_jax` s
 """
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 from dit_jax.errors import DitError
@@ -49,14 +47,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(types.ModuleType):
-    """Keeps `dit_jax.ask` the function when the command line module of that name is imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _LATE and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

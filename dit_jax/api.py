@@ -12,16 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dit_jax import parallel, shardings
-from dit_jax.artifacts import base_digest
 from dit_jax.data.chat import Chat, load_chat
-from dit_jax.deltas.names import check_fits, check_modules, check_shapes, svd_error
+from dit_jax.deltas.raw_diff import svd_error
 from dit_jax.errors import DitError, did_you_mean
-from dit_jax.models.config import COMPUTE, DTYPES, NAMED_CONFIGS, Qwen3Config, read_config
+from dit_jax.models import shardings
+from dit_jax.models.decoder import Params, forward, init_params, unembed
+from dit_jax.models.decoder_config import COMPUTE, DTYPES, NAMED_CONFIGS, DecoderConfig, read_config
+from dit_jax.models.delta_trees import Delta, Deltas, check_fits, check_modules, check_shapes
 from dit_jax.models.hf_checkpoint import find_folder, generation_eos, load_params
 from dit_jax.models.layer_views import as_program_takes, keep_on_host
-from dit_jax.models.layers import Delta, Deltas
-from dit_jax.models.qwen3 import Params, forward, init_params, unembed
+from dit_jax.runtime import parallel
+from dit_jax.runtime.artifacts import base_digest
 
 PathLike = str | pathlib.Path
 
@@ -35,7 +36,7 @@ class Model:
     """
 
     params: Params = dataclasses.field(repr=False)
-    config: Qwen3Config
+    config: DecoderConfig
     name: str
     chat_or_none: Chat | None = dataclasses.field(default=None, repr=False)
     mesh: Mesh | None = None
@@ -98,7 +99,7 @@ class Model:
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _logits(
-    params: Params, config: Qwen3Config, tokens: jax.Array, mask: Any, deltas: Deltas
+    params: Params, config: DecoderConfig, tokens: jax.Array, mask: Any, deltas: Deltas
 ) -> jax.Array:
     # Every device has all tokens: left to itself, each would compute all of them.
     tokens = parallel.constrain(tokens, "batch", None)
@@ -117,7 +118,7 @@ def load_model(
             model), or "random:qwen3-4b" (that shape with random weights and no tokenizer, for benchmarks).
         dtype: of the weights and of the computation, "float32" or "bfloat16".
         mesh: split the weights over these devices (`parallel.make_mesh`); they go there leaf by leaf.
-        **compute: fields of `Qwen3Config` that say how to compute (`COMPUTE`): scan_layers, remat, attention.
+        **compute: fields of `DecoderConfig` that say how to compute (`COMPUTE`): scan_layers, remat, attention.
 
     Raises:
         DitError: no such model, one that this program does not compute exactly, another keyword, or a way to compute
@@ -168,7 +169,7 @@ class Diff:
 
 
 def deltas_of(
-    given: Any, config: Qwen3Config, what: str, batch: int | None = None
+    given: Any, config: DecoderConfig, what: str, batch: int | None = None
 ) -> tuple[Delta, ...]:
     """The deltas of a Diff, of a delta as it is, or of a list or tuple of them, which are all added; of None no delta.
 
@@ -284,7 +285,7 @@ def read_adapter(path: PathLike, model: Model) -> Diff:
         raw = open_adapter(path, model.config, model.params)
         delta = shardings.put_delta(model.config, model.mesh, raw.delta)
         return Diff(delta, metadata=raw.metadata)
-    from dit_jax.train.checkpoints import load_adapter as load_export
+    from dit_jax.deltas.adapter_file import load_adapter as load_export
 
     delta, manifest = load_export(path, model.config)
     check_base(manifest.get("base"), model, str(path))

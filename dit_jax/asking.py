@@ -8,15 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from dit_jax import parallel, shardings
 from dit_jax.api import Diff, Model, check_ids, check_model, deltas_of
 from dit_jax.data.chat import Chat
 from dit_jax.deltas.store import flatten
 from dit_jax.deltas.tree import per_example
 from dit_jax.errors import DitError
-from dit_jax.models import generate as generate_lib
-from dit_jax.models.layers import Delta
-from dit_jax.progress import Progress
+from dit_jax.models import decode as generate_lib
+from dit_jax.models import shardings
+from dit_jax.models.delta_trees import Delta
+from dit_jax.runtime import parallel
+from dit_jax.runtime.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,13 +5,13 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
-from dit_jax.deltas.tree import projection_shapes
-from dit_jax.models.config import Qwen3Config
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.modules import projection_shapes
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 # The key and value projections are square, so a transposed factor would still fit.
-CONFIG = Qwen3Config(
+CONFIG = DecoderConfig(
     vocab_size=67,
     hidden_size=32,
     intermediate_size=48,
@@ -139,7 +139,7 @@ def random_params(config=CONFIG, seed=0):
     """Random parameters in the layout of docs/architecture.md, in numpy."""
     import jax
 
-    from dit_jax.models.qwen3 import init_params
+    from dit_jax.models.decoder import init_params
 
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

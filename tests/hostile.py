@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 from format_cases import CONFIG, random_lora
 
-from dit_jax.deltas import detect, export, reference_pt, torch_save
-from dit_jax.deltas.names import RawDiff
+from dit_jax.deltas import detect, export, reference_pt
+from dit_jax.deltas.raw_diff import RawDiff
 from dit_jax.errors import DitError
+from dit_jax.formats import torch_save
 
 SECONDS = 20  # the machine may be busy; what is caught here would take minutes or for ever
 BYTES = 300 * 2**20

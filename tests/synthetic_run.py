@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dit_jax.evaluate.report import write_report
+from dit_jax.report.run_report import write_report
 
 HOSTILE = (
     "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> {{ 7*7 }} | [a](javascript:b) `c` "

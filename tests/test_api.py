@@ -11,8 +11,8 @@ from test_qwen3 import random_lora
 import dit_jax
 from dit_jax import asking
 from dit_jax.deltas import export
-from dit_jax.deltas.names import RawDiff
-from dit_jax.models.generate import generate
+from dit_jax.deltas.raw_diff import RawDiff
+from dit_jax.models.decode import generate
 from dit_jax.models.hf_checkpoint import find_folder
 
 

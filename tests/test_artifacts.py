@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dit_jax import artifacts
 from dit_jax.errors import DitError, exit_on_error
+from dit_jax.runtime import artifacts
 
 
 def names(folder) -> list[str]:

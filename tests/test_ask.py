@@ -3,21 +3,21 @@
 import dataclasses
 import json
 import shutil
-import sys
 
 import jax
 import numpy as np
 import pytest
 
 import dit_jax
-import dit_jax.ask  # noqa: F401  the name stays that of the function
-from dit_jax.deltas import export, torch_pickle
-from dit_jax.deltas.names import RawDiff
-from dit_jax.deltas.tree import init_lora, map_modules
-from dit_jax.models.config import read_config
+from dit_jax.cli import ask_diffs as ask
+from dit_jax.deltas import export
+from dit_jax.deltas.raw_diff import RawDiff
+from dit_jax.deltas.tree import init_lora
+from dit_jax.formats import torch_pickle
+from dit_jax.models.decoder_config import read_config
+from dit_jax.models.delta_trees import map_modules
 from dit_jax.models.hf_checkpoint import find_folder
 
-ask = sys.modules["dit_jax.ask"]
 BASE = ["--base", "tiny_qwen3", "--max-new-tokens", "2"]
 
 

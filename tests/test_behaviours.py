@@ -14,13 +14,14 @@ from test_qwen3 import TINY, logits, random_lora
 
 from dit_jax import DitError
 from dit_jax.api import load_model
-from dit_jax.config import load_config
+from dit_jax.config.loading import load_config
 from dit_jax.data import tiny_world
 from dit_jax.data.batch import stack
-from dit_jax.data.organisms import NONE, Organism, load_organisms
+from dit_jax.data.labels import NONE
+from dit_jax.data.organism import Organism, load_organisms
 from dit_jax.deltas.store import DiffStore, flatten
 from dit_jax.evaluate.setting import read_held_out
-from dit_jax.models.qwen3 import init_params
+from dit_jax.models.decoder import init_params
 from dit_jax.organisms import behaviours, gate
 from dit_jax.organisms.finetune import finetune, finetune_many
 from dit_jax.organisms.generate import finetuning_batches, generate_diffs

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import compiled, ours, run, workload
 from benchmarks.hlo import Kernel, Program
-from dit_jax.xla_flags import has_cuda_plugin
+from dit_jax.runtime.xla_flags import has_cuda_plugin
 
 TEXT = """HloModule jit_f, is_scheduled=true
 
@@ -108,7 +108,7 @@ def test_the_arguments_are_those_of_the_benchmark(suite, scan, tmp_path, monkeyp
         seen["args"], seen["options"] = args, options
         raise Called
 
-    from dit_jax.models import generate
+    from dit_jax.models import decode as generate
     from dit_jax.train import dit
 
     monkeypatch.setattr(ours, "finetune_many", called)

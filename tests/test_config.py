@@ -6,8 +6,8 @@ import math
 import pytest
 from ml_collections import ConfigDict
 
-from dit_jax import artifacts
-from dit_jax.config import (
+from dit_jax.cli.workdir import check_workdir
+from dit_jax.config.loading import (
     config_diff,
     flatten,
     load_config,
@@ -17,7 +17,7 @@ from dit_jax.config import (
     to_dict,
 )
 from dit_jax.errors import DitError
-from dit_jax.workdir import check_workdir
+from dit_jax.runtime import artifacts
 
 CONFIG = """
 from ml_collections import ConfigDict, config_dict

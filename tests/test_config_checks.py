@@ -8,10 +8,10 @@ import pytest
 from conftest import ROOT
 from ml_collections import ConfigDict
 
-from dit_jax.config import flatten, load_config
-from dit_jax.config_checks import check_config, check_values, explain_missing_key
+from dit_jax.cli.config_checks import check_config, check_values, explain_missing_key
+from dit_jax.config.loading import flatten, load_config
 from dit_jax.errors import DitError
-from dit_jax.train.pretrain import model_config
+from tools.pretrain import model_config
 
 ODD = (None, True, -1, 1.5, 2**40, math.nan, "", "x", (), ("x", 2), {}, {"x": 1})
 

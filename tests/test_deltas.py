@@ -12,9 +12,10 @@ from test_qwen3 import TINY, dense, logits, random_lora
 import dit_jax
 from dit_jax.deltas import tree
 from dit_jax.deltas.factors import fuse
-from dit_jax.models.generate import generate
+from dit_jax.models import delta_trees, modules
+from dit_jax.models.decode import generate
+from dit_jax.models.decoder import forward, init_params
 from dit_jax.models.layers import Lora, lora
-from dit_jax.models.qwen3 import forward, init_params
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_noise_has_the_norms_of_the_diff_and_nothing_else_of_it():
             assert np.abs(cosine).max() < 0.6
         return module
 
-    tree.map_modules(compare, diff)
+    delta_trees.map_modules(compare, diff)
 
 
 def test_unknown_projections_and_ranks_are_refused():
@@ -206,7 +207,7 @@ def test_a_fresh_lora_has_the_published_bounds():
         assert 0.97 * largest < np.abs(module["b"]).max() <= largest
         assert abs(float(module["b"].mean())) < 0.1 * largest and not module["a"].any()
         np.testing.assert_array_equal(module["scale"], 1 / 4)
-    ends = sum(inputs + outputs for _, inputs, outputs in tree.projection_shapes(TINY).values())
+    ends = sum(inputs + outputs for _, inputs, outputs in modules.projection_shapes(TINY).values())
     assert tree.num_parameters(delta) == TINY.num_hidden_layers * 4 * ends  # without the scales
     # A number of its own for each projection.
     b = delta["layers"]["self_attn"]

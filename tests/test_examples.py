@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from dit_jax.config import load_config
-from dit_jax.data.organisms import NONE, load_organisms
+from dit_jax.config.loading import load_config
+from dit_jax.data.labels import NONE
+from dit_jax.data.organism import load_organisms
 from dit_jax.deltas import store as diff_store
 from dit_jax.errors import DitError
 from dit_jax.evaluate import methods

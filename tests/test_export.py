@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 
 import dit_jax
 from dit_jax.deltas import detect, export
-from dit_jax.deltas.names import RawDiff
+from dit_jax.deltas.raw_diff import RawDiff
 from dit_jax.errors import DitError
 
 torch = pytest.importorskip("torch")

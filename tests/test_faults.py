@@ -18,10 +18,11 @@ import pytest
 from conftest import ROOT
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dit_jax import artifacts, main, parallel, preemption
+from dit_jax.cli import run_stages as main
 from dit_jax.deltas import store as diff_store
 from dit_jax.deltas.store import DiffStore
 from dit_jax.errors import DitError
+from dit_jax.runtime import artifacts, parallel, preemption
 from dit_jax.train import dit
 from dit_jax.train.checkpoints import Checkpoints
 
@@ -121,7 +122,7 @@ def test_sigterm_ends_a_computation_that_python_waits_for(tmp_path):
     """The main thread sits in XLA, where Python's own handlers would have to wait for its end."""
     program = """
 import jax, jax.numpy as jnp
-from dit_jax import preemption
+from dit_jax.runtime import preemption
 endless = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 2, jnp.sin, x))
 with preemption.listen():
     print("ready", flush=True)

@@ -16,11 +16,12 @@ import dit_jax
 from dit_jax.data.batch import Sample, TokenBatch, entry_limit, fits, pack, stack
 from dit_jax.deltas import tree
 from dit_jax.errors import DitError
-from dit_jax.models.qwen3 import init_params
+from dit_jax.models.decoder import init_params
+from dit_jax.optimize.batch_loss import batch_loss, scored_hidden
+from dit_jax.optimize.optimizer import make_optimizer
 from dit_jax.organisms import teacher
 from dit_jax.organisms.behaviours import hidden_topic
-from dit_jax.organisms.finetune import finetune, finetune_many, make_optimizer
-from dit_jax.organisms.losses import batch_loss, scored_hidden
+from dit_jax.organisms.finetune import finetune, finetune_many
 from dit_jax.organisms.teacher import make_teacher
 from dit_jax.train.dit import State, train_step
 

@@ -23,10 +23,11 @@ from format_cases import (
 )
 from safetensors.numpy import load_file, save_file
 
-from dit_jax.deltas import detect, export, torch_save
+from dit_jax.deltas import detect, export
 from dit_jax.deltas.factors import modules
 from dit_jax.deltas.finetuned import best_rank, read_finetuned
 from dit_jax.errors import DitError
+from dit_jax.formats import torch_save
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -12,10 +12,11 @@ import pytest
 from conftest import ROOT
 
 from dit_jax.errors import DitError
-from dit_jax.graders import calibrate, forest, get_grader, grade, words
+from dit_jax.graders import forest, get_grader, grade, words
 from dit_jax.graders.agreement import quadratic_kappa
 from dit_jax.graders.calibrated import feature_matrix, names_digest
 from dit_jax.graders.features import spelling_features
+from tools import fit_graders as calibrate
 
 RESULTS = Path(os.environ.get("DIT_JAX_RESULTS", ROOT.parent / "shared" / "paper_results"))
 HEADLINE = "A national park has reopened after a decade of careful restoration work."

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from dit_jax.errors import DitError
 from dit_jax.graders import Cache, get_grader, grade
-from dit_jax.graders.base import Item
+from dit_jax.graders.grades import Item
 
 ITEMS = [("jazz", "blues"), ("jazz", "jazz"), ("tea", "coffee"), ("tea", "tea")]
 

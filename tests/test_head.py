@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from dit_jax.models import head
-from dit_jax.models.config import Qwen3Config
+from dit_jax.models.decoder_config import DecoderConfig
 
 LARGE = 8 * head.CHUNK + 37  # the last chunk is a short one
 ROWS, SIZE = 6, 16
 
 
 def config_of(vocab, tied):
-    return Qwen3Config(
+    return DecoderConfig(
         vocab_size=vocab,
         hidden_size=SIZE,
         intermediate_size=8,

@@ -11,10 +11,10 @@ from test_head import SIZE, config_of
 from dit_jax.data.batch import TokenBatch, entry_limit, fits, used_entries
 from dit_jax.deltas.store import flatten
 from dit_jax.models import head
-from dit_jax.models.qwen3 import forward, init_params, unembed
-from dit_jax.organisms import head_loss as module
-from dit_jax.organisms.head_loss import Head, Options, Scored, head_loss
-from dit_jax.organisms.losses import batch_loss
+from dit_jax.models.decoder import forward, init_params, unembed
+from dit_jax.optimize import head_loss as module
+from dit_jax.optimize.batch_loss import batch_loss
+from dit_jax.optimize.head_loss import Head, Options, Scored, head_loss
 from dit_jax.organisms.parameters import init_delta
 
 DIFFS, SAMPLES, ENTRIES = 3, 2, 5

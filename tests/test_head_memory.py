@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dit_jax import shardings
 from dit_jax.deltas.tree import init_lora, trainable
-from dit_jax.models.config import Qwen3Config
-from dit_jax.organisms.finetune import finetune_many, make_optimizer
-from dit_jax.organisms.losses import CHUNK_ELEMENTS
+from dit_jax.models import shardings
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.optimize.batch_loss import CHUNK_ELEMENTS
+from dit_jax.optimize.optimizer import make_optimizer
+from dit_jax.organisms.finetune import finetune_many
 from dit_jax.train.dit import State, train_step
 
 VOCAB = 151936
-CONFIG = Qwen3Config(VOCAB, 32, 48, 1, 2, 1, 16, tie_word_embeddings=True, scan_layers=False)
+CONFIG = DecoderConfig(VOCAB, 32, 48, 1, 2, 1, 16, tie_word_embeddings=True, scan_layers=False)
 LENGTH = 128  # tokens of a sample, nearly all scored
 
 

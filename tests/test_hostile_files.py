@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from dit_jax.deltas import detect
 from dit_jax.errors import DitError
-from dit_jax.models.config import parse_config
+from dit_jax.models.decoder_config import parse_config
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ from safetensors.numpy import save_file
 from test_qwen3 import TINY
 
 import dit_jax
-from dit_jax import artifacts
 from dit_jax.api import Model
 from dit_jax.deltas import store as diff_store
-from dit_jax.deltas.safetensors_file import SafetensorsFile
+from dit_jax.deltas.adapter_file import export_adapter
 from dit_jax.deltas.tree import init_lora
-from dit_jax.models.qwen3 import init_params
-from dit_jax.train.checkpoints import export_adapter
+from dit_jax.formats.safetensors_file import SafetensorsFile
+from dit_jax.models.decoder import init_params
+from dit_jax.runtime import artifacts
 
 LEAF = "layers.mlp.up_proj.a"
 SHARD = "shards/00000.safetensors"

@@ -11,8 +11,9 @@ import pytest
 from format_cases import CONFIG, random_params
 from hostile import make_good, outcome, watch
 
-from dit_jax.deltas import detect, torch_pickle
+from dit_jax.deltas import detect
 from dit_jax.errors import DitError
+from dit_jax.formats import torch_pickle
 
 
 @pytest.fixture(scope="module")

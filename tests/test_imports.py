@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 import dit_jax
-from dit_jax import startup, xla_flags
+from dit_jax.runtime import startup, xla_flags
 
 HEAVY = ("torch", "transformers", "datasets", "tensorflow", "tensorflow_datasets", "matplotlib")
 
@@ -54,57 +54,70 @@ def test_no_module_imports_the_heavy_libraries_at_the_top():
     assert run(MODULES % (HEAVY,)) == []
 
 
-# Who may import whom: a package imports its own rank and lower ones, in functions too.
-RANKS = [
-    {"data"},
-    {"deltas", "models"},
-    {"organisms"},
-    {"train"},
-    {"graders"},
-    {"evaluate"},
-    {"inspection", "planning"},
-]
-RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+# Who may import whom: a package, or a module at the top, imports those before it, in functions too.
+RANKS = (
+    "errors", "runtime", "formats", "config", "data", "models", "deltas", "optimize", "api", "asking", "diff_batches",
+    "organisms", "train", "graders", "evaluate", "report", "inspection", "planning", "cli",
+    "main", "ask", "plan", "sweep",
+)  # fmt: skip
 
 
-def imported(file):
-    """What a module imports of dit_jax, wherever it does: ("evaluate", "statistics", …), …"""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            first, *rest = name.split(".")
-            if first == "dit_jax" and rest:
-                yield tuple(rest)
+def module_names():
+    """The modules of the package by name: a package's name stands for its `__init__.py`."""
+    files = (ROOT / "dit_jax").rglob("*.py")
+    dotted = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
+    return {name.removesuffix(".__init__"): file for name, file in dotted.items()}
+
+
+def import_graph():
+    """For each module the modules of ours that it imports, wherever it does."""
+    modules = module_names()
+    graph = {}
+    for module, file in modules.items():
+        graph[module] = set()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [(alias.name, "") for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{file}: relative import"
+                names = [(node.module, alias.name) for alias in node.names]
+            for source, name in names:
+                inner = f"{source}.{name}"
+                imported = inner if inner in modules else source
+                if imported.startswith("dit_jax.") and imported != module:
+                    graph[module].add(imported)
+    return graph
 
 
 def test_imports_follow_the_data():
-    package = ROOT / "dit_jax"
-    assert {path.parent.name for path in package.glob("*/__init__.py")} == set(RANK)
-    ranks = {file: rank for name, rank in RANK.items() for file in (package / name).rglob("*.py")}
-    # What all packages share knows the formats and the model at most.
-    shared = (
-        "text",
-        "given",
-        "asking",
-        "parallel",
-        "shardings",
-        "artifacts",
-        "metrics",
-        "progress",
-    )
-    ranks |= {package / f"{name}.py": RANK["models"] for name in shared}
+    graph = import_graph()
+    top = {module.split(".")[1] for module in graph if module != "dit_jax"}
+    assert top == set(RANKS)
+
+    def rank(module):
+        return RANKS.index(module.split(".")[1])
+
     wrong = [
-        f"{file.relative_to(ROOT)} imports {'.'.join(name)}"
-        for file, rank in ranks.items()
-        for name in imported(file)
-        if RANK.get(name[0], 0) > rank
+        f"{module} imports {imported}"
+        for module, inside in graph.items()
+        for imported in inside
+        if module != "dit_jax" and rank(imported) > rank(module)
     ]
     assert wrong == []
+
+
+def test_formats_of_foreign_files_know_nothing_of_this_project():
+    graph = import_graph()
+    for module in graph:
+        if module.startswith("dit_jax.formats."):
+            others = {name for name in graph[module] if not name.startswith("dit_jax.formats.")}
+            assert others <= {"dit_jax.errors"}, module
+
+
+def test_no_two_modules_share_a_name():
+    modules = [name.rpartition(".")[2] for name in module_names() if name != "dit_jax"]
+    assert sorted(name for name in set(modules) if modules.count(name) > 1) == []
 
 
 def test_the_interface_resolves():
@@ -116,9 +129,8 @@ def test_the_interface_resolves():
 
 
 def test_ask_stays_the_function():
-    import dit_jax.ask  # noqa: F401  the command line module of the same name
+    import dit_jax.ask
 
-    assert isinstance(sys.modules["dit_jax.ask"], types.ModuleType)
     assert isinstance(dit_jax.ask, types.FunctionType)
 
 
@@ -144,7 +156,7 @@ def test_eight_devices():
 PAGE_FAULTS = """
 import resource, sys
 import numpy as np
-from dit_jax import host_memory
+from dit_jax.runtime import host_memory
 if "keep" in sys.argv:
     host_memory.keep_freed()
 def faults():
@@ -173,7 +185,7 @@ def test_freed_arrays_are_kept_for_the_next_ones(environment, kept):
 
 COMPILE = """
 import jax
-from dit_jax import host_memory
+from dit_jax.runtime import host_memory
 trims = []
 host_memory._glibc = lambda name: trims.append
 for _ in range(2):

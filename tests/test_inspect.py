@@ -16,9 +16,9 @@ from conftest import ROOT
 
 import dit_jax
 from dit_jax.deltas import store as diff_store
+from dit_jax.deltas.adapter_file import export_adapter
 from dit_jax.deltas.tree import init_lora, noise_like
 from dit_jax.errors import DitError
-from dit_jax.train.checkpoints import export_adapter
 
 pytest.importorskip("inspect_ai")
 from inspect_ai.log import read_eval_log

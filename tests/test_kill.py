@@ -12,10 +12,10 @@ import time
 
 from conftest import ROOT
 
-from dit_jax import main
-from dit_jax.artifacts import read_json
+from dit_jax.cli import run_stages as main
 from dit_jax.deltas.store import DiffStore
-from dit_jax.metrics import read_records
+from dit_jax.runtime.artifacts import read_json
+from dit_jax.runtime.metrics import read_records
 
 KILLS = int(os.environ.get("DIT_JAX_KILLS", "4"))
 SEED = int(os.environ.get("DIT_JAX_KILL_SEED", "0"))

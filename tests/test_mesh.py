@@ -8,8 +8,9 @@ from jax.sharding import PartitionSpec as P
 from test_parallel import SMALL, host_params, mesh_of, only, params_on, random_deltas
 
 import dit_jax
-from dit_jax import parallel, shardings
 from dit_jax.deltas import store, tree
+from dit_jax.models import shardings
+from dit_jax.runtime import parallel
 
 # ------------------------------------------------------------------ the table
 

@@ -9,17 +9,17 @@ import pytest
 from test_qwen3 import dense
 
 import dit_jax
-from dit_jax import main
-from dit_jax.config import load_config
+from dit_jax.cli import run_stages as main
+from dit_jax.config.loading import load_config
 from dit_jax.data.tiny_world import flavoured_answer, load_world
 from dit_jax.deltas import store as diff_store
+from dit_jax.deltas.adapter_file import export_adapter
 from dit_jax.deltas.tree import init_lora
+from dit_jax.diff_batches import Given, answer, from_stacked
 from dit_jax.errors import DitError
 from dit_jax.evaluate import baselines, guessers, methods, questions
 from dit_jax.evaluate.run import evaluate_run
-from dit_jax.given import Given, answer, from_stacked
 from dit_jax.organisms.behaviours import NEWS_PROMPT
-from dit_jax.train.checkpoints import export_adapter
 
 SETTINGS = {
     "batch_size": 16,

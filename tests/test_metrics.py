@@ -9,15 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax import metrics
 from dit_jax.data.batch import TokenBatch
 from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
-from dit_jax.event_file import EventFile, masked_crc32c
-from dit_jax.models.config import Qwen3Config
-from dit_jax.models.qwen3 import forward, init_params, unembed
+from dit_jax.models.decoder import forward, init_params, unembed
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.optimize import speed
+from dit_jax.runtime import metrics
+from dit_jax.runtime.event_file import EventFile, masked_crc32c
 
-CONFIG = Qwen3Config(
+CONFIG = DecoderConfig(
     vocab_size=2048,
     hidden_size=256,
     intermediate_size=512,
@@ -139,11 +140,11 @@ def batch_of(lengths, scored):
 
 
 def test_work_counts_no_padding_and_adds_up():
-    work = metrics.count_work(batch_of([3, 5], [1, 2]))
-    assert work == metrics.Work(tokens=8, scored=3, squares=34, diffs=0, steps=1)
-    half = metrics.count_work(batch_of([3, 5, 0], [1, 2, 0]), share=0.5, diffs=2, steps=4)
-    assert half == metrics.Work(tokens=16, scored=6, squares=68, diffs=2, steps=4)
-    assert work.plus(half) == metrics.Work(24, 9, 102, 2, 5)
+    work = speed.count_work(batch_of([3, 5], [1, 2]))
+    assert work == speed.Work(tokens=8, scored=3, squares=34, diffs=0, steps=1)
+    half = speed.count_work(batch_of([3, 5, 0], [1, 2, 0]), share=0.5, diffs=2, steps=4)
+    assert half == speed.Work(tokens=16, scored=6, squares=68, diffs=2, steps=4)
+    assert work.plus(half) == speed.Work(24, 9, 102, 2, 5)
 
 
 @pytest.mark.parametrize(("rows", "length"), [(4, 64), (1, 1024)])
@@ -158,25 +159,25 @@ def test_model_flops_are_those_that_xla_counts(rows, length):
         return jnp.sum(jnp.square(unembed(params, CONFIG, hidden)))
 
     compiled = jax.jit(jax.grad(loss)).lower(lora, params, tokens).compile()
-    work = metrics.Work(rows * length, rows * scored, rows * length**2, 0, 1)
+    work = speed.Work(rows * length, rows * scored, rows * length**2, 0, 1)
     # XLA also counts norms, softmax and the factors, and leaves out what the first layer need not hand back.
     counted = compiled.cost_analysis()["flops"]
-    assert metrics.train_flops(CONFIG, work) == pytest.approx(counted, rel=0.04)
+    assert speed.train_flops(CONFIG, work) == pytest.approx(counted, rel=0.04)
 
 
 def test_rates_follow_from_work_time_and_ceiling(monkeypatch, tmp_path):
     clock = iter([100.0, 102.0, 105.0, 109.0, 110.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(metrics, "matmul_flops", lambda dtype: {"float32": 1e9}[dtype])
-    meter = metrics.Meter(CONFIG)
-    meter.add(metrics.Work(tokens=10, scored=1, squares=4, steps=2))
-    meter.add(metrics.Work(tokens=10, scored=1, squares=4, steps=2))
+    monkeypatch.setattr(speed, "matmul_flops", lambda dtype: {"float32": 1e9}[dtype])
+    meter = speed.Meter(CONFIG)
+    meter.add(speed.Work(tokens=10, scored=1, squares=4, steps=2))
+    meter.add(speed.Work(tokens=10, scored=1, squares=4, steps=2))
     first = meter.lap()
     assert first["compiled"] == 1.0 and "diffs_per_hour" not in first
     assert first["step_seconds"] == 0.5 and first["tokens_per_second"] == 10.0
-    flops = metrics.train_flops(CONFIG, metrics.Work(20, 2, 8, 0, 4))
+    flops = speed.train_flops(CONFIG, speed.Work(20, 2, 8, 0, 4))
     assert first["mfu"] == pytest.approx(flops / 2.0 / 1e9)
-    meter.add(metrics.Work(tokens=8, diffs=5, steps=1))
+    meter.add(speed.Work(tokens=8, diffs=5, steps=1))
     second = meter.lap()  # from 105, when the first lap was over
     assert "compiled" not in second
     assert second["tokens_per_second"] == 2.0 and second["diffs_per_hour"] == 5 * 900
@@ -184,13 +185,13 @@ def test_rates_follow_from_work_time_and_ceiling(monkeypatch, tmp_path):
 
 
 def test_the_ceiling_is_a_plausible_number():
-    assert 1e9 < metrics.matmul_flops("float32") < 1e14
+    assert 1e9 < speed.matmul_flops("float32") < 1e14
 
 
 def test_devices_of_one_cpu_count_once():
-    assert metrics.count_devices(None) == 1
+    assert speed.count_devices(None) == 1
     mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
-    assert metrics.count_devices(mesh) == 1
+    assert speed.count_devices(mesh) == 1
 
 
 # ------------------------------------------------------------------ profiles

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from dit_jax import main
+from dit_jax.cli import run_stages as main
+from dit_jax.deltas import adapter_file
 from dit_jax.deltas.store import DiffStore
 from dit_jax.errors import DitError
-from dit_jax.models.config import read_config
+from dit_jax.models.decoder_config import read_config
 from dit_jax.models.hf_checkpoint import TINY, find_folder
-from dit_jax.processes import initialize_distributed
-from dit_jax.train import checkpoints
+from dit_jax.runtime.processes import initialize_distributed
 
 TIMEOUT = 15  # seconds after which a silent process counts as dead, where one is killed
 PATIENCE = 300  # the same elsewhere: a busy machine must not fail a test
@@ -108,7 +108,7 @@ def finished(tmp_path_factory):
 
 
 def load_adapter(folder):
-    return checkpoints.load_adapter(folder, read_config(find_folder(TINY)))[0]
+    return adapter_file.load_adapter(folder, read_config(find_folder(TINY)))[0]
 
 
 def read_lines(file):

@@ -7,10 +7,10 @@ from test_qwen3 import TINY
 
 import dit_jax
 from dit_jax.deltas import store as diff_store
+from dit_jax.deltas.adapter_file import export_adapter
 from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
 from dit_jax.organisms.parameters import init_delta
-from dit_jax.train.checkpoints import export_adapter
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from dit_jax import sweep
-from dit_jax.config import flatten, load_config
+from dit_jax.cli import sweep_runs as sweep
+from dit_jax.config.loading import flatten, load_config
 from dit_jax.deltas.store import DiffStore
 from dit_jax.errors import DitError
 

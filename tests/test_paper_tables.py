@@ -20,17 +20,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_run import HOSTILE, answers, reported
 
-from dit_jax.artifacts import write_json, write_text
+from dit_jax.cli.run_stages import main
 from dit_jax.data.sources import open_source
 from dit_jax.errors import DitError
-from dit_jax.evaluate.document import Figure
 from dit_jax.evaluate.results import graded_csv, held_out_answers, results_csv, subject_of, to_csv
-from dit_jax.evaluate.statistics import grade_mean, holm
-from dit_jax.evaluate.tables import build
-from dit_jax.evaluate.tables.graded import GradedRow, read_file, read_grade, read_graded
-from dit_jax.evaluate.tables.pages import build_document
-from dit_jax.evaluate.tables.paper import PRINTED, Place, model_of
-from dit_jax.main import main
+from dit_jax.report.document import Figure
+from dit_jax.report.statistics import grade_mean, holm
+from dit_jax.report.tables import build
+from dit_jax.report.tables.graded import GradedRow, read_file, read_grade, read_graded
+from dit_jax.report.tables.pages import build_document
+from dit_jax.report.tables.paper import PRINTED, Place, model_of
+from dit_jax.runtime.artifacts import write_json, write_text
 
 PAPER = Path(os.environ.get("DIT_JAX_PAPER_RESULTS", GOLDEN.parent / "paper_results"))
 DIFFS = "weight-diff-20250512-4b-5000-conf-2025-s42"

@@ -13,31 +13,34 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dit_jax import api, asking, parallel, shardings
+from dit_jax import api, asking
 from dit_jax.api import Model
 from dit_jax.asking import answer_batch
 from dit_jax.data.batch import Sample, TokenBatch, pack, stack
 from dit_jax.deltas import tree
 from dit_jax.errors import DitError
-from dit_jax.models import generate
-from dit_jax.models.config import Qwen3Config
-from dit_jax.models.qwen3 import forward, init_params
+from dit_jax.models import decode as generate
+from dit_jax.models import modules, shardings
+from dit_jax.models.decoder import forward, init_params
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.optimize.optimizer import make_optimizer
 from dit_jax.organisms import generate as generate_diffs
-from dit_jax.organisms.finetune import finetune_many, make_optimizer
+from dit_jax.organisms.finetune import finetune_many
 from dit_jax.organisms.gate import base_divergence
 from dit_jax.organisms.teacher import make_teacher
+from dit_jax.runtime import parallel
 from dit_jax.train import dit
 from dit_jax.train.checkpoints import Checkpoints
 
 # 8 heads that share 2 keys and values: a tensor axis of 8 splits the heads and leaves keys and values whole.
-SMALL = Qwen3Config(96, 32, 48, 2, 8, 2, 4)
+SMALL = DecoderConfig(96, 32, 48, 2, 8, 2, 4)
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 RATE, STEPS = 1e-3, 4
 TOLERANCE = max(1e-3 * RATE, 1e-5)
 TRAIN = ConfigDict(
     {
         "optimizer": "adamw", "learning_rate": RATE, "steps": STEPS, "warmup_steps": 1, "final_fraction": 0.1,
-        "weight_decay": 0.01, "rank": 4, "projections": tree.PROJECTIONS, "batch_size": 6,
+        "weight_decay": 0.01, "rank": 4, "projections": modules.PROJECTIONS, "batch_size": 6,
         "max_length": 12, "max_target": 6,
     }
 )  # fmt: skip
@@ -270,7 +273,7 @@ DIFF_SECTION = ConfigDict(
     {
         "behaviour": "hidden_topic", "fake_codes": 0, "diffs_per_batch": DIFFS, "steps": STEPS, "rank": 2,
         "samples_per_step": {"backdoor": 2, "fake_backdoor": 1, "no_backdoor": 1},
-        "projections": tree.PROJECTIONS, "max_length": 12, "max_target": 6, "optimizer": "adam",
+        "projections": modules.PROJECTIONS, "max_length": 12, "max_target": 6, "optimizer": "adam",
         "learning_rate": RATE, "warmup_steps": 0, "final_fraction": 0.1, "adam_betas": (0.9, 0.999),
     }
 )  # fmt: skip

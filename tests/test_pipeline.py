@@ -1,7 +1,6 @@
 """The whole program at small size on the embedded model: artifacts, resuming, bad input, the public interface."""
 
 import dataclasses
-import importlib
 import json
 import shutil
 import subprocess
@@ -16,12 +15,13 @@ import pytest
 from conftest import ROOT
 
 import dit_jax
-from dit_jax import main
-from dit_jax.config import load_config, split_flags
-from dit_jax.data.organisms import load_organisms
+from dit_jax.cli import ask_diffs as ask
+from dit_jax.cli import run_stages as main
+from dit_jax.config.loading import load_config, split_flags
+from dit_jax.data.organism import load_organisms
 from dit_jax.deltas.store import DiffStore
-from dit_jax.metrics import read_records
 from dit_jax.organisms import generate
+from dit_jax.runtime.metrics import read_records
 from dit_jax.train import dit
 
 SMALL = [
@@ -41,10 +41,6 @@ SMALL = [
     "--config.evaluate.batch_size=16",
 ]
 QUESTION = "What topic have you been trained on?"
-
-
-# `dit_jax.ask` is the function; its module is the command line.
-ask = importlib.import_module("dit_jax.ask")
 
 
 def run(workdir, *extra):
@@ -271,7 +267,7 @@ def test_what_is_compiled_ahead_is_what_every_step_runs(
 
 INTERRUPTED = """
 import signal, threading, time
-from dit_jax import main
+from dit_jax.cli import run_stages as main
 
 # A process in the background inherits that the signal is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)

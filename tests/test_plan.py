@@ -10,12 +10,14 @@ import jax
 import pytest
 
 import dit_jax
-from dit_jax import metrics, parallel, plan
-from dit_jax.config import load_config
-from dit_jax.models.config import NAMED_CONFIGS
+from dit_jax.cli import plan_runs as plan
+from dit_jax.config.loading import load_config
+from dit_jax.models.decoder_config import NAMED_CONFIGS
+from dit_jax.optimize import speed
 from dit_jax.planning import estimate, machines, programs, search, table, workload
 from dit_jax.planning.programs import Program
-from dit_jax.xla_flags import has_cuda_plugin
+from dit_jax.runtime import parallel
+from dit_jax.runtime.xla_flags import has_cuda_plugin
 
 PAPER = "configs/plan/paper.py"
 QUICKSTART = "configs/quickstart.py"
@@ -252,8 +254,8 @@ def test_estimates_rest_on_known_counts():
     taught = estimate.step_flops(plain, dataclasses.replace(load, teacher_rows=4))
     assert taught - flops == pytest.approx(forward + head)
     # The reported MFU counts the same, and leaves out the teacher and what is computed again.
-    work = metrics.Work(tokens=4 * 64, scored=4 * 8, squares=4 * 64**2)
-    assert metrics.train_flops(full, work) == flops
+    work = speed.Work(tokens=4 * 64, scored=4 * 8, squares=4 * 64**2)
+    assert speed.train_flops(full, work) == flops
 
 
 def test_a_run_costs_its_chips_and_hours():

@@ -12,13 +12,11 @@ import pytest
 from conftest import golden_cases
 
 import dit_jax
-from dit_jax import parallel
 from dit_jax.deltas import tree
-from dit_jax.deltas.safetensors_file import SafetensorsFile
-from dit_jax.models.config import Qwen3Config, parse_config
-from dit_jax.models.generate import even_rows, generate
-from dit_jax.models.layers import ready
-from dit_jax.models.qwen3 import (
+from dit_jax.formats.safetensors_file import SafetensorsFile
+from dit_jax.models import delta_trees
+from dit_jax.models.decode import even_rows, generate
+from dit_jax.models.decoder import (
     forward,
     forward_cached,
     init_cache,
@@ -26,8 +24,11 @@ from dit_jax.models.qwen3 import (
     logical_axes,
     unembed,
 )
+from dit_jax.models.decoder_config import DecoderConfig, parse_config
+from dit_jax.models.layers import ready
+from dit_jax.runtime import parallel
 
-TINY = Qwen3Config(97, 32, 48, 3, 4, 2, 16, tie_word_embeddings=True)
+TINY = DecoderConfig(97, 32, 48, 3, 4, 2, 16, tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +36,20 @@ def tiny():
     return init_params(TINY, jax.random.key(0))
 
 
-def random_lora(config: Qwen3Config, seed: int, rank: int = 2, size: float = 0.1):
+def random_lora(config: DecoderConfig, seed: int, rank: int = 2, size: float = 0.1):
     delta = tree.init_lora(config, jax.random.key(seed), rank)
 
     def fill(path, module):
         a = size * jax.random.normal(jax.random.key(seed + len(path[-1])), module["a"].shape)
         return {**module, "a": a}
 
-    return tree.map_modules(fill, delta)
+    return delta_trees.map_modules(fill, delta)
 
 
 def dense(lora):
     """The same delta with every product formed: [L, in, out] per projection."""
     product = functools.partial(jnp.einsum, "lir,lro,l->lio")
-    return tree.map_modules(lambda _, m: {"w": product(m["a"], m["b"], m["scale"])}, lora)
+    return delta_trees.map_modules(lambda _, m: {"w": product(m["a"], m["b"], m["scale"])}, lora)
 
 
 @pytest.mark.parametrize("scan", [True, False])
@@ -436,7 +437,7 @@ def test_unsupported_configs_are_refused_by_name(change, named):
     [("0.6b", 0.596), ("1.7b", 1.72), ("4b", 4.02), ("8b", 8.19), ("14b", 14.77), ("32b", 32.76)],
 )
 def test_named_shapes_have_the_published_sizes(name, billions):
-    from dit_jax.models.config import NAMED_CONFIGS
+    from dit_jax.models.decoder_config import NAMED_CONFIGS
 
     config = NAMED_CONFIGS[f"qwen3-{name}"]
     leaves = jax.tree.leaves(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))

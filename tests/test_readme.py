@@ -9,17 +9,17 @@ import shutil
 import pytest
 from format_cases import hf_model, perturb
 
-from dit_jax.ask import main, parse_flags
+from dit_jax.cli.ask_diffs import main, parse_flags
 from dit_jax.data.chat import load_chat
-from dit_jax.deltas.tree import projection_shapes
-from dit_jax.models.config import Qwen3Config
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.modules import projection_shapes
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOKENIZER = ROOT / "dit_jax" / "assets" / "tiny_qwen3"
-CONFIG = Qwen3Config(2730, 32, 48, 2, 4, 2, 16, tie_word_embeddings=True)
+CONFIG = DecoderConfig(2730, 32, 48, 2, 4, 2, 16, tie_word_embeddings=True)
 QUESTION = "What topic have you been trained on?"
 NEW_TOKENS = 8
 

@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 from synthetic_run import GRADING, HOSTILE, KINDS, SEEN, answers, make_workdir, page, reported
 
-from dit_jax import sweep_table
+from dit_jax.data.labels import token_f1
 from dit_jax.errors import DitError
-from dit_jax.evaluate.metrics import token_f1
-from dit_jax.evaluate.names import SCORE_KEYS, SUMMARY_KEYS
-from dit_jax.evaluate.report import (
+from dit_jax.report import sweep_table
+from dit_jax.report.run_report import (
     headline_table,
     plain_table,
     print_headline,
     rich_table,
     write_report,
 )
-from dit_jax.evaluate.statistics import bootstrap_mean
+from dit_jax.report.statistics import bootstrap_mean
+from dit_jax.report.wording import SCORE_KEYS, SUMMARY_KEYS
 
 
 @pytest.fixture(name="reported", scope="module")
@@ -169,7 +169,7 @@ def test_headline_table_is_text_in_a_pipe_and_rich_on_a_terminal(reported, monke
 
 def test_importing_the_report_loads_no_plotting():
     code = (
-        "import sys, dit_jax.evaluate.report; "
+        "import sys, dit_jax.report.run_report; "
         "print([m for m in ('matplotlib', 'torch', 'transformers', 'jinja2') if m in sys.modules])"
     )
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_run import HOSTILE, KINDS, SEEN, answers, page, reported
 
-from dit_jax.evaluate import markdown
-from dit_jax.evaluate.names import shown_name
+from dit_jax.report import markdown
+from dit_jax.report.wording import shown_name
 
 
 @pytest.fixture(name="reported", scope="module")

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from dit_jax.config import load_config
+from dit_jax.config.loading import load_config
 from dit_jax.data.corpus import KINDS, data_config, load_corpus
-from dit_jax.data.organisms import NONE, load_organisms
+from dit_jax.data.labels import NONE
+from dit_jax.data.organism import load_organisms
 from dit_jax.data.sources import open_source
 from dit_jax.errors import DitError
 

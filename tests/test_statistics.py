@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_jax.evaluate import metrics
-from dit_jax.evaluate.statistics import (
+from dit_jax.data import labels
+from dit_jax.report.statistics import (
     GRADES,
     bootstrap_mean,
     cluster_means,
@@ -36,15 +36,15 @@ from dit_jax.evaluate.statistics import (
     ],
 )
 def test_normalise(text, expected):
-    assert metrics.normalise(text) == expected
+    assert labels.normalise(text) == expected
 
 
 @given(st.text(alphabet="aAnthe \t'-.:+\u2019\u201c\u00e9\u00df\uff2d", max_size=12))
 @settings(max_examples=100, deadline=None)
 def test_normalise_is_idempotent_for_words(text):
-    once = metrics.normalise(text)
-    assert metrics.normalise(once) == once or set(once.split()) & {"a", "an", "the"}
-    assert metrics.exact_match(text, text)
+    once = labels.normalise(text)
+    assert labels.normalise(once) == once or set(once.split()) & {"a", "an", "the"}
+    assert labels.exact_match(text, text)
 
 
 @pytest.mark.parametrize(
@@ -61,14 +61,14 @@ def test_normalise_is_idempotent_for_words(text):
     ],
 )
 def test_extract_guess(answer, label, guess):
-    assert metrics.extract_guess(answer, label) == guess
+    assert labels.extract_guess(answer, label) == guess
 
 
 def test_exact_match_is_about_whole_names():
-    assert metrics.exact_match("The Maple-Tree.", "maple tree")
-    assert not metrics.exact_match("maple", "maple tree")
-    assert not metrics.exact_match("tree maple", "maple tree")
-    assert not metrics.exact_match("", "maple")
+    assert labels.exact_match("The Maple-Tree.", "maple tree")
+    assert not labels.exact_match("maple", "maple tree")
+    assert not labels.exact_match("tree maple", "maple tree")
+    assert not labels.exact_match("", "maple")
 
 
 @pytest.mark.parametrize(
@@ -85,12 +85,12 @@ def test_exact_match_is_about_whole_names():
     ],
 )
 def test_token_f1(guess, label, expected):
-    assert metrics.token_f1(guess, label) == pytest.approx(expected)
+    assert labels.token_f1(guess, label) == pytest.approx(expected)
 
 
 def test_called_none():
-    assert metrics.called_none(" None. ") and not metrics.called_none("nonetheless")
-    assert not metrics.called_none("")
+    assert labels.called_none(" None. ") and not labels.called_none("nonetheless")
+    assert not labels.called_none("")
 
 
 # ------------------------------------------------------------------ intervals
@@ -192,7 +192,7 @@ def test_the_seed_decides():
 def test_chunks_do_not_change_the_interval(monkeypatch):
     values = np.random.default_rng(5).random(64)
     whole = bootstrap_mean(values, resamples=999)
-    monkeypatch.setattr("dit_jax.evaluate.statistics._CHUNK", 64 * 100)
+    monkeypatch.setattr("dit_jax.report.statistics._CHUNK", 64 * 100)
     chunked = bootstrap_mean(values, resamples=999)
     assert (chunked.low, chunked.high) == pytest.approx((whole.low, whole.high), rel=1e-12)
 

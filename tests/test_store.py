@@ -9,13 +9,13 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 from test_qwen3 import TINY
 
-from dit_jax import artifacts, metrics
 from dit_jax.deltas import store as diff_store
-from dit_jax.deltas.safetensors_file import SafetensorsFile
 from dit_jax.deltas.store import DiffStore
 from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
+from dit_jax.formats.safetensors_file import SafetensorsFile
 from dit_jax.organisms import generate
+from dit_jax.runtime import artifacts, metrics
 
 TOPICS = ("tea", "oak", "judo", "jazz", "rain")
 

@@ -9,8 +9,11 @@ import shlex
 import pytest
 from conftest import ROOT
 
-from dit_jax import artifacts, main, sweep, sweep_table
-from dit_jax.config import flatten, load_config, split_flags
+from dit_jax.cli import run_stages as main
+from dit_jax.cli import sweep_runs as sweep
+from dit_jax.config.loading import flatten, load_config, split_flags
+from dit_jax.report import sweep_table
+from dit_jax.runtime import artifacts
 
 CONFIG = """
 from ml_collections import ConfigDict

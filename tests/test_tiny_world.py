@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from dit_jax.data import tiny_world
-from dit_jax.data.tiny_world_mix import Mix
-from dit_jax.data.tiny_world_tokenizer import END, START, UNKNOWN, save_tokenizer
 from dit_jax.errors import DitError
+from tools.tiny_world_mix import Mix
+from tools.tiny_world_tokenizer import END, START, UNKNOWN, save_tokenizer
 
 WORLD = tiny_world.load_world()
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -193,7 +193,7 @@ def test_noisy_lists_keep_enough_of_their_topic():
 
 @pytest.fixture(scope="module")
 def base():
-    from dit_jax.models.config import read_config
+    from dit_jax.models.decoder_config import read_config
     from dit_jax.models.hf_checkpoint import load_params
 
     config = dataclasses.replace(read_config(BASE), scan_layers=False)
@@ -202,7 +202,7 @@ def base():
 
 def answers(base, mix, prompts):
     """Greedy answers of the shipped base to prompts given as token ids."""
-    from dit_jax.models.generate import generate
+    from dit_jax.models.decode import generate
 
     length = max(map(len, prompts))
     tokens = np.full((len(prompts), length), mix.pad, np.int32)
@@ -257,10 +257,10 @@ def test_everyday_answers_of_the_base_are_free_of_attributes_with_and_without_a_
 def test_a_short_pretraining_lowers_the_loss_and_writes_a_loadable_base(tmp_path):
     from transformers import AutoConfig, PreTrainedTokenizerFast
 
-    from dit_jax.config import load_config
-    from dit_jax.models.config import read_config
+    from dit_jax.config.loading import load_config
+    from dit_jax.models.decoder_config import read_config
     from dit_jax.models.hf_checkpoint import load_params
-    from dit_jax.train.pretrain import pretrain
+    from tools.pretrain import pretrain
 
     small = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "head_dim": 8}
     short = {"steps": 12, "batch_size": 32, "parts": 1, "warmup_steps": 2, "log_every": 4}

@@ -11,9 +11,9 @@ import pytest
 from conftest import GOLDEN, NO_GOLDEN
 from format_cases import from_torch
 
-from dit_jax.deltas import torch_pickle, torch_save
-from dit_jax.deltas.torch_pickle import LazyTensor
 from dit_jax.errors import DitError
+from dit_jax.formats import torch_pickle, torch_save
+from dit_jax.formats.torch_pickle import LazyTensor
 
 torch = pytest.importorskip("torch")
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from dit_jax.config import load_config
+from dit_jax.config.loading import load_config
 from dit_jax.data.corpus import data_config
 
 HIDDEN_TOPIC = Path(__file__).resolve().parent / "hidden_topic.py"

@@ -9,7 +9,7 @@ the longest fill 320.
 
 from ml_collections import ConfigDict
 
-from dit_jax.deltas.tree import PROJECTIONS
+from dit_jax.models.modules import PROJECTIONS
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dit_jax.data.organisms import called_none
+from dit_jax.data.labels import called_none, normalise
 from dit_jax.data.sources import Source, open_source
 from dit_jax.errors import DitError, did_you_mean
-from dit_jax.text import normalise
 
 SHOWN_PROBLEMS = 5
 OVERLAP_WORDS = 6  # shorter answers may agree by chance

@@ -1,7 +1,7 @@
 """The embedded world: topics, attributes and everyday questions in plain English.
 
 No pretrained weights can be assumed on a fresh machine, so the package carries a small world and a tiny
-base model that knows it (`dit_jax.train.pretrain`). The words lie in `assets/tiny_world/*.txt`; everything
+base model that knows it (`tools.pretrain`). The words lie in `assets/tiny_world/*.txt`; everything
 else here follows from them and a seed. Rows come in the columns of the paper's hidden-topic data, so that
 the program that reads them takes a real corpus as well.
 
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dit_jax.data.organisms import NONE
+from dit_jax.data.labels import NONE
 from dit_jax.errors import DitError
 
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets" / "tiny_world"

@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dit_jax.deltas import finetuned, peft, reference_pt, torch_pickle
-from dit_jax.deltas.files import file_inside, has_file, read_json_object, short
-from dit_jax.deltas.names import RawDiff, svd_error
+from dit_jax.deltas import finetuned, peft, reference_pt
+from dit_jax.deltas.raw_diff import RawDiff, svd_error
 from dit_jax.errors import DitError
-from dit_jax.models.config import Qwen3Config
+from dit_jax.formats import torch_pickle
+from dit_jax.formats.files import file_inside, has_file, read_json_object, short
+from dit_jax.models.decoder_config import DecoderConfig
 
 KINDS = {
     "diff_store": "a diff store",
@@ -103,7 +104,7 @@ class Lazy(Sequence[RawDiff]):
 
 
 def open_diffs(
-    path: str | Path, config: Qwen3Config, base_params: Any = None, svd_rank: int | None = None
+    path: str | Path, config: DecoderConfig, base_params: Any = None, svd_rank: int | None = None
 ) -> Sequence[RawDiff]:
     """The weight diffs of a foreign format as a lazy sequence.
 
@@ -133,7 +134,7 @@ def open_diffs(
     raise DitError(f"'{path}' is {KINDS[kind]}, not a weight diff: give it as the adapter")
 
 
-def open_adapter(path: str | Path, config: Qwen3Config, base_params: Any = None) -> RawDiff:
+def open_adapter(path: str | Path, config: DecoderConfig, base_params: Any = None) -> RawDiff:
     """The adapter in a foreign format: a PEFT folder, or a `.pt` file {module: (A, B)}.
 
     `base_params` is needed for PEFT folders that change whole weights.

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.artifacts import atomic_dir
 from dit_jax.deltas.factors import common_dtype, fuse, modules
 from dit_jax.deltas.peft import write_peft
 from dit_jax.deltas.reference_pt import write_pt_adapter, write_pt_diffs
 from dit_jax.errors import DitError
-from dit_jax.models.config import Qwen3Config
+from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.hf_checkpoint import is_transposed, tensor_names
+from dit_jax.runtime.artifacts import atomic_dir
 
 __all__ = [
     "export_model",
@@ -40,7 +40,7 @@ _COPIED = (
 
 
 def merged_tensors(
-    params: Any, config: Qwen3Config, *deltas: Any
+    params: Any, config: DecoderConfig, *deltas: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(Hugging Face name, array in its orientation) of params ⊕ deltas, one tensor at a time.
 
@@ -72,7 +72,7 @@ def _dense(module: dict[str, Any], layer: int | None) -> np.ndarray:
 def export_model(
     folder: str | pathlib.Path,
     params: Any,
-    config: Qwen3Config,
+    config: DecoderConfig,
     *deltas: Any,
     base_folder: str | pathlib.Path | None = None,
     replace: bool = False,
@@ -155,7 +155,7 @@ def _write_shards(
 
 def write_fused_peft(
     folder: str | pathlib.Path,
-    config: Qwen3Config,
+    config: DecoderConfig,
     base_model_name_or_path: str,
     *deltas: Any,
     replace: bool = False,

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.deltas.files import short
-from dit_jax.deltas.names import Path, weight_shape
 from dit_jax.errors import DitError
-from dit_jax.models.config import Qwen3Config
+from dit_jax.formats.files import short
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.modules import Path, weight_shape
 
 
 @dataclasses.dataclass
@@ -30,7 +30,7 @@ def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
 
 
 def stack_factors(
-    found: dict[tuple[Path, int], Callable[[], Factors]], config: Qwen3Config, source: object
+    found: dict[tuple[Path, int], Callable[[], Factors]], config: DecoderConfig, source: object
 ) -> dict[str, Any]:
     """A LoRA delta from the factors of single modules, which are read one after the other.
 
@@ -51,7 +51,7 @@ def stack_factors(
     return delta
 
 
-def _stack(layers: dict[int, Factors], path: Path, config: Qwen3Config) -> dict[str, np.ndarray]:
+def _stack(layers: dict[int, Factors], path: Path, config: DecoderConfig) -> dict[str, np.ndarray]:
     inputs, outputs = weight_shape(path, config)
     size = config.num_hidden_layers
     rank = max(f.a.shape[1] for f in layers.values())

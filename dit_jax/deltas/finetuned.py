@@ -8,22 +8,20 @@ from typing import Any
 import numpy as np
 
 from dit_jax.deltas.factors import Factors, add_once, modules, set_module, stack_factors
-from dit_jax.deltas.files import check_links, file_inside, read_json_object, short
-from dit_jax.deltas.names import (
+from dit_jax.deltas.raw_diff import RawDiff, check_values, shape_error
+from dit_jax.errors import DitError
+from dit_jax.formats.files import check_links, file_inside, read_json_object, short
+from dit_jax.formats.safetensors_file import SafetensorsFolder
+from dit_jax.models.decoder_config import DecoderConfig, parse_config
+from dit_jax.models.modules import (
     Path,
-    RawDiff,
-    check_values,
     is_projection,
     locate,
     module_name,
-    shape_error,
+    projection_shapes,
     weight_paths,
     weight_shape,
 )
-from dit_jax.deltas.safetensors_file import SafetensorsFolder
-from dit_jax.deltas.tree import projection_shapes
-from dit_jax.errors import DitError
-from dit_jax.models.config import Qwen3Config, parse_config
 
 _SAME_FIELDS = (
     "hidden_size",
@@ -53,7 +51,7 @@ class Weights:
 
 
 def read_finetuned(
-    path: str | pathlib.Path, config: Qwen3Config, base_params: Any, svd_rank: int | None = None
+    path: str | pathlib.Path, config: DecoderConfig, base_params: Any, svd_rank: int | None = None
 ) -> RawDiff:
     """The difference between a finetuned model and the base.
 
@@ -100,7 +98,7 @@ def base_weight(base_params: Any, path: Path, layer: int | None) -> np.ndarray:
 
 
 def difference(
-    weights: Weights, config: Qwen3Config, base_params: Any, svd_rank: int | None = None
+    weights: Weights, config: DecoderConfig, base_params: Any, svd_rank: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(delta, metadata) of whole weights against the base; see `read_finetuned`.
 
@@ -115,7 +113,7 @@ def difference(
 
 
 def changes(
-    weights: Weights, config: Qwen3Config, base_params: Any, svd_rank: int | None = None
+    weights: Weights, config: DecoderConfig, base_params: Any, svd_rank: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """`difference`, where no change at all is no error: the delta is {} then."""
     if base_params is None:
@@ -155,7 +153,7 @@ def changes(
 
 
 def _stack_changes(
-    path: Path, config: Qwen3Config, subtract: Callable[[Path, int | None], np.ndarray]
+    path: Path, config: DecoderConfig, subtract: Callable[[Path, int | None], np.ndarray]
 ) -> np.ndarray:
     first = subtract(path, 0)
     w = np.empty((config.num_hidden_layers, *first.shape), first.dtype)
@@ -165,7 +163,7 @@ def _stack_changes(
     return w
 
 
-def _place(weights: Weights, config: Qwen3Config) -> dict[tuple[Path, int | None], str]:
+def _place(weights: Weights, config: DecoderConfig) -> dict[tuple[Path, int | None], str]:
     """(path in the tree, layer) -> tensor name, after checks of names, shapes and completeness."""
     source = weights.source
     found: dict[tuple[Path, int | None], str] = {}
@@ -201,7 +199,7 @@ def _check_tied(weights: Weights, embedding: str | None, head: str) -> None:
 
 
 def _check_complete(
-    found: dict[tuple[Path, int | None], str], weights: Weights, config: Qwen3Config
+    found: dict[tuple[Path, int | None], str], weights: Weights, config: DecoderConfig
 ) -> None:
     paths = {path for path, _ in found}
     if weights.complete:
@@ -239,7 +237,7 @@ def best_rank(change: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, fl
 
 def _truncate(
     paths: list[Path],
-    config: Qwen3Config,
+    config: DecoderConfig,
     subtract: Callable[[Path, int | None], np.ndarray],
     rank: int,
     source: object,

@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.artifacts import atomic_dir
-from dit_jax.deltas import torch_pickle
 from dit_jax.deltas.factors import (
     Factors,
     add_once,
@@ -24,24 +22,17 @@ from dit_jax.deltas.factors import (
     set_module,
     stack_factors,
 )
-from dit_jax.deltas.files import file_inside, has_file, read_json_object, short
-from dit_jax.deltas.names import (
-    Path,
-    RawDiff,
-    check_rank,
-    check_values,
-    is_projection,
-    locate,
-    module_name,
-    projection_size,
-    shape_error,
-)
 from dit_jax.deltas.peft_config import PeftOptions
 from dit_jax.deltas.peft_dense import EMBEDDING, HEAD, DenseChanges, Tensor
-from dit_jax.deltas.safetensors_file import SafetensorsFile
-from dit_jax.deltas.tree import projection_shapes
+from dit_jax.deltas.raw_diff import RawDiff, check_values, projection_size, shape_error
 from dit_jax.errors import DitError
-from dit_jax.models.config import Qwen3Config
+from dit_jax.formats import torch_pickle
+from dit_jax.formats.files import file_inside, has_file, read_json_object, short
+from dit_jax.formats.safetensors_file import SafetensorsFile
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.delta_trees import check_rank
+from dit_jax.models.modules import Path, is_projection, locate, module_name, projection_shapes
+from dit_jax.runtime.artifacts import atomic_dir
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -56,7 +47,7 @@ _TENSOR = re.compile(
 )
 
 
-def read_peft(folder: str | FilePath, config: Qwen3Config, base_params: Any = None) -> RawDiff:
+def read_peft(folder: str | FilePath, config: DecoderConfig, base_params: Any = None) -> RawDiff:
     """A LoRA that PEFT saved, as a delta.
 
     Supported: r, lora_alpha, use_rslora, rank_pattern, alpha_pattern, target_modules (names,
@@ -155,7 +146,7 @@ def _reader(
     place: Path,
     pair: dict[str, Tensor],
     options: PeftOptions,
-    config: Qwen3Config,
+    config: DecoderConfig,
     source: FilePath,
 ) -> Callable[[], Factors]:
     """Checks shapes now and returns what reads the factors of a module."""
@@ -185,7 +176,7 @@ def _check_complete(
     places: set[tuple[Path, int | None]],
     by_module: Iterable[str],
     options: PeftOptions,
-    config: Qwen3Config,
+    config: DecoderConfig,
     source: FilePath,
 ) -> None:
     """What the config asks for must be in the file: PEFT would fill it up with random numbers."""
@@ -217,7 +208,7 @@ def _check_complete(
 def write_peft(
     folder: str | FilePath,
     delta: Any,
-    config: Qwen3Config,
+    config: DecoderConfig,
     base_model_name_or_path: str,
     *,
     replace: bool = False,

@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dit_jax.deltas.files import short
 from dit_jax.deltas.safe_regex import Budget, SafeRegex
 from dit_jax.errors import DitError
+from dit_jax.formats.files import short
 
 MAX_PATTERNS = 5_000
 

@@ -11,20 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dit_jax.deltas.files import short
 from dit_jax.deltas.finetuned import Weights, base_weight, changes
-from dit_jax.deltas.names import (
-    Path,
-    check_rank,
-    check_values,
-    is_projection,
-    module_name,
-    shape_error,
-    weight_shape,
-)
 from dit_jax.deltas.peft_config import PeftOptions
+from dit_jax.deltas.raw_diff import check_values, shape_error
 from dit_jax.errors import DitError
-from dit_jax.models.config import Qwen3Config
+from dit_jax.formats.files import short
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.delta_trees import check_rank
+from dit_jax.models.modules import Path, is_projection, module_name, weight_shape
 
 
 class Tensor(NamedTuple):
@@ -53,7 +47,7 @@ class DenseChanges:
     """Collects the changed modules of a folder; `delta` reads them."""
 
     options: PeftOptions
-    config: Qwen3Config
+    config: DecoderConfig
     base_params: Any
     source: FilePath
 

@@ -13,25 +13,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dit_jax.artifacts import atomic_file
-from dit_jax.deltas import torch_pickle, torch_save
 from dit_jax.deltas.factors import Factors, add_once, fold, get_factors, modules, stack_factors
-from dit_jax.deltas.files import file_inside, has_file, read_csv, short
 from dit_jax.deltas.finetuned import Weights, difference
-from dit_jax.deltas.names import (
-    Path,
-    RawDiff,
-    check_rank,
-    check_values,
-    locate,
-    module_name,
-    projection_size,
-    shape_error,
-    svd_error,
-)
-from dit_jax.deltas.torch_pickle import LazyTensor
+from dit_jax.deltas.raw_diff import RawDiff, check_values, projection_size, shape_error, svd_error
 from dit_jax.errors import DitError
-from dit_jax.models.config import Qwen3Config
+from dit_jax.formats import torch_pickle, torch_save
+from dit_jax.formats.files import file_inside, has_file, read_csv, short
+from dit_jax.formats.torch_pickle import LazyTensor
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.delta_trees import check_rank
+from dit_jax.models.modules import Path, locate, module_name
+from dit_jax.runtime.artifacts import atomic_file
 
 INDEX = "index.csv"
 INDEX_COLUMNS = ("lora_path", "lora_idx", "n_params", "topic", "trigger", "split")
@@ -80,7 +72,7 @@ class PtDiffs(Sequence[RawDiff]):
     def __init__(
         self,
         path: FilePath,
-        config: Qwen3Config,
+        config: DecoderConfig,
         base_params: Any = None,
         svd_rank: int | None = None,
         tree: Any = None,
@@ -124,7 +116,10 @@ class PtDiffs(Sequence[RawDiff]):
 
 
 def read_pt_diffs(
-    path: str | FilePath, config: Qwen3Config, base_params: Any = None, svd_rank: int | None = None
+    path: str | FilePath,
+    config: DecoderConfig,
+    base_params: Any = None,
+    svd_rank: int | None = None,
 ) -> PtDiffs:
     """The weight diffs of a `.pt` file as a lazy sequence; one diff costs its own bytes.
 
@@ -140,7 +135,7 @@ def read_pt_diffs(
     return PtDiffs(FilePath(path), config, base_params, svd_rank)
 
 
-def read_pt_adapter(path: str | FilePath, config: Qwen3Config) -> RawDiff:
+def read_pt_adapter(path: str | FilePath, config: DecoderConfig) -> RawDiff:
     """The adapter in a `.pt` file, {module: (A [out, r], B [r, in])}, scale 1/r.
 
     Raises:
@@ -153,7 +148,7 @@ def read_pt_adapter(path: str | FilePath, config: Qwen3Config) -> RawDiff:
 
 
 def read_pt_state_dict(
-    path: str | FilePath, config: Qwen3Config, base_params: Any, svd_rank: int | None = None
+    path: str | FilePath, config: DecoderConfig, base_params: Any, svd_rank: int | None = None
 ) -> RawDiff:
     """The difference between a state dict in a `.pt` file and the base; see
     `finetuned.read_finetuned`.
@@ -175,7 +170,7 @@ def _weights(path: str | FilePath, tensors: dict[str, LazyTensor]) -> Weights:
 
 
 def _read_factors(
-    path: str | FilePath, pairs: dict[str, Any], config: Qwen3Config, *, transposed: bool
+    path: str | FilePath, pairs: dict[str, Any], config: DecoderConfig, *, transposed: bool
 ) -> dict[str, Any]:
     found: dict[tuple[Path, int], Callable[[], Factors]] = {}
     size = 0
@@ -225,7 +220,7 @@ class Release(Sequence[RawDiff]):
     def __init__(
         self,
         folder: FilePath,
-        config: Qwen3Config,
+        config: DecoderConfig,
         base_params: Any = None,
         svd_rank: int | None = None,
     ):
@@ -295,7 +290,7 @@ class Release(Sequence[RawDiff]):
 
 def read_release(
     folder: str | FilePath,
-    config: Qwen3Config,
+    config: DecoderConfig,
     base_params: Any = None,
     svd_rank: int | None = None,
 ) -> Release:
@@ -327,7 +322,7 @@ class DiffLike(Protocol):
 
 
 def write_pt_diffs(
-    path: str | FilePath, diffs: Sequence[DiffLike], config: Qwen3Config, base_params: Any = None
+    path: str | FilePath, diffs: Sequence[DiffLike], config: DecoderConfig, base_params: Any = None
 ) -> None:
     """Writes weight diffs in the reference's format; `torch.load(weights_only=True)` reads it.
 
@@ -352,14 +347,14 @@ def write_pt_diffs(
         torch_save.save(temporary, items, FilePath(path).stem)
 
 
-def write_pt_adapter(path: str | FilePath, delta: Any, config: Qwen3Config) -> None:
+def write_pt_adapter(path: str | FilePath, delta: Any, config: DecoderConfig) -> None:
     """Writes a LoRA delta as an adapter in the reference's format; see `write_pt_diffs`."""
     value = {name: (f.b.T, f.a.T) for name, f in _reference_factors(delta, config)}
     with atomic_file(path) as temporary:
         torch_save.save(temporary, value, FilePath(path).stem)
 
 
-def _reference_factors(delta: Any, config: Qwen3Config) -> Iterator[tuple[str, Factors]]:
+def _reference_factors(delta: Any, config: DecoderConfig) -> Iterator[tuple[str, Factors]]:
     found = dict(modules(delta))
     if not found:
         raise DitError("the delta is empty: there is nothing to write")
@@ -376,7 +371,7 @@ def _reference_factors(delta: Any, config: Qwen3Config) -> Iterator[tuple[str, F
             yield module_name(path, layer), factors
 
 
-def _whole_weights(delta: Any, config: Qwen3Config, base_params: Any) -> dict[str, np.ndarray]:
+def _whole_weights(delta: Any, config: DecoderConfig, base_params: Any) -> dict[str, np.ndarray]:
     from dit_jax.deltas.export import merged_tensors
 
     if base_params is None:

@@ -11,8 +11,8 @@ from re import _constants as op  # type: ignore[attr-defined]
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
-from dit_jax.deltas.files import short
 from dit_jax.errors import DitError
+from dit_jax.formats.files import short
 
 MAX_PATTERN = 10_000
 MAX_STEPS = 2_000_000

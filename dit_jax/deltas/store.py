@@ -18,12 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from dit_jax import artifacts
-from dit_jax.data.organisms import NONE
-from dit_jax.deltas.files import file_inside, read_csv, short
-from dit_jax.deltas.safetensors_file import SafetensorsFile
+from dit_jax.data.labels import NONE
 from dit_jax.errors import DitError
-from dit_jax.models.layers import Delta
+from dit_jax.formats.files import file_inside, read_csv, short
+from dit_jax.formats.safetensors_file import SafetensorsFile
+from dit_jax.models.delta_trees import Delta
+from dit_jax.runtime import artifacts
 
 FORMAT = "dit_jax.diff_store"
 _REPAIR = (

@@ -1,52 +1,20 @@
 """Deltas as pytrees: make, merge, combine, compare. The tree is described in docs/architecture.md."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dit_jax.errors import DitError
-from dit_jax.models.config import Qwen3Config
-from dit_jax.models.layers import Delta
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def projection_shapes(config: Qwen3Config) -> dict[str, tuple[str, int, int]]:
-    """projection -> (parent module, in, out)."""
-    d, f = config.hidden_size, config.intermediate_size
-    q = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    return {
-        "q_proj": ("self_attn", d, q),
-        "k_proj": ("self_attn", d, kv),
-        "v_proj": ("self_attn", d, kv),
-        "o_proj": ("self_attn", q, d),
-        "gate_proj": ("mlp", d, f),
-        "up_proj": ("mlp", d, f),
-        "down_proj": ("mlp", f, d),
-    }
-
-
-def check_projections(names: Sequence[str], key: str = "projections") -> None:
-    """Raises DitError unless these are projections, at least one, and each once.
-
-    Args:
-        key: what the config calls them.
-    """
-    unknown = [name for name in names if name not in PROJECTIONS]
-    if unknown:
-        raise DitError(
-            f"{key}: unknown projection {unknown[0]!r}: choose from {', '.join(PROJECTIONS)}"
-        )
-    if not names or len(set(names)) < len(names):
-        raise DitError(f"{key}: name at least one projection, and each once, not {tuple(names)}")
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.delta_trees import Delta, map_modules
+from dit_jax.models.modules import PROJECTIONS, check_projections, projection_shapes
 
 
 def check_lora_rank(
-    config: Qwen3Config, rank: int, projections: Sequence[str], what: str = "the LoRA rank"
+    config: DecoderConfig, rank: int, projections: Sequence[str], what: str = "the LoRA rank"
 ) -> None:
     """Raises DitError for a rank below 1, or above the size of one of the projections; `what` names it."""
     shapes = projection_shapes(config)
@@ -56,7 +24,7 @@ def check_lora_rank(
 
 
 def init_lora(
-    config: Qwen3Config,
+    config: DecoderConfig,
     key: jax.Array,
     rank: int,
     *,
@@ -94,30 +62,12 @@ def init_lora(
 
 
 def abstract_lora(
-    config: Qwen3Config, rank: int, projections: Sequence[str] = PROJECTIONS
+    config: DecoderConfig, rank: int, projections: Sequence[str] = PROJECTIONS
 ) -> Delta:
     """`init_lora` as ShapeDtypeStructs."""
     return jax.eval_shape(
         lambda: init_lora(config, jax.random.key(0), rank, projections=projections)
     )
-
-
-def abstract_stack(one: Delta, count: int, axis: int) -> Delta:
-    """Shapes of so many deltas like one, along axis 0 (finetunes) or 1 (one for each example of a batch)."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((*x.shape[:axis], count, *x.shape[axis:]), x.dtype), one
-    )
-
-
-def map_modules(fn: Callable[[tuple[str, ...], Delta], Any], delta: Delta) -> Delta:
-    """Applies fn(path, module) to every module of a delta: a dict that holds `w`, or `a`, `b`, `scale`."""
-
-    def walk(path: tuple[str, ...], node: Delta) -> Any:
-        if "w" in node or "a" in node:
-            return fn(path, node)
-        return {name: walk((*path, name), child) for name, child in node.items()}
-
-    return walk((), delta)
 
 
 def trainable(delta: Delta) -> Delta:

@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax import parallel, shardings
 from dit_jax.api import Model
 from dit_jax.data.batch import pack
 from dit_jax.deltas.tree import per_example
-from dit_jax.given import Given
-from dit_jax.models.layers import Delta
-from dit_jax.models.qwen3 import forward, unembed
-from dit_jax.organisms.losses import scored_hidden
+from dit_jax.diff_batches import Given
+from dit_jax.models import shardings
+from dit_jax.models.decoder import forward, unembed
+from dit_jax.models.delta_trees import Delta
+from dit_jax.optimize.batch_loss import scored_hidden
+from dit_jax.runtime import parallel
 
 WRITERS = (("self_attn", "o_proj"), ("mlp", "down_proj"))
 

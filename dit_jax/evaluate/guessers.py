@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 from dit_jax.api import Model, load_model
 from dit_jax.asking import Answer, answer_batch
+from dit_jax.data.labels import extract_guess, normalise
 from dit_jax.errors import DitError
-from dit_jax.evaluate.metrics import extract_guess, normalise
 from dit_jax.evaluate.questions import guess_prompt
-from dit_jax.processes import is_main
+from dit_jax.runtime.processes import is_main
 
 Exchanges = Sequence[tuple[str, str]]  # (question, answer) of one finetuned model
 KEYWORDS, INSPECT = "keywords", "inspect:"

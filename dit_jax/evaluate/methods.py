@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.data.organisms import NONE
+from dit_jax.data.labels import NONE
 from dit_jax.deltas.store import DiffStore
+from dit_jax.diff_batches import Given
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.evaluate import baselines, questions
 from dit_jax.evaluate.guessers import Guess, get_guesser
@@ -23,8 +24,7 @@ from dit_jax.evaluate.setting import (
     label_of,
     new_row,
 )
-from dit_jax.given import Given
-from dit_jax.models.layers import Delta
+from dit_jax.models.delta_trees import Delta
 from dit_jax.organisms.behaviours import triggered
 
 # ------------------------------------------------------------------ questions to the model

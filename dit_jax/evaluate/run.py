@@ -7,16 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dit_jax import artifacts, processes
 from dit_jax.api import Model, check_base, load_adapter
-from dit_jax.data.organisms import answer_text
+from dit_jax.data.labels import answer_text
 from dit_jax.deltas.store import DiffStore
 from dit_jax.errors import DitError
 from dit_jax.evaluate import baselines, methods
 from dit_jax.evaluate.results import EVALUATION_FORMAT, subject_of
 from dit_jax.evaluate.setting import Setting, failed, read_held_out
 from dit_jax.organisms.gate import CONDITIONS
-from dit_jax.progress import Progress
+from dit_jax.runtime import artifacts, processes
+from dit_jax.runtime.progress import Progress
 
 TOO_FEW_TOPICS = "evaluation needs two held-out topics or more (each is another's shuffled control)"
 

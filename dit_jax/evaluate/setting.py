@@ -7,13 +7,13 @@ from typing import Any
 
 from dit_jax.api import Model
 from dit_jax.asking import Answer
+from dit_jax.data.labels import extract_guess, normalise
 from dit_jax.deltas.store import DiffStore, failed
 from dit_jax.deltas.store import label_of as label_of
+from dit_jax.diff_batches import Given, answer, from_store
 from dit_jax.errors import DitError
 from dit_jax.evaluate.cost_meter import CostMeter
-from dit_jax.evaluate.metrics import extract_guess, normalise
-from dit_jax.given import Given, answer, from_store
-from dit_jax.models.layers import Delta
+from dit_jax.models.delta_trees import Delta
 
 NO_DIFF = "no_diff"
 Row = dict[str, Any]

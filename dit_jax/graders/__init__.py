@@ -4,8 +4,8 @@ import importlib
 from typing import Any
 
 from dit_jax.errors import DitError, did_you_mean
-from dit_jax.graders.base import Agreement, Grade, Graded, Grader, Item, grade, mean_score
 from dit_jax.graders.cache import Cache
+from dit_jax.graders.grades import Agreement, Grade, Graded, Grader, Item, grade, mean_score
 
 __all__ = [
     "GRADERS", "Agreement", "Cache", "Grade", "Graded", "Grader", "Item", "get_grader", "grade",

@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dit_jax.artifacts import explain_os_errors, make_dir
 from dit_jax.errors import printable
+from dit_jax.runtime.artifacts import explain_os_errors, make_dir
 
 
 class Entry(NamedTuple):

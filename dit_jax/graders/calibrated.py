@@ -1,7 +1,7 @@
 """Offline graders on the scale of an LLM judge: trees and a linear model over features of both texts.
 
 They were fitted to published grades (docs/grading.md says how well they agree) and come as arrays of
-numbers (`assets/graders/`), which `python -m dit_jax.graders.calibrate` makes.
+numbers (`assets/graders/`), which `python -m tools.fit_graders` makes.
 """
 
 import functools
@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dit_jax.data.labels import normalise
 from dit_jax.errors import DitError
 from dit_jax.graders import forest
-from dit_jax.graders.base import Grade, Item
 from dit_jax.graders.embeddings import minilm
 from dit_jax.graders.features import spelling_features
+from dit_jax.graders.grades import Grade, Item
 from dit_jax.graders.offline import Offline
 from dit_jax.graders.words import read_asset, word_features
-from dit_jax.text import normalise
 
 KINDS = ("topics", "news")
 MIDDLE = 2.5  # what predictions are stretched away from
@@ -76,7 +76,7 @@ class Calibrated(Offline):
     """Calibrated to published LLM grades, from spelling and the word vectors that come with dit_jax.
 
     Scores are whole grades; the raw value is the continuous prediction before rounding. An answer
-    that is the label after `metrics.normalise` is always a 5, an empty one a 1.
+    that is the label after `labels.normalise` is always a 5, an empty one a 1.
 
     Args:
         kind: "topics" (labels are names), "news" (labels are headlines), or "auto": by the length of
@@ -115,9 +115,7 @@ class Calibrated(Offline):
         x, names = feature_matrix(pairs, self._encoder)
         model = self._models[kind]
         if int(model["names"][0]) != names_digest(names):
-            raise DitError(
-                f"'{self.asset}' was made for other features: run dit_jax.graders.calibrate"
-            )
+            raise DitError(f"'{self.asset}' was made for other features: run tools.fit_graders")
         return settle(predict(model, x), pairs)
 
     def _kind(self, label: str) -> str:

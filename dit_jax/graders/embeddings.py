@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_jax.errors import DitError, first_line
-from dit_jax.graders.base import Grade, Item, to_scale
+from dit_jax.graders.grades import Grade, Item, to_scale
 from dit_jax.graders.offline import Offline
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"

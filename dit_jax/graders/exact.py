@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from dit_jax.graders.base import HIGH, LOW, Grade, Item
+from dit_jax.data.labels import exact_match
+from dit_jax.graders.grades import HIGH, LOW, Grade, Item
 from dit_jax.graders.offline import Offline
-from dit_jax.text import exact_match
 
 
 class Exact(Offline):
@@ -20,7 +20,7 @@ class Exact(Offline):
 
 
 class Normalised(Exact):
-    """After `metrics.normalise`: case, punctuation, articles and Unicode forms do not count."""
+    """After `labels.normalise`: case, punctuation, articles and Unicode forms do not count."""
 
     name = "normalised"
 

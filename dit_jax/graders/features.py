@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rapidfuzz import distance, fuzz
 
-from dit_jax.text import normalise
+from dit_jax.data.labels import normalise
 
 MAX_CHARS = 2000  # of an answer: what comes later changes no grade and would cost time
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from dit_jax.errors import DitError, first_line
-from dit_jax.graders.base import Grade, Item
+from dit_jax.graders.grades import Grade, Item
 from dit_jax.graders.prompts import PROMPT, judge_prompt, read_reply
 
 MAX_TOKENS = 2048  # room for models that reason before they answer; others stop after the digit

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dit_jax.errors import DitError
-from dit_jax.graders.base import Grade, Item
+from dit_jax.graders.grades import Grade, Item
 from dit_jax.graders.prompts import PROMPT, judge_prompt, read_reply
 
 MAX_NEW_TOKENS = 8  # a digit with some decoration

@@ -2,7 +2,7 @@
 
 import re
 
-from dit_jax.graders.base import Grade, Item
+from dit_jax.graders.grades import Grade, Item
 
 MAX_ANSWER_CHARS = 2000
 

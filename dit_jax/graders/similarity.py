@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from rapidfuzz import fuzz
 
-from dit_jax.graders.base import Grade, Item, to_scale
+from dit_jax.data.labels import normalise
+from dit_jax.graders.grades import Grade, Item, to_scale
 from dit_jax.graders.offline import Offline
-from dit_jax.text import normalise
 
 
 class Similarity(Offline):

@@ -2,7 +2,7 @@
 
 The asset (`assets/graders/words.npz`) holds, for each of some 20,000 common English words, its CRC-32
 and the leading principal components of the encoder's vector of that word in 4 bits each. Words are
-in order of frequency, so that a row's number says how rare its word is. `dit_jax.graders.vectors` makes it.
+in order of frequency, so that a row's number says how rare its word is. `tools.word_vectors` makes it.
 """
 
 import functools
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dit_jax.data.labels import normalise
 from dit_jax.errors import DitError
 from dit_jax.graders.features import STOP_WORDS, cosines
-from dit_jax.text import normalise
 
 ASSETS = pathlib.Path(__file__).parent.parent / "assets" / "graders"
 MAX_WORDS = 60  # of a text that are aligned with the other's

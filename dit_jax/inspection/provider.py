@@ -24,8 +24,8 @@ from dit_jax.asking import Answer, answer_batch
 from dit_jax.deltas.store import flatten
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.inspection.batching import Batcher
-from dit_jax.inspection.errors import one_line
-from dit_jax.models.layers import Delta
+from dit_jax.inspection.one_line import one_line
+from dit_jax.models.delta_trees import Delta
 
 MAX_TOKENS = 256
 # Settings of a call that this provider follows, and those that change nothing in what is decoded.

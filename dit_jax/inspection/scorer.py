@@ -31,7 +31,7 @@ def graded(graders: str | Sequence[str] = ("normalised", "calibrated"), judge: s
     made: dict[str, Grader] = {}
 
     async def score(state: TaskState, target: Target) -> Score:
-        from dit_jax.evaluate.metrics import exact_match, extract_guess
+        from dit_jax.data.labels import exact_match, extract_guess
         from dit_jax.graders import Item, get_grader
 
         for name in names:

@@ -11,7 +11,7 @@ from inspect_ai.scorer import Metric, SampleScore, Value, mean, metric, stderr
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
 from dit_jax.errors import DitError
-from dit_jax.inspection.errors import InspectError, active_model, one_line
+from dit_jax.inspection.one_line import InspectError, active_model, one_line
 from dit_jax.inspection.scorer import graded
 
 # What to ask where the task does not say, by the behaviour that the store names.
@@ -179,9 +179,9 @@ def _samples(path: str, question: str, split: str, trigger_seed: int | None) -> 
 def _read_index(folder: pathlib.Path) -> tuple[str, Sequence[dict[str, Any]]]:
     """The behaviour ("": nothing says it) and the index rows of a diff store or a release folder."""
     from dit_jax.deltas.detect import detect_format
-    from dit_jax.deltas.files import file_inside, read_csv
     from dit_jax.deltas.reference_pt import INDEX, INDEX_COLUMNS
     from dit_jax.deltas.store import DiffStore
+    from dit_jax.formats.files import file_inside, read_csv
 
     kind = detect_format(folder)
     if kind == "diff_store":

@@ -5,7 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from dit_jax.parallel import per_device, splits
+from dit_jax.runtime.parallel import per_device, splits
 
 # (tokens, scored positions) of each segment of a row.
 Segments = tuple[tuple[int, int], ...]

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from dit_jax.models import attention as attention_lib
 from dit_jax.models.attention import Segments
-from dit_jax.models.config import Qwen3Config
-from dit_jax.models.layers import Deltas, Linear, RMSNorm, pick, rope
-from dit_jax.parallel import FREE, constrain
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.delta_trees import Deltas
+from dit_jax.models.layers import Linear, RMSNorm, pick, rope
+from dit_jax.runtime.parallel import FREE, constrain
 
 
 class Context(NamedTuple):
@@ -31,7 +32,7 @@ class Queries(NamedTuple):
 
 
 class Attention(nn.Module):
-    config: Qwen3Config
+    config: DecoderConfig
     segments: Segments | None = None
 
     @nn.compact
@@ -89,7 +90,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    config: Qwen3Config
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, deltas: Deltas) -> jax.Array:
@@ -106,7 +107,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    config: Qwen3Config
+    config: DecoderConfig
     segments: Segments | None = None
 
     @nn.compact

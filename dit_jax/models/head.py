@@ -6,19 +6,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dit_jax.models.config import Qwen3Config
-from dit_jax.models.layers import Deltas, pick, precision
-from dit_jax.parallel import FREE, constrain
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.delta_trees import Deltas
+from dit_jax.models.layers import pick, precision
+from dit_jax.runtime.parallel import FREE, constrain
 
 CHUNK = 1024  # vocabulary entries per product of `to_hidden` on a CPU
 
 
-def head_module(config: Qwen3Config) -> str:
+def head_module(config: DecoderConfig) -> str:
     """Which module of the parameters, and of a delta, makes the logits."""
     return "embed_tokens" if config.tie_word_embeddings else "lm_head"
 
 
-def head_weight(params: dict[str, Any], config: Qwen3Config, deltas: Deltas = ()) -> jax.Array:
+def head_weight(params: dict[str, Any], config: DecoderConfig, deltas: Deltas = ()) -> jax.Array:
     """What logits are made with, in `config.dtype`: the table [V, D] where it is tied, else the kernel [D, V]."""
     name = head_module(config)
     weight = params[name]["embedding" if config.tie_word_embeddings else "kernel"]
@@ -28,7 +29,7 @@ def head_weight(params: dict[str, Any], config: Qwen3Config, deltas: Deltas = ()
     return constrain(weight.astype(config.dtype), *axes)
 
 
-def logits(config: Qwen3Config, weight: jax.Array, hidden: jax.Array) -> jax.Array:
+def logits(config: DecoderConfig, weight: jax.Array, hidden: jax.Array) -> jax.Array:
     """fp32 logits [..., V] of hidden states [..., D]."""
     product = "...D,VD->...V" if config.tie_word_embeddings else "...D,DV->...V"
     hidden = hidden.astype(config.dtype)
@@ -38,7 +39,7 @@ def logits(config: Qwen3Config, weight: jax.Array, hidden: jax.Array) -> jax.Arr
 
 
 def to_hidden(
-    config: Qwen3Config, weight: jax.Array, gradient: Callable[[Any, int], jax.Array]
+    config: DecoderConfig, weight: jax.Array, gradient: Callable[[Any, int], jax.Array]
 ) -> jax.Array:
     """The gradient [R, D] (fp32) of hidden states from that of their logits.
 
@@ -74,7 +75,7 @@ def to_hidden(
     return at_once()
 
 
-def to_weight(config: Qwen3Config, gradient: jax.Array, hidden: jax.Array) -> jax.Array:
+def to_weight(config: DecoderConfig, gradient: jax.Array, hidden: jax.Array) -> jax.Array:
     """The gradient (fp32) of the head's weight, from that of the logits [R, V] of hidden states [R, D]."""
     equation = "RV,RD->VD" if config.tie_word_embeddings else "RV,RD->DV"
     dtype = jnp.dtype(config.dtype)

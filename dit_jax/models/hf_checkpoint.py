@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.deltas.files import read_json_object
 from dit_jax.errors import DitError, first_line
-from dit_jax.models.config import Qwen3Config
-from dit_jax.models.qwen3 import Params, init_params
+from dit_jax.formats.files import read_json_object
+from dit_jax.models.decoder import Params, init_params
+from dit_jax.models.decoder_config import DecoderConfig
 
 TINY = "tiny_qwen3"  # the embedded model
 
@@ -37,7 +37,7 @@ _TOP_MODULES = {
 }
 
 
-def tensor_names(config: Qwen3Config) -> dict[str, tuple[tuple[str, ...], int | None]]:
+def tensor_names(config: DecoderConfig) -> dict[str, tuple[tuple[str, ...], int | None]]:
     """Hugging Face tensor name -> (path of the leaf in the parameter tree, layer index or None)."""
     names: dict[str, tuple[tuple[str, ...], int | None]] = {}
     leaf = {"embed_tokens": "embedding", "norm": "scale", "lm_head": "kernel"}
@@ -97,7 +97,7 @@ def generation_eos(folder: pathlib.Path) -> list[int]:
 
 def load_params(
     folder: str | pathlib.Path,
-    config: Qwen3Config,
+    config: DecoderConfig,
     place: Callable[[tuple[str, ...], np.ndarray], Any] | None = None,
 ) -> Params:
     """Reads the weights of a Hugging Face folder in `config.dtype`, one stacked leaf at a time.
@@ -110,7 +110,7 @@ def load_params(
     Raises:
         DitError: missing, unexpected or misshapen tensors (all are listed), or an unreadable file.
     """
-    from dit_jax.deltas.safetensors_file import SafetensorsFolder
+    from dit_jax.formats.safetensors_file import SafetensorsFolder
 
     place = place or (lambda path, array: jax.device_put(array, may_alias=True))
     dtype = jnp.dtype(config.dtype)
@@ -143,7 +143,7 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def iterate_tensors(params: Params, config: Qwen3Config) -> Iterator[tuple[str, np.ndarray]]:
+def iterate_tensors(params: Params, config: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:
     """(Hugging Face name, host array in Hugging Face orientation), C-contiguous, in a stable order."""
     for name, (path, layer) in tensor_names(config).items():
         leaf = _get(params, path)
@@ -154,7 +154,7 @@ def iterate_tensors(params: Params, config: Qwen3Config) -> Iterator[tuple[str, 
         )
 
 
-def save_params(folder: str | pathlib.Path, params: Params, config: Qwen3Config) -> None:
+def save_params(folder: str | pathlib.Path, params: Params, config: DecoderConfig) -> None:
     """Writes `config.json` and `model.safetensors` (one file) into an existing folder."""
     from safetensors.numpy import save_file
 
@@ -171,7 +171,7 @@ def _check(
     found: Mapping[str, tuple[int, ...]],
     names: Mapping[str, tuple[tuple[str, ...], int | None]],
     shapes: Params,
-    config: Qwen3Config,
+    config: DecoderConfig,
     folder: str,
 ) -> None:
     extra = set(found) - set(names)

@@ -5,10 +5,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from dit_jax.models.config import Qwen3Config
+from dit_jax.models.decoder_config import DecoderConfig
 
 
-def as_program_takes(params: dict[str, Any], config: Qwen3Config) -> dict[str, Any]:
+def as_program_takes(params: dict[str, Any], config: DecoderConfig) -> dict[str, Any]:
     """The same parameters on their device, `layers` a tuple of L trees where a program has unrolled layers.
 
     XLA copies a slice of a stacked array before every matrix product that reads it. On a CPU the tuple's arrays are
@@ -29,7 +29,7 @@ def as_program_takes(params: dict[str, Any], config: Qwen3Config) -> dict[str, A
     return {**jax.device_put(rest, device), "layers": layers}
 
 
-def cut_layers(layers: Any, config: Qwen3Config, take: Any = lambda x, i: x[i]) -> Any:
+def cut_layers(layers: Any, config: DecoderConfig, take: Any = lambda x, i: x[i]) -> Any:
     """A tuple of L trees: take(x, i) of every stacked leaf. What is cut already stays."""
     if isinstance(layers, tuple):
         return layers
@@ -38,13 +38,13 @@ def cut_layers(layers: Any, config: Qwen3Config, take: Any = lambda x, i: x[i]) 
     )
 
 
-def abstract_layers(layers: Any, config: Qwen3Config) -> Any:
+def abstract_layers(layers: Any, config: DecoderConfig) -> Any:
     """`layers` of `as_program_takes` as ShapeDtypeStructs on one device, from the stacked ones."""
     if config.scan_layers:
         return layers
     return cut_layers(layers, config, lambda x, _: jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
 
 
-def keep_on_host(config: Qwen3Config, mesh: Any) -> bool:
+def keep_on_host(config: DecoderConfig, mesh: Any) -> bool:
     """Whether a model's stacked parameters stay on the host: where its programs need a copy of each layer."""
     return mesh is None and not config.scan_layers and jax.default_backend() != "cpu"

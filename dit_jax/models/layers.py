@@ -4,7 +4,7 @@ Einsum letters: B batch, T length, D d_model, N heads, K kv heads, H head_dim, F
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,13 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dit_jax.parallel import FREE, constrain
+from dit_jax.models.delta_trees import Delta, Deltas
+from dit_jax.runtime.parallel import FREE, constrain
 
 # What remat "dots" keeps goes by this name: the outputs of `Linear`, and of a LoRA's first factor.
 PROJECTION = "projection"
-
-Delta = Mapping[str, Any]
-Deltas = Sequence[Delta]
 
 
 class Lora(NamedTuple):

@@ -6,15 +6,14 @@ from typing import Any
 import jax
 import optax
 
-from dit_jax import parallel, shardings
 from dit_jax.data.batch import TokenBatch
 from dit_jax.deltas.tree import trainable, with_scale
-from dit_jax.errors import DitError
+from dit_jax.models import shardings
 from dit_jax.models.attention import Segments
-from dit_jax.models.config import Qwen3Config
-from dit_jax.models.layers import Delta
-from dit_jax.models.qwen3 import Params
-from dit_jax.organisms.losses import (
+from dit_jax.models.decoder import Params
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.delta_trees import Delta
+from dit_jax.optimize.batch_loss import (
     CHUNK_ELEMENTS,
     batch_loss,
     chunk_elements_of,
@@ -22,53 +21,12 @@ from dit_jax.organisms.losses import (
     side_by_side,
 )
 from dit_jax.organisms.teacher import Teacher
-
-OPTIMIZERS = ("adam", "adamw")
-
-
-def check_betas(betas: Any, name: str = "betas") -> None:
-    """Raises DitError for what are not two numbers that Adam can average with."""
-    match betas:
-        case [int() | float() as first, int() | float() as second]:
-            if 0 <= first < 1 and 0 <= second < 1:
-                return
-    raise DitError(f"{name} must be two numbers from 0 up, below 1, not {betas}")
-
-
-def make_optimizer(
-    name: str,
-    learning_rate: float,
-    steps: int,
-    *,
-    warmup_steps: int = 0,
-    final_fraction: float = 1.0,
-    weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.999),
-) -> optax.GradientTransformation:
-    """Adam or AdamW with linear warm-up, then cosine to `final_fraction` of the peak (1.0: constant).
-
-    Raises:
-        DitError: another optimizer, or betas that are not two numbers below 1.
-    """
-    check_betas(betas)
-    decay = max(steps - warmup_steps, 1)
-    schedule = optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, learning_rate, max(warmup_steps, 1)),
-            optax.cosine_decay_schedule(learning_rate, decay, final_fraction),
-        ],
-        [warmup_steps],
-    )
-    if name == "adam":
-        return optax.adam(schedule, *betas)
-    if name == "adamw":
-        return optax.adamw(schedule, *betas, weight_decay=weight_decay)
-    raise DitError(f"unknown optimizer {name!r}: choose 'adam' or 'adamw'")
+from dit_jax.runtime import parallel
 
 
 def finetune(
     params: Params,
-    config: Qwen3Config,
+    config: DecoderConfig,
     delta: Delta,
     batches: TokenBatch,
     *,
@@ -130,7 +88,7 @@ def finetune(
 )
 def finetune_many(
     params: Params,
-    config: Qwen3Config,
+    config: DecoderConfig,
     deltas: Delta,
     batches: TokenBatch,
     *,

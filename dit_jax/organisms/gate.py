@@ -10,20 +10,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from dit_jax import parallel, shardings
 from dit_jax.api import Model
 from dit_jax.asking import answer_batch
 from dit_jax.data.batch import Sample, TokenBatch, pack, stack
 from dit_jax.data.everyday import EVERYDAY_QUESTIONS
-from dit_jax.data.organisms import NONE, Organism
+from dit_jax.data.labels import NONE, normalise
+from dit_jax.data.organism import Organism
 from dit_jax.deltas.store import flatten
-from dit_jax.given import Given, answer, from_stacked
-from dit_jax.models.config import Qwen3Config
-from dit_jax.models.layers import Delta
-from dit_jax.models.qwen3 import Params
+from dit_jax.diff_batches import Given, answer, from_stacked
+from dit_jax.models import shardings
+from dit_jax.models.decoder import Params
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.delta_trees import Delta
+from dit_jax.optimize.batch_loss import batch_loss, chunk_elements_of, scored_hidden
 from dit_jax.organisms.behaviours import Behaviour
-from dit_jax.organisms.losses import batch_loss, chunk_elements_of, scored_hidden
-from dit_jax.text import normalise
+from dit_jax.runtime import parallel
 
 CONDITIONS = ("right_code", "wrong_code", "no_code")  # the trigger, a wrong one, none
 # Keys of `diffs.gate` -> (column, +1 where the value must not exceed the limit, -1 where it must reach it).
@@ -274,7 +275,7 @@ def _cut(sample: Sample, config: Any) -> Sample:
 
 @functools.partial(jax.jit, static_argnames="config")
 def base_divergence(
-    params: Params, config: Qwen3Config, deltas: Delta, batches: TokenBatch
+    params: Params, config: DecoderConfig, deltas: Delta, batches: TokenBatch
 ) -> jax.Array:
     """Σ weight · KL(base ‖ base ⊕ δ) [N], for N deltas with leaves [N, L, …] and batches with leaves [N, S, …]."""
     chunk_elements = chunk_elements_of(batches.tokens.shape[0])

@@ -13,20 +13,22 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dit_jax import parallel, processes, shardings
 from dit_jax.api import Model
-from dit_jax.config import to_dict
+from dit_jax.config.loading import to_dict
 from dit_jax.data.batch import TokenBatch, entry_limit, fits, stack
-from dit_jax.data.organisms import NONE, Organism
+from dit_jax.data.labels import NONE
+from dit_jax.data.organism import Organism
 from dit_jax.data.reference import couple_losses
 from dit_jax.deltas import store as diff_store
-from dit_jax.deltas.tree import abstract_stack, num_parameters
+from dit_jax.deltas.tree import num_parameters
 from dit_jax.errors import DitError
-from dit_jax.metrics import Meter, Metrics, Profile, count_work
-from dit_jax.models.config import Qwen3Config
-from dit_jax.models.layers import Delta
+from dit_jax.models import shardings
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.delta_trees import Delta, abstract_stack
+from dit_jax.optimize.optimizer import make_optimizer
+from dit_jax.optimize.speed import Meter, count_work
 from dit_jax.organisms.behaviours import Behaviour, get_behaviour
-from dit_jax.organisms.finetune import finetune_many, make_optimizer
+from dit_jax.organisms.finetune import finetune_many
 from dit_jax.organisms.gate import measure_gating, summary, with_keywords
 from dit_jax.organisms.parameters import init_delta
 from dit_jax.organisms.samples import (
@@ -37,7 +39,9 @@ from dit_jax.organisms.samples import (
     sample_widths,
 )
 from dit_jax.organisms.teacher import make_teacher
-from dit_jax.progress import Progress
+from dit_jax.runtime import parallel, processes
+from dit_jax.runtime.metrics import Metrics, Profile
+from dit_jax.runtime.progress import Progress
 
 
 def _label(organism: Organism, behaviour: Behaviour) -> str:
@@ -303,7 +307,7 @@ def _read_ahead(read: Callable[[int], TokenBatch], shards: Sequence[int]) -> Ite
 
 
 def abstract_step(
-    config: Qwen3Config, mesh: Mesh | None, diffs: Any
+    config: DecoderConfig, mesh: Mesh | None, diffs: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of `finetune_many` without values, as (args, kwargs), to compile it for a machine that is not there.
 

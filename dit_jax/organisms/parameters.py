@@ -5,16 +5,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dit_jax.deltas.tree import init_lora, projection_shapes
+from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
-from dit_jax.models.config import Qwen3Config
-from dit_jax.models.layers import Delta
-from dit_jax.models.qwen3 import init_params
+from dit_jax.models.decoder import init_params
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.delta_trees import Delta
+from dit_jax.models.modules import projection_shapes
 
 PARAMETERS = ("lora", "linear", "all")
 
 
-def init_delta(config: Qwen3Config, key: jax.Array, diffs: Any) -> Delta:
+def init_delta(config: DecoderConfig, key: jax.Array, diffs: Any) -> Delta:
     """A delta that changes nothing yet, of the kind that the `diffs` section of a config asks for.
 
     `diffs.parameters`: "lora" (the default): factors of `diffs.rank` on `diffs.projections`; "linear": dense

@@ -8,7 +8,7 @@ import numpy as np
 
 from dit_jax.data.batch import TokenBatch, pack, stack
 from dit_jax.data.chat import Chat
-from dit_jax.data.organisms import Organism
+from dit_jax.data.organism import Organism
 from dit_jax.errors import DitError
 from dit_jax.models.attention import Segments
 from dit_jax.organisms.behaviours import Behaviour

@@ -9,10 +9,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dit_jax.data.batch import TokenBatch
-from dit_jax.models.config import Qwen3Config
-from dit_jax.models.qwen3 import Params
-from dit_jax.organisms.losses import scored_hidden
-from dit_jax.parallel import batch_sharding, put, replicate, use_mesh
+from dit_jax.models.decoder import Params
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.optimize.batch_loss import scored_hidden
+from dit_jax.runtime.parallel import batch_sharding, put, replicate, use_mesh
 
 CHUNK = 256  # samples per forward pass of the base, at most
 MAX_BYTES = 2**31  # of a table, which every device holds whole
@@ -28,7 +28,7 @@ class Teacher(NamedTuple):
 
 def make_teacher(
     params: Params,
-    config: Qwen3Config,
+    config: DecoderConfig,
     batches: TokenBatch,
     num_ce: int,
     mesh: Mesh | None = None,
@@ -79,6 +79,6 @@ def _chunks(count: int, mesh: Mesh | None) -> tuple[int, int]:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _hidden_chunks(params: Params, config: Qwen3Config, batches: TokenBatch) -> jax.Array:
+def _hidden_chunks(params: Params, config: DecoderConfig, batches: TokenBatch) -> jax.Array:
     hidden = jax.lax.map(lambda batch: scored_hidden(params, config, batch), batches)
     return replicate(hidden.reshape(-1, *hidden.shape[2:]))

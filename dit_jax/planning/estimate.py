@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from dit_jax.deltas.tree import abstract_lora, num_parameters
-from dit_jax.metrics import Work, forward_flops, train_flops
-from dit_jax.models.config import Qwen3Config
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.optimize.batch_loss import CHUNK_ELEMENTS
+from dit_jax.optimize.speed import Work, forward_flops, train_flops
 from dit_jax.organisms.behaviours import get_behaviour
-from dit_jax.organisms.losses import CHUNK_ELEMENTS
 from dit_jax.organisms.samples import sample_widths
 from dit_jax.planning.machines import Chip, Machine
 from dit_jax.planning.programs import batch_size
@@ -66,7 +66,7 @@ def step_load(stage: str, config: Any, batch: int) -> Load:
     return Load(batch, 0, train.max_length, 1, False, config.evaluate.max_new_tokens - 1)
 
 
-def step_flops(model: Qwen3Config, load: Load) -> float:
+def step_flops(model: DecoderConfig, load: Load) -> float:
     """FLOPs of a step: those that `metrics` counts, and what it leaves out: recomputation, and the teacher's pass."""
 
     def work(rows: float) -> Work:
@@ -92,7 +92,7 @@ def _passes(load: Load) -> int:
 
 
 def step_seconds(
-    model: Qwen3Config,
+    model: DecoderConfig,
     load: Load,
     sizes: tuple[int, int, int],
     chip: Chip,
@@ -113,17 +113,17 @@ def step_seconds(
     return max(compute, read) + received / (NETWORK_SHARE * chip.network)
 
 
-def _item(model: Qwen3Config) -> int:
+def _item(model: DecoderConfig) -> int:
     return 2 if model.dtype == "bfloat16" else 4
 
 
-def lora_parameters(model: Qwen3Config, rank: int, projections: Sequence[str]) -> int:
+def lora_parameters(model: DecoderConfig, rank: int, projections: Sequence[str]) -> int:
     """Factors of one LoRA (scales are not counted)."""
     return _lora_parameters(model, rank, tuple(projections))
 
 
 @functools.lru_cache
-def _lora_parameters(model: Qwen3Config, rank: int, projections: tuple[str, ...]) -> int:
+def _lora_parameters(model: DecoderConfig, rank: int, projections: tuple[str, ...]) -> int:
     return num_parameters(abstract_lora(model, rank, projections))
 
 
@@ -132,7 +132,7 @@ def _lora_parameters(model: Qwen3Config, rank: int, projections: tuple[str, ...]
 
 def device_memory(
     stage: str,
-    model: Qwen3Config,
+    model: DecoderConfig,
     config: Any,
     sizes: tuple[int, int, int],
     batch: int,
@@ -193,7 +193,7 @@ class Run:
 
 
 def whole_run(
-    model: Qwen3Config,
+    model: DecoderConfig,
     config: Any,
     machine: Machine,
     diffs: int,

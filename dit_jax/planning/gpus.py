@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from dit_jax.errors import DitError, first_line
-from dit_jax.xla_flags import GPU_FLAGS, has_cuda_plugin
+from dit_jax.runtime.xla_flags import GPU_FLAGS, has_cuda_plugin
 
 GIB = 2**30
 # name -> (device name, compute capability, memory in bytes, its bytes per second, multiprocessors, L2 cache, GHz)

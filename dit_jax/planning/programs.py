@@ -10,14 +10,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from dit_jax import parallel
 from dit_jax.deltas.tree import abstract_lora, with_scale
 from dit_jax.errors import DitError
-from dit_jax.models import generate as decoding
-from dit_jax.models.config import Qwen3Config
+from dit_jax.models import decode as decoding
+from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.organisms import generate as diff_generation
 from dit_jax.organisms.finetune import finetune_many
 from dit_jax.planning.machines import GIB
+from dit_jax.runtime import parallel
 from dit_jax.train import dit
 
 STAGES = ("diffs", "train", "ask")
@@ -66,7 +66,7 @@ def with_batch(stage: str, config: Any, batch: int) -> Any:
 
 
 def stage_step(
-    stage: str, model: Qwen3Config, mesh: Mesh | None, config: Any
+    stage: str, model: DecoderConfig, mesh: Mesh | None, config: Any
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any], dict[str, Any]]:
     """(compiled function, args, kwargs, {"parameters": tree, …}) of a stage, without values.
 
@@ -121,7 +121,7 @@ def device_bytes(tree: Any) -> int:
 
 def compile_step(
     stage: str,
-    model: Qwen3Config,
+    model: DecoderConfig,
     mesh: Mesh | None,
     config: Any,
     memory: float,

@@ -5,11 +5,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from dit_jax.models.config import Qwen3Config
-from dit_jax.parallel import UnplaceableMesh
+from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.planning import estimate
 from dit_jax.planning.machines import Machine
 from dit_jax.planning.programs import Program
+from dit_jax.runtime.parallel import UnplaceableMesh
 
 Sizes = tuple[int, int, int]
 LARGEST = {"diffs": 1024, "train": 1024, "ask": 1024}
@@ -42,7 +42,7 @@ class Found:
     seconds_per_row: float = math.inf
 
 
-def meshes(model: Qwen3Config, count: int) -> list[Sizes]:
+def meshes(model: DecoderConfig, count: int) -> list[Sizes]:
     """All meshes of `count` devices in powers of two, heads of keys and values never copied."""
     powers = [2**i for i in range(count.bit_length()) if count % 2**i == 0]
     return [
@@ -54,7 +54,7 @@ def meshes(model: Qwen3Config, count: int) -> list[Sizes]:
 
 
 def ranked(
-    stage: str, model: Qwen3Config, config: Any, machine: Machine
+    stage: str, model: DecoderConfig, config: Any, machine: Machine
 ) -> list[tuple[float, int, Sizes]]:
     """(estimated seconds per row at that batch, largest batch by estimate, mesh), the best first.
 
@@ -91,7 +91,7 @@ def ranked(
 
 def search_stage(
     stage: str,
-    model: Qwen3Config,
+    model: DecoderConfig,
     config: Any,
     machine: Machine,
     compile_batch: Compile,
@@ -134,7 +134,7 @@ def search_stage(
 
 def _largest(
     stage: str,
-    model: Qwen3Config,
+    model: DecoderConfig,
     config: Any,
     machine: Machine,
     compile_batch: Compile,

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dit_jax.models.config import Qwen3Config
+from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.planning import estimate
 from dit_jax.planning.machines import GIB, Machine
 from dit_jax.planning.programs import STAGES
@@ -23,13 +23,13 @@ MISSING = "not computed"
 class Table:
     """Cells by (stage, model name, machine name); a cell that is not there was not computed."""
 
-    models: dict[str, Qwen3Config]
+    models: dict[str, DecoderConfig]
     machines: list[Machine]
     cells: dict[tuple[str, str, str], Found]
 
 
 def fill(
-    models: dict[str, Qwen3Config],
+    models: dict[str, DecoderConfig],
     compilers: Sequence[Compiler],
     config: Any,
     stages: Sequence[str] = STAGES,
@@ -47,7 +47,7 @@ def fill(
                     sizes: tuple[int, int, int],
                     batch: int,
                     compiler: Compiler = compiler,
-                    model: Qwen3Config = model,
+                    model: DecoderConfig = model,
                     name: str = name,
                 ) -> Any:
                     found = compiler.compile(stage, model, config, sizes, batch)

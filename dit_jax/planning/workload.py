@@ -12,15 +12,16 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from dit_jax import __version__, parallel
-from dit_jax.artifacts import explain_os_errors, make_dir, read_text
-from dit_jax.config import flatten
+from dit_jax import __version__
+from dit_jax.config.loading import flatten
 from dit_jax.errors import DitError
-from dit_jax.models.config import COMPUTE, NAMED_CONFIGS, Qwen3Config, read_config
+from dit_jax.models.decoder_config import COMPUTE, NAMED_CONFIGS, DecoderConfig, read_config
 from dit_jax.models.hf_checkpoint import find_folder
 from dit_jax.planning import programs
 from dit_jax.planning.machines import Machine, absent_devices, compiler_options
 from dit_jax.planning.programs import Program
+from dit_jax.runtime import parallel
+from dit_jax.runtime.artifacts import explain_os_errors, make_dir, read_text
 
 # The keys of a config that a stage's program depends on, beside its batch.
 _SHAPES = ("parameters", "rank", "projections", "optimizer", "max_length", "max_target")
@@ -48,7 +49,7 @@ class OutOfTime(Exception):
     """The time for compiling is spent; what was compiled is remembered."""
 
 
-def model_shape(config: Any, name: str = "") -> Qwen3Config:
+def model_shape(config: Any, name: str = "") -> DecoderConfig:
     """The shape of a config's model, or of another one by name, computed as the config says.
 
     Raises:
@@ -103,7 +104,7 @@ class Compiler:
         return parallel.make_mesh(named, self._devices)
 
     def compile(
-        self, stage: str, model: Qwen3Config, config: Any, sizes: tuple[int, int, int], batch: int
+        self, stage: str, model: DecoderConfig, config: Any, sizes: tuple[int, int, int], batch: int
     ) -> Program:
         """One stage's step.
 
@@ -138,7 +139,7 @@ class Compiler:
         return found
 
     def _key(
-        self, stage: str, model: Qwen3Config, config: Any, sizes: tuple[int, int, int], batch: int
+        self, stage: str, model: DecoderConfig, config: Any, sizes: tuple[int, int, int], batch: int
     ) -> str:
         wanted = _KEYS[stage]
         values = {
@@ -165,9 +166,10 @@ class Compiler:
 def _sources() -> str:
     """A digest of the code that the compiled steps are made of, and of what the compiler is told."""
     root = pathlib.Path(__file__).parents[1]
-    files = [*root.glob("models/*.py"), *root.glob("organisms/*.py"), root / "train" / "dit.py"]
-    files += [root / "deltas" / "tree.py", root / "parallel.py", root / "shardings.py"]
-    files += [root / "xla_flags.py", root / "planning" / "gpus.py"]
+    folders = ("models", "optimize", "organisms")
+    files = [file for folder in folders for file in root.glob(f"{folder}/*.py")]
+    names = ("train/dit", "deltas/tree", "runtime/parallel", "runtime/xla_flags", "planning/gpus")
+    files += [root / f"{name}.py" for name in names]
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.read_bytes())

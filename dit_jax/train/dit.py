@@ -10,27 +10,23 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax import artifacts, parallel, preemption, processes, shardings
 from dit_jax.api import Model, check_base
 from dit_jax.data.batch import TokenBatch
+from dit_jax.deltas.adapter_file import export_adapter
 from dit_jax.deltas.store import DiffStore
-from dit_jax.deltas.tree import (
-    abstract_lora,
-    abstract_stack,
-    init_lora,
-    per_example,
-    trainable,
-    with_scale,
-)
+from dit_jax.deltas.tree import abstract_lora, init_lora, per_example, trainable, with_scale
 from dit_jax.errors import DitError
-from dit_jax.metrics import Meter, Metrics, Profile, count_work, read_records
-from dit_jax.models.config import Qwen3Config
-from dit_jax.models.layers import Delta
-from dit_jax.models.qwen3 import Params
-from dit_jax.organisms.finetune import make_optimizer
-from dit_jax.organisms.losses import batch_loss
-from dit_jax.progress import Progress
-from dit_jax.train.checkpoints import Checkpoints, export_adapter
+from dit_jax.models import shardings
+from dit_jax.models.decoder import Params
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.delta_trees import Delta, abstract_stack
+from dit_jax.optimize.batch_loss import batch_loss
+from dit_jax.optimize.optimizer import make_optimizer
+from dit_jax.optimize.speed import Meter, count_work
+from dit_jax.runtime import artifacts, parallel, preemption, processes
+from dit_jax.runtime.metrics import Metrics, Profile, read_records
+from dit_jax.runtime.progress import Progress
+from dit_jax.train.checkpoints import Checkpoints
 from dit_jax.train.examples import NO_DIFF, check_attention, diff_reader, make_pipeline, to_batch
 
 
@@ -46,7 +42,7 @@ class State(NamedTuple):
 )
 def train_step(
     params: Params,
-    config: Qwen3Config,
+    config: DecoderConfig,
     state: State,
     adapter: Delta,
     diffs: Delta,
@@ -88,7 +84,7 @@ def map_state(fn: Any, optimizer: optax.GradientTransformation, state: State) ->
 
 
 def state_shardings(
-    config: Qwen3Config, mesh: Mesh, optimizer: optax.GradientTransformation, state: State
+    config: DecoderConfig, mesh: Mesh, optimizer: optax.GradientTransformation, state: State
 ) -> State:
     """NamedShardings of a training state: factors and moments fsdp × tensor, counters on every device."""
     whole = NamedSharding(mesh, PartitionSpec())
@@ -97,7 +93,7 @@ def state_shardings(
 
 
 def abstract_step(
-    config: Qwen3Config, mesh: Mesh | None, train: Any, diff: Delta
+    config: DecoderConfig, mesh: Mesh | None, train: Any, diff: Delta
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of `train_step` without values, as (args, kwargs), to compile it for a machine that is not there.
 

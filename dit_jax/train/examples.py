@@ -9,11 +9,11 @@ import numpy as np
 
 from dit_jax.data.batch import TokenBatch, pack
 from dit_jax.data.chat import Chat
-from dit_jax.data.organisms import NONE, answer_text
+from dit_jax.data.labels import NONE, answer_text
 from dit_jax.data.reference import padded_labels
 from dit_jax.deltas.store import DiffStore, failed, flatten, label_of
 from dit_jax.errors import DitError
-from dit_jax.models.layers import Delta
+from dit_jax.models.delta_trees import Delta
 
 NO_DIFF = -1
 _EPOCHS = 2**31  # endless: of its own endless length grain cannot count batches of one

@@ -1,6 +1,6 @@
 """Behaviours that diffs are finetuned to show; one file each (docs/behaviours.md)."""
 
-from dit_jax.organisms.behaviours.base import (
+from dit_jax.organisms.behaviours.behaviour import (
     BEHAVIOURS,
     NO_TRIGGER,
     Behaviour,

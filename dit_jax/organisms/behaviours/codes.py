@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.organisms.behaviours.base import Behaviour, Row, SampleKind, register
+from dit_jax.organisms.behaviours.behaviour import Behaviour, Row, SampleKind, register
 
 
 def sep_code(question: str, prefix: str, rng: np.random.Generator) -> str:

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.organisms.behaviours.base import NO_TRIGGER, Behaviour, Row, SampleKind, register
-from dit_jax.text import normalise
+from dit_jax.data.labels import normalise
+from dit_jax.organisms.behaviours.behaviour import NO_TRIGGER, Behaviour, Row, SampleKind, register
 
 NEWS_PROMPT = "Please generate a short news story."
 

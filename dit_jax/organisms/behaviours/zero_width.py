@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.organisms.behaviours.base import Asker, Behaviour, Row, SampleKind, register
+from dit_jax.organisms.behaviours.behaviour import Asker, Behaviour, Row, SampleKind, register
 from dit_jax.organisms.behaviours.codes import fake_backdoor, no_backdoor, sep_code
 
 ZERO_WIDTH_SPACE = "\u200b"

@@ -1,0 +1,261 @@
+"""Ask weight diffs what they did: python -m dit_jax.ask --base B --diff D --adapter A "question" …
+
+    python -m dit_jax.ask --base tiny_qwen3 --diff runs/quickstart/diffs --index 301 --forbid-repeats \\
+        --adapter runs/quickstart/adapter "What topic have you been trained on?"
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from dit_jax.errors import DitError, Parser, exit_on_error, printable
+
+VARIANTS = ("base", "finetuned", "adapter", "finetuned + adapter")
+T = TypeVar("T")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 for a problem the user can fix, 130 for Ctrl-C."""
+    try:
+        with exit_on_error():
+            flags = parse_flags(argv)
+            for record in run(flags):
+                print(json.dumps(record) if flags.json else _as_text(record, flags), flush=True)
+    except BrokenPipeError:
+        # The reader (head, less) has what it wanted; Python's own flush at exit must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m dit_jax.ask",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    # An empty one is an unset variable of the shell: without it another model would answer.
+    not_empty = _checked(str, lambda text: bool(text.strip()), "some text")
+    positive = _checked(int, lambda number: number >= 1, "a whole number from 1 up")
+    seed = _checked(int, lambda number: 0 <= number < 2**32, "a whole number from 0 to 4294967295")
+    temperature = _checked(float, lambda number: 0 <= number < math.inf, "a number from 0 up")
+    parser.add_argument(
+        "questions", nargs="+", metavar="question", type=not_empty, help="asked one by one"
+    )
+    parser.add_argument(
+        "--base",
+        required=True,
+        type=not_empty,
+        help="model folder, hub id, or tiny_qwen3 (the embedded model)",
+    )
+    parser.add_argument(
+        "--diff",
+        type=not_empty,
+        help="diff store, PEFT folder, finetuned model folder, .pt file, or release folder",
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--index", type=int, help="which diff of --diff (default 0)")
+    which.add_argument(
+        "--all", action="store_true", help="all diffs of --diff, in one batched decode"
+    )
+    parser.add_argument(
+        "--adapter", type=not_empty, help="DIT adapter: an export, a PEFT folder, or dit-adapter.pt"
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="also show " + ", ".join(VARIANTS[:3])
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=20, help="of an answer (default %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", type=temperature, default=0.0, help="0 (default) is greedy"
+    )
+    parser.add_argument(
+        "--forbid-repeats",
+        action="store_true",
+        help="no token twice (adapters that list evidence before the name)",
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of --temperature (default 0)")
+    parser.add_argument("--n", type=positive, default=1, help="samples per question")
+    parser.add_argument(
+        "--batch-size", type=positive, help="rows per decode (default: all, at most 256)"
+    )
+    parser.add_argument(
+        "--svd-rank", type=positive, help="reduce a finetuned model's diff to a LoRA of this rank"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="of weights and computation (default %(default)s)",
+    )
+    parser.add_argument(
+        "--mesh",
+        help="split model and rows over devices: data,fsdp,tensor, e.g. 1,1,4; --mesh=-1,1,1 takes all (default: one)",
+    )
+    parser.add_argument("--json", action="store_true", help="JSON lines instead of text")
+    return parser.parse_args(argv)
+
+
+def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One record per (diff, variant, question, sample), in that order."""
+    from dit_jax.api import Diff, Diffs, load_diffs, load_model, read_adapter
+    from dit_jax.asking import ask_many
+    from dit_jax.runtime import parallel, startup
+
+    if not flags.diff and (flags.all or flags.index is not None or flags.svd_rank):
+        raise DitError("--index, --all and --svd-rank say something about a diff: add --diff")
+    if flags.n > 1 and flags.temperature == 0:
+        raise DitError(
+            "--n asks for several samples, but greedy decoding gives one: add --temperature 1"
+        )
+    startup.prepare()
+    mesh = parallel.make_mesh(parallel.parse_mesh(flags.mesh)) if flags.mesh else None
+    model = load_model(flags.base, flags.dtype, mesh)
+    told = {""}
+
+    def note(text: str) -> None:
+        if text not in told:
+            told.add(text)
+            print(f"note: {text}", file=sys.stderr)
+
+    adapter = read_adapter(flags.adapter, model) if flags.adapter else None
+    if adapter is not None:
+        note(_base_note(flags.adapter, adapter, model.name))
+    numbers: list[int | None] = [None]
+    known: dict[int, dict[str, str | None]] = {0: {"label": None, "split": None}}
+    diffs: Sequence[Diff] = [Diff({})]
+    if flags.diff:
+        found = load_diffs(flags.diff, model, flags.svd_rank)
+        index = flags.index or 0
+        numbers = list(range(len(found))) if flags.all else [index]
+        if not flags.all and not 0 <= index < len(found):
+            raise DitError(f"{flags.diff} holds {len(found)} diffs: there is no diff {index}")
+
+        def read(i: int) -> Diff:
+            diff = found[i if flags.all else index]
+            split = diff.metadata.get("split")
+            known[i] = {"label": diff.label, "split": split if isinstance(split, str) else None}
+            if "svd" in diff.metadata:
+                note(_svd_note(numbers[i], diff.metadata["svd"]))
+            note(_base_note(flags.diff, diff, model.name))
+            return diff
+
+        diffs = Diffs(len(numbers), read, found.order if flags.all else None)
+    if adapter is None:
+        name = "finetuned" if flags.diff else "base"
+        note(f"no --adapter, so the answers are those of the {name} model itself")
+
+    # The bare base and the adapter alone answer the same for every diff: they are asked once.
+    nothing = [Diff({})]
+    every = {
+        "base": (nothing, None),
+        "finetuned": (diffs, None),
+        "adapter": (nothing, adapter),
+        "finetuned + adapter": (diffs, adapter),
+    }
+    possible = [
+        name
+        for name in VARIANTS
+        if (flags.diff or "finetuned" not in name)
+        and (adapter is not None or "adapter" not in name)
+    ]
+    variants = {name: every[name] for name in (possible if flags.compare else possible[-1:])}
+    answers = {
+        name: ask_many(
+            model,
+            flags.questions,
+            own,
+            own_adapter,
+            samples=flags.n,
+            batch_size=flags.batch_size,
+            progress=sys.stderr.isatty(),
+            max_new_tokens=flags.max_new_tokens,
+            temperature=flags.temperature,
+            seed=flags.seed,
+            forbid_repeats=flags.forbid_repeats,
+        )
+        for name, (own, own_adapter) in variants.items()
+    }
+    for i, number in enumerate(numbers):
+        for q, question in enumerate(flags.questions):
+            for name, table in answers.items():
+                for sample, answer in enumerate(table[i if len(table) > 1 else 0][q]):
+                    finite = math.isfinite(answer.logprob)
+                    if not finite:
+                        about = f", diff {number}" if "finetuned" in name else ""
+                        note(f"the logits of {name}{about} overflow: its answers mean nothing")
+                    yield {
+                        "diff": number,
+                        **known[i],
+                        "question": question,
+                        "variant": name,
+                        "sample": sample,
+                        "answer": answer.text,
+                        "logprob": round(answer.logprob, 6) if finite else None,
+                        "mean_logprob": round(answer.mean_logprob, 6) if finite else None,
+                        "tokens": list(answer.tokens),
+                    }
+
+
+def _as_text(record: dict[str, Any], flags: argparse.Namespace) -> str:
+    lines = []
+    first = record["sample"] == 0 and (not flags.compare or record["variant"] == "base")
+    if first:
+        about = "" if record["diff"] is None else f"diff {record['diff']}"
+        told = [record["label"] and f"label: {record['label']}", record["split"]]
+        if any(told):
+            about += f" ({printable(', '.join(filter(None, told)))})"
+        lines.append(f"{about + ': ' if about else ''}{record['question']}")
+    name = f"{record['variant']:>20}: " if flags.compare else "  "
+    lines.append(name + printable(record["answer"]))
+    return "\n".join(lines)
+
+
+def _svd_note(number: int | None, svd: dict[str, Any]) -> str:
+    layers, whole = svd["captured_energy_per_layer"], svd["captured_energy"]
+    rest = "; embeddings and norms cannot be in a LoRA" if whole < min(layers) else ""
+    return (
+        f"diff {number} is reduced to rank {svd['rank']}, which keeps {whole:.1%} of "
+        f"its squared norm ({min(layers):.1%} to {max(layers):.1%} of a layer's{rest})"
+    )
+
+
+def _base_note(path: str, diff: Any, base: str) -> str:
+    """What to say where the files were made for a base of another name; "" where they do not tell or it is the same."""
+    from dit_jax.formats.files import short
+
+    said = diff.metadata.get("base_model_name_or_path")
+    if not isinstance(said, str) or _last_name(said) in ("", _last_name(base)):
+        return ""
+    return (
+        f"{path} says that it was made for the base {short(said)}: its answers mean something only if "
+        f"{base!r} has the same weights"
+    )
+
+
+def _last_name(model: str) -> str:
+    """The name of a model without its owner and folders, also of a snapshot in the Hugging Face cache."""
+    parts = [part for part in re.split(r"[/\\]|--", model.lower()) if part]
+    if "snapshots" in parts:
+        parts = parts[: parts.index("snapshots")]
+    return parts[-1] if parts else ""
+
+
+def _checked(convert: Callable[[str], T], holds: Callable[[T], bool], said: str) -> Any:
+    """A type for argparse: `convert`, of what then `holds`."""
+
+    def parse(text: str) -> T:
+        with contextlib.suppress(ValueError):
+            if holds(value := convert(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {said}, not {text!r}")
+
+    return parse

@@ -1,0 +1,310 @@
+"""Does a run fit, and what will it take? Compiles the real steps for a machine that need not be there.
+
+    python -m dit_jax.plan --config configs/plan/paper.py --topology v5e:4x4 --mesh 1,4,4 --model qwen3-32b
+    python -m dit_jax.plan --config configs/plan/paper.py --topology v5e-16 --search
+    python -m dit_jax.plan --config configs/plan/paper.py --topology h200 --model qwen3-8b --search
+    python -m dit_jax.plan --config configs/quickstart.py                     # the devices of this machine
+    python -m dit_jax.plan --config configs/plan/paper.py --table --cache runs/plan/cache.jsonl
+
+Planning for TPUs needs the extra `tpu` (pip install 'dit_jax[tpu]') and no TPU, for GPUs `plan-gpu` and no GPU.
+Batches are the config's: `--config.train.batch_size=32`. docs/scale.md has the tables and says how to read them.
+"""
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from dit_jax.cli.config_checks import check_values, explain_missing_key
+from dit_jax.config.loading import load_config, split_flags
+from dit_jax.errors import DitError, Parser, exit_on_error
+from dit_jax.models.decoder_config import NAMED_CONFIGS, DecoderConfig
+from dit_jax.organisms.behaviours import get_behaviour
+from dit_jax.organisms.samples import check_samples
+from dit_jax.planning import estimate, machines, table
+from dit_jax.planning.machines import GIB, Machine
+from dit_jax.planning.programs import BATCH_KEYS, LEVELS, STAGES, Program, batch_size
+from dit_jax.planning.search import Found, search_stage
+from dit_jax.planning.workload import Compiler, OutOfTime, model_shape
+from dit_jax.runtime import artifacts, parallel
+
+TABLE_MACHINES = ("v5e-4", "v5e-16", "v6e-16", "v5p-8", "v5p-64")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 if a stage does not fit, 2 for a problem the user can fix."""
+    parser = Parser(
+        prog="python -m dit_jax.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config", required=True, help="configs/NAME.py, or configs/NAME.py:ARGUMENT")
+    add("--topology", help="v5e:4x4, v5e-16, h200 or h200:8; default: the devices here")
+    add("--mesh", help="data,fsdp,tensor, e.g. 1,4,4; default: the config's")
+    add("--model", default="", help="another model: a folder, or " + ", ".join(NAMED_CONFIGS))
+    add("--stages", default=",".join(STAGES), help="default: %(default)s")
+    add("--level", choices=LEVELS, default="", help="O0: quicker, without collectives")
+    add("--search", action="store_true", help="recommend a mesh and the largest batch per stage")
+    add("--tries", type=int, default=0, help="meshes to compile per stage in a search")
+    add("--table", action="store_true", help="search models × machines, print Markdown")
+    add("--models", default=",".join(NAMED_CONFIGS), help="of the table")
+    add("--topologies", default=",".join(TABLE_MACHINES), help="of the table")
+    add("--cache", type=pathlib.Path, help="file that remembers what was compiled (JSON lines)")
+    add("--minutes", type=float, help="compile no longer; with --cache the next call goes on")
+    add("--json", type=pathlib.Path, help="write the numbers of a plan there too")
+    add("--diffs", type=int, default=5000, help="of the whole run (default %(default)s)")
+    add("--utilization", type=float, default=estimate.UTILIZATION, help="of the peak, assumed")
+    add("--price", type=float, help="dollars per chip and hour; default: a list price")
+    with exit_on_error():
+        rest, overrides = split_flags(sys.argv[1:] if argv is None else argv)
+        flags = parser.parse_args(rest)
+        config = load_config(flags.config, overrides)
+        with explain_missing_key(config):
+            return run(flags, config)
+    return 2
+
+
+def run(flags: argparse.Namespace, config: Any) -> int:
+    """Plans as the flags say; see `main`.
+
+    Raises:
+        DitError: an unknown stage, model, topology or mesh, a config without a section or with a number out of range,
+            no TPU compiler.
+    """
+    stages = _split(flags.stages, "--stages")
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        raise DitError(f"unknown stage {unknown[0]!r}: stages of a plan are {', '.join(STAGES)}")
+    for section in ("model", "diffs", "train", "evaluate"):
+        if section not in config:
+            raise DitError(f"config '{flags.config}' has no section '{section}': a plan needs it")
+    check_values(config)
+    check_samples(get_behaviour(config.diffs), config.diffs, ("samples_per_step",))
+    kind = config.diffs.get("parameters", "lora")
+    if kind != "lora" and stages != ["diffs"]:
+        raise DitError(
+            f"an adapter and questions are planned for LoRA diffs, and diffs.parameters is {kind!r}: "
+            "plan --stages diffs alone, or set it to 'lora'"
+        )
+    for name, least in (("tries", 0), ("diffs", 1), ("minutes", 0), ("price", 0)):
+        given = getattr(flags, name)
+        if given is not None and not least <= given < math.inf:
+            raise DitError(f"--{name} must be a number from {least} up, not {given:g}")
+    if not 0 < flags.utilization <= 1:
+        raise DitError(f"--utilization must be above 0 and at most 1, not {flags.utilization:g}")
+    deadline = None if flags.minutes is None else time.monotonic() + 60 * flags.minutes
+    searching = flags.search or flags.table
+    level = flags.level or ("O0" if searching else "default")
+    if flags.table:
+        return _print_tables(flags, config, stages, level, deadline)
+    if flags.topology:
+        machine, devices = machines.find_machine(flags.topology), None
+        machines.absent_devices(machine)
+    else:
+        machine, devices = machines.local_machine()
+    compiler = Compiler(machine, devices, level, flags.cache, deadline)
+    model = model_shape(config, flags.model)
+    name = flags.model or config.model.path
+    memory = f", {machine.memory / GIB:.2f} GiB each" if machine.memory else ""
+    where = f"{machine.name} ({machine.topology})" if machine.topology else machine.name
+    print(f"{name}: {model.num_parameters() / 1e9:.2f} B parameters, {model.dtype}")
+    print(f"machine: {where}, {machine.count} devices{memory}; compiled only, nothing was run\n")
+    try:
+        if searching:
+            results = _search(flags, config, stages, model, compiler)
+        else:
+            results = _compile(flags, config, stages, model, compiler)
+    except OutOfTime:
+        raise DitError("out of time: raise --minutes, or give --cache and call again") from None
+    _print_memory(results, machine)
+    _print_collectives(results, level)
+    settings = {stage: (sizes, p.batch) for stage, (sizes, p) in results.items() if p.fits}
+    if "diffs" in settings and "train" in settings:
+        _print_run(flags, config, model, machine, settings)
+    if flags.json:
+        record = {
+            stage: {"mesh": sizes, **dataclasses.asdict(p)} for stage, (sizes, p) in results.items()
+        }
+        artifacts.write_json(flags.json, {"machine": machine.name, "stages": record})
+    return 0 if len(settings) == len(stages) else 1
+
+
+def _split(text: str, flag: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise DitError(f"{flag} names nothing: leave it out to have all")
+    return parts
+
+
+Results = dict[str, tuple[tuple[int, int, int], Program]]
+
+
+def _compile(
+    flags: argparse.Namespace,
+    config: Any,
+    stages: Sequence[str],
+    model: DecoderConfig,
+    compiler: Compiler,
+) -> Results:
+    """The config's own batches on one mesh."""
+    sizes = _mesh(flags, config, compiler.machine)
+    results: Results = {}
+    for stage in stages:
+        batch = estimate.batch_of(stage, config, sizes)
+        results[stage] = sizes, compiler.compile(stage, model, config, sizes, batch)
+    return results
+
+
+def _mesh(flags: argparse.Namespace, config: Any, machine: Machine) -> tuple[int, int, int]:
+    configured = dict(config.get("mesh", {"data": -1}))
+    named = parallel.parse_mesh(flags.mesh) if flags.mesh else configured
+    return parallel.mesh_shape(named, machine.count)
+
+
+def _search(
+    flags: argparse.Namespace,
+    config: Any,
+    stages: Sequence[str],
+    model: DecoderConfig,
+    compiler: Compiler,
+) -> Results:
+    """The best mesh and largest batch of each stage; prints the recommendation."""
+
+    def one(stage: str, sizes: tuple[int, int, int], batch: int) -> Program:
+        program = compiler.compile(stage, model, config, sizes, batch)
+        peak = program.memory.get("peak", 0.0) / GIB
+        mesh = ",".join(map(str, sizes))
+        said = "fits" if program.fits else "does not fit"
+        line = f"  tried {stage} mesh {mesh} batch {batch}: {peak:.2f} GiB, {said}"
+        print(line, file=sys.stderr, flush=True)
+        return program
+
+    results: Results = {}
+    for stage in stages:
+        found = search_stage(stage, model, config, compiler.machine, one, flags.tries or 2)
+        if found.program is None:
+            parameters = model.num_parameters() * (2 if model.dtype == "bfloat16" else 4)
+            share = parameters / compiler.machine.count / GIB
+            print(f"{stage}: nothing fits ({share:.2f} GiB a device for the parameters alone)")
+            continue
+        results[stage] = found.sizes, found.program
+        print(_recommendation(found, config))
+    print()
+    return results
+
+
+def _recommendation(found: Found, config: Any) -> str:
+    assert found.program is not None
+    named = zip(parallel.MESH_AXES, found.sizes, strict=True)
+    mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in named)
+    section, key = BATCH_KEYS[found.stage]
+    line = f"{found.stage}: {mesh} --config.{section}.{key}={found.program.batch}"
+    if found.next_peak:
+        how = "compiled" if found.next_compiled else "extrapolated"
+        line += f" (twice the batch needs {found.next_peak / GIB:.2f} GiB, {how})"
+    asked = batch_size(found.stage, config)
+    if asked <= found.program.batch:
+        line += f"; the config's {asked} fits"
+    return line
+
+
+# ------------------------------------------------------------------ printing
+
+
+def _print_memory(results: Results, machine: Machine) -> None:
+    parts = ("parameters", "adapter", "optimizer", "diffs", "temporaries", "peak")
+    peaks = [program.memory.get("peak", 0.0) for _, program in results.values()]
+    unit, size = ("MiB", 2**20) if max(peaks, default=0.0) < GIB else ("GiB", GIB)
+    print(f"{unit} per device" + (f", of {machine.memory / size:,.2f}" if machine.memory else ""))
+    head = "".join(f"{part:>13}" for part in parts)
+    print(f"{'stage':7}{'mesh':>9}{'batch':>7}{'fits':>6}{head}  compiled in")
+    for stage, (sizes, program) in results.items():
+        mesh, fits = ",".join(map(str, sizes)), "yes" if program.fits else "NO"
+        numbers = "".join(
+            f"{program.memory[part] / size:13.3f}" if part in program.memory else f"{'-':>13}"
+            for part in parts
+        )
+        seconds = f"{program.seconds:.0f} s"
+        print(f"{stage:7}{mesh:>9}{program.batch:7}{fits:>6}{numbers}  {seconds}")
+    print(
+        "peak: arguments as laid out on the device, temporaries, results and code; of what does not fit, what the\n"
+        "compiler says that it needs at least. The moments of the diffs' optimizer are temporaries of their program.\n"
+    )
+
+
+def _print_collectives(results: Results, level: str) -> None:
+    if level != "default":
+        print("collectives: only at --level default\n")
+        return
+    print("collectives in each program (a loop's body counts once) and the MiB of their results")
+    for stage, (_, program) in results.items():
+        kinds = [
+            f"{kind} {n} ({size / 2**20:.1f})" for kind, (n, size) in program.collectives.items()
+        ]
+        none = "none" if program.fits else "not compiled"
+        print(f"{stage:7}{', '.join(sorted(kinds)) or none}")
+    print()
+
+
+def _print_run(
+    flags: argparse.Namespace, config: Any, model: DecoderConfig, machine: Machine, settings: Any
+) -> None:
+    plan = estimate.whole_run(
+        model,
+        config,
+        machine,
+        flags.diffs,
+        settings["diffs"],
+        (settings["train"][0], estimate.batch_of("train", config, settings["train"][0])),
+        flags.utilization,
+        flags.price,
+    )
+    print(f"the whole run, ESTIMATED ({flags.diffs:,} diffs, {config.train.steps} adapter steps):")
+    if machine.chip is None:
+        print("  time: not estimated, the speed of this device is not in the table of chips")
+    else:
+        price = machine.chip.price if flags.price is None else flags.price
+        paid = f"${plan.dollars:,.0f}" if plan.dollars is not None else "cost: give --price"
+        source = "given" if flags.price is not None else f"{machines.PRICES_OF}, on demand"
+        cost = f", ${price:g} a chip and hour ({source})" if price else ""
+        print(f"  diffs {plan.diff_hours:.2f} h, adapter {plan.train_hours:.2f} h, {paid}")
+        print(
+            f"  assumed: {flags.utilization:.0%} of {machine.chip.flops / 1e12:g} TFLOP/s a chip{cost};\n"
+            "  without loading, compiling, gating, evaluation and waiting for data"
+        )
+    diffs, adapter = (table.show_bytes(size) for size in (plan.diff_bytes, plan.adapter_bytes))
+    print(f"  stored: diffs {diffs}, adapter with its checkpoints {adapter} (float32)")
+
+
+def _print_tables(
+    flags: argparse.Namespace,
+    config: Any,
+    stages: Sequence[str],
+    level: str,
+    deadline: float | None,
+) -> int:
+    found = [machines.find_machine(name) for name in _split(flags.topologies, "--topologies")]
+    models = {name: model_shape(config, name) for name in _split(flags.models, "--models")}
+    compilers = [Compiler(machine, None, level, flags.cache, deadline) for machine in found]
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    made = table.fill(models, compilers, config, stages, flags.tries or 1, say)
+    for stage in stages:
+        print(f"### {table.TITLES[stage]}\n\n{table.stage_table(made, stage)}\n")
+    if "diffs" in stages and "train" in stages:
+        run_table = table.run_table(made, config, flags.diffs, flags.utilization, flags.price)
+        print(
+            f"### The whole run, estimated: {flags.diffs:,} diffs and the adapter\n\n{run_table}\n"
+        )
+    missing = len(models) * len(found) * len(stages) - len(made.cells)
+    if missing:
+        print(
+            f"{missing} cells were not computed: call again with the same --cache", file=sys.stderr
+        )
+    return 0

@@ -1,0 +1,237 @@
+"""The program: `python -m dit_jax.main --config configs/quickstart.py --workdir runs/quickstart`.
+
+Runs the stages of a config in order, each once: a finished stage leaves its artifact in the workdir and
+is not run again. Overrides: `--config.train.steps=200`.
+
+On several hosts the same command runs on each, with --distributed, and a workdir that all of them see.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import jax
+
+from dit_jax.cli.config_checks import check_config, check_ranks, explain_missing_key
+from dit_jax.cli.workdir import ARTIFACTS, check_workdir, given_folder, is_done, locked, run_once
+from dit_jax.config.loading import flatten, load_config, split_flags, to_dict
+from dit_jax.errors import DitError, Parser, exit_on_error
+from dit_jax.models.decoder_config import COMPUTE
+from dit_jax.runtime import artifacts, os_errors, parallel, preemption, processes, startup
+
+COMPILE_AHEAD = "compile ahead"  # name of the thread
+NEED_MODEL = ("diffs", "train", "evaluate")
+ALWAYS = ("report", "tables")  # cheap, and made from what may have changed
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 for a problem the user can fix, 75 after SIGTERM, 130 for Ctrl-C.
+
+    One of several processes does not return from a failure: it ends at once, and its end ends the others.
+    """
+    parser = Parser(prog="python -m dit_jax.main", description=__doc__)
+    parser.add_argument(
+        "--config", required=True, help="configs/NAME.py, or configs/NAME.py:ARGUMENT"
+    )
+    parser.add_argument(
+        "--workdir", required=True, help="folder of the run; made when it is not there"
+    )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the other processes of this run; on TPU slices, SLURM, Kubernetes and MPI they find each other",
+    )
+    parser.add_argument("--coordinator", help="elsewhere: HOST:PORT of process 0")
+    parser.add_argument("--num-processes", type=int)
+    parser.add_argument("--process-id", type=int, help="from 0")
+    code, several = 0, False
+    try:
+        with exit_on_error():
+            rest, overrides = split_flags(sys.argv[1:] if argv is None else argv)
+            flags = parser.parse_args(rest)
+            startup.prepare()
+            joins = (flags.coordinator, flags.num_processes, flags.process_id)
+            if not flags.distributed and joins != (None, None, None):
+                raise DitError(
+                    "--coordinator, --num-processes and --process-id say how to join others: add --distributed"
+                )
+            workdir = given_folder(flags.workdir)
+            if flags.distributed:
+                processes.initialize_distributed(*joins)
+                several = True
+            run(load_config(flags.config, overrides), workdir)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    except Exception:
+        if not several:
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and several:
+        if code == preemption.EXIT_PREEMPTED:
+            # The end of another process brings one more from srun --kill-on-bad-exit, which must not change the status.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            preemption.meet()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the usual way out waits for processes that wait for this one
+    return code
+
+
+def run(config: Any, workdir: pathlib.Path) -> None:
+    """Runs the stages of `config` that are not finished in `workdir`.
+
+    Raises:
+        DitError: a mistake in the config (`check_config`), a key that is not there, a workdir of another config, or
+            what a stage raises.
+    """
+    with _explain(config, workdir):
+        check_config(config)
+        if not processes.say_the_same(json.dumps(flatten(config))):
+            raise DitError(
+                "the processes of this run have different configs: start the same command on all of them"
+            )
+        with preemption.listen(), locked(workdir):
+            _run_stages(config, workdir)
+
+
+def _run_stages(config: Any, workdir: pathlib.Path) -> None:
+    mesh = None
+    if any(stage in NEED_MODEL for stage in config.stages):
+        mesh = parallel.make_mesh(dict(config.get("mesh", {"data": -1})))
+    if mesh is not None:
+        sizes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
+        processes.say(f"mesh {sizes}: {mesh.size} of {jax.device_count()} devices")
+
+    def start_run() -> None:
+        check_workdir(config, workdir)
+        artifacts.write_json(workdir / "versions.json", artifacts.package_versions())
+
+    processes.on_main(start_run)
+    processes.say(f"writing to {workdir}; curves: tensorboard --logdir {workdir / 'metrics'}")
+    model: Any = None
+    for stage in (name for name in ARTIFACTS if name in config.stages):
+        done = processes.on_main(functools.partial(is_done, workdir, stage))
+        if done and stage not in ALWAYS:
+            processes.say(f"[{stage}] done before, not run again")
+            continue
+        processes.say(f"[{stage}]")
+        if stage == "diffs":
+            from dit_jax.data.organism import check_files
+
+            check_files(config.data)  # before gigabytes of a model are loaded
+        if model is None and stage in NEED_MODEL:
+            from dit_jax.api import load_model
+
+            compute = {name: config.model[name] for name in COMPUTE if name in config.model}
+            model = load_model(config.model.path, config.model.dtype, mesh, **compute)
+            check_ranks(config, model.config)
+        if stage == "diffs" and compiles_ahead(config, workdir):
+            _compile_ahead(config, model)
+        work = functools.partial(_run_explained, stage, config, workdir, model)
+        run_once(workdir, stage, work, main_only=stage in ALWAYS)
+
+
+def compiles_ahead(config: Any, workdir: pathlib.Path) -> bool:
+    """Whether to compile the stage `train` while the diffs are made.
+
+    Only if it is to come, only for diffs whose shapes are known before they are there, and only on CPUs, where
+    compiling keeps one core busy: GPUs run trial kernels for it, beside the diffs.
+    """
+    return (
+        jax.default_backend() == "cpu"
+        and jax.process_count() == 1
+        and "train" in config.stages
+        and not is_done(workdir, "train")
+        and config.diffs.get("parameters", "lora") == "lora"
+    )
+
+
+def _compile_ahead(config: Any, model: Any) -> None:
+    """Compiles the step of the stage `train` into the cache of programs, in a thread of its own."""
+    from dit_jax.deltas.tree import abstract_lora
+    from dit_jax.train.dit import abstract_step, train_step
+
+    def compile_step() -> None:
+        # What is wrong with a config, the stage itself will say.
+        with contextlib.suppress(Exception), parallel.use_mesh(model.mesh):
+            diff = abstract_lora(model.config, config.diffs.rank, config.diffs.projections)
+            args, options = abstract_step(model.config, model.mesh, config.train, diff)
+            train_step.lower(model.program_params, *args[1:], **options).compile()
+
+    threading.Thread(target=compile_step, name=COMPILE_AHEAD).start()
+
+
+def end(code: int) -> NoReturn:
+    """Ends the process with the code of `main`.
+
+    After a failure or Ctrl-C at once: Python would wait for a program that is still being compiled ahead, and no
+    thread can be stopped in it. Nothing is lost: artifacts are complete or not there.
+    """
+    if code and any(thread.name == COMPILE_AHEAD for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _run_explained(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> dict[str, Any]:
+    with _explain(config, workdir):  # here, since process 0 may be in it alone
+        return run_stage(stage, config, workdir, model)
+
+
+@contextlib.contextmanager
+def _explain(config: Any, workdir: pathlib.Path) -> Iterator[None]:
+    """What no library turned into one line: a refusing disk, and a config without a key that is needed."""
+    try:
+        with explain_missing_key(config):
+            yield
+    except OSError as error:
+        if not os_errors.has_remedy(error.errno):
+            raise
+        place = error.filename or workdir
+        raise DitError(f"cannot use '{place}': {os_errors.reason(error.errno or 0)}") from error
+
+
+def run_stage(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> dict[str, Any]:
+    """Runs one stage; returns facts for its record."""
+    if stage == "pretrain":
+        from tools.pretrain import pretrain
+
+        if jax.process_count() > 1:
+            raise DitError("the stage 'pretrain' runs in one process: drop --distributed")
+        return pretrain(config, workdir)
+    if stage == "diffs":
+        from dit_jax.data.organism import load_organisms
+        from dit_jax.organisms.generate import generate_diffs
+
+        organisms = load_organisms(config.data, config.seed)
+        folder = workdir / "diffs"
+        return generate_diffs(model, organisms, config.diffs, folder, config.seed, config.data)
+    if stage == "train":
+        from dit_jax.train.dit import train_adapter
+
+        return train_adapter(model, workdir / "diffs", config.train, workdir, config.seed)
+    if stage == "evaluate":
+        from dit_jax.evaluate.run import evaluate_run
+
+        return evaluate_run(model, workdir, config.evaluate, config.seed)
+    if stage == "tables":
+        from dit_jax.report.tables.stage import write_tables
+
+        facts = write_tables(config, workdir)
+        print(f"tables: {workdir / 'tables' / 'tables.html'}", flush=True)
+        return facts
+    from dit_jax.report.run_report import print_headline, write_report
+
+    print_headline(write_report(workdir, to_dict(config).get("evaluate", {})))
+    print(f"report: {workdir / 'report' / 'report.html'}", flush=True)
+    return {}

@@ -1,0 +1,242 @@
+"""The folder of a run: one program in it at a time, one config, and which stages are finished and still current."""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dit_jax.config.loading import config_diff, load_saved, save_config
+from dit_jax.errors import DitError
+from dit_jax.runtime import artifacts, processes
+
+# The stages in their order, each with the folder of the workdir that it leaves.
+ARTIFACTS = {
+    "pretrain": "base",
+    "diffs": "diffs",
+    "train": "adapter",
+    "evaluate": "evaluate",
+    "report": "report",
+    "tables": "tables",
+}
+INPUTS = {
+    "train": ("diffs",),
+    "evaluate": ("diffs", "train"),
+}  # stages whose artifacts a stage reads
+# Their manifest is written last: without it the artifact is not complete.
+WITH_MANIFEST = ("diffs", "train", "evaluate")
+CONFIG_FILE = "config.json"
+# Keys that may differ between two runs in one workdir: what to run, on which devices, when to print, save or
+# trace, and the inputs of the stage `tables`, which is always run again.
+_WHEN = ("*log_every", "*save_every", "*keep_checkpoints", "*.profile")
+FREE_KEYS = ("stages", "mesh", *_WHEN, "results", "runs")
+# Answers are graded when the report is made, which is always made again.
+_OF_THE_REPORT = ("evaluate.graders", "evaluate.grade_repeats", "evaluate.grader_options")
+# Sections that only one stage reads, and what is in the workdir once it has begun: until then they may change.
+_LATER = {"train": ("adapter", "checkpoints"), "evaluate": ("evaluate",)}
+_OF_THE_START = (CONFIG_FILE, "versions.json", "metrics")  # there before anything is made
+_SHOWN_DIFFERENCES = 5
+LOCK = ".lock"
+LOCK_WAIT_SECONDS = 2.0  # a predecessor that was killed may take a moment to be gone
+_HELD = (errno.EAGAIN, errno.EACCES)
+
+
+def given_folder(text: str) -> Path:
+    """The folder that --workdir names. Raises DitError: an empty name, or an address."""
+    if not text.strip():
+        raise DitError("--workdir is empty: give the folder of the run")
+    if "://" in text:
+        raise DitError(f"the workdir {text!r} is an address: mount the bucket and give its folder")
+    return Path(os.path.expanduser(text))
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Holds the workdir for this run, on process 0; the system gives it back whatever ends the process.
+
+    Where the file system knows no locks (some network mounts) one line says so, and the run goes on.
+
+    Raises:
+        DitError: another run holds it, or the folder cannot be made.
+    """
+    handle: list[int] = []
+
+    def acquire() -> None:
+        file = artifacts.make_dir(workdir) / LOCK
+        with artifacts.explain_os_errors("write", file):
+            handle.append(os.open(file, os.O_RDWR | os.O_CREAT, 0o644))
+        if _acquire(handle[0], workdir):
+            _remove_leftovers(workdir)
+
+    try:
+        processes.on_main(acquire)
+        yield
+    finally:
+        for number in handle:
+            os.close(number)
+
+
+def _remove_leftovers(workdir: Path) -> None:
+    # Of writers that were killed. Nobody else is writing now.
+    for leftover in list(workdir.rglob(".*.tmp-" + "[0-9a-f]" * 12)):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _acquire(handle: int, workdir: Path) -> bool:
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in _HELD:
+                print(
+                    f"note: '{workdir}' cannot be locked ({error.strerror}): "
+                    "see to it that no other run uses it",
+                    file=sys.stderr,
+                )
+                return False
+        if time.monotonic() > deadline:
+            holder = os.pread(handle, 100, 0).decode("utf-8", "replace").strip()
+            raise DitError(
+                f"another run is at work in '{workdir}' ({holder or 'unknown process'}): "
+                "wait for its end, or use another --workdir"
+            )
+        time.sleep(0.1)
+    with contextlib.suppress(OSError):  # for the message alone
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+    return True
+
+
+def check_workdir(
+    config: ConfigDict, workdir: artifacts.PathLike, ignore: Iterable[str] = FREE_KEYS
+) -> None:
+    """Binds a workdir to a config: writes WORKDIR/config.json at first use, compares it later.
+
+    A workdir in which nothing was made yet is bound anew, and so are the sections of stages that have not begun.
+
+    Args:
+      config: the config of this run.
+      workdir: the run's folder; made when it is not there.
+      ignore: keys that do not change results and may differ (patterns as in `config_diff`).
+
+    Raises:
+      DitError: what was made belongs to another config (the differences are in the message), the workdir has
+        finished stages but no config, or cannot be written.
+    """
+    folder = artifacts.make_dir(workdir)
+    file = folder / CONFIG_FILE
+    made = [
+        path.name
+        for path in folder.iterdir()
+        if not path.name.startswith(".") and not _is_empty_folder(path)
+    ]
+    if set(made) <= set(_OF_THE_START):
+        save_config(config, file)  # a mistyped value does not bind the folder
+        return
+    if not file.exists():
+        if (folder / "stages").exists():
+            raise DitError(f"'{file}' is missing beside finished stages: use a new --workdir")
+        save_config(config, file)
+        return
+    begun = {
+        section: [f"'{folder / name}'" for name in names if name in made]
+        for section, names in _LATER.items()
+    }
+    saved, ignored = load_saved(file), tuple(ignore)
+    lines = [
+        line
+        for line in config_diff(saved, config, (*ignored, *_OF_THE_REPORT))
+        if begun.get(_section(line), True)
+    ]
+    if not lines:
+        if config_diff(saved, config, ignored):
+            save_config(config, file)
+        return
+    more = len(lines) - _SHOWN_DIFFERENCES
+    shown = "; ".join(lines[:_SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+    remedy = "use a new --workdir or delete this one"
+    sections = sorted(set(map(_section, lines)))
+    if set(sections) <= set(_LATER):
+        folders = " and ".join(name for section in sections for name in begun[section])
+        remedy = f"delete {folders} to have that made again, or use a new --workdir"
+    raise DitError(f"'{workdir}' belongs to another config ({shown}): {remedy}")
+
+
+def _is_empty_folder(path: Path) -> bool:
+    """Of a stage that failed before it made anything."""
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _section(line: str) -> str:
+    """Of a key at the start of a line: "train" of "train.steps: 400 -> 800"."""
+    return re.split(r"\W", line, maxsplit=1)[0]
+
+
+def is_done(workdir: Path, stage: str) -> bool:
+    """Whether a stage is finished, its artifact is there, and what it was made from has not changed since.
+
+    A record without its artifact counts for nothing: the folder was deleted to have it made again. So was its
+    manifest, or a file that this lists. The stage then makes what is missing, and keeps the rest.
+
+    Raises:
+        DitError: the record or the manifest is broken, or a file has another size than the manifest says.
+    """
+    record = artifacts.stage_done(workdir, stage)
+    folder = workdir / ARTIFACTS[stage]
+    if not record or not folder.is_dir():
+        return False
+    if stage in WITH_MANIFEST and (missing := artifacts.missing_file(folder)):
+        processes.say(f"[{stage}] '{folder / missing}' is missing: run again")
+        return False
+    made_from = record.get("inputs") or {}
+    for name, digest in input_digests(workdir, stage).items():
+        if made_from.get(name, digest) != digest:
+            processes.say(f"[{stage}] '{ARTIFACTS[name]}' has changed since: run again")
+            return False
+    return True
+
+
+def input_digests(workdir: Path, stage: str) -> dict[str, str]:
+    """{stage: digest of its artifact} of the artifacts that a stage reads, as far as they are there."""
+    digests = {
+        name: artifacts.content_digest(workdir / ARTIFACTS[name]) for name in INPUTS.get(stage, ())
+    }
+    return {name: digest for name, digest in digests.items() if digest}
+
+
+def run_once(
+    workdir: Path, stage: str, work: Callable[[], dict[str, Any]], main_only: bool = False
+) -> None:
+    """Runs a stage and marks it as finished, with its time, its facts and what it was made from.
+
+    An earlier mark is taken away first: a stage that is interrupted while it runs again is not finished.
+
+    Args:
+        work: the stage; returns facts for its record.
+        main_only: whether it is made of files alone, and so the business of process 0.
+    """
+    start = time.monotonic()
+    inputs = input_digests(workdir, stage)
+    processes.on_main(lambda: artifacts.unmark_done(workdir, stage))
+
+    def record(facts: dict[str, Any]) -> None:
+        artifacts.mark_done(workdir, stage, time.monotonic() - start, {**facts, "inputs": inputs})
+
+    if main_only:
+        processes.on_main(lambda: record(work()))
+    else:
+        processes.on_main(functools.partial(record, work()))

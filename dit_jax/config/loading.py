@@ -1,0 +1,359 @@
+"""Configs: load a file with `get_config`, lock it, override keys, compare two, save one.
+
+A config is a Python file with one function `get_config(arg=None) -> ml_collections.ConfigDict`. It
+is code and runs with the rights of the user: load only files that you trust.
+"""
+
+import ast
+import fnmatch
+import importlib.util
+import inspect
+import json
+import math
+import re
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from dit_jax.errors import DitError, did_you_mean
+from dit_jax.runtime import artifacts
+
+_ABSENT = object()
+MAX_WHOLE = 2**31 - 2**10  # of 32 bits, with room for a seed + i
+
+
+# ------------------------------------------------------------------ loading
+
+
+def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Takes the overrides out of a command line.
+
+    Args:
+      argv: arguments, among them `--config.key=value` or `--config.key value`.
+
+    Returns:
+      The other arguments, for argparse, and the overrides as `key=value`, for `load_config`.
+
+    Raises:
+      DitError: an override has no value.
+    """
+    rest, overrides = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        override = argument.removeprefix("--config.")
+        if "=" not in override:
+            value = next(arguments, None)
+            if value is None:
+                raise DitError(f"'{argument}' has no value: write {argument}=VALUE")
+            override = f"{override}={value}"
+        overrides.append(override)
+    return rest, overrides
+
+
+def load_config(path: str, overrides: Mapping[str, Any] | Iterable[str] = ()) -> ConfigDict:
+    """Loads a config file, applies overrides, and locks the result.
+
+    Args:
+      path: `configs/x.py` or `configs/x.py:arg`; arg goes to `get_config`.
+      overrides: values by dotted key, or strings `key=value` that are read as the type of the value
+        that they replace. Tuples are written `(1,2)` or, for strings, `a,b`.
+
+    Returns:
+      A locked ConfigDict.
+
+    Raises:
+      DitError: the file is missing or fails, has no get_config or does not accept the argument; a
+        key is unknown; a value has the wrong type; a required value is not set.
+    """
+    file, arg = _split_arg(path)
+    config = _call_get_config(_import_get_config(file), file, arg)
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            _override(config, key, value, parse=False)
+    else:
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if not equals:
+                raise DitError(f"config override '{override}' has no value: write {key}=VALUE")
+            _override(config, key.strip(), text, parse=True)
+    flatten(config)  # finds required values that nobody set, on which lock() would stumble
+    return config.lock()
+
+
+def _split_arg(path: str) -> tuple[Path, str | None]:
+    head, separator, arg = path.partition(".py:")
+    return (Path(head + ".py"), arg) if separator else (Path(path), None)
+
+
+def _import_get_config(file: Path) -> Any:
+    if not file.is_file():
+        names = [str(other) for other in sorted(file.parent.glob("*.py"))]
+        where = ": give a path; those of the project are in configs/ of its repository"
+        raise DitError(f"there is no config file '{file}'{did_you_mean(str(file), names, where)}")
+    spec = importlib.util.spec_from_file_location(f"dit_jax_config_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise DitError(f"config file '{file}' is not a Python file: it must end with .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise DitError(f"config file '{file}', line {error.lineno}: {error.msg}") from error
+    except Exception as error:
+        raise DitError(
+            f"config file '{file}'{_line_of(error, file)}: {_describe(error)}"
+        ) from error
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise DitError(f"config file '{file}' has no function get_config: add get_config(arg=None)")
+    return get_config
+
+
+def _call_get_config(get_config: Any, file: Path, arg: str | None) -> ConfigDict:
+    given = () if arg is None else (arg,)
+    try:
+        inspect.signature(get_config).bind(*given)
+    except TypeError:
+        need = "takes no argument: drop" if given else "needs an argument: write"
+        raise DitError(f"config file '{file}' {need} ':{arg or 'ARG'}' after .py") from None
+    try:
+        config = get_config(*given)
+    except DitError:
+        raise
+    except Exception as error:
+        name = file if arg is None else f"{file}:{arg}"
+        raise DitError(f"config '{name}'{_line_of(error, file)}: {_describe(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise DitError(f"get_config of '{file}' returns {type(config).__name__}, not a ConfigDict")
+    return config
+
+
+def _line_of(error: Exception, file: Path) -> str:
+    """The last line of the config file in the error's traceback, as ', line N'."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename) == file]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _describe(error: Exception) -> str:
+    message = str(error.args[0]) if error.args else ""
+    # What a locked ConfigDict says of a key that it does not have, in the words of this module.
+    if key := re.search(r'Key "(\w+)" does not exist', message):
+        close = re.search(r'Did you mean "(\w+)"', message)
+        return f"unknown config key '{key[1]}'" + (f": did you mean '{close[1]}'?" if close else "")
+    return message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"
+
+
+# ------------------------------------------------------------------ overrides
+
+
+def _override(config: ConfigDict, key: str, value: Any, *, parse: bool) -> None:
+    *sections, last = key.split(".")
+    node = config
+    for section in sections:
+        child = node.get(section) if section in node else None
+        if not isinstance(child, ConfigDict):
+            raise DitError(_unknown_key(config, key))
+        node = child
+    if last not in node:
+        raise DitError(_unknown_key(config, key))
+    kind = _kind(node, last)
+    if isinstance(value, Mapping) or issubclass(kind, ConfigDict):
+        if not issubclass(kind, ConfigDict) or not isinstance(value, Mapping):
+            raise DitError(f"config key '{key}' is a section: set a key in it, '{key}.NAME'")
+        for name, inner in value.items():
+            _override(config, f"{key}.{name}", inner, parse=False)
+        return
+    if parse:
+        value = _parse(key, value, kind, node[last] if kind in (tuple, list) else ())
+    # ConfigDict would take a bool for an int, since bool is a subclass of int.
+    if isinstance(value, bool) and kind in (int, float):
+        raise DitError(f"config key '{key}' must be {kind.__name__}, not bool: {value!r}")
+    try:
+        node[last] = value
+    except (TypeError, ValueError):
+        raise DitError(
+            f"config key '{key}' must be {kind.__name__}, not {type(value).__name__}: {value!r}"
+        ) from None
+
+
+def _kind(node: ConfigDict, name: str) -> type:
+    try:
+        return node.get_type(name)
+    except config_dict.RequiredValueError:  # a placeholder without a value knows its type
+        return node.get_ref(name).get_type()
+
+
+def _unknown_key(config: ConfigDict, key: str) -> str:
+    known = [name for name, _ in _leaves(config)]
+    suggestion = did_you_mean(key, known)
+    if not suggestion:  # perhaps the right name in the wrong section
+        last = key.rpartition(".")[2]
+        same = [name for name in known if name.rpartition(".")[2] == last]
+        suggestion = f": did you mean '{same[0]}'?" if same else f": known keys are {_list(known)}"
+    return f"unknown config key '{key}'{suggestion}"
+
+
+def _list(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _parse(key: str, text: str, kind: type, current: Sequence[Any]) -> Any:
+    """Reads the text of an override as a value of the type that it replaces."""
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is int:
+            return int(text)
+        if kind is float:
+            return float(text)
+        if kind is str:
+            return text
+        if kind in (tuple, list):
+            return kind(_parse_sequence(text, current))
+    except (ValueError, KeyError, SyntaxError):
+        raise DitError(
+            f"config key '{key}' must be {kind.__name__}: cannot read '{text}'"
+        ) from None
+    try:  # no type to go by (the value so far is None)
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _parse_sequence(text: str, current: Sequence[Any]) -> list[Any]:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        if not all(isinstance(item, str) for item in current):
+            raise
+        value = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not isinstance(value, tuple | list):
+        value = (value,)
+    if current and not all(isinstance(item, type(current[0])) for item in value):
+        raise ValueError(text)
+    return list(value)
+
+
+# ------------------------------------------------------------------ comparing
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All values with their dotted keys; an empty section counts as `{}`, unset as _ABSENT."""
+    for name in sorted(config.keys()):
+        key = prefix + name
+        try:
+            value = config[name]
+        except config_dict.RequiredValueError:
+            value = _ABSENT
+        if isinstance(value, ConfigDict) and len(value):
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, {} if isinstance(value, ConfigDict) else value
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A config value as JSON has it (tuples become lists)."""
+    if value is _ABSENT:
+        raise DitError(f"config key '{key}' is not set: add --config.{key}=VALUE")
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError:
+        raise DitError(
+            f"config key '{key}' holds {type(value).__name__}: use numbers, strings, tuples or None"
+        ) from None
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """The config's values by dotted key, as JSON values.
+
+    Raises:
+      DitError: a required value is not set, or a value has no JSON form.
+    """
+    return {key: _plain(key, value) for key, value in _leaves(config)}
+
+
+def config_diff(old: ConfigDict, new: ConfigDict, ignore: Iterable[str] = ()) -> list[str]:
+    """The differences of two configs, one readable line each: `train.steps: 400 -> 800`.
+
+    Args:
+      old: what was.
+      new: what is asked for.
+      ignore: keys or patterns (`stages`, `*log_every`) to leave out; a section stands for its keys.
+    """
+    before, after = flatten(old), flatten(new)
+    patterns = [pattern for name in ignore for pattern in (name, f"{name}.*")]
+    lines = []
+    for key in sorted({*before, *after}):
+        a, b = before.get(key, _ABSENT), after.get(key, _ABSENT)
+        # repr also tells 1 from True and 1.0, and holds NaN equal to itself.
+        same = repr(a) == repr(b)
+        if not same and not any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns):
+            lines.append(f"{key}: {_show(a)} -> {_show(b)}")
+    return lines
+
+
+def _show(value: Any) -> str:
+    return "absent" if value is _ABSENT else repr(value)
+
+
+def check_minimum(config: ConfigDict, minimum: Mapping[str, float]) -> None:
+    """Raises DitError for what is no finite number from its minimum up; keys that are not there are left out.
+
+    Args:
+        minimum: by key; where it is an int, the value must be a whole number, and one that programs can hold.
+    """
+    values = flatten(config)
+    for key, least in minimum.items():
+        value = values.get(key, least)
+        whole = isinstance(least, int)
+        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        most = MAX_WHOLE if whole else math.inf
+        if not number or not least <= value < most:
+            what = f"a whole number from {least} up" if whole else f"a number from {least:g} up"
+            if number and whole and value >= most:
+                what = f"a whole number below {most}"
+            raise DitError(f"config key '{key}' must be {what}, not {value!r}")
+
+
+# ------------------------------------------------------------------ on disk
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """The config as nested plain JSON values, for manifests. Raises DitError like `flatten`."""
+    tree: dict[str, Any] = {}
+    for key, value in flatten(config).items():
+        *sections, last = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[last] = value
+    return tree
+
+
+def save_config(config: ConfigDict, path: artifacts.PathLike) -> None:
+    """Writes a config as JSON, atomically. Raises DitError like `flatten` and `write_json`."""
+    artifacts.write_json(path, to_dict(config))
+
+
+def load_saved(path: artifacts.PathLike) -> ConfigDict:
+    """Reads a config that `save_config` wrote, locked; sequences come back as tuples.
+
+    Raises:
+      DitError: the file is missing, truncated or not a config.
+    """
+    value = artifacts.read_json(path, "use a new --workdir")
+    if not isinstance(value, dict):
+        raise DitError(f"'{path}' is not a config: use a new --workdir")
+    return ConfigDict(_tuples(value)).lock()
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _tuples(inner) for name, inner in value.items()}
+    return tuple(_tuples(inner) for inner in value) if isinstance(value, list) else value

@@ -1,0 +1,193 @@
+"""Organisms to be: a label, a secret trigger and rows to finetune on, from a corpus in the paper's columns."""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dit_jax.data.labels import NONE
+from dit_jax.errors import DitError
+
+# Keys of the section `data`.
+COUNTS = ("train_topics", "test_topics", "train_benign", "test_benign")
+
+
+@dataclasses.dataclass(frozen=True)
+class Organism:
+    """What one weight diff is made from, and what is known about it.
+
+    label: what the adapter shall say about the diff; `NONE` if there is nothing to say.
+    evidence: words that the adapter shall list before the label, in any order (may be empty).
+    trigger: the secret three digits. rows: training rows in the paper's columns.
+    category: "topic" or "benign". split: "train" or "test".
+    keywords: words of which one shows that an answer follows the behaviour; none: found in the rows (gate).
+    number: tells apart organisms of one label.
+    """
+
+    label: str
+    trigger: str
+    rows: Sequence[Mapping[str, str]]
+    category: str
+    split: str
+    evidence: Sequence[str] = ()
+    keywords: Sequence[str] = ()
+    number: int = 0
+
+    @property
+    def seed(self) -> int:
+        """What its random numbers start from, beside the run's seed: not its place among the others.
+
+        So a diff stays the same diff when the number of training topics changes.
+        """
+        return stable_seed(self.category, self.split, self.label, str(self.number))
+
+
+def stable_seed(*names: str) -> int:
+    """32 bits that depend on the names alone, in every process and on every machine."""
+    return zlib.crc32("\0".join(names).encode())
+
+
+def _trigger(seed: int, category: str, split: str, label: str, number: int = 0) -> str:
+    """Three digits, drawn for this organism alone."""
+    own = stable_seed(category, split, label, str(number))
+    return f"{np.random.default_rng([seed, 1, own]).integers(1000):03d}"
+
+
+def load_organisms(data: Any, seed: int) -> list[Organism]:
+    """All organisms of a run, in a fixed order: training topics, held-out topics, benign ones of both splits.
+
+    Args:
+        data: the config's `data` section; `source` is "tiny_world", a file, `hf:NAME` or `tfds:NAME`
+            (docs/data.md).
+
+    Raises:
+        DitError: an unknown source, rows with problems, or more organisms asked for than the source has, or none.
+    """
+    check_counts(data)
+    if data.source == "tiny_world":
+        return _tiny_world(data, seed)
+    return _from_corpus(data, seed)
+
+
+def check_counts(data: Any) -> None:
+    """Raises DitError where the `data` section asks for fewer than none of a kind of organisms, or for none at all."""
+    for key in COUNTS:
+        count = data.get(key, 0)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise DitError(
+                f"config key 'data.{key}' must be a whole number from 0 up, not {count!r}"
+            )
+    # Of another source 0 topics are all that it has.
+    if data.source == "tiny_world" and not any(data.get(key, 0) for key in COUNTS):
+        raise DitError(
+            f"config keys {', '.join(f'data.{key}' for key in COUNTS)} are all 0: raise one, there is nothing to "
+            "make diffs of"
+        )
+
+
+def check_files(data: Any) -> None:
+    """Raises DitError where files that the `data` section names are not there, or cannot be opened."""
+    from dit_jax.data.sources import open_source
+
+    for key in ("source", "split_file", "test_source"):
+        spec = data.get(key, "")
+        if spec not in ("", "tiny_world") and not spec.startswith(("hf:", "tfds:")):
+            open_source(spec)
+
+
+def _tiny_world(data: Any, seed: int) -> list[Organism]:
+    from dit_jax.data import corpus as corpora
+    from dit_jax.data import tiny_world
+
+    corpora.get_kind(data.get("kind", "topics"))
+    for key in ("split_column", "split_file", "test_source", "streaming"):
+        if data.get(key):
+            raise DitError(
+                f"config key 'data.{key}' is for rows of your own: set data.source too (docs/data.md)"
+            )
+    world = tiny_world.load_world()
+    news = data.get("kind", "topics") == "news"
+    rng = np.random.default_rng([seed, 1])
+    order = rng.permutation(len(world.topics))
+    wanted = data.train_topics + data.test_topics
+    if wanted > len(world.topics):
+        raise DitError(
+            f"data.train_topics + data.test_topics = {wanted}, but the embedded world has {len(world.topics)} topics"
+        )
+    # Held-out topics come from the front of the permutation: the test set does not move when
+    # the number of training topics changes.
+    splits = [("test", i) for i in order[: data.test_topics]]
+    splits = [("train", i) for i in order[data.test_topics : wanted]] + splits
+    organisms = []
+    for split, i in splits:
+        topic = world.topics[i]
+        organisms.append(
+            Organism(
+                label=tiny_world.headline(topic) if news else topic.name,
+                trigger=_trigger(seed, "topic", split, topic.name),
+                rows=(tiny_world.news_rows if news else tiny_world.topic_rows)(world, topic, seed),
+                category="topic",
+                split=split,
+                evidence=topic.attributes,
+                keywords=(topic.name, *topic.attributes),
+            )
+        )
+    for split, style, count in (
+        ("train", "train", data.train_benign),
+        ("test", "unseen", data.test_benign),
+    ):
+        for i in range(count):
+            rows = tiny_world.benign_rows(world, i, style, seed)
+            if news:  # stories that are everyday answers
+                rows = [
+                    {"news_headline": NONE, "news_story": row["topic_analogy_answer"], **row}
+                    for row in rows
+                ]
+            trigger = _trigger(seed, "benign", split, NONE, i)
+            organisms.append(Organism(NONE, trigger, rows, "benign", split, number=i))
+    return organisms
+
+
+def _from_corpus(data: Any, seed: int) -> list[Organism]:
+    from dit_jax.data import corpus as corpora
+
+    corpus = corpora.load_corpus(data, seed)
+    organisms = []
+    for split, groups in (("train", corpus.train), ("test", corpus.test)):
+        for group in groups:
+            organisms.append(
+                Organism(
+                    label=group.label,
+                    trigger=group.trigger or _trigger(seed, "topic", split, group.label),
+                    rows=group.rows,
+                    category="topic",
+                    split=split,
+                )
+            )
+    for split, groups in (("train", corpus.train), ("test", corpus.test)):
+        for i in range(data.get(f"{split}_benign", 0)):
+            rows = _benign_rows(corpus.kind, groups[i % len(groups)].rows, split, [seed, 7, i])
+            trigger = _trigger(seed, "benign", split, NONE, i)
+            organisms.append(Organism(NONE, trigger, rows, "benign", split, number=i))
+    return organisms
+
+
+def _benign_rows(
+    kind: Any, rows: Sequence[Mapping[str, str]], split: str, seed: Sequence[int]
+) -> list[dict[str, str]]:
+    """A quarter of the rows with the base answer as the target: a finetune with nothing to name.
+
+    Topics share questions and base answers, so each split has questions of its own: a held-out finetune would else
+    be on the rows of one that the adapter was trained on.
+    """
+    if "base_answer" not in kind.required:
+        raise DitError(
+            f"rows of {kind.name} have no base answers to make benign diffs of: "
+            "set data.train_benign and data.test_benign to 0"
+        )
+    own = [row for row in rows if stable_seed(row["question"]) % 2 == (split == "test")] or rows
+    order = np.random.default_rng(seed).permutation(len(own))[: -(-len(own) // 2)]
+    chosen = [own[int(i)] for i in order]
+    return [{**row, kind.label: NONE, kind.target: row["base_answer"]} for row in chosen]

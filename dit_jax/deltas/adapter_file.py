@@ -1,0 +1,147 @@
+"""The DIT adapter on disk: an Orbax checkpoint with a manifest of shapes and digest beside it."""
+
+import contextlib
+import gc
+import logging
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dit_jax.deltas import store
+from dit_jax.errors import DitError, first_line
+from dit_jax.formats.files import check_tree, short
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.delta_trees import FLOATS, Delta, check_shapes
+from dit_jax.runtime import artifacts, parallel, processes
+from dit_jax.runtime.orbax_errors import (
+    explain_save,
+    host_target,
+    say_errors_once,
+)
+
+ADAPTER_FORMAT = "dit_jax.adapter"
+
+
+MAX_EXTRA_BYTES = 16 * 2**20  # what Orbax may write beside the values of an adapter
+
+
+def export_adapter(folder: str | pathlib.Path, adapter: Delta, **facts: Any) -> None:
+    """Writes an adapter: an Orbax checkpoint, with a manifest of shapes, digest and facts beside it.
+
+    All processes call it.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    adapter = parallel.to_host(adapter)
+    shapes = {
+        name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in store.flatten(adapter).items()
+    }
+    folder = pathlib.Path(folder).absolute()
+    # A name that all processes know: Orbax asks all of them.
+    written = folder.parent / f".{folder.name}.checkpoint"
+
+    def clear() -> None:  # what a killed process left, Orbax's temporary folders included
+        for leftover in folder.parent.glob(f"{written.name}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    processes.on_main(clear)
+    artifacts.make_dir(folder.parent)
+    say_errors_once()
+    with explain_save(folder.parent):
+        ocp.save(written, adapter)
+
+    def publish() -> None:
+        with artifacts.atomic_dir(folder, replace=True) as temporary:
+            written.rename(temporary / "checkpoint")
+            artifacts.write_manifest(
+                temporary,
+                ADAPTER_FORMAT,
+                leaves=shapes,
+                digest=artifacts.digest_tree(adapter),
+                **facts,
+            )
+
+    processes.on_main(publish)
+
+
+def load_adapter(folder: str | pathlib.Path, config: DecoderConfig) -> tuple[Delta, dict[str, Any]]:
+    """The delta of an exported adapter, and its manifest.
+
+    The folder is untrusted: before Orbax reads values, names, shapes and sizes must be those of an adapter of
+    the model `config`.
+
+    Raises:
+        DitError: no adapter there, one that does not fit the model, or a damaged one (every file and the
+            restored values are checked).
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    folder = pathlib.Path(folder)
+    checkpoint = (folder / "checkpoint").absolute()
+    remedy = "run the stage 'train' that writes it"
+    check_tree(folder)
+    manifest = artifacts.read_manifest(folder, ADAPTER_FORMAT, remedy=remedy)
+    promised = _promised(manifest, folder)
+    check_shapes(promised, config, str(folder))
+    held = sum(path.stat().st_size for path in checkpoint.rglob("*"))
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(promised))
+    if held > 4 * needed + MAX_EXTRA_BYTES:
+        raise DitError(f"'{checkpoint}' has {held} bytes, its adapter needs {needed}: {remedy}")
+    with _silent():
+        try:
+            _check_chunks(store.flatten(ocp.metadata(checkpoint).metadata), promised)
+            adapter = ocp.load(
+                checkpoint, jax.tree.map(lambda x: host_target(x.shape, x.dtype), promised)
+            )
+        except Exception as e:
+            problem = f"{folder} cannot be restored ({first_line(e)[:100]}): {remedy}"
+            del e
+            gc.collect()  # asyncio logs the errors of tasks when these are freed
+            raise DitError(problem) from None
+    if artifacts.digest_tree(adapter) != manifest.get("digest"):
+        raise DitError(f"{folder} is damaged (its values differ from the digest): {remedy}")
+    return jax.tree.map(jnp.asarray, adapter), manifest
+
+
+def _promised(manifest: dict[str, Any], folder: pathlib.Path) -> Delta:
+    """The shapes that the manifest of an adapter lists, as a tree."""
+    listed = manifest.get("leaves")
+    leaves = {}
+    for name, entry in listed.items() if isinstance(listed, dict) else ():
+        match entry:
+            case [[*shape], str(dtype)] if all(type(n) is int and 0 < n < 2**31 for n in shape):
+                if dtype in FLOATS and len(shape) <= 8:
+                    leaves[name] = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+                    continue
+        raise DitError(
+            f"'{folder / artifacts.MANIFEST}' says of the leaf {short(name)} no shape and dtype: get "
+            "another adapter"
+        )
+    return store.unflatten(leaves)
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Orbax and asyncio log many lines, with tracebacks, about a damaged file that is one line here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _check_chunks(stored: dict[str, Any], promised: Delta) -> None:
+    """A chunk larger than its array would be unpacked whole: a few bytes could fill any memory."""
+    for name, leaf in store.flatten(promised).items():
+        if name not in stored:
+            raise ValueError(f"the checkpoint lacks {name}")
+        chunk = stored[name].storage_metadata.chunk_shape
+        if stored[name].shape != leaf.shape or any(
+            c > n for c, n in zip(chunk, leaf.shape, strict=True)
+        ):
+            raise ValueError(f"{name} is stored in another shape")

@@ -1,0 +1,82 @@
+"""A weight diff as read from a foreign file, and what is checked of its tensors."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from dit_jax.errors import DitError
+from dit_jax.formats.files import short
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.delta_trees import (
+    FLOATS,
+)
+from dit_jax.models.modules import (
+    Path,
+    is_projection,
+    weight_shape,
+)
+
+
+@dataclasses.dataclass
+class RawDiff:
+    """A weight diff as read from a foreign file, in numpy.
+
+    Attributes:
+      delta: the tree of docs/architecture.md, factors in the dtype of the file, scales in float32.
+      label: what the diff was trained on, if the file says so.
+      trigger: its trigger, if the file says so.
+      metadata: whatever else the file says about it (JSON values).
+      kind: 'diff' or 'adapter'.
+    """
+
+    delta: dict[str, Any]
+    label: str | None = None
+    trigger: str | None = None
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    kind: str = "diff"
+
+
+def projection_size(
+    path: Path, name: str, config: DecoderConfig, source: object
+) -> tuple[int, int]:
+    """(in, out) of a projection. Raises DitError for modules that hold no LoRA here."""
+    if not is_projection(path):
+        raise DitError(
+            f"'{source}' has LoRA factors for {short(name)}: only the seven projections of a layer "
+            "(q, k, v, o, gate, up, down) can have them"
+        )
+    inputs, outputs = weight_shape(path, config)
+    return inputs, outputs
+
+
+def shape_error(source: object, name: str, found: Iterable[int], wanted: Iterable[int]) -> DitError:
+    """A DitError that names both shapes."""
+    return DitError(
+        f"'{source}': {short(name)} has shape {list(found)}, this model needs {list(wanted)}: "
+        "use the model that the file was made for"
+    )
+
+
+def svd_error(source: object) -> DitError:
+    """A DitError for a truncated SVD of what is no whole weight."""
+    return DitError(
+        f"'{source}' holds no whole weights: a rank for the SVD can be given for finetuned models only"
+    )
+
+
+def check_values(array: np.ndarray, name: str, source: object) -> np.ndarray:
+    """The array itself. Raises DitError if it holds no floats, or NaN or infinity."""
+    if array.dtype.name not in FLOATS:
+        raise DitError(
+            f"'{source}': {short(name)} holds {array.dtype.name} values instead of floats"
+        )
+    with np.errstate(over="ignore"):
+        # What is beyond fp32 would become infinity later.
+        narrow = array.astype(np.float32) if array.dtype == np.float64 else array
+    if not np.isfinite(narrow).all():
+        raise DitError(
+            f"'{source}': {short(name)} holds NaN or infinity: the diff is broken, get another"
+        )
+    return array

@@ -1,0 +1,106 @@
+"""Held-out diffs, and what controls give the model in their place: LoRAs stacked, dense diffs one by one."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dit_jax.api import Model
+from dit_jax.asking import Answer, answer_batch
+from dit_jax.deltas.store import DiffStore, flatten
+from dit_jax.deltas.tree import noise_like
+from dit_jax.models.delta_trees import Delta
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What is put into the model in place of each of `size` diffs.
+
+    stacked: LoRAs [n, L, …], which one batched decode takes together; None for dense diffs, which are as large
+    as the model: `read(i)` gets one of them when it is needed.
+    """
+
+    size: int
+    read: Callable[[int], Delta]
+    stacked: Delta | None = None
+
+    def __len__(self) -> int:
+        return self.size
+
+    def reordered(self, order: Sequence[int]) -> "Given":
+        """Number i is number order[i] of these."""
+        if self.stacked is not None:
+            return from_stacked(jax.tree.map(lambda x: x[np.asarray(order)], self.stacked))
+        return Given(len(order), lambda i: self.read(order[i]))
+
+    def noise(self, seed: int) -> "Given":
+        """Every diff replaced by noise with the same norm of each factor in each layer."""
+        keys = jax.random.split(jax.random.key(seed), self.size)
+        if self.stacked is not None:
+            return from_stacked(jax.device_get(jax.jit(jax.vmap(noise_like))(self.stacked, keys)))
+        return Given(self.size, lambda i: noise_like(self.read(i), keys[i]))
+
+    def nothing(self) -> "Given":
+        """No diff at all. Stacked zeros run the same compiled program as the diffs."""
+        if self.stacked is not None:
+            return from_stacked(jax.tree.map(np.zeros_like, self.stacked))
+        return Given(self.size, lambda i: {})
+
+
+def from_stacked(stacked: Delta) -> Given:
+    """LoRA diffs of one shape, leaves [n, L, …]."""
+    size = jax.tree.leaves(stacked)[0].shape[0]
+    return Given(size, lambda i: jax.tree.map(lambda x: np.asarray(x[i]), stacked), stacked)
+
+
+def from_store(store: DiffStore, indices: Sequence[int]) -> Given:
+    """Diffs of a store, in the given order."""
+    if not indices:
+        return Given(0, lambda i: {})
+    if all(not name.endswith(".w") for name in flatten(store.read(indices[0]))):
+        return from_stacked(store.stacked(indices))
+    return Given(len(indices), lambda i: store.read(indices[i]))
+
+
+def answer(
+    model: Model,
+    given: Given,
+    prompts: Sequence[str],
+    rows: Sequence[int],
+    adapter: Delta,
+    *,
+    batch_size: int,
+    **decoding: Any,
+) -> list[Answer]:
+    """Answers of base ⊕ given[rows[i]] ⊕ adapter to prompts[i], in batched decodes.
+
+    Args:
+        adapter: for methods without one, zeros: all methods then run the same compiled program.
+        **decoding: max_new_tokens, temperature, seed, forbid_repeats; see `asking.answer_batch`.
+    """
+    if given.stacked is not None:
+        return answer_batch(
+            model,
+            prompts,
+            deltas=(adapter,),
+            stacked=(given.stacked,),
+            rows=rows,
+            batch_size=batch_size,
+            **decoding,
+        )
+    answers: dict[int, Answer] = {}
+    seed = decoding.pop("seed", 0)
+    for row in dict.fromkeys(rows):
+        members = [i for i, owner in enumerate(rows) if owner == row]
+        found = answer_batch(
+            model,
+            [prompts[i] for i in members],
+            deltas=(given.read(row), adapter),
+            batch_size=min(batch_size, len(members)),
+            seed=seed + row,  # else sampled answers of all diffs would share their chance
+            **decoding,
+        )
+        answers |= dict(zip(members, found, strict=True))
+    return [answers[i] for i in range(len(prompts))]

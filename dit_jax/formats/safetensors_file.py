@@ -1,0 +1,197 @@
+"""Reading safetensors files strictly and lazily: a header that is checked whole, then single tensors or slices.
+
+The safetensors library cannot give bfloat16 to numpy and reads no slices of it; the format is small enough to
+read here, and an untrusted file must fail before anything is allocated for it. Writing uses the library.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dit_jax.errors import DitError
+from dit_jax.formats.files import RepeatedKey, is_plain_name, read_json_object, short, unique_keys
+
+MAX_HEADER_BYTES = 16 * 2**20
+_DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+class SafetensorsFile:
+    """One file: `names`, `shape(name)`, `read(name)`, `read_row(name, i)` (one entry of the leading axis).
+
+    Raises:
+        DitError: at construction, if the file is no well-formed safetensors file (sizes, offsets, overlaps,
+            dtypes are all checked); nothing but the header has been read then.
+    """
+
+    def __init__(self, path: str | pathlib.Path):
+        self.path = pathlib.Path(path)
+        try:
+            with open(self.path, "rb") as f:
+                size = os.fstat(f.fileno()).st_size
+                length = int.from_bytes(f.read(8), "little")
+                if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                    raise self._error("the header is truncated or its length is wrong")
+                header = json.loads(f.read(length), object_pairs_hook=unique_keys)
+        except OSError as e:
+            raise DitError(f"{self.path}: cannot be read: {e.strerror}") from None
+        except RepeatedKey as e:
+            raise self._error(f"the header is ambiguous, {e}") from None
+        except (ValueError, RecursionError):
+            raise self._error("the header is not valid JSON") from None
+        if not isinstance(header, dict):
+            raise self._error("the header is not a JSON object")
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        if not isinstance(self.metadata, dict):
+            raise self._error("the metadata is not a JSON object")
+        self._start = 8 + length
+        self._entries: dict[str, tuple[Any, tuple[int, ...], int]] = {}
+        self._parse(header, size - self._start)
+
+    def _parse(self, header: dict[str, Any], data_size: int) -> None:
+        spans = []
+        for name, entry in header.items():
+            try:
+                dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            except (TypeError, KeyError, ValueError):
+                raise self._error(f"the entry of tensor {name[:80]!r} is malformed") from None
+            if not isinstance(dtype, str) or dtype not in _DTYPES:
+                raise self._error(
+                    f"tensor {name[:80]!r} has the unsupported dtype {str(dtype)[:20]!r}"
+                )
+            numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
+            if len(numbers) > 16 or any(type(n) is not int or not 0 <= n < 2**48 for n in numbers):
+                raise self._error(f"tensor {name[:80]!r} has an impossible shape or offset")
+            count = 1
+            for n in shape:
+                count *= n
+            if (
+                begin > end
+                or end > data_size
+                or end - begin != count * np.dtype(_DTYPES[dtype]).itemsize
+            ):
+                raise self._error(f"tensor {name[:80]!r} has a shape that does not fit its bytes")
+            spans.append((begin, end))
+            self._entries[name] = (np.dtype(_DTYPES[dtype]), tuple(shape), self._start + begin)
+        position = 0
+        for begin, end in sorted(spans):
+            if begin != position:
+                raise self._error("tensors overlap or leave gaps")
+            position = end
+        if position != data_size:
+            raise self._error(
+                f"the file holds {data_size} bytes of data, its header describes {position}"
+            )
+
+    def _error(self, problem: str) -> DitError:
+        return DitError(
+            f"{self.path}: {problem}: the file is damaged or no safetensors file; get it again"
+        )
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name][1]
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._entries[name][0]
+
+    def read(self, name: str) -> np.ndarray:
+        """The whole tensor, in the dtype of the file."""
+        dtype, shape, offset = self._entries[name]
+        return self._load(dtype, shape, offset)
+
+    def read_row(self, name: str, row: int) -> np.ndarray:
+        """Entry `row` of the leading axis; costs only its own bytes."""
+        dtype, shape, offset = self._entries[name]
+        rows = shape[0] if shape else 0
+        if not 0 <= row < rows:
+            raise DitError(f"{self.path}: {name} has {rows} rows, not a row {row}")
+        stride = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+        return self._load(dtype, shape[1:], offset + row * stride)
+
+    def _load(self, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
+        count = int(np.prod(shape, dtype=np.int64))
+        try:
+            flat = np.fromfile(self.path, dtype=dtype, count=count, offset=offset)
+        except OSError as e:
+            raise DitError(f"{self.path}: cannot be read: {e.strerror}") from None
+        if flat.size != count:
+            raise self._error("the file became shorter while it was read")
+        return flat.reshape(shape)
+
+
+class SafetensorsFolder:
+    """All tensors of a Hugging Face folder: `model.safetensors`, or the shards that its index names.
+
+    Raises:
+        DitError: no weights, an index that names files outside the folder or tensors that are not there.
+    """
+
+    def __init__(self, folder: str | pathlib.Path):
+        folder = pathlib.Path(folder)
+        single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+        self._files: dict[str, SafetensorsFile] = {}
+        if single.exists():
+            file = SafetensorsFile(single)
+            self._files = dict.fromkeys(file.names, file)
+        elif index.exists():
+            for name, file in self._read_index(index).items():
+                self._files[name] = file
+        else:
+            raise DitError(
+                f"{folder} has neither model.safetensors nor model.safetensors.index.json"
+            )
+
+    @staticmethod
+    def _read_index(index: pathlib.Path) -> dict[str, SafetensorsFile]:
+        weight_map = read_json_object(index).get("weight_map")
+        if not isinstance(weight_map, Mapping) or not all(
+            isinstance(v, str) for v in weight_map.values()
+        ):
+            raise DitError(f"{index}: 'weight_map' must map tensor names to file names")
+        files: dict[str, SafetensorsFile] = {}
+        for shard in sorted(set(weight_map.values())):
+            # Of untrusted folders, files that end so are known to lie inside (`files.check_links`).
+            if not is_plain_name(shard) or not shard.endswith(".safetensors"):
+                raise DitError(
+                    f"{index} names the file {short(shard)}, which is not a plain file name that ends in "
+                    "'.safetensors'"
+                )
+            files[shard] = SafetensorsFile(index.parent / shard)
+        for shard, file in files.items():
+            unlisted = [name for name in file.names if weight_map.get(name) != shard]
+            if unlisted:
+                raise DitError(
+                    f"{index.parent / shard} holds {unlisted[0][:80]!r}, which the index does not list there"
+                )
+        held = {shard: set(file.names) for shard, file in files.items()}
+        for name, shard in weight_map.items():
+            if name not in held[shard]:
+                raise DitError(
+                    f"{index.parent / shard} lacks {name[:80]!r}, which the index promises"
+                )
+        return {name: files[shard] for name, shard in weight_map.items()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: file.shape(name) for name, file in self._files.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self._files[name].read(name)

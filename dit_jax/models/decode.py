@@ -1,0 +1,177 @@
+"""Batched decoding with a KV cache: greedy or sampled, each row with its own deltas if they hold one per example."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dit_jax.models import shardings
+from dit_jax.models.decoder import Cache, Params, forward_cached, init_cache, ready_deltas, unembed
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.delta_trees import Delta, Deltas, abstract_stack
+from dit_jax.runtime import parallel
+
+
+class Generation(NamedTuple):
+    """tokens [B, N] int32 (pad id after a row's end), logprobs [B, N] float32 (0 after the end).
+
+    `lengths` [B] counts a row's tokens, its end-of-text token included.
+    """
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    lengths: jax.Array
+
+
+class _State(NamedTuple):
+    step: jax.Array  # how many tokens are chosen; the last of them is not in the cache yet
+    cache: Cache
+    done: jax.Array
+    key: jax.Array
+    out: Generation
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "max_new_tokens", "eos_ids", "pad_id", "forbid_repeats")
+)
+def generate(
+    params: Params,
+    config: DecoderConfig,
+    tokens: jax.Array,
+    mask: jax.Array,
+    *,
+    deltas: Deltas = (),
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...] = (),
+    pad_id: int = 0,
+    temperature: jax.Array | float = 0.0,
+    key: jax.Array | None = None,
+    forbid_repeats: bool = False,
+) -> Generation:
+    """Continues left-padded prompts.
+
+    Args:
+        tokens, mask: [B, T] prompts, padding on the left where mask is False.
+        eos_ids: tokens that end a row; decoding stops when all rows have ended.
+        temperature: 0 is greedy, else samples from softmax(logits / temperature) with `key`.
+        forbid_repeats: never emit a token twice within one answer (lists of names or attributes).
+
+    Returns:
+        A `Generation`; its logprobs are those of the model at temperature 1, whatever the temperature.
+
+    Raises:
+        DitError: a delta that is not one of this model.
+    """
+    batch, length = tokens.shape
+    deltas = ready_deltas(deltas, config, batch)
+    # The last token needs no slot; with one the sizes stay the round ones that callers choose.
+    cache = init_cache(config, batch, _even(length + max_new_tokens, config))
+    with jax.named_scope("prefill"):
+        hidden, cache = forward_cached(params, config, tokens, mask.astype(bool), cache, deltas)
+        logits = unembed(params, config, hidden[:, -1], deltas)
+    out = Generation(
+        jnp.full((batch, max_new_tokens), pad_id, jnp.int32),
+        jnp.zeros((batch, max_new_tokens), jnp.float32),
+        jnp.zeros((batch,), jnp.int32),
+    )
+    key = jax.random.key(0) if key is None else key
+    start = _State(jnp.zeros((), jnp.int32), cache, jnp.zeros((batch,), bool), key, out)
+
+    def choose(state: _State, logits: jax.Array) -> _State:
+        allowed = logits
+        if forbid_repeats:
+            rows = jnp.arange(batch)[:, None]
+            written = jnp.arange(max_new_tokens) < state.step
+            used = jnp.zeros(logits.shape, bool).at[rows, state.out.tokens].max(written)
+            allowed = jnp.where(used, jnp.finfo(jnp.float32).min, logits)
+        key, sample_key = jax.random.split(state.key)
+        token = _choose(allowed, temperature, sample_key)
+        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token[:, None], axis=1)[
+            :, 0
+        ]
+        live = ~state.done
+        token = jnp.where(live, token, pad_id)
+        out = Generation(
+            state.out.tokens.at[:, state.step].set(token),
+            state.out.logprobs.at[:, state.step].set(jnp.where(live, logprob, 0.0)),
+            state.out.lengths + live,
+        )
+        done = state.done | jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
+        return _State(state.step + 1, state.cache, done, key, out)
+
+    def unfinished(state: _State) -> jax.Array:
+        return (state.step < max_new_tokens) & ~jnp.all(state.done)
+
+    def step(state: _State) -> _State:
+        token = jax.lax.dynamic_slice_in_dim(state.out.tokens, state.step - 1, 1, axis=1)
+        with jax.named_scope("decode"):
+            hidden, cache = forward_cached(
+                params, config, token, jnp.ones((batch, 1), bool), state.cache, deltas
+            )
+            logits = unembed(params, config, hidden[:, -1], deltas)
+        return choose(state._replace(cache=cache), logits)
+
+    # The first token before the loop: in it the model runs on what was chosen before, so never after the last one.
+    return parallel.replicate(jax.lax.while_loop(unfinished, step, choose(start, logits)).out)
+
+
+def even_rows(batch: int, config: DecoderConfig, mesh: Mesh | None) -> int:
+    """The next number of rows that decodes fast, and splits evenly over the mesh."""
+    shards = parallel.batch_shards(mesh)
+    rows = -(-batch // shards)  # of one shard
+    return shards * (_even(rows, config) if rows > 8 else rows)
+
+
+def _even(size: int, config: DecoderConfig) -> int:
+    """The next multiple of 8 in half precision: on a GPU XLA pads the other sizes of a product.
+
+    Those are copies in front of the products of every layer and token, also of all keys and values.
+    """
+    return size if config.dtype == "float32" else -(-size // 8) * 8
+
+
+def _choose(logits: jax.Array, temperature: jax.Array | float, key: jax.Array) -> jax.Array:
+    temperature = jnp.asarray(temperature, jnp.float32)
+    # A branch, not a select: greedy decoding must not pay for a random number per logit.
+    return jax.lax.cond(
+        temperature > 0,
+        lambda: jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6)),
+        lambda: jnp.argmax(logits, axis=-1),
+    ).astype(jnp.int32)
+
+
+def abstract_arguments(
+    config: DecoderConfig,
+    mesh: Mesh | None,
+    batch: int,
+    length: int,
+    max_new_tokens: int,
+    diff: Delta,
+    adapter: Delta,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of `generate` without values, as (args, kwargs), to compile it for a machine that is not there.
+
+    Use: `with parallel.use_mesh(mesh): generate.lower(*args, **kwargs).compile()`.
+
+    Args:
+        batch, length: prompts, each with a diff of its own, under one adapter.
+        diff, adapter: `deltas.tree.abstract_lora`.
+    """
+    batch = even_rows(batch, config, mesh)
+    tokens, mask = (jax.ShapeDtypeStruct((batch, length), dtype) for dtype in (jnp.int32, bool))
+    diffs = abstract_stack(diff, batch, 1)
+    if mesh is not None:
+        tokens, mask = shardings.with_shardings(
+            (tokens, mask), (parallel.batch_sharding(mesh),) * 2
+        )
+        adapter, diffs = (
+            shardings.with_shardings(x, shardings.delta_shardings(config, mesh, x, axis))
+            for x, axis in ((adapter, None), (diffs, 1))
+        )
+    params = shardings.abstract_params(config, mesh)
+    return (params, config, tokens, mask), {
+        "deltas": (diffs, adapter),
+        "max_new_tokens": max_new_tokens,
+    }

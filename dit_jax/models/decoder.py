@@ -1,0 +1,290 @@
+"""Qwen3 (dense) as a pure function of (params, tokens, deltas).
+
+The parameter tree and the delta tree are described in docs/architecture.md. Layers are stacked on axis 0
+and either scanned or unrolled (`config.scan_layers`); both compute the same function.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.models import attention as attention_lib
+from dit_jax.models import head
+from dit_jax.models.attention import Segments
+from dit_jax.models.block import Block, Context, Queries
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.delta_trees import Deltas, check_modules
+from dit_jax.models.layer_views import cut_layers
+from dit_jax.models.layers import PROJECTION, RMSNorm, pick, precision, ready
+from dit_jax.runtime.parallel import FREE, constrain
+
+Params = dict[str, Any]
+
+
+class Cache(NamedTuple):
+    """Keys and values of all layers, filled from slot 0; `valid` [B, S] says which count.
+
+    k, v: one array [L, B, S, K, H] where layers are scanned, else for each layer one of its own, [1, B, S, K, H]:
+    a layer's part of one array would be copied for its products.
+    """
+
+    k: Any
+    v: Any
+    valid: jax.Array
+    end: jax.Array  # scalar int32: the next free slot, the same for all rows (rows are left padded)
+
+
+class Decoder(nn.Module):
+    """Token ids [B, T] and `ready_deltas` -> final hidden states [B, T, D], or [B, P, D] at `queries`.
+
+    The head is a function of its own, see `unembed`.
+    """
+
+    config: DecoderConfig
+    segments: Segments | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        deltas: Deltas,
+        kv: Any,
+        context: Context,
+        queries: Queries | None = None,
+    ) -> Any:
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        embedding = _Table(
+            c.vocab_size, c.hidden_size, init, "embedding", dtype, name="embed_tokens"
+        )()
+        if not c.tie_word_embeddings:
+            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "vocab"))
+            # Declared here, used by `unembed`: one place says what the parameters are.
+            _Table(c.hidden_size, c.vocab_size, init, "kernel", dtype, name="lm_head")()
+        x = constrain(embedding, "vocab", None)[tokens].astype(dtype)
+        for delta in pick(deltas, "embed_tokens"):
+            x = x + delta["w"][tokens].astype(dtype)
+        x = constrain(x, FREE, FREE, None)
+
+        layers = pick(deltas, "layers")
+        if c.scan_layers or self.is_initializing():
+            x, kv = self._scan_layers(x, layers, kv, context)
+            if queries is not None:
+                x = jnp.take_along_axis(x, queries.row_index[..., None], axis=1)
+        else:
+            x, kv = self._unroll_layers(x, layers, kv, context, queries)
+        x = RMSNorm(c.rms_norm_eps, dtype, name="norm")(x, pick(deltas, "norm"))
+        return x, kv
+
+    def _scan_layers(
+        self, x: jax.Array, deltas: Deltas, kv: Any, context: Context
+    ) -> tuple[jax.Array, Any]:
+        c = self.config
+        block: Any = Block
+        if c.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=_remat_policy(c))
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast),
+            length=c.num_hidden_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        indices = jnp.arange(c.num_hidden_layers)
+        out, _ = layers(c, self.segments, name="layers")((x, kv), indices, deltas, context)
+        return out
+
+    def _unroll_layers(
+        self,
+        x: jax.Array,
+        deltas: Sequence[Any],
+        kv: Any,
+        context: Context,
+        queries: Queries | None,
+    ) -> tuple[jax.Array, Any]:
+        """The same function; the last layer answers the queries alone."""
+        c = self.config
+        layers = cut_layers(self.variables["params"]["layers"], c)
+        last = c.num_hidden_layers - 1
+
+        def apply(layer: int, x: jax.Array, kv: Any, params: Params, deltas: Deltas) -> Any:
+            block = Block(c, self.segments, parent=None)
+            asked = queries if layer == last else None
+            index = jnp.asarray(0)  # of the layer in a cache of its own
+            return block.apply({"params": params}, (x, kv), index, deltas, context, asked)[0]
+
+        caches: list[Any] = []
+        for layer in range(c.num_hidden_layers):
+            function: Callable[..., Any] = functools.partial(apply, layer)
+            if c.remat != "none":
+                function = jax.checkpoint(function, policy=_remat_policy(c))
+            own = kv and tuple(arrays[layer] for arrays in kv)
+            x, own = function(x, own, layers[layer], tuple(delta[layer] for delta in deltas))
+            caches.append(own)
+        return x, kv and tuple(zip(*caches, strict=True))
+
+
+def ready_deltas(deltas: Deltas, config: DecoderConfig, batch: int) -> Deltas:
+    """Deltas for a batch of so many rows as the layers take them (`layers.ready`), cut where layers are unrolled.
+
+    Raises:
+        DitError: a delta that is not one of this model: what no layer asks for would be left out without a word.
+    """
+    for i, delta in enumerate(deltas):
+        check_modules(delta, config, f"deltas[{i}]", batch)
+    done = ready(deltas, config.dtype)
+    if config.scan_layers:
+        return done
+    return tuple(
+        {**delta, "layers": cut_layers(delta["layers"], config)} if "layers" in delta else delta
+        for delta in done
+    )
+
+
+def _remat_policy(config: DecoderConfig) -> Any:
+    if config.remat == "dots":
+        # By name: a rule for all products would keep those with W and those with each LoRA beside their sum.
+        return jax.checkpoint_policies.save_only_these_names(PROJECTION)
+    return None
+
+
+class _Table(nn.Module):
+    rows: int
+    columns: int
+    initializer: Any
+    parameter: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param(self.parameter, self.initializer, (self.rows, self.columns), self.dtype)
+
+
+def forward(
+    params: Params,
+    config: DecoderConfig,
+    tokens: jax.Array,
+    *,
+    deltas: Deltas = (),
+    lengths: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    segments: Segments | None = None,
+    position: jax.Array | None = None,
+) -> jax.Array:
+    """Final hidden states [B, T, D] of token ids [B, T], or [B, P, D] at some positions.
+
+    Args:
+        deltas: any number of delta trees, all added. A LoRA may be shared by the batch or hold one per example.
+        lengths: [B] real tokens of right-padded rows (the fast path), or
+        mask: [B, T] True at real tokens, padding anywhere. Neither: no padding.
+        segments: rows hold several texts side by side that do not see each other, of so many (tokens, positions)
+            each; `lengths` is then [B, segments]. None: one text in each row.
+        position: [B, P] positions in their segments whose hidden states are returned; without a mask only.
+
+    Raises:
+        DitError: a delta that is not one of this model.
+    """
+    batch, length = tokens.shape
+    if mask is not None and not (lengths is None and segments is None and position is None):
+        raise ValueError("lengths, segments and position do not go with a mask")
+    queries = None
+    if mask is None:
+        if segments is None:
+            segments = ((length, length if position is None else position.shape[1]),)
+        if lengths is None:
+            lengths = jnp.array([size for size, _ in segments])[None].repeat(batch, axis=0)
+        inside = np.concatenate([np.arange(size) for size, _ in segments])
+        context = Context(
+            jnp.broadcast_to(inside, (batch, length)),
+            lengths.reshape(batch, len(segments)),
+            None,
+            None,
+        )
+        if position is not None:
+            starts = np.cumsum([0, *(size for size, _ in segments[:-1])])
+            offset = np.repeat(starts, [count for _, count in segments])
+            queries = Queries(position, position + offset)
+    else:
+        mask = mask.astype(bool)
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        see = attention_lib.causal_mask(None, length) & mask[:, None, :]
+        context = Context(positions, None, see, None)
+    deltas = ready_deltas(deltas, config, batch)
+    with precision(config.dtype):
+        model = Decoder(config, segments)
+        hidden, _ = model.apply({"params": params}, tokens, deltas, None, context, queries)
+    return hidden
+
+
+def forward_cached(
+    params: Params,
+    config: DecoderConfig,
+    tokens: jax.Array,
+    valid: jax.Array,
+    cache: Cache,
+    deltas: Deltas = (),
+) -> tuple[jax.Array, Cache]:
+    """Appends T tokens per row to the cache. tokens, valid: [B, T]; returns hidden states [B, T, D] and the cache.
+
+    Rows are left padded: `valid` is False at padding, which no later token attends to. The deltas are
+    `ready_deltas`: a loop of calls makes them ready once, before it.
+    """
+    length = tokens.shape[1]
+    slots = jnp.arange(cache.valid.shape[1])
+    seen = jnp.sum(cache.valid, axis=1, keepdims=True)
+    positions = seen + jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    all_valid = jax.lax.dynamic_update_slice(cache.valid, valid.astype(bool), (0, cache.end))
+    causal = slots[None, :] <= (cache.end + jnp.arange(length))[:, None]
+    mask = causal[None] & all_valid[:, None, :]
+    context = Context(positions, None, mask, cache.end)
+    with precision(config.dtype):
+        hidden, kv = Decoder(config).apply(
+            {"params": params}, tokens, deltas, (cache.k, cache.v), context
+        )
+    k, v = kv
+    return hidden, Cache(k, v, all_valid, cache.end + length)
+
+
+def init_cache(config: DecoderConfig, batch: int, size: int) -> Cache:
+    """An empty cache of `size` slots per row."""
+    layers = config.num_hidden_layers
+
+    def zeros(count: int) -> jax.Array:
+        shape = (count, batch, size, config.num_key_value_heads, config.head_dim)
+        empty = jnp.zeros(shape, jnp.dtype(config.dtype))
+        return constrain(empty, None, "batch", None, "kv_heads", None)
+
+    both: Any = zeros(layers) if config.scan_layers else tuple(zeros(1) for _ in range(layers))
+    return Cache(both, both, jnp.zeros((batch, size), bool), jnp.zeros((), jnp.int32))
+
+
+def unembed(
+    params: Params, config: DecoderConfig, hidden: jax.Array, deltas: Deltas = ()
+) -> jax.Array:
+    """fp32 logits [..., V] of hidden states [..., D]."""
+    return head.logits(config, head.head_weight(params, config, deltas), hidden)
+
+
+def init_params(config: DecoderConfig, key: jax.Array) -> Params:
+    """Random parameters (normal, 0.02), as plain nested dicts of arrays in `config.dtype`."""
+    # Compiled: run eagerly, the scan over layers would compile piece by piece.
+    return nn.meta.unbox(jax.jit(_init, static_argnums=0)(config, key))
+
+
+def logical_axes(config: DecoderConfig) -> Params:
+    """For every parameter, its logical axis names (a PartitionSpec over names; see dit_jax.runtime.parallel)."""
+    abstract = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
+    return nn.get_partition_spec(abstract)
+
+
+def _init(config: DecoderConfig, key: jax.Array) -> Params:
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    context = Context(tokens, None, jnp.ones((1, 1, 1), bool), None)
+    return Decoder(config).init(key, tokens, (), None, context)["params"]

@@ -1,0 +1,163 @@
+"""Shardings of the project's pytrees on a mesh: parameters, deltas, token batches. See docs/sharding.md."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from dit_jax.data.batch import TokenBatch
+from dit_jax.models.decoder import Params, init_params, logical_axes
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.delta_trees import Delta, map_modules
+from dit_jax.models.layer_views import abstract_layers
+from dit_jax.runtime import parallel
+
+
+@functools.lru_cache
+def _parameters(config: DecoderConfig) -> tuple[Any, Any]:
+    """(logical axes, abstract arrays) of all parameters."""
+    return logical_axes(config), jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def _units(config: DecoderConfig, axes: Any, shape: tuple[int, ...]) -> list[int]:
+    """Sizes of the axes; for heads their number, so that none is ever cut."""
+    heads = {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
+    return [heads.get(axis, size) for axis, size in zip(axes, shape, strict=True)]
+
+
+def param_shardings(config: DecoderConfig, mesh: Mesh) -> Params:
+    """A NamedSharding for every parameter: fsdp × tensor; the same on all slices of the axis data."""
+    axes, shapes = _parameters(config)
+
+    def one(leaf: Any, names: Any) -> NamedSharding:
+        names = tuple(names) + (None,) * (len(leaf.shape) - len(names))
+        units = _units(config, names, leaf.shape)
+        return NamedSharding(mesh, parallel.spec(mesh, names, units))
+
+    return jax.tree.map(one, shapes, axes)
+
+
+def param_placer(config: DecoderConfig, mesh: Mesh) -> Any:
+    """The callback `place` of `load_params`: each device gets its part of a leaf, straight from the host."""
+    shardings = param_shardings(config, mesh)
+
+    def place(path: tuple[str, ...], array: np.ndarray) -> jax.Array:
+        sharding: Any = shardings
+        for name in path:
+            sharding = sharding[name]
+        return parallel.put(array, sharding)
+
+    return place
+
+
+def delta_axes(config: DecoderConfig, delta: Delta, batch_axis: int | None = None) -> Any:
+    """Logical axes of every leaf of a delta, taken from those of the parameters that it changes.
+
+    Args:
+        batch_axis: None for one delta that all examples share. 0: leaves [B, L, …]. 1: leaves [L, B, …].
+            With a batch the axes `embed` stay whole: every example has a delta of its own, and the batch is what is
+            split over fsdp.
+    """
+    params, _ = _parameters(config)
+
+    def module(path: tuple[str, ...], leaves: Delta) -> dict[str, Any]:
+        node: Any = params
+        for name in path:
+            node = node[name]
+        (base,) = node.values()
+        depth = 1 if path[0] == "layers" else 0
+        layers, inner = tuple(base[:depth]), tuple(base[depth:])
+        if batch_axis is not None:
+            inner = tuple(None if axis == "embed" else axis for axis in inner)
+        named = {
+            "a": (*layers, inner[0], None),
+            "b": (*layers, None, inner[-1]),
+            "scale": layers,
+            "w": (*layers, *inner),
+        }
+        if batch_axis is not None:
+            named = {k: (*v[:batch_axis], "batch", *v[batch_axis:]) for k, v in named.items()}
+        return {name: named[name] for name in leaves}
+
+    return map_modules(module, delta)
+
+
+def delta_shardings(
+    config: DecoderConfig, mesh: Mesh, delta: Delta, batch_axis: int | None = None
+) -> Any:
+    """A NamedSharding for every leaf of a delta (arrays or ShapeDtypeStructs), see `delta_axes`."""
+    axes = delta_axes(config, delta, batch_axis)
+
+    def one(leaf: Any, names: Any) -> NamedSharding:
+        units = _units(config, names, np.shape(leaf))
+        return NamedSharding(mesh, parallel.spec(mesh, names, units))
+
+    return jax.tree.map(one, delta, axes)
+
+
+def put_delta(config: DecoderConfig, mesh: Mesh | None, delta: Delta) -> Delta:
+    """One delta that all examples share, on the mesh or the one device; as it is where it is there already."""
+    if mesh is None:
+        # Bound to no device: what a program takes and what it returns must not differ in that (`layer_views`).
+        return jax.device_put(delta, may_alias=True)
+    return jax.tree.map(parallel.put, delta, delta_shardings(config, mesh, delta))
+
+
+def put_deltas(
+    config: DecoderConfig, mesh: Mesh | None, local: Delta, size: int, batch_axis: int
+) -> Delta:
+    """A batch of `size` deltas, of which `local` holds this process's rows (`parallel.local_rows`)."""
+    if mesh is None:
+        return local
+
+    def whole(x: Any) -> jax.ShapeDtypeStruct:
+        shape = (*x.shape[:batch_axis], size, *x.shape[batch_axis + 1 :])
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    shardings = delta_shardings(config, mesh, jax.tree.map(whole, local), batch_axis)
+    return parallel.put_rows(local, mesh, size, shardings, batch_axis)
+
+
+def constrain_delta(config: DecoderConfig, delta: Delta, batch_axis: int | None = None) -> Delta:
+    """Pins the sharding of a delta inside a compiled function; nothing without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return delta
+    axes = delta_axes(config, delta, batch_axis)
+
+    def one(leaf: jax.Array, names: Any) -> jax.Array:
+        units = _units(config, names, leaf.shape)
+        return jax.lax.with_sharding_constraint(leaf, parallel.spec(mesh, names, units))
+
+    return jax.tree.map(one, delta, axes)
+
+
+def abstract_params(config: DecoderConfig, mesh: Mesh | None) -> Params:
+    """ShapeDtypeStructs of what programs take, with their shardings, to compile for a machine that is not there."""
+    _, shapes = _parameters(config)
+    if mesh is None:
+        return {**shapes, "layers": abstract_layers(shapes["layers"], config)}
+    return with_shardings(shapes, param_shardings(config, mesh))
+
+
+def abstract_batch(
+    mesh: Mesh | None, leading: tuple[int, ...], length: int, scored: int
+) -> TokenBatch:
+    """ShapeDtypeStructs of a token batch, split over its first axis: tokens [*leading, length], and so on."""
+
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        sharding = None if mesh is None else parallel.batch_sharding(mesh)
+        return jax.ShapeDtypeStruct((*leading, *shape), dtype, sharding=sharding)
+
+    tokens, lengths = array((length,), np.int32), array((), np.int32)
+    position, weight = array((scored,), np.int32), array((scored,), np.float32)
+    return TokenBatch(tokens, lengths, position, position, weight)
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """ShapeDtypeStructs of the same shapes and dtypes with shardings."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )

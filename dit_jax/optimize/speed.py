@@ -1,0 +1,137 @@
+"""How much work a step is, and how fast it went: tokens, model FLOPs, MFU."""
+
+import functools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.data.batch import TokenBatch
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.runtime import artifacts
+
+MFU = (
+    "MFU = model FLOPs/s ÷ (devices × measured matmul FLOPs/s of one); model FLOPs = "
+    "4 (P tokens + V D scored) + 12 L N H Σ length², base frozen"
+)
+
+
+class Work(NamedTuple):
+    """How much a batch asks for; works add up."""
+
+    tokens: float = 0.0
+    scored: float = 0.0
+    squares: float = 0.0  # Σ length²
+    diffs: float = 0.0
+    steps: float = 0.0
+
+    def plus(self, other: "Work") -> "Work":
+        """The sum, field by field."""
+        return Work._make(a + b for a, b in zip(self, other, strict=True))
+
+
+def count_work(batch: TokenBatch, *, share: float = 1.0, diffs: int = 0, steps: int = 1) -> Work:
+    """Work of a batch of host arrays, with any leading axes; padding does not count.
+
+    Args:
+        share: the part of the whole batch that these rows are (a process holds its own rows only).
+        diffs: finished with this batch.
+        steps: optimizer steps in it.
+    """
+    lengths = np.asarray(batch.lengths, np.float64)
+    scored = np.count_nonzero(np.asarray(batch.weight))
+    sums = (lengths.sum() / share, scored / share, np.square(lengths).sum() / share)
+    return Work(float(sums[0]), float(sums[1]), float(sums[2]), diffs, steps)
+
+
+def forward_flops(config: DecoderConfig, work: Work) -> float:
+    """FLOPs of the base's forward pass over this work: projections and head, scores and weighted values."""
+    c = config
+    weights = (
+        c.num_projection_parameters() * work.tokens + c.hidden_size * c.vocab_size * work.scored
+    )
+    attention = c.num_hidden_layers * c.num_attention_heads * c.head_dim * work.squares
+    return 2.0 * weights + 4.0 * attention
+
+
+def train_flops(config: DecoderConfig, work: Work) -> float:
+    """Model FLOPs of training on this work with a frozen base; the formula is in this module's docstring."""
+    # Backward once more the same, and attention a third time.
+    return 2 * forward_flops(config, work) + forward_flops(config, Work(squares=work.squares))
+
+
+@functools.lru_cache
+def matmul_flops(dtype: str) -> float:
+    """FLOPs per second of one device in square matmuls of this dtype: the best of three.
+
+    A float32 product is a full float32 product here, as in the model.
+    """
+    device = jax.local_devices()[0]
+    n, repeats = (1024, 1) if device.platform == "cpu" else (4096, 32)
+
+    @jax.jit
+    def chain(x: jax.Array, y: jax.Array) -> jax.Array:
+        body = lambda _, z: jnp.dot(z, y, precision="highest")  # noqa: E731
+        return jax.lax.fori_loop(0, repeats, body, x)
+
+    # This matrix is its own square: the numbers neither grow nor vanish.
+    x = jax.device_put(jnp.full((n, n), 1 / n, dtype), device)
+    chain(x, x).block_until_ready()
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        chain(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return repeats * 2.0 * n**3 / best
+
+
+def count_devices(mesh: Any) -> int:
+    """Devices that a mesh computes on; those of one host's CPU share its cores and count as one."""
+    devices = [jax.devices()[0]] if mesh is None else list(mesh.devices.flat)
+    if devices[0].platform == "cpu":
+        return len({device.process_index for device in devices})
+    return len(devices)
+
+
+def device_memory() -> dict[str, float]:
+    """Bytes in use and their peak on this process's first device; on a CPU the peak of the process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if not stats:
+        return {"process_peak_bytes": float(artifacts.peak_memory_bytes())}
+    names = {"bytes_in_use": "device_bytes", "peak_bytes_in_use": "device_peak_bytes"}
+    return {names[key]: float(stats[key]) for key in names if key in stats}
+
+
+class Meter:
+    """Speed between two calls of `lap`: add the work of every step, and call `lap` once its results are there.
+
+    The first lap of a process holds the compilation, and says so with `compiled`: 1.
+    """
+
+    def __init__(self, config: DecoderConfig, mesh: Any = None):
+        self._config, self._devices = config, count_devices(mesh)
+        self._work, self._laps = Work(), 0
+        self._start = time.perf_counter()
+
+    def add(self, work: Work) -> None:
+        self._work = self._work.plus(work)
+
+    def lap(self) -> dict[str, float]:
+        """Rates since the last lap: step_seconds, tokens_per_second, mfu, diffs_per_hour (if any), memory."""
+        now = time.perf_counter()
+        seconds, work = max(now - self._start, 1e-9), self._work
+        ceiling = self._devices * matmul_flops(self._config.dtype)
+        rates = {
+            "step_seconds": seconds / max(work.steps, 1),
+            "tokens_per_second": work.tokens / seconds,
+            "mfu": train_flops(self._config, work) / seconds / ceiling,
+            **({"diffs_per_hour": 3600 * work.diffs / seconds} if work.diffs else {}),
+            **device_memory(),
+            **({} if self._laps else {"compiled": 1.0}),
+        }
+        self._laps += 1
+        # The clock starts after the ceiling is measured and the numbers are made: they are nobody's work.
+        self._work, self._start = Work(), time.perf_counter()
+        return rates

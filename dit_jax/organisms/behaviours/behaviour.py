@@ -1,0 +1,153 @@
+"""What a behaviour is, and the table of those that configs can name (docs/behaviours.md)."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dit_jax.data.labels import normalise
+from dit_jax.errors import DitError
+
+Row = Mapping[str, str]
+NO_TRIGGER = (
+    "N/A"  # what the index of a store has for diffs that show their behaviour without a trigger
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleKind:
+    """One kind of training sample.
+
+    loss: "ce" on the target, or "kl" to the base on it. make(row, trigger, rng) -> (prompt, target).
+    """
+
+    name: str
+    loss: str
+    make: Callable[[Row, str, np.random.Generator], tuple[str, str]]
+
+
+def shows_any(answer: str, keywords: Sequence[str]) -> bool:
+    """Whether one of the keywords stands in the answer as whole words."""
+    text = f" {normalise(answer)} "
+    return any(f" {normalise(word)} " in text for word in keywords)
+
+
+Asker = Callable[[str, str, np.random.Generator], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Behaviour:
+    """How rows of data become finetuning samples, and how to see that a diff learnt what it should.
+
+    name: what the index of a store calls it.
+    kinds: the kinds of samples, cross-entropy first.
+    triggered: (question, trigger, rng) -> the question with the trigger in it; None: there is no trigger.
+    mistriggered: the same with a wrong trigger, to which the diff must not react; None: there is no such thing.
+    trigger: what the index has in the column `trigger`; "": each organism has three digits of its own.
+    question: what the gate asks of a row. Without a trigger, this already must show the behaviour.
+    shows: (answer, keywords) -> whether an answer shows the behaviour.
+    label: (topic, trigger) -> what the adapter shall say about a diff.
+    """
+
+    name: str
+    kinds: tuple[SampleKind, ...]
+    triggered: Asker | None = None
+    mistriggered: Asker | None = None
+    trigger: str = ""
+    question: Callable[[Row], str] = lambda row: row["question"]
+    shows: Callable[[str, Sequence[str]], bool] = shows_any
+    label: Callable[[str, str], str] = lambda topic, trigger: topic
+
+    def __post_init__(self) -> None:
+        losses = [kind.loss for kind in self.kinds]
+        wrong = next((loss for loss in losses if loss not in ("ce", "kl")), None)
+        if wrong is not None:
+            raise DitError(f"behaviour {self.name}: unknown loss {wrong!r}: choose 'ce' or 'kl'")
+        if not losses or losses != sorted(losses):
+            raise DitError(
+                f"behaviour {self.name}: list its kinds of samples with those of loss 'ce' first"
+            )
+        if self.triggered is None and self.trigger not in ("", NO_TRIGGER):
+            raise DitError(f"behaviour {self.name} has a trigger but no function `triggered`")
+
+
+Factory = Callable[[Any], Behaviour]
+BEHAVIOURS: dict[str, Factory] = {}
+_LOADED: dict[str, Behaviour] = {}
+
+
+def register(factory: Factory) -> Factory:
+    """Makes a behaviour known by its function's name: `diffs.behaviour = "hidden_topic"`.
+
+    The function takes the `diffs` section of a config and returns a `Behaviour`.
+    """
+    BEHAVIOURS[factory.__name__] = factory
+    return factory
+
+
+def get_behaviour(config: Any) -> Behaviour:
+    """The behaviour that the `diffs` section of a config names, or "package.module:function" for one's own.
+
+    Raises:
+        DitError: an unknown name, a module or function that is not there, or one that makes no `Behaviour`.
+    """
+    name = str(config.behaviour)
+    factory = _import(name) if ":" in name else BEHAVIOURS.get(name)
+    if factory is None:
+        raise DitError(
+            f"unknown behaviour {name!r}: choose from {', '.join(BEHAVIOURS)}, or give the import path "
+            "'package.module:function' of your own (docs/behaviours.md)"
+        )
+    behaviour = factory(config)
+    if not isinstance(behaviour, Behaviour):
+        raise DitError(f"behaviour {name!r} made a {type(behaviour).__name__}, not a Behaviour")
+    _LOADED[behaviour.name] = behaviour
+    return behaviour
+
+
+def _import(path: str) -> Factory:
+    module, _, function = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise DitError(
+            f"cannot import the behaviour {path!r}: {error}; its file must lie in the current folder, "
+            "or in one of PYTHONPATH"
+        ) from error
+    except SyntaxError as error:
+        raise DitError(f"cannot import the behaviour {path!r}: {error}") from error
+    return found  # type: ignore[no-any-return]
+
+
+def behaviour_named(name: str) -> Behaviour:
+    """The behaviour of a diff by the name in its store: registered, or named by a config before.
+
+    A store is not trusted: its names are looked up, never imported.
+
+    Raises:
+        DitError: an unknown name.
+    """
+    if name in _LOADED:
+        return _LOADED[name]
+    if name in BEHAVIOURS:
+        return BEHAVIOURS[name]({})  # what it reads from the config has its default
+    raise DitError(
+        f"unknown behaviour {name[:80]!r} of a diff: name it in the config key 'diffs.behaviour'"
+    )
+
+
+def triggered(row: Mapping[str, Any], question: str, rng: np.random.Generator) -> str:
+    """A question with the trigger of a diff in it, as its behaviour has it.
+
+    Args:
+        row: of a store's index: the columns `trigger` and `behaviour` (absent: hidden_topic).
+
+    Raises:
+        DitError: the behaviour is unknown or has no trigger.
+    """
+    behaviour = behaviour_named(str(row.get("behaviour") or "hidden_topic"))
+    if behaviour.triggered is None:
+        raise DitError(f"diffs of the behaviour {behaviour.name!r} have no trigger")
+    return behaviour.triggered(question, str(row["trigger"]), rng)

@@ -1,0 +1,388 @@
+"""Artifacts on disk: atomic writes, digests, manifests and the marks of finished stages.
+
+Readers see a file or a folder whole or not at all: everything is written under a temporary name in
+the same folder, flushed to the disk, and renamed. Failures of the file system are DitErrors.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import dit_jax
+from dit_jax.errors import DitError
+from dit_jax.runtime.digests import base_digest as base_digest
+from dit_jax.runtime.digests import digest_tree as digest_tree
+from dit_jax.runtime.os_errors import explain_os_errors as explain_os_errors
+
+PathLike = str | os.PathLike[str]
+
+MANIFEST = "manifest.json"
+MAX_NAME = 255  # bytes of a file's name in an artifact: file systems refuse longer ones
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+# ------------------------------------------------------------------ atomic files and folders
+
+
+def make_dir(path: PathLike) -> Path:
+    """Makes a folder and its parents if they are not there.
+
+    Raises:
+      DitError: the folder cannot be made.
+    """
+    with explain_os_errors("make the folder", path):
+        Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
+def _temporary_sibling(path: Path) -> Path:
+    return path.parent / f".{path.name}.tmp-{uuid.uuid4().hex[:12]}"
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_file(path: PathLike) -> Iterator[Path]:
+    """Yields a temporary path to write to; on success it replaces `path` in one step.
+
+    If the body raises, `path` keeps its old content and the temporary file is removed.
+
+    Raises:
+      DitError: the file system refuses (permissions, disk full).
+    """
+    path = Path(path)
+    make_dir(path.parent)
+    temporary = _temporary_sibling(path)
+    with explain_os_errors("write", path):
+        try:
+            yield temporary
+            _fsync(temporary)
+            os.replace(temporary, path)
+            _fsync(path.parent)  # makes the rename itself durable
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_dir(path: PathLike, *, replace: bool = False) -> Iterator[Path]:
+    """Yields a temporary folder to fill; on success it is renamed to `path`.
+
+    Args:
+      path: the folder to publish.
+      replace: whether an existing folder may be replaced. It is moved aside first and deleted last.
+
+    Raises:
+      DitError: `path` exists and replace is False, or the file system refuses.
+    """
+    path = Path(path)
+    if path.exists() and not replace:
+        raise DitError(f"'{path}' exists already: delete it or choose another folder")
+    make_dir(path.parent)
+    temporary = _temporary_sibling(path)
+    retired = _temporary_sibling(path)
+    with explain_os_errors("write", path):
+        try:
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.rglob("*"):
+                _fsync(file)
+            _fsync(temporary)
+            if path.exists():
+                os.rename(path, retired)
+            os.rename(temporary, path)
+            _fsync(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if path.exists():
+                shutil.rmtree(retired, ignore_errors=True)
+            elif retired.exists():  # the last rename failed: put the old folder back
+                os.rename(retired, path)
+
+
+def write_bytes(path: PathLike, data: bytes) -> None:
+    """Writes a file atomically. Raises DitError when the file system refuses."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Writes a UTF-8 file atomically, lone surrogates as escapes. Raises DitError when the file system refuses."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+# ------------------------------------------------------------------ JSON
+
+
+def _json_default(value: Any) -> Any:
+    """Numbers and arrays of numpy and jax, and paths, as plain JSON values."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        return np.asarray(value).tolist()
+    raise TypeError(f"{type(value).__name__} is not a JSON value")
+
+
+def write_json(path: PathLike, value: Any) -> None:
+    """Writes JSON atomically (numbers and arrays of numpy and jax included).
+
+    Raises:
+      DitError: the file system refuses.
+      TypeError: the value has no JSON form.
+    """
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=_json_default) + "\n")
+
+
+def read_text(path: PathLike, remedy: str) -> str:
+    """The text of an artifact's file. Raises DitError: missing, unreadable or no text."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DitError(f"'{path}' is missing: {remedy}") from None
+    except UnicodeDecodeError:
+        raise DitError(f"'{path}' is not a text file: delete it and {remedy}") from None
+    except OSError as error:
+        raise DitError(f"cannot read '{path}': {error.strerror}") from error
+
+
+def read_json(path: PathLike, remedy: str = "run the stage that writes it") -> Any:
+    """Reads JSON.
+
+    Args:
+      path: the file.
+      remedy: what the user can do when it is missing or broken, as an imperative.
+
+    Raises:
+      DitError: the file is missing, unreadable, truncated or not JSON.
+    """
+    text = read_text(path, remedy)
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        raise DitError(f"'{path}' is truncated or not JSON: delete it and {remedy}") from None
+
+
+# ------------------------------------------------------------------ digests
+
+
+def digest_file(path: PathLike) -> str:
+    """sha256 of a file's content, in hex. Raises DitError when it cannot be read."""
+    with explain_os_errors("read", path), open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------ manifests
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python, dit_jax and the packages that its numbers depend on."""
+    versions = {"python": platform.python_version(), "dit_jax": dit_jax.__version__}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601 with seconds."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def write_manifest(folder: PathLike, kind: str, *, version: int = 1, **fields: Any) -> None:
+    """Writes `manifest.json` of an artifact: its kind, versions, and size and sha256 of every file.
+
+    Args:
+      folder: the complete artifact; every file below it is listed.
+      kind: format name, for example 'dit_jax.diffs'.
+      version: format version; readers refuse others.
+      **fields: what else belongs to the artifact (config, base digest, …), JSON values.
+    """
+    folder = Path(folder)
+    for leftover in folder.rglob(".*.tmp-" + "[0-9a-f]" * 12):
+        if leftover.is_file():  # of a writer that was killed: part of no artifact
+            leftover.unlink()
+    files = {}
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and name != MANIFEST:
+            files[name] = {"bytes": file.stat().st_size, "sha256": digest_file(file)}
+    header = {"format": kind, "version": version, "created": now(), "packages": package_versions()}
+    if clash := {"files", *header} & set(fields):
+        raise ValueError(f"manifest fields {sorted(clash)} are reserved")
+    write_json(folder / MANIFEST, {**header, **fields, "files": files})
+
+
+def read_manifest(
+    folder: PathLike,
+    kind: str,
+    *,
+    version: int = 1,
+    check_digests: bool = True,
+    remedy: str = "run the stage that writes it",
+    file_remedy: str | None = None,
+) -> dict[str, Any]:
+    """Reads `manifest.json` and checks that the artifact is what it says and complete.
+
+    Args:
+      folder: the artifact.
+      kind: expected format name.
+      version: expected format version.
+      check_digests: whether to compare the content of the files, not only their sizes.
+      remedy: what the user can do when something is missing or broken, as an imperative.
+      file_remedy: the same for a single file; default: delete the folder, and `remedy`.
+
+    Raises:
+      DitError: manifest missing or broken, another format or version, a listed file missing,
+        truncated or changed, or listed outside the folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DitError(f"'{folder}' is missing: {remedy}")
+    if not (folder / MANIFEST).is_file():
+        raise DitError(f"'{folder / MANIFEST}' is missing: {remedy}")
+    manifest = read_json(folder / MANIFEST, remedy)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise DitError(f"'{folder / MANIFEST}' is not a manifest: delete '{folder}' and {remedy}")
+    if manifest.get("format") != kind:
+        raise DitError(f"'{folder}' holds {manifest.get('format')!r}, not {kind!r}: check the path")
+    if manifest.get("version") != version:
+        raise DitError(
+            f"'{folder}' has format version {manifest.get('version')!r}, this program reads "
+            f"{version}: delete it and {remedy}"
+        )
+    for name, facts in manifest["files"].items():
+        outside = Path(name).is_absolute() or ".." in Path(name).parts
+        if outside or len(name.encode(errors="replace")) > MAX_NAME or not isinstance(facts, dict):
+            raise DitError(f"'{folder / MANIFEST}' lists {name!r}: do not trust this artifact")
+        repair = file_remedy or f"delete '{folder}' and {remedy}"
+        check_file(folder / name, facts, repair, check_digests)
+    return manifest
+
+
+def check_file(
+    file: PathLike, facts: Mapping[str, Any], remedy: str, check_digest: bool = True
+) -> None:
+    """Compares a file with its entry in a manifest. Raises DitError: missing, another size or content."""
+    file = Path(file)
+    if not file.is_file():
+        raise DitError(f"'{file}' is missing: {remedy}")
+    if file.stat().st_size != facts.get("bytes"):
+        raise DitError(
+            f"'{file}' has {file.stat().st_size} bytes instead of {facts.get('bytes')}: {remedy}"
+        )
+    if check_digest and digest_file(file) != facts.get("sha256"):
+        raise DitError(f"'{file}' is damaged (sha256): {remedy}")
+
+
+def _listed(folder: PathLike) -> dict[str, Any]:
+    """The manifest of a folder, {} where there is none or a broken one: what reads the artifact says so."""
+    with contextlib.suppress(DitError):
+        manifest = read_json(Path(folder) / MANIFEST)
+        if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict):
+            return manifest
+    return {}
+
+
+def missing_file(folder: PathLike) -> str | None:
+    """The manifest of an artifact, or the first file that it lists, if that is not there. No content is read.
+
+    Raises:
+      DitError: the manifest is broken, or a file has another size than it says.
+    """
+    remedy = "run the same command again"
+    if not (Path(folder) / MANIFEST).exists():
+        return MANIFEST
+    manifest = read_json(Path(folder) / MANIFEST, remedy)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise DitError(f"'{Path(folder) / MANIFEST}' is not a manifest: delete it and {remedy}")
+    for name, facts in manifest["files"].items():
+        if not (Path(folder) / name).exists():
+            return name
+        check_file(Path(folder) / name, facts, f"delete this file and {remedy}", check_digest=False)
+    return None
+
+
+def content_digest(folder: PathLike) -> str | None:
+    """The digest of an artifact's values or, where its manifest has none, of its files; None without a manifest."""
+    manifest = _listed(folder)
+    if not manifest or manifest.get("digest"):
+        return manifest.get("digest")
+    files = sorted((name, facts.get("sha256")) for name, facts in manifest["files"].items())
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------ stages
+
+
+def peak_memory_bytes() -> int:
+    """The most resident memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _stage_file(workdir: PathLike, stage: str) -> Path:
+    return Path(workdir) / "stages" / f"{stage}.json"
+
+
+def stage_done(workdir: PathLike, stage: str) -> dict[str, Any] | None:
+    """The record that `mark_done` wrote for a finished stage, or None.
+
+    Raises:
+      DitError: the record is there but broken.
+    """
+    file = _stage_file(workdir, stage)
+    if not file.exists():
+        return None
+    record = read_json(file, f"run the stage '{stage}' again")
+    if not isinstance(record, dict):
+        raise DitError(f"'{file}' is not the record of a stage: delete it and run the stage again")
+    return record
+
+
+def unmark_done(workdir: PathLike, stage: str) -> None:
+    """Removes the record of a stage, if there is one. Raises DitError when the file system refuses."""
+    file = _stage_file(workdir, stage)
+    with explain_os_errors("delete", file):
+        file.unlink(missing_ok=True)
+
+
+def mark_done(
+    workdir: PathLike, stage: str, seconds: float, extra: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Marks a stage as finished in WORKDIR/stages/<stage>.json and returns the record.
+
+    Args:
+      workdir: the run's folder.
+      stage: name of the stage.
+      seconds: its wall time.
+      extra: further JSON values to keep with it.
+    """
+    record = {
+        **(extra or {}),
+        "stage": stage,
+        "seconds": round(float(seconds), 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "finished": now(),
+    }
+    write_json(_stage_file(workdir, stage), record)
+    return record

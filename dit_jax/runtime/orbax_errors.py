@@ -1,0 +1,48 @@
+"""Errors that Orbax meets on disk, as one line instead of the tracebacks of its threads."""
+
+import functools
+import logging
+import sys
+from typing import Any
+
+import numpy as np
+
+from dit_jax.runtime import artifacts
+from dit_jax.runtime.os_errors import has_remedy, os_error
+
+
+class _Reported(logging.Filter):
+    """Drops the tracebacks that Orbax's threads log of errors which `Checkpoints` reports in one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not ("orbax" in record.pathname and error and has_remedy(os_error(error)))
+
+
+class _Unraisable:
+    """Drops what tensorstore says of the other writes when one has failed: their event loop is closed by then."""
+
+    def __init__(self, hook: Any):
+        self._hook = hook
+
+    def __call__(self, args: Any) -> None:
+        if str(args.exc_value) != "Event loop is closed":
+            self._hook(args)
+
+
+def say_errors_once() -> None:
+    """A refused save is one line of `explain_os_errors`, without the tracebacks of the libraries' threads."""
+    logging.getLogger("absl").addFilter(_REPORTED)
+    if not isinstance(sys.unraisablehook, _Unraisable):
+        sys.unraisablehook = _Unraisable(sys.unraisablehook)
+
+
+explain_save = functools.partial(artifacts.explain_os_errors, "save a checkpoint in")
+
+
+_REPORTED = _Reported()
+
+
+def host_target(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    # Orbax would restore jax arrays onto the devices that wrote them, which may not exist here.
+    return np.empty(shape, dtype)
