@@ -22,7 +22,7 @@ from dit_jax.models.delta_trees import Delta, Deltas, check_fits, check_modules,
 from dit_jax.models.hf_checkpoint import find_folder, generation_eos, load_params
 from dit_jax.models.layer_views import as_program_takes, keep_on_host
 from dit_jax.runtime import parallel
-from dit_jax.runtime.artifacts import base_digest
+from dit_jax.runtime.digests import base_digest
 
 PathLike = str | pathlib.Path
 

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_jax.errors import DitError, exit_on_error
 from dit_jax.runtime import artifacts
+from dit_jax.runtime.digests import base_digest, digest_tree
 
 
 def names(folder) -> list[str]:
@@ -171,9 +172,9 @@ def test_file_digest_is_sha256(tmp_path):
 
 def test_tree_digest_sees_names_values_dtypes_and_shapes():
     tree = {"b": jnp.arange(6.0).reshape(2, 3), "a": {"x": jnp.ones(3, jnp.bfloat16)}}
-    digest = artifacts.digest_tree(tree)
+    digest = digest_tree(tree)
     reordered = {"a": {"x": np.asarray(tree["a"]["x"])}, "b": np.asfortranarray(tree["b"])}
-    assert artifacts.digest_tree(reordered) == digest
+    assert digest_tree(reordered) == digest
     changed = [
         {**tree, "b": tree["b"].at[1, 2].add(1e-6)},
         {**tree, "b": tree["b"].reshape(3, 2)},
@@ -182,7 +183,7 @@ def test_tree_digest_sees_names_values_dtypes_and_shapes():
         {"b": tree["b"]},
         {**tree, "z": jnp.zeros(0)},
     ]
-    digests = [artifacts.digest_tree(other) for other in changed]
+    digests = [digest_tree(other) for other in changed]
     assert len({digest, *digests}) == len(changed) + 1
 
 
@@ -191,20 +192,18 @@ def test_tree_digest_of_scalars_and_sharded_arrays():
     x = jnp.arange(16.0).reshape(8, 2)
     sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
     assert len(sharded.sharding.device_set) == 8
-    assert artifacts.digest_tree([sharded, 2.0]) == artifacts.digest_tree([x, 2.0])
+    assert digest_tree([sharded, 2.0]) == digest_tree([x, 2.0])
 
 
 def test_base_digest_ignores_the_load_dtype_only():
     released = jax.random.normal(jax.random.key(0), (64, 8)).astype(jnp.bfloat16)
-    digest = artifacts.base_digest({"w": released})
-    assert artifacts.base_digest({"w": released.astype(jnp.float32)}) == digest
+    digest = base_digest({"w": released})
+    assert base_digest({"w": released.astype(jnp.float32)}) == digest
     full = jax.random.normal(jax.random.key(1), (64, 8))
-    assert artifacts.base_digest({"w": full}) == artifacts.base_digest(
-        {"w": full.astype(jnp.bfloat16)}
-    )
+    assert base_digest({"w": full}) == base_digest({"w": full.astype(jnp.bfloat16)})
     trained = released.astype(jnp.float32) + 0.01
-    assert artifacts.base_digest({"w": trained}) != digest
-    assert artifacts.base_digest({"v": released}) != digest
+    assert base_digest({"w": trained}) != digest
+    assert base_digest({"v": released}) != digest
 
 
 # ------------------------------------------------------------------ manifests

@@ -50,6 +50,11 @@ def test_import_is_light():
     assert seconds < 3.0  # 0.1 s on an idle machine; room for a busy one
 
 
+def test_artifacts_are_read_and_written_without_jax():
+    probe = "import dit_jax.runtime.artifacts, json, sys; print(json.dumps('jax' in sys.modules))"
+    assert run(probe) is False
+
+
 def test_no_module_imports_the_heavy_libraries_at_the_top():
     assert run(MODULES % (HEAVY,)) == []
 

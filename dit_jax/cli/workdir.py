@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from dit_jax.config.loading import config_diff, load_saved, save_config
 from dit_jax.errors import DitError
 from dit_jax.runtime import artifacts, processes
+from dit_jax.runtime.os_errors import explain_os_errors
 
 # The stages in their order, each with the folder of the workdir that it leaves.
 ARTIFACTS = {
@@ -72,7 +73,7 @@ def locked(workdir: Path) -> Iterator[None]:
 
     def acquire() -> None:
         file = artifacts.make_dir(workdir) / LOCK
-        with artifacts.explain_os_errors("write", file):
+        with explain_os_errors("write", file):
             handle.append(os.open(file, os.O_RDWR | os.O_CREAT, 0o644))
         if _acquire(handle[0], workdir):
             _remove_leftovers(workdir)

@@ -16,7 +16,7 @@ from dit_jax.errors import DitError, first_line
 from dit_jax.formats.files import check_tree, short
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import FLOATS, Delta, check_shapes
-from dit_jax.runtime import artifacts, parallel, processes
+from dit_jax.runtime import artifacts, digests, parallel, processes
 from dit_jax.runtime.orbax_errors import (
     explain_save,
     host_target,
@@ -61,7 +61,7 @@ def export_adapter(folder: str | pathlib.Path, adapter: Delta, **facts: Any) -> 
                 temporary,
                 ADAPTER_FORMAT,
                 leaves=shapes,
-                digest=artifacts.digest_tree(adapter),
+                digest=digests.digest_tree(adapter),
                 **facts,
             )
 
@@ -102,7 +102,7 @@ def load_adapter(folder: str | pathlib.Path, config: DecoderConfig) -> tuple[Del
             del e
             gc.collect()  # asyncio logs the errors of tasks when these are freed
             raise DitError(problem) from None
-    if artifacts.digest_tree(adapter) != manifest.get("digest"):
+    if digests.digest_tree(adapter) != manifest.get("digest"):
         raise DitError(f"{folder} is damaged (its values differ from the digest): {remedy}")
     return jax.tree.map(jnp.asarray, adapter), manifest
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit_jax.errors import printable
-from dit_jax.runtime.artifacts import explain_os_errors, make_dir
+from dit_jax.runtime.artifacts import make_dir
+from dit_jax.runtime.os_errors import explain_os_errors
 
 
 class Entry(NamedTuple):

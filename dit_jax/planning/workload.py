@@ -21,7 +21,8 @@ from dit_jax.planning import programs
 from dit_jax.planning.machines import Machine, absent_devices, compiler_options
 from dit_jax.planning.programs import Program
 from dit_jax.runtime import parallel
-from dit_jax.runtime.artifacts import explain_os_errors, make_dir, read_text
+from dit_jax.runtime.artifacts import make_dir, read_text
+from dit_jax.runtime.os_errors import explain_os_errors
 
 # The keys of a config that a stage's program depends on, beside its batch.
 _SHAPES = ("parameters", "rank", "projections", "optimizer", "max_length", "max_target")

@@ -19,14 +19,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 import dit_jax
 from dit_jax.errors import DitError
-from dit_jax.runtime.digests import base_digest as base_digest
-from dit_jax.runtime.digests import digest_tree as digest_tree
-from dit_jax.runtime.os_errors import explain_os_errors as explain_os_errors
+from dit_jax.runtime.os_errors import explain_os_errors
 
 PathLike = str | os.PathLike[str]
 
@@ -138,7 +135,7 @@ def _json_default(value: Any) -> Any:
     """Numbers and arrays of numpy and jax, and paths, as plain JSON values."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if isinstance(value, np.generic | np.ndarray | jax.Array):
+    if hasattr(value, "__array__"):
         return np.asarray(value).tolist()
     raise TypeError(f"{type(value).__name__} is not a JSON value")
 

@@ -28,6 +28,7 @@ import jax
 from dit_jax.errors import DitError
 from dit_jax.runtime import artifacts, processes
 from dit_jax.runtime.event_file import EventFile
+from dit_jax.runtime.os_errors import explain_os_errors
 
 FOLDER = "metrics"
 
@@ -79,7 +80,7 @@ class Metrics:
         events = artifacts.make_dir(Path(folder) / "tensorboard" / name)
         current = events / f"events.out.tfevents.{len(kept):010d}.dit_jax"
         old = [file for file in events.glob("events.out.tfevents.*") if file != current]
-        with artifacts.explain_os_errors("write", events):
+        with explain_os_errors("write", events):
             self._events = EventFile(current, time.time())
             self._lines = open(self._file, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
         for record in sorted(kept.values(), key=lambda record: record["step"]):
@@ -94,7 +95,7 @@ class Metrics:
             return
         numbers = {name: float(value) for name, value in values.items()}
         record = {"step": step, "time": round(time.time(), 3), **numbers}
-        with artifacts.explain_os_errors("write", self._file):
+        with explain_os_errors("write", self._file):
             self._lines.write(json.dumps(record) + "\n")
             self._add_event(record)
 
@@ -109,13 +110,13 @@ class Metrics:
     def flush(self) -> None:
         """Hands everything to the file system. Raises DitError when the disk is full."""
         if self._enabled:
-            with artifacts.explain_os_errors("write", self._file):
+            with explain_os_errors("write", self._file):
                 self._lines.flush()
                 self._events.flush()
 
     def close(self) -> None:
         if self._enabled:
-            with artifacts.explain_os_errors("write", self._file):
+            with explain_os_errors("write", self._file):
                 self._lines.close()
                 self._events.close()
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.runtime import artifacts
-from dit_jax.runtime.os_errors import has_remedy, os_error
+from dit_jax.runtime.os_errors import explain_os_errors, has_remedy, os_error
 
 
 class _Reported(logging.Filter):
@@ -37,7 +36,7 @@ def say_errors_once() -> None:
         sys.unraisablehook = _Unraisable(sys.unraisablehook)
 
 
-explain_save = functools.partial(artifacts.explain_os_errors, "save a checkpoint in")
+explain_save = functools.partial(explain_os_errors, "save a checkpoint in")
 
 
 _REPORTED = _Reported()

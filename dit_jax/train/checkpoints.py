@@ -20,13 +20,13 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from dit_jax.errors import DitError, first_line
-from dit_jax.runtime import artifacts, parallel, processes
+from dit_jax.runtime import artifacts, digests, parallel, processes
 from dit_jax.runtime.orbax_errors import (
     explain_save,
     host_target,
     say_errors_once,
 )
-from dit_jax.runtime.os_errors import may_pass, os_error
+from dit_jax.runtime.os_errors import explain_os_errors, may_pass, os_error
 
 
 class Checkpoints:
@@ -136,7 +136,7 @@ class Checkpoints:
             count = 2
             while target.exists():
                 target, count = self.folder / f"{kind}-{step}.{count}", count + 1
-            with artifacts.explain_os_errors("move aside", self.folder / str(step)):
+            with explain_os_errors("move aside", self.folder / str(step)):
                 (self.folder / str(step)).rename(target)
             print(
                 f"checkpoint '{self.folder / str(step)}' is not used ({reason or kind}): "
@@ -166,7 +166,7 @@ def _digests(state: Any, iterator_state: Any) -> dict[str, str]:
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     text = json.dumps(iterator_state, sort_keys=True)
     return {
-        **{jax.tree_util.keystr(path): artifacts.digest_tree(leaf) for path, leaf in leaves},
+        **{jax.tree_util.keystr(path): digests.digest_tree(leaf) for path, leaf in leaves},
         "iterator": hashlib.sha256(text.encode()).hexdigest(),
     }
 
