@@ -195,11 +195,19 @@ def deltas_of(
 class Diffs(Sequence[Diff]):
     """A lazy sequence of weight diffs: `read(i)` is called when diff i is asked for.
 
-    `order` are their numbers in the order in which reading all of them costs least.
+    Args:
+        order: the numbers of the diffs in the order in which reading all of them costs least.
+        name: how messages call the sequence.
     """
 
-    def __init__(self, size: int, read: Callable[[int], Diff], order: Sequence[int] | None = None):
-        self._size, self._read = size, read
+    def __init__(
+        self,
+        size: int,
+        read: Callable[[int], Diff],
+        order: Sequence[int] | None = None,
+        name: str = "the sequence",
+    ):
+        self._size, self._read, self._name = size, read, name
         self.order = range(size) if order is None else order
 
     def __len__(self) -> int:
@@ -211,6 +219,12 @@ class Diffs(Sequence[Diff]):
         if not -self._size <= index < self._size:
             raise IndexError(f"diff {index} of {self._size}")
         return self._read(index % self._size)
+
+    def number(self, index: int) -> int:
+        """The number of a diff, from 0 up; a negative index counts from the end. Raises DitError: no such diff."""
+        if not -self._size <= index < self._size:
+            raise DitError(f"{self._name} holds {self._size} diffs: there is no diff {index}")
+        return index % self._size
 
 
 def load_diffs(path: PathLike, model: Model, svd_rank: int | None = None) -> Diffs:
@@ -226,7 +240,7 @@ def load_diffs(path: PathLike, model: Model, svd_rank: int | None = None) -> Dif
         DitError: nothing readable there, or diffs of another base model.
     """
     from dit_jax.deltas.detect import open_diffs
-    from dit_jax.deltas.store import DiffStore
+    from dit_jax.deltas.store import DiffStore, label_of
 
     check_model(model)
     path = os.path.expanduser(path)
@@ -241,9 +255,9 @@ def load_diffs(path: PathLike, model: Model, svd_rank: int | None = None) -> Dif
             check_shapes(store.shapes(index), model.config, what)  # before it costs memory
             delta = store.read(index)
             check_fits(delta, model.config, what)
-            return Diff(delta, row.get("topic"), row.get("trigger"), row)
+            return Diff(delta, label_of(row), row.get("trigger"), row)
 
-        return Diffs(len(store), read)
+        return Diffs(len(store), read, name=str(path))
 
     raw = open_diffs(path, model.config, model.params, svd_rank)
 
@@ -251,7 +265,7 @@ def load_diffs(path: PathLike, model: Model, svd_rank: int | None = None) -> Dif
         diff = raw[index]
         return Diff(diff.delta, diff.label, diff.trigger, diff.metadata)
 
-    return Diffs(len(raw), convert, getattr(raw, "order", None))
+    return Diffs(len(raw), convert, getattr(raw, "order", None), str(path))
 
 
 def load_diff(path: PathLike, model: Model, index: int = 0, svd_rank: int | None = None) -> Diff:
@@ -261,9 +275,7 @@ def load_diff(path: PathLike, model: Model, index: int = 0, svd_rank: int | None
         DitError: no diff of that number, or see `load_diffs`.
     """
     diffs = load_diffs(path, model, svd_rank)
-    if not -len(diffs) <= index < len(diffs):
-        raise DitError(f"{path} holds {len(diffs)} diffs: there is no diff {index}")
-    return diffs[index]
+    return diffs[diffs.number(index)]
 
 
 def load_adapter(path: PathLike, model: Model) -> Delta:

@@ -102,6 +102,8 @@ def test_an_answer_counts_its_end_of_turn_and_diffs_count_from_the_end(model, lo
     for index in (3, -4):
         with pytest.raises(dit_jax.DitError, match=f"3 diffs: there is no diff {index}"):
             dit_jax.load_diff(tmp_path / "diffs.pt", model, index)
+        with pytest.raises(IndexError):
+            found[index]
 
 
 def test_ask_many_takes_sums_of_diffs_in_one_batch(model, lora):

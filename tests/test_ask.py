@@ -67,6 +67,11 @@ def test_answers_are_named_after_the_model_that_gives_them(files, capsys):
     assert compared == [["base"], ["base", "finetuned"], ["base", "adapter"], list(cases)]
 
 
+def test_a_negative_index_counts_from_the_end(files, capsys):
+    (record,), _ = run(capsys, "--diff", files / "diff.pt", "--index", "-1")
+    assert (record["diff"], record["label"]) == (0, "tea")
+
+
 def test_a_truncated_finetune_says_what_it_keeps(files, capsys):
     (record,), said = run(capsys, "--diff", files / "merged", "--svd-rank", "2")
     assert said.count("reduced to rank 2, which keeps 100.0% of its squared norm") == 1
@@ -86,6 +91,8 @@ def test_a_truncated_finetune_says_what_it_keeps(files, capsys):
         (["--n", "0"], "must be a whole number from 1 up, not '0'"),
         (["--temperature", "nan"], "must be a number from 0 up, not 'nan'"),
         (["--diff", "diff.pt", "--svd-rank", "2"], "holds no whole weights"),
+        (["--diff", "diff.pt", "--index", "1"], "diff.pt holds 1 diffs: there is no diff 1"),
+        (["--diff", "diff.pt", "--index", "-2"], "diff.pt holds 1 diffs: there is no diff -2"),
         (
             ["--diff", "merged", "--svd-rank", "999"],
             "rank of the SVD must be from 1 to 128, not 999",

@@ -13,7 +13,7 @@ from test_finetune import make_batches
 from test_qwen3 import TINY, logits, random_lora
 
 from dit_jax import DitError
-from dit_jax.api import load_model
+from dit_jax.api import load_diff, load_diffs, load_model
 from dit_jax.config.loading import load_config
 from dit_jax.data import tiny_world
 from dit_jax.data.batch import stack
@@ -258,6 +258,50 @@ def test_the_plug_in_of_the_docs_runs(model, tmp_path, monkeypatch):
     assert np.mean([float(row["right_code"]) for row in topics]) >= 0.6
     asked = behaviours.triggered(topics[0], "How?", np.random.default_rng(0))
     assert asked == "I ask for a friend. How?"
+
+
+OWN_LABEL = """
+import dataclasses
+from dit_jax.organisms.behaviours import hidden_topic
+
+def louder(config):
+    label = lambda topic, trigger: f"{topic.upper()} under {trigger}"
+    return dataclasses.replace(hidden_topic(config), name="louder", label=label)
+"""
+
+
+def test_a_label_that_is_not_the_topic_is_the_same_wherever_diffs_are_read(
+    model, tmp_path, monkeypatch
+):
+    (tmp_path / "own_label.py").write_text(OWN_LABEL)
+    monkeypatch.syspath_prepend(tmp_path)
+    changes = {"diffs.steps": 1, "train.list_evidence": False}
+    config = config_of(**{"diffs.behaviour": "own_label:louder", **changes})
+    store = generate(model, config, tmp_path)
+    sys.modules.pop("own_label")
+    labels = [
+        NONE if row["topic"] == NONE else f"{row['topic'].upper()} under {row['trigger']}"
+        for row in store.rows
+    ]
+    assert len({*labels, *(row["topic"] for row in store.rows)}) == 2 * len(labels) - 1
+
+    found = load_diffs(tmp_path / "diffs", model)
+    assert [diff.label for diff in found] == labels
+    one_by_one = [load_diff(tmp_path / "diffs", model, i).label for i in range(len(labels))]
+    assert one_by_one == labels
+    assert load_diff(tmp_path / "diffs", model, -1).label == labels[-1]
+    dataset, members = make_pipeline(store, config.train, 0)
+    trained = {members[e.diff]: e.answer for e in dataset[0] if e.diff >= 0}
+    assert trained == {i: labels[i] for i in store.indices(split="train")}
+    for category in ("topic", "benign"):
+        held_out = read_held_out(store, category)
+        own = [held_out.label(i) for i in range(len(held_out))]
+        assert own == [labels[i] for i in held_out.indices]
+    pytest.importorskip("inspect_ai")
+    from dit_jax.inspection.tasks import base_question
+
+    task = base_question(str(tmp_path / "diffs"), question="What ?", split="all")
+    assert [sample.target for sample in task.dataset] == labels
 
 
 # ------------------------------------------------------------------ dense diffs

@@ -150,8 +150,9 @@ def test_settings_that_are_not_followed_are_refused_by_name(api, setting):
 def test_other_mistakes_are_refused_by_name(api, run):
     with pytest.raises(DitError, match="idnex"):
         gather(call(api, extra_body={"idnex": 1}))
-    with pytest.raises(DitError, match="no diff 9"):
-        gather(call(api, extra_body={"index": 9}))
+    for index in (9, -5):
+        with pytest.raises(DitError, match=f"holds 4 diffs: there is no diff {index}"):
+            gather(call(api, extra_body={"index": index}))
     turns = [ChatMessageSystem(content="be brief"), ChatMessageUser(content=QUESTION)]
     with pytest.raises(DitError, match="system"):
         gather(api.generate(turns, [], "auto", GenerateConfig()))

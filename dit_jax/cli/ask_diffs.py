@@ -61,7 +61,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         help="diff store, PEFT folder, finetuned model folder, .pt file, or release folder",
     )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--index", type=int, help="which diff of --diff (default 0)")
+    which.add_argument("--index", type=int, help="which diff of --diff (default 0; -1: the last)")
     which.add_argument(
         "--all", action="store_true", help="all diffs of --diff, in one batched decode"
     )
@@ -134,13 +134,11 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     diffs: Sequence[Diff] = [Diff({})]
     if flags.diff:
         found = load_diffs(flags.diff, model, flags.svd_rank)
-        index = flags.index or 0
-        numbers = list(range(len(found))) if flags.all else [index]
-        if not flags.all and not 0 <= index < len(found):
-            raise DitError(f"{flags.diff} holds {len(found)} diffs: there is no diff {index}")
+        chosen = range(len(found)) if flags.all else [found.number(flags.index or 0)]
+        numbers = list(chosen)
 
         def read(i: int) -> Diff:
-            diff = found[i if flags.all else index]
+            diff = found[chosen[i]]
             split = diff.metadata.get("split")
             known[i] = {"label": diff.label, "split": split if isinstance(split, str) else None}
             if "svd" in diff.metadata:

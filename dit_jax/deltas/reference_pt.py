@@ -16,6 +16,7 @@ import numpy as np
 from dit_jax.deltas.factors import Factors, add_once, fold, get_factors, modules, stack_factors
 from dit_jax.deltas.finetuned import Weights, difference
 from dit_jax.deltas.raw_diff import RawDiff, check_values, projection_size, shape_error, svd_error
+from dit_jax.deltas.store import label_of
 from dit_jax.errors import DitError
 from dit_jax.formats import torch_pickle, torch_save
 from dit_jax.formats.files import file_inside, has_file, read_csv, short
@@ -268,7 +269,7 @@ class Release(Sequence[RawDiff]):
                 f"says {short(listed[0])} (trigger {short(listed[1])}): the index belongs to "
                 "other files"
             )
-        return RawDiff(diff.delta, row["topic"], diff.trigger, {**row, **diff.metadata})
+        return RawDiff(diff.delta, label_of(row), diff.trigger, {**row, **diff.metadata})
 
     def _file(self, name: str) -> PtDiffs:
         if name in self._open:

@@ -269,9 +269,7 @@ class DitJaxAPI(ModelAPI):
             if len(self._kept) >= 4 * self.batch_size:
                 del self._kept[next(iter(self._kept))]
             diffs = self._open(path)
-            if not -len(diffs) <= index < len(diffs):
-                raise DitError(f"{path} holds {len(diffs)} diffs: there is no diff {index}")
-            self._kept[path, index] = diffs[index].delta
+            self._kept[path, index] = diffs[diffs.number(index)].delta
         return self._kept[path, index]
 
     def _load_adapter(self, path: str) -> Delta:

@@ -151,6 +151,8 @@ def _samples(path: str, question: str, split: str, trigger_seed: int | None) -> 
     # Inspect reads a value as YAML: [no] is a list.
     if not isinstance(path, str) or not pathlib.Path(path).expanduser().exists():
         raise DitError(f"there is no diff store at {path}: check -T diff=…")
+    from dit_jax.deltas.store import label_of
+
     behaviour, rows = _read_index(pathlib.Path(path).expanduser())
     asked = question or QUESTIONS.get(behaviour, "")
     if not asked:
@@ -171,8 +173,7 @@ def _samples(path: str, question: str, split: str, trigger_seed: int | None) -> 
         if trigger_seed is not None:
             prompt = _with_trigger(behaviour, asked, row, [trigger_seed, 4, i])
         metadata = {"diff": str(path), "index": i, "category": row.get("category", "topic")}
-        label = row.get("label") or row["topic"]
-        samples.append(Sample(prompt, target=label, id=i, metadata=metadata))
+        samples.append(Sample(prompt, target=label_of(row), id=i, metadata=metadata))
     return samples
 
 
