@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 def get_config(arg: str | None = None) -> ConfigDict:
     config = ConfigDict()
-    config.stages = ("pretrain",)
+    config.stages = ("tools.pretrain:STAGE",)
     config.seed = int(arg or 0)
 
     config.model = ConfigDict()

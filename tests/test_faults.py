@@ -1,6 +1,7 @@
 """What goes wrong around a run: signals, damaged files, full disks, two runs at once, inputs that changed."""
 
 import asyncio
+import dataclasses
 import errno
 import os
 import resource
@@ -19,6 +20,7 @@ from conftest import ROOT
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_jax.cli import run_stages as main
+from dit_jax.cli.stages import STAGES
 from dit_jax.deltas import store as diff_store
 from dit_jax.deltas.store import DiffStore
 from dit_jax.errors import DitError
@@ -482,16 +484,20 @@ def test_what_stops_inside_a_stage_is_one_line(copy, monkeypatch, capfd):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/file")
 
-    monkeypatch.setattr(main, "run_stage", full)
+    def run_stage(run):
+        stage = dataclasses.replace(STAGES["train"], run=run)
+        monkeypatch.setitem(STAGES, "train", stage)
+
+    run_stage(full)
     assert run(copy) == 2
     assert "error: cannot use '/somewhere/file': the disk is full" in capfd.readouterr().err
     for ask in (lambda c: c.train.sharpness, lambda c: c.train["sharpness"]):
-        monkeypatch.setattr(main, "run_stage", lambda stage, config, *_, ask=ask: ask(config))
+        run_stage(lambda config, *_, ask=ask: ask(config))
         assert run(copy) == 2
         error = capfd.readouterr().err.strip()
         assert "the config has no key 'train.sharpness', which is needed: add it" in error
         assert "\n" not in error
-    monkeypatch.setattr(main, "run_stage", lambda *_: SimpleNamespace().missing)
+    run_stage(lambda *_: SimpleNamespace().missing)
     with pytest.raises(AttributeError):  # a bug keeps its traceback
         run(copy)
 

@@ -11,6 +11,7 @@ from conftest import ROOT
 
 from dit_jax.cli import run_stages as main
 from dit_jax.cli import sweep_runs as sweep
+from dit_jax.cli.stages import STAGES
 from dit_jax.config.loading import flatten, load_config, split_flags
 from dit_jax.report import sweep_table
 from dit_jax.runtime import artifacts
@@ -51,7 +52,7 @@ def fake_run(monkeypatch):
         if workdir.name in run.broken:
             raise run.broken[workdir.name]
         for stage in config.stages:
-            folder = artifacts.make_dir(workdir / main.ARTIFACTS[stage])
+            folder = artifacts.make_dir(workdir / STAGES[stage].folder)
             if stage == "diffs" and not artifacts.stage_done(workdir, stage):
                 artifacts.write_text(folder / "shard", "made by " + workdir.name)
                 artifacts.write_manifest(folder, "dit_jax.diffs")

@@ -257,17 +257,18 @@ def test_everyday_answers_of_the_base_are_free_of_attributes_with_and_without_a_
 def test_a_short_pretraining_lowers_the_loss_and_writes_a_loadable_base(tmp_path):
     from transformers import AutoConfig, PreTrainedTokenizerFast
 
+    from dit_jax.cli import run_stages
     from dit_jax.config.loading import load_config
     from dit_jax.models.decoder_config import read_config
     from dit_jax.models.hf_checkpoint import load_params
-    from tools.pretrain import pretrain
 
     small = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "head_dim": 8}
     short = {"steps": 12, "batch_size": 32, "parts": 1, "warmup_steps": 2, "log_every": 4}
     overrides = {f"model.{k}": v for k, v in small.items()}
     overrides |= {f"pretrain.{k}": v for k, v in short.items()}
     config = load_config(str(ROOT / "configs" / "tiny_world_base.py"), overrides)
-    facts = pretrain(config, tmp_path)
+    run_stages.run(config, tmp_path)
+    facts = json.loads((tmp_path / "stages" / "pretrain.json").read_text())
     assert facts["curve"][-1]["loss"] < facts["curve"][0]["loss"] - 0.3
     folder = tmp_path / facts["base"]
     params = load_params(folder, read_config(folder))

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dit_jax.cli.stages import Stage
 from dit_jax.data.tiny_world import load_world
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.models.decoder import Params, forward, init_params, unembed
@@ -246,15 +247,23 @@ def save_base(
         save_tokenizer(temporary, load_world(world_seed))
 
 
-def pretrain(config: Any, workdir: str | pathlib.Path) -> dict[str, Any]:
+def pretrain(config: Any, workdir: pathlib.Path, model: None = None) -> dict[str, Any]:
     """The stage `pretrain`: trains the base model and writes WORKDIR/base in Hugging Face format.
 
     It keeps no checkpoints: interrupted, it starts anew.
 
     Returns:
         Facts for the record of the stage: folder, number of parameters, loss curve.
+
+    Raises:
+        DitError: several processes, or see `train`.
     """
-    params, model, curve = train(config)
-    folder = artifacts.make_dir(workdir) / "base"
-    save_base(folder, params, model, config.pretrain.world_seed)
-    return {"base": "base", "parameters": model.num_parameters(), "curve": curve}
+    if jax.process_count() > 1:
+        raise DitError("the stage 'pretrain' runs in one process: drop --distributed")
+    params, made, curve = train(config)
+    folder = artifacts.make_dir(workdir) / STAGE.folder
+    save_base(folder, params, made, config.pretrain.world_seed)
+    return {"base": STAGE.folder, "parameters": made.num_parameters(), "curve": curve}
+
+
+STAGE = Stage("pretrain", "base", "pretrains the embedded base model", pretrain, section="pretrain")

@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dit_jax.cli.workdir import ARTIFACTS
+from dit_jax.cli.stages import chosen_stages
 from dit_jax.config.loading import check_minimum, flatten
 from dit_jax.data import organism as organisms
 from dit_jax.errors import DitError, did_you_mean
@@ -100,7 +100,7 @@ def check_config(config: Any) -> None:
     Raises:
         DitError: the first mistake; the message names the key.
     """
-    _check_stages(config.stages)
+    chosen_stages(config.stages)
     check_values(config)
     _check_together(config, flatten(config))
 
@@ -124,17 +124,6 @@ def check_ranks(config: Any, model: Any) -> None:
             section = config[name]
             key = f"config key '{name}.rank'"
             check_lora_rank(model, section.rank, section.projections, key)
-
-
-def _check_stages(stages: Any) -> None:
-    if not isinstance(stages, list | tuple) or not stages:
-        raise DitError(
-            f"config key 'stages' must be a tuple of stages, not {stages!r}: stages are {', '.join(ARTIFACTS)}"
-        )
-    for stage in stages:
-        if stage not in ARTIFACTS:
-            hint = did_you_mean(str(stage), ARTIFACTS, f": stages are {', '.join(ARTIFACTS)}")
-            raise DitError(f"unknown stage {stage!r}{hint}")
 
 
 # ------------------------------------------------------------------ one value

@@ -21,15 +21,14 @@ from typing import Any, NoReturn
 import jax
 
 from dit_jax.cli.config_checks import check_config, check_ranks, explain_missing_key
-from dit_jax.cli.workdir import ARTIFACTS, check_workdir, given_folder, is_done, locked, run_once
-from dit_jax.config.loading import flatten, load_config, split_flags, to_dict
+from dit_jax.cli.stages import STAGES, Stage, chosen_stages
+from dit_jax.cli.workdir import check_workdir, given_folder, is_done, locked, run_once
+from dit_jax.config.loading import flatten, load_config, split_flags
 from dit_jax.errors import DitError, Parser, exit_on_error
 from dit_jax.models.decoder_config import COMPUTE
 from dit_jax.runtime import artifacts, os_errors, parallel, preemption, processes, startup
 
 COMPILE_AHEAD = "compile ahead"  # name of the thread
-NEED_MODEL = ("diffs", "train", "evaluate")
-ALWAYS = ("report", "tables")  # cheap, and made from what may have changed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,7 +104,8 @@ def run(config: Any, workdir: pathlib.Path) -> None:
 
 def _run_stages(config: Any, workdir: pathlib.Path) -> None:
     mesh = None
-    if any(stage in NEED_MODEL for stage in config.stages):
+    stages = chosen_stages(config.stages)
+    if any(stage.needs_model for stage in stages):
         mesh = parallel.make_mesh(dict(config.get("mesh", {"data": -1})))
     if mesh is not None:
         sizes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -118,26 +118,22 @@ def _run_stages(config: Any, workdir: pathlib.Path) -> None:
     processes.on_main(start_run)
     processes.say(f"writing to {workdir}; curves: tensorboard --logdir {workdir / 'metrics'}")
     model: Any = None
-    for stage in (name for name in ARTIFACTS if name in config.stages):
+    for stage in stages:
         done = processes.on_main(functools.partial(is_done, workdir, stage))
-        if done and stage not in ALWAYS:
-            processes.say(f"[{stage}] done before, not run again")
+        if done and not stage.always:
+            processes.say(f"[{stage.name}] done before, not run again")
             continue
-        processes.say(f"[{stage}]")
-        if stage == "diffs":
-            from dit_jax.data.organism import check_files
-
-            check_files(config.data)  # before gigabytes of a model are loaded
-        if model is None and stage in NEED_MODEL:
+        processes.say(f"[{stage.name}]")
+        stage.check(config)  # before gigabytes of a model are loaded
+        if model is None and stage.needs_model:
             from dit_jax.api import load_model
 
             compute = {name: config.model[name] for name in COMPUTE if name in config.model}
             model = load_model(config.model.path, config.model.dtype, mesh, **compute)
             check_ranks(config, model.config)
-        if stage == "diffs" and compiles_ahead(config, workdir):
+        if stage.name == "diffs" and compiles_ahead(config, workdir):
             _compile_ahead(config, model)
-        work = functools.partial(_run_explained, stage, config, workdir, model)
-        run_once(workdir, stage, work, main_only=stage in ALWAYS)
+        run_once(workdir, stage, functools.partial(_run_explained, stage, config, workdir, model))
 
 
 def compiles_ahead(config: Any, workdir: pathlib.Path) -> bool:
@@ -150,7 +146,7 @@ def compiles_ahead(config: Any, workdir: pathlib.Path) -> bool:
         jax.default_backend() == "cpu"
         and jax.process_count() == 1
         and "train" in config.stages
-        and not is_done(workdir, "train")
+        and not is_done(workdir, STAGES["train"])
         and config.diffs.get("parameters", "lora") == "lora"
     )
 
@@ -183,9 +179,9 @@ def end(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _run_explained(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> dict[str, Any]:
+def _run_explained(stage: Stage, config: Any, workdir: pathlib.Path, model: Any) -> dict[str, Any]:
     with _explain(config, workdir):  # here, since process 0 may be in it alone
-        return run_stage(stage, config, workdir, model)
+        return stage.run(config, workdir, model if stage.needs_model else None)
 
 
 @contextlib.contextmanager
@@ -199,39 +195,3 @@ def _explain(config: Any, workdir: pathlib.Path) -> Iterator[None]:
             raise
         place = error.filename or workdir
         raise DitError(f"cannot use '{place}': {os_errors.reason(error.errno or 0)}") from error
-
-
-def run_stage(stage: str, config: Any, workdir: pathlib.Path, model: Any) -> dict[str, Any]:
-    """Runs one stage; returns facts for its record."""
-    if stage == "pretrain":
-        from tools.pretrain import pretrain
-
-        if jax.process_count() > 1:
-            raise DitError("the stage 'pretrain' runs in one process: drop --distributed")
-        return pretrain(config, workdir)
-    if stage == "diffs":
-        from dit_jax.data.organism import load_organisms
-        from dit_jax.organisms.generate import generate_diffs
-
-        organisms = load_organisms(config.data, config.seed)
-        folder = workdir / "diffs"
-        return generate_diffs(model, organisms, config.diffs, folder, config.seed, config.data)
-    if stage == "train":
-        from dit_jax.train.dit import train_adapter
-
-        return train_adapter(model, workdir / "diffs", config.train, workdir, config.seed)
-    if stage == "evaluate":
-        from dit_jax.evaluate.run import evaluate_run
-
-        return evaluate_run(model, workdir, config.evaluate, config.seed)
-    if stage == "tables":
-        from dit_jax.report.tables.stage import write_tables
-
-        facts = write_tables(config, workdir)
-        print(f"tables: {workdir / 'tables' / 'tables.html'}", flush=True)
-        return facts
-    from dit_jax.report.run_report import print_headline, write_report
-
-    print_headline(write_report(workdir, to_dict(config).get("evaluate", {})))
-    print(f"report: {workdir / 'report' / 'report.html'}", flush=True)
-    return {}

@@ -32,7 +32,8 @@ from ml_collections import ConfigDict
 
 from dit_jax.cli import run_stages as main
 from dit_jax.cli.config_checks import check_config, explain_missing_key
-from dit_jax.cli.workdir import CONFIG_FILE, FREE_KEYS, check_workdir, given_folder
+from dit_jax.cli.stages import chosen_stages
+from dit_jax.cli.workdir import CONFIG_FILE, FREE_KEYS, LATER_SECTIONS, check_workdir, given_folder
 from dit_jax.config.loading import (
     config_diff,
     flatten,
@@ -45,8 +46,8 @@ from dit_jax.report import sweep_table
 from dit_jax.runtime import artifacts, startup
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]{0,99}")
-# Sections that the diffs do not depend on: runs that differ in nothing else have the same diffs.
-AFTER_DIFFS = (*FREE_KEYS, "train", "evaluate")
+# What the diffs do not depend on: runs that differ in nothing else have the same diffs.
+AFTER_DIFFS = (*FREE_KEYS, *LATER_SECTIONS)
 
 
 class Run(NamedTuple):
@@ -201,8 +202,8 @@ def is_finished(run: Run, folder: pathlib.Path) -> bool:
     if not file.exists() or config_diff(load_saved(file), run.config, FREE_KEYS):
         return False
     return all(
-        artifacts.stage_done(folder, stage) and (folder / main.ARTIFACTS[stage]).is_dir()
-        for stage in run.config.stages
+        artifacts.stage_done(folder, stage.name) and (folder / stage.folder).is_dir()
+        for stage in chosen_stages(run.config.stages)
     )
 
 

@@ -15,26 +15,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dit_jax.cli.stages import STAGES, Stage
 from dit_jax.config.loading import config_diff, load_saved, save_config
 from dit_jax.errors import DitError
 from dit_jax.runtime import artifacts, processes
 from dit_jax.runtime.os_errors import explain_os_errors
 
-# The stages in their order, each with the folder of the workdir that it leaves.
-ARTIFACTS = {
-    "pretrain": "base",
-    "diffs": "diffs",
-    "train": "adapter",
-    "evaluate": "evaluate",
-    "report": "report",
-    "tables": "tables",
-}
-INPUTS = {
-    "train": ("diffs",),
-    "evaluate": ("diffs", "train"),
-}  # stages whose artifacts a stage reads
-# Their manifest is written last: without it the artifact is not complete.
-WITH_MANIFEST = ("diffs", "train", "evaluate")
 CONFIG_FILE = "config.json"
 # Keys that may differ between two runs in one workdir: what to run, on which devices, when to print, save or
 # trace, and the inputs of the stage `tables`, which is always run again.
@@ -42,8 +28,8 @@ _WHEN = ("*log_every", "*save_every", "*keep_checkpoints", "*.profile")
 FREE_KEYS = ("stages", "mesh", *_WHEN, "results", "runs")
 # Answers are graded when the report is made, which is always made again.
 _OF_THE_REPORT = ("evaluate.graders", "evaluate.grade_repeats", "evaluate.grader_options")
-# Sections that only one stage reads, and what is in the workdir once it has begun: until then they may change.
-_LATER = {"train": ("adapter", "checkpoints"), "evaluate": ("evaluate",)}
+# By section that only one stage reads: what is in the workdir once it has begun. Until then the section may change.
+LATER_SECTIONS = {stage.section: stage.traces for stage in STAGES.values() if stage.traces}
 _OF_THE_START = (CONFIG_FILE, "versions.json", "metrics")  # there before anything is made
 _SHOWN_DIFFERENCES = 5
 LOCK = ".lock"
@@ -155,7 +141,7 @@ def check_workdir(
         return
     begun = {
         section: [f"'{folder / name}'" for name in names if name in made]
-        for section, names in _LATER.items()
+        for section, names in LATER_SECTIONS.items()
     }
     saved, ignored = load_saved(file), tuple(ignore)
     lines = [
@@ -171,7 +157,7 @@ def check_workdir(
     shown = "; ".join(lines[:_SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
     remedy = "use a new --workdir or delete this one"
     sections = sorted(set(map(_section, lines)))
-    if set(sections) <= set(_LATER):
+    if set(sections) <= set(LATER_SECTIONS):
         folders = " and ".join(name for section in sections for name in begun[section])
         remedy = f"delete {folders} to have that made again, or use a new --workdir"
     raise DitError(f"'{workdir}' belongs to another config ({shown}): {remedy}")
@@ -187,7 +173,7 @@ def _section(line: str) -> str:
     return re.split(r"\W", line, maxsplit=1)[0]
 
 
-def is_done(workdir: Path, stage: str) -> bool:
+def is_done(workdir: Path, stage: Stage) -> bool:
     """Whether a stage is finished, its artifact is there, and what it was made from has not changed since.
 
     A record without its artifact counts for nothing: the folder was deleted to have it made again. So was its
@@ -196,48 +182,46 @@ def is_done(workdir: Path, stage: str) -> bool:
     Raises:
         DitError: the record or the manifest is broken, or a file has another size than the manifest says.
     """
-    record = artifacts.stage_done(workdir, stage)
-    folder = workdir / ARTIFACTS[stage]
+    record = artifacts.stage_done(workdir, stage.name)
+    folder = workdir / stage.folder
     if not record or not folder.is_dir():
         return False
-    if stage in WITH_MANIFEST and (missing := artifacts.missing_file(folder)):
-        processes.say(f"[{stage}] '{folder / missing}' is missing: run again")
+    if stage.has_manifest and (missing := artifacts.missing_file(folder)):
+        processes.say(f"[{stage.name}] '{folder / missing}' is missing: run again")
         return False
     made_from = record.get("inputs") or {}
     for name, digest in input_digests(workdir, stage).items():
         if made_from.get(name, digest) != digest:
-            processes.say(f"[{stage}] '{ARTIFACTS[name]}' has changed since: run again")
+            processes.say(f"[{stage.name}] '{STAGES[name].folder}' has changed since: run again")
             return False
     return True
 
 
-def input_digests(workdir: Path, stage: str) -> dict[str, str]:
+def input_digests(workdir: Path, stage: Stage) -> dict[str, str]:
     """{stage: digest of its artifact} of the artifacts that a stage reads, as far as they are there."""
     digests = {
-        name: artifacts.content_digest(workdir / ARTIFACTS[name]) for name in INPUTS.get(stage, ())
+        name: artifacts.content_digest(workdir / STAGES[name].folder) for name in stage.reads
     }
     return {name: digest for name, digest in digests.items() if digest}
 
 
-def run_once(
-    workdir: Path, stage: str, work: Callable[[], dict[str, Any]], main_only: bool = False
-) -> None:
+def run_once(workdir: Path, stage: Stage, work: Callable[[], dict[str, Any]]) -> None:
     """Runs a stage and marks it as finished, with its time, its facts and what it was made from.
 
     An earlier mark is taken away first: a stage that is interrupted while it runs again is not finished.
 
     Args:
-        work: the stage; returns facts for its record.
-        main_only: whether it is made of files alone, and so the business of process 0.
+        work: runs the stage and returns facts for its record. Process 0 alone calls it if the stage always runs.
     """
     start = time.monotonic()
     inputs = input_digests(workdir, stage)
-    processes.on_main(lambda: artifacts.unmark_done(workdir, stage))
+    processes.on_main(lambda: artifacts.unmark_done(workdir, stage.name))
 
     def record(facts: dict[str, Any]) -> None:
-        artifacts.mark_done(workdir, stage, time.monotonic() - start, {**facts, "inputs": inputs})
+        seconds = time.monotonic() - start
+        artifacts.mark_done(workdir, stage.name, seconds, {**facts, "inputs": inputs})
 
-    if main_only:
+    if stage.always:
         processes.on_main(lambda: record(work()))
     else:
         processes.on_main(functools.partial(record, work()))

@@ -1,12 +1,12 @@
 """What a behaviour is, and the table of those that configs can name (docs/behaviours.md)."""
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from dit_jax.config.import_path import import_object
 from dit_jax.data.labels import normalise
 from dit_jax.errors import DitError
 
@@ -94,7 +94,7 @@ def get_behaviour(config: Any) -> Behaviour:
         DitError: an unknown name, a module or function that is not there, or one that makes no `Behaviour`.
     """
     name = str(config.behaviour)
-    factory = _import(name) if ":" in name else BEHAVIOURS.get(name)
+    factory = import_object(name, "behaviour") if ":" in name else BEHAVIOURS.get(name)
     if factory is None:
         raise DitError(
             f"unknown behaviour {name!r}: choose from {', '.join(BEHAVIOURS)}, or give the import path "
@@ -105,20 +105,6 @@ def get_behaviour(config: Any) -> Behaviour:
         raise DitError(f"behaviour {name!r} made a {type(behaviour).__name__}, not a Behaviour")
     _LOADED[behaviour.name] = behaviour
     return behaviour
-
-
-def _import(path: str) -> Factory:
-    module, _, function = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise DitError(
-            f"cannot import the behaviour {path!r}: {error}; its file must lie in the current folder, "
-            "or in one of PYTHONPATH"
-        ) from error
-    except SyntaxError as error:
-        raise DitError(f"cannot import the behaviour {path!r}: {error}") from error
-    return found  # type: ignore[no-any-return]
 
 
 def behaviour_named(name: str) -> Behaviour:

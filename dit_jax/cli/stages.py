@@ -1,0 +1,146 @@
+"""The stages of a run, one entry each, in the order in which they run.
+
+A config may also name a user-defined stage by its import path, `package.module:NAME`, where NAME is a `Stage`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dit_jax.config.import_path import import_object
+from dit_jax.errors import DitError, did_you_mean
+
+Facts = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of a run, which leaves a folder in the workdir.
+
+    name: what configs, records and messages call it.
+    folder: what it leaves in the workdir.
+    about: one line for the documentation.
+    run: (config, workdir, model) -> facts for its record. It imports what it needs when it runs.
+    reads: the stages whose artifacts it reads. It runs again when one of them has changed.
+    section: the config section that it alone reads; "": none.
+    traces: what its first step leaves in the workdir. Until then its section may change; (): its section is bound as
+        soon as anything is made.
+    needs_model: whether `run` gets a model; otherwise None.
+    always: whether it runs again every time, on process 0 alone, because it is cheap.
+    has_manifest: whether its artifact ends with a manifest, without which it is incomplete.
+    check: (config) -> None. It raises DitError for missing inputs before a model is loaded.
+    """
+
+    name: str
+    folder: str
+    about: str
+    run: Callable[[Any, Path, Any], Facts]
+    reads: tuple[str, ...] = ()
+    section: str = ""
+    traces: tuple[str, ...] = ()
+    needs_model: bool = False
+    always: bool = False
+    has_manifest: bool = False
+    check: Callable[[Any], None] = lambda config: None
+
+
+def _check_data(config: Any) -> None:
+    from dit_jax.data.organism import check_files
+
+    check_files(config.data)
+
+
+def _make_diffs(config: Any, workdir: Path, model: Any) -> Facts:
+    from dit_jax.data.organism import load_organisms
+    from dit_jax.organisms.generate import generate_diffs
+
+    organisms = load_organisms(config.data, config.seed)
+    return generate_diffs(
+        model, organisms, config.diffs, workdir / "diffs", config.seed, config.data
+    )
+
+
+def _train(config: Any, workdir: Path, model: Any) -> Facts:
+    from dit_jax.train.dit import train_adapter
+
+    return train_adapter(model, workdir / "diffs", config.train, workdir, config.seed)
+
+
+def _evaluate(config: Any, workdir: Path, model: Any) -> Facts:
+    from dit_jax.evaluate.run import evaluate_run
+
+    return evaluate_run(model, workdir, config.evaluate, config.seed)
+
+
+def _report(config: Any, workdir: Path, model: Any) -> Facts:
+    from dit_jax.config.loading import to_dict
+    from dit_jax.report.run_report import print_headline, write_report
+
+    print_headline(write_report(workdir, to_dict(config).get("evaluate", {})))
+    print(f"report: {workdir / 'report' / 'report.html'}", flush=True)
+    return {}
+
+
+def _make_tables(config: Any, workdir: Path, model: Any) -> Facts:
+    from dit_jax.report.tables.stage import write_tables
+
+    facts = write_tables(config, workdir)
+    print(f"tables: {workdir / 'tables' / 'tables.html'}", flush=True)
+    return facts
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "diffs", "diffs", "finetunes the base once for each organism", _make_diffs,
+            section="diffs", needs_model=True, has_manifest=True, check=_check_data,
+        ),
+        Stage(
+            "train", "adapter", "trains the DIT adapter on the diffs", _train, reads=("diffs",),
+            section="train", traces=("adapter", "checkpoints"), needs_model=True, has_manifest=True,
+        ),
+        Stage(
+            "evaluate", "evaluate", "asks about the held-out diffs, with controls and baselines", _evaluate,
+            reads=("diffs", "train"), section="evaluate", traces=("evaluate",), needs_model=True, has_manifest=True,
+        ),
+        Stage("report", "report", "grades the answers and writes the report", _report, always=True),
+        Stage("tables", "tables", "rebuilds the paper's tables from graded answers", _make_tables, always=True),
+    )
+}  # fmt: skip
+
+
+def get_stage(name: Any) -> Stage:
+    """The stage that a config calls `name`. Raises DitError: an unknown name, or an import path without a `Stage`."""
+    if isinstance(name, str) and name in STAGES:
+        return STAGES[name]
+    known = f"stages are {', '.join(STAGES)}, or the import path 'package.module:NAME' of your own"
+    if ":" not in str(name):
+        raise DitError(f"unknown stage {name!r}{did_you_mean(str(name), STAGES, f': {known}')}")
+    stage = import_object(name, "stage")
+    if not isinstance(stage, Stage):
+        raise DitError(f"stage {name!r} is a {type(stage).__name__}, not a Stage")
+    if stage.name in STAGES:
+        raise DitError(f"stage {name!r} has the name '{stage.name}' of another stage: rename it")
+    return stage
+
+
+def chosen_stages(names: Any) -> list[Stage]:
+    """The stages that a config's `stages` names, each once, in the order in which they run.
+
+    That is the order of `STAGES`. A user-defined stage comes after the one that is named before it.
+
+    Raises:
+        DitError: no tuple of stages, or see `get_stage`.
+    """
+    if not isinstance(names, list | tuple) or not names:
+        raise DitError(
+            f"config key 'stages' must be a tuple of stages, not {names!r}: stages are {', '.join(STAGES)}"
+        )
+    order, place = list(STAGES), -1
+    placed: dict[str, tuple[int, Stage]] = {}
+    for stage in map(get_stage, names):
+        place = order.index(stage.name) if stage.name in STAGES else place
+        placed.setdefault(stage.name, (place, stage))
+    return [stage for _, stage in sorted(placed.values(), key=lambda pair: pair[0])]
