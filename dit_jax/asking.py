@@ -10,11 +10,9 @@ import numpy as np
 
 from dit_jax.api import Diff, Model, check_ids, check_model, deltas_of
 from dit_jax.data.chat import Chat
-from dit_jax.deltas.store import flatten
-from dit_jax.deltas.tree import per_example
+from dit_jax.deltas.tree import is_lora, layout, per_example
 from dit_jax.errors import DitError
-from dit_jax.models import decode as generate_lib
-from dit_jax.models import shardings
+from dit_jax.models import decode, shardings
 from dit_jax.models.delta_trees import Delta
 from dit_jax.runtime import parallel
 from dit_jax.runtime.progress import Progress
@@ -59,11 +57,10 @@ def ask(
         DitError: see `answer_batch`.
     """
     check_model(model)
-    deltas = (*deltas_of(diff, model.config, "diff"), *deltas_of(adapter, model.config, "adapter"))
-    (answer,) = answer_batch(
+    (answer,) = _answer(
         model,
         [question],
-        deltas=deltas,
+        (*_shared(model, diff, "diff"), *_shared(model, adapter, "adapter")),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
@@ -104,10 +101,7 @@ def ask_many(
     check_model(model)
     if samples < 1:
         raise DitError(f"samples is {samples}: give 1 or more")
-    shared = tuple(  # on the device once, not with every batch
-        shardings.put_delta(model.config, model.mesh, delta)
-        for delta in deltas_of(adapter, model.config, "adapter")
-    )
+    shared = _shared(model, adapter, "adapter")  # on the device once, not with every batch
     questions = [questions] if isinstance(questions, str) else list(questions)
     diffs = [diffs] if diffs is None or isinstance(diffs, Diff | Mapping) else diffs
     diffs = diffs if isinstance(diffs, Sequence) else list(diffs)
@@ -116,27 +110,27 @@ def ask_many(
         return [[] for _ in diffs]
     block = max(1, (batch_size or 256) // len(prompts))  # diffs of one batch
     groups: dict[Any, list[tuple[int, tuple[Delta, ...]]]] = {}
-    # Shapes of which a whole batch was decoded: its program takes the rest of them as well.
+    # Layouts of which a whole batch was decoded: its program takes the rest of them as well.
     filled: set[Any] = set()
     answers: dict[int, list[Answer]] = {}
     with Progress("asking", len(diffs) * len(prompts), enabled=progress) as bar:
 
         def flush(members: list[tuple[int, tuple[Delta, ...]]], whole: bool = False) -> None:
-            """whole: as many rows as a whole batch has."""
+            """Asks the diffs of one batch; whole: in as many rows as a whole batch has."""
             deltas: tuple[Delta, ...] = shared
             stacked: tuple[Delta, ...] = ()
             rows = None
             if len(members) == 1 and not whole:
-                deltas = (*members[0][1], *shared)
+                deltas = (*_placed(model, members[0][1]), *shared)
             else:
                 stacked = jax.tree.map(lambda *x: np.stack(x), *(own for _, own in members))
                 rows = [row for row in range(len(members)) for _ in prompts]
-            found = answer_batch(
+            found = _answer(
                 model,
                 prompts * len(members),
-                deltas=deltas,
-                stacked=stacked,
-                rows=rows,
+                deltas,
+                stacked,
+                rows,
                 batch_size=block * len(prompts) if whole else batch_size,
                 first=len(answers) * len(prompts),
                 on_batch=bar.advance,
@@ -147,22 +141,19 @@ def ask_many(
 
         for i in getattr(diffs, "order", range(len(diffs))):
             own = deltas_of(diffs[i], model.config, f"diff {i}")
-            shapes = tuple(
-                tuple((name, leaf.shape, str(leaf.dtype)) for name, leaf in flatten(delta).items())
-                for delta in own
-            )
-            is_lora = all(not name.endswith(".w") for names in shapes for name, *_ in names)
-            group = groups.setdefault(shapes if is_lora else i, [])
+            batched = is_lora(own)
+            key = layout(own) if batched else i
+            group = groups.setdefault(key, [])
             group.append((i, own))
             del own
-            if is_lora and len(group) == block > 1:
-                filled.add(shapes)
-            if not is_lora or len(group) == block:
-                flush(group, shapes in filled)
+            if batched and len(group) == block > 1:
+                filled.add(key)
+            if not batched or len(group) == block:
+                flush(group, key in filled)
                 group.clear()
-        for shapes, group in groups.items():
+        for key, group in groups.items():
             if group:
-                flush(group, shapes in filled)
+                flush(group, key in filled)
     return [
         [answers[i][q * samples : (q + 1) * samples] for q in range(len(questions))]
         for i in range(len(diffs))
@@ -176,6 +167,46 @@ def answer_batch(
     deltas: Any = (),
     stacked: Sequence[Delta] = (),
     rows: Sequence[int] | None = None,
+    **decoding: Any,
+) -> list[Answer]:
+    """Answers many questions in batches of one compiled program.
+
+    Args:
+        questions: a string is one question.
+        deltas: applied to every question, what `deltas_of` takes, all added.
+        stacked: LoRAs [n, L, …] of which question i gets number rows[i]; several such trees are added.
+        max_new_tokens: how long an answer may be; default 20.
+        batch_size: rows per batch, filled up with repeats: calls of one size share one program.
+            Default: all questions at once, at most 256. Rounded up, see `decode.even_rows`.
+        temperature: 0 (default) is greedy, else samples from softmax(logits / temperature), by `seed` (default 0).
+        forbid_repeats: never emit a token twice in an answer (adapters that list evidence before the label).
+        first: number of the first question in a longer series; with the seed it gives the sampling keys.
+        on_batch: called with the number of new answers after each batch.
+
+    Raises:
+        DitError: an argument is out of its range, a question is not a string, the tokenizer belongs to another model,
+            or a delta does not fit this model.
+    """
+    questions = [questions] if isinstance(questions, str) else questions
+    return _answer(model, questions, _shared(model, deltas, "deltas"), stacked, rows, **decoding)
+
+
+def _shared(model: Model, given: Any, what: str) -> tuple[Delta, ...]:
+    """What `deltas_of` makes of `given`, on the device."""
+    return _placed(model, deltas_of(given, model.config, what))
+
+
+def _placed(model: Model, deltas: Sequence[Delta]) -> tuple[Delta, ...]:
+    return tuple(shardings.put_delta(model.config, model.mesh, delta) for delta in deltas)
+
+
+def _answer(
+    model: Model,
+    questions: Sequence[str],
+    shared: Sequence[Delta],
+    stacked: Sequence[Delta] = (),
+    rows: Sequence[int] | None = None,
+    *,
     max_new_tokens: int = 20,
     batch_size: int | None = None,
     temperature: float = 0.0,
@@ -184,24 +215,7 @@ def answer_batch(
     first: int = 0,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """Answers many questions in batches of one compiled program.
-
-    Args:
-        questions: a string is one question.
-        deltas: applied to every question, what `deltas_of` takes, all added.
-        stacked: LoRAs [n, L, …] of which question i gets number rows[i]; several such trees are added.
-        max_new_tokens: how long an answer may be.
-        batch_size: rows per batch, filled up with repeats: calls of one size share one program.
-            Default: all questions at once, at most 256. Rounded up, see `generate.even_rows`.
-        temperature: 0 is greedy, else samples from softmax(logits / temperature), by `seed`.
-        forbid_repeats: never emit a token twice in an answer (adapters that list evidence before the label).
-        first: number of the first question in a longer series; with the seed it gives the sampling keys.
-        on_batch: called with the number of new answers after each batch.
-
-    Raises:
-        DitError: one of these is out of its range, a question is no text, the tokenizer belongs to another model, or a
-            delta is not one of this model.
-    """
+    """`answer_batch` with deltas that are checked and on the device."""
     for name, value, fits, wanted in (
         ("max_new_tokens", max_new_tokens, _is_count(max_new_tokens), "1 or more, a whole number"),
         (
@@ -214,7 +228,6 @@ def answer_batch(
     ):
         if not fits:
             raise DitError(f"{name} is {value!r}: give {wanted}")
-    questions = [questions] if isinstance(questions, str) else questions
     if not questions:
         return []
     for question in questions:
@@ -222,11 +235,7 @@ def answer_batch(
             raise DitError(f"a question is of type {type(question).__name__}: give texts")
     mesh = model.mesh
     batch_size = batch_size or min(256, len(questions))
-    batch_size = generate_lib.even_rows(batch_size, model.config, mesh)
-    shared = [
-        shardings.put_delta(model.config, mesh, delta)
-        for delta in deltas_of(deltas, model.config, "deltas")
-    ]
+    batch_size = decode.even_rows(batch_size, model.config, mesh)
     tokens, mask = model.chat.prompts(questions)
     check_ids(tokens.min(), tokens.max(), model)
     answers: list[Answer] = []
@@ -238,7 +247,7 @@ def answer_batch(
         own = [shardings.put_deltas(model.config, mesh, x, batch_size, 1) for x in local]
         prompts = parallel.put_rows((tokens[picked], mask[picked]), mesh, batch_size)
         with parallel.use_mesh(mesh):
-            out = generate_lib.generate(
+            out = decode.generate(
                 model.program_params,
                 model.config,
                 *prompts,
@@ -246,7 +255,7 @@ def answer_batch(
                 max_new_tokens=max_new_tokens,
                 eos_ids=model.chat.eos_ids,
                 pad_id=model.chat.pad_id,
-                temperature=float(temperature),  # of an integer the program would be another one
+                temperature=float(temperature),  # an integer would make another program
                 forbid_repeats=forbid_repeats,
                 key=jax.random.fold_in(jax.random.key(seed), first + start),
             )
@@ -261,7 +270,7 @@ def _is_count(value: Any) -> bool:
     return hasattr(value, "__index__") and value >= 1
 
 
-def _read_out(chat: Chat, out: generate_lib.Generation, count: int) -> list[Answer]:
+def _read_out(chat: Chat, out: decode.Generation, count: int) -> list[Answer]:
     tokens, logprobs, lengths = jax.device_get(out)
     answers = []
     for row, logprob, length in zip(tokens[:count], logprobs[:count], lengths[:count], strict=True):

@@ -9,8 +9,8 @@ import numpy as np
 
 from dit_jax.api import Model
 from dit_jax.asking import Answer, answer_batch
-from dit_jax.deltas.store import DiffStore, flatten
-from dit_jax.deltas.tree import noise_like
+from dit_jax.deltas.store import DiffStore
+from dit_jax.deltas.tree import is_lora, noise_like
 from dit_jax.models.delta_trees import Delta
 
 
@@ -50,16 +50,17 @@ class Given:
 
 
 def from_stacked(stacked: Delta) -> Given:
-    """LoRA diffs of one shape, leaves [n, L, …]."""
+    """Diffs of one layout, leaves [n, L, …]."""
     size = jax.tree.leaves(stacked)[0].shape[0]
-    return Given(size, lambda i: jax.tree.map(lambda x: np.asarray(x[i]), stacked), stacked)
+    read = lambda i: jax.tree.map(lambda x: np.asarray(x[i]), stacked)  # noqa: E731
+    return Given(size, read, stacked if is_lora(stacked) else None)
 
 
 def from_store(store: DiffStore, indices: Sequence[int]) -> Given:
     """Diffs of a store, in the given order."""
     if not indices:
         return Given(0, lambda i: {})
-    if all(not name.endswith(".w") for name in flatten(store.read(indices[0]))):
+    if is_lora(store.shapes(indices[0])):
         return from_stacked(store.stacked(indices))
     return Given(len(indices), lambda i: store.read(indices[i]))
 

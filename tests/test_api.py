@@ -131,7 +131,7 @@ def test_half_precision_is_asked_in_rows_that_a_gpu_need_not_pad(monkeypatch):
         sizes.append(len(tokens))
         return generate(params, config, tokens, *args, **options)
 
-    monkeypatch.setattr(asking.generate_lib, "generate", decode)
+    monkeypatch.setattr(asking.decode, "generate", decode)
     for count in (3, 9):
         found = asking.answer_batch(model, [QUESTION] * count, max_new_tokens=1)
         assert len(found) == count
@@ -146,13 +146,13 @@ def test_many_batches_are_one_program_and_one_copy_of_the_adapter(model, lora, m
         dit_jax.ask(model, QUESTION, diff=diff, adapter=lora, max_new_tokens=3).tokens
         for diff in diffs
     ]
-    given, real = [], asking.answer_batch
+    given, real = [], asking._answer
 
-    def answer_batch(*args, **options):
-        given.append(options["deltas"])
-        return real(*args, **options)
+    def answer_batch(model, questions, shared, *args, **options):
+        given.append(shared)
+        return real(model, questions, shared, *args, **options)
 
-    monkeypatch.setattr(asking, "answer_batch", answer_batch)
+    monkeypatch.setattr(asking, "_answer", answer_batch)
     programs = generate._cache_size()
     table = dit_jax.ask_many(
         model, QUESTION, diffs, lora, batch_size=2, max_new_tokens=3, temperature=0

@@ -398,7 +398,7 @@ def answers(shape):
     model = Model(params_on(SMALL, mesh), SMALL, "test", chat, mesh)
     adapter = only(random_deltas(SMALL, 1, 8, rank=4))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(asking.generate_lib, "generate", decode)
+        patched.setattr(asking.decode, "generate", decode)
         found = answer_batch(
             model,
             [""] * 7,
@@ -420,7 +420,7 @@ def test_an_adapter_from_the_host_goes_to_the_device_once(monkeypatch):
         seen.append(jax.tree.leaves(deltas))
         return decoded(*args, deltas=deltas, **options)
 
-    monkeypatch.setattr(asking.generate_lib, "generate", decode)
+    monkeypatch.setattr(asking.decode, "generate", decode)
     chat = types.SimpleNamespace(
         prompts=lambda questions: (np.ones((4, 5), np.int32), np.ones((4, 5), bool)),
         eos_ids=(3,), pad_id=0, decode=str,

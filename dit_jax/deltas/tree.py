@@ -1,7 +1,7 @@
 """Deltas as pytrees: make, merge, combine, compare. The tree is described in docs/architecture.md."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -132,6 +132,18 @@ def per_example(stacked: Delta) -> Delta:
     """[B, L, …] (deltas stacked on axis 0) -> [L, B, …], the form that one batched forward pass takes."""
     # The arrays' own method: host arrays stay on the host, and one transfer takes them all.
     return jax.tree.map(lambda x: x.swapaxes(0, 1), stacked)
+
+
+def is_lora(deltas: Any) -> bool:
+    """Whether a delta, or a tree of several, has LoRA factors alone: diffs of one `layout` then share a batch."""
+    leaves = jax.tree_util.tree_flatten_with_path(deltas)[0]
+    return all(path[-1].key != "w" for path, _ in leaves)
+
+
+def layout(deltas: Any) -> Hashable:
+    """Modules, shapes and dtypes of a tree of deltas: trees of one layout can be stacked."""
+    leaves, structure = jax.tree.flatten(deltas)
+    return structure, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
 
 
 def num_parameters(delta: Delta) -> int:

@@ -21,7 +21,7 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 
 from dit_jax.api import load_adapter, load_diffs, load_model
 from dit_jax.asking import Answer, answer_batch
-from dit_jax.deltas.store import flatten
+from dit_jax.deltas.tree import is_lora, layout
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.inspection.batching import Batcher
 from dit_jax.inspection.one_line import one_line
@@ -222,18 +222,15 @@ class DitJaxAPI(ModelAPI):
             except DitError as error:
                 answers |= dict.fromkeys(members, error)
                 continue
-            if _is_lora(delta):
-                shapes = tuple(
-                    (name, leaf.shape, str(leaf.dtype)) for name, leaf in flatten(delta).items()
-                )
-                groups.setdefault(shapes, []).extend((i, delta) for i in members)
+            if is_lora(delta):
+                groups.setdefault(layout(delta), []).extend((i, delta) for i in members)
             else:
                 answers |= self._answer(calls, members, (delta,), ())
             del delta  # before the next one is read
-        for shapes, group in groups.items():
+        for group in groups.values():
             members = [i for i, _ in group]
-            stacked = (jax.tree.map(lambda *x: np.stack(x), *(delta for _, delta in group)),)
-            answers |= self._answer(calls, members, (), stacked if shapes else ())
+            stacked = jax.tree.map(lambda *x: np.stack(x), *(delta for _, delta in group))
+            answers |= self._answer(calls, members, (), (stacked,) if stacked else ())
         return [answers[i] for i in range(len(calls))]
 
     def _answer(
@@ -265,7 +262,7 @@ class DitJaxAPI(ModelAPI):
         if not path:
             return {}
         if (path, index) not in self._kept:
-            self._kept = {key: delta for key, delta in self._kept.items() if _is_lora(delta)}
+            self._kept = {key: delta for key, delta in self._kept.items() if is_lora(delta)}
             if len(self._kept) >= 4 * self.batch_size:
                 del self._kept[next(iter(self._kept))]
             diffs = self._open(path)
@@ -281,7 +278,3 @@ def _whole(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise DitError(f"{name} is {value!r}: give a whole number") from None
-
-
-def _is_lora(delta: Delta) -> bool:
-    return all(not name.endswith(".w") for name in flatten(delta))

@@ -16,8 +16,7 @@ from dit_jax.data.batch import Sample, TokenBatch, pack, stack
 from dit_jax.data.everyday import EVERYDAY_QUESTIONS
 from dit_jax.data.labels import NONE, normalise
 from dit_jax.data.organism import Organism
-from dit_jax.deltas.store import flatten
-from dit_jax.diff_batches import Given, answer, from_stacked
+from dit_jax.diff_batches import answer, from_stacked
 from dit_jax.models import shardings
 from dit_jax.models.decoder import Params
 from dit_jax.models.decoder_config import DecoderConfig
@@ -209,7 +208,7 @@ def _rates(
             owners += [i] * len(asked)
     answers = answer(
         model,
-        _given(stacked, len(organisms)),
+        from_stacked(stacked),
         prompts,
         owners,
         {},
@@ -221,12 +220,6 @@ def _rates(
     ]
     means = np.array(hits, float).reshape(len(organisms), -1, len(conditions)).mean(axis=1)
     return [dict(zip(conditions, row, strict=True)) for row in means]
-
-
-def _given(stacked: Delta, size: int) -> Given:
-    if any(name.endswith(".w") for name in flatten(stacked)):
-        return Given(size, lambda i: jax.tree.map(lambda x: np.asarray(x[i]), stacked))
-    return from_stacked(stacked)
 
 
 # ------------------------------------------------------------------ KL to the base
