@@ -72,7 +72,7 @@ def output_of(inspect_model, text):
     return made.model_copy(update={"usage": usage})
 
 
-def mock(inspect_model, outputs):
+def mock(inspect_model, outputs, wait=0.001):
     """A judge whose model replies with `outputs` in turn; an exception is raised."""
     replies = iter(outputs)
 
@@ -82,8 +82,11 @@ def mock(inspect_model, outputs):
             raise output
         return output_of(inspect_model, output)
 
-    model = inspect_model.get_model("mockllm/model", custom_outputs=reply, memoize=False)
-    return get_grader("inspect", model=model, wait=0.001, attempts=3, connections=1)
+    options = {"custom_outputs": reply, "wait": wait, "attempts": 3, "connections": 1}
+    judge = get_grader("inspect", model="mockllm/model", **options)
+    # As a provider does for its client's errors.
+    judge.model.api.should_retry = lambda error: isinstance(error, OSError)
+    return judge
 
 
 def test_inspect_grades_in_order(inspect_model):
@@ -107,9 +110,8 @@ def test_inspect_tries_again_and_waits_longer_each_time(inspect_model, monkeypat
     async def sleep(seconds):
         waits.append(seconds)
 
-    judge = mock(inspect_model, [TimeoutError("slow"), ConnectionError("gone"), "4", "5"])
-    judge.wait = 1.0
-    monkeypatch.setattr("dit_jax.graders.inspect_model.asyncio.sleep", sleep)
+    judge = mock(inspect_model, [TimeoutError("slow"), ConnectionError("gone"), "4", "5"], 1.0)
+    monkeypatch.setattr("anyio.sleep", sleep)
     assert grade(judge, ITEMS[:2]).scores() == [4, 5]
     assert len(waits) == 2 and 1 <= waits[0] <= 1.25 and 2 <= waits[1] <= 2.5
 
@@ -123,6 +125,14 @@ def test_inspect_gives_up_as_a_gap_that_is_not_kept(inspect_model, tmp_path):
     assert "down" in graded.grades[0][0].raw
     assert grade(judge, ITEMS[:1], cache=cache).scores() == [3]
     assert grade(judge, ITEMS[:1], cache=cache).from_cache == 1
+
+
+def test_inspect_does_not_try_again_what_cannot_succeed(inspect_model):
+    judge = mock(inspect_model, [PermissionError("wrong key"), "4", ValueError("bad"), "3"])
+    judge.model.api.should_retry = lambda error: False
+    graded = grade(judge, ITEMS)
+    assert graded.scores() == [None, 4, None, 3]
+    assert graded.gaps == {"no reply (PermissionError)": 1, "no reply (ValueError)": 1}
 
 
 def test_inspect_works_inside_an_event_loop(inspect_model):

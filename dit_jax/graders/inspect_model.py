@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import random
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,22 +16,29 @@ MAX_WAIT = 60.0
 
 
 class Reply(NamedTuple):
-    """What came back: the text, or None and why; tokens as the provider counts them, of prompt and reply."""
+    """What came back: the text, or None and why; tokens as the provider counts them, of prompt and reply.
+
+    attempts: how many calls failed before Inspect gave up; 0: it had a reply, or another call could not help.
+    """
 
     text: str | None
     failure: str = ""
     tokens: int = 0
+    attempts: int = 0
 
 
 class InspectClient:
-    """A model that Inspect provides, asked with retries; keys come from the provider's environment.
+    """A model that Inspect provides; keys come from the provider's environment.
+
+    Inspect repeats a failed call where its provider says that another attempt may succeed (rate limits, timeouts,
+    servers that are down), and not where it cannot (a wrong key, a bad request).
 
     Args:
-        model: a name as Inspect writes it, or a loaded `inspect_ai.model.Model`.
+        model: a name as Inspect writes it, or a loaded `inspect_ai.model.Model`, which keeps its own waits.
         temperature: None leaves it to the provider.
-        attempts: calls per prompt before it is given up.
+        attempts: calls per prompt, at most.
         wait: seconds before the second attempt; each further one waits twice as long, at most 60 s,
-            with up to a quarter more by chance, so that many calls do not return at once.
+            and a random part of `wait` / 4 longer, so that many calls do not return at once.
         connections: calls at the same time.
         what: who asks, for messages.
         **model_args: go to the provider.
@@ -53,23 +59,29 @@ class InspectClient:
     ):
         try:
             from inspect_ai.model import GenerateConfig, get_model
+            from tenacity import RetryError, wait_exponential, wait_random
         except ImportError:
             raise DitError(f"{what} needs inspect_ai: pip install 'dit_jax[grading]'") from None
         if attempts < 1:
             raise DitError(f"attempts {attempts} of {what}: give 1 or more")
-        # One attempt inside: the waiting is done here, the same for every provider.
-        config = GenerateConfig(temperature=temperature, max_tokens=MAX_TOKENS, max_retries=0)
+        self.config = GenerateConfig(
+            temperature=temperature, max_tokens=MAX_TOKENS, max_retries=attempts - 1
+        )
+        own = isinstance(model, str)
         try:
-            self.model = (
-                get_model(model, config=config, **model_args) if isinstance(model, str) else model
-            )
+            # Its own instance: others that ask the same model keep their waits.
+            options = {"memoize": False, **model_args}
+            self.model = get_model(model, config=self.config, **options) if own else model
         except Exception as error:  # each provider raises its own: unknown name, package, key
             # What is missing may stand in a later line, in the markup of a terminal.
             problem = re.sub(r"\[/?bold\]", "", str(error)).removeprefix("ERROR: ")
             raise DitError(f"Inspect cannot give the model {model!r}: {problem}") from None
-        self.config = config
+        if own:
+            waits = wait_exponential(wait, max=MAX_WAIT) + wait_random(0, wait / 4)
+            self.model.api.retry_wait = lambda: waits
+        self._gave_up = RetryError
         self.name = f"inspect:{self.model}"
-        self.attempts, self.wait, self.connections = attempts, wait, connections
+        self.connections = connections
 
     def complete(self, prompts: Sequence[str]) -> list[Reply]:
         """One reply per prompt from synchronous code; inside an event loop await `complete_async` instead."""
@@ -92,24 +104,16 @@ class InspectClient:
         return list(await asyncio.gather(*map(one, prompts)))
 
     async def _complete(self, prompt: str) -> Reply:
-        failure = ""
-        for attempt in range(self.attempts):
-            if attempt:
-                pause = min(MAX_WAIT, self.wait * 2 ** (attempt - 1))
-                await asyncio.sleep(pause * random.uniform(1, 1.25))
-            try:
-                output = await self.model.generate(prompt, config=self.config, cache=False)
-            except (
-                Exception
-            ) as error:  # of the provider or the network: another attempt may succeed
-                failure = f"{type(error).__name__}: {first_line(error)}"
-                continue
-            if output.error:
-                failure = output.error
-                continue
-            tokens = output.usage.total_tokens if output.usage else 0
-            return Reply(output.completion, tokens=tokens)
-        return Reply(None, failure)
+        try:
+            output = await self.model.generate(prompt, config=self.config, cache=False)
+        except Exception as error:  # of the provider or the network, after Inspect's retries
+            attempts = 0
+            if isinstance(error, self._gave_up):
+                attempts, error = error.last_attempt.attempt_number, error.last_attempt.exception()
+            return Reply(None, f"{type(error).__name__}: {first_line(error)}", attempts=attempts)
+        if output.error:
+            return Reply(None, output.error)
+        return Reply(output.completion, tokens=output.usage.total_tokens if output.usage else 0)
 
 
 class InspectJudge(InspectClient):
@@ -151,6 +155,7 @@ class InspectJudge(InspectClient):
         if reply.text is None:
             # The kind alone: the rest differs from call to call.
             error, _, _ = reply.failure.partition(":")
-            reason = f"no reply after {self.attempts} attempts ({error})"
+            tried = f" after {reply.attempts} attempts" if reply.attempts else ""
+            reason = f"no reply{tried} ({error})"
             return Grade(None, reply.failure, self.name, reason)
         return read_reply(reply.text, self.name)
