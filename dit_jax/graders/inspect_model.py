@@ -59,7 +59,7 @@ class InspectClient:
     ):
         try:
             from inspect_ai.model import GenerateConfig, get_model
-            from tenacity import RetryError, wait_exponential, wait_random
+            from tenacity import wait_exponential, wait_random
         except ImportError:
             raise DitError(f"{what} needs inspect_ai: pip install 'dit_jax[grading]'") from None
         if attempts < 1:
@@ -78,8 +78,7 @@ class InspectClient:
             raise DitError(f"Inspect cannot give the model {model!r}: {problem}") from None
         if own:
             waits = wait_exponential(wait, max=MAX_WAIT) + wait_random(0, wait / 4)
-            self.model.api.retry_wait = lambda: waits
-        self._gave_up = RetryError
+            self.model.api.retry_wait = lambda: waits  # type: ignore[method-assign]
         self.name = f"inspect:{self.model}"
         self.connections = connections
 
@@ -104,13 +103,17 @@ class InspectClient:
         return list(await asyncio.gather(*map(one, prompts)))
 
     async def _complete(self, prompt: str) -> Reply:
+        from tenacity import RetryError
+
+        last: BaseException
         try:
             output = await self.model.generate(prompt, config=self.config, cache=False)
         except Exception as error:  # of the provider or the network, after Inspect's retries
-            attempts = 0
-            if isinstance(error, self._gave_up):
-                attempts, error = error.last_attempt.attempt_number, error.last_attempt.exception()
-            return Reply(None, f"{type(error).__name__}: {first_line(error)}", attempts=attempts)
+            attempts, last = 0, error
+            if isinstance(error, RetryError):
+                attempts = error.last_attempt.attempt_number
+                last = error.last_attempt.exception() or error
+            return Reply(None, f"{type(last).__name__}: {first_line(last)}", attempts=attempts)
         if output.error:
             return Reply(None, output.error)
         return Reply(output.completion, tokens=output.usage.total_tokens if output.usage else 0)
