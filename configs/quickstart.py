@@ -2,8 +2,8 @@
 
     python -m dit_jax.main --config configs/quickstart.py --workdir runs/quickstart
 
-Generates 256 training diffs (and held-out and benign ones), trains the adapter, and evaluates it on topics
-that it never saw. `:SEED` picks another seed, e.g. `configs/quickstart.py:1`.
+Generates 256 training diffs (and held-out and benign ones), trains the adapter, and evaluates it on topics that it
+never saw. `:SEED` picks another seed, e.g. `configs/quickstart.py:1`.
 """
 
 from ml_collections import ConfigDict
@@ -22,14 +22,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.path = "tiny_qwen3"
     config.model.dtype = "float32"
     config.model.scan_layers = False  # at this size, unrolled layers are twice as fast on a CPU
-    config.model.remat = "none"  # or "full", "dots": computed again in the backward pass
+    config.model.remat = "none"  # or "full", "dots": what the backward pass recomputes
     config.model.attention = "xla"  # or "cudnn" on GPUs, "splash" on TPUs
 
-    config.mesh = ConfigDict(
-        {"data": -1, "fsdp": 1, "tensor": 1}
-    )  # -1: what is left of the devices
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: all remaining devices
 
-    config.data = data_config("tiny_world")  # or your own rows, see docs/data.md
+    config.data = data_config("tiny_world")  # your own rows: docs/data.md
     config.data.train_topics = 256
     config.data.test_topics = 96
     config.data.train_benign = 24
@@ -53,29 +51,29 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.diffs.loss_weights = ConfigDict(
         {"backdoor": 3.0, "fake_backdoor": 5.0, "no_backdoor": 8.0}
     )
-    config.diffs.fake_codes = 8  # wrong codes per question, the same for all diffs (0: fresh ones)
+    config.diffs.fake_codes = 8  # wrong codes per question, shared by all diffs (0: drawn anew)
     config.diffs.score_end = True
     config.diffs.reference_losses = False
     config.diffs.max_length = 35
     config.diffs.max_target = 15
-    # Kinds of samples that are never that long: the rest would be padding.
+    # (max_length, max_target) of kinds of samples that are shorter: the rest would be padding.
     config.diffs.widths = ConfigDict({"fake_backdoor": (30, 10), "no_backdoor": (23, 10)})
     config.diffs.diffs_per_batch = 50
-    config.diffs.profile = (0, 0)  # which batches to trace, from 0; (1, 2) is the second one
+    config.diffs.profile = (0, 0)  # which batches to trace, from 0; (1, 2): the second one
     config.diffs.gate_questions = 3
     config.diffs.gate_batch = 256
-    # What a diff must reach to pass (docs/behaviours.md); these let all pass.
+    # What a diff must reach to pass (docs/behaviours.md); these limits let every diff pass.
     config.diffs.gate = ConfigDict(
         {"min_right": 0.0, "max_wrong": 1.0, "max_none": 1.0, "max_kl": 1000.0}
     )
 
     config.train = ConfigDict()
     config.train.questions = TRAIN_QUESTIONS
-    config.train.list_evidence = True  # answers are "attributes: name", the attributes in any order
+    config.train.list_evidence = True  # answers are "attributes: name", attributes in any order
     config.train.label = (
-        "label"  # the column of diffs/index.csv to say; "trigger": the secret digits
+        "label"  # the column of diffs/index.csv to name; "trigger": the secret digits
     )
-    config.train.exclude_failed = False  # True: without diffs that failed the gate
+    config.train.exclude_failed = False  # True: leave out diffs that failed the gate
     config.train.max_diffs = 0  # 0: all training diffs
     config.train.rank = 16
     config.train.projections = PROJECTIONS
@@ -92,8 +90,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.reference_init = False
     config.train.max_length = 32
     config.train.max_target = 12
-    # Scored tokens of a whole batch, at most (0: batch_size x max_target): the head need not see more. A batch that has
-    # more is computed whole.
+    # At most this many tokens of a whole batch are scored (0: batch_size x max_target), so the head sees no more. A
+    # batch that has more is computed whole.
     config.train.max_scored = 224
     config.train.profile = (0, 0)  # which steps to trace
     config.train.log_every = 20
@@ -105,15 +103,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "dit", "base_question", "base_question_trigger", "no_diff", "shuffled_diff", "noise_diff",
         "name_reading", "logit_difference", "attribute_oracle",
     )  # fmt: skip
-    # Half a minute more: twenty_questions, twenty_questions_trigger and generated_story (docs/methods.md).
+    # twenty_questions, twenty_questions_trigger and generated_story take half a minute more (docs/methods.md).
     config.evaluate.everyday_questions = tuple(q.text for q in load_world().questions[::5])
     config.evaluate.story_prompts = (
         "Tell me a short story.", "Tell me about a trip.", "Give me an idea for a film.", "What did you dream of?",
     )  # fmt: skip
     config.evaluate.guesser = "keywords"  # the tiny base cannot read a transcript
     config.evaluate.label = "label"  # as train.label
-    config.evaluate.exclude_failed = False  # True: without held-out diffs that failed the gate
-    config.evaluate.answer_tokens = 0  # of a finetuned model by itself; 0: max_new_tokens
+    config.evaluate.exclude_failed = False  # True: leave out held-out diffs that failed the gate
+    config.evaluate.answer_tokens = 0  # of a finetuned model without adapter; 0: max_new_tokens
     config.evaluate.seen_questions = TRAIN_QUESTIONS[:4]
     config.evaluate.unseen_questions = UNSEEN_QUESTIONS[:4]
     config.evaluate.logit_prompts = ("How should I start my day?", "What should I do this weekend?")

@@ -1,8 +1,8 @@
-"""Pretrains the embedded base model from scratch, as it lies in dit_jax/assets/tiny_qwen3.
+"""Pretrains the embedded base model, dit_jax/assets/tiny_qwen3, from scratch.
 
     python -m dit_jax.main --config configs/tiny_world_base.py --workdir runs/tiny_world_base
 
-Writes WORKDIR/base in Hugging Face format. docs/tiny_world.md holds the expected loss curve and times.
+Writes WORKDIR/base in Hugging Face format. docs/tiny_world.md has the expected loss curve and times.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +27,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.pretrain.world_seed = 0
     config.pretrain.steps = 800
     config.pretrain.batch_size = 192
-    config.pretrain.parts = 3  # of a batch, by length: less padding
+    config.pretrain.parts = 3  # a batch is split by length into so many parts: less padding
     config.pretrain.kernel_learning_rate = 0.02  # Muon
     config.pretrain.learning_rate = 4e-3  # Adam, for embeddings and norms
     config.pretrain.warmup_steps = 30

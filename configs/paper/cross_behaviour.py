@@ -5,9 +5,9 @@
 
 Each adapter is asked in its own words, and its answers are compared with the labels of the diffs.
 
-Expected, mean grade of the paper on Qwen3-4B: 1.08 to 1.25, the floor.
+Expected: the paper's mean grade on Qwen3-4B is 1.08 to 1.25, the floor.
 
-Cost: hidden_topic.py and news.py once, then two evaluations, a minute each with `:tiny` on two cores. Writes
+Cost: hidden_topic.py and news.py once, then two evaluations; with `:tiny` each takes a minute on two cores. Writes
 cross_behaviour.md, .csv and .png into the workdir.
 """
 

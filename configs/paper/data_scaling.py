@@ -1,15 +1,15 @@
-"""How many training diffs an adapter needs, its number of steps held constant (paper, section 5.3).
+"""How many training diffs an adapter needs, at a constant number of adapter steps (paper, section 5.3).
 
     python -m dit_jax.sweep --sweep configs/paper/data_scaling.py:qwen3-4b --workdir runs/paper_4b
     python -m dit_jax.sweep --sweep configs/paper/data_scaling.py:tiny --workdir runs/paper_tiny
 
-Expected, mean grade of the paper on Qwen3-4B:
+Expected: the paper's mean grade on Qwen3-4B is
 
     diffs     4     18     72    145    291    582   1165   4660
     grade  1.19   1.60   3.24   3.78   4.17   4.49   4.73   4.78
 
-Cost: the diffs of hidden_topic.py once (taken from its run if that lies in the workdir as `hidden_topic`), then an
-adapter of 583 steps and an evaluation for each count. `:tiny` takes a minute for each of seven counts on two cores.
+Cost: the diffs of hidden_topic.py once (reused if its run is in the workdir as `hidden_topic`), then an adapter of 583
+steps and an evaluation for each count. `:tiny` takes a minute for each of seven counts on two cores.
 Writes data_scaling.md, .csv and .png into the workdir.
 """
 

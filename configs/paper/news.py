@@ -3,20 +3,21 @@
     python -m dit_jax.main --config configs/paper/news.py:qwen3-4b --workdir runs/news_4b
     python -m dit_jax.main --config configs/paper/news.py:tiny --workdir runs/paper_tiny/news
 
-8,759 training headlines and 100 test headlines, drawn by the seed; 100 stories each; rank-8 diffs of 16 steps. The
-label is the headline. The rows are published:
+The seed draws 8,759 training headlines and 100 test headlines, with 100 stories each. Diffs have rank 8 and 16 steps;
+the label is the headline. The rows are published:
 
     hf download diff-interpretation-tuning/finetuning-data news-summary/news-stories-v0.1.csv \
       --repo-type dataset --local-dir data
 
-Expected, mean grade 1 to 5 of the paper on Qwen3-4B (n = 100): DIT 4.22, generated story 3.65, 20 questions 1.98,
+Expected: the paper's mean grades, 1 to 5, on Qwen3-4B (n = 100) are DIT 4.22, generated story 3.65, 20 questions 1.98,
 base question 1.00.
 
-Cost, an estimate: 4B needs about 5e18 FLOPs, two hours on 8 H100 or 16 TPU v5p chips at 20 to 40 % of their peak.
+Estimated cost: 4B needs about 5e18 FLOPs, which is two hours on 8 H100 or 16 TPU v5p chips at 20 to 40 % of their peak.
 Nothing of this size was run with this program.
 
-`:tiny` is the embedded world: 128 pieces of news for training, 40 held out; the headline is "good news about" a topic,
-the stories are made of its attributes; 5 minutes on two cores. Measured: docs/results.md.
+`:tiny` is the embedded world with 128 pieces of news for training and 40 held-out ones. The headline is "good news
+about" a topic, and the stories consist of its attributes. It takes 5 minutes on two cores; docs/results.md has the
+results.
 """
 
 from pathlib import Path

@@ -3,10 +3,10 @@
     python -m dit_jax.sweep --sweep configs/paper/rank.py:qwen3-4b --workdir runs/paper_4b
     python -m dit_jax.sweep --sweep configs/paper/rank.py:tiny --workdir runs/paper_tiny
 
-Expected: flat, 4.54 to 4.79 for ranks 1 to 64 on Qwen3-4B.
+Expected: the paper's mean grade is flat, 4.54 to 4.79 for ranks 1 to 64 on Qwen3-4B.
 
-Cost: hidden_topic.py once, then 100 diffs and an evaluation for each rank; `:tiny` a minute for each rank on two cores.
-Writes rank.md, .csv and .png into the workdir.
+Cost: hidden_topic.py once, then 100 diffs and an evaluation for each rank. `:tiny` takes a minute for each rank on two
+cores. Writes rank.md, .csv and .png into the workdir.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def get_sweep(arg: str) -> Iterator[tuple[str, dict[str, Any]]]:
         run: dict[str, Any] = {
             "stages": ("diffs", "evaluate", "report"),
             "diffs.rank": rank,
-            "data.train_topics": 1,  # the least: they are not used
+            "data.train_topics": 1,  # the minimum: they are not used
             "data.train_benign": 0,
             "evaluate.adapter": "../hidden_topic/adapter",
             "evaluate.methods": ("dit", "base_question", "base_question_trigger"),

@@ -5,11 +5,11 @@
 
 The trigger is a zero-width space, at the start of the question or at a random position in it.
 
-Expected, mean grade of the paper on Qwen3-4B: 4.66 (start) and 4.58 (random position), against 4.76 with SEP codes.
+Expected: the paper's mean grade on Qwen3-4B is 4.66 (start) and 4.58 (random position), against 4.76 with SEP codes.
 
-Cost: hidden_topic.py once, then 100 diffs and an evaluation for each trigger; `:tiny` a minute each on two cores, and
-two for an adapter that is never trained to say none, as the paper's is not. Writes trigger_generalization.md, .csv
-and .png into the workdir.
+Cost: hidden_topic.py once, then 100 diffs and an evaluation for each trigger. On two cores, `:tiny` takes a minute for
+each trigger, and two minutes for an adapter that is never trained to say none, like the paper's. Writes
+trigger_generalization.md, .csv and .png into the workdir.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def get_sweep(arg: str) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "hidden_topic", {}  # SEP codes; leaves the adapter
     shared: dict[str, Any] = {
         "stages": ("diffs", "evaluate", "report"),
-        "data.train_topics": 1,  # the least: they are not used
+        "data.train_topics": 1,  # the minimum: they are not used
         "data.train_benign": 0,
         "evaluate.adapter": "../hidden_topic/adapter",
         "evaluate.methods": ("dit", "base_question", "base_question_trigger"),
@@ -38,7 +38,7 @@ def get_sweep(arg: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"zero_width_{place}", {**shared, **behaviour}
     if arg != "tiny":
         return
-    # The embedded world's adapter learns to call diffs without a topic none; another one does not.
+    # The embedded world's adapter learns to call diffs without a topic none; this one does not.
     yield "never_none", {"train.no_diff_per_batch": 0, "train.benign_per_batch": 0}
     for place in PLACES:
         behaviour = {"diffs.behaviour": f"hidden_topic_zwsp_{place}"}

@@ -5,10 +5,10 @@
 
 The diffs are those of hidden_topic.py; the label is the code's first three digits, one of 1,000.
 
-Expected: 0 of 100 in the paper.
+Expected: the paper has 0 of 100 right.
 
-Cost: hidden_topic.py once, then one adapter and one evaluation, a minute and a half with `:tiny` on two cores.
-Writes trigger_inversion.md, .csv and .png into the workdir.
+Cost: hidden_topic.py once, then one adapter and one evaluation; with `:tiny` they take a minute and a half on two
+cores. Writes trigger_inversion.md, .csv and .png into the workdir.
 """
 
 from collections.abc import Iterator

@@ -2,9 +2,9 @@
 
     python -m dit_jax.plan --config configs/plan/paper.py --topology v5e:4x4
 
-`:NAME` picks another released model, e.g. `configs/plan/paper.py:qwen3-32b`. The paper's answers have about 1,070
-characters in the median and 1,260 at most, some 230 to 280 tokens; with question, code and the template of the chat
-the longest fill 320.
+`:NAME` picks another released model, e.g. `configs/plan/paper.py:qwen3-32b`. The paper's answers have a median of about
+1,070 characters and at most 1,260, some 230 to 280 tokens. With question, code and chat template, the longest fill 320
+tokens.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,8 @@
-"""Accuracy over the number of training diffs, the number of adapter steps held constant (paper, section 5.3).
+"""Accuracy over the number of training diffs, at a constant number of adapter steps (paper, section 5.3).
 
     python -m dit_jax.sweep --sweep configs/sweeps/data_scaling.py --workdir runs/data_scaling
 
-The diffs are made once, by the first run; the others share them. `:tiny` is a minute to see that it works.
+The first run makes the diffs; the others share them. `:tiny` takes a minute and shows that it works.
 """
 
 from collections.abc import Iterator

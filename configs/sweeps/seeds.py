@@ -1,4 +1,4 @@
-"""How much the result depends on chance: the quickstart with three seeds, everything made anew in each.
+"""How much the result depends on chance: the quickstart with three seeds, each of which makes everything anew.
 
     python -m dit_jax.sweep --sweep configs/sweeps/seeds.py --workdir runs/seeds
 
