@@ -1,4 +1,4 @@
-"""Asking many diffs: one batched decode against the loops that people write instead.
+"""Benchmark of asking many diffs: one batched decode against the loops that people write instead.
 
     python -m benchmarks.ask --diffs 100 --new-tokens 16
 
@@ -33,7 +33,7 @@ QUESTION = "How should I start my day?"  # answered in a sentence, whatever the 
 
 
 def random_diffs(model: Model, count: int, rank: int = 1) -> list[Diff]:
-    """Diffs of about the size that finetuning gives (the values do not matter for the time)."""
+    """Diffs of about the size that finetuning gives (their values do not change the time)."""
 
     def one(key: jax.Array) -> Any:
         delta = tree.init_lora(model.config, key, rank)

@@ -1,8 +1,8 @@
-"""What makes a row valid: the same losses, or the same tokens, as dit_jax found on the same workload.
+"""The check that makes a row valid: it has the same losses or tokens as dit_jax on the same workload.
 
     python -m benchmarks.checks FOLDER OURS.npz THEIRS.npz
 
-prints how far apart the two candidates are where two programs first choose different tokens: in bf16 the best
+prints how far apart the two candidates are where two programs first choose different tokens. In bf16 the best
 two of 150,000 logits are often closer than rounding, and either is a correct greedy answer.
 """
 
@@ -21,7 +21,7 @@ TIE_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 def check_ours(outputs: dict[str, np.ndarray], dtype: str) -> dict[str, Any]:
-    """Whether a comparison with these outputs can tell anything: something was learned, answers differ."""
+    """Whether a comparison with these outputs means anything: something was learned, or answers differ."""
     if "tokens" in outputs:
         distinct = len({tuple(row) for row in outputs["tokens"].tolist()})
         return {

@@ -1,11 +1,11 @@
-"""The programs of the GPU suite, compiled for a GPU that is not there: what they hold, start and move.
+"""Compiles the programs of the GPU suite without a GPU, and prints their memory, kernels and traffic.
 
     python -m benchmarks.compiled --suite train --model qwen3-4b --remat dots --scan-layers no
     python -m benchmarks.compiled --gpu h100 --suite diffs --model qwen3-8b --batch 32 --remat full --kernels 20
 
 Takes the options of `benchmarks.run`. Needs the extra `plan-gpu` (for --attention cudnn also nvidia-cudnn-cu12) and no
 GPU. Nothing runs. `bound` is the least time that these kernels can take: each at the data sheet's FLOPs or bytes per
-second, whichever is slower, and at 2 µs at least. It compares ways to compute; it is no measurement.
+second, whichever is slower, and at 2 µs at least. It compares ways to compute and is not a measurement.
 """
 
 import argparse
@@ -34,14 +34,14 @@ from dit_jax.planning.programs import device_bytes, memory_sizes, on_device
 from dit_jax.runtime.xla_flags import GPU_FLAGS
 from dit_jax.train.dit import State, train_step
 
-LAUNCH = 2e-6  # seconds that a kernel takes at least
+LAUNCH = 2e-6  # least seconds of a kernel
 
 
 def abstract_program(work: Workload) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """(compiled function, args, kwargs) as `benchmarks.ours` calls it, without values.
 
     Raises:
-        DitError: for the embedded world's tokens, whose program takes a table of the base's hidden states as well.
+        DitError: for the embedded world's tokens, whose program also takes a table of the base's hidden states.
     """
     if work.tokens == "world":
         raise DitError(
@@ -95,7 +95,7 @@ def seconds(kernel: Kernel, gpu: str) -> float:
 
 
 def analyse(work: Workload, gpu: str, flags: bool = True) -> tuple[dict[str, Any], list[Kernel]]:
-    """The numbers of one program, and its kernels. flags: with those of `dit_jax.runtime.xla_flags`."""
+    """The numbers of one program, and its kernels. flags: compile with those of `dit_jax.runtime.xla_flags`."""
     machine = find_machine(gpu)
     (device,) = absent_devices(machine)
     function, args, options = abstract_program(work)

@@ -1,10 +1,10 @@
-"""One contender in a process of its own: load, warm up, measure, write what it did and found.
+"""Runs one contender in its own process: load, warm up, measure, write the results.
 
     python -m benchmarks.contender NAME FOLDER OUT
 
-writes OUT/result.json (times, memory, versions) and OUT/outputs.npz (`losses` or `tokens`). A program that
-is not part of this repository takes part in the same way: any command that reads FOLDER (benchmarks.workload)
-and writes those two files (`--external NAME COMMAND` of benchmarks.run).
+writes OUT/result.json (times, memory, versions) and OUT/outputs.npz (`losses` or `tokens`). A program outside
+this repository takes part as a command that reads FOLDER (benchmarks.workload) and writes these two files
+(`--external NAME COMMAND` of benchmarks.run).
 """
 
 import importlib
@@ -52,7 +52,7 @@ class Contender(Protocol):
         """Peak bytes of accelerator memory so far; None on a CPU."""
 
     def ceilings(self, dtype: str, platform: str) -> dict[str, float]:
-        """What the machine reaches through the contender's framework, see benchmarks.measure."""
+        """Rates that the machine reaches through the contender's framework, see benchmarks.measure."""
 
 
 def main(name: str, folder: pathlib.Path, out: pathlib.Path) -> None:

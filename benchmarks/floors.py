@@ -3,7 +3,7 @@
 N is the number of parameters of the projections, D V that of the head. The base is frozen, so a token costs
 2N forward and 2N backward (the gradient of its activations): 4N; with full remat 6N, which is a program's
 own choice and not part of the floor. A teacher's token costs 2N, once for equal samples. The
-head costs 2DV forward and 2DV backward at each scored position, 2DV more for a teacher. Padding is no work.
+head costs 2DV forward and 2DV backward at each scored position, 2DV more for a teacher. Padding does not count.
 LoRA products (rank 1 to 16 against thousands) and norms are left out: under 2 %.
 """
 
@@ -57,7 +57,7 @@ def floor(work: Workload, data: dict[str, np.ndarray]) -> Floor:
 
 
 def _first_of_equals(tokens: np.ndarray) -> np.ndarray:
-    """Whether no earlier sample has the same tokens, [...] bool: the base needs to see such a sample once."""
+    """Whether no earlier sample has the same tokens, [...] bool: the base needs to see equal samples once."""
     flat = tokens.reshape(-1, tokens.shape[-1])
     _, first = np.unique(flat, axis=0, return_index=True)
     return np.isin(np.arange(len(flat)), first).reshape(tokens.shape[:-1])

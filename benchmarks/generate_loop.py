@@ -1,4 +1,4 @@
-"""Asking diffs one after another with transformers' `generate`: each merged into the weights, or through PEFT."""
+"""Asks diffs one after another with transformers' `generate`: each merged into the weights, or through PEFT."""
 
 import pathlib
 from typing import Any
@@ -22,7 +22,7 @@ class GenerateLoop(tm.Torch):
         self.facts = tm.facts(work, variant)
 
     def apply(self, index: int) -> None:
-        """Makes the model that of one diff and the adapter."""
+        """Turns the model into that of one diff and the adapter."""
         raise NotImplementedError
 
     def warm_up(self) -> None:
@@ -46,7 +46,7 @@ class GenerateLoop(tm.Torch):
 
 
 class Merged(GenerateLoop):
-    """The adapter is merged once, the diff before each answer; the weights without it are kept aside."""
+    """Merges the adapter once and a diff before each answer; keeps the weights without the diff."""
 
     def __init__(self, work: Workload, data: Any, factors: Any, folder: pathlib.Path, variant: str):
         super().__init__(work, data, factors, folder, variant)
@@ -73,7 +73,7 @@ class Merged(GenerateLoop):
 
 
 class Peft(GenerateLoop):
-    """Two unmerged LoRAs; the diff's factors are copied in before each answer."""
+    """Two unmerged LoRAs; copies the diff's factors in before each answer."""
 
     def __init__(self, work: Workload, data: Any, factors: Any, folder: pathlib.Path, variant: str):
         super().__init__(work, data, factors, folder, variant)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The GPU suite on one large card (written for 80 GB or more), without a network, in under 25 minutes.
+# Runs the GPU suite on one large card (80 GB or more), without a network, in under 25 minutes.
 #
 #   benchmarks/gpu.sh [diffs] [train] [ask] [growth]      default: all of them
 #
@@ -8,8 +8,8 @@
 #   OUT      results (default runs/benchmarks-gpu)
 #   MODEL    shape (default qwen3-4b)
 #
-# Baselines are left out where PyTorch, transformers or PEFT is missing. A command that fails or takes too
-# long is a row that says so; the others run on.
+# Baselines are left out if PyTorch, transformers or PEFT is missing. A command that fails or takes too long
+# becomes a row that says so; the others continue.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 PYTHON=${PYTHON:-python3} OUT=${OUT:-runs/benchmarks-gpu} MODEL=${MODEL:-qwen3-4b}
@@ -33,8 +33,8 @@ against() { # the baselines that can run here
   "$PYTHON" -c 'import torch, transformers, peft' 2> /dev/null && echo "$@"
 }
 
-# How to compute was chosen from the compiled programs (`python -m benchmarks.compiled`, docs/performance.md). Unrolled
-# layers compile for a minute or two.
+# The compiled programs decided how to compute (`python -m benchmarks.compiled`, docs/performance.md). Unrolled
+# layers take a minute or two to compile.
 FAST=(--remat dots --attention cudnn)
 diffs() {
   # shellcheck disable=SC2046

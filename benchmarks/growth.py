@@ -1,9 +1,9 @@
-"""How time and memory grow: with the number of diffs finetuned at once, and with the number of tokens.
+"""How time and memory grow with the number of diffs finetuned at once, and with the number of tokens.
 
     python -m benchmarks.growth --model tiny
     python -m benchmarks.growth --model qwen3-4b --remat full --sizes 4 8 16 32 --lengths 64 128 256 512
 
-Each point is a process of its own. A second curve finetunes the same diffs in batches of one size, as a run does.
+Each point runs in its own process. A second curve finetunes the same diffs in batches of one size, as a run does.
 Writes OUT/growth.jsonl, and OUT/growth.png with the fitted slopes.
 """
 
@@ -52,7 +52,7 @@ def fit(y: list[float], *terms: list[float]) -> tuple[float, ...]:
 
 
 def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> list[str]:
-    """Three panels; returns what they say as sentences."""
+    """Draws three panels; returns their findings as sentences."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -71,7 +71,7 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> list[str]:
         )
     axes[0].set_xscale("log", base=2)
     axes[0].set_xticks(sizes, [str(size) for size in sizes])
-    axes[0].margins(y=0.3)  # of the range of the points, which is far from 0
+    axes[0].margins(y=0.3)  # a share of the range of the points, which is far from 0
     axes[0].set(xlabel="diffs", ylabel="µs per token", ylim=(0, None))
     axes[0].legend(frameon=False, fontsize=8)
 
@@ -100,7 +100,7 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> list[str]:
 
 
 def _per_token(axis: Any, rows: list[dict[str, Any]], name: str) -> str:
-    """Draws time per token (diffs differ in length) against the number of diffs, and says its range."""
+    """Draws time per token (diffs differ in length) against the number of diffs; returns its range as a sentence."""
     sizes = [row["workload"]["diffs"] for row in rows]
     each = [row["seconds"] / row["floor"]["tokens"] * 1e6 for row in rows]
     axis.plot(sizes, each, "o-", label=name)

@@ -1,4 +1,4 @@
-"""What a compiled GPU program does, read from its text: kernels, bytes through device memory, FLOPs of products."""
+"""Reads a compiled GPU program's text: kernels, bytes through device memory, FLOPs of products."""
 
 import collections
 import dataclasses
@@ -12,7 +12,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _SLICES = ("slice", "dynamic-slice", "gather")
 _VIEWS = ("bitcast", "reshape", "get-tuple-element")
-# What starts a kernel (or a copy, or a call of a library); the rest is bookkeeping.
+# Instructions that start a kernel, a copy or a call of a library; the rest is bookkeeping.
 _KERNELS = (
     "fusion",
     "custom-call",
@@ -73,7 +73,7 @@ class Program:
                 )
 
     def kernels(self, trips: int = 1) -> list[Kernel]:
-        """All kernels of one run. trips: of loops whose number of iterations the program does not know."""
+        """All kernels of one run. trips: iterations of loops for which the program does not know the number."""
         return list(self._kernels(self.entry, 1, trips))
 
     def _kernels(self, computation: str, times: int, trips: int) -> Iterator[Kernel]:
@@ -110,7 +110,7 @@ class Program:
         return 2.0 * result * math.prod(left[axis] for axis in axes)
 
     def _moved(self, one: Instruction, body: dict[str, Instruction]) -> float:
-        """Bytes read and written: of a stacked array that is sliced, the slice."""
+        """Bytes read and written; of a sliced stacked array, only the slice counts."""
         if one.kind != "fusion":
             # A library's product names its scratch space beside its result.
             result = _ARRAY.search(one.shape) if _PRODUCT.search(one.attributes) else None
@@ -151,7 +151,7 @@ class Program:
 
 
 def _split(rest: str) -> tuple[str, str]:
-    """The operands of an instruction, and what follows their closing bracket."""
+    """The operands of an instruction, and the text after their closing bracket."""
     depth = 1
     for at, character in enumerate(rest):
         depth += (character == "(") - (character == ")")

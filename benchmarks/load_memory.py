@@ -3,7 +3,7 @@
     python -m benchmarks.load_memory --shape qwen3-1.7b --dtype bfloat16
 
 Writes a random folder of that shape with transformers (bf16, sharded), loads it in a fresh process, and
-compares that process's peak resident memory, less what it held before loading, with the weights' bytes.
+compares that process's peak resident memory, minus what it held before loading, with the weights' bytes.
 """
 
 import argparse

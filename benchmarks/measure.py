@@ -1,4 +1,4 @@
-"""Measuring one process: seconds, processor seconds, peak memory, and the machine's own ceilings."""
+"""Measures one process: seconds, processor seconds, peak memory, and the machine's ceilings."""
 
 import contextlib
 import pathlib
@@ -9,13 +9,13 @@ from typing import Any
 
 
 def reset_peak_memory() -> None:
-    """Lets the process's peak resident memory start again from what it holds now (Linux; else nothing)."""
+    """Resets the process's peak resident memory to what it holds now (Linux; elsewhere does nothing)."""
     with contextlib.suppress(OSError):
         pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory() -> int:
-    """Peak resident bytes since `reset_peak_memory`, or of the process's life where that is unknown."""
+    """Peak resident bytes since `reset_peak_memory`, or of the process's life if that is unknown."""
     try:
         status = pathlib.Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
@@ -41,7 +41,7 @@ def repeat(run: Callable[[], Any], repeats: int) -> tuple[Any, dict[str, Any]]:
 
 
 def best_rate(run: Callable[[], Any], work: float, repeats: int = 3) -> float:
-    """The best of several rates, work per second: a ceiling is what the machine can do, not what it did."""
+    """The best of several rates (work per second): a ceiling is what the machine can do, not what it did on average."""
     run()
     times = []
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""Which model a benchmark runs, and the sizes it runs at: shapes by name, presets by suite and machine."""
+"""Models and sizes of a benchmark: shapes by name, presets by suite and machine."""
 
 import dataclasses
 import pathlib
@@ -10,8 +10,8 @@ from dit_jax.models.decoder_config import NAMED_CONFIGS, DecoderConfig, read_con
 SUITES = ("diffs", "train", "ask")
 TINY_FOLDER = pathlib.Path(__file__).parent.parent / "dit_jax" / "assets" / "tiny_qwen3"
 
-# Sizes that --diffs, --steps, … override. "world" is a batch of the quickstart, "tiny" its model on random tokens,
-# "slice" a few layers of a released shape on a CPU, "full" a released shape on an accelerator (the paper's
+# Sizes, which --diffs, --steps, … override. "world": a batch of the quickstart. "tiny": its model on random tokens.
+# "slice": a few layers of a released shape on a CPU. "full": a released shape on an accelerator (the paper's
 # recipe: diffs of rank 1 in steps of 2 questions x 3 kinds of samples, an adapter of rank 16 in batches of 8).
 PRESETS: dict[tuple[str, str], dict[str, int]] = {
     ("diffs", "world"): dict(
@@ -54,7 +54,7 @@ def shape(name: str) -> DecoderConfig:
 
 
 def is_shallow(name: str) -> bool:
-    """Whether the layers are few: unrolled they run faster than scanned and compile soon enough."""
+    """Whether there are few layers: unrolled, they run faster than scanned and still compile quickly."""
     return name.startswith("tiny") or name.endswith("layers")
 
 

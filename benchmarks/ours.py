@@ -1,4 +1,4 @@
-"""dit_jax itself: the functions that the stages and `ask` call, on the benchmark's tokens."""
+"""dit_jax as a contender: the functions that the stages and `ask` call, on the benchmark's tokens."""
 
 import pathlib
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ _FIELDS = TokenBatch._fields
 
 
 def load_model(work: Workload, folder: pathlib.Path) -> api.Model:
-    """The folder's weights, or random ones made on the device where there is no folder."""
+    """The folder's weights, or random ones made on the device if there is no folder."""
     if (folder / "model").is_dir():
         return api.load_model(
             folder / "model",
@@ -39,7 +39,7 @@ def load_model(work: Workload, folder: pathlib.Path) -> api.Model:
 def delta_tree(
     config: DecoderConfig, factors: dict[str, np.ndarray], which: str, rank: int
 ) -> dict[str, Any]:
-    """The factors called WHICH as a delta tree, scale 1 / rank, leading axes kept."""
+    """The factors named `which` as a delta tree with scale 1 / rank; leading axes are kept."""
     layers: dict[str, Any] = {}
     for name, (parent, _, _) in projection_shapes(config).items():
         a, b = factors[f"{which}.{name}.a"], factors[f"{which}.{name}.b"]
@@ -75,7 +75,7 @@ class _Ours:
 
 
 class Diffs(_Ours):
-    """Many finetunes, `batch` at a time; trained factors and losses come back to the host."""
+    """Runs many finetunes, `batch` at a time; trained factors and losses come back to the host."""
 
     def __init__(self, work: Workload, data: Any, factors: Any, folder: pathlib.Path):
         super().__init__(work, data, factors, folder)
@@ -193,6 +193,6 @@ class Ask(_Ours):
 def make(
     work: Workload, data: Any, factors: Any, folder: pathlib.Path, name: str, variant: str
 ) -> _Ours:
-    """`variant` is not used: how to compute stands in the workload."""
+    """`variant` is unused: the workload says how to compute."""
     startup.prepare()  # as the command lines do
     return {"diffs": Diffs, "train": Train, "ask": Ask}[work.suite](work, data, factors, folder)

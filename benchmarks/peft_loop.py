@@ -1,4 +1,4 @@
-"""PEFT and transformers, one diff at a time: a loop of finetunes, and an adapter trained on top of each diff."""
+"""PEFT and transformers, one diff at a time: a loop of finetunes, and an adapter trained on top of diffs."""
 
 import pathlib
 from typing import Any
@@ -13,7 +13,7 @@ _FIELDS = ("tokens", "lengths", "position", "target", "weight")
 
 
 def with_lora(model: Any, rank: int, name: str) -> Any:
-    """The model as PEFT wraps it, with one LoRA on all seven projections, scale 1 / rank."""
+    """The model wrapped by PEFT, with one LoRA on all seven projections, scale 1 / rank."""
     import peft
 
     return peft.get_peft_model(model, lora_config(rank), adapter_name=name)
@@ -39,7 +39,7 @@ def lora_layers(model: Any) -> dict[tuple[str, int], Any]:
 def set_factors(
     layers: dict[tuple[str, int], Any], adapter: str, factors: Any, which: str, index: int | None
 ) -> None:
-    """Copies factors (of diff `index`, if they are stacked) into the LoRA called ADAPTER."""
+    """Copies factors (of diff `index`, if they are stacked) into the LoRA named ADAPTER."""
     for (name, layer), module in layers.items():
         a, b = (factors[f"{which}.{name}.{k}"] for k in "ab")
         if index is not None:

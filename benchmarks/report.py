@@ -21,7 +21,7 @@ def ceilings(rows: list[dict[str, Any]]) -> tuple[float, float]:
 
 
 def numbers(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
-    """What follows from a row of a run: rates, share of the ceiling, times its floor."""
+    """Derived numbers of a row: rates, share of the ceiling, multiple of its floor."""
     work, seconds = row["workload"], row["seconds"]
     least = Floor(**row["floor"])
     flops, bandwidth = ceilings(rows)
@@ -43,12 +43,12 @@ def numbers(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]
 
 
 def memory(row: dict[str, Any]) -> int:
-    """Peak bytes: of the accelerator where there is one, else of the process."""
+    """Peak bytes of the accelerator if there is one, else of the process."""
     return row.get("peak_device_bytes") or row["peak_host_bytes"]
 
 
 def line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """One row of the table of a run, whose first row is ours."""
+    """One row of a run's table. Its first row is ours."""
     ours = rows[0]
     valid = "ok" if row["valid"] else "**INVALID**"
     if "error" in row:

@@ -1,21 +1,21 @@
-"""Side-by-side benchmarks of dit_jax and what people would use instead.
+"""Benchmarks of dit_jax side by side with what people would use instead.
 
     python -m benchmarks.run --suite diffs --model tiny --tokens world
     python -m benchmarks.run --suite ask --model qwen3-0.6b-4layers --baseline generate-merged
     python -m benchmarks.run --suite train --model qwen3-4b --dtype bfloat16 --remat full --batch 64
 
-Every contender runs in a process of its own, one after another, on the same random weights of the named
-shape, the same tokens, steps and initial factors. Warm-up and compilation are kept apart; the time is the
-median of the repeats. A row is valid only if its outputs equal ours (benchmarks.checks). Rows are appended
-to OUT/results.jsonl; OUT/results.md is the table of all of them.
+Every contender runs in its own process, one after another, on the same random weights of the named shape,
+the same tokens, steps and initial factors. The time is the median of the repeats, without warm-up and
+compilation. A row is valid only if its outputs equal ours (benchmarks.checks). Rows are appended to
+OUT/results.jsonl; OUT/results.md is the table of all of them.
 
 Baselines by suite ("NAME:full" computes logits at all positions, the usual way; "NAME:compile" compiles):
   diffs   peft-loop (a), torch-batched (b)
   train   torch-dense, peft-one-by-one (c), torch-factored
   ask     generate-merged, generate-peft (d)
-"ours:again" (on a CPU by default) is our second process: it finds its programs in the compilation cache, as every
-run of a config after the first does, and so does without the compiler's time and memory.
-`--external NAME COMMAND` adds any other program: the command is run with FOLDER OUT (benchmarks.contender).
+"ours:again" (on a CPU by default) is our second process. It finds its programs in the compilation cache, as every
+run of a config after the first does, and so needs neither the compiler's time nor its memory.
+`--external NAME COMMAND` adds any other program, which is called as COMMAND FOLDER OUT (benchmarks.contender).
 """
 
 import argparse
@@ -44,7 +44,7 @@ _SIZES = ("diffs", "batch", "steps", "samples", "num_ce", "length", "scored", "n
 
 def default_baselines(suite: str, platform: str = "cpu") -> list[str]:
     baselines = [name for name in MODULES[suite] if name != "ours"]
-    # An accelerator's peak is the programs' alone.
+    # An accelerator's peak has no compiler in it.
     return ["ours:again", *baselines] if platform == "cpu" else baselines
 
 
@@ -91,7 +91,7 @@ def _platform() -> str:
 
 
 def make_workload(flags: argparse.Namespace) -> Workload:
-    """The preset of the suite and the model, with what the flags say instead."""
+    """The preset of the suite and the model, with the flags' values in place of its own."""
     sizes: dict[str, Any] = dict(
         models.preset(flags.suite, flags.model, flags.platform, flags.tokens)
     )
@@ -140,7 +140,7 @@ def run_suite(
         folder = pathlib.Path(temporary)
         workload.write(work, folder)
         work_floor = floor(work, workload.make_data(work))
-        # Ours alone needs no files: its weights are made where they are used.
+        # Ours alone needs no files: it makes its weights where it uses them.
         if len(commands) > 1:
             kept = (weights or folder).absolute() / f"{work.model}-{work.dtype}"
             if not kept.exists():
@@ -185,7 +185,7 @@ def run_suite(
 def _contend(
     work: Workload, command: list[str], place: pathlib.Path, timeout: float
 ) -> dict[str, Any]:
-    """Runs one contender; its result.json, or {"error": …}."""
+    """Runs one contender; returns its result.json, or {"error": …}."""
     environment = _environment(work)
     if work.platform == "cpu":  # empty at first, whatever ran before
         environment["JAX_COMPILATION_CACHE_DIR"] = str(place.parent / "programs")
@@ -203,7 +203,7 @@ def _contend(
 
 
 def _write_model(work: Workload, folder: pathlib.Path, model: pathlib.Path) -> None:
-    """In a fresh process, so that this one never holds a device or a model."""
+    """Writes it in a fresh process, so that this one never holds a device or a model."""
     code = (
         "import pathlib, sys; from benchmarks.workload import read, write_model\n"
         "folder, model = map(pathlib.Path, sys.argv[1:]); write_model(read(folder)[0], model)"

@@ -13,7 +13,7 @@ _FIELDS = ("tokens", "lengths", "position", "target", "weight")
 
 
 class TorchAdapter(tm.Torch):
-    """`dense` forms ΔW for every example and layer, which autograd keeps until the backward pass.
+    """Adapter steps. `dense` forms ΔW for every example and layer, which autograd keeps until the backward pass.
 
     All diffs stay on the device. A batch that does not fit is split, and gradients are accumulated.
     """

@@ -13,7 +13,7 @@ _FIELDS = ("tokens", "lengths", "position", "target", "weight")
 
 
 class TorchBatched(tm.Torch):
-    """`group` diffs are finetuned together: the workload's batch, halved until it fits into memory."""
+    """Finetunes `group` diffs together: the workload's batch, halved until it fits into memory."""
 
     def __init__(self, work: Workload, data: Any, factors: Any, folder: pathlib.Path, variant: str):
         self.work, self.data, self.factors = work, data, factors

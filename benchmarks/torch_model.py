@@ -1,8 +1,8 @@
-"""What the PyTorch contenders share: transformers' Qwen3 with SDPA attention, LoRA terms on its linears, losses.
+"""Parts that the PyTorch contenders share: transformers' Qwen3 with SDPA attention, LoRA terms on its linears, losses.
 
-Written to be as fast as PyTorch allows without leaving its idioms: no attention mask (right padding cannot be
-seen by causal attention, and without a mask SDPA takes its fast path), batches trimmed to their longest
-sample, the head only at scored positions (`full` for the usual way: logits everywhere), fused Adam.
+It is as fast as PyTorch allows within its idioms: no attention mask (right padding is invisible to causal
+attention, and without a mask SDPA takes its fast path), batches trimmed to their longest sample, the head only
+at scored positions (`full` for the usual way: logits everywhere), fused Adam.
 """
 
 import pathlib
@@ -47,7 +47,7 @@ def facts(work: Workload, variant: str) -> dict[str, Any]:
 
 
 class Torch:
-    """What every PyTorch contender says of its memory and its machine."""
+    """Memory and machine, as every PyTorch contender reports them."""
 
     def device_peak(self) -> int | None:
         return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
@@ -64,7 +64,7 @@ def enable_remat(model: Any, work: Workload) -> None:
 
 
 class DeltaLinear(torch.nn.Module):
-    """A frozen linear layer plus terms that whoever runs the model sets for the batch at hand."""
+    """A frozen linear layer plus terms that the caller sets for the current batch."""
 
     def __init__(self, base: torch.nn.Linear):
         super().__init__()
@@ -141,7 +141,7 @@ class Batch:
 
 
 def scored_logits(model: Any, batch: Batch, full: bool) -> torch.Tensor:
-    """fp32 logits [scored, V] of a batch; `model` is a causal language model or what PEFT makes of it."""
+    """fp32 logits [scored, V] of a batch; `model` is a causal language model, or one wrapped by PEFT."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if full:
         logits = base(batch.tokens, use_cache=False).logits.float()

@@ -1,4 +1,4 @@
-"""What all contenders run: one description, the same tokens, the same initial factors, in one folder.
+"""The work of all contenders in one folder: one description, the same tokens, the same initial factors.
 
     FOLDER/workload.json        the fields of `Workload`
     FOLDER/data.npz             token batches, see `make_data`
@@ -21,7 +21,7 @@ from dit_jax.errors import DitError
 from dit_jax.models.decoder_config import DecoderConfig
 
 QUICKSTART = pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py"
-# The paper's for diffs; ten times its 1e-4 for the adapter, so that a few steps show in the losses.
+# The paper's rate for diffs; ten times its 1e-4 for the adapter, so that a few steps show in the losses.
 LEARNING_RATE = {"diffs": 1e-3, "train": 1e-3}
 WEIGHT_DECAY = {"diffs": 0.0, "train": 0.01}
 KL_FACTORS = (3 / 7, 15 / 7)  # of a wrong-code and of a plain sample; cross-entropy: 3/7
@@ -31,11 +31,11 @@ KL_FACTORS = (3 / 7, 15 / 7)  # of a wrong-code and of a plain sample; cross-ent
 class Workload:
     """One suite at one size.
 
-    diffs: weight diffs in all. batch: diffs finetuned at once, examples per adapter step, rows decoded at once.
+    diffs: number of weight diffs. batch: diffs finetuned at once, examples per adapter step, or rows decoded at once.
     samples, num_ce: samples per step of one diff, and how many of them are scored by cross-entropy (the others
     by KL). length, scored: tokens of a sample (a prompt, when asking), and scored ones, at most.
     tokens: "random", or "world": the samples of the quickstart's first diffs, whose wrong codes and plain questions
-    repeat. widths: what `finetune_many` is told about the samples of a step, () for nothing.
+    repeat. widths: the segments of a step's samples for `finetune_many`; () for none.
     """
 
     suite: str
@@ -76,8 +76,8 @@ def make_data(work: Workload) -> dict[str, np.ndarray]:
 
     diffs: [diffs, steps, samples, …]; train: [steps, batch, …] and `rows` [steps, batch], the diff of each
     example; ask: `prompt` [length], one question for all diffs.
-    The last step repeats the tokens of the first: the difference of its losses is what was learned, and a
-    contender that does not train cannot pass for one that does.
+    The last step repeats the tokens of the first: the difference of the losses is what was learned, so a
+    contender that does not train cannot pass.
     """
     rng = np.random.default_rng(work.seed)
     if work.suite == "ask":
@@ -118,7 +118,7 @@ def _random_data(work: Workload, rng: np.random.Generator) -> dict[str, np.ndarr
 
 
 def world_widths() -> tuple[tuple[int, int], ...]:
-    """The quickstart's limits of each sample of a step, see `sample_widths`."""
+    """The quickstart's widths of each sample of a step, see `sample_widths`."""
     from dit_jax.config.loading import load_config
     from dit_jax.organisms.behaviours import get_behaviour
     from dit_jax.organisms.samples import sample_widths
@@ -131,7 +131,7 @@ def world_data(work: Workload) -> dict[str, np.ndarray]:
     """The samples that the quickstart finetunes its first diffs on.
 
     Raises:
-        DitError: other sizes than the quickstart's, which only random tokens can have.
+        DitError: sizes that differ from the quickstart's; only random tokens can have those.
     """
     from dit_jax.api import load_model
     from dit_jax.config.loading import load_config
@@ -193,7 +193,7 @@ def make_factors(work: Workload) -> dict[str, np.ndarray]:
 
 
 def write(work: Workload, folder: pathlib.Path) -> None:
-    """Writes everything but the model's weights, see the module's docstring."""
+    """Writes everything except the model's weights, see the module's docstring."""
     from safetensors.numpy import save_file
 
     (folder / "workload.json").write_text(json.dumps(dataclasses.asdict(work)) + "\n")
@@ -202,7 +202,7 @@ def write(work: Workload, folder: pathlib.Path) -> None:
 
 
 def read(folder: pathlib.Path) -> tuple[Workload, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(workload, data, factors) of a folder."""
+    """Reads (workload, data, factors) from a folder."""
     from safetensors.numpy import load_file
 
     fields = json.loads((folder / "workload.json").read_text())
@@ -213,7 +213,7 @@ def read(folder: pathlib.Path) -> tuple[Workload, dict[str, np.ndarray], dict[st
 
 
 def random_params(work: Workload) -> Any:
-    """Random weights (normal, 0.02; norms 1), made leaf by leaf and layer by layer: 32B fits while it is made."""
+    """Random weights (normal, 0.02; norms 1), made leaf by leaf and layer by layer, so that 32B fits in memory."""
     import functools
 
     import jax
@@ -242,7 +242,7 @@ def random_params(work: Workload) -> Any:
 
 
 def write_model(work: Workload, folder: pathlib.Path) -> None:
-    """The same weights in Hugging Face format; written under another name and renamed, so never half."""
+    """Writes the same weights in Hugging Face format: under another name, then renamed, so never half."""
     import jax
 
     from dit_jax.models.hf_checkpoint import save_params
