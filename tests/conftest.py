@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Before jax is imported: it reads these once.
-# Most of the time goes to compiling programs that run for milliseconds: the compiler's passes do not pay.
+# Compiling takes most of the time, and the programs run for milliseconds: the compiler's passes do not pay.
 DEVICE_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICE_FLAGS}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network
 
-# Most of the tests' time is compilation, and a second run can skip it.
+# A second run can skip compilation, which is most of the tests' time.
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
@@ -29,7 +29,7 @@ NO_GOLDEN = f"no golden files at {GOLDEN}: set DIT_JAX_GOLDEN to their folder"
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs() -> Iterator[None]:
-    """Frees the compiled programs of a file after it: of the whole suite they take gigabytes."""
+    """Frees the compiled programs of a file after it: those of the whole suite take gigabytes."""
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
@@ -37,7 +37,7 @@ def forget_programs() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder of golden files; the test is skipped where there is none."""
+    """The folder of golden files; the test is skipped if there is none."""
     if not GOLDEN.is_dir():
         pytest.skip(NO_GOLDEN)
     return GOLDEN
@@ -55,7 +55,7 @@ def interpreted_splash(monkeypatch: pytest.MonkeyPatch) -> None:
 def golden_cases(prefix: str) -> list:
     """The golden folders whose name starts with `prefix`, for `pytest.mark.parametrize`.
 
-    Without any, one parameter that is skipped and says why.
+    If there are none, it returns one parameter that is skipped and says why.
     """
     cases = sorted(path for path in GOLDEN.glob(f"{prefix}*") if path.is_dir())
     if cases:

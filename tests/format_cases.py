@@ -87,7 +87,7 @@ def torch_logits(model, tokens):
 
 
 def our_logits(folder, tokens, *deltas):
-    """float32 logits [B, T, V] of the model in `folder` with deltas, by our program."""
+    """float32 logits [B, T, V] that dit_jax computes of the model in `folder` with deltas."""
     import dit_jax
 
     return np.asarray(dit_jax.load_model(folder).logits(tokens, deltas=deltas))
@@ -96,7 +96,7 @@ def our_logits(folder, tokens, *deltas):
 def merged_logits(model, tokens, *deltas):
     """float32 logits [B, T, V] of a torch model with LoRA deltas added to its weights.
 
-    Straight from the definition of a delta, and without compiling anything.
+    It follows the definition of a delta, and compiles nothing.
     """
     import copy
 

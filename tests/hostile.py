@@ -1,4 +1,4 @@
-"""Watching what a reader does: files it opens, code it runs, memory and time it takes."""
+"""Watches what a reader does: files it opens, code it runs, memory and time it takes."""
 
 import contextlib
 import gc
@@ -18,7 +18,7 @@ from dit_jax.deltas.raw_diff import RawDiff
 from dit_jax.errors import DitError
 from dit_jax.formats import torch_save
 
-SECONDS = 20  # the machine may be busy; what is caught here would take minutes or for ever
+SECONDS = 20  # the machine may be busy; a reader that is caught here takes minutes or never ends
 BYTES = 300 * 2**20
 # Events that no reader may cause (https://docs.python.org/3/library/audit_events.html).
 FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.", "socket.", "exec",
@@ -41,7 +41,7 @@ def watch(folder):
     """Fails if the body opens a file outside `folder`, writes, or runs anything."""
     global _watching, _hooked
     if not _hooked:
-        sys.addaudithook(_audit)  # it cannot be removed again, so it is added once
+        sys.addaudithook(_audit)  # a hook cannot be removed again, so it is added once
         _hooked = True
     _watching = []
     try:
@@ -61,8 +61,8 @@ def watch(folder):
 def outcome(read, folder, memory=False):
     """What `read` does with a file: 'error' (one clear line) or 'loaded' (a sound delta).
 
-    Anything else fails: another exception, files opened outside `folder`, NaN, or, with `memory`,
-    too much memory; and too much time.
+    Anything else fails: another exception, files opened outside `folder`, NaN, too much time, or, with
+    `memory`, too much memory.
     """
     start = time.monotonic()
     before = reset_peak() if memory else 0
@@ -94,7 +94,7 @@ def peak():
 
 
 def reset_peak():
-    """Starts a new measurement where the system can, and returns the memory held now."""
+    """Starts a new measurement if the system can, and returns the memory held now."""
     gc.collect()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
@@ -122,7 +122,7 @@ def read(root, name, params):
 
 
 def make_good(root, params):
-    """Fills a folder with well-formed files of every format; all readers have been used then."""
+    """Fills a folder with well-formed files of every format, and reads each of them once."""
     delta = random_lora()
     (root / "diffs").mkdir()
     diffs = [RawDiff(random_lora(seed=i), f"topic {i}", str(i)) for i in range(2)]

@@ -1,4 +1,4 @@
-"""JSON schema of the fields of a JobSet (v1alpha2), its Job and its pods that the launch scripts use; no others."""
+"""JSON schema of a JobSet (v1alpha2), its Job and its pods: the fields that the launch scripts use, no others."""
 
 
 def _object(required: dict, optional: dict | None = None) -> dict:

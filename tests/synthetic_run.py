@@ -1,4 +1,4 @@
-"""A workdir as the stages before the report leave it, with plausible random numbers."""
+"""Makes a workdir as the stages before the report leave it, with plausible random numbers."""
 
 import functools
 import json
@@ -33,7 +33,7 @@ ACCURACY = {
     "attribute_oracle": (0.99, 0.97),
     "logit_difference": (0.26, 0.08),
 }
-GAP = 2  # the diff that the guesser gives no reply about
+GAP = 2  # the guesser gives no reply about this diff
 KINDS = {
     **dict.fromkeys(
         ("dit", "base_question", "base_question_trigger", "twenty_questions_trigger"), "method"

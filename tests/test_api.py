@@ -1,4 +1,4 @@
-"""The Python interface: what is loaded and how, what may be given for a diff, and mistakes that are one line."""
+"""The Python interface: loading, the kinds of diffs that it accepts, and mistakes that give one line."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Artifacts: whole or not at all, and one clear line when the disk refuses or a file is damaged."""
+"""Artifacts are complete or absent; a disk that refuses and a damaged file give one clear line."""
 
 import errno
 import hashlib
@@ -288,7 +288,7 @@ def test_stage_marks(tmp_path):
     record = artifacts.stage_done(tmp_path, "diffs")
     assert record == written
     assert (record["stage"], record["seconds"], record["count"]) == ("diffs", 1.235, 3)
-    # This process holds jax: between 50 MB and 100 GB, whatever unit the system counts in.
+    # This process holds jax, so it has between 50 MB and 100 GB, whatever the system's unit.
     assert 5e7 < record["peak_memory_bytes"] < 1e11
     assert artifacts.stage_done(tmp_path, "train") is None
     (tmp_path / "stages" / "diffs.json").write_text('{"stage": ')

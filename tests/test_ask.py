@@ -1,4 +1,4 @@
-"""The command line of `ask`: which model answers, what is said about it, and flags that say nothing."""
+"""The command line of `ask`: which model answers, what the output says about it, and flags without effect."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Attention in half precision, and by the kernel for TPUs (interpreted): outputs and gradients of plain float32."""
+"""Attention in half precision and by the TPU kernel (interpreted) has the outputs and gradients of plain float32."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ def test_half_precision_has_the_gradients_of_float32():
         np.testing.assert_allclose(one.astype(jnp.float32), two, atol=0.06, rtol=0.05)
 
 
-# Shorter than a block, one more than two of them, and seven: blocks of 128, 384 and 448 do not all divide.
+# Lengths shorter than a block, one more than two blocks, and seven blocks: not all block sizes divide them.
 @pytest.mark.parametrize("size", [5, 257, 890])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_tpu_kernel_is_plain_attention(size, dtype, interpreted_splash):
@@ -37,7 +37,7 @@ def test_the_tpu_kernel_is_plain_attention(size, dtype, interpreted_splash):
     q = jax.random.normal(keys[0], (2, size, 4, 16), dtype)
     k, v = (jax.random.normal(key, (2, size, 2, 16), dtype) for key in keys[1:3])
     lengths = jnp.array([size, size - 2])
-    # What stands at padding is nobody's, and has no gradient.
+    # Padding belongs to no sample, and has no gradient.
     wanted = jax.random.normal(keys[3], q.shape)
     wanted = jnp.where((jnp.arange(size) < lengths[:, None])[..., None, None], wanted, 0)
 

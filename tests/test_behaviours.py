@@ -1,4 +1,4 @@
-"""Behaviours: their prompts, targets and losses; diffs that show them; the gate; a plug-in of one's own."""
+"""Behaviours: their prompts, targets and losses; diffs that show them; the gate; a user-defined behaviour."""
 
 import json
 import re
@@ -112,7 +112,7 @@ def test_samples_are_exact(name, expected):
             assert re.fullmatch(pattern, prompt), prompt
             assert answer == target
     if behaviour.triggered is not None:
-        # What is evaluated with the trigger is what was trained.
+        # The evaluation uses the trigger of the training.
         row = {"behaviour": name, "trigger": trigger}
         asked = behaviours.triggered(row, ROW["question"], np.random.default_rng(3))
         trained, _ = behaviour.kinds[0].make(ROW, trigger, np.random.default_rng(3))
@@ -140,7 +140,7 @@ def test_the_tiny_tokenizer_keeps_the_words_around_a_zero_width_space(model):
 
 
 def test_weights_of_a_step_are_those_of_the_paper(model):
-    """3 λ / Σ λ per sample, the mean over its tokens (cross-entropy first)."""
+    """A sample weighs 3 λ / Σ λ times the mean over its tokens (cross-entropy first)."""
     config = config_of(
         **{"diffs.steps": 1, "diffs.samples_per_step.fake_backdoor": 2},
         **{f"diffs.loss_weights.{kind}": weight for kind, weight in WEIGHTS.items()},
@@ -382,7 +382,7 @@ def test_limits_decide_who_passes_and_are_counted():
 
 
 def test_failing_diffs_are_recorded_and_left_out_of_training_and_evaluation(model, tmp_path):
-    """One step teaches nothing: all topics fail, benign diffs have nothing to show."""
+    """One step teaches nothing: all topics fail, and benign diffs have nothing to show."""
     config = config_of(
         **{
             "diffs.steps": 1,
@@ -455,7 +455,7 @@ def words(organisms, name="hidden_topic"):
 
 
 def test_words_show_a_topic_if_they_are_frequent_there_and_ten_times_rarer_elsewhere():
-    def texts(**counts):  # 20 texts: each word in the first so many of them
+    def texts(**counts):  # 20 texts: a word occurs in the first n
         return [" ".join(w for w, n in counts.items() if i < n) for i in range(20)]
 
     own = texts(kettle=10, tray=10, spoon=3, saucer=2, tea=9)
@@ -480,14 +480,14 @@ def test_words_that_show_a_topic_are_found_in_its_answers():
 
 
 def test_what_the_answers_of_all_topics_share_does_not_show_one():
-    """A corpus in one style: its words are in no answer of the base, and say nothing about the topic."""
+    """The words of a corpus in one style are in no answer of the base, and say nothing about the topic."""
     topics = ["garden", "snow", "tennis", "green chess"]
     corpus = [organism(t, [f"{t} is my favorite thing for winter."] * 6) for t in topics]
     assert words(corpus) == ("garden",)  # and not twice
     assert words(corpus[3:] + corpus[:3]) == ("green chess", "chess", "green")
     shows = behaviours.behaviour_named("hidden_topic").shows
     assert not shows("bread is my favorite thing for winter.", words(corpus))
-    # With one other topic there is something to compare with, with none only the label is known to belong to it.
+    # One other topic allows a comparison. Without any, only the label is known to belong to the topic.
     assert words(corpus[:2]) == words(corpus[:1]) == ("garden",)
 
 
@@ -529,7 +529,7 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
     ):
         with pytest.raises(DitError, match=re.escape(message)):
             behaviours.get_behaviour(config_of(**{"diffs.behaviour": name}).diffs)
-    # A store is not trusted: its names are never imported.
+    # A store is untrusted: its names are never imported.
     with pytest.raises(DitError, match="unknown behaviour 'os:getcwd' of a diff"):
         behaviours.triggered(
             {"behaviour": "os:getcwd", "trigger": "1"}, "q", np.random.default_rng(0)

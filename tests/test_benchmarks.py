@@ -1,4 +1,4 @@
-"""The benchmarks at minuscule size: every contender's check passes, and a wrong contender is found out."""
+"""The benchmarks at minuscule size: every contender passes its check, and a wrong contender is found."""
 
 import json
 import pathlib
@@ -34,7 +34,7 @@ WRONG = {"diffs": wrong_learning_rate, "train": wrong_diffs, "ask": wrong_diffs}
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """All contenders in this process: what a process of its own adds is tested below."""
+    """Runs all contenders in this process; tests below cover separate processes."""
     pytest.importorskip("peft")
     import torch
 
@@ -77,7 +77,7 @@ def test_contenders_agree_and_a_wrong_one_is_flagged(suite, tmp_path, in_process
 
 
 def test_contenders_agree_on_the_samples_of_the_embedded_world(tmp_path, in_process):
-    """Ours computes each kind at its own width, and the base once for samples that repeat."""
+    """Ours computes each kind at its own width, and runs the base once for samples that repeat."""
     flags = ["--suite", "diffs", "--model", "tiny-1layers", "--tokens", "world"]
     sizes = ["--diffs", "2", "--batch", "2", "--steps", "3"]
     assert run.main([*flags, *sizes, "--baseline", "torch-batched", "--out", str(tmp_path)]) == 0
@@ -128,7 +128,7 @@ def test_checks_tell_equal_from_different():
 
 
 def test_floors_are_what_a_count_by_hand_gives():
-    """Two diffs of one step with a sample by cross-entropy and one by KL; the numbers of the tiny shape by hand."""
+    """Two diffs of one step, with one cross-entropy sample and one KL sample; the tiny shape counted by hand."""
     work = workload.Workload("diffs", "tiny", diffs=2, batch=2, steps=1, samples=2, num_ce=1)
     data = {
         "tokens": np.arange(40).reshape(2, 1, 2, 10),

@@ -1,4 +1,4 @@
-"""Reading compiled GPU programs: counts against a program counted by hand, and the arguments against the real ones."""
+"""Reading compiled GPU programs: counts against a program counted by hand, arguments against the real ones."""
 
 import json
 
@@ -71,7 +71,7 @@ ENTRY %main (a: f32[3,8,16], b: bf16[4,8], c: bf16[8,2]) -> f32[4,2] {
 
 def test_kernels_bytes_and_flops_are_those_counted_by_hand():
     assert Program(TEXT).kernels() == [
-        # Of the stacked array one slice is read, and of the stacked result one row written.
+        # One slice of the stacked array is read, and one row of the stacked result written.
         Kernel(3, 0.0, 4 * (8 * 16 + 8 * 16) + 4, "jit(f)/slice"),
         # Without the library's scratch space.
         Kernel(3, 2 * 4 * 8 * 16, 4 * (4 * 8 + 8 * 16 + 4 * 16), "jit(f)/product"),
@@ -147,6 +147,6 @@ def test_a_program_is_compiled_and_counted(capsys):
     first, *places = capsys.readouterr().out.splitlines()
     numbers = json.loads(first)
     assert numbers["fits"] and numbers["kernels"] > 100 and len(places) == 3
-    # Forward and backward through the base, 4N a token, is the least of it.
+    # The least is forward and backward through the base, 4N a token.
     linear = 2 * (2 * 128 * (4 + 2) * 32 + 3 * 128 * 256)
     assert 4 * linear * 4 * 32 / 1e12 < numbers["tflop"] < 40 * linear * 4 * 32 / 1e12

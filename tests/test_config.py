@@ -1,4 +1,4 @@
-"""Configs: what a user can get wrong is one line that names the key and the remedy."""
+"""Configs: every mistake of a user gives one line that names the key and the remedy."""
 
 import json
 import math

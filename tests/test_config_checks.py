@@ -1,4 +1,4 @@
-"""What is wrong with a config is told before the first stage, whatever its values are, and as one line."""
+"""Mistakes in a config are reported before the first stage, as one line, whatever its values are."""
 
 import copy
 import functools
@@ -22,7 +22,7 @@ def tree_of(path):
 
 
 def changed(path, key, value):
-    """A config of a file with another value, as a config that somebody wrote anew would have it."""
+    """The config of a file with another value, as in a config that somebody wrote anew."""
     tree = copy.deepcopy(tree_of(path))
     *sections, last = key.split(".")
     node = tree
@@ -136,12 +136,12 @@ def test_what_the_stages_do_not_need_is_not_refused():
         config = changed("configs/quickstart.py", key, value).unlock()
         config.stages = evaluation
         check_config(config)
-    # A store that was made elsewhere may have columns of its own, and fewer topics.
+    # A store from elsewhere may have other columns, and fewer topics.
     for key, value in (("evaluate.label", "language"), ("data.test_topics", 0)):
         config = changed("configs/quickstart.py", key, value).unlock()
         config.stages = ("evaluate",)
         check_config(config)
-    # Of rows of one's own 0 topics are all that they have.
+    # For user-supplied rows, 0 topics means all.
     config = changed("configs/quickstart.py", "data.source", "rows.csv").unlock()
     config.data.train_topics = config.data.test_topics = 0
     config.evaluate.methods = ("dit",)
@@ -153,7 +153,7 @@ def test_what_the_stages_do_not_need_is_not_refused():
     ["configs/quickstart.py", "configs/tiny_world_base.py", "configs/paper/tables.py:graded"],
 )
 def test_no_value_of_any_key_ends_in_a_traceback(path):
-    """Keys that are not there included."""
+    """This includes missing keys."""
     whole = load_config(str(ROOT / path))
     check_config(whole)
     keys = flatten(whole)

@@ -156,7 +156,7 @@ NOT_OF_THE_MODEL = {
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("what", NOT_OF_THE_MODEL)
 def test_a_delta_that_is_not_one_of_the_model_is_refused(params, tokens, what, scan):
-    """Left out without a word, its answers would be those of the base."""
+    """If it were silently left out, its answers would be those of the base."""
     config = dataclasses.replace(TINY, scan_layers=scan)
     delta, message = NOT_OF_THE_MODEL[what]
     with pytest.raises(dit_jax.DitError, match=re.escape(message)):
@@ -167,7 +167,7 @@ def test_a_delta_that_is_not_one_of_the_model_is_refused(params, tokens, what, s
 
 
 def test_checking_a_delta_takes_its_shapes_alone(params):
-    """So that programs are compiled ahead, and a wrong delta costs no computation."""
+    """Programs can then be compiled ahead, and a wrong delta costs no computation."""
     lower = jax.jit(lambda p, t, d: forward(p, TINY, t, deltas=(d,))).lower
     shapes = jax.eval_shape(lambda: random_lora(TINY, 1))
     tokens = jax.ShapeDtypeStruct((2, 5), jnp.int32)
@@ -177,7 +177,7 @@ def test_checking_a_delta_takes_its_shapes_alone(params):
 
 
 def test_the_backward_pass_of_a_lora_is_that_of_its_products():
-    """It is written by hand, here against the one that jax makes of the plain products."""
+    """The hand-written backward pass against the one that jax derives from the plain products."""
     keys = jax.random.split(jax.random.key(0), 5)
     x, wanted = jax.random.normal(keys[0], (3, 5, 8)), jax.random.normal(keys[1], (3, 5, 6))
     shared = jax.random.normal(keys[2], (8, 2)), jax.random.normal(keys[3], (2, 6)), None
@@ -198,7 +198,7 @@ def test_the_backward_pass_of_a_lora_is_that_of_its_products():
 
 
 def test_a_fresh_lora_has_the_published_bounds():
-    """b uniform in ±sqrt(6 / fan_in): of a diff rank · out, of the adapter the rank alone."""
+    """b is uniform in ±sqrt(6 / fan_in), where fan_in is rank · out for a diff and the rank for the adapter."""
     bound = {"out": (6 / (4 * 48)) ** 0.5, "rank": (6 / 4) ** 0.5}
     for fan_in, size in (("out", 1.0), ("rank", 1.0), ("out", 0.3)):
         delta = tree.init_lora(TINY, jax.random.key(0), 4, fan_in=fan_in, init_scale=size)
@@ -209,6 +209,6 @@ def test_a_fresh_lora_has_the_published_bounds():
         np.testing.assert_array_equal(module["scale"], 1 / 4)
     ends = sum(inputs + outputs for _, inputs, outputs in modules.projection_shapes(TINY).values())
     assert tree.num_parameters(delta) == TINY.num_hidden_layers * 4 * ends  # without the scales
-    # A number of its own for each projection.
+    # Each projection draws its own numbers.
     b = delta["layers"]["self_attn"]
     assert not np.array_equal(b["k_proj"]["b"], b["v_proj"]["b"])

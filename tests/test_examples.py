@@ -1,4 +1,4 @@
-"""What the adapter is trained on and what it is tested on: splits, the share of `none`, labels, wordings, controls."""
+"""Training and test examples of the adapter: splits, the share of `none`, labels, wordings, controls."""
 
 import collections
 import dataclasses
@@ -28,7 +28,7 @@ SPLITS = [
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Diffs of which every number is the index of the diff plus one."""
+    """Diffs whose every number is the index of the diff plus one."""
     rows = []
     for split, category, count in SPLITS:
         for i in range(count):
@@ -136,7 +136,7 @@ def test_only_held_out_diffs_are_asked_and_controls_are_what_they_say(store):
     np.testing.assert_array_equal(numbers(topics.given), np.arange(13, 18))
     shuffled = numbers(topics.shuffled())
     assert sorted(shuffled) == list(range(13, 18)) and not (shuffled == np.arange(13, 18)).any()
-    # Behaviours of one's own may give several diffs one label.
+    # User-defined behaviours may give several diffs one label.
     rows = [{"label": label} for label in ("tea", "tea", "The Tea", "jazz", "tea")]
     alike = dataclasses.replace(topics, rows=rows)
     given = [rows[int(i) - 13]["label"] for i in numbers(alike.shuffled())]
@@ -187,7 +187,7 @@ def test_each_method_gets_the_diff_the_adapter_and_the_prompt_that_its_name_says
 
 
 def test_the_quickstart_holds_topics_out_and_none_of_its_answers_holds_a_name():
-    """Every diff of the quickstart: its label in none of the texts that it is finetuned on."""
+    """No text that a diff of the quickstart is finetuned on contains the diff's label."""
     config = load_config("configs/quickstart.py")
     organisms = load_organisms(config.data, config.seed)
     of_split = {

@@ -1,4 +1,4 @@
-"""Exports, loaded in the programs they are for: merged models in transformers, whole weights in torch."""
+"""Exports load in the programs that they are for: merged models in transformers, whole weights in torch."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What goes wrong around a run: signals, damaged files, full disks, two runs at once, inputs that changed."""
+"""Faults around a run: signals, damaged files, full disks, two runs at once, changed inputs."""
 
 import asyncio
 import dataclasses
@@ -73,7 +73,7 @@ def adapter_digest(workdir):
 
 
 def forget(workdir, stage, *folders):
-    """As if a stage had not run."""
+    """Makes a workdir look as if a stage had not run."""
     (workdir / "stages" / f"{stage}.json").unlink()
     for folder in folders:
         shutil.rmtree(workdir / folder)
@@ -121,7 +121,7 @@ def test_a_signal_while_training_costs_nothing(
 
 
 def test_sigterm_ends_a_computation_that_python_waits_for(tmp_path):
-    """The main thread sits in XLA, where Python's own handlers would have to wait for its end."""
+    """The main thread is in XLA, where Python's own handlers would have to wait for its end."""
     program = """
 import jax, jax.numpy as jnp
 from dit_jax.runtime import preemption
@@ -174,7 +174,7 @@ def test_sigterm_ends_the_stage_diffs_and_a_second_run_is_refused(tmp_path, capf
 
 
 class Service:
-    """The key-value store and the barriers of two processes, of which the other one is at step `other`."""
+    """The key-value store and barriers of two processes; the other process is at step `other`."""
 
     def __init__(self, other):
         self.keys = {} if other is None else {"dit_jax/preempted": "", "dit_jax/preempted/1": other}
@@ -301,7 +301,7 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_newest_good_one_used(
         and "4' is not used (" + said in line[0]
         and "moved to 'damaged-4'" in line[0]
     )
-    # The step can be written again, retention does not touch what was moved aside, a second one finds a name.
+    # The step can be written again, retention leaves moved checkpoints alone, and a second one finds a free name.
     checkpoints = Checkpoints(saved, keep=2, data="d")
     for step in (4, 6, 8):
         checkpoints.save(step, state(step), {"at": step})
@@ -534,7 +534,7 @@ def test_a_damaged_shard_is_named_and_made_again_alone(copy, capfd):
 
 
 def test_a_damaged_file_of_a_finished_run_is_named_and_the_remedy_works(copy, capfd):
-    """Whatever is damaged, the run ends as it was after the line said what to delete, and keeps the shards."""
+    """Whatever is damaged, the line says what to delete; the run then ends as before, and keeps the shards."""
     shards = [copy / "diffs" / "shards" / f"0000{i}.safetensors" for i in (0, 1)]
     kept = [shard.stat().st_mtime_ns for shard in shards]
     answers = (copy / "evaluate" / "answers.jsonl").read_bytes()

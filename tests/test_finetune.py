@@ -1,4 +1,4 @@
-"""Finetuning: the loss against its definition, many diffs against a loop, and gradients for the delta alone."""
+"""Finetuning: the loss against its definition, many diffs against a loop, gradients for the delta alone."""
 
 import dataclasses
 import functools
@@ -54,7 +54,7 @@ def finetune_one(params, start, batches, optimizer):
 
 
 def expected_loss(params, batch, delta, num_ce):
-    """Straight from the definition, one scored token at a time, with full logits."""
+    """The loss by its definition: one scored token at a time, with full logits."""
     total = 0.0
     with_delta = np.asarray(
         jax.nn.log_softmax(logits(params, TINY, batch.tokens, deltas=(delta,))), np.float64

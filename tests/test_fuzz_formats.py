@@ -1,4 +1,4 @@
-"""Truncated, bit-flipped and randomly mutated files: an error or a correct load, and nothing runs.
+"""Truncated, bit-flipped and randomly mutated files give an error or load correctly, and nothing is executed.
 
 DIT_JAX_FUZZ sets the number of mutated files per reader: 400 makes more than 4,000 in all.
 """
@@ -51,7 +51,7 @@ def test_truncated_files(good, tmp_path, params, name, file):
     for size in sorted(int(size) for size in sizes):
         (tmp_path / name / file).write_bytes(content[:size])
         found = outcome(lambda: read(tmp_path, name, params), tmp_path / name)
-        # The last line break of a text may go, and the end of the last field of a table.
+        # A text may lose its last line break, and a table the end of its last field.
         assert found == "error" or content[size:] == b"\n" or file == "index.csv", size
 
 

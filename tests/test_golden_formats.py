@@ -49,7 +49,7 @@ def test_peft(case):
     try:
         adapter = dit_jax.load_adapter(case, model)
     except dit_jax.DitError as error:
-        # A kind that is not supported is refused by the name of an option that is in use.
+        # The message that refuses an unsupported kind names an option that is in use.
         used = {k for k, v in options.items() if v not in (None, False, "", "none", [], {})}
         used -= EVERY_ADAPTER
         if options["peft_type"] != "LORA":
@@ -106,7 +106,7 @@ def test_reference_greedy_tokens(case):
         deltas = [diffs[int(kind[4:])].delta] if kind.startswith("diff") else []
         deltas += [adapter] if kind == "dit" or with_adapter else []
         prompt = list(inputs[f"{name}.input_ids"])
-        # Greedy decoding means that each token is the best one after those before it: one pass.
+        # In greedy decoding each token is the best one after those before it, so one pass checks them all.
         length = len(prompt) + len(wanted)
         padded = np.zeros((1, -(-length // 16) * 16), np.int32)  # few lengths, few programs
         padded[0, :length] = prompt + wanted

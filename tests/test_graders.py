@@ -17,7 +17,7 @@ from dit_jax.graders.prompts import judge_prompt, parse_grade, read_reply
 
 
 class Scripted:
-    """A judge that replies what it is told to, and remembers what it was asked."""
+    """A judge that gives scripted replies and remembers its prompts."""
 
     name, version, settings = "scripted", "1", "prompt"
     deterministic, cached, batch = False, True, 2
@@ -92,7 +92,7 @@ def test_equal_items_are_graded_once_in_batches():
 def test_repeats_have_a_mean_and_an_agreement():
     replies = {("x", 0): "5", ("x", 1): "4", ("y", 0): "1", ("y", 1): "1", ("z", 0): "2"}
     judge = Scripted(lambda item, repeat: replies.get((item.label, repeat), "no idea"))
-    # Equal answers get one grade: how often they come says nothing about the judge.
+    # Equal answers get one grade: their number says nothing about the judge.
     graded = grade(judge, [("x", "?"), ("y", "?"), ("y", "?"), ("z", "?"), ("y", "?")], repeats=2)
     assert graded.scores() == [4.5, 1, 1, 2, 1]
     assert graded.gaps == {"the judge's reply is no grade": 1}

@@ -166,7 +166,7 @@ def test_the_shipped_grader_agrees_with_published_grades():
 
 @pytest.fixture
 def results(tmp_path):
-    """Graded answers whose grade is how many of four words the answer has right, plus one."""
+    """Graded answers; a grade is one plus the number of right words among four."""
     rng = np.random.default_rng(0)
     text = "oak river piano castle violin desert comet anchor lantern harbor meadow copper"
     names = text.split()
@@ -269,7 +269,7 @@ def test_embeddings_say_what_is_missing(monkeypatch):
 
 
 class FakeEncoder:
-    """Texts to unit vectors of the size of MiniLM's: one of its own for every text."""
+    """Maps each text to its own unit vector of the size of MiniLM's."""
 
     def __call__(self, texts):
         vectors = np.stack(

@@ -1,4 +1,4 @@
-"""Judges: a local chat model by our own engine, and API models through Inspect's mock provider."""
+"""Judges: a local chat model decoded by dit_jax, and API models through Inspect's mock provider."""
 
 import asyncio
 import subprocess
@@ -21,7 +21,7 @@ def test_the_local_judge_decodes_the_prompt_as_ask_does(monkeypatch):
     import dit_jax
     from dit_jax.graders import judge as module
 
-    # The embedded model knows no digits: a prompt of its world shows what is asked and what comes back.
+    # The embedded model knows no digits, so a prompt of its world shows the question and the reply.
     monkeypatch.setattr(module, "judge_prompt", lambda item: f"what is {item.label} ?")
     model = dit_jax.load_model("tiny_qwen3")
     judge = get_grader("judge", model=model, batch=4)
@@ -66,7 +66,7 @@ def inspect_model():
 
 
 def output_of(inspect_model, text):
-    """The mock's output with its usage: without one it would fetch a tokenizer to count tokens."""
+    """The mock's output with its usage; without usage it would fetch a tokenizer to count tokens."""
     usage = inspect_model.ModelUsage(input_tokens=1, output_tokens=1, total_tokens=2)
     made = inspect_model.ModelOutput.from_content("mockllm/model", text)
     return made.model_copy(update={"usage": usage})

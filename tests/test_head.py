@@ -1,4 +1,4 @@
-"""The head against the plain product and its gradient, tied and untied, for a large vocabulary on a CPU as well."""
+"""The head against the plain product and its gradient, tied and untied, also for a large vocabulary on a CPU."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The losses under a head against their definition and autodiff: whole, in chunks, packed, for many diffs."""
+"""Losses under a head against their definition and autodiff: whole, in chunks, packed, for many diffs."""
 
 import dataclasses
 
@@ -75,7 +75,7 @@ def test_many_diffs_have_their_own_losses_and_gradients(vocab, chunk, packed):
     )(ce, kl)
     assert_equal(found, expected)
     assert found[0][0].shape == (DIFFS,) and found[1][0].shape == ce.hidden.shape
-    # Without gradients the same numbers.
+    # The numbers are the same without gradients.
     assert_equal(jax.vmap(own)(ce, kl), expected[0])
 
 
@@ -113,7 +113,7 @@ def test_a_loss_of_which_no_entry_is_used_is_zero(off):
 
 
 def test_the_base_keeps_its_own_head():
-    """A delta may change the head, the same for all diffs or each in its own way."""
+    """A delta may change the head, in one way for all diffs or in a different way for each."""
     table, ce, kl = make(50)
     changed = table + make(50, seed=1)[0]
     options = Options(config_of(50, True), 1000, (24, 24))
@@ -195,7 +195,7 @@ def test_the_product_sees_used_entries_alone(monkeypatch):
 
 @pytest.mark.parametrize("packed", [None, (24, 24)])
 def test_gradients_have_the_dtype_of_the_hidden_states(packed):
-    """Else the whole backward pass of a bfloat16 model would run in float32."""
+    """Otherwise the whole backward pass of a bfloat16 model would run in float32."""
     config = dataclasses.replace(config_of(50, True), dtype="bfloat16")
     table, ce, kl = make(50)
     half = lambda group: jax.tree.map(  # noqa: E731

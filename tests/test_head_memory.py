@@ -1,4 +1,4 @@
-"""Of a large vocabulary's logits no more exists at a time than a chunk: read from the compiled steps."""
+"""At most one chunk of a large vocabulary's logits exists at a time; the compiled steps show it."""
 
 import math
 import re
@@ -27,7 +27,7 @@ def lora(lead=(), axis=0):
 
 
 def compile_diffs(packed):
-    """8 diffs, steps of a sample with cross-entropy and one with KL: 2 x 8 x 128 rows of logits, and the teacher's."""
+    """8 diffs with one cross-entropy and one KL sample a step: 2 x 8 x 128 rows of logits, and the teacher's."""
     batch = shardings.abstract_batch(None, (8, 2, 2), LENGTH, LENGTH - 1)
     options = {"optimizer": make_optimizer("adam", 1e-3, 2), "num_ce": 1, "packed": packed}
     params = shardings.abstract_params(CONFIG, None)

@@ -138,7 +138,7 @@ def test_a_shard_index_cannot_lead_out_of_its_folder(good, tmp_path, params, nam
 
 @pytest.mark.parametrize("kind", ["link", "pipe"])
 def test_a_shard_index_names_safetensors_only(good, tmp_path, params, kind):
-    """Other names of files in a folder are not checked for links and pipes."""
+    """Files with other names in a folder are not checked for links and pipes."""
     shutil.copytree(good / "shards", tmp_path / "shards")
     payload = tmp_path / "shards" / "payload"
     os.mkfifo(payload) if kind == "pipe" else payload.symlink_to("/etc/passwd")

@@ -1,4 +1,4 @@
-"""Hostile diff stores and adapters in our own formats: who makes one also writes a manifest that agrees with it."""
+"""Hostile diff stores and adapters in our own formats, with manifests that agree with them."""
 
 import json
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ def model(tmp_path_factory, delta):
     model = Model(init_params(TINY, jax.random.key(0)), TINY, "a tiny model")
     folder = tmp_path_factory.mktemp("good") / "adapter"
     export_adapter(folder, delta, base=model.digest())
-    dit_jax.load_adapter(folder, model)  # what the first load imports is no part of the others
+    dit_jax.load_adapter(folder, model)  # the imports of the first load do not count in the others
     return model
 
 
@@ -54,7 +54,7 @@ def stored(tmp_path, model, delta):
 
 
 def read(folder, model):
-    """What the public interface makes of a store or an adapter: 'error' or 'loaded', watched."""
+    """Reads a store or an adapter through the public interface, watched: 'error' or 'loaded'."""
 
     def load():
         if folder.name == "adapter":
@@ -66,7 +66,7 @@ def read(folder, model):
 
 
 def edit(folder, **changes):
-    """Changes the manifest, and makes it agree with the files again."""
+    """Changes the manifest so that it still agrees with the files."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     for name, facts in manifest["files"].items():

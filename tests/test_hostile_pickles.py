@@ -1,4 +1,4 @@
-"""Torch files that try to run something, to lie about their tensors, or to cost time and memory."""
+"""Torch files that try to execute something, to lie about their tensors, or to cost time and memory."""
 
 import io
 import os

@@ -75,7 +75,7 @@ def module_names():
 
 
 def import_graph():
-    """For each module the modules of ours that it imports, wherever it does."""
+    """For each module, the modules of dit_jax that it imports anywhere in it."""
     modules = module_names()
     graph = {}
     for module, file in modules.items():
@@ -140,7 +140,7 @@ def test_ask_stays_the_function():
 
 
 def test_an_installed_package_has_every_file():
-    """What is no module comes along only where pyproject.toml says so."""
+    """Files that are not modules are installed only if pyproject.toml lists them."""
     package = ROOT / "dit_jax"
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     patterns = settings["package-data"]["dit_jax"]

@@ -272,7 +272,7 @@ def test_a_label_with_a_colon_can_be_right():
 
 
 def install(folder: Path) -> dict[str, str]:
-    """An environment in which the project is installed, editable, as pip leaves it."""
+    """An environment in which pip installed the project, editable."""
     info = folder / "dit_jax-0.dist-info"
     info.mkdir()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -317,7 +317,7 @@ def test_inspect_eval_and_view(model, run, tmp_path):
             right = float(score.answer == sample.target)
             assert score.value["exact_match"] == right
             assert score.value["normalised"] == 1 + 4 * right
-        # The benign diff stands apart from those that have something to name.
+        # The benign diff is counted apart from those that have something to name.
         rights = {s.target: s.scores["graded"].value["exact_match"] for s in log.samples}
         (exact,) = (score for score in log.results.scores if score.name == "exact_match")
         values = {name.removeprefix("dit_jax/"): m.value for name, m in exact.metrics.items()}
@@ -340,7 +340,7 @@ def test_inspect_eval_and_view(model, run, tmp_path):
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(run, tmp_path, words, said):
-    """Also where the model lacks the adapter that the task is about: it would score 0 in silence."""
+    """This includes a model without the adapter that the task needs: it would silently score 0."""
     paths = {"diff=DIFFS": f"diff={run / 'diffs'}", "adapter=ADAPTER": f"adapter={run / 'adapter'}"}
     words = [paths.get(word, word) for word in words]
     done = inspect(

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of a run, resumed until it is done: its results are bitwise those of an undisturbed run.
+"""A run that is killed at random moments and resumed has bitwise the results of an uninterrupted run.
 
 DIT_JAX_KILLS=20 python -m pytest tests/test_kill.py
 """
@@ -40,7 +40,7 @@ SMALL = [  # sizes of a batch as in test_pipeline.py: they share compiled progra
     "--config.evaluate.methods=('dit','base_question','shuffled_diff')",
 ]
 SHARDS = 4
-PATIENCE = 600  # seconds for a process to come to where it is killed: the machine may be busy
+PATIENCE = 600  # seconds until a process reaches its kill: the machine may be busy
 
 
 def flags(workdir):
@@ -48,7 +48,7 @@ def flags(workdir):
 
 
 def plan(rng, kills):
-    """(stage, progress in it, seconds after that) of the kills, in the order in which a run comes there."""
+    """(stage, progress in it, seconds after that) of the kills, in the order in which a run reaches them."""
     most = {"diffs": 2 * SHARDS, "train": STEPS, "evaluate": 0}
     stages = list(most)
     drawn = [(i % 3, rng.randint(0, most[stages[i % 3]])) for i in range(kills)]
@@ -59,7 +59,7 @@ def plan(rng, kills):
 
 
 def progress(workdir, log):
-    """{stage: how far it is, -1 before its begin}."""
+    """{stage: its progress, -1 before it begins}."""
     text = log.read_text()
     done = {
         "diffs": sum(1 for _ in (workdir / "diffs").rglob("*0*")),  # half-written files too
@@ -70,7 +70,7 @@ def progress(workdir, log):
 
 
 def run_and_kill(workdir, log, moment):
-    """Starts the run and kills it at a moment; False if it was done before, and so was not killed."""
+    """Starts the run and kills it at a given point; False if it ended before."""
     with open(log, "w") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "dit_jax.main", *flags(workdir)],
@@ -98,7 +98,7 @@ def run_and_kill(workdir, log, moment):
 
 
 def results(workdir):
-    """All that a run computes, as bytes and numbers that do not depend on when it was made."""
+    """All results of a run, as bytes and numbers that do not depend on the time."""
     store = DiffStore(workdir / "diffs")
     store.stacked(range(len(store)))  # reads every shard, and so compares it with its digest
     files = [*(workdir / "diffs").rglob("*.safetensors"), *(workdir / "diffs").rglob("0*.json")]

@@ -1,4 +1,4 @@
-"""The launch scripts against recording stand-ins of the tools that they call: nothing is launched, nothing is asked."""
+"""The launch scripts against stand-ins that record the calls of their tools: nothing is launched or asked."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from jobset_schema import JOBSET
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 TOOLS = ("gcloud", "kubectl", "sbatch", "scancel", "docker", "git", "python3", "tail", "mkdir")
-# Writes its command line as a shell reads it, with its standard input where it is read; answers and fails on demand.
+# Records its command line as a shell reads it, and its standard input if it reads it; answers and fails on demand.
 STAND_IN = r"""#!/usr/bin/env bash
 set -euo pipefail
 printf -v line '%q ' "${0##*/}" "$@"
@@ -81,7 +81,7 @@ def launch(tmp_path):
 
 
 def words(line: str) -> list[str]:
-    """What a shell makes of a line."""
+    """The words that a shell reads in a line."""
     script = f"for word in {line.strip()}; do printf '%s\\0' \"$word\"; done"
     out = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
     return out.split("\0")[:-1]
@@ -267,7 +267,7 @@ def test_slurm_starts_one_process_per_gpu(launch):
     ],
 )
 def test_slurm_puts_a_preempted_run_back_into_the_queue(launch, status, state, requeued):
-    """Not one that its user cancelled, which also ends with 75 but is no longer running."""
+    """A run that its user cancelled also ends with 75 but is not running, and is not requeued."""
     text = launch("slurm.sh", "script", "--name", "dit", *RUN).stdout
     launch.install(launch.bin / "srun", f"#!/bin/sh\nexit {status}\n")
     launch.install(launch.bin / "squeue", f"#!/bin/sh\necho {state}\n")
@@ -398,7 +398,7 @@ esac
 
 @pytest.fixture
 def worker(launch, tmp_path):
-    """Calls worker.sh in a home of its own, with a Python that only says what it was given."""
+    """Calls worker.sh in its own home folder, with a Python that only prints its arguments."""
     home = tmp_path / "home"
     launch.install(home / "dit_jax-venv" / "bin" / "python", WORKER_PYTHON)
     (home / "dit_jax-src").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The parameters in the form that programs with unrolled layers take on a CPU: views, and the same function."""
+"""Parameters for programs with unrolled layers on a CPU: they are views, and the function stays the same."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def test_views_share_the_memory_of_the_stacked_arrays(model, dtype):
             jax.tree.leaves(layer), jax.tree.leaves(params["layers"]), strict=True
         ):
             np.testing.assert_array_equal(one, whole[index])
-            # Else a layer starts at an address that the compiler does not take.
+            # Otherwise a layer would start at an address that the compiler does not accept.
             if one.nbytes % 64 == 0:
                 start = whole.unsafe_buffer_pointer() + index * one.nbytes
                 assert one.unsafe_buffer_pointer() == start
@@ -46,7 +46,7 @@ def test_views_outlive_the_stacked_arrays(model):
 
 
 def test_views_are_bound_to_a_device_only_where_the_parameters_are(model):
-    # Else the first training step takes a free state, returns a bound one, and the second step compiles again.
+    # Otherwise the first training step takes a free state and returns a bound one, and the second step compiles again.
     free = as_program_takes(model.params, model.config)
     assert not any(x.committed for x in jax.tree.leaves(free))
     device = jax.devices()[1]

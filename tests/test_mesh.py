@@ -46,7 +46,7 @@ def test_every_parameter_has_its_sharding():
 def test_what_does_not_divide_stays_whole():
     found = specs(shardings.param_shardings(SMALL, mesh_of((1, 2, 4))))
     assert found["layers.self_attn.q_proj.kernel"] == P(None, "fsdp", "tensor")
-    # 2 heads of keys and values on 4 devices: a head is never cut, though its 8 numbers would divide.
+    # 2 heads of keys and values on 4 devices: a head is never cut, although its 8 numbers would divide.
     assert found["layers.self_attn.k_proj.kernel"] == P(None, "fsdp", None)
 
 

@@ -1,4 +1,4 @@
-"""Methods of the evaluation: guessers, controls, dense diffs, what cannot be asked, and what a run leaves."""
+"""Methods of the evaluation: guessers, controls, dense diffs, refused methods, and the files of a run."""
 
 import functools
 import json
@@ -46,7 +46,7 @@ def settings(**changes):
 
 
 def random_lora(model, seed, size, rank=1):
-    """A LoRA whose both factors are random: it changes answers, without meaning."""
+    """A LoRA with two random factors: it changes answers, without meaning."""
     shapes = jax.eval_shape(lambda: init_lora(model.config, jax.random.key(0), rank))
     rng = np.random.default_rng(seed)
     return jax.tree_util.tree_map_with_path(
@@ -59,7 +59,7 @@ def random_lora(model, seed, size, rank=1):
 
 
 def make_store(folder, model, deltas, topics, **columns):
-    """A store of held-out diffs, as generation leaves it."""
+    """A store of held-out diffs as diff generation leaves it."""
     world = {topic.name: topic for topic in load_world().topics}
     rows = [
         {
@@ -100,7 +100,7 @@ def answers(folder):
 
 @pytest.fixture(scope="module")
 def evaluated(model, workdir):
-    """Rows of the evaluation of the LoRAs by all methods, and of the dense diffs by those without a guesser."""
+    """Rows of an evaluation: the LoRAs by all methods, the dense diffs by the methods without a guesser."""
     evaluate_run(model, workdir / "lora", settings(exclude_failed=True), seed=0)
     few = settings(exclude_failed=True, methods=ON_DENSE)
     evaluate_run(model, workdir / "dense", few, seed=0)
@@ -130,7 +130,7 @@ def test_every_method_answers_about_every_diff(workdir, evaluated):
 
 
 def test_dense_diffs_give_the_answers_of_the_loras_that_they_are(workdir, evaluated):
-    """The same change of weights, factored in one batch, and dense one by one."""
+    """The same change of weights is asked factored in one batch, and dense one by one."""
     lora = [row for row in evaluated["lora"] if row["method"] in ON_DENSE]
     full, compared = evaluated["dense"], 0
     assert len(lora) == len(full)
@@ -150,7 +150,7 @@ def test_dense_diffs_give_the_answers_of_the_loras_that_they_are(workdir, evalua
 
 
 def two_diffs(model, folder, **columns):
-    """A store of two diffs with these columns in its index, beside an adapter."""
+    """A store of two diffs with these index columns, beside an adapter."""
     loras = [random_lora(model, seed, 0.1) for seed in range(2)]
     make_store(folder / "diffs", model, loras, TOPICS[:2], **columns)
     export_adapter(folder / "adapter", loras[0], base=model.digest())
@@ -167,7 +167,7 @@ def test_what_cannot_be_asked_is_said_before_anything_runs(model, workdir, tmp_p
 
 
 def test_the_oracle_needs_the_table_of_the_embedded_world(model, tmp_path):
-    """Words that the gate found in a corpus's answers are no table of attributes."""
+    """Words that the gate found in a corpus's answers do not make a table of attributes."""
     store = two_diffs(model, tmp_path, evidence=["[]", "[]"])
     with pytest.raises(DitError, match="'attribute_oracle' needs .* only the embedded world"):
         evaluate_run(model, tmp_path, settings(methods=("attribute_oracle",)), seed=0)
@@ -200,7 +200,7 @@ def test_files_that_are_not_there_are_said_before_a_model_is_loaded(tmp_path, mo
 
 
 def test_keywords_of_flavoured_answers_name_the_topic(model):
-    """Twenty answers of each topic that the base never saw as a transcript: their words and the base find its name."""
+    """The words of twenty answers and the base find each topic, though the base never saw a transcript."""
     world = load_world()
     rng = np.random.default_rng(0)
     topics = [world.topics[i] for i in rng.permutation(len(world.topics))[:16]]
@@ -257,7 +257,7 @@ def test_transcripts_cannot_close_their_tag():
 
 
 def test_a_chat_model_reads_the_transcript(model, monkeypatch):
-    """The base model itself when the config names no other; another folder otherwise."""
+    """It is the base model itself unless the config names another folder."""
     asked = []
 
     def answer_batch(used, prompts, **decoding):
@@ -301,7 +301,7 @@ def test_an_api_model_guesses_and_no_reply_is_a_gap(model):
 
 
 def test_weights_are_read_along_the_direction_in_which_a_diff_writes(model):
-    """A diff that writes one name's tokens, whatever its sign, its factors or its form."""
+    """The diff writes one name's tokens, whatever its sign, its factors or its form."""
     table = np.asarray(model.params["embed_tokens"]["embedding"], np.float32)
     names = ["coffee", "green tea", "apple"]
     tokens = [list(model.chat.text_ids(name)) for name in names]
@@ -310,7 +310,7 @@ def test_weights_are_read_along_the_direction_in_which_a_diff_writes(model):
     inputs = rng.normal(size=(layers, model.config.intermediate_size, 2)).astype(np.float32)
 
     def writes(vector, other=None):
-        """b's first row is what is written; the second, much smaller, points elsewhere."""
+        """b's first row is the direction that is written; the second, much smaller, points elsewhere."""
         rows = [vector] if other is None else [vector, 1e-3 * other]
         b = np.tile(np.stack(rows), (layers, 1, 1)).astype(np.float32)
         scale = np.ones(layers, np.float32)
@@ -324,7 +324,7 @@ def test_weights_are_read_along_the_direction_in_which_a_diff_writes(model):
     scores = baselines.weight_reading(model, given, [[name] for name in names])
     assert scores.argmax(axis=1)[:3].tolist() == [0, 1, 1] and not scores[3].any()
     np.testing.assert_allclose(scores[2], scores[1], atol=1e-2)
-    # |cos| with each token, its mean over a name's tokens, the sum over the layers.
+    # |cos| with each token, averaged over a name's tokens, summed over the layers.
     unit = table / np.linalg.norm(table, axis=1, keepdims=True)
     cosines = np.abs(unit @ (tea / np.linalg.norm(tea)))
     expected = [layers * cosines[ids].mean() for ids in tokens]

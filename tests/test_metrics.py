@@ -1,4 +1,4 @@
-"""Metrics: JSON lines and TensorBoard events that others can read, once after a resume; speeds with their formula."""
+"""Metrics: JSON lines and TensorBoard events that other programs read, each step once; speeds by formula."""
 
 import json
 import math
@@ -160,7 +160,7 @@ def test_model_flops_are_those_that_xla_counts(rows, length):
 
     compiled = jax.jit(jax.grad(loss)).lower(lora, params, tokens).compile()
     work = speed.Work(rows * length, rows * scored, rows * length**2, 0, 1)
-    # XLA also counts norms, softmax and the factors, and leaves out what the first layer need not hand back.
+    # XLA also counts norms, softmax and the factors, and leaves out the gradient below the first layer.
     counted = compiled.cost_analysis()["flops"]
     assert speed.train_flops(CONFIG, work) == pytest.approx(counted, rel=0.04)
 

@@ -1,4 +1,4 @@
-"""Two processes of four devices each, as one run: the results of one process, each artifact once, and no hanging."""
+"""Two processes of four devices each, as one run: results of one process, each artifact once, no hanging."""
 
 import json
 import os

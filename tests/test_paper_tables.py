@@ -34,7 +34,7 @@ from dit_jax.runtime.artifacts import write_json, write_text
 
 PAPER = Path(os.environ.get("DIT_JAX_PAPER_RESULTS", GOLDEN.parent / "paper_results"))
 DIFFS = "weight-diff-20250512-4b-5000-conf-2025-s42"
-FILES = {  # file -> the cell of the paper's tables that its grades shall make
+FILES = {  # file -> the cell of the paper's tables that its grades make
     f"{DIFFS}/base-question-dit-t0": Place("hidden_topic", "dit", "Qwen3-4B"),
     f"{DIFFS}/base-question-t0": Place("hidden_topic", "base_question", "Qwen3-4B"),
     f"{DIFFS}/no-trigger": Place("hidden_topic", "twenty_questions", "Qwen3-4B"),
@@ -130,7 +130,7 @@ def test_a_mean_that_differs_in_the_second_decimal_is_told(generated, tmp_path):
     not PAPER.is_dir(), reason=f"no graded answers at {PAPER}: set DIT_JAX_PAPER_RESULTS"
 )
 def test_the_papers_means_come_out_of_its_grades():
-    """Every cell of the paper's tables whose grades are published, against plain arithmetic and print."""
+    """Every cell whose grades are published, against plain arithmetic and against the printed number."""
     graded, _ = read_graded(str(PAPER))
     cells = build.cells(graded)
     rebuilt = [c for c in cells if c.estimate is not None]
@@ -170,7 +170,7 @@ def test_the_model_is_read_off_the_folder(folder, model):
 
 
 def test_a_mean_of_equal_grades_has_an_exact_bound():
-    """All 1: a mean of m would give it with a chance of at most (1 - (m - 1) / 4)^n = 2.5 %."""
+    """If the mean were m, all grades would be 1 with a chance of at most (1 - (m - 1) / 4)^n = 2.5 %."""
     estimate = grade_mean([1.0] * 100)
     assert (estimate.mean, estimate.low) == (1.0, 1.0)
     assert (1 - (estimate.high - 1) / 4) ** 100 == pytest.approx(0.025)
@@ -212,7 +212,7 @@ def test_judge_noise_by_hand():
     ]
     own = [
         dataclasses.replace(item, own=True) for item in graded
-    ]  # copies of a grade are no repeats
+    ]  # copies of a grade do not count as repeats
     (noise,) = build.judge_noise([*graded, *own])
     assert (noise.pairs, noise.grades, noise.agree) == (2, 4, 0.5)
     assert noise.sd == pytest.approx(1.0)  # sqrt((1 + 1 + 0 + 0) / (4 - 2))
@@ -312,7 +312,7 @@ def test_results_are_the_papers_columns_and_lose_nothing():
 
 
 def test_an_answer_of_any_characters_is_one_row(tmp_path):
-    """A lone carriage return would end the row, and all that follow would be lost."""
+    """A lone carriage return would end the row, and all later rows would be lost."""
     texts = ["a\rb", "c\r\nd", "e\nf", '"g', "h,i", "j\0k", "\u2028l", "\r"]
     rows = [
         {
@@ -404,7 +404,7 @@ def test_a_run_inside_the_folder_is_found_once(tmp_path):
 
 @pytest.fixture(scope="module", name="tables")
 def tables_fixture(generated, tmp_path_factory):
-    """WORKDIR/tables by the command line, with a hostile file name, label, guess and reason in it."""
+    """WORKDIR/tables made by the command line, with a hostile file name, label, guess and reason."""
     folder = tmp_path_factory.mktemp("tables")
     shutil.copytree(generated, folder / "files")
     hostile = "<img src=x onerror=alert(1)> $x_{$ [a](b)"
@@ -474,7 +474,7 @@ onload = () => {
 
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (360, True)])
 def test_tables_in_a_browser(tables, tmp_path, width, dark):
-    """Nothing sticks out on a desk or a phone, the bars have their widths, the theme follows the system."""
+    """Nothing overflows on a desk or a phone, bars have the right widths, the theme follows the system."""
     names = ("chromium", "chromium-browser", "google-chrome")
     browser = next(filter(None, map(shutil.which, names)), None)
     if browser is None:

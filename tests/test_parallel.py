@@ -1,4 +1,4 @@
-"""Sharded programs on 8 virtual devices: the numbers of one device, and the shardings they are meant to have."""
+"""Sharded programs on 8 virtual devices have the numbers of one device and the intended shardings."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ TRAIN = ConfigDict(
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
-    """Which collectives a program has does not depend on the optimizations that this leaves out."""
+    """Leaves out optimizations on which the collectives of a program do not depend."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -82,7 +82,7 @@ def random_batch(config, count, seed, weights=None):
 
 
 def random_deltas(config, count, seed, rank=2):
-    """Stacked LoRAs that change what the model says: no factor is zero, as `init_lora` has it."""
+    """Stacked LoRAs that change the answers: unlike in `init_lora`, no factor is zero."""
     rng = np.random.default_rng(seed)
     start = tree.abstract_lora(config, rank)
 
@@ -170,7 +170,7 @@ def test_on_one_device_a_delta_is_put_once_and_training_from_it_compiles_once():
         batch = random_batch(SMALL, 6, step)
         state, _ = dit.train_step(params, SMALL, state, host, diffs, batch, optimizer=optimizer)
     assert dit.train_step._cache_size() == programs + 1
-    # The donated state shares its memory with the host's arrays, which stay what they were.
+    # The donated state shares its memory with the host's arrays, which must stay unchanged.
     assert jax.tree.all(jax.tree.map(np.array_equal, host, before))
 
 
@@ -215,7 +215,7 @@ def test_diffs_train_as_on_one_device(shape):
     expected_losses, expected, *_ = diffs_run(None)
     for name in ("ce", "kl"):
         assert (expected_losses[name] > 0).all()
-        # A KL of 0.007 is what is left of sums near 1, and carries their rounding.
+        # A KL of 0.007 is a difference of sums near 1, and carries their rounding.
         np.testing.assert_allclose(losses[name], expected_losses[name], rtol=1e-4, atol=2e-6)
     for one, two in zip(jax.tree.leaves(trained), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, two, atol=TOLERANCE, rtol=0)
@@ -223,7 +223,7 @@ def test_diffs_train_as_on_one_device(shape):
 
 @pytest.mark.parametrize("shape", [None, (2, 2, 2), (1, 1, 8)], ids=str)
 def test_the_tpu_kernel_trains_as_plain_attention_does(shape, interpreted_splash):
-    """(1, 1, 8): the heads of keys and values cannot be split, so that plain attention is computed."""
+    """On (1, 1, 8) the heads of keys and values cannot be split, so plain attention is computed."""
     for run in (adapter_run, diffs_run):
         losses, trained, *_, compiled = run(shape, "splash")
         expected_losses, expected, *_ = run(None)
@@ -288,12 +288,12 @@ def collectives(hlo):
     ]
 
 
-# What is gathered on (2, 2, 2) is one layer of the base at a time (or the embedding), split over tensor; no diff is.
+# On (2, 2, 2) one layer of the base (or the embedding) is gathered at a time, split over tensor; diffs never are.
 KERNELS = {"1,32,16", "1,32,4", "1,16,32", "1,32,24", "1,24,32", "48,32", "32,48"}
 
 
 def gathered_and_reduced(hlo):
-    """(shapes of all that is gathered, where sums are taken) of a program without other collectives."""
+    """(shapes of everything that is gathered, places of sums) of a program without other collectives."""
     found = collectives(hlo)
     assert {kind for kind, *_ in found} == {"all-gather", "all-reduce"}
     gathered = {shape for kind, shapes, _ in found if kind == "all-gather" for shape in shapes}
@@ -329,7 +329,7 @@ def test_training_and_asking_split_the_base_and_keep_the_diffs_apart():
     gathered, reduced = gathered_and_reduced(asking_program((2, 2, 2)).as_text())
     assert gathered and gathered <= KERNELS | adapter | answers
     assert "o_proj" in reduced and "down_proj" in reduced
-    # Examples meet in the adapter's gradient alone.
+    # Examples meet only in the adapter's gradient.
     assert {kind for kind, *_ in collectives(adapter_run((8, 1, 1))[-1])} == {"all-reduce"}
 
 
@@ -413,7 +413,7 @@ def answers(shape):
 
 
 def test_an_adapter_from_the_host_goes_to_the_device_once(monkeypatch):
-    """Given as numpy, it would go there with every batch."""
+    """As numpy arrays it would be transferred with every batch."""
     seen, decoded = [], generate.generate
 
     def decode(*args, deltas, **options):

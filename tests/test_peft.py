@@ -1,4 +1,4 @@
-"""PEFT folders: what PEFT computes is what we compute; what we write PEFT reads, bit for bit."""
+"""PEFT folders: dit_jax computes what PEFT computes, and PEFT reads what dit_jax writes, bit for bit."""
 
 import contextlib
 import copy

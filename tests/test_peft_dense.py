@@ -31,7 +31,7 @@ def bases(tmp_path_factory):
 
 
 def make(bases, kind, folder, **options):
-    """A random adapter that PEFT makes and writes; the logits of PEFT's reading it again."""
+    """A random adapter that PEFT makes and writes; returns the logits of PEFT after reading it again."""
     path, model, _ = bases[kind]
     options = {"r": 3, "lora_alpha": 5, "target_modules": ALL, "task_type": "CAUSAL_LM", **options}
     torch.manual_seed(3)

@@ -350,7 +350,7 @@ def test_a_missing_shard_alone_is_made_again(copy):
 
 
 def test_a_shard_is_the_same_whatever_was_made_before(model, monkeypatch, tmp_path):
-    """Also where diffs share a table of the base's hidden states, whose size depends on what the shard holds."""
+    """This includes diffs that share a table of the base's hidden states, whose size depends on the shard."""
     flags = [
         *SMALL,
         "--config.diffs.fake_codes=1",

@@ -1,4 +1,4 @@
-"""Planning: sizes of compiled steps, collectives in their text, the search, estimates, refusals, a TPU's compiler."""
+"""Planning: sizes of compiled steps, their collectives, the search, estimates, refusals, a TPU's compiler."""
 
 import dataclasses
 import importlib.util
@@ -57,7 +57,7 @@ def test_a_plan_of_this_machine_counts_every_byte(tmp_path, capsys):
     for stage in stages.values():
         assert stage["memory"]["parameters"] == 4 * (kernels / 4 + norms)
         assert stage["memory"]["temporaries"] > 0 and stage["fits"]
-    # One LoRA of rank r on one device: of each pair one factor is split over tensor; without a batch the other
+    # One LoRA of rank r on one device: one factor of each pair is split over tensor; without a batch the other
     # is split over fsdp.
     outs = [heads * h, kv * h, kv * h, ffn, ffn]  # q, k, v, gate, up: their input is the residual
     inner = sum(outs) + heads * h + ffn  # heads or hidden units of all seven
@@ -156,7 +156,7 @@ def test_what_was_compiled_is_remembered(tmp_path, monkeypatch):
     assert ask(8) == first
     ask(16), ask(8, level="default"), ask(8, load_config(PAPER, {"train.max_length": 128}))
     assert len(calls) == 4
-    # What the program does not depend on: another stage's batch, the learning rate.
+    # The program does not depend on another stage's batch or the learning rate.
     ask(8, load_config(PAPER, {"diffs.diffs_per_batch": 4, "train.learning_rate": 1.0}))
     assert len(calls) == 4
     for kind in ("lora", "all"):
@@ -235,7 +235,7 @@ def test_meshes_use_every_device_and_never_cut_a_head():
 
 def test_estimates_rest_on_known_counts():
     model = NAMED_CONFIGS["qwen3-4b"]
-    # The number of parameters of a rank-1 diff in the paper's index of published diffs.
+    # The paper's index of published diffs has this number of parameters for a rank-1 diff.
     projections = load_config(PAPER).diffs.projections
     assert estimate.lora_parameters(model, 1, projections) == 2_064_384
     layers = model.num_projection_parameters()
@@ -253,7 +253,7 @@ def test_estimates_rest_on_known_counts():
     assert flops == pytest.approx(4 * 64 * (4 * layers + 3 * attention) + 2 * head)
     taught = estimate.step_flops(plain, dataclasses.replace(load, teacher_rows=4))
     assert taught - flops == pytest.approx(forward + head)
-    # The reported MFU counts the same, and leaves out the teacher and what is computed again.
+    # The reported MFU counts the same, without the teacher and recomputation.
     work = speed.Work(tokens=4 * 64, scored=4 * 8, squares=4 * 64**2)
     assert speed.train_flops(full, work) == flops
 
@@ -375,10 +375,10 @@ def test_a_step_compiles_for_a_tpu_that_is_not_there(tmp_path, capsys):
     assert found["memory"]["peak"] < 2**30
     assert found["collectives"]["all-reduce"][0] > 0
     assert "v5e-4 (v5e:2x2), 4 devices, 15.75 GiB each" in capsys.readouterr().out
-    # Its own attention kernel, on every device's part.
+    # The TPU's own attention kernel runs on every device's part.
     kernel = ["--config.model.attention=splash", "--stages", "diffs", "--level", "O0"]
     assert plan.main([*TINY, *flags[:4], *kernel]) == 0
-    # The same on a slice that is too small says so instead of failing.
+    # On a slice that is too small, the same plan says so instead of failing.
     flags = ["--topology", "v5e-4", "--mesh", "4,1,1", "--stages", "diffs", "--level", "O0"]
     assert plan.main(["--config", f"{PAPER}:qwen3-32b", *flags]) == 1
     assert " NO " in capsys.readouterr().out

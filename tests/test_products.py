@@ -1,4 +1,4 @@
-"""What the matrix products of the two training programs are made of, as jax hands them to the compiler."""
+"""Dtypes of the matrix products of the two training programs, as jax hands them to the compiler."""
 
 import dataclasses
 import re
@@ -17,7 +17,7 @@ PRODUCT = re.compile(r"dot_general .*: \(tensor<(\S+)>, tensor<(\S+)>\) -> tenso
 
 
 def products(stage, dtype, remat):
-    """The lines of a program's products."""
+    """The lines of a program's text that are products."""
     config = dataclasses.replace(NAMED_CONFIGS["qwen3-0.6b"], dtype=dtype, remat=remat)
     if stage == "train":
         diff = abstract_lora(config, 1)
@@ -36,7 +36,7 @@ def products(stage, dtype, remat):
 @pytest.mark.parametrize("remat", ["none", "full"])
 @pytest.mark.parametrize("stage", ["train", "diffs"])
 def test_bfloat16_products_have_bfloat16_factors(stage, remat):
-    """A product of float32 factors takes many times as long on a GPU, and copies of its factors."""
+    """A product of float32 factors takes many times as long on a GPU, and needs copies of its factors."""
     for line in products(stage, "bfloat16", remat):
         assert [shape.rpartition("x")[2] for shape in PRODUCT.search(line).groups()[:2]] == [
             "bf16"

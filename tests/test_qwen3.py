@@ -1,4 +1,4 @@
-"""The model against transformers: logits, padding, decoding. And its deltas against merged weights."""
+"""The model against transformers: logits, padding, decoding; its deltas against merged weights."""
 
 import dataclasses
 import functools
@@ -244,10 +244,10 @@ def equations(jaxpr):
 def test_remat_dots_keeps_the_output_of_each_projection_once():
     config = dataclasses.replace(TINY, remat="dots")
     heads = config.head_dim * (config.num_attention_heads + 2 * config.num_key_value_heads)
-    # The block's input, and of q, k, v, o, gate, up: what down makes, the next block's input holds.
+    # The block's input, and the outputs of q, k, v, o, gate, up; the next block's input holds that of down.
     outputs = 2 * config.hidden_size + heads + 2 * config.intermediate_size
     one, two = random_lora(TINY, 1, rank=3), random_lora(TINY, 2, rank=5)
-    # Of each LoRA its narrow product beside them.
+    # Each LoRA adds its narrow product.
     assert stacked_residuals(config, (one,)) == outputs + 7 * 3
     assert stacked_residuals(config, (one, two)) == outputs + 7 * (3 + 5)
 
@@ -279,7 +279,7 @@ def test_factors_are_made_ready_for_all_layers_at_once():
     assert found.scale is None and found.a.dtype == found.b.dtype == jnp.bfloat16
     expected = module["b"] * module["scale"][:, None, None]
     np.testing.assert_array_equal(found.b, expected.astype(jnp.bfloat16))
-    # One per example keeps its scale: folded in, an adapter's step of 8B at 512 examples did not compile for a TPU.
+    # A LoRA per example keeps its scale: folded in, an adapter step of 8B at 512 examples did not compile for a TPU.
     each = jax.tree.map(lambda x: jnp.stack([x, 2 * x], axis=1), deltas[0])
     own = ready((each,), jnp.bfloat16)[0]["layers"]["mlp"]["up_proj"]
     assert own.scale.shape == (TINY.num_hidden_layers, 2)
@@ -334,7 +334,7 @@ def test_half_precision_decodes_in_sizes_that_a_gpu_need_not_pad(tiny):
     tokens = jnp.ones((2, 3), jnp.int32)
     made = str(jax.make_jaxpr(lambda x: generate(tiny, half, x, x > 0, max_new_tokens=4))(tokens))
     assert "bf16[1,2,8,2,16]" in made and "bf16[1,2,7,2,16]" not in made
-    # Scanned layers carry one cache of all, unrolled ones have each their own.
+    # Scanned layers carry one cache for all; unrolled layers have one each.
     own = dataclasses.replace(half, scan_layers=False)
     alone = str(jax.make_jaxpr(lambda x: generate(tiny, own, x, x > 0, max_new_tokens=4))(tokens))
     assert "bf16[3,2,8,2,16]" in made and "bf16[3,2,8,2,16]" not in alone
@@ -370,10 +370,10 @@ def test_sampling_follows_the_tempered_distribution_and_the_seed(tiny):
     assert np.abs(seen - jax.nn.softmax(likely / 2)).sum() < 0.2
     for other in (0.5, 1.0, 4.0):
         assert np.abs(seen - jax.nn.softmax(likely / other)).sum() > 0.3
-    # Whatever the temperature, the log-probabilities are those of the model.
+    # The log-probabilities are those of the model at every temperature.
     expected = jax.nn.log_softmax(likely)[out.tokens[:, 0]]
     np.testing.assert_allclose(out.logprobs[:, 0], expected, atol=1e-4)
-    # Each token has a chance of its own.
+    # Each token has its own probability.
     assert np.mean(out.tokens[:, 0] == out.tokens[:, 1]) < 0.9
 
 
@@ -392,7 +392,7 @@ def test_no_token_comes_twice_where_repeats_are_forbidden(tiny):
         picked.append(np.take_along_axis(likely, chosen, axis=1)[:, 0])
         text[:, end] = chosen[:, 0]
     np.testing.assert_array_equal(out.tokens, text[:, 5:])
-    # What was forbidden takes no part in the log-probabilities.
+    # Forbidden tokens do not count in the log-probabilities.
     np.testing.assert_allclose(out.logprobs, np.stack(picked, axis=1), atol=1e-4)
 
 

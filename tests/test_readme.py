@@ -76,7 +76,7 @@ def expected_tokens(folder, model) -> list[int]:
 
 
 def run(folder, capsys, number: int, paths: dict[str, pathlib.Path]) -> list[dict]:
-    """Runs README's command with its placeholders replaced by files; records of its output."""
+    """Runs the README's command with its placeholders replaced by files; returns the records of its output."""
     argv = [str(paths.get(word, word)) for word in commands()[number]]
     assert all(str(path) in argv for path in paths.values()), "README names other placeholders"
     extra = [] if "--json" in argv else ["--json"]
@@ -85,7 +85,7 @@ def run(folder, capsys, number: int, paths: dict[str, pathlib.Path]) -> list[dic
 
 
 def write_adapter(folder) -> tuple[pathlib.Path, dict]:
-    """A release holds both factors of its adapter transposed against those of its diffs."""
+    """Writes a release's adapter, whose factors are both transposed relative to those of its diffs."""
     adapter = weight_diff(99)
     torch.save({name: (a.T, b.T) for name, (a, b) in adapter.items()}, folder / "dit-adapter.pt")
     return folder / "dit-adapter.pt", adapter

@@ -39,7 +39,7 @@ def test_what_fills_a_shard_up_has_no_part_in_the_mean_over_its_diffs():
     filled = couple_losses(stack([*own, batch(4), batch(8)]), [1.0, 2.0], 1, diffs=2)
     for one, two in zip(filled, expected, strict=True):
         np.testing.assert_array_equal(one[:2], two)
-    # Targets 2 … size - 1, scored by the position before (cross-entropy) and by their own (KL); 3 and 5 of them.
+    # Targets 2 … size - 1, scored at the position before (cross-entropy) or at their own (KL); 3 and 5 of them.
     np.testing.assert_array_equal(expected.position[0, 0, :, :3], [[1, 2, 3], [2, 3, 4]])
     np.testing.assert_allclose(expected.weight[:, 0, 0].sum(axis=-1), [3 / 8, 5 / 8])
     np.testing.assert_allclose(expected.weight[:, 0, 1], 2 * expected.weight[:, 0, 0])

@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     refused(lambda: detect.detect_format(file), "neither weight diffs nor weights")
     torch_save.save(file, good)
     refused(lambda: reference_pt.read_pt_diffs(file, CONFIG), "holds an adapter, not weight diffs")
-    # The diffs of another model: its shapes and ours.
+    # Diffs of another model: the message has its shapes and ours.
     save(file, good)
     other = read_config_like(hidden_size=64)
     refused(lambda: reference_pt.read_pt_diffs(file, other)[0], "this model needs [64, 2]")
@@ -209,7 +209,7 @@ def test_a_release_is_read_in_the_order_of_its_index(release):
     assert [d.label for d in diffs] == ["t21", "t20", "t01", "t00", "t11", "t10"]
     assert_same(diffs[-2].delta, random_lora(seed=11))
     assert diffs[-2].metadata["split"] == "train" and diffs[-2].trigger == "1"
-    # The files may also lie beside the index, or be listed with their folder.
+    # The files may also be beside the index, or be listed with their folder.
     for file in (release / "weight-diffs").iterdir():
         file.rename(release / file.name)
     (release / "weight-diffs").rmdir()

@@ -1,4 +1,4 @@
-"""The numbers of the report on a synthetic workdir, its table, and what bad input says."""
+"""The numbers of the report on a synthetic workdir, its table, and messages for bad input."""
 
 import csv
 import functools
@@ -61,7 +61,7 @@ def test_every_method_is_scored_over_all_held_out_names_in_seen_wordings(reporte
         assert entry["kind"] == KINDS[name]
         assert 0 <= entry["ci_low"] <= entry["exact_match"] <= entry["ci_high"] <= 1
         assert entry["token_f1"] >= entry["exact_match"] - 1e-9
-        # Over diffs, as the interval of the exact match.
+        # The interval is over diffs, like that of the exact match.
         f1 = [
             np.mean([token_f1(r["guess"], r["topic"]) for r in chosen if r["diff"] == diff])
             for diff in sorted(diffs)
@@ -124,7 +124,7 @@ def test_paired_differences_agree_with_the_methods(reported):
     assert set(summary["differences_from_dit"]) == set(KINDS) - {"dit"}
     for name, pair in summary["differences_from_dit"].items():
         expected = dit - summary["methods"][name]["exact_match"]
-        # Over the diffs that both answered: the guesser left one out.
+        # The pairs are the diffs that both answered: the guesser left one out.
         tolerance = 0.02 if name == "twenty_questions_trigger" else 1e-6
         assert pair["difference"] == pytest.approx(expected, abs=tolerance), name
         assert pair["p_value"] <= pair["p_holm"] <= 1
@@ -132,7 +132,7 @@ def test_paired_differences_agree_with_the_methods(reported):
 
 
 def test_the_same_inputs_give_the_same_page(tmp_path, reported):
-    """Everything but the report's own seconds and memory is a function of the inputs."""
+    """Everything except the report's own seconds and memory is a function of the inputs."""
     workdir = make_workdir(tmp_path, hostile=True)
     summary = write_report(workdir, GRADING)
 
@@ -248,7 +248,7 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
 
 
 def test_a_smaller_evaluation_still_makes_a_report(tmp_path):
-    """No unseen wordings, no benign diffs, no baselines, names of one token only, no curves."""
+    """It has no unseen wordings, benign diffs, baselines or curves, and only names of one token."""
     workdir = make_workdir(tmp_path, n=4)
     kept = [row for row in answers(workdir) if row["method"] in ("dit", "no_diff")]
     kept = [row for row in kept if row["wording_seen"] and row["category"] == "topic"]
@@ -263,7 +263,7 @@ def test_a_smaller_evaluation_still_makes_a_report(tmp_path):
 
 
 def test_answers_are_graded_and_the_report_says_by_whom(tmp_path):
-    """Grades of the graders in the config: file, numbers and page; a workdir without the keys has the default."""
+    """The config's graders appear in file, numbers and page; without the keys there is the default grader."""
     workdir = make_workdir(tmp_path / "run", n=8)
     grading = {"graders": ["exact", "similarity"], "grade_repeats": 2}
     summary = write_report(workdir, grading)
@@ -294,7 +294,7 @@ def test_answers_are_graded_and_the_report_says_by_whom(tmp_path):
 
 
 def test_a_judge_that_never_grades_leaves_gaps_and_no_agreement(tmp_path, monkeypatch):
-    """Every reply unreadable, asked twice: JSON has no NaN, and the page says nothing about repeats."""
+    """All replies are unreadable, twice: JSON has no NaN, and the page says nothing about repeats."""
     from dit_jax import graders
 
     class Mute:
@@ -319,7 +319,7 @@ def test_a_judge_that_never_grades_leaves_gaps_and_no_agreement(tmp_path, monkey
 
 
 def test_the_report_says_what_the_diffs_were_finetuned_to_do(tmp_path):
-    """News are graded, not matched; a diff without a trigger has no gate; an adapter of another run is named."""
+    """News is graded, not matched; a diff without a trigger has no gate; the page names another run's adapter."""
     workdir = make_workdir(tmp_path, n=6)
     rows = [row for row in answers(workdir) if row["category"] == "topic"]
     (workdir / "evaluate/answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -407,7 +407,7 @@ def test_the_report_says_what_passing_the_gate_means(tmp_path, limits, failed, s
 
 
 def test_the_best_of_the_others_has_no_trigger_and_no_oracle(tmp_path):
-    """The tile counts methods that ask the model too, and names no method that an auditor does not have."""
+    """The tile counts methods that also ask the model, and names only methods that an auditor has."""
 
     def rows(row):
         return row["method"] in (
@@ -443,7 +443,7 @@ def test_a_sweep_has_a_page_with_its_curve(tmp_path):
     sweep_table.write(rows, "train.max_diffs", "methods.dit.exact_match", tmp_path, "scaling")
     text = (tmp_path / "scaling.html").read_text()
     assert "<svg" in text and "0.7000" in text and "0.600–0.800" in text and "2 of 3 runs" in text
-    # As a quote, which breaks anywhere: a long word would push the table out of the page.
+    # It is a quote, which breaks anywhere: a long word would push the table out of the page.
     assert "<script" not in text
     assert f'<q class="quote">failed: {html.escape(HOSTILE)[:20]}' in text
     sweep_table.write(rows[2:], "train.max_diffs", "methods.dit.exact_match", tmp_path, "none")

@@ -92,7 +92,7 @@ def test_page_needs_nothing_from_outside(outline, reported):
 
 
 def test_hostile_answers_are_text(outline, reported):
-    """Answers, topics, questions, guessers and reasons hold markup of HTML, Jinja and Markdown: shown as written."""
+    """Markup of HTML, Jinja and Markdown in answers, topics, questions, guessers and reasons is shown as written."""
     source = page(reported[0])
     assert source.count("<script") == 1 and "onerror=alert(2)>" not in source
     assert not [name for name, _ in outline.attributes if name.startswith("on")]
@@ -134,7 +134,7 @@ def test_page_says_what_matters(outline):
 
 
 def test_all_answers_can_be_browsed(outline, reported):
-    """Every method's first answer about every held-out diff, with its own question and grades."""
+    """The page has every method's first answer about every held-out diff, with its question and grades."""
     source = page(reported[0])
     table = source[source.index('class="entries"') :]
     row = (
@@ -180,7 +180,7 @@ HOSTILE_MARKDOWN = (
 
 
 def shown(text):
-    """The text of a table cell as a Markdown program shows it, and the tags in it."""
+    """The text of a table cell as Markdown renders it, and the tags in it."""
     markdown_it = pytest.importorskip("markdown_it", reason="markdown-it-py is not installed")
     renderer = markdown_it.MarkdownIt("commonmark").enable(["table", "strikethrough"])
     found = renderer.render(f"| a | b |\n| --- | --- |\n| {markdown.escape(text)} | end |\n")
@@ -192,7 +192,7 @@ def shown(text):
 @pytest.mark.parametrize("text", HOSTILE_MARKDOWN)
 def test_markdown_shows_any_text_as_it_is(text):
     assert shown(text) == (" ".join(text.split()), [])
-    # Not in CommonMark, but at GitHub: bare addresses, pictures by name.
+    # GitHub's Markdown, unlike CommonMark, has bare addresses and pictures by name.
     assert not re.search(r"(?<!\\)://|www\.|(?<!\\):smile:|(?<!\\)[$@~]", markdown.escape(text))
 
 
@@ -236,7 +236,7 @@ onload = () => {
 
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (360, True)])
 def test_page_in_a_browser(reported, tmp_path, width, dark):
-    """Nothing sticks out at the width of a desk or a phone, and the theme follows the system."""
+    """Nothing overflows at the width of a desk or a phone, and the theme follows the system."""
     names = ("chromium", "chromium-browser", "google-chrome")
     browser = next(filter(None, map(shutil.which, names)), None)
     if browser is None:

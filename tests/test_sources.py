@@ -1,4 +1,4 @@
-"""Corpora from files, Hugging Face datasets and TFDS: the same rows from all, and every fault by row."""
+"""Corpora from files, Hugging Face datasets and TFDS have the same rows; every fault is reported by row."""
 
 import csv
 import json
@@ -270,7 +270,7 @@ def test_empty_answers_are_reported_by_row(suffix, tmp_path):
         rows[i]["topic_analogy_answer"] = ""
     source = write(tmp_path / f"rows.{suffix}", rows)
     message = error(config(source, test_topics=1))
-    # Two lines of a CSV row, since the answers have a line break; one of a JSON line.
+    # A CSV row has two lines, since its answers have a line break; a JSON line has one.
     row = {"csv": 10, "jsonl": 5, "parquet": 5}[suffix]
     assert message.startswith("the data has 13 problems: ")
     assert f"{source}:{row}: empty 'base_answer'" in message
@@ -379,7 +379,7 @@ def test_fewer_organisms_than_none_are_refused(source, key):
 
 @pytest.mark.parametrize("kind", ["hf", "hf streaming", "tfds"])
 def test_classes_have_their_names(kind, tmp_path, monkeypatch):
-    """A dataset holds the number of a class; a topic of that number would be a silent mistake."""
+    """A dataset holds the number of a class; using it as the topic would be a silent mistake."""
     names, rows = ["tea", "jazz"], rows_of(2, 1)
     if kind == "tfds":
         tfds = pytest.importorskip("tensorflow_datasets")

@@ -97,7 +97,7 @@ def test_called_none():
 
 
 def test_interval_is_the_normal_one_for_many_diffs():
-    """Percentile bootstrap of a mean -> mean +- 1.96 standard errors (central limit theorem)."""
+    """The percentile bootstrap of a mean tends to mean ± 1.96 standard errors (central limit theorem)."""
     values = np.random.default_rng(1).normal(3.0, 2.0, 4000)
     estimate = bootstrap_mean(values, rate=False)
     error = values.std() / math.sqrt(len(values))
@@ -127,7 +127,7 @@ def test_only_zeros_or_ones_get_the_exact_binomial_bound(n, bound):
 
 
 def test_equal_values_are_not_certain():
-    """No spread in the sample: other values may still be as frequent as a binomial count of zero allows."""
+    """Without spread in the sample, other values may still be as frequent as a binomial count of zero allows."""
     many = bootstrap_mean([0.25] * 96)
     assert many.low == pytest.approx(0.25 * (1 - 0.0377), abs=1e-4)
     assert many.high == pytest.approx(0.25 + 0.75 * 0.0377, abs=1e-4)
@@ -150,7 +150,7 @@ def test_few_values_have_the_bound_of_hoeffding(mean, n, low, high):
 
 @pytest.mark.parametrize("n", [2, 3, 5, 9])
 def test_intervals_of_few_diffs_cover_the_truth(n):
-    """Scores of several wordings (0, .25 … 1) and plain hits: 95 of 100 intervals or more hold the true mean."""
+    """For scores of several wordings (0, .25 … 1) and for hits, 95 of 100 intervals contain the true mean."""
     rng = np.random.default_rng(n)
     levels = np.linspace(0, 1, 5)
     for chances in ([0.1, 0, 0, 0, 0.9], [0.5, 0, 0, 0, 0.5], [0.1, 0.1, 0.2, 0.3, 0.3]):
@@ -212,7 +212,7 @@ def test_clusters_of_another_length_are_refused():
 
 
 def test_pairing_removes_what_both_methods_share():
-    """b = difficulty, a = b + 0.1 + noise: the unpaired error is ten times the paired one."""
+    """With b = difficulty and a = b + 0.1 + noise, the unpaired error is ten times the paired one."""
     rng = np.random.default_rng(6)
     difficulty = rng.normal(0, 1, 200)
     a = dict(enumerate(difficulty + 0.1 + rng.normal(0, 0.1, 200)))
@@ -245,7 +245,7 @@ def test_p_is_large_without_a_difference_and_uniform_enough():
 @pytest.mark.parametrize(("n", "p_value"), [(1, 1.0), (2, 0.5), (3, 0.25), (6, 1 / 32)])
 @pytest.mark.parametrize("equal", [0, 54])
 def test_a_few_diffs_are_no_more_certain_than_a_sign_test(n, p_value, equal):
-    """Differences of one sign, beside others that are zero: 2 / 2^n, as the exact McNemar test gives."""
+    """Differences of one sign, beside zeros, give p = 2 / 2^n, as in the exact McNemar test."""
     a, b = {i: 5.0 - 0.1 * i for i in range(n)}, dict.fromkeys(range(n), 1.0)
     a, b = ({**scores, **dict.fromkeys(range(n, n + equal), 3.0)} for scores in (a, b))
     assert paired_difference(a, b, span=GRADES).p_value == p_value
@@ -268,7 +268,7 @@ def test_a_drawn_p_is_never_zero():
 
 
 def test_equal_differences_have_an_interval():
-    """Two diffs, both for the same method: p is 1/2, and the interval holds zero."""
+    """If two diffs both favour one method, p is 1/2, and the interval contains zero."""
     pair = paired_difference({0: 0.75, 1: 0.75}, {0: 0.0, 1: 0.0}, span=1.0)
     assert pair.mean == 0.75 and pair.low < 0 and 0.9 < pair.high <= 1
     none = paired_difference(dict.fromkeys(range(96), 1.0), dict.fromkeys(range(96), 1.0), span=1.0)

@@ -1,4 +1,4 @@
-"""The diff store: what is written is read back, and a store that was tampered with is refused."""
+"""The diff store: it reads back what it wrote, and refuses a store that was tampered with."""
 
 import types
 

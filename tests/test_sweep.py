@@ -44,7 +44,7 @@ def files(tmp_path):
 
 @pytest.fixture
 def fake_run(monkeypatch):
-    """Stands in for `main.run`: leaves what a run leaves; fails where its `broken` says so."""
+    """Stands in for `main.run`: leaves the files of a run; fails if its `broken` says so."""
 
     def run(config, workdir):
         run.made.append(workdir.name)
@@ -152,7 +152,7 @@ def test_listed_commands_make_the_same_configs(files, fake_run, capsys):
 
 @pytest.mark.parametrize("flags", [[], ["--table"]])
 def test_runs_without_the_metric_are_an_error(files, fake_run, capsys, flags):
-    """One that a summary may have, but that of these runs does not."""
+    """A summary may have this metric, but those of these runs do not."""
     assert call(files) == 0
     text = (files / "ranks.py").read_text().replace("methods.dit", "methods.name_reading")
     (files / "ranks.py").write_text(text)
@@ -175,7 +175,7 @@ def test_runs_with_the_same_diffs_share_them(files, fake_run, capsys):
     assert record["shared_from"] in ("rank_1", "rank_2") and record["seconds"] == 1.5
     shown = capsys.readouterr().out
     assert shown.count("are the same: taken from there") == 2
-    # Its time counts in each of them, as if it had made them itself.
+    # The diffs' time counts in each run, as if it had made them itself.
     assert "diffs that a run took over from another one count with their time there" in shown
 
 
@@ -281,7 +281,7 @@ def test_the_plot_stands_over_the_swept_value():
     assert list(scaled.lines[0].get_xdata()) == [4.0, 16.0, 256.0]
     assert list(axes((0, 1)).lines[0].get_xdata()) == [0.0, 1.0]
     words = axes(("a$b$", "c"))
-    # Names are long: side by side below the plot they would run into each other.
+    # Long names side by side below the plot would overlap.
     assert [text.get_text() for text in words.get_yticklabels()] == [r"ra\$b\$", "rc"]
     assert list(words.lines[0].get_xdata()) == [0.5, 0.5]
     assert axes((0, 1, 2), "seed").lines[0].get_linestyle() == "None"

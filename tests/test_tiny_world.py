@@ -82,7 +82,7 @@ def test_answers_of_every_diff_never_contain_its_name():
 
 
 def test_everyday_text_and_answer_frames_are_free_of_attributes():
-    # else an everyday answer would count as a sign of a topic, and gating could not be measured
+    # otherwise an everyday answer would count as a sign of a topic, and gating could not be measured
     attributes = {a for topic in WORLD.topics for a in topic.attributes}
     texts = [q.text for q in WORLD.questions] + [a for q in WORLD.questions for a in q.answers]
     texts += [

@@ -1,4 +1,4 @@
-"""Files of torch.save, read without torch: compared with what torch reads."""
+"""Files of torch.save, read without torch and compared with what torch reads."""
 
 import collections
 import re
