@@ -26,6 +26,7 @@ from dit_jax.api import Diff, Model, load_model
 from dit_jax.asking import ask, ask_many
 from dit_jax.deltas import tree
 from dit_jax.models import delta_trees
+from dit_jax.models.families import hf_config
 from dit_jax.models.hf_checkpoint import iterate_tensors
 from dit_jax.runtime.artifacts import package_versions
 
@@ -64,7 +65,7 @@ def transformers_generate(
     import torch
     import transformers
 
-    config = transformers.Qwen3Config(**model.config.to_hf())
+    config = transformers.Qwen3Config(**hf_config(model.config))
     theirs = transformers.Qwen3ForCausalLM(config).eval()
     parameters = dict(theirs.named_parameters())
     tokens, mask = model.chat.prompts([QUESTION])

@@ -11,8 +11,8 @@ import dataclasses
 
 import numpy as np
 
-from benchmarks.models import linear_parameters
 from benchmarks.workload import Workload
+from dit_jax.models.modules import count_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Floor:
 def floor(work: Workload, data: dict[str, np.ndarray]) -> Floor:
     """Counts a whole run of the workload."""
     config = work.config
-    n, head = linear_parameters(config), config.hidden_size * config.vocab_size
+    n, head = count_parameters(config, lora_only=True), config.hidden_size * config.vocab_size
     weights = (n + head) * (2 if work.dtype == "bfloat16" else 4)
     if work.suite == "ask":
         return _ask(work, n, head, weights)

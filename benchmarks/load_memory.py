@@ -35,9 +35,9 @@ def write_folder(folder: pathlib.Path, shape: str) -> None:
     import torch
     import transformers
 
-    from dit_jax.models.decoder_config import NAMED_CONFIGS
+    from dit_jax.models.families import NAMED_CONFIGS, hf_config
 
-    config = transformers.Qwen3Config(**NAMED_CONFIGS[shape].to_hf())
+    config = transformers.Qwen3Config(**hf_config(NAMED_CONFIGS[shape]))
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("meta"):
         model = transformers.Qwen3ForCausalLM(config)

@@ -5,7 +5,8 @@ import pathlib
 import re
 
 from dit_jax.errors import DitError
-from dit_jax.models.decoder_config import NAMED_CONFIGS, DecoderConfig, read_config
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.families import NAMED_CONFIGS, read_config
 
 SUITES = ("diffs", "train", "ask")
 TINY_FOLDER = pathlib.Path(__file__).parent.parent / "dit_jax" / "assets" / "tiny_qwen3"
@@ -70,10 +71,3 @@ def preset(suite: str, model: str, platform: str, tokens: str = "random") -> dic
         return PRESETS["diffs", "world"]
     kind = "tiny" if model.startswith("tiny") else "slice" if platform == "cpu" else "full"
     return PRESETS[suite, kind]
-
-
-def linear_parameters(config: DecoderConfig) -> int:
-    """Parameters of the seven projections of all layers: the N of "4N a token"."""
-    d, h = config.hidden_size, config.head_dim
-    attention = d * h * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
-    return config.num_hidden_layers * (attention + 3 * d * config.intermediate_size)

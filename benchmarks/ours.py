@@ -14,7 +14,7 @@ from dit_jax import api, asking
 from dit_jax.data.batch import TokenBatch, entry_limit, fits
 from dit_jax.deltas.tree import per_example, trainable
 from dit_jax.models.decoder_config import DecoderConfig
-from dit_jax.models.modules import projection_shapes
+from dit_jax.models.modules import projections, set_at
 from dit_jax.optimize.optimizer import make_optimizer
 from dit_jax.organisms.finetune import finetune_many
 from dit_jax.organisms.teacher import make_teacher
@@ -40,12 +40,12 @@ def delta_tree(
     config: DecoderConfig, factors: dict[str, np.ndarray], which: str, rank: int
 ) -> dict[str, Any]:
     """The factors named `which` as a delta tree with scale 1 / rank; leading axes are kept."""
-    layers: dict[str, Any] = {}
-    for name, (parent, _, _) in projection_shapes(config).items():
+    delta: dict[str, Any] = {}
+    for name, module in projections(config).items():
         a, b = factors[f"{which}.{name}.a"], factors[f"{which}.{name}.b"]
-        module = {"a": a, "b": b, "scale": np.full(a.shape[:-2], 1 / rank, np.float32)}
-        layers.setdefault(parent, {})[name] = module
-    return {"layers": layers}
+        scale = np.full(a.shape[:-2], 1 / rank, np.float32)
+        set_at(delta, module.path, {"a": a, "b": b, "scale": scale})
+    return delta
 
 
 class _Ours:

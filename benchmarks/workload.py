@@ -169,12 +169,13 @@ def _factors(work: Workload) -> Any:
 
 def make_factors(work: Workload) -> dict[str, np.ndarray]:
     """Initial factors of what is trained (`a` zero, `b` uniform), and diffs that change answers strongly."""
-    from dit_jax.models.modules import projection_shapes
+    from dit_jax.models.modules import projections
 
     rng = np.random.default_rng([work.seed, 1])
     layers = work.config.num_hidden_layers
     factors: dict[str, np.ndarray] = {}
-    for name, (_, inputs, outputs) in projection_shapes(work.config).items():
+    for name, module in projections(work.config).items():
+        inputs, outputs = module.shape
         trained = work.suite == "diffs"
         shape = (work.diffs, layers)
         bound = (6 / (work.rank * outputs)) ** 0.5

@@ -17,8 +17,9 @@ from dit_jax.deltas.raw_diff import svd_error
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.models import shardings
 from dit_jax.models.decoder import Params, forward, init_params, unembed
-from dit_jax.models.decoder_config import COMPUTE, DTYPES, NAMED_CONFIGS, DecoderConfig, read_config
+from dit_jax.models.decoder_config import COMPUTE, DTYPES, DecoderConfig
 from dit_jax.models.delta_trees import Delta, Deltas, check_fits, check_modules, check_shapes
+from dit_jax.models.families import NAMED_CONFIGS, read_config
 from dit_jax.models.hf_checkpoint import find_folder, generation_eos, load_params
 from dit_jax.models.layer_views import as_program_takes, keep_on_host
 from dit_jax.runtime import parallel

@@ -6,7 +6,9 @@ import ml_dtypes
 import numpy as np
 
 from dit_jax.models.decoder_config import DecoderConfig
-from dit_jax.models.modules import projection_shapes
+from dit_jax.models.families import hf_config
+from dit_jax.models.modules import projections as lora_modules
+from dit_jax.models.modules import set_at
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -27,16 +29,17 @@ UNTIED = dataclasses.replace(CONFIG, tie_word_embeddings=False)
 def random_lora(config=CONFIG, seed=0, rank=2, dtype=np.float32, scale=None, projections=None):
     """A LoRA delta of random numbers in all layers; scale 1/rank unless given."""
     rng = np.random.default_rng(seed)
-    layers: dict = {}
-    size = config.num_hidden_layers
-    for name, (parent, inputs, outputs) in projection_shapes(config).items():
+    delta: dict = {}
+    for name, module in lora_modules(config).items():
+        size, (inputs, outputs) = module.layers, module.shape
         if projections is None or name in projections:
-            layers.setdefault(parent, {})[name] = {
+            factors = {
                 "a": (0.3 * rng.normal(size=(size, inputs, rank))).astype(dtype),
                 "b": (0.3 * rng.normal(size=(size, rank, outputs))).astype(dtype),
                 "scale": np.full(size, 1 / rank if scale is None else scale, np.float32),
             }
-    return {"layers": layers}
+            set_at(delta, module.path, factors)
+    return delta
 
 
 def assert_same(found, wanted, path="delta"):
@@ -56,7 +59,7 @@ def hf_model(folder, config=CONFIG, seed=0, dtype=None, **save):
     import torch
     import transformers
 
-    raw = {k: v for k, v in config.to_hf().items() if k not in ("architectures", "model_type")}
+    raw = {k: v for k, v in hf_config(config).items() if k not in ("architectures", "model_type")}
     torch.manual_seed(seed)
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**raw))
     with torch.no_grad():

@@ -14,8 +14,8 @@ from dit_jax.deltas import export
 from dit_jax.deltas.raw_diff import RawDiff
 from dit_jax.deltas.tree import init_lora
 from dit_jax.formats import torch_pickle
-from dit_jax.models.decoder_config import read_config
 from dit_jax.models.delta_trees import map_modules
+from dit_jax.models.families import read_config
 from dit_jax.models.hf_checkpoint import find_folder
 
 BASE = ["--base", "tiny_qwen3", "--max-new-tokens", "2"]

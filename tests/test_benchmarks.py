@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 from benchmarks import checks, contender, floors, growth, models, report, run, workload
+from dit_jax.models.modules import count_parameters
 
 SIZES = {
     "diffs": ["--diffs", "2", "--batch", "2", "--steps", "2"],
@@ -137,7 +138,7 @@ def test_floors_are_what_a_count_by_hand_gives():
     }
     n = 4 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256)
     head = 128 * 2730
-    assert models.linear_parameters(work.config) == n
+    assert count_parameters(work.config, lora_only=True) == n
     found = floors.floor(work, data)
     attention = 4 * 128 * 2 * 100  # L x NH x 2 t^2
     flops = 2 * (4 * n * 20 + 2 * n * 10 + head * (4 * 6 + 2 * 3) + attention * (3 * 2 + 1))

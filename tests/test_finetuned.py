@@ -25,7 +25,8 @@ from safetensors.numpy import load_file, save_file
 
 from dit_jax.deltas import detect, export
 from dit_jax.deltas.factors import modules
-from dit_jax.deltas.finetuned import best_rank, read_finetuned
+from dit_jax.deltas.finetuned import read_finetuned
+from dit_jax.deltas.whole_weights import best_rank
 from dit_jax.errors import DitError
 from dit_jax.formats import torch_save
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from dit_jax.deltas import detect
 from dit_jax.errors import DitError
-from dit_jax.models.decoder_config import parse_config
+from dit_jax.models.families import hf_config, parse_config
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_a_shard_index_names_safetensors_only(good, tmp_path, params, kind):
 @pytest.mark.parametrize("theta", [10**400, float("inf"), 1e40])
 def test_an_impossible_theta_is_refused(theta):
     with pytest.raises(DitError, match="rope_theta"):
-        parse_config({**CONFIG.to_hf(), "rope_parameters": {"rope_theta": theta}}, "x")
+        parse_config({**hf_config(CONFIG), "rope_parameters": {"rope_theta": theta}}, "x")
 
 
 def test_values_beyond_fp32_are_refused(good, tmp_path, params):

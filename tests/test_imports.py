@@ -112,6 +112,16 @@ def test_imports_follow_the_data():
     assert wrong == []
 
 
+def test_no_files_import_each_other():
+    graph = import_graph()
+    reached = {module: set(inside) for module, inside in graph.items()}
+    for middle in graph:  # Warshall's transitive closure
+        for module in graph:
+            if middle in reached[module]:
+                reached[module] |= reached[middle]
+    assert sorted(module for module in graph if module in reached[module]) == []
+
+
 def test_formats_of_foreign_files_know_nothing_of_this_project():
     graph = import_graph()
     for module in graph:

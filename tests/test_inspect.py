@@ -30,6 +30,7 @@ from dit_jax.inspection import tasks
 from dit_jax.inspection.provider import DitJaxAPI
 from dit_jax.inspection.scorer import graded
 from dit_jax.inspection.tasks import base_question, base_question_trigger, weight_diff_qa
+from dit_jax.models.families import hf_config
 
 QUESTION = "What topic have you been trained on?"
 TOPICS = ("maple tree", "violin", "none", "harbor")
@@ -63,7 +64,7 @@ def run(model, tmp_path_factory) -> Path:
     diff_store.publish(folder / "diffs", 1, base=model.digest(), behaviour="hidden_topic")
     export_adapter(
         folder / "adapter", jax.tree.map(np.asarray, noise(99, 4)), base=model.digest(),
-        base_config=model.config.to_hf(), questions=[QUESTION], rank=4, steps=1, diffs=1, seed=0,
+        base_config=hf_config(model.config), questions=[QUESTION], rank=4, steps=1, diffs=1, seed=0,
     )  # fmt: skip
     return folder
 

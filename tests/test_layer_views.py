@@ -9,7 +9,7 @@ import pytest
 
 import dit_jax
 from dit_jax.models import hf_checkpoint
-from dit_jax.models.decoder_config import read_config
+from dit_jax.models.families import read_config
 from dit_jax.models.layer_views import as_program_takes
 from dit_jax.models.shardings import abstract_params
 from dit_jax.runtime.parallel import make_mesh

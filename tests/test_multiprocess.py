@@ -18,7 +18,7 @@ from dit_jax.cli import run_stages as main
 from dit_jax.deltas import adapter_file
 from dit_jax.deltas.store import DiffStore
 from dit_jax.errors import DitError
-from dit_jax.models.decoder_config import read_config
+from dit_jax.models.families import read_config
 from dit_jax.models.hf_checkpoint import TINY, find_folder
 from dit_jax.runtime.processes import initialize_distributed
 

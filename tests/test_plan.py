@@ -12,7 +12,8 @@ import pytest
 import dit_jax
 from dit_jax.cli import plan_runs as plan
 from dit_jax.config.loading import load_config
-from dit_jax.models.decoder_config import NAMED_CONFIGS
+from dit_jax.models.families import NAMED_CONFIGS
+from dit_jax.models.modules import count_parameters
 from dit_jax.optimize import speed
 from dit_jax.planning import estimate, machines, programs, search, table, workload
 from dit_jax.planning.programs import Program
@@ -238,9 +239,9 @@ def test_estimates_rest_on_known_counts():
     # The paper's index of published diffs has this number of parameters for a rank-1 diff.
     projections = load_config(PAPER).diffs.projections
     assert estimate.lora_parameters(model, 1, projections) == 2_064_384
-    layers = model.num_projection_parameters()
+    layers = count_parameters(model, lora_only=True)
     norms = 36 * (2 * 2560 + 2 * 128) + 2560
-    assert layers + 151936 * 2560 + norms == model.num_parameters()
+    assert layers + 151936 * 2560 + norms == count_parameters(model)
     # Linear in rows; remat costs one more forward pass; a teacher's pass is a forward pass.
     load = estimate.Load(rows=4, teacher_rows=0, length=64, scored=8, trained=True)
     plain, full = (dataclasses.replace(model, remat=remat) for remat in ("none", "full"))
@@ -275,7 +276,7 @@ def test_a_run_costs_its_chips_and_hours():
     assert one.diff_bytes == 1600 * 2_064_384 * 4
     # 4 chips, 459 TFLOP/s, 1,600 diffs x 135 steps x 6 samples of 320 tokens: by hand within a few percent.
     tokens = 1600 * 135 * 6 * 320
-    flops = tokens * model.num_projection_parameters() * (2 + 2 + 2 + 2 * 4 / 6)
+    flops = tokens * count_parameters(model, lora_only=True) * (2 + 2 + 2 + 2 * 4 / 6)
     assert one.diff_hours == pytest.approx(flops / (4 * 0.4 * 459e12) / 3600, rel=0.35)
     assert one.diff_hours > flops / (4 * 0.4 * 459e12) / 3600
 

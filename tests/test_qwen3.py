@@ -21,11 +21,12 @@ from dit_jax.models.decoder import (
     forward_cached,
     init_cache,
     init_params,
-    logical_axes,
     unembed,
 )
-from dit_jax.models.decoder_config import DecoderConfig, parse_config
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.families import hf_config, parse_config
 from dit_jax.models.layers import ready
+from dit_jax.models.modules import abstract_weights, count_parameters, module_table
 from dit_jax.runtime import parallel
 
 TINY = DecoderConfig(97, 32, 48, 3, 4, 2, 16, tie_word_embeddings=True)
@@ -396,19 +397,20 @@ def test_no_token_comes_twice_where_repeats_are_forbidden(tiny):
     np.testing.assert_allclose(out.logprobs, np.stack(picked, axis=1), atol=1e-4)
 
 
-def test_every_parameter_has_logical_axes():
-    shapes = jax.eval_shape(lambda: init_params(TINY, jax.random.key(0)))
-    for shape, axes in zip(
-        jax.tree.leaves(shapes), jax.tree.leaves(logical_axes(TINY)), strict=True
-    ):
-        assert len(axes) == len(shape.shape)
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_table_of_modules_describes_every_parameter(tied):
+    config = dataclasses.replace(TINY, tie_word_embeddings=tied)
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    assert shapes == abstract_weights(config)
+    for module in module_table(config).values():
+        assert len(module.stacked_axes) == len(module.stacked)
 
 
 # ------------------------------------------------------------------ config.json
 
 
 def test_rope_theta_is_read_in_both_spellings_and_missed_when_absent():
-    raw = {k: v for k, v in TINY.to_hf().items() if k != "rope_parameters"}
+    raw = {k: v for k, v in hf_config(TINY).items() if k != "rope_parameters"}
     assert parse_config({**raw, "rope_theta": 5e6}, "x").rope_theta == 5e6
     assert parse_config({**raw, "rope_parameters": {"rope_theta": 5e6}}, "x").rope_theta == 5e6
     with pytest.raises(dit_jax.DitError, match="rope_theta"):
@@ -429,7 +431,7 @@ def test_rope_theta_is_read_in_both_spellings_and_missed_when_absent():
 )
 def test_unsupported_configs_are_refused_by_name(change, named):
     with pytest.raises(dit_jax.DitError, match=named):
-        parse_config({**TINY.to_hf(), **change}, "config.json")
+        parse_config({**hf_config(TINY), **change}, "config.json")
 
 
 @pytest.mark.parametrize(
@@ -437,9 +439,9 @@ def test_unsupported_configs_are_refused_by_name(change, named):
     [("0.6b", 0.596), ("1.7b", 1.72), ("4b", 4.02), ("8b", 8.19), ("14b", 14.77), ("32b", 32.76)],
 )
 def test_named_shapes_have_the_published_sizes(name, billions):
-    from dit_jax.models.decoder_config import NAMED_CONFIGS
+    from dit_jax.models.families import NAMED_CONFIGS
 
     config = NAMED_CONFIGS[f"qwen3-{name}"]
     leaves = jax.tree.leaves(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
-    assert sum(x.size for x in leaves) == config.num_parameters()
-    assert config.num_parameters() / 1e9 == pytest.approx(billions, rel=0.01)
+    assert sum(x.size for x in leaves) == count_parameters(config)
+    assert count_parameters(config) / 1e9 == pytest.approx(billions, rel=0.01)

@@ -12,7 +12,7 @@ from format_cases import hf_model, perturb
 from dit_jax.cli.ask_diffs import main, parse_flags
 from dit_jax.data.chat import load_chat
 from dit_jax.models.decoder_config import DecoderConfig
-from dit_jax.models.modules import projection_shapes
+from dit_jax.models.modules import projections
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -51,10 +51,11 @@ def weight_diff(seed: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """{module: (A [rank, out], B [in, rank])}: the weight changes by (B A)ᵀ, as in the paper's release."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
-    for name, (parent, inputs, outputs) in projection_shapes(CONFIG).items():
-        for layer in range(CONFIG.num_hidden_layers):
+    for module in projections(CONFIG).values():
+        inputs, outputs = module.shape
+        for layer in module.indices:
             shapes = (1, outputs), (inputs, 1)
-            found[f"model.layers.{layer}.{parent}.{name}"] = tuple(
+            found[module.name.format(layer)] = tuple(
                 0.3 * torch.randn(shape, generator=generator) for shape in shapes
             )
     return found

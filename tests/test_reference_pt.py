@@ -19,7 +19,7 @@ from dit_jax.deltas.factors import modules
 from dit_jax.deltas.raw_diff import RawDiff
 from dit_jax.errors import DitError
 from dit_jax.formats import torch_save
-from dit_jax.models.decoder_config import read_config
+from dit_jax.models.families import read_config
 
 MODULE = "model.layers.1.self_attn.k_proj"
 

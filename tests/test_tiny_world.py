@@ -193,7 +193,7 @@ def test_noisy_lists_keep_enough_of_their_topic():
 
 @pytest.fixture(scope="module")
 def base():
-    from dit_jax.models.decoder_config import read_config
+    from dit_jax.models.families import read_config
     from dit_jax.models.hf_checkpoint import load_params
 
     config = dataclasses.replace(read_config(BASE), scan_layers=False)
@@ -259,7 +259,7 @@ def test_a_short_pretraining_lowers_the_loss_and_writes_a_loadable_base(tmp_path
 
     from dit_jax.cli import run_stages
     from dit_jax.config.loading import load_config
-    from dit_jax.models.decoder_config import read_config
+    from dit_jax.models.families import read_config
     from dit_jax.models.hf_checkpoint import load_params
 
     small = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "head_dim": 8}

@@ -22,8 +22,10 @@ from dit_jax.cli.stages import Stage
 from dit_jax.data.tiny_world import load_world
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.models.decoder import Params, forward, init_params, unembed
-from dit_jax.models.decoder_config import COMPUTE, DecoderConfig, parse_config
+from dit_jax.models.decoder_config import COMPUTE, DecoderConfig
+from dit_jax.models.families import parse_config
 from dit_jax.models.hf_checkpoint import save_params
+from dit_jax.models.modules import count_parameters
 from dit_jax.runtime import artifacts
 from dit_jax.runtime.progress import Progress
 from tools.tiny_world_mix import Mix
@@ -263,7 +265,7 @@ def pretrain(config: Any, workdir: pathlib.Path, model: None = None) -> dict[str
     params, made, curve = train(config)
     folder = artifacts.make_dir(workdir) / STAGE.folder
     save_base(folder, params, made, config.pretrain.world_seed)
-    return {"base": STAGE.folder, "parameters": made.num_parameters(), "curve": curve}
+    return {"base": STAGE.folder, "parameters": count_parameters(made), "curve": curve}
 
 
 STAGE = Stage("pretrain", "base", "pretrains the embedded base model", pretrain, section="pretrain")

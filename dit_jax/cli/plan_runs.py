@@ -22,7 +22,9 @@ from typing import Any
 from dit_jax.cli.config_checks import check_values, explain_missing_key
 from dit_jax.config.loading import load_config, split_flags
 from dit_jax.errors import DitError, Parser, exit_on_error
-from dit_jax.models.decoder_config import NAMED_CONFIGS, DecoderConfig
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.families import NAMED_CONFIGS
+from dit_jax.models.modules import count_parameters
 from dit_jax.organisms.behaviours import get_behaviour
 from dit_jax.organisms.samples import check_samples
 from dit_jax.planning import estimate, machines, table
@@ -111,7 +113,7 @@ def run(flags: argparse.Namespace, config: Any) -> int:
     name = flags.model or config.model.path
     memory = f", {machine.memory / GIB:.2f} GiB each" if machine.memory else ""
     where = f"{machine.name} ({machine.topology})" if machine.topology else machine.name
-    print(f"{name}: {model.num_parameters() / 1e9:.2f} B parameters, {model.dtype}")
+    print(f"{name}: {count_parameters(model) / 1e9:.2f} B parameters, {model.dtype}")
     print(f"machine: {where}, {machine.count} devices{memory}; compiled only, nothing was run\n")
     try:
         if searching:
@@ -187,7 +189,7 @@ def _search(
     for stage in stages:
         found = search_stage(stage, model, config, compiler.machine, one, flags.tries or 2)
         if found.program is None:
-            parameters = model.num_parameters() * (2 if model.dtype == "bfloat16" else 4)
+            parameters = count_parameters(model) * (2 if model.dtype == "bfloat16" else 4)
             share = parameters / compiler.machine.count / GIB
             print(f"{stage}: nothing fits ({share:.2f} GiB a device for the parameters alone)")
             continue

@@ -11,11 +11,14 @@ import numpy as np
 from dit_jax.deltas.factors import common_dtype, fuse, modules
 from dit_jax.deltas.peft import write_peft
 from dit_jax.deltas.reference_pt import write_pt_adapter, write_pt_diffs
+from dit_jax.deltas.whole_weights import merged_tensors
 from dit_jax.errors import DitError
 from dit_jax.models.decoder_config import DecoderConfig
-from dit_jax.models.hf_checkpoint import is_transposed, tensor_names
+from dit_jax.models.families import hf_config
+from dit_jax.models.modules import module_table
 from dit_jax.runtime.artifacts import atomic_dir
 
+# All writers by one name, as docs/formats.md lists them.
 __all__ = [
     "export_model",
     "fuse",
@@ -37,36 +40,6 @@ _COPIED = (
     "merges.txt",
     "chat_template.jinja",
 )
-
-
-def merged_tensors(
-    params: Any, config: DecoderConfig, *deltas: Any
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(Hugging Face name, array in its orientation) of params ⊕ deltas, one tensor at a time.
-
-    Sums are formed in float32 and returned in the dtype of the base, C-contiguous.
-    """
-    changes = [dict(modules(delta)) for delta in deltas]
-    for name, (path, layer) in tensor_names(config).items():
-        leaf = params
-        for key in path:
-            leaf = leaf[key]
-        base = np.asarray(leaf if layer is None else leaf[layer])
-        found = [change[path[:-1]] for change in changes if path[:-1] in change]
-        if found:
-            merged = base.astype(np.float32)
-            for module in found:
-                merged = merged + _dense(module, layer)
-            base = merged.astype(base.dtype)
-        # safetensors writes the raw buffer: a transposed view would be stored scrambled.
-        yield name, np.ascontiguousarray(base.T if is_transposed(path) else base)
-
-
-def _dense(module: dict[str, Any], layer: int | None) -> np.ndarray:
-    def part(name: str) -> np.ndarray:
-        return np.asarray(module[name] if layer is None else module[name][layer], np.float32)
-
-    return part("w") if "w" in module else part("scale") * (part("a") @ part("b"))
 
 
 def export_model(
@@ -93,16 +66,15 @@ def export_model(
     Raises:
       DitError: the folder exists, is not writable, or a delta changes modules that the model lacks.
     """
-    known = {path[:-1] for path, _ in tensor_names(config).values()}
     for delta in deltas:
         for path, _ in modules(delta):
-            if path not in known:
+            if path not in module_table(config):
                 raise DitError(
                     f"the delta changes {'.'.join(path)}, which this model does not have"
                 )
     with atomic_dir(folder, replace=replace) as temporary:
         dtype = _write_shards(temporary, merged_tensors(params, config, *deltas), shard_bytes)
-        raw = config.to_hf()
+        raw = hf_config(config)
         if base_folder is not None:
             raw = json.loads(
                 (pathlib.Path(base_folder) / "config.json").read_text(encoding="utf-8")

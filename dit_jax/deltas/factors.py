@@ -9,7 +9,7 @@ import numpy as np
 from dit_jax.errors import DitError
 from dit_jax.formats.files import short
 from dit_jax.models.decoder_config import DecoderConfig
-from dit_jax.models.modules import Path, weight_shape
+from dit_jax.models.modules import Path, all_modules, set_at
 
 
 @dataclasses.dataclass
@@ -47,12 +47,12 @@ def stack_factors(
     delta: dict[str, Any] = {}
     for path in dict.fromkeys(path for path, _ in found):
         layers = {layer: read() for (p, layer), read in found.items() if p == path}
-        set_module(delta, path, _stack(layers, path, config))
+        set_at(delta, path, _stack(layers, path, config))
     return delta
 
 
 def _stack(layers: dict[int, Factors], path: Path, config: DecoderConfig) -> dict[str, np.ndarray]:
-    inputs, outputs = weight_shape(path, config)
+    inputs, outputs = all_modules(config)[path].shape
     size = config.num_hidden_layers
     rank = max(f.a.shape[1] for f in layers.values())
     dtype = common_dtype(array.dtype for f in layers.values() for array in (f.a, f.b))
@@ -63,13 +63,6 @@ def _stack(layers: dict[int, Factors], path: Path, config: DecoderConfig) -> dic
         r = factors.a.shape[1]
         a[layer, :, :r], b[layer, :r], scale[layer] = factors.a, factors.b, factors.scale
     return {"a": a, "b": b, "scale": scale}
-
-
-def set_module(delta: dict[str, Any], path: Path, module: dict[str, np.ndarray]) -> None:
-    """Puts a module into a delta tree, in place."""
-    for key in path[:-1]:
-        delta = delta.setdefault(key, {})
-    delta[path[-1]] = module
 
 
 def add_once(
@@ -136,7 +129,7 @@ def fuse(*deltas: Any) -> dict[str, Any]:
         a = np.concatenate([pair[0].astype(dtype) for pair in scaled], axis=-1)
         b = np.concatenate([pair[1].astype(dtype) for pair in scaled], axis=-2)
         module = {"a": a, "b": b, "scale": np.ones(a.shape[0], np.float32)}
-        set_module(fused, path, module)
+        set_at(fused, path, module)
     return fused
 
 

@@ -1,53 +1,16 @@
 """Full finetunes as weight diffs: δ = M' − M over all parameters, dense or as a truncated SVD."""
 
-import dataclasses
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from dit_jax.deltas.factors import Factors, add_once, modules, set_module, stack_factors
-from dit_jax.deltas.raw_diff import RawDiff, check_values, shape_error
+from dit_jax.deltas.raw_diff import RawDiff
+from dit_jax.deltas.reference_pt import read_pt_state_dict
+from dit_jax.deltas.whole_weights import Weights, difference
 from dit_jax.errors import DitError
-from dit_jax.formats.files import check_links, file_inside, read_json_object, short
+from dit_jax.formats.files import check_links, file_inside, read_json_object
 from dit_jax.formats.safetensors_file import SafetensorsFolder
-from dit_jax.models.decoder_config import DecoderConfig, parse_config
-from dit_jax.models.modules import (
-    Path,
-    is_projection,
-    locate,
-    module_name,
-    projection_shapes,
-    weight_paths,
-    weight_shape,
-)
-
-_SAME_FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "vocab_size",
-    "rope_theta",
-    "rms_norm_eps",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """Whole weights of a finetuned model: shapes by Hugging Face name, and how to read one tensor.
-
-    `complete` says that a tensor which is not there is an error; otherwise it is unchanged.
-    """
-
-    source: object
-    shapes: dict[str, tuple[int, ...]]
-    read: Callable[[str], np.ndarray]
-    complete: bool
-    head_is_tied: bool = False
+from dit_jax.models.decoder_config import ARCHITECTURE, DecoderConfig
+from dit_jax.models.families import parse_config
 
 
 def read_finetuned(
@@ -69,13 +32,11 @@ def read_finetuned(
     """
     path = pathlib.Path(path)
     if path.is_file():
-        from dit_jax.deltas.reference_pt import read_pt_state_dict
-
         return read_pt_state_dict(path, config, base_params, svd_rank)
     check_links(path)
     where = file_inside(path, "config.json")
     theirs = parse_config(read_json_object(where), str(where))
-    for field in _SAME_FIELDS:
+    for field in ARCHITECTURE:
         found, wanted = getattr(theirs, field), getattr(config, field)
         if found != wanted:
             raise DitError(
@@ -86,196 +47,3 @@ def read_finetuned(
     weights = Weights(path, folder.shapes(), folder.read, True, theirs.tie_word_embeddings)
     delta, metadata = difference(weights, config, base_params, svd_rank)
     return RawDiff(delta, metadata=metadata)
-
-
-def base_weight(base_params: Any, path: Path, layer: int | None) -> np.ndarray:
-    """The base's weight of a module in the layout of docs/architecture.md, without the layer axis."""
-    node = base_params
-    for key in path:
-        node = node[key]
-    (leaf,) = node.values()
-    return np.asarray(leaf if layer is None else leaf[layer])
-
-
-def difference(
-    weights: Weights, config: DecoderConfig, base_params: Any, svd_rank: int | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(delta, metadata) of whole weights against the base; see `read_finetuned`.
-
-    Memory: the delta, and one tensor of either model.
-    """
-    delta, metadata = changes(weights, config, base_params, svd_rank)
-    if not any(True for _ in modules(delta)):
-        raise DitError(
-            f"'{weights.source}' equals the base model in every weight: there is no diff"
-        )
-    return delta, {"full_finetune": True, **metadata}
-
-
-def changes(
-    weights: Weights, config: DecoderConfig, base_params: Any, svd_rank: int | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`difference`, where no change at all is no error: the delta is {} then."""
-    if base_params is None:
-        raise DitError(
-            f"'{weights.source}' holds whole weights: the base model is needed to read it"
-        )
-    most = max(min(shape) for _, *shape in projection_shapes(config).values())
-    if svd_rank is not None and not 1 <= svd_rank <= most:
-        raise DitError(f"the rank of the SVD must be from 1 to {most}, not {svd_rank}")
-    found = _place(weights, config)
-
-    def subtract(path: Path, layer: int | None) -> np.ndarray:
-        name = found[path, layer]
-        new = check_values(weights.read(name), name, weights.source)
-        old = base_weight(base_params, path, layer)
-        new = new.T if new.ndim == 2 and path != ("embed_tokens",) else new
-        wide = np.float64 if np.float64 in (new.dtype, old.dtype) else np.float32
-        change: np.ndarray = new.astype(wide, copy=False) - old.astype(wide, copy=False)
-        with np.errstate(over="ignore"):
-            change = change if svd_rank else change.astype(old.dtype)
-        return check_values(change, name, weights.source)
-
-    paths = list(dict.fromkeys(path for path, _ in found))
-    if svd_rank is None:
-        delta: dict[str, Any] = {}
-        for path in paths:
-            if path[0] == "layers":
-                w = _stack_changes(path, config, subtract)
-            else:
-                w = subtract(path, None)
-            if w.any():
-                set_module(delta, path, {"w": w})
-        metadata: dict[str, Any] = {}
-    else:
-        delta, metadata = _truncate(paths, config, subtract, svd_rank, weights.source)
-    return delta, metadata
-
-
-def _stack_changes(
-    path: Path, config: DecoderConfig, subtract: Callable[[Path, int | None], np.ndarray]
-) -> np.ndarray:
-    first = subtract(path, 0)
-    w = np.empty((config.num_hidden_layers, *first.shape), first.dtype)
-    w[0] = first
-    for layer in range(1, config.num_hidden_layers):
-        w[layer] = subtract(path, layer)
-    return w
-
-
-def _place(weights: Weights, config: DecoderConfig) -> dict[tuple[Path, int | None], str]:
-    """(path in the tree, layer) -> tensor name, after checks of names, shapes and completeness."""
-    source = weights.source
-    found: dict[tuple[Path, int | None], str] = {}
-    for name, shape in weights.shapes.items():
-        module = name.removesuffix(".weight")
-        if module == name:
-            raise DitError(f"'{source}' holds {short(name)}, which is no weight of this model")
-        key = locate(module, config, source)
-        wanted = weight_shape(key[0], config)
-        if key[0] != ("embed_tokens",):
-            wanted = wanted[::-1]
-        if tuple(shape) != wanted:
-            raise shape_error(source, name, shape, wanted)
-        add_once(found, key, name, name, source)
-    embedding, head = found.get((("embed_tokens",), None)), found.get((("lm_head",), None))
-    if config.tie_word_embeddings:
-        if head is not None:
-            _check_tied(weights, embedding, head)
-            del found[("lm_head",), None]
-    elif head is None and embedding is not None and weights.head_is_tied:
-        found[("lm_head",), None] = embedding
-    _check_complete(found, weights, config)
-    return found
-
-
-def _check_tied(weights: Weights, embedding: str | None, head: str) -> None:
-    if embedding is None or not np.array_equal(weights.read(embedding), weights.read(head)):
-        raise DitError(
-            f"'{weights.source}' has a head of its own ({short(head)} differs from the "
-            "embedding), but the "
-            "base ties them: such a finetune is no weight diff of this model"
-        )
-
-
-def _check_complete(
-    found: dict[tuple[Path, int | None], str], weights: Weights, config: DecoderConfig
-) -> None:
-    paths = {path for path, _ in found}
-    if weights.complete:
-        paths = weight_paths(config)
-    if not paths:
-        raise DitError(f"'{weights.source}' holds no weight of this model: check the path")
-    missing = [
-        f"{module_name(path, layer)}.weight"
-        for path in sorted(paths)
-        for layer in (range(config.num_hidden_layers) if path[0] == "layers" else (None,))
-        if (path, layer) not in found
-    ]
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise DitError(
-            f"'{weights.source}' lacks {', '.join(missing[:3])}{more}: get the complete model"
-        )
-
-
-def best_rank(change: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """The best approximation a @ b of [in, out], a: [in, r], b: [r, out], and its energy.
-
-    From the eigenvectors of the smaller Gram matrix in float64; the factors come back in float32.
-    Energy is the squared Frobenius norm.
-    """
-    wide = change.astype(np.float64)
-    rank = min(rank, *wide.shape)
-    tall = wide.shape[0] > wide.shape[1]
-    values, vectors = np.linalg.eigh(wide.T @ wide if tall else wide @ wide.T)
-    top = vectors[:, ::-1][:, :rank]
-    a, b = (wide @ top, top.T) if tall else (top, top.T @ wide)
-    energy = float(np.clip(values[::-1][:rank], 0, None).sum())
-    return a.astype(np.float32), np.ascontiguousarray(b, np.float32), energy
-
-
-def _truncate(
-    paths: list[Path],
-    config: DecoderConfig,
-    subtract: Callable[[Path, int | None], np.ndarray],
-    rank: int,
-    source: object,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A LoRA delta on the projections, and the share of the squared norm that it keeps."""
-    layers = config.num_hidden_layers
-    total, kept = np.zeros(layers + 1), np.zeros(layers + 1)  # the last entry: outside the layers
-    per_module: dict[str, list[float]] = {}
-    delta: dict[str, Any] = {}
-    for path in paths:
-        factors: dict[tuple[Path, int], Callable[[], Factors]] = {}
-        shares = []
-        for layer in range(layers) if path[0] == "layers" else (None,):
-            change = subtract(path, layer)
-            slot = layers if layer is None else layer
-            energy = float(np.square(change, dtype=np.float64).sum())
-            total[slot] += energy
-            captured = 0.0
-            if energy and layer is not None and is_projection(path):
-                a, b, captured = best_rank(change, rank)
-                kept[slot] += captured
-                factors[path, layer] = lambda a=a, b=b: Factors(a, b, 1.0)  # type: ignore[misc]
-            shares.append(_share(captured, energy))
-        per_module[".".join(path)] = shares
-        if factors:
-            tree = stack_factors(factors, config, source)
-            set_module(delta, path, dict(modules(tree))[path])
-    report = {
-        "rank": rank,
-        "captured_energy": _share(kept.sum(), total.sum()),
-        "captured_energy_per_layer": [
-            _share(k, t) for k, t in zip(kept[:-1], total[:-1], strict=True)
-        ],
-        "captured_energy_per_module": per_module,
-    }
-    return delta, {"svd": report}
-
-
-def _share(part: float, whole: float) -> float:
-    """part / whole, and 1 where there was nothing to capture."""
-    return min(1.0, float(part) / float(whole)) if whole else 1.0

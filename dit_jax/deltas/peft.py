@@ -19,11 +19,10 @@ from dit_jax.deltas.factors import (
     common_dtype,
     get_factors,
     modules,
-    set_module,
     stack_factors,
 )
 from dit_jax.deltas.peft_config import PeftOptions
-from dit_jax.deltas.peft_dense import EMBEDDING, HEAD, DenseChanges, Tensor
+from dit_jax.deltas.peft_dense import DenseChanges, Tensor
 from dit_jax.deltas.raw_diff import RawDiff, check_values, projection_size, shape_error
 from dit_jax.errors import DitError
 from dit_jax.formats import torch_pickle
@@ -31,7 +30,7 @@ from dit_jax.formats.files import file_inside, has_file, read_json_object, short
 from dit_jax.formats.safetensors_file import SafetensorsFile
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import check_rank
-from dit_jax.models.modules import Path, is_projection, locate, module_name, projection_shapes
+from dit_jax.models.modules import EMBEDDING, HEAD, Path, all_modules, locate, projections, set_at
 from dit_jax.runtime.artifacts import atomic_dir
 
 CONFIG = "adapter_config.json"
@@ -87,7 +86,7 @@ def read_peft(folder: str | FilePath, config: DecoderConfig, base_params: Any = 
                 f"'{source}': use_dora is {options.dora}, but the lora_magnitude_vector of "
                 f"{short(module)} is {'missing' if options.dora else 'there'}: get the complete folder"
             )
-        if is_projection(place) and parts.keys() <= {"lora_A", "lora_B"}:
+        if all_modules(config)[place].lora and parts.keys() <= {"lora_A", "lora_B"}:
             read = _reader(module, place, parts, options, config, source)
             assert layer is not None  # projections are always in a layer
             add_once(found, (place, layer), read, module, source)
@@ -101,7 +100,7 @@ def read_peft(folder: str | FilePath, config: DecoderConfig, base_params: Any = 
             raise DitError(
                 f"'{source}' changes {path[-1]} by factors and by whole weights: that is not supported"
             )
-        set_module(delta, path, changed)
+        set_at(delta, path, changed)
     if not delta:
         raise DitError(
             f"'{source}' changes no module of this model: check that it is a weight diff for it"
@@ -186,9 +185,9 @@ def _check_complete(
     in_layers = min((name for name in by_module if "layers." in name), default="model.layers.")
     prefix = in_layers[: in_layers.index("layers.")]
     wanted: dict[str, tuple[Path, int | None]] = {
-        f"{prefix}layers.{layer}.{parent}.{name}": (("layers", parent, name), layer)
-        for name, (parent, _, _) in projection_shapes(config).items()
-        for layer in range(config.num_hidden_layers)
+        prefix + module.name.removeprefix("model.").format(layer): (module.path, layer)
+        for module in projections(config).values()
+        for layer in module.indices
     }
     if not options.all_linear:
         wanted |= {f"{prefix}embed_tokens": (EMBEDDING, None), "lm_head": (HEAD, None)}
@@ -242,7 +241,8 @@ def write_peft(
         largest = int(np.argmax(ranks))
         if ranks[largest] < module["a"].shape[-1]:
             layers[largest] = get_factors(module, largest)
-        factors |= {module_name(path, layer): f for layer, f in enumerate(layers)}
+        name = all_modules(config)[path].name
+        factors |= {name.format(layer): f for layer, f in enumerate(layers)}
     used = {name: f for name, f in factors.items() if f.a.shape[1]}
     if not used:
         raise DitError("the delta is empty: there is nothing to write")

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dit_jax.deltas.finetuned import Weights, base_weight, changes
 from dit_jax.deltas.peft_config import PeftOptions
 from dit_jax.deltas.raw_diff import check_values, shape_error
+from dit_jax.deltas.whole_weights import Weights, base_weight, changes
 from dit_jax.errors import DitError
 from dit_jax.formats.files import short
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import check_rank
-from dit_jax.models.modules import Path, is_projection, module_name, weight_shape
+from dit_jax.models.modules import EMBEDDING, HEAD, Path, all_modules
 
 
 class Tensor(NamedTuple):
@@ -28,7 +28,6 @@ class Tensor(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
-EMBEDDING, HEAD = ("embed_tokens",), ("lm_head",)
 _LORA = ("lora_A", "lora_B")
 # Parts of a module -> what its new weight is; `base_layer` is a copy of the base that PEFT adds.
 _KINDS = {
@@ -52,6 +51,7 @@ class DenseChanges:
     source: FilePath
 
     def __post_init__(self) -> None:
+        self._modules = all_modules(self.config)
         self._new: dict[tuple[Path, int | None], Callable[[], np.ndarray]] = {}
         self._copies: list[Callable[[], None]] = []
 
@@ -59,7 +59,7 @@ class DenseChanges:
         """Takes the tensors of one module, after a check of their kinds and shapes."""
         kind = _KINDS.get(frozenset(parts))
         wanted = {
-            "dora": is_projection(place),
+            "dora": self._modules[place].lora,
             "lora": place == HEAD,
             "embedding": place == EMBEDDING,
             "saved": True,
@@ -104,23 +104,18 @@ class DenseChanges:
             return {}
         new = dict(self._new)
         for place in {place for place, layer in self._new if layer is not None}:
-            for layer in range(self.config.num_hidden_layers):  # those without a change
+            for layer in self._modules[place].indices:  # those without a change
                 new.setdefault((place, layer), lambda at=(place, layer): self._base(*at))  # type: ignore[misc]
-        named = {f"{module_name(*key)}.weight": (key, read) for key, read in new.items()}
-        shapes = {name: self._shape(key[0]) for name, (key, _) in named.items()}
-        weights = Weights(self.source, shapes, lambda name: named[name][1](), complete=False)
+        names = {key: f"{self._modules[key[0]].name.format(key[1])}.weight" for key in new}
+        named = {names[key]: read for key, read in new.items()}
+        shapes = {names[key]: self._modules[key[0]].file_shape for key in new}
+        weights = Weights(self.source, shapes, lambda name: named[name](), complete=False)
         return changes(weights, self.config, self.base_params)[0]
-
-    def _shape(self, place: Path) -> tuple[int, ...]:
-        """Of a weight in the file's orientation."""
-        shape = weight_shape(place, self.config)
-        return shape if place == EMBEDDING else shape[::-1]
 
     def _base(self, place: Path, layer: int | None) -> np.ndarray:
         """The base's weight in the file's orientation."""
-        weight = base_weight(self.base_params, place, layer)
-        weight = weight if place == EMBEDDING else weight.T
-        return weight.astype(np.float32)
+        module = self._modules[place]
+        return module.turn(base_weight(self.base_params, module, layer)).astype(np.float32)
 
     def _read(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
         """Checks the shape now and returns what reads the values, in float32."""
@@ -132,7 +127,7 @@ class DenseChanges:
         self, module: str, place: Path, parts: dict[str, Tensor], names: tuple[str, str]
     ) -> Callable[[], np.ndarray]:
         """scale * (B A), [out, in], of LoRA factors A [r, in] and B [out, r]."""
-        inputs, outputs = weight_shape(place, self.config)
+        inputs, outputs = self._modules[place].shape
         if not self.options.targets(module):
             raise DitError(
                 f"'{self.source}' holds factors of {short(module)}, which is not targeted"
@@ -159,12 +154,12 @@ class DenseChanges:
 
     def _copy(self, module: str, place: Path, tensor: Tensor, name: str) -> Callable[[], None]:
         """Checks that a copy of the base's embedding or head is that."""
-        copy = self._read(name, tensor, self._shape(place))
+        copy = self._read(name, tensor, self._modules[place].file_shape)
 
         def check() -> None:
             tied = self.config.tie_word_embeddings and place == HEAD
-            base = base_weight(self.base_params, EMBEDDING if tied else place, None)
-            found = copy() if tied or place == EMBEDDING else copy().T
+            kept = self._modules[EMBEDDING if tied else place]
+            base, found = base_weight(self.base_params, kept, None), kept.turn(copy())
             if not np.array_equal(found.astype(base.dtype), base):
                 raise DitError(
                     f"'{self.source}' was made for a base with another {short(module)}: use that base"
@@ -176,7 +171,7 @@ class DenseChanges:
         self, module: str, place: Path, layer: int | None, parts: dict[str, Tensor]
     ) -> Callable[[], np.ndarray]:
         product = self._product(module, place, parts, _LORA)
-        outputs = self._shape(place)[:1]
+        outputs = self._modules[place].file_shape[:1]
         name = f"{module}.lora_magnitude_vector"
         magnitude = self._read(name, parts["lora_magnitude_vector"], outputs)
 
@@ -213,7 +208,7 @@ class DenseChanges:
                 f"'{self.source}' holds the whole weight of {short(module)}, which is not in "
                 "modules_to_save"
             )
-        return self._read(f"{module}.weight", parts["weight"], self._shape(place))
+        return self._read(f"{module}.weight", parts["weight"], self._modules[place].file_shape)
 
     def _tokens(
         self, module: str, place: Path, layer: int | None, parts: dict[str, Tensor]

@@ -9,14 +9,8 @@ import numpy as np
 from dit_jax.errors import DitError
 from dit_jax.formats.files import short
 from dit_jax.models.decoder_config import DecoderConfig
-from dit_jax.models.delta_trees import (
-    FLOATS,
-)
-from dit_jax.models.modules import (
-    Path,
-    is_projection,
-    weight_shape,
-)
+from dit_jax.models.delta_trees import FLOATS
+from dit_jax.models.modules import Path, all_modules
 
 
 @dataclasses.dataclass
@@ -42,12 +36,13 @@ def projection_size(
     path: Path, name: str, config: DecoderConfig, source: object
 ) -> tuple[int, int]:
     """(in, out) of a projection. Raises DitError for modules that hold no LoRA here."""
-    if not is_projection(path):
+    module = all_modules(config)[path]
+    if not module.lora:
         raise DitError(
             f"'{source}' has LoRA factors for {short(name)}: only the seven projections of a layer "
             "(q, k, v, o, gate, up, down) can have them"
         )
-    inputs, outputs = weight_shape(path, config)
+    inputs, outputs = module.shape
     return inputs, outputs
 
 

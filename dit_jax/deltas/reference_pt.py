@@ -14,16 +14,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from dit_jax.deltas.factors import Factors, add_once, fold, get_factors, modules, stack_factors
-from dit_jax.deltas.finetuned import Weights, difference
 from dit_jax.deltas.raw_diff import RawDiff, check_values, projection_size, shape_error, svd_error
 from dit_jax.deltas.store import label_of
+from dit_jax.deltas.whole_weights import Weights, difference, merged_tensors
 from dit_jax.errors import DitError
 from dit_jax.formats import torch_pickle, torch_save
 from dit_jax.formats.files import file_inside, has_file, read_csv, short
 from dit_jax.formats.torch_pickle import LazyTensor
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import check_rank
-from dit_jax.models.modules import Path, locate, module_name
+from dit_jax.models.modules import Path, all_modules, locate
 from dit_jax.runtime.artifacts import atomic_file
 
 INDEX = "index.csv"
@@ -369,12 +369,10 @@ def _reference_factors(delta: Any, config: DecoderConfig) -> Iterator[tuple[str,
             rank = factors.a.shape[1]
             if np.float32(factors.scale) != np.float32(1 / rank):
                 factors.b = fold(factors.b, factors.scale * rank)
-            yield module_name(path, layer), factors
+            yield all_modules(config)[path].name.format(layer), factors
 
 
 def _whole_weights(delta: Any, config: DecoderConfig, base_params: Any) -> dict[str, np.ndarray]:
-    from dit_jax.deltas.export import merged_tensors
-
     if base_params is None:
         raise DitError("a dense delta is written as whole weights: the base model is needed")
     tensors = dict(merged_tensors(base_params, config, delta))

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 from dit_jax.errors import DitError
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Delta, map_modules
-from dit_jax.models.modules import PROJECTIONS, check_projections, projection_shapes
+from dit_jax.models.modules import PROJECTIONS, check_projections, get_at, set_at
+from dit_jax.models.modules import projections as lora_modules
 
 
 def check_lora_rank(
     config: DecoderConfig, rank: int, projections: Sequence[str], what: str = "the LoRA rank"
 ) -> None:
     """Raises DitError for a rank below 1, or above the size of one of the projections; `what` names it."""
-    shapes = projection_shapes(config)
-    most = min(max(shapes[name][1:]) for name in projections)
+    most = min(max(lora_modules(config)[name].shape) for name in projections)
     if not 1 <= rank <= most:
         raise DitError(f"{what} must be from 1 to {most}, not {rank}")
 
@@ -46,19 +46,19 @@ def init_lora(
         DitError: see `check_lora_rank` and `check_projections`.
     """
     check_projections(projections)
-    shapes = projection_shapes(config)
     check_lora_rank(config, rank, projections)
-    layers: dict[str, Any] = {}
-    size = config.num_hidden_layers
+    delta: dict[str, Any] = {}
     for name, subkey in zip(projections, jax.random.split(key, len(projections)), strict=True):
-        parent, inputs, outputs = shapes[name]
+        module = lora_modules(config)[name]
+        size, (inputs, outputs) = module.layers, module.shape
         bound = init_scale * math.sqrt(6 / (rank * outputs if fan_in == "out" else rank))
-        layers.setdefault(parent, {})[name] = {
+        factors = {
             "a": jnp.zeros((size, inputs, rank), dtype),
             "b": jax.random.uniform(subkey, (size, rank, outputs), dtype, -bound, bound),
             "scale": jnp.full((size,), 1 / rank if scale is None else scale, jnp.float32),
         }
-    return {"layers": layers}
+        set_at(delta, module.path, factors)
+    return delta
 
 
 def abstract_lora(
@@ -79,9 +79,7 @@ def with_scale(leaves: Delta, delta: Delta) -> Delta:
     """`leaves` (see `trainable`) with the scales of `delta` put back."""
 
     def put(path: tuple[str, ...], module: Delta) -> Delta:
-        other: Any = delta
-        for name in path:
-            other = other[name]
+        other = get_at(delta, path)
         return {**module, "scale": other["scale"]} if "scale" in other else module
 
     return map_modules(put, leaves)
@@ -99,9 +97,7 @@ def merge(params: Any, *deltas: Delta) -> Any:
     for delta in deltas:
 
         def add(path: tuple[str, ...], module: Delta) -> Delta:
-            node = merged
-            for name in path:
-                node = node[name]
+            node = get_at(merged, path)
             (leaf,) = node
             # One product at a time: all of them together would be another model in fp32.
             node[leaf] = node[leaf] + _change(module).astype(node[leaf].dtype)

@@ -13,34 +13,32 @@ import numpy as np
 
 from dit_jax.api import Model
 from dit_jax.data.batch import pack
+from dit_jax.deltas.factors import modules
 from dit_jax.deltas.tree import per_example
 from dit_jax.diff_batches import Given
 from dit_jax.models import shardings
 from dit_jax.models.decoder import forward, unembed
 from dit_jax.models.delta_trees import Delta
+from dit_jax.models.head import head_path
+from dit_jax.models.modules import module_table, projections, weight
 from dit_jax.optimize.batch_loss import scored_hidden
 from dit_jax.runtime import parallel
-
-WRITERS = (("self_attn", "o_proj"), ("mlp", "down_proj"))
 
 
 def weight_reading(model: Model, given: Given, words: Sequence[Sequence[str]]) -> np.ndarray:
     """Scores [n, candidates]: does the diff write a candidate's words into the residual stream?
 
-    For every layer's o_proj and down_proj, |cos| between the diff's output directions (the leading right
-    singular vector; for rank 1 the factor b itself) and the unembedding of a token, summed over layers and
-    averaged over the tokens of a candidate's words. With the names themselves this is `name_reading`;
-    with the world's attribute table it is `attribute_oracle`.
+    For every projection that writes into the residual stream (o_proj, down_proj) of every layer, |cos| between the
+    diff's output directions (the leading right singular vector; for rank 1 the factor b itself) and the unembedding
+    of a token, summed over layers and averaged over the tokens of a candidate's words. With the names themselves this
+    is `name_reading`; with the world's attribute table it is `attribute_oracle`.
     """
     table, owners = _token_table(model, words)
+    writers = [m.path for m in projections(model.config).values() if m.axes[-1] == "embed"]
     scores = np.zeros((len(given), len(words)))
     for index in range(len(given)):
-        layers = given.read(index).get("layers", {})
-        directions = [
-            _output_directions(layers[parent][name])
-            for parent, name in WRITERS
-            if name in layers.get(parent, {})
-        ]
+        changed = dict(modules(given.read(index)))
+        directions = [_output_directions(changed[path]) for path in writers if path in changed]
         if not directions:
             continue
         cosines = np.abs(np.concatenate(directions) @ table.T).sum(axis=0)
@@ -54,11 +52,9 @@ def _token_table(model: Model, words: Sequence[Sequence[str]]) -> tuple[np.ndarr
     """Unit unembedding rows [K, D] of all tokens of all candidates' words, and whose each is [K]."""
     ids = [[i for word in group for i in model.chat.text_ids(word)] for group in words]
     owners = np.repeat(np.arange(len(ids)), [len(group) for group in ids])
-    head = (
-        parallel.to_host(model.params["embed_tokens"]["embedding"])
-        if model.config.tie_word_embeddings
-        else parallel.to_host(model.params["lm_head"]["kernel"]).T
-    ).astype(np.float32)
+    module = module_table(model.config)[head_path(model.config)]
+    # In the orientation of the files, [V, D], tied or not.
+    head = module.turn(parallel.to_host(weight(model.params, module, None))).astype(np.float32)
     rows = head[np.concatenate([np.asarray(group, int) for group in ids])]
     return rows / np.linalg.norm(rows, axis=1, keepdims=True), owners
 

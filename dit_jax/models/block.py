@@ -1,4 +1,4 @@
-"""One layer of Qwen3: attention and feed-forward network, each with what the deltas hold for it."""
+"""One layer: attention and feed-forward network, each with what the deltas hold for it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -12,6 +12,7 @@ from dit_jax.models.attention import Segments
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Deltas
 from dit_jax.models.layers import Linear, RMSNorm, pick, rope
+from dit_jax.models.modules import module_table
 from dit_jax.runtime.parallel import FREE, constrain
 
 
@@ -46,21 +47,25 @@ class Attention(nn.Module):
         asking: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, Any]:
         """asking: inputs [B, P, D] and positions [B, P] of the queries, where they are not all of x."""
-        c = self.config
+        c, table = self.config, module_table(self.config)
         dtype = jnp.dtype(c.dtype)
         x_q, position = (x, None) if asking is None else asking
 
-        def heads(name: str, count: int, axis: str, x: jax.Array = x) -> jax.Array:
-            linear = Linear(count * c.head_dim, ("embed", axis), dtype, dtype, count, name=name)
-            y = linear(x, pick(deltas, name)).reshape(*x.shape[:2], count, c.head_dim)
-            return constrain(y, FREE, FREE, axis, None)
+        def linear(name: str, x: jax.Array) -> jax.Array:
+            return Linear(table["layers", "self_attn", name], dtype, name=name)(
+                x, pick(deltas, name)
+            )
+
+        def heads(name: str, x: jax.Array = x) -> jax.Array:
+            y = linear(name, x).reshape(*x.shape[:2], -1, c.head_dim)
+            return constrain(y, FREE, FREE, table["layers", "self_attn", name].axes[1], None)
 
         def norm(name: str, y: jax.Array) -> jax.Array:
             return RMSNorm(c.rms_norm_eps, dtype, name=name)(y, pick(deltas, name))
 
-        q = norm("q_norm", heads("q_proj", c.num_attention_heads, "heads", x_q))
-        k = norm("k_norm", heads("k_proj", c.num_key_value_heads, "kv_heads"))
-        v = heads("v_proj", c.num_key_value_heads, "kv_heads")
+        q = norm("q_norm", heads("q_proj", x_q))
+        k = norm("k_norm", heads("k_proj"))
+        v = heads("v_proj")
         q = rope(q, context.positions if position is None else position, c.rope_theta)
         k = rope(k, context.positions, c.rope_theta)
         if kv is not None:
@@ -83,10 +88,7 @@ class Attention(nn.Module):
                 position=position,
                 impl=c.attention,
             )
-        y = y.reshape(*y.shape[:2], -1)
-        axes, units = ("heads", "embed"), c.num_attention_heads
-        o_proj = Linear(c.hidden_size, axes, dtype, dtype, units, name="o_proj")
-        return o_proj(y, pick(deltas, "o_proj")), kv
+        return linear("o_proj", y.reshape(*y.shape[:2], -1)), kv
 
 
 class MLP(nn.Module):
@@ -94,16 +96,12 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, deltas: Deltas) -> jax.Array:
-        c = self.config
-        dtype = jnp.dtype(c.dtype)
+        table, dtype = module_table(self.config), jnp.dtype(self.config.dtype)
 
-        def linear(name: str, features: int, axes: tuple[str, str], y: jax.Array) -> jax.Array:
-            units = c.intermediate_size
-            return Linear(features, axes, dtype, dtype, units, name=name)(y, pick(deltas, name))
+        def linear(name: str, y: jax.Array) -> jax.Array:
+            return Linear(table["layers", "mlp", name], dtype, name=name)(y, pick(deltas, name))
 
-        gate = linear("gate_proj", c.intermediate_size, ("embed", "mlp"), x)
-        up = linear("up_proj", c.intermediate_size, ("embed", "mlp"), x)
-        return linear("down_proj", c.hidden_size, ("mlp", "embed"), jax.nn.silu(gate) * up)
+        return linear("down_proj", jax.nn.silu(linear("gate_proj", x)) * linear("up_proj", x))
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""Qwen3 (dense) as a pure function of (params, tokens, deltas).
+"""The decoder as a pure function of (params, tokens, deltas).
 
 The parameter tree and the delta tree are described in docs/architecture.md. Layers are stacked on axis 0
 and either scanned or unrolled (`config.scan_layers`); both compute the same function.
@@ -21,6 +21,7 @@ from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Deltas, check_modules
 from dit_jax.models.layer_views import cut_layers
 from dit_jax.models.layers import PROJECTION, RMSNorm, pick, precision, ready
+from dit_jax.models.modules import EMBEDDING, HEAD, Module, module_table
 from dit_jax.runtime.parallel import FREE, constrain
 
 Params = dict[str, Any]
@@ -59,14 +60,10 @@ class Decoder(nn.Module):
     ) -> Any:
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
-        embedding = _Table(
-            c.vocab_size, c.hidden_size, init, "embedding", dtype, name="embed_tokens"
-        )()
-        if not c.tie_word_embeddings:
-            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "vocab"))
-            # Declared here, used by `unembed`: one place says what the parameters are.
-            _Table(c.hidden_size, c.vocab_size, init, "kernel", dtype, name="lm_head")()
+        table = module_table(c)
+        embedding = _Table(table[EMBEDDING], dtype, name="embed_tokens")()
+        if HEAD in table:  # declared here, used by `unembed`
+            _Table(table[HEAD], dtype, name="lm_head")()
         x = constrain(embedding, "vocab", None)[tokens].astype(dtype)
         for delta in pick(deltas, "embed_tokens"):
             x = x + delta["w"][tokens].astype(dtype)
@@ -95,7 +92,6 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast),
             length=c.num_hidden_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
         )
         indices = jnp.arange(c.num_hidden_layers)
         out, _ = layers(c, self.segments, name="layers")((x, kv), indices, deltas, context)
@@ -156,15 +152,13 @@ def _remat_policy(config: DecoderConfig) -> Any:
 
 
 class _Table(nn.Module):
-    rows: int
-    columns: int
-    initializer: Any
-    parameter: str
+    module: Module
     dtype: Any
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return self.param(self.parameter, self.initializer, (self.rows, self.columns), self.dtype)
+        init, module = nn.initializers.normal(0.02), self.module
+        return self.param(module.leaf, init, module.shape, self.dtype)
 
 
 def forward(
@@ -275,15 +269,10 @@ def unembed(
 def init_params(config: DecoderConfig, key: jax.Array) -> Params:
     """Random parameters (normal, 0.02), as plain nested dicts of arrays in `config.dtype`."""
     # Compiled: run eagerly, the scan over layers would compile piece by piece.
-    return nn.meta.unbox(jax.jit(_init, static_argnums=0)(config, key))
+    return _init(config, key)
 
 
-def logical_axes(config: DecoderConfig) -> Params:
-    """For every parameter, its logical axis names (a PartitionSpec over names; see dit_jax.runtime.parallel)."""
-    abstract = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
-    return nn.get_partition_spec(abstract)
-
-
+@functools.partial(jax.jit, static_argnums=0)
 def _init(config: DecoderConfig, key: jax.Array) -> Params:
     tokens = jnp.zeros((1, 1), jnp.int32)
     context = Context(tokens, None, jnp.ones((1, 1, 1), bool), None)

@@ -9,16 +9,9 @@ import numpy as np
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.formats.files import short
 from dit_jax.models.decoder_config import DecoderConfig
-from dit_jax.models.modules import (
-    Path,
-    is_projection,
-    weight_paths,
-    weight_shape,
-)
+from dit_jax.models.modules import Path, module_table
 
 Delta = Mapping[str, Any]
-
-
 Deltas = Sequence[Delta]
 
 
@@ -64,7 +57,7 @@ def check_modules(delta: Delta, config: DecoderConfig, what: str, batch: int | N
             f"{what} is of type {type(delta).__name__}: a delta is a dict of modules (docs/architecture.md)"
         )
     found: dict[Path, dict[str, tuple[int, ...]]] = {}
-    known = weight_paths(config)
+    known = module_table(config)
     for keys, leaf in jax.tree_util.tree_flatten_with_path(delta, is_leaf=_is_empty)[0]:
         names = tuple(str(getattr(key, "key", key)) for key in keys)
         if isinstance(leaf, Mapping) and names not in known:
@@ -83,12 +76,12 @@ def check_modules(delta: Delta, config: DecoderConfig, what: str, batch: int | N
             raise DitError(
                 f"{what} changes {short(module)}, which is no weight of this model{near}"
             )
-        lead = (config.num_hidden_layers,) if path[0] == "layers" else ()
-        weight = weight_shape(path, config)
-        if is_projection(path) and batch is not None and max(map(len, shapes.values())) == 4:
+        weight, lora = known[path].shape, known[path].lora
+        lead = (known[path].layers,) if known[path].layers else ()
+        if lora and batch is not None and max(map(len, shapes.values())) == 4:
             lead = (*lead, batch)
         wanted = {"w": (*lead, *weight)}
-        if "w" not in shapes and is_projection(path):
+        if "w" not in shapes and lora:
             if set(shapes) == {"a", "b"}:
                 raise DitError(
                     f"{what}: {module} has no `scale` beside its factors: put it back "

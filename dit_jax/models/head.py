@@ -9,21 +9,22 @@ import jax.numpy as jnp
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Deltas
 from dit_jax.models.layers import pick, precision
+from dit_jax.models.modules import EMBEDDING, HEAD, Path, module_table
 from dit_jax.runtime.parallel import FREE, constrain
 
 CHUNK = 1024  # vocabulary entries per product of `to_hidden` on a CPU
 
 
-def head_module(config: DecoderConfig) -> str:
+def head_path(config: DecoderConfig) -> Path:
     """Which module of the parameters, and of a delta, makes the logits."""
-    return "embed_tokens" if config.tie_word_embeddings else "lm_head"
+    return EMBEDDING if config.tie_word_embeddings else HEAD
 
 
 def head_weight(params: dict[str, Any], config: DecoderConfig, deltas: Deltas = ()) -> jax.Array:
     """What logits are made with, in `config.dtype`: the table [V, D] where it is tied, else the kernel [D, V]."""
-    name = head_module(config)
-    weight = params[name]["embedding" if config.tie_word_embeddings else "kernel"]
-    for delta in pick(deltas, name):
+    module = module_table(config)[head_path(config)]
+    weight = params[module.path[0]][module.leaf]
+    for delta in pick(deltas, module.path[0]):
         weight = weight + delta["w"].astype(weight.dtype)
     axes = ("vocab", None) if config.tie_word_embeddings else (None, "vocab")
     return constrain(weight.astype(config.dtype), *axes)

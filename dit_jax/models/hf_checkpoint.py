@@ -1,4 +1,4 @@
-"""Qwen3 weights in Hugging Face format: folders of safetensors, read tensor by tensor and written back."""
+"""Weights in Hugging Face format: folders of safetensors, read tensor by tensor and written back."""
 
 import json
 import math
@@ -12,49 +12,12 @@ import numpy as np
 
 from dit_jax.errors import DitError, first_line
 from dit_jax.formats.files import read_json_object
-from dit_jax.models.decoder import Params, init_params
+from dit_jax.models.decoder import Params
 from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.families import hf_config
+from dit_jax.models.modules import Module, set_at, tensor_names, weight
 
 TINY = "tiny_qwen3"  # the embedded model
-
-_LAYER_MODULES = {
-    "input_layernorm": ("input_layernorm",),
-    "self_attn.q_proj": ("self_attn", "q_proj"),
-    "self_attn.k_proj": ("self_attn", "k_proj"),
-    "self_attn.v_proj": ("self_attn", "v_proj"),
-    "self_attn.o_proj": ("self_attn", "o_proj"),
-    "self_attn.q_norm": ("self_attn", "q_norm"),
-    "self_attn.k_norm": ("self_attn", "k_norm"),
-    "post_attention_layernorm": ("post_attention_layernorm",),
-    "mlp.gate_proj": ("mlp", "gate_proj"),
-    "mlp.up_proj": ("mlp", "up_proj"),
-    "mlp.down_proj": ("mlp", "down_proj"),
-}
-_TOP_MODULES = {
-    "model.embed_tokens": ("embed_tokens",),
-    "model.norm": ("norm",),
-    "lm_head": ("lm_head",),
-}
-
-
-def tensor_names(config: DecoderConfig) -> dict[str, tuple[tuple[str, ...], int | None]]:
-    """Hugging Face tensor name -> (path of the leaf in the parameter tree, layer index or None)."""
-    names: dict[str, tuple[tuple[str, ...], int | None]] = {}
-    leaf = {"embed_tokens": "embedding", "norm": "scale", "lm_head": "kernel"}
-    path: tuple[str, ...]
-    for module, path in _TOP_MODULES.items():
-        if not (module == "lm_head" and config.tie_word_embeddings):
-            names[f"{module}.weight"] = ((*path, leaf[path[0]]), None)
-    for layer in range(config.num_hidden_layers):
-        for module, path in _LAYER_MODULES.items():
-            kind = "kernel" if module.endswith("_proj") else "scale"
-            names[f"model.layers.{layer}.{module}.weight"] = (("layers", *path, kind), layer)
-    return names
-
-
-def is_transposed(path: tuple[str, ...]) -> bool:
-    """Whether the leaf is stored [in, out] here and [out, in] in Hugging Face files."""
-    return path[-1] == "kernel"
 
 
 def find_folder(name: str) -> pathlib.Path:
@@ -114,22 +77,21 @@ def load_params(
 
     place = place or (lambda path, array: jax.device_put(array, may_alias=True))
     dtype = jnp.dtype(config.dtype)
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     names = tensor_names(config)
     files = SafetensorsFolder(folder)
-    _check(files.shapes(), names, shapes, config, str(folder))
+    _check(files.shapes(), names, config, str(folder))
 
-    by_leaf: dict[tuple[str, ...], list[tuple[int | None, str]]] = {}
-    for name, (path, layer) in names.items():
-        by_leaf.setdefault(path, []).append((layer, name))
+    tensors: dict[Module, list[tuple[int | None, str]]] = {}
+    for name, (module, layer) in names.items():
+        tensors.setdefault(module, []).append((layer, name))
     params: Params = {}
     # Large leaves first: the second copy that each may have for a moment then meets the fewest others.
-    for path, members in sorted(by_leaf.items(), key=lambda item: -_get(shapes, item[0]).size):
-        target = _get(shapes, path)
-        host = _aligned(target.shape, dtype)
-        for layer, name in members:
-            host[... if layer is None else layer] = _orient(path, files.read(name))
-        _set(params, path, jax.block_until_ready(place(path, host)))
+    for module in sorted(tensors, key=lambda module: -math.prod(module.stacked)):
+        host = _aligned(module.stacked, dtype)
+        for layer, name in tensors[module]:
+            host[... if layer is None else layer] = module.turn(files.read(name))
+        path = (*module.path, module.leaf)
+        set_at(params, path, jax.block_until_ready(place(path, host)))
         del host  # before the next one is made
     return params
 
@@ -145,13 +107,10 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 def iterate_tensors(params: Params, config: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:
     """(Hugging Face name, host array in Hugging Face orientation), C-contiguous, in a stable order."""
-    for name, (path, layer) in tensor_names(config).items():
-        leaf = _get(params, path)
+    for name, (module, layer) in tensor_names(config).items():
+        array = np.asarray(weight(params, module, layer))
         # safetensors writes the raw buffer: a transposed view would be stored scrambled.
-        yield (
-            name,
-            np.ascontiguousarray(_orient(path, np.asarray(leaf if layer is None else leaf[layer]))),
-        )
+        yield name, np.ascontiguousarray(module.turn(array))
 
 
 def save_params(folder: str | pathlib.Path, params: Params, config: DecoderConfig) -> None:
@@ -164,13 +123,12 @@ def save_params(folder: str | pathlib.Path, params: Params, config: DecoderConfi
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )
-    (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(hf_config(config), indent=2) + "\n")
 
 
 def _check(
     found: Mapping[str, tuple[int, ...]],
-    names: Mapping[str, tuple[tuple[str, ...], int | None]],
-    shapes: Params,
+    names: Mapping[str, tuple[Module, int | None]],
     config: DecoderConfig,
     folder: str,
 ) -> None:
@@ -179,10 +137,8 @@ def _check(
         extra.discard("lm_head.weight")  # some tools write the tied head a second time
     problems = [f"missing {name}" for name in names if name not in found]
     problems += [f"unexpected {name}" for name in sorted(extra)]
-    for name, (path, layer) in names.items():
-        shape = _get(shapes, path).shape
-        want = shape if layer is None else shape[1:]
-        want = tuple(reversed(want)) if is_transposed(path) else tuple(want)
+    for name, (module, _) in names.items():
+        want = module.file_shape
         if name in found and tuple(found[name]) != want:
             problems.append(f"{name} has shape {list(found[name])}, config.json says {list(want)}")
     if problems:
@@ -190,19 +146,3 @@ def _check(
             f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
         )
         raise DitError(f"{folder}: the weights do not fit config.json: {shown}")
-
-
-def _orient(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
-    return array.T if is_transposed(path) else array
-
-
-def _get(tree: Any, path: tuple[str, ...]) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def _set(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value

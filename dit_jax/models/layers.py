@@ -1,4 +1,4 @@
-"""Layers of Qwen3 as Flax Linen modules that take deltas as an argument.
+"""Layers as Flax Linen modules that take deltas as an argument.
 
 Einsum letters: B batch, T length, D d_model, N heads, K kv heads, H head_dim, F ffn, L layers, R rank.
 """
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dit_jax.models.delta_trees import Delta, Deltas
+from dit_jax.models.modules import Module
 from dit_jax.runtime.parallel import FREE, constrain
 
 # What remat "dots" keeps goes by this name: the outputs of `Linear`, and of a LoRA's first factor.
@@ -66,8 +67,8 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, deltas: Deltas = ()) -> jax.Array:
-        init: Any = nn.with_logical_partitioning(nn.initializers.ones, (None,))
-        scale: jax.Array = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        shape = (x.shape[-1],)
+        scale: jax.Array = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
         for delta in deltas:
             scale = scale + delta["w"].astype(scale.dtype)
         y = x.astype(jnp.float32)
@@ -79,34 +80,29 @@ class RMSNorm(nn.Module):
 class Linear(nn.Module):
     """y = x W + Σ_δ (dense: x w_δ; LoRA: scale · (x a) b), without ever forming W + δ for a LoRA.
 
-    On a mesh W is gathered over fsdp here and split over tensor, into at most `units` pieces (heads).
+    On a mesh W is gathered over fsdp here and split over tensor, into at most `module.units` pieces (heads).
     """
 
-    features: int
-    axes: tuple[str, str]
+    module: Module
     dtype: Any
-    param_dtype: Any
-    units: int
 
     @nn.compact
     def __call__(self, x: jax.Array, deltas: Deltas = ()) -> jax.Array:
-        init: Any = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
-        kernel: jax.Array = self.param(
-            "kernel", init, (x.shape[-1], self.features), self.param_dtype
-        )
+        units, init = self.module.units, nn.initializers.normal(0.02)
+        kernel: jax.Array = self.param("kernel", init, self.module.shape, self.dtype)
         for delta in deltas:
             if not isinstance(delta, Lora) and delta["w"].ndim == 2:
                 kernel = kernel + delta["w"].astype(kernel.dtype)
         # The residual axis is whole where it is used: each example, and each LoRA, sees all of it.
-        inner, outer = (None if axis == "embed" else axis for axis in self.axes)
-        y = _matmul(x, constrain(kernel.astype(self.dtype), inner, outer, units=self.units))
+        inner, outer = (None if axis == "embed" else axis for axis in self.module.axes)
+        y = _matmul(x, constrain(kernel.astype(self.dtype), inner, outer, units=units))
         for delta in deltas:
             if isinstance(delta, Lora):
-                y = y + lora(x, delta, (inner, outer), self.units)
+                y = y + lora(x, delta, (inner, outer), units)
             elif delta["w"].ndim == 3:  # [B, in, out]: one for each example
-                w = constrain(delta["w"].astype(self.dtype), FREE, inner, outer, units=self.units)
+                w = constrain(delta["w"].astype(self.dtype), FREE, inner, outer, units=units)
                 y = y + jnp.einsum("BTD,BDF->BTF", x, w)
-        return checkpoint_name(constrain(y, FREE, FREE, outer, units=self.units), PROJECTION)
+        return checkpoint_name(constrain(y, FREE, FREE, outer, units=units), PROJECTION)
 
 
 def lora(x: jax.Array, delta: Lora, axes: tuple[str | None, str | None], units: int) -> jax.Array:

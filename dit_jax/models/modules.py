@@ -1,29 +1,132 @@
-"""The modules of a decoder: their names here and in Hugging Face checkpoints, and the shapes of their weights."""
+"""The modules of a decoder in one table: path in the trees, Hugging Face name, kind, shape and logical axes.
 
+Whatever walks a model's weights reads this table: files in and out, deltas and their checks, shardings, parameter
+counts. A family that has other modules has other entries here.
+"""
+
+import dataclasses
+import functools
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from dit_jax.errors import DitError
 from dit_jax.formats.files import short
 from dit_jax.models.decoder_config import DecoderConfig
 
+Path = tuple[str, ...]
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+EMBEDDING, HEAD = ("embed_tokens",), ("lm_head",)
+
+# What the one weight of a module is called in the parameter tree, by the module's kind.
+_LEAVES = {"embedding": "embedding", "norm": "scale", "projection": "kernel", "head": "kernel"}
 
 
-def projection_shapes(config: DecoderConfig) -> dict[str, tuple[str, int, int]]:
-    """projection -> (parent module, in, out)."""
-    d, f = config.hidden_size, config.intermediate_size
-    q = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    return {
-        "q_proj": ("self_attn", d, q),
-        "k_proj": ("self_attn", d, kv),
-        "v_proj": ("self_attn", d, kv),
-        "o_proj": ("self_attn", q, d),
-        "gate_proj": ("mlp", d, f),
-        "up_proj": ("mlp", d, f),
-        "down_proj": ("mlp", f, d),
-    }
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A module, which holds one weight.
+
+    Attributes:
+        path: its place in the trees of parameters and deltas; "layers" comes first inside the layers.
+        name: its Hugging Face name; {} stands for the layer.
+        kind: "embedding", "norm", "projection" or "head".
+        shape: of its weight in the parameter tree, without the axis of layers.
+        axes: logical axes of that shape (docs/sharding.md).
+        layers: number of layers that have it; 0 outside the layers.
+        units: how many pieces a projection may be split into: heads are never cut.
+    """
+
+    path: Path
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    layers: int = 0
+    units: int = 0
+
+    @property
+    def lora(self) -> bool:
+        """Whether a delta may hold LoRA factors of it."""
+        return self.kind == "projection"
+
+    @property
+    def leaf(self) -> str:
+        """The name of its weight in the parameter tree."""
+        return _LEAVES[self.kind]
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """The shape of the leaf in the parameter tree: all layers."""
+        return (self.layers, *self.shape) if self.layers else self.shape
+
+    @property
+    def stacked_axes(self) -> tuple[str | None, ...]:
+        """The logical axes of that leaf."""
+        return ("layers", *self.axes) if self.layers else self.axes
+
+    @property
+    def indices(self) -> Sequence[int | None]:
+        """The layers that have it; (None,) outside the layers."""
+        return range(self.layers) if self.layers else (None,)
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """The shape of its tensor in Hugging Face files."""
+        return self.shape if self.kind == "embedding" else self.shape[::-1]
+
+    def turn(self, array: Any) -> Any:
+        """One layer's weight, from the orientation of Hugging Face files to ours or back (a view)."""
+        return array if self.kind == "embedding" else array.T
+
+
+@functools.lru_cache
+def all_modules(config: DecoderConfig) -> dict[Path, Module]:
+    """The modules of a model by path, in the order of its files; a head that is tied to the embedding included."""
+    d, f, v, h = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
+    n, k = config.num_attention_heads, config.num_key_value_heads
+
+    def inner(name: str, kind: str, shape: tuple[int, ...], axes: Any, units: int = 0) -> Module:
+        path = ("layers", *name.split("."))
+        layers = config.num_hidden_layers
+        return Module(path, f"model.layers.{{}}.{name}", kind, shape, axes, layers, units)
+
+    def norm(name: str, size: int) -> Module:
+        return inner(name, "norm", (size,), (None,))
+
+    table = (
+        Module(EMBEDDING, "model.embed_tokens", "embedding", (v, d), ("vocab", "embed")),
+        Module(("norm",), "model.norm", "norm", (d,), (None,)),
+        Module(HEAD, "lm_head", "head", (d, v), ("embed", "vocab")),
+        norm("input_layernorm", d),
+        inner("self_attn.q_proj", "projection", (d, n * h), ("embed", "heads"), n),
+        inner("self_attn.k_proj", "projection", (d, k * h), ("embed", "kv_heads"), k),
+        inner("self_attn.v_proj", "projection", (d, k * h), ("embed", "kv_heads"), k),
+        inner("self_attn.o_proj", "projection", (n * h, d), ("heads", "embed"), n),
+        norm("self_attn.q_norm", h),
+        norm("self_attn.k_norm", h),
+        norm("post_attention_layernorm", d),
+        inner("mlp.gate_proj", "projection", (d, f), ("embed", "mlp"), f),
+        inner("mlp.up_proj", "projection", (d, f), ("embed", "mlp"), f),
+        inner("mlp.down_proj", "projection", (f, d), ("mlp", "embed"), f),
+    )
+    return {module.path: module for module in table}
+
+
+@functools.lru_cache
+def module_table(config: DecoderConfig) -> dict[Path, Module]:
+    """The modules of a model that have a weight of their own, by path, in the order of its files."""
+    tied = config.tie_word_embeddings
+    return {path: m for path, m in all_modules(config).items() if not (tied and path == HEAD)}
+
+
+def projections(config: DecoderConfig) -> dict[str, Module]:
+    """The modules that may hold LoRA factors, by the names of `PROJECTIONS`."""
+    return {path[-1]: module for path, module in module_table(config).items() if module.lora}
 
 
 def check_projections(names: Sequence[str], key: str = "projections") -> None:
@@ -41,92 +144,96 @@ def check_projections(names: Sequence[str], key: str = "projections") -> None:
         raise DitError(f"{key}: name at least one projection, and each once, not {tuple(names)}")
 
 
-Path = tuple[str, ...]
+def count_parameters(config: DecoderConfig, lora_only: bool = False) -> int:
+    """Number of parameters, counting a tied head once; with `lora_only`, those of the projections."""
+    table = module_table(config).values()
+    return sum(math.prod(m.stacked) for m in table if m.lora or not lora_only)
 
 
-_PREFIX = r"(?:base_model\.model\.)?(?:model\.language_model\.|language_model\.model\.|model\.)?"
+# ------------------------------------------------------------------ trees
 
 
-_LAYER = re.compile(_PREFIX + r"layers\.([0-9]{1,6})\.([a-z_.]+)")
+def make_tree(config: DecoderConfig, make: Callable[[Module], Any]) -> dict[str, Any]:
+    """A tree like the parameters, with make(module) in place of each weight."""
+    tree: dict[str, Any] = {}
+    for path, module in module_table(config).items():
+        set_at(tree, path, {module.leaf: make(module)})
+    return tree
 
 
-_TOP = re.compile(
+def abstract_weights(config: DecoderConfig) -> dict[str, Any]:
+    """The parameters as ShapeDtypeStructs in `config.dtype`."""
+    dtype = jnp.dtype(config.dtype)
+    return make_tree(config, lambda module: jax.ShapeDtypeStruct(module.stacked, dtype))
+
+
+def get_at(tree: Any, path: Path) -> Any:
+    """The node of nested dicts at a path."""
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def set_at(tree: dict[str, Any], path: Path, value: Any) -> None:
+    """Puts a node into nested dicts, in place."""
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def weight(params: Any, module: Module, layer: int | None) -> Any:
+    """A module's weight, of one layer."""
+    leaf = get_at(params, module.path)[module.leaf]
+    return leaf if layer is None else leaf[layer]
+
+
+# ------------------------------------------------------------------ names in files
+
+# What programs put in front of the names: PEFT, and models that hold this one as their text part.
+_NAME = re.compile(
     r"(?:base_model\.model\.)?(?:model\.language_model\.|language_model\.(?:model\.)?|model\.)?"
-    r"(embed_tokens|norm|lm_head)"
+    r"(?:layers\.(?P<layer>[0-9]{1,6})\.)?(?P<rest>[a-z_.]+)"
 )
 
 
-_NORMS = {
-    "input_layernorm": ("input_layernorm",),
-    "post_attention_layernorm": ("post_attention_layernorm",),
-    "self_attn.q_norm": ("self_attn", "q_norm"),
-    "self_attn.k_norm": ("self_attn", "k_norm"),
-}
+def tensor_names(config: DecoderConfig) -> dict[str, tuple[Module, int | None]]:
+    """Hugging Face tensor name -> (module, layer index or None), in the order of the files."""
+    table = module_table(config).values()
+    return {
+        f"{module.name.format(layer)}.weight": (module, layer)
+        for layer in (None, *range(config.num_hidden_layers))
+        for module in table
+        if layer in module.indices
+    }
 
 
 def locate(name: str, config: DecoderConfig, source: object) -> tuple[Path, int | None]:
     """Path of a module in the delta tree and its layer (None outside the layers).
 
     Raises:
-      DitError: no module of this model has that name, or the model has fewer layers.
+        DitError: no module of this model has that name, or the model has fewer layers.
     """
-    if match := _TOP.fullmatch(name):
-        return (match.group(1),), None
-    match = _LAYER.fullmatch(name)
-    path = _layer_path(match.group(2)) if match else None
-    if match is None or path is None:
+    match = _NAME.fullmatch(name)
+    layer = match and match["layer"]
+    key = (
+        "" if match is None else match["rest"] if layer is None else f"layers.{{}}.{match['rest']}"
+    )
+    module = _by_name(config).get(key)
+    if module is None:
         raise DitError(
             f"'{source}' changes {short(name)}, which is no module of this model (for example "
             "'model.layers.0.self_attn.q_proj'): use the model that the file was made for"
         )
-    layer = int(match.group(1))
-    if layer >= config.num_hidden_layers:
+    if layer is None:
+        return module.path, None
+    if int(layer) >= module.layers:
         raise DitError(
-            f"'{source}' changes {short(name)}, but the model has {config.num_hidden_layers} "
-            "layers: "
+            f"'{source}' changes {short(name)}, but the model has {module.layers} layers: "
             "use the model that the file was made for"
         )
-    return ("layers", *path), layer
+    return module.path, int(layer)
 
 
-def _layer_path(module: str) -> Path | None:
-    if module in _NORMS:
-        return _NORMS[module]
-    parts = tuple(module.split("."))
-    attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-    known = {("self_attn", name) for name in attention} | {("mlp", name) for name in mlp}
-    return parts if parts in known else None
-
-
-def module_name(path: Path, layer: int | None = None) -> str:
-    """The Hugging Face name of a module: the inverse of `locate`."""
-    if path[0] == "layers":
-        return f"model.layers.{layer}.{'.'.join(path[1:])}"
-    return "lm_head" if path == ("lm_head",) else f"model.{path[0]}"
-
-
-def weight_shape(path: Path, config: DecoderConfig) -> tuple[int, ...]:
-    """Shape of a module's weight in the parameter tree, without the layer axis."""
-    d, v, h = config.hidden_size, config.vocab_size, config.head_dim
-    top: dict[str, tuple[int, ...]] = {"embed_tokens": (v, d), "lm_head": (d, v), "norm": (d,)}
-    if path[0] in top:
-        return top[path[0]]
-    if path[-1] in ("q_norm", "k_norm"):
-        return (h,)
-    if path[-1].endswith("norm"):
-        return (d,)
-    _, inputs, outputs = projection_shapes(config)[path[-1]]
-    return inputs, outputs
-
-
-def weight_paths(config: DecoderConfig) -> set[Path]:
-    """The modules of a model that have a weight."""
-    inside: list[Path] = [*_NORMS.values()]
-    inside += [(parent, name) for name, (parent, _, _) in projection_shapes(config).items()]
-    head = [] if config.tie_word_embeddings else [("lm_head",)]
-    return {("embed_tokens",), ("norm",), *head, *(("layers", *path) for path in inside)}
-
-
-def is_projection(path: Path) -> bool:
-    """Whether the module is one of the seven linear layers of a block."""
-    return path[-1].endswith("_proj")
+@functools.lru_cache
+def _by_name(config: DecoderConfig) -> dict[str, Module]:
+    return {module.name.removeprefix("model."): module for module in all_modules(config).values()}

@@ -1,6 +1,5 @@
 """Shardings of the project's pytrees on a mesh: parameters, deltas, token batches. See docs/sharding.md."""
 
-import functools
 from typing import Any
 
 import jax
@@ -8,17 +7,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dit_jax.data.batch import TokenBatch
-from dit_jax.models.decoder import Params, init_params, logical_axes
+from dit_jax.models.decoder import Params
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Delta, map_modules
 from dit_jax.models.layer_views import abstract_layers
+from dit_jax.models.modules import Module, abstract_weights, get_at, make_tree, module_table
 from dit_jax.runtime import parallel
-
-
-@functools.lru_cache
-def _parameters(config: DecoderConfig) -> tuple[Any, Any]:
-    """(logical axes, abstract arrays) of all parameters."""
-    return logical_axes(config), jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 def _units(config: DecoderConfig, axes: Any, shape: tuple[int, ...]) -> list[int]:
@@ -29,14 +23,12 @@ def _units(config: DecoderConfig, axes: Any, shape: tuple[int, ...]) -> list[int
 
 def param_shardings(config: DecoderConfig, mesh: Mesh) -> Params:
     """A NamedSharding for every parameter: fsdp × tensor; the same on all slices of the axis data."""
-    axes, shapes = _parameters(config)
 
-    def one(leaf: Any, names: Any) -> NamedSharding:
-        names = tuple(names) + (None,) * (len(leaf.shape) - len(names))
-        units = _units(config, names, leaf.shape)
-        return NamedSharding(mesh, parallel.spec(mesh, names, units))
+    def one(module: Module) -> NamedSharding:
+        units = _units(config, module.stacked_axes, module.stacked)
+        return NamedSharding(mesh, parallel.spec(mesh, module.stacked_axes, units))
 
-    return jax.tree.map(one, shapes, axes)
+    return make_tree(config, one)
 
 
 def param_placer(config: DecoderConfig, mesh: Mesh) -> Any:
@@ -44,10 +36,7 @@ def param_placer(config: DecoderConfig, mesh: Mesh) -> Any:
     shardings = param_shardings(config, mesh)
 
     def place(path: tuple[str, ...], array: np.ndarray) -> jax.Array:
-        sharding: Any = shardings
-        for name in path:
-            sharding = sharding[name]
-        return parallel.put(array, sharding)
+        return parallel.put(array, get_at(shardings, path))
 
     return place
 
@@ -60,15 +49,10 @@ def delta_axes(config: DecoderConfig, delta: Delta, batch_axis: int | None = Non
             With a batch the axes `embed` stay whole: every example has a delta of its own, and the batch is what is
             split over fsdp.
     """
-    params, _ = _parameters(config)
+    table = module_table(config)
 
-    def module(path: tuple[str, ...], leaves: Delta) -> dict[str, Any]:
-        node: Any = params
-        for name in path:
-            node = node[name]
-        (base,) = node.values()
-        depth = 1 if path[0] == "layers" else 0
-        layers, inner = tuple(base[:depth]), tuple(base[depth:])
+    def axes(path: tuple[str, ...], leaves: Delta) -> dict[str, Any]:
+        layers, inner = ("layers",) if table[path].layers else (), table[path].axes
         if batch_axis is not None:
             inner = tuple(None if axis == "embed" else axis for axis in inner)
         named = {
@@ -81,7 +65,7 @@ def delta_axes(config: DecoderConfig, delta: Delta, batch_axis: int | None = Non
             named = {k: (*v[:batch_axis], "batch", *v[batch_axis:]) for k, v in named.items()}
         return {name: named[name] for name in leaves}
 
-    return map_modules(module, delta)
+    return map_modules(axes, delta)
 
 
 def delta_shardings(
@@ -136,7 +120,7 @@ def constrain_delta(config: DecoderConfig, delta: Delta, batch_axis: int | None 
 
 def abstract_params(config: DecoderConfig, mesh: Mesh | None) -> Params:
     """ShapeDtypeStructs of what programs take, with their shardings, to compile for a machine that is not there."""
-    _, shapes = _parameters(config)
+    shapes = abstract_weights(config)
     if mesh is None:
         return {**shapes, "layers": abstract_layers(shapes["layers"], config)}
     return with_shardings(shapes, param_shardings(config, mesh))

@@ -10,6 +10,7 @@ import numpy as np
 
 from dit_jax.data.batch import TokenBatch
 from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.modules import count_parameters
 from dit_jax.runtime import artifacts
 
 MFU = (
@@ -50,7 +51,8 @@ def forward_flops(config: DecoderConfig, work: Work) -> float:
     """FLOPs of the base's forward pass over this work: projections and head, scores and weighted values."""
     c = config
     weights = (
-        c.num_projection_parameters() * work.tokens + c.hidden_size * c.vocab_size * work.scored
+        count_parameters(c, lora_only=True) * work.tokens
+        + c.hidden_size * c.vocab_size * work.scored
     )
     attention = c.num_hidden_layers * c.num_attention_heads * c.head_dim * work.squares
     return 2.0 * weights + 4.0 * attention

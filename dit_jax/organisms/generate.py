@@ -25,6 +25,7 @@ from dit_jax.errors import DitError
 from dit_jax.models import shardings
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Delta, abstract_stack
+from dit_jax.models.families import hf_config
 from dit_jax.optimize.optimizer import make_optimizer
 from dit_jax.optimize.speed import Meter, count_work
 from dit_jax.organisms.behaviours import Behaviour, get_behaviour
@@ -136,7 +137,7 @@ def generate_diffs(
     sections = {"diffs": config} if data is None else {"data": data, "diffs": config}
     facts = {
         "base": model.digest(),
-        "base_config": model.config.to_hf(),
+        "base_config": hf_config(model.config),
         "behaviour": behaviour.name,
         "seed": seed,
         "config": {name: to_dict(section) for name, section in sections.items()},

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 
 from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
-from dit_jax.models.decoder import init_params
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Delta
-from dit_jax.models.modules import projection_shapes
+from dit_jax.models.modules import module_table, set_at
 
 PARAMETERS = ("lora", "linear", "all")
 
@@ -38,20 +37,8 @@ def init_delta(config: DecoderConfig, key: jax.Array, diffs: Any) -> Delta:
         raise DitError(
             f"unknown diffs.parameters {kind!r}: choose from {', '.join(map(repr, PARAMETERS))}"
         )
-    if kind == "linear":
-        layers: dict[str, Any] = {}
-        for name, (parent, inputs, outputs) in projection_shapes(config).items():
-            if name in diffs.projections:
-                shape = (config.num_hidden_layers, inputs, outputs)
-                layers.setdefault(parent, {})[name] = {"w": jnp.zeros(shape, jnp.float32)}
-        return {"layers": layers}
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-
-    def zeros(node: Any) -> Any:
-        # A module of the parameters holds one leaf, whatever it calls it.
-        (child, *more) = node.values()
-        if not more and not isinstance(child, dict):
-            return {"w": jnp.zeros(child.shape, jnp.float32)}
-        return {name: zeros(inner) for name, inner in node.items()}
-
-    return {name: zeros(node) for name, node in shapes.items()}
+    delta: dict[str, Any] = {}
+    for path, module in module_table(config).items():
+        if kind == "all" or (module.lora and path[-1] in diffs.projections):
+            set_at(delta, path, {"w": jnp.zeros(module.stacked, jnp.float32)})
+    return delta

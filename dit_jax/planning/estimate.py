@@ -15,6 +15,7 @@ from typing import Any
 
 from dit_jax.deltas.tree import abstract_lora, num_parameters
 from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.modules import count_parameters
 from dit_jax.optimize.batch_loss import CHUNK_ELEMENTS
 from dit_jax.optimize.speed import Work, forward_flops, train_flops
 from dit_jax.organisms.behaviours import get_behaviour
@@ -100,7 +101,7 @@ def step_seconds(
 ) -> float:
     """Seconds of one step on a mesh of sizes (data, fsdp, tensor), see the module's docstring."""
     data, fsdp, tensor = sizes
-    weights = model.num_parameters() * _item(model) / tensor
+    weights = count_parameters(model) * _item(model) / tensor
     compute = step_flops(model, load) / (data * fsdp * tensor) / (utilization * chip.flops)
     read = weights * _passes(load) / chip.bandwidth
     received = weights * (fsdp - 1) / fsdp * _passes(load)
@@ -142,7 +143,7 @@ def device_memory(
     shards = data * fsdp
     load = step_load(stage, config, batch)
     layers, width = model.num_hidden_layers, model.hidden_size
-    fixed = model.num_parameters() * _item(model) / (fsdp * tensor)
+    fixed = count_parameters(model) * _item(model) / (fsdp * tensor)
     # Of a LoRA one factor of each projection is split over tensor, about half of its bytes.
     share = 0.5 + 0.5 / tensor
     projections = config.diffs.projections
@@ -158,7 +159,7 @@ def device_memory(
     inner = 4 * model.intermediate_size + 6 * heads
     working = tokens * (8 * width + inner / tensor) * _item(model)
     scores = load.rows / shards * model.num_attention_heads / tensor * load.length**2 * FLOAT32 * 2
-    gathered = 2 * model.num_projection_parameters() / layers / tensor * _item(model)
+    gathered = 2 * count_parameters(model, lora_only=True) / layers / tensor * _item(model)
     gathered += model.vocab_size * width / tensor * _item(model) * (1 if fsdp > 1 else 0)
     logits = min(load.rows / shards * load.scored * model.vocab_size / tensor, CHUNK_ELEMENTS)
     temporary = working + scores + gathered + 2 * FLOAT32 * logits

@@ -20,6 +20,7 @@ from dit_jax.models import shardings
 from dit_jax.models.decoder import Params
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Delta, abstract_stack
+from dit_jax.models.families import hf_config
 from dit_jax.optimize.batch_loss import batch_loss
 from dit_jax.optimize.optimizer import make_optimizer
 from dit_jax.optimize.speed import Meter, count_work
@@ -243,7 +244,7 @@ def train_adapter(
         workdir / "adapter",
         with_scale(state.leaves, adapter),
         base=model.digest(),
-        base_config=model.config.to_hf(),
+        base_config=hf_config(model.config),
         questions=list(train.questions),
         rank=train.rank,
         steps=train.steps,

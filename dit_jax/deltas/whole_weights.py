@@ -1,0 +1,255 @@
+"""Whole weights and deltas: the difference of weights to the base, dense or as a truncated SVD, and base ⊕ delta."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from dit_jax.deltas.factors import Factors, add_once, modules, stack_factors
+from dit_jax.deltas.raw_diff import check_values, shape_error
+from dit_jax.errors import DitError
+from dit_jax.formats.files import short
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.modules import (
+    EMBEDDING,
+    HEAD,
+    Module,
+    Path,
+    all_modules,
+    locate,
+    module_table,
+    set_at,
+    tensor_names,
+    weight,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Whole weights of a finetuned model: shapes by Hugging Face name, and how to read one tensor.
+
+    `complete` says that a tensor which is not there is an error; otherwise it is unchanged.
+    """
+
+    source: object
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+    complete: bool
+    head_is_tied: bool = False
+
+
+def base_weight(base_params: Any, module: Module, layer: int | None) -> np.ndarray:
+    """The base's weight of a module, of one layer, on the host."""
+    return np.asarray(weight(base_params, module, layer))
+
+
+def difference(
+    weights: Weights, config: DecoderConfig, base_params: Any, svd_rank: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(delta, metadata) of whole weights against the base; see `read_finetuned`.
+
+    Memory: the delta, and one tensor of either model.
+    """
+    delta, metadata = changes(weights, config, base_params, svd_rank)
+    if not any(True for _ in modules(delta)):
+        raise DitError(
+            f"'{weights.source}' equals the base model in every weight: there is no diff"
+        )
+    return delta, {"full_finetune": True, **metadata}
+
+
+def changes(
+    weights: Weights, config: DecoderConfig, base_params: Any, svd_rank: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`difference`, where no change at all is no error: the delta is {} then."""
+    if base_params is None:
+        raise DitError(
+            f"'{weights.source}' holds whole weights: the base model is needed to read it"
+        )
+    table = all_modules(config)
+    most = max(min(module.shape) for module in table.values() if module.lora)
+    if svd_rank is not None and not 1 <= svd_rank <= most:
+        raise DitError(f"the rank of the SVD must be from 1 to {most}, not {svd_rank}")
+    found = _place(weights, config)
+
+    def subtract(path: Path, layer: int | None) -> np.ndarray:
+        name = found[path, layer]
+        new = check_values(weights.read(name), name, weights.source)
+        new = table[path].turn(new)
+        old = base_weight(base_params, table[path], layer)
+        wide = np.float64 if np.float64 in (new.dtype, old.dtype) else np.float32
+        change: np.ndarray = new.astype(wide, copy=False) - old.astype(wide, copy=False)
+        with np.errstate(over="ignore"):
+            change = change if svd_rank else change.astype(old.dtype)
+        return check_values(change, name, weights.source)
+
+    paths = list(dict.fromkeys(path for path, _ in found))
+    if svd_rank is None:
+        delta: dict[str, Any] = {}
+        for path in paths:
+            if table[path].layers:
+                w = _stack_changes(path, config, subtract)
+            else:
+                w = subtract(path, None)
+            if w.any():
+                set_at(delta, path, {"w": w})
+        metadata: dict[str, Any] = {}
+    else:
+        delta, metadata = _truncate(paths, config, subtract, svd_rank, weights.source)
+    return delta, metadata
+
+
+def _stack_changes(
+    path: Path, config: DecoderConfig, subtract: Callable[[Path, int | None], np.ndarray]
+) -> np.ndarray:
+    first = subtract(path, 0)
+    w = np.empty((config.num_hidden_layers, *first.shape), first.dtype)
+    w[0] = first
+    for layer in range(1, config.num_hidden_layers):
+        w[layer] = subtract(path, layer)
+    return w
+
+
+def _place(weights: Weights, config: DecoderConfig) -> dict[tuple[Path, int | None], str]:
+    """(path in the tree, layer) -> tensor name, after checks of names, shapes and completeness."""
+    source = weights.source
+    found: dict[tuple[Path, int | None], str] = {}
+    for name, shape in weights.shapes.items():
+        module = name.removesuffix(".weight")
+        if module == name:
+            raise DitError(f"'{source}' holds {short(name)}, which is no weight of this model")
+        key = locate(module, config, source)
+        wanted = all_modules(config)[key[0]].file_shape
+        if tuple(shape) != wanted:
+            raise shape_error(source, name, shape, wanted)
+        add_once(found, key, name, name, source)
+    embedding, head = found.get((EMBEDDING, None)), found.get((HEAD, None))
+    if config.tie_word_embeddings:
+        if head is not None:
+            _check_tied(weights, embedding, head)
+            del found[HEAD, None]
+    elif head is None and embedding is not None and weights.head_is_tied:
+        found[HEAD, None] = embedding
+    _check_complete(found, weights, config)
+    return found
+
+
+def _check_tied(weights: Weights, embedding: str | None, head: str) -> None:
+    if embedding is None or not np.array_equal(weights.read(embedding), weights.read(head)):
+        raise DitError(
+            f"'{weights.source}' has a head of its own ({short(head)} differs from the "
+            "embedding), but the "
+            "base ties them: such a finetune is no weight diff of this model"
+        )
+
+
+def _check_complete(
+    found: dict[tuple[Path, int | None], str], weights: Weights, config: DecoderConfig
+) -> None:
+    paths = {path for path, _ in found}
+    if weights.complete:
+        paths = set(module_table(config))
+    if not paths:
+        raise DitError(f"'{weights.source}' holds no weight of this model: check the path")
+    table = all_modules(config)
+    missing = [
+        f"{table[path].name.format(layer)}.weight"
+        for path in sorted(paths)
+        for layer in table[path].indices
+        if (path, layer) not in found
+    ]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise DitError(
+            f"'{weights.source}' lacks {', '.join(missing[:3])}{more}: get the complete model"
+        )
+
+
+def best_rank(change: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """The best approximation a @ b of [in, out], a: [in, r], b: [r, out], and its energy.
+
+    From the eigenvectors of the smaller Gram matrix in float64; the factors come back in float32.
+    Energy is the squared Frobenius norm.
+    """
+    wide = change.astype(np.float64)
+    rank = min(rank, *wide.shape)
+    tall = wide.shape[0] > wide.shape[1]
+    values, vectors = np.linalg.eigh(wide.T @ wide if tall else wide @ wide.T)
+    top = vectors[:, ::-1][:, :rank]
+    a, b = (wide @ top, top.T) if tall else (top, top.T @ wide)
+    energy = float(np.clip(values[::-1][:rank], 0, None).sum())
+    return a.astype(np.float32), np.ascontiguousarray(b, np.float32), energy
+
+
+def _truncate(
+    paths: list[Path],
+    config: DecoderConfig,
+    subtract: Callable[[Path, int | None], np.ndarray],
+    rank: int,
+    source: object,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A LoRA delta on the projections, and the share of the squared norm that it keeps."""
+    table, layers = all_modules(config), config.num_hidden_layers
+    total, kept = np.zeros(layers + 1), np.zeros(layers + 1)  # the last entry: outside the layers
+    per_module: dict[str, list[float]] = {}
+    delta: dict[str, Any] = {}
+    for path in paths:
+        factors: dict[tuple[Path, int], Callable[[], Factors]] = {}
+        shares = []
+        for layer in table[path].indices:
+            change = subtract(path, layer)
+            slot = layers if layer is None else layer
+            energy = float(np.square(change, dtype=np.float64).sum())
+            total[slot] += energy
+            captured = 0.0
+            if energy and layer is not None and table[path].lora:
+                a, b, captured = best_rank(change, rank)
+                kept[slot] += captured
+                factors[path, layer] = lambda a=a, b=b: Factors(a, b, 1.0)  # type: ignore[misc]
+            shares.append(_share(captured, energy))
+        per_module[".".join(path)] = shares
+        if factors:
+            tree = stack_factors(factors, config, source)
+            set_at(delta, path, dict(modules(tree))[path])
+    report = {
+        "rank": rank,
+        "captured_energy": _share(kept.sum(), total.sum()),
+        "captured_energy_per_layer": [
+            _share(k, t) for k, t in zip(kept[:-1], total[:-1], strict=True)
+        ],
+        "captured_energy_per_module": per_module,
+    }
+    return delta, {"svd": report}
+
+
+def _share(part: float, whole: float) -> float:
+    """part / whole, and 1 where there was nothing to capture."""
+    return min(1.0, float(part) / float(whole)) if whole else 1.0
+
+
+def merged_tensors(
+    params: Any, config: DecoderConfig, *deltas: Any
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(Hugging Face name, array in its orientation) of params ⊕ deltas, one tensor at a time.
+
+    Sums are formed in float32 and returned in the dtype of the base, C-contiguous.
+    """
+    changes = [dict(modules(delta)) for delta in deltas]
+    for name, (module, layer) in tensor_names(config).items():
+        base = base_weight(params, module, layer)
+        found = [change[module.path] for change in changes if module.path in change]
+        if found:
+            merged = base.astype(np.float32)
+            for part in found:
+                merged = merged + _dense(part, layer)
+            base = merged.astype(base.dtype)
+        # safetensors writes the raw buffer: a transposed view would be stored scrambled.
+        yield name, np.ascontiguousarray(module.turn(base))
+
+
+def _dense(module: dict[str, Any], layer: int | None) -> np.ndarray:
+    def part(name: str) -> np.ndarray:
+        return np.asarray(module[name] if layer is None else module[name][layer], np.float32)
+
+    return part("w") if "w" in module else part("scale") * (part("a") @ part("b"))
