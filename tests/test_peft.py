@@ -26,8 +26,9 @@ from safetensors.numpy import load_file, save_file
 
 from dit_jax.deltas import detect, peft
 from dit_jax.deltas.factors import fuse, modules
-from dit_jax.deltas.safe_regex import Budget, SafeRegex
+from dit_jax.deltas.patterns import Budget, Pattern
 from dit_jax.errors import DitError
+from dit_jax.runtime.artifacts import peak_memory_bytes
 
 torch = pytest.importorskip("torch")
 peft_library = pytest.importorskip("peft")
@@ -273,19 +274,48 @@ def test_patterns_match_as_in_re(pattern):
         "b",
     ]
     for text in texts:
-        regex = SafeRegex(pattern)
+        regex = Pattern(pattern)
         assert regex.fullmatch(text) == bool(re.fullmatch(pattern, text)), text
         assert regex.match(text) == bool(re.match(pattern, text)), text
 
 
-def test_the_patterns_of_a_file_share_their_steps():
-    budget = Budget(1000)
-    text, classes = "model.layers.1.self_attn.q_proj", "".join(map(chr, range(0x4E00, 0x4E90)))
+SLOW = r"((?:.|.){1,2}){1,40}(?<!j)"
+
+
+def test_the_patterns_of_a_file_share_their_time():
+    budget, text = Budget(0.2), "model.layers.1.self_attn.q_proj"
     with pytest.raises(DitError, match="too many"):
-        for i in range(20):
-            SafeRegex(f"(?:.*.*)*x{i}", budget).match(text)
+        Pattern(SLOW, budget).fullmatch(text)
     with pytest.raises(DitError, match="too many"):
-        SafeRegex(f".*[{classes}]", Budget(1000)).match(text)
+        Pattern("model", budget)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(a?){1000000}", "((a?){1000}){1000}", "(?:(?:a?b?c?){4000}){4000}", "a{500000}" * 1000, "(.?){4294967294}",
+        "(?:(a)|b){500000}", "(?:(?:ab){30000}){30000}", "." * 10_001, "(" * 3000 + ")" * 3000,
+        "".join(f"[{chr(0x4E00 + i)}-{chr(0x9000 + i)}a]" for i in range(1800)) + "{20}",
+    ],
+)  # fmt: skip
+def test_patterns_that_would_fill_the_memory_are_refused_at_once(pattern):
+    start, held = time.process_time(), peak_memory_bytes()
+    with pytest.raises(DitError, match=r"too (many|long)|not a valid"):
+        Pattern(pattern)
+    assert time.process_time() - start < 2
+    assert peak_memory_bytes() - held < 200 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (r"(?P<x>q)_(?P=x)", "groupref"), (r"(q)\1", "groupref"), ("(?i)q", "flags"), ("(?>q)", r"'\(\?>'"),
+        ("(q)(?(1)a|b)", r"'\(\?\('"), ("(?R)", r"'\(\?R'"), ("(?:q_proj){e<=1}", "brace"), ("q{1", "brace"),
+    ],
+)  # fmt: skip
+def test_what_re_and_regex_read_in_two_ways_is_refused(pattern, message):
+    with pytest.raises(DitError, match=message):
+        Pattern(pattern)
 
 
 # ------------------------------------------------------------------ writing

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dit_jax.deltas.safe_regex import Budget, SafeRegex
+from dit_jax.deltas.patterns import Budget, Pattern
 from dit_jax.errors import DitError
 from dit_jax.formats.files import short
 
@@ -89,7 +89,7 @@ class PeftOptions:
         self.all_linear = (
             isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
         )
-        self._regexes: dict[str, SafeRegex] = {}
+        self._regexes: dict[str, Pattern] = {}
         self._budget = Budget()
         self._layers = self._layer_set(raw.get("layers_to_transform"))
         patterns = self._names("layers_pattern") or []
@@ -188,10 +188,10 @@ class PeftOptions:
                 return value
         return default
 
-    def _regex(self, option: str, pattern: str) -> SafeRegex:
+    def _regex(self, option: str, pattern: str) -> Pattern:
         if pattern not in self._regexes:
             try:
-                self._regexes[pattern] = SafeRegex(pattern, self._budget)
+                self._regexes[pattern] = Pattern(pattern, self._budget)
             except DitError as error:
                 raise DitError(f"'{self.source}': {option}: {error}") from None
         return self._regexes[pattern]
