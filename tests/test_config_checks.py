@@ -57,7 +57,7 @@ def test_a_key_that_nothing_reads_is_refused_in_a_config_of_its_own():
         )
         assert said in refusal(changed(base, key, 1))
     own = ConfigDict({"behaviour": "my.module:make", "colour": "red"})
-    check_values(ConfigDict({"diffs": own}))  # a behaviour of one's own may have keys of its own
+    check_values(ConfigDict({"diffs": own}))  # a user-defined behaviour may have its own keys
 
 
 @pytest.mark.parametrize(

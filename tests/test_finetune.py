@@ -28,7 +28,7 @@ from dit_jax.train.dit import State, train_step
 
 @pytest.fixture(scope="module")
 def params():
-    # Larger than the usual initialisation, so that the base has something to say.
+    # Larger than the usual initialisation, so that the base prefers some tokens.
     return jax.tree.map(lambda x: 4 * x if x.ndim > 2 else x, init_params(TINY, jax.random.key(0)))
 
 
@@ -150,7 +150,7 @@ def test_finetuning_lowers_the_loss_and_leaves_the_scale_alone(params):
 
 
 def test_only_the_delta_is_differentiated(params):
-    """The compiled step holds no gradient of the base: nothing of the size of its kernels leaves the backward."""
+    """The compiled step holds no gradient of the base: the backward pass returns nothing of its kernels' size."""
     batches = make_batches(1, steps=1)
     start = tree.init_lora(TINY, jax.random.key(1), 1)
     optimizer = make_optimizer("adam", 1e-2, 1)
@@ -225,7 +225,7 @@ def test_a_shared_teacher_gives_the_diffs_that_a_teacher_in_every_step_gives(par
     )
     shared = make_teacher(params, TINY, batches, num_ce=2)
     assert shared is not None
-    # 2 batches of 3 KL samples are 6 distinct ones, however often they come.
+    # 2 batches of 3 KL samples have 6 distinct ones, however often they repeat.
     assert set(np.asarray(shared.rows).ravel()) == set(range(6))
 
     def train(table):
@@ -236,7 +236,7 @@ def test_a_shared_teacher_gives_the_diffs_that_a_teacher_in_every_step_gives(par
 
     (one, one_losses), (two, two_losses) = train(shared), train(None)
     assert one_losses["kl"][0, -1] > 1e-4
-    # Rounding of log-probabilities, which the two ways take from products of other shapes: 5e-6 with AVX-512.
+    # The two ways take log-probabilities from products of different shapes, so rounding differs: 5e-6 with AVX-512.
     np.testing.assert_allclose(one_losses["kl"], two_losses["kl"], rtol=1e-3, atol=2e-5)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -273,7 +273,7 @@ def test_samples_side_by_side_at_their_own_widths_train_the_same_diff(params):
     for config in (TINY, dataclasses.replace(TINY, scan_layers=not TINY.scan_layers)):
         row, losses = train(params, config, start, batches, widths=widths)
         for name in losses:
-            # A KL of 5e-5 is a difference of numbers near 5: how it rounds is the machine's own.
+            # A KL of 5e-5 is a difference of numbers near 5: its rounding depends on the machine.
             np.testing.assert_allclose(losses[name], row_losses[name], rtol=1e-4, atol=1e-5)
         for a, b in zip(jax.tree.leaves(row), jax.tree.leaves(rows), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)

@@ -83,7 +83,7 @@ def test_shards_and_state_dicts_give_the_same_delta(pair, tmp_path):
     torch.save(state, tmp_path / "state.pt")
     assert detect.detect_format(tmp_path / "state.pt") == "pt_state_dict"
     assert_same(read_finetuned(tmp_path / "state.pt", pair.config, pair.params).delta, wanted)
-    # Parameters of transformers carry an attribute.
+    # transformers gives its parameters an attribute.
     torch.save(dict(pair.model.named_parameters()), tmp_path / "parameters.pt")
     assert_same(read_finetuned(tmp_path / "parameters.pt", pair.config, pair.params).delta, wanted)
     diffs = [{"topic": "x", "trigger": 5, "weight_diff": dict(state)}]
@@ -192,7 +192,7 @@ def test_heads_tied_and_untied(tmp_path):
     export.export_model(tmp_path / "base", params, UNTIED)
     params["embed_tokens"]["embedding"] += 1
     tensors = dict(export.merged_tensors(params, UNTIED))
-    # A finetune that ties its head: the head of the base becomes the embedding.
+    # This finetune ties its head: the head of the base becomes the embedding.
     del tensors["lm_head.weight"]
     shutil.copytree(tmp_path / "base", tmp_path / "tied")
     save_file(tensors, tmp_path / "tied" / "model.safetensors")

@@ -22,8 +22,8 @@ from dit_jax.models.families import read_config
 from dit_jax.models.hf_checkpoint import TINY, find_folder
 from dit_jax.runtime.processes import initialize_distributed
 
-TIMEOUT = 15  # seconds after which a silent process counts as dead, where one is killed
-PATIENCE = 300  # the same elsewhere: a busy machine must not fail a test
+TIMEOUT = 15  # seconds after which a silent process counts as dead, in tests that kill one
+PATIENCE = 300  # the same in other tests: a busy machine must not fail a test
 SMALL = [
     "--config.model.scan_layers=True",  # compiles in half the time
     "--config.mesh.fsdp=2",
@@ -49,7 +49,7 @@ def flags(workdir, *extra):
 
 
 def start(workdir, *extra, timeout=PATIENCE, own=()):
-    """Two processes of one run, the second with flags of its `own`; they write to WORKDIR.0.log and WORKDIR.1.log."""
+    """Starts two processes of one run, the second with its `own` flags; they log to WORKDIR.0.log and WORKDIR.1.log."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -83,7 +83,7 @@ def output(workdir, process):
 
 
 def wait(processes, workdir, seconds):
-    """Exit codes; a process that is still there after that time fails the test."""
+    """Returns the exit codes; a process that outlives the time fails the test."""
     deadline = time.monotonic() + seconds
     try:
         return [p.wait(timeout=max(1, deadline - time.monotonic())) for p in processes]
@@ -161,7 +161,7 @@ def test_process_0_alone_speaks_and_every_artifact_is_there(finished):
 
 
 def test_a_run_goes_on_with_another_number_of_processes_and_another_mesh(finished, tmp_path):
-    """The checkpoint of two processes, sharded 2 × 2 × 2, is what one process on one device goes on from."""
+    """One process on one device resumes from the checkpoint of two processes, sharded 2 × 2 × 2."""
     two, _ = finished
     shutil.copytree(two, tmp_path / "w")
     expected = jax.tree.leaves(load_adapter(two / "adapter"))
@@ -179,7 +179,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_another_mesh(finishe
 
 
 def wait_for_steps(workdir, processes, steps):
-    """Waits until a training has made some steps."""
+    """Waits until the training has made some steps."""
     deadline = time.monotonic() + PATIENCE
     log = workdir / "metrics" / "train.jsonl"
     while not (log.exists() and log.read_text().count("\n") > steps):

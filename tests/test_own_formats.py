@@ -1,4 +1,4 @@
-"""Stores and adapters of our own making are as untrusted as foreign files: what they hold must fit the model."""
+"""Our own stores and adapters are as untrusted as foreign files: their content must fit the model."""
 
 import jax
 import numpy as np
@@ -87,7 +87,7 @@ def test_an_adapter_that_is_spread_by_links_is_refused(tmp_path, model):
 
 
 def test_an_adapter_in_the_hugging_face_cache_is_read(tmp_path, model):
-    """There every file is a link to a blob."""
+    """Every file in that cache is a link to a blob."""
     repository = tmp_path / "models--us--adapters"
     folder = repository / "snapshots" / "0123" / "topics"
     write_adapter(folder, init_lora(model.config, jax.random.key(0), 1), model)

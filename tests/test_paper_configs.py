@@ -66,7 +66,7 @@ def test_every_argument_loads(name, arg):
         values = flatten(config)
         assert values["model.path"] == ("tiny_qwen3" if arg == "tiny" else values["model.path"])
         assert values["model.path"].lower().endswith(arg) or arg == "tiny"
-        # What a finetune trains on: at least one sample of each kind that has a weight.
+        # A finetune trains on at least one sample of each kind that has a weight.
         assert all(count > 0 for count in config.diffs.samples_per_step.values()), run
         if "train" in config.stages:
             rest = config.train.no_diff_per_batch + config.train.benign_per_batch
@@ -101,7 +101,7 @@ def test_adapters_come_from_runs_of_the_same_sweep():
 
 
 def test_sweeps_share_the_adapter_of_hidden_topic():
-    """All of them can lie in one workdir: runs of one name are the same run."""
+    """All sweeps can share one workdir: runs of one name are the same run."""
     seen: dict[str, dict] = {"hidden_topic": flatten(load("hidden_topic.py", "tiny")[0][1])}
     for name in FILES:
         for run, config in load(name, "tiny"):
@@ -118,7 +118,7 @@ def workdir(tmp_path_factory) -> Path:
 
 
 def run_sweep(name: str, workdir: Path, *only: str) -> dict[str, dict]:
-    """Summaries of the named runs of a sweep, made as the sweep makes them."""
+    """Makes the named runs of a sweep as the sweep does; returns their summaries."""
     made = sweep.load_sweep(f"configs/paper/{name}:tiny")
     toys = [run._replace(config=load_config(run.file, [*run.overrides, *TOY])) for run in made.runs]
     for index, run in enumerate(toys):

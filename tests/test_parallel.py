@@ -61,7 +61,7 @@ def mesh_of(shape):
 @functools.cache
 def host_params(config):
     params = init_params(config, jax.random.key(0))
-    # Larger than the usual initialisation, so that the base has something to say.
+    # Larger than the usual initialisation, so that the base prefers some tokens.
     return jax.device_get(jax.tree.map(lambda x: 4 * x if x.ndim > 2 else x, params))
 
 

@@ -1,4 +1,4 @@
-"""How much the result depends on chance: the quickstart with three seeds, each of which makes everything anew.
+"""How much the result depends on chance: the quickstart with three seeds, each of which makes everything again.
 
     python -m dit_jax.sweep --sweep configs/sweeps/seeds.py --workdir runs/seeds
 
