@@ -1,5 +1,6 @@
 """Metrics: JSON lines and TensorBoard events that other programs read, each step once; speeds by formula."""
 
+import contextlib
 import json
 import math
 import struct
@@ -64,7 +65,7 @@ def test_checksum_of_the_standard():
 
 
 def test_event_files_are_read_by_another_program(tmp_path):
-    with EventFile(tmp_path / "events.out.tfevents.1", 5.5) as events:
+    with contextlib.closing(EventFile(tmp_path / "events.out.tfevents.1", 5.5)) as events:
         events.write(0, 6.25, {"a/loss": 1.5, "a/ü": -2.0})
         events.write(2**33, 7.0, {"a/loss": math.inf})
         events.write(300, 8.0, {})

@@ -1,4 +1,16 @@
-"""How much work a step is, and how fast it went: tokens, model FLOPs, MFU."""
+"""How much work a step is, and how fast it went: tokens, model FLOPs, MFU.
+
+MFU (model FLOPs utilization) is model FLOPs per second ÷ (devices × FLOPs per second of one device in a large matmul
+of the model's dtype, measured in this process). With P the kernels of the layers, V·D the head, L layers of N heads of
+size H, and a frozen base, a training step has
+
+    4 · (P · tokens + V·D · scored tokens) + 12 · L · N · H · Σ length²
+
+model FLOPs. A frozen weight has one product forward and one backward (for the activations); attention multiplies
+activations alone, so its backward pass has twice the products of its forward pass. Attention counts whole, also what
+the causal mask hides. Padding, recomputation, the factors of LoRA and the teacher of the KL terms are overhead, not
+model FLOPs.
+"""
 
 import functools
 import time
@@ -20,7 +32,7 @@ MFU = (
 
 
 class Work(NamedTuple):
-    """How much a batch asks for; works add up."""
+    """The size of a batch, or of several: works can be added."""
 
     tokens: float = 0.0
     scored: float = 0.0
@@ -34,12 +46,12 @@ class Work(NamedTuple):
 
 
 def count_work(batch: TokenBatch, *, share: float = 1.0, diffs: int = 0, steps: int = 1) -> Work:
-    """Work of a batch of host arrays, with any leading axes; padding does not count.
+    """The work of a batch of host arrays with any leading axes; padding does not count.
 
     Args:
-        share: the part of the whole batch that these rows are (a process holds its own rows only).
-        diffs: finished with this batch.
-        steps: optimizer steps in it.
+        share: which part of the whole batch these rows are (a process holds only its own rows).
+        diffs: how many diffs are finished with this batch.
+        steps: how many optimizer steps it holds.
     """
     lengths = np.asarray(batch.lengths, np.float64)
     scored = np.count_nonzero(np.asarray(batch.weight))
@@ -47,28 +59,31 @@ def count_work(batch: TokenBatch, *, share: float = 1.0, diffs: int = 0, steps: 
     return Work(float(sums[0]), float(sums[1]), float(sums[2]), diffs, steps)
 
 
+def _products(config: DecoderConfig, work: Work) -> tuple[float, float]:
+    """(multiply-adds with weights, L · N · H · Σ length²) of one forward pass."""
+    c = config
+    layers, head = count_parameters(c, lora_only=True), c.hidden_size * c.vocab_size
+    attention = c.num_hidden_layers * c.num_attention_heads * c.head_dim
+    return layers * work.tokens + head * work.scored, attention * work.squares
+
+
 def forward_flops(config: DecoderConfig, work: Work) -> float:
     """FLOPs of the base's forward pass over this work: projections and head, scores and weighted values."""
-    c = config
-    weights = (
-        count_parameters(c, lora_only=True) * work.tokens
-        + c.hidden_size * c.vocab_size * work.scored
-    )
-    attention = c.num_hidden_layers * c.num_attention_heads * c.head_dim * work.squares
+    weights, attention = _products(config, work)
     return 2.0 * weights + 4.0 * attention
 
 
 def train_flops(config: DecoderConfig, work: Work) -> float:
-    """Model FLOPs of training on this work with a frozen base; the formula is in this module's docstring."""
-    # Backward once more the same, and attention a third time.
-    return 2 * forward_flops(config, work) + forward_flops(config, Work(squares=work.squares))
+    """Model FLOPs of training on this work with a frozen base (formula above)."""
+    weights, attention = _products(config, work)
+    return 4.0 * weights + 12.0 * attention
 
 
 @functools.lru_cache
 def matmul_flops(dtype: str) -> float:
-    """FLOPs per second of one device in square matmuls of this dtype: the best of three.
+    """FLOPs per second of one device in square matmuls of this dtype, the best of three runs.
 
-    A float32 product is a full float32 product here, as in the model.
+    float32 products have full precision, as in the model.
     """
     device = jax.local_devices()[0]
     n, repeats = (1024, 1) if device.platform == "cpu" else (4096, 32)
@@ -78,7 +93,7 @@ def matmul_flops(dtype: str) -> float:
         body = lambda _, z: jnp.dot(z, y, precision="highest")  # noqa: E731
         return jax.lax.fori_loop(0, repeats, body, x)
 
-    # This matrix is its own square: the numbers neither grow nor vanish.
+    # This matrix is its own square, so the numbers neither grow nor vanish.
     x = jax.device_put(jnp.full((n, n), 1 / n, dtype), device)
     chain(x, x).block_until_ready()
     best = float("inf")
@@ -90,7 +105,7 @@ def matmul_flops(dtype: str) -> float:
 
 
 def count_devices(mesh: Any) -> int:
-    """Devices that a mesh computes on; those of one host's CPU share its cores and count as one."""
+    """Devices that a mesh computes on; the CPU devices of one host share its cores and count as one."""
     devices = [jax.devices()[0]] if mesh is None else list(mesh.devices.flat)
     if devices[0].platform == "cpu":
         return len({device.process_index for device in devices})
@@ -98,7 +113,7 @@ def count_devices(mesh: Any) -> int:
 
 
 def device_memory() -> dict[str, float]:
-    """Bytes in use and their peak on this process's first device; on a CPU the peak of the process."""
+    """Bytes in use and their peak on this process's first device; on a CPU the peak of this process."""
     stats = jax.local_devices()[0].memory_stats()
     if not stats:
         return {"process_peak_bytes": float(artifacts.peak_memory_bytes())}
@@ -107,9 +122,9 @@ def device_memory() -> dict[str, float]:
 
 
 class Meter:
-    """Speed between two calls of `lap`: add the work of every step, and call `lap` once its results are there.
+    """Speed between two calls of `lap`: `add` the work of every step, and call `lap` when its results are there.
 
-    The first lap of a process holds the compilation, and says so with `compiled`: 1.
+    The first lap of a process includes the compilation and is marked with `compiled`: 1.
     """
 
     def __init__(self, config: DecoderConfig, mesh: Any = None):
@@ -134,6 +149,6 @@ class Meter:
             **({} if self._laps else {"compiled": 1.0}),
         }
         self._laps += 1
-        # The clock starts after the ceiling is measured and the numbers are made: they are nobody's work.
+        # The clock starts again here, so that measuring the ceiling counts in no lap.
         self._work, self._start = Work(), time.perf_counter()
         return rates

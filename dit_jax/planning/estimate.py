@@ -68,7 +68,7 @@ def step_load(stage: str, config: Any, batch: int) -> Load:
 
 
 def step_flops(model: DecoderConfig, load: Load) -> float:
-    """FLOPs of a step: those that `metrics` counts, and what it leaves out: recomputation, and the teacher's pass."""
+    """FLOPs of a step: its model FLOPs (`optimize/speed.py`), recomputation and the teacher's pass."""
 
     def work(rows: float) -> Work:
         return Work(rows * load.length, rows * load.scored, rows * load.length**2)
@@ -77,7 +77,7 @@ def step_flops(model: DecoderConfig, load: Load) -> float:
     if not load.trained:
         decoded = load.rows * load.new_tokens
         return forward_flops(model, own) + forward_flops(model, Work(decoded, decoded))
-    # The head computes nothing twice (organisms/head_loss.py).
+    # The head recomputes nothing (optimize/head_loss.py).
     again = {
         "none": Work(),
         "dots": Work(squares=own.squares),

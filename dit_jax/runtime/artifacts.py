@@ -1,4 +1,4 @@
-"""Artifacts on disk: atomic writes, digests, manifests and the marks of finished stages.
+"""Artifacts on disk: atomic writes, digests of files, manifests, and the records of finished stages.
 
 Readers see a file or a folder whole or not at all: everything is written under a temporary name in
 the same folder, flushed to the disk, and renamed. Failures of the file system are DitErrors.
@@ -28,7 +28,7 @@ from dit_jax.runtime.os_errors import explain_os_errors
 PathLike = str | os.PathLike[str]
 
 MANIFEST = "manifest.json"
-MAX_NAME = 255  # bytes of a file's name in an artifact: file systems refuse longer ones
+MAX_NAME = 255  # bytes of a file's name: file systems refuse longer ones
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -36,11 +36,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 
 def make_dir(path: PathLike) -> Path:
-    """Makes a folder and its parents if they are not there.
-
-    Raises:
-      DitError: the folder cannot be made.
-    """
+    """Makes a folder and its parents if they do not exist. Raises DitError: the file system refuses."""
     with explain_os_errors("make the folder", path):
         Path(path).mkdir(parents=True, exist_ok=True)
     return Path(path)
@@ -63,9 +59,7 @@ def atomic_file(path: PathLike) -> Iterator[Path]:
     """Yields a temporary path to write to; on success it replaces `path` in one step.
 
     If the body raises, `path` keeps its old content and the temporary file is removed.
-
-    Raises:
-      DitError: the file system refuses (permissions, disk full).
+    Raises DitError: the file system refuses (permissions, disk full).
     """
     path = Path(path)
     make_dir(path.parent)
@@ -87,7 +81,7 @@ def atomic_dir(path: PathLike, *, replace: bool = False) -> Iterator[Path]:
 
     Args:
       path: the folder to publish.
-      replace: whether an existing folder may be replaced. It is moved aside first and deleted last.
+      replace: whether to replace an existing folder, which is moved aside first and deleted last.
 
     Raises:
       DitError: `path` exists and replace is False, or the file system refuses.
@@ -124,7 +118,7 @@ def write_bytes(path: PathLike, data: bytes) -> None:
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """Writes a UTF-8 file atomically, lone surrogates as escapes. Raises DitError when the file system refuses."""
+    """Writes a UTF-8 file atomically, lone surrogates escaped. Raises DitError when the file system refuses."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
@@ -132,7 +126,7 @@ def write_text(path: PathLike, text: str) -> None:
 
 
 def _json_default(value: Any) -> Any:
-    """Numbers and arrays of numpy and jax, and paths, as plain JSON values."""
+    """Paths, and numbers and arrays of numpy and jax, as plain JSON values."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if hasattr(value, "__array__"):
@@ -141,17 +135,12 @@ def _json_default(value: Any) -> Any:
 
 
 def write_json(path: PathLike, value: Any) -> None:
-    """Writes JSON atomically (numbers and arrays of numpy and jax included).
-
-    Raises:
-      DitError: the file system refuses.
-      TypeError: the value has no JSON form.
-    """
+    """Writes JSON atomically. Raises DitError: the file system refuses; TypeError: the value has no JSON form."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=_json_default) + "\n")
 
 
 def read_text(path: PathLike, remedy: str) -> str:
-    """The text of an artifact's file. Raises DitError: missing, unreadable or no text."""
+    """The text of an artifact's file. Raises DitError: it is missing, unreadable or not text."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -163,23 +152,16 @@ def read_text(path: PathLike, remedy: str) -> str:
 
 
 def read_json(path: PathLike, remedy: str = "run the stage that writes it") -> Any:
-    """Reads JSON.
+    """Reads JSON. Raises DitError: the file is missing, unreadable, truncated or not JSON.
 
     Args:
-      path: the file.
-      remedy: what the user can do when it is missing or broken, as an imperative.
-
-    Raises:
-      DitError: the file is missing, unreadable, truncated or not JSON.
+      remedy: what the user can do about that, as an imperative.
     """
     text = read_text(path, remedy)
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError):
         raise DitError(f"'{path}' is truncated or not JSON: delete it and {remedy}") from None
-
-
-# ------------------------------------------------------------------ digests
 
 
 def digest_file(path: PathLike) -> str:
@@ -209,14 +191,14 @@ def write_manifest(folder: PathLike, kind: str, *, version: int = 1, **fields: A
     """Writes `manifest.json` of an artifact: its kind, versions, and size and sha256 of every file.
 
     Args:
-      folder: the complete artifact; every file below it is listed.
+      folder: the complete artifact; every file in it is listed.
       kind: format name, for example 'dit_jax.diffs'.
       version: format version; readers refuse others.
-      **fields: what else belongs to the artifact (config, base digest, …), JSON values.
+      **fields: further facts about the artifact (config, base digest, …), JSON values.
     """
     folder = Path(folder)
     for leftover in folder.rglob(".*.tmp-" + "[0-9a-f]" * 12):
-        if leftover.is_file():  # of a writer that was killed: part of no artifact
+        if leftover.is_file():  # a killed writer left it: it belongs to no artifact
             leftover.unlink()
     files = {}
     for file in sorted(folder.rglob("*")):
@@ -238,28 +220,25 @@ def read_manifest(
     remedy: str = "run the stage that writes it",
     file_remedy: str | None = None,
 ) -> dict[str, Any]:
-    """Reads `manifest.json` and checks that the artifact is what it says and complete.
+    """Reads `manifest.json` and checks that the artifact is complete and of the expected format.
 
     Args:
       folder: the artifact.
       kind: expected format name.
       version: expected format version.
       check_digests: whether to compare the content of the files, not only their sizes.
-      remedy: what the user can do when something is missing or broken, as an imperative.
-      file_remedy: the same for a single file; default: delete the folder, and `remedy`.
+      remedy: what the user can do if something is missing or broken, as an imperative.
+      file_remedy: the same for a single file; default: delete the folder, then `remedy`.
 
     Raises:
-      DitError: manifest missing or broken, another format or version, a listed file missing,
-        truncated or changed, or listed outside the folder.
+      DitError: the manifest is missing or broken, or has another format or version; a listed file is missing,
+        truncated, changed or outside the folder.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise DitError(f"'{folder}' is missing: {remedy}")
-    if not (folder / MANIFEST).is_file():
-        raise DitError(f"'{folder / MANIFEST}' is missing: {remedy}")
-    manifest = read_json(folder / MANIFEST, remedy)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise DitError(f"'{folder / MANIFEST}' is not a manifest: delete '{folder}' and {remedy}")
+    for path in (folder, folder / MANIFEST):
+        if not path.exists():
+            raise DitError(f"'{path}' is missing: {remedy}")
+    manifest = _read_listing(folder, f"delete '{folder}' and {remedy}", remedy)
     if manifest.get("format") != kind:
         raise DitError(f"'{folder}' holds {manifest.get('format')!r}, not {kind!r}: check the path")
     if manifest.get("version") != version:
@@ -279,7 +258,7 @@ def read_manifest(
 def check_file(
     file: PathLike, facts: Mapping[str, Any], remedy: str, check_digest: bool = True
 ) -> None:
-    """Compares a file with its entry in a manifest. Raises DitError: missing, another size or content."""
+    """Compares a file with its entry in a manifest. Raises DitError: it is missing, or has another size or content."""
     file = Path(file)
     if not file.is_file():
         raise DitError(f"'{file}' is missing: {remedy}")
@@ -291,39 +270,37 @@ def check_file(
         raise DitError(f"'{file}' is damaged (sha256): {remedy}")
 
 
-def _listed(folder: PathLike) -> dict[str, Any]:
-    """The manifest of a folder, {} where there is none or a broken one: what reads the artifact says so."""
-    with contextlib.suppress(DitError):
-        manifest = read_json(Path(folder) / MANIFEST)
-        if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict):
-            return manifest
-    return {}
+def _read_listing(folder: Path, repair: str, remedy: str) -> dict[str, Any]:
+    """The content of a manifest that lists files. Raises DitError: it is missing or broken."""
+    manifest = read_json(folder / MANIFEST, remedy)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise DitError(f"'{folder / MANIFEST}' is not a manifest: {repair}")
+    return manifest
 
 
 def missing_file(folder: PathLike) -> str | None:
-    """The manifest of an artifact, or the first file that it lists, if that is not there. No content is read.
+    """The first file of an artifact that is not there (its manifest, or what that lists), or None; reads no content.
 
-    Raises:
-      DitError: the manifest is broken, or a file has another size than it says.
+    Raises DitError: the manifest is broken, or a file has another size than it says.
     """
-    remedy = "run the same command again"
-    if not (Path(folder) / MANIFEST).exists():
+    folder, remedy = Path(folder), "run the same command again"
+    if not (folder / MANIFEST).exists():
         return MANIFEST
-    manifest = read_json(Path(folder) / MANIFEST, remedy)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise DitError(f"'{Path(folder) / MANIFEST}' is not a manifest: delete it and {remedy}")
-    for name, facts in manifest["files"].items():
-        if not (Path(folder) / name).exists():
+    for name, facts in _read_listing(folder, f"delete it and {remedy}", remedy)["files"].items():
+        if not (folder / name).exists():
             return name
-        check_file(Path(folder) / name, facts, f"delete this file and {remedy}", check_digest=False)
+        check_file(folder / name, facts, f"delete this file and {remedy}", check_digest=False)
     return None
 
 
 def content_digest(folder: PathLike) -> str | None:
-    """The digest of an artifact's values or, where its manifest has none, of its files; None without a manifest."""
-    manifest = _listed(folder)
-    if not manifest or manifest.get("digest"):
-        return manifest.get("digest")
+    """The digest of an artifact's values if its manifest has one, else of its files; None without a sound manifest."""
+    try:
+        manifest = _read_listing(Path(folder), "", "")
+    except DitError:  # whatever reads the artifact reports it
+        return None
+    if manifest.get("digest"):
+        return str(manifest["digest"])
     files = sorted((name, facts.get("sha256")) for name, facts in manifest["files"].items())
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
@@ -332,7 +309,7 @@ def content_digest(folder: PathLike) -> str | None:
 
 
 def peak_memory_bytes() -> int:
-    """The most resident memory that this process has held so far."""
+    """Peak resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -342,11 +319,7 @@ def _stage_file(workdir: PathLike, stage: str) -> Path:
 
 
 def stage_done(workdir: PathLike, stage: str) -> dict[str, Any] | None:
-    """The record that `mark_done` wrote for a finished stage, or None.
-
-    Raises:
-      DitError: the record is there but broken.
-    """
+    """The record that `mark_done` wrote for a finished stage, or None. Raises DitError: the record is broken."""
     file = _stage_file(workdir, stage)
     if not file.exists():
         return None
@@ -369,9 +342,7 @@ def mark_done(
     """Marks a stage as finished in WORKDIR/stages/<stage>.json and returns the record.
 
     Args:
-      workdir: the run's folder.
-      stage: name of the stage.
-      seconds: its wall time.
+      seconds: wall time of the stage.
       extra: further JSON values to keep with it.
     """
     record = {

@@ -1,4 +1,4 @@
-"""Digests of pytrees: what identifies a base model, an adapter, a training state."""
+"""Digests of pytrees, which identify a base model, an adapter or a training state."""
 
 import hashlib
 from collections.abc import Callable
@@ -29,15 +29,15 @@ def _digest_leaves(tree: Any, convert: Callable[[np.ndarray], np.ndarray]) -> st
 
 
 def digest_tree(tree: Any) -> str:
-    """sha256 of a pytree of arrays in hex: names, dtypes, shapes and values, bit for bit."""
+    """sha256 (hex) of the names, dtypes, shapes and exact values of a pytree of arrays."""
     return _digest_leaves(tree, lambda array: array)
 
 
 def base_digest(params: Any) -> str:
-    """sha256 that identifies a base model by its params, whatever float dtype they are loaded in.
+    """sha256 (hex) that identifies a base model by its params, whatever float dtype they are loaded in.
 
-    Values are rounded to bfloat16 first, so that one checkpoint loaded as float32 and as bfloat16
-    is one base model; another training step of the model is another one.
+    Values are rounded to bfloat16 first, so that a checkpoint has one digest in float32 and in bfloat16, and another
+    one after a further training step.
     """
 
     def canonical(array: np.ndarray) -> np.ndarray:

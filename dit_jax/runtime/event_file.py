@@ -1,12 +1,11 @@
-"""TensorBoard event files with scalars, nothing else: records of an event's protobuf bytes, framed and summed.
+"""TensorBoard event files with scalars only: framed records, each the protobuf bytes of one event, with checksums.
 
-The packages that write them import torch wherever it is installed, which takes longer than a small run's
-training; the part of the format that scalars need is this page.
+No library, because those that write event files import torch wherever it is installed, which takes longer than the
+training of a small run.
 """
 
 import struct
 from pathlib import Path
-from types import TracebackType
 
 _POLYNOMIAL = 0x82F63B78  # CRC-32C (Castagnoli), reflected
 
@@ -24,7 +23,7 @@ _TABLE = _crc_table()
 
 
 def masked_crc32c(data: bytes) -> int:
-    """The checksum of TFRecord files: CRC-32C, rotated and shifted so that sums of sums stay sound."""
+    """The checksum of TFRecord files: CRC-32C, rotated and shifted, so that data that holds checksums is safe too."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc = crc >> 8 ^ _TABLE[(crc ^ byte) & 0xFF]
@@ -66,11 +65,11 @@ def _scalars(step: int, values: dict[str, float]) -> bytes:
 
 
 class EventFile:
-    """A new event file: `with EventFile(path, time) as events: events.write(step, time, {"loss": 1.0})`.
+    """A new event file: `write(step, time, {"loss": 1.0})`, then `close()`.
 
     Args:
-        path: its name must hold `tfevents`, or TensorBoard does not see it; an existing file is replaced.
-        wall_time: seconds since 1970 at which the curves start.
+        path: TensorBoard finds it only if its name holds `tfevents`; an existing file is replaced.
+        wall_time: start of the curves, in seconds since 1970.
     """
 
     def __init__(self, path: Path, wall_time: float):
@@ -78,7 +77,7 @@ class EventFile:
         self._record(_event(wall_time, _bytes_field(3, b"brain.Event:2")))
 
     def write(self, step: int, wall_time: float, values: dict[str, float]) -> None:
-        """Adds scalars of one step (≥ 0)."""
+        """Adds the scalars of one step (≥ 0)."""
         self._record(_event(wall_time, _scalars(step, values)))
 
     def _record(self, data: bytes) -> None:
@@ -91,14 +90,3 @@ class EventFile:
 
     def close(self) -> None:
         self._file.close()
-
-    def __enter__(self) -> "EventFile":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

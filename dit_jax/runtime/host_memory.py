@@ -1,4 +1,4 @@
-"""How the process's allocator treats freed memory: glibc's, by its own functions; elsewhere nothing happens."""
+"""What glibc's allocator does with freed memory; elsewhere these functions do nothing."""
 
 import ctypes
 import functools
@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 
-# Numbers of mallopt's parameters (malloc.h), and bytes.
+# mallopt's parameters (malloc.h), and their values in bytes.
 _TRIM_THRESHOLD = -1
 _MMAP_THRESHOLD = -3
-_LARGEST_KEPT = 64 << 20  # what one heap of a thread can hold at most
+_LARGEST_KEPT = 64 << 20  # the most that the heap of a thread can hold
 _KEPT_FREE = 128 << 20
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -19,11 +19,11 @@ _LONG = 0.5  # seconds
 
 
 def keep_freed() -> None:
-    """Keeps freed arrays of up to 64 MiB for the next ones.
+    """Keeps the memory of freed arrays of up to 64 MiB for later ones.
 
-    A compiled program on a CPU allocates its temporaries in every call. By default glibc gives such memory back to the
-    system and asks for it again, and the system clears every page: a third of the time of a small adapter step
-    (docs/performance.md). What the environment says (MALLOC_…_, GLIBC_TUNABLES) stays.
+    A compiled program on a CPU allocates its temporaries in every call. By default glibc gives that memory back to the
+    system and asks for it again, and the system clears every page, which takes a third of a small adapter step
+    (docs/performance.md). Settings in the environment (MALLOC_…_, GLIBC_TUNABLES) take precedence.
     """
     said = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     mallopt = _glibc("mallopt")
@@ -34,7 +34,7 @@ def keep_freed() -> None:
 
 @functools.cache
 def trim_after_compiling() -> None:
-    """Gives back, after every long compilation, what it left: on a CPU 0.3 GiB in the heaps of idle threads."""
+    """Returns the memory that a long compilation leaves behind: on a CPU 0.3 GiB in the heaps of idle threads."""
     trim = _glibc("malloc_trim")
     if trim is None:
         return

@@ -2,17 +2,7 @@
 
     tensorboard --logdir WORKDIR/metrics
 
-Nothing here waits for a device: the caller hands over numbers that it has fetched anyway. Process 0 writes.
-
-MFU (model FLOPs utilization) is model FLOPs per second ÷ (devices × the FLOPs per second that one device
-reaches in one large matmul of the model's dtype, measured in this process). Model FLOPs of a training step,
-with P the kernels of the layers, V·D the head, and the base model frozen (so its backward pass has products
-for the activations only, none for the weights; attention, whose factors are all activations, has both):
-
-    4 · (P · tokens + V·D · scored tokens) + 12 · L · N · H · Σ length²
-
-Attention counts whole, also what the causal mask hides. Padding, recomputation, the factors of LoRA and the teacher
-of the KL terms count as overhead, not as model FLOPs.
+Nothing here waits for a device: the caller passes numbers that it has already fetched. Only process 0 writes.
 """
 
 import json
@@ -20,7 +10,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -33,14 +22,8 @@ from dit_jax.runtime.os_errors import explain_os_errors
 FOLDER = "metrics"
 
 
-# ------------------------------------------------------------------ work and its speed
-
-
-# ------------------------------------------------------------------ files
-
-
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """Records of a metrics file, without a last line that a kill cut off."""
+    """Records of a metrics file; a last line that a kill cut off is dropped."""
     records = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         try:
@@ -56,9 +39,9 @@ class Metrics:
 
     Args:
         folder: WORKDIR/metrics.
-        name: of the stage.
-        keep: which steps of an earlier process still hold (those before the checkpoint that this one goes
-            on from). The others are dropped, since they come again: the curve stands there once.
+        name: the stage.
+        keep: which steps of an earlier process are kept (those before the checkpoint that this process resumes
+            from). The others are dropped because they are run again.
         enabled: False on all processes but one; then nothing is written.
     """
 
@@ -76,21 +59,21 @@ class Metrics:
         kept = {r["step"]: r for r in read_records(self._file) if keep(r["step"])}
         lines = [json.dumps(record) + "\n" for _, record in sorted(kept.items())]
         artifacts.write_text(self._file, "".join(lines))
-        # An event file cannot be shortened: a new one is written from the records, and the old ones go.
+        # An event file cannot be shortened: a new one is written from the records, and the old ones are deleted.
         events = artifacts.make_dir(Path(folder) / "tensorboard" / name)
         current = events / f"events.out.tfevents.{len(kept):010d}.dit_jax"
         old = [file for file in events.glob("events.out.tfevents.*") if file != current]
         with explain_os_errors("write", events):
             self._events = EventFile(current, time.time())
             self._lines = open(self._file, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
-        for record in sorted(kept.values(), key=lambda record: record["step"]):
+        for _, record in sorted(kept.items()):
             self._add_event(record)
         for file in old:
             file.unlink()
         self.flush()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Adds numbers of a step. Raises DitError when the disk is full."""
+        """Adds the numbers of one step. Raises DitError when the disk is full."""
         if not self._enabled:
             return
         numbers = {name: float(value) for name, value in values.items()}
@@ -108,7 +91,7 @@ class Metrics:
         self._events.write(record["step"], record["time"], scalars)
 
     def flush(self) -> None:
-        """Hands everything to the file system. Raises DitError when the disk is full."""
+        """Writes what is buffered. Raises DitError when the disk is full."""
         if self._enabled:
             with explain_os_errors("write", self._file):
                 self._lines.flush()
@@ -123,12 +106,7 @@ class Metrics:
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -143,11 +121,11 @@ class Profile:
                 profile.step(step, state)
                 state = train_step(state)
 
-    Each process traces its own devices. At the end of the range it waits for the results of the step before,
-    so that the trace holds all that was dispatched: the one wait that a profile costs.
+    Each process traces its own devices. At the end of the range it waits for the results of the last step, so that
+    the trace is complete; a profile costs no other wait.
 
     Raises:
-        DitError: `steps` are not two numbers.
+        DitError: `steps` is not two numbers.
     """
 
     def __init__(self, folder: str | os.PathLike[str], steps: Sequence[int] = (0, 0)):
@@ -159,7 +137,7 @@ class Profile:
         self._tracing = False
 
     def step(self, index: int, results: Any = None) -> None:
-        """Comes before step `index`; `results` are those of the step before."""
+        """Call it before step `index`; `results` are those of the previous step."""
         if self._tracing and index >= self._last:
             jax.block_until_ready(results)
             self._stop()
@@ -175,11 +153,6 @@ class Profile:
     def __enter__(self) -> "Profile":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._tracing:  # the range reaches to the end of the stage
+    def __exit__(self, *error: object) -> None:
+        if self._tracing:  # the range goes on to the end of the stage
             self._stop()

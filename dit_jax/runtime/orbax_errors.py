@@ -1,4 +1,4 @@
-"""Errors that Orbax meets on disk, as one line instead of the tracebacks of its threads."""
+"""Errors that Orbax meets on disk, each as one line instead of the tracebacks of its threads."""
 
 import functools
 import logging
@@ -9,9 +9,11 @@ import numpy as np
 
 from dit_jax.runtime.os_errors import explain_os_errors, has_remedy, os_error
 
+explain_save = functools.partial(explain_os_errors, "save a checkpoint in")
+
 
 class _Reported(logging.Filter):
-    """Drops the tracebacks that Orbax's threads log of errors which `Checkpoints` reports in one line."""
+    """Drops the tracebacks that Orbax's threads log for errors that are reported in one line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
@@ -19,7 +21,7 @@ class _Reported(logging.Filter):
 
 
 class _Unraisable:
-    """Drops what tensorstore says of the other writes when one has failed: their event loop is closed by then."""
+    """Drops what tensorstore reports about the other writes after one has failed: their event loop is closed."""
 
     def __init__(self, hook: Any):
         self._hook = hook
@@ -29,19 +31,16 @@ class _Unraisable:
             self._hook(args)
 
 
+_REPORTED = _Reported()
+
+
 def say_errors_once() -> None:
-    """A refused save is one line of `explain_os_errors`, without the tracebacks of the libraries' threads."""
+    """A refused save is one line of `explain_save`, without the tracebacks of the libraries' threads."""
     logging.getLogger("absl").addFilter(_REPORTED)
     if not isinstance(sys.unraisablehook, _Unraisable):
         sys.unraisablehook = _Unraisable(sys.unraisablehook)
 
 
-explain_save = functools.partial(explain_os_errors, "save a checkpoint in")
-
-
-_REPORTED = _Reported()
-
-
 def host_target(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    # Orbax would restore jax arrays onto the devices that wrote them, which may not exist here.
+    """What to restore into: Orbax would put jax arrays on the devices that wrote them, which may not exist here."""
     return np.empty(shape, dtype)

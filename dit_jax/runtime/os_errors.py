@@ -1,4 +1,4 @@
-"""What a file system refuses, as one line, whichever library asked it."""
+"""Errors of the file system as one line, whichever library met them."""
 
 import contextlib
 import errno
@@ -19,7 +19,7 @@ _REMEDIES = {
     errno.ENOTDIR: "a part of the path is a file, choose another folder",
     errno.EEXIST: "something of that name is in the way, choose another folder",
 }
-# Of the connection, the permissions or this process, not of the files.
+# Errors of the connection, the permissions or this process, not of the files.
 _MAY_PASS = frozenset({
     errno.EACCES, errno.EPERM, errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ENOMEM, errno.ENFILE,
     errno.EMFILE, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED,
@@ -28,9 +28,9 @@ _MAY_PASS = frozenset({
 
 
 def os_error(error: BaseException) -> int | None:
-    """The errno behind an exception, or None: of an OSError in its chain, or as libraries write it into messages.
+    """The errno behind an exception, or None: from an OSError in its chain, or from a library's message.
 
-    Safetensors says "(os error 28)", tensorstore "[os_error_code='28']".
+    Safetensors writes "(os error 28)", tensorstore "[os_error_code='28']".
     """
     seen: set[int] = set()
     link: BaseException | None = error
@@ -47,23 +47,23 @@ def os_error(error: BaseException) -> int | None:
 
 
 def reason(number: int) -> str:
-    """What the file system says, with a remedy where there is one."""
+    """The error in words, with a remedy if there is one."""
     return _REMEDIES.get(number) or os.strerror(number)
 
 
 def has_remedy(number: int | None) -> bool:
-    """Whether a user can do something about it."""
+    """Whether the user can do something about the error."""
     return number in _REMEDIES
 
 
 def may_pass(number: int | None) -> bool:
-    """Whether the same call may succeed later: then what could not be read is not damaged."""
+    """Whether the same call may succeed later, so that what could not be read need not be damaged."""
     return number in _MAY_PASS
 
 
 @contextlib.contextmanager
 def explain_os_errors(action: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns an error of the file system into a DitError: `cannot <action> '<path>': <what and remedy>`."""
+    """Turns an error of the file system into a DitError: `cannot <action> '<path>': <error and remedy>`."""
     try:
         yield
     except DitError:

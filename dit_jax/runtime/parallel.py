@@ -1,7 +1,7 @@
 """Distribution: one mesh (data, fsdp, tensor), one table of what is split over it, and host data in and out.
 
-The programs are written for one device; XLA splits them by the shardings of their arguments and by the few
-`constrain` calls in the model. Without a mesh every function here does nothing. docs/sharding.md explains the choice.
+Programs are written for one device. XLA splits them by the shardings of their arguments and by a few `constrain` calls
+in the model. Without a mesh every function here does nothing. docs/sharding.md explains the choice.
 """
 
 import contextlib
@@ -17,18 +17,20 @@ from dit_jax.errors import DitError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Logical axis of an array -> the mesh axes that it is split over. Nothing else says so.
+# Logical axis of an array -> the mesh axes that it is split over. This table is the only place that says so.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),  # examples of a batch, or diffs that are finetuned at once
     "layers": (),
     "vocab": ("tensor",),
-    "embed": ("fsdp",),  # of parameters at rest; gathered, one layer at a time, where they are used
+    "embed": (
+        "fsdp",
+    ),  # parameters at rest; they are gathered one layer at a time where they are used
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
 }
 DIFFS = "diffs"  # the axis of `vmap_diffs`; its mesh axes are those of a batch
-FREE = PartitionSpec.UNCONSTRAINED  # in `constrain`: an axis that the partitioner decides on
+FREE = PartitionSpec.UNCONSTRAINED  # in `constrain`: the partitioner decides how to split the axis
 
 # ------------------------------------------------------------------ the mesh
 
@@ -38,17 +40,17 @@ class UnplaceableMesh(DitError):
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh | None:
-    """The mesh of a config's section `mesh`, e.g. {"data": -1, "fsdp": 1, "tensor": 2}; -1 is what is left.
+    """The mesh of a config's section `mesh`, e.g. {"data": -1, "fsdp": 1, "tensor": 2}; -1 takes what is left.
 
     Args:
-        devices: default all devices of all processes. One process alone may leave some of them unused.
+        devices: default all devices of all processes. A single process may leave some of them unused.
 
     Returns:
-        The mesh, or None for one device: there is nothing to distribute then.
+        The mesh, or None for one device, where there is nothing to distribute.
 
     Raises:
-        DitError: unknown axes, sizes that are no positive numbers, or that do not fit the number of devices.
-        UnplaceableMesh: the chips' links have no place for these sizes.
+        DitError: unknown axes, sizes that are not positive, or that do not fit the number of devices.
+        UnplaceableMesh: the links between the chips have no place for these sizes.
     """
     found = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(sizes, len(found))
@@ -63,7 +65,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     types = (AxisType.Auto,) * len(MESH_AXES)
     try:
         return jax.make_mesh(shape, MESH_AXES, types, devices=found[:used])
-    except NotImplementedError:  # a torus of chips has sides of its own
+    except NotImplementedError:  # the sides of a torus of chips are fixed
         raise UnplaceableMesh(
             f"mesh {_show(shape)} cannot be laid on the links between these {used} chips: "
             "choose other sizes, such as the sides of the slice and their products"
@@ -71,7 +73,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Sizes of the axes from a command line's "data,fsdp,tensor". Raises DitError: not three numbers."""
+    """Sizes of the axes from the text "data,fsdp,tensor". Raises DitError: not three numbers."""
     try:
         return dict(zip(MESH_AXES, map(int, text.split(",")), strict=True))
     except ValueError:
@@ -108,23 +110,23 @@ def _show(shape: Sequence[int]) -> str:
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """The context in which compiled functions see the mesh; wrap their calls, not whole stages, in it."""
+    """The context in which compiled functions see the mesh. Wrap calls in it, not whole stages."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def batch_shards(mesh: Mesh | AbstractMesh | None) -> int:
-    """Into how many parts a batch is split: its size must be a multiple."""
+    """Into how many parts a batch is split; its size must be a multiple of it."""
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in RULES["batch"])
 
 
 def traced_batch_shards() -> int:
-    """`batch_shards` of the mesh that a compiled function is being traced for."""
+    """`batch_shards` of the mesh for which a function is being compiled."""
     mesh = jax.sharding.get_abstract_mesh()
     return batch_shards(None if mesh.empty else mesh)
 
 
 def round_up(size: int, mesh: Mesh | None) -> int:
-    """The next batch size that splits evenly; what is added must carry weight 0 or be dropped from the result."""
+    """The next batch size that splits evenly; give added rows weight 0, or drop them from the result."""
     shards = batch_shards(mesh)
     return -(-size // shards) * shards
 
@@ -138,7 +140,7 @@ def spec(
     """PartitionSpec of an array with these logical axes (a name of `RULES`, None for whole, FREE).
 
     Args:
-        sizes: of the array, or for an axis that must not be cut anywhere (heads) the number of its units.
+        sizes: the sizes of the array's axes; for an axis that consists of uncuttable units (heads) their number.
             An axis that its mesh axes do not divide stays whole.
 
     Raises:
@@ -168,10 +170,10 @@ def spec(
 
 
 def constrain(x: jax.Array, *axes: Any, units: int | None = None) -> jax.Array:
-    """Pins the sharding of an intermediate array inside a compiled function; nothing without a mesh.
+    """Pins the sharding of an intermediate array inside a compiled function.
 
     Args:
-        axes: for every dimension a logical axis, None (whole) or FREE.
+        axes: a logical axis, None (whole) or FREE for every dimension.
         units: into how many pieces the named axis may be cut at most (heads); default its size.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -184,9 +186,9 @@ def constrain(x: jax.Array, *axes: Any, units: int | None = None) -> jax.Array:
 def per_device(
     fn: Callable[..., jax.Array], axes: Sequence[Sequence[Any]], *arrays: jax.Array
 ) -> jax.Array:
-    """fn(*arrays), computed by every device on its own part of them; for kernels that the partitioner cannot split.
+    """fn(*arrays), each device on its own part of the arrays; for kernels that the partitioner cannot split.
 
-    Where diffs are split (`vmap_diffs`), each has its whole batch.
+    Under `vmap_diffs`, which splits diffs, each diff has its whole batch.
 
     Args:
         axes: logical axes of each array; an axis that does not divide stays whole. fn returns an array with the shape
@@ -201,7 +203,7 @@ def per_device(
         return spec(mesh, [None if mapped and name == "batch" else name for name in names], x.shape)
 
     specs = tuple(map(part, axes, arrays))
-    # What a kernel returns does not say over which axes it varies: unchecked.
+    # Unchecked, because a kernel's result does not say over which axes it varies.
     return jax.shard_map(fn, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 
@@ -214,23 +216,23 @@ def _is_mapped_over_diffs() -> bool:
 
 
 def splits(axis: str, size: int) -> bool:
-    """Whether the mesh that a compiled function is traced for cuts a logical axis of this size into equal parts."""
+    """Whether the mesh for which a function is being compiled cuts a logical axis of this size into equal parts."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or size % math.prod(mesh.shape[name] for name in RULES[axis]) == 0
 
 
 def replicate(tree: Any) -> Any:
-    """Results that every process reads, inside a compiled function: a whole copy on each device."""
+    """Inside a compiled function: results as a whole copy on each device, so that every process can read them."""
     return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), tree)
 
 
 def spmd_axes() -> tuple[str, ...] | None:
-    """For `jax.vmap(spmd_axis_name=…)` over a batch, inside a compiled function: the mesh axes of that batch."""
+    """Inside a compiled function: the mesh axes of a batch, for `jax.vmap(spmd_axis_name=…)` over it."""
     return None if jax.sharding.get_abstract_mesh().empty else RULES["batch"]
 
 
 def vmap_diffs(fn: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:
-    """`jax.vmap` over diffs, each of which is computed on one part of the mesh. Inside a compiled function."""
+    """Inside a compiled function: `jax.vmap` over diffs, each computed on one part of the mesh."""
     return jax.vmap(fn, in_axes, axis_name=DIFFS, spmd_axis_name=spmd_axes())
 
 
@@ -238,7 +240,7 @@ def vmap_diffs(fn: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:
 
 
 def put(host: Any, sharding: Any) -> jax.Array:
-    """A host array that every process holds whole, as one global array; each device gets its part alone."""
+    """A host array that every process holds whole, as one global array; each device gets only its part."""
     if isinstance(host, jax.Array):
         if host.sharding == sharding:
             return host
@@ -253,7 +255,7 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
 
 
 def local_rows(mesh: Mesh | None, size: int) -> list[int]:
-    """Which of a batch's `size` rows this process must supply to `put_rows`, in order."""
+    """Which of a batch's `size` rows this process supplies to `put_rows`, in order."""
     if mesh is None:
         return list(range(size))
     parts: Any = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
@@ -261,7 +263,7 @@ def local_rows(mesh: Mesh | None, size: int) -> list[int]:
 
 
 def put_rows(tree: Any, mesh: Mesh | None, size: int, shardings: Any = None, axis: int = 0) -> Any:
-    """Host arrays that hold this process's rows of a batch (see `local_rows`), as global arrays.
+    """Host arrays with this process's rows of a batch (`local_rows`), as global arrays.
 
     Args:
         size: of the whole batch, on dimension `axis`.
@@ -286,7 +288,7 @@ def to_host(tree: Any) -> Any:
 
 
 def _to_host(x: Any) -> np.ndarray:
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+    if _is_split(x):
         from jax.experimental import multihost_utils
 
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
@@ -294,9 +296,14 @@ def _to_host(x: Any) -> np.ndarray:
 
 
 def host_blocks(x: Any) -> Iterator[np.ndarray]:
-    """Consecutive pieces of an array, whole rows of its first axis: a parameter never has to be whole on one device."""
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-        for start in range(x.shape[0]) if x.ndim > 2 else [slice(None)]:
-            yield _to_host(x[start])
+    """An array in consecutive pieces, whole rows of its first axis, so that no device must hold all of a parameter."""
+    if _is_split(x) and x.ndim > 2:
+        for row in range(x.shape[0]):
+            yield _to_host(x[row])
     else:
-        yield np.asarray(x)
+        yield _to_host(x)
+
+
+def _is_split(x: Any) -> bool:
+    """Whether other processes hold parts of an array that this one does not have."""
+    return isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)

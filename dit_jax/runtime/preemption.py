@@ -1,7 +1,7 @@
-"""SIGTERM, the notice of a cluster that takes the machine back: stop soon, keep what can be kept, exit with 75.
+"""SIGTERM, by which a cluster announces that it takes the machine back: save what can be saved, exit with status 75.
 
-Where nothing unfinished can be kept (making a batch of diffs, evaluating) the process ends at once, even while it
-waits for a long computation. A loop that can save its state holds the notice back until its next step:
+Where no unfinished work can be saved (a batch of diffs, an evaluation) the process ends at once, even while it waits
+for a long computation. A loop that can save its state holds the notice back until its next step:
 
     with preemption.hold() as notice:
         for step in range(steps):
@@ -10,9 +10,9 @@ waits for a long computation. A loop that can save its state holds the notice ba
                 save()
                 raise preemption.Preempted
 
-With several processes a notice to one of them stops all, in such a loop after the same step, so that none waits in
-a collective for another. They speak through the coordination service of `jax.distributed`, not through collectives:
-that costs nothing while there is no notice.
+With several processes a notice to one of them stops all, in such a loop after the same step, so that none waits for
+another in a collective. They talk through the coordination service of `jax.distributed`, which costs nothing while
+there is no notice.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ import jax
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 MESSAGE = "preempted (SIGTERM): what was finished is kept, run the same command again to go on"
-POLL_SECONDS = 0.5  # how often a process asks whether another one was told to stop
-AGREE_SECONDS = 20  # after which another process counts as gone
+POLL_SECONDS = 0.5  # between two questions whether another process was told to stop
+AGREE_SECONDS = 20  # until another process counts as gone
 _KEY = "dit_jax/preempted"
 
 
@@ -42,31 +42,26 @@ class Preempted(SystemExit):
 
 
 class Notice:
-    """Whether to stop, and after which step. Made by `listen`; one thread of the process waits for the signal."""
+    """Whether to stop, and after which step. `listen` makes it; one thread of the process waits for the signal."""
 
     def __init__(self, client: Any = None) -> None:
         self._client = client  # of the coordination service; None: one process
         self._lock = threading.Lock()
-        self._step: int | None = (
-            None  # the last that a holding loop has reached; None: nothing to save
-        )
+        self._step: int | None = None  # the last step of a holding loop; None: nothing to save
         self._stop_at: int | None = None
         self._holding = False
 
     # ------------------------------------------------------------ called by the program
 
     def reached(self, step: int) -> bool:
-        """Comes once in every step of a loop that holds: whether to save after this one and stop.
-
-        True at the same step on all processes.
-        """
-        with self._lock:  # held while the processes agree: none runs past the step that is chosen
+        """Whether to save after this step and stop, the same on all processes. A holding loop calls it every step."""
+        with self._lock:  # held while the processes agree, so that none runs past the chosen step
             self._step = step if self._holding else None
             return self._stop_at is not None and step >= self._stop_at
 
     @contextlib.contextmanager
     def hold(self) -> Iterator["Notice"]:
-        """From the loop's first `reached` on, a notice no longer ends the process at once."""
+        """After the loop's first `reached`, a notice no longer ends the process at once."""
         self._holding = True
         try:
             yield self
@@ -79,18 +74,18 @@ class Notice:
     # ------------------------------------------------------------ called by the waiting thread
 
     def tell_all(self) -> None:
-        """This process was told to stop: so are all of them."""
+        """Tells all processes to stop, because this one was told to."""
         if self._client is None:
             self._stop()
             return
         try:
             self._client.key_value_set(_KEY, "")
         except Exception:
-            if not self._others_told():  # else another process was faster
+            if not self._others_told():  # otherwise another process was faster
                 _exit_now()
 
     def poll(self) -> bool:
-        """Whether any process was told to stop; if so, this one now knows when."""
+        """Whether any process was told to stop; if so, this one learns after which step."""
         if self._client is None or not self._others_told():
             return False
         self._stop()
@@ -99,18 +94,14 @@ class Notice:
     def _others_told(self) -> bool:
         try:
             self._client.key_value_try_get(_KEY)
-        except (
-            Exception
-        ):  # there is no such key, or no service: then its own client ends the process
+        except Exception:  # no such key; or no service, and then its client ends the process
             return False
         return True
 
     def _stop(self) -> None:
         with self._lock:
             steps = self._gather(self._step)
-            if (
-                None in steps
-            ):  # some process has nothing to save, and would not come to the step of the others
+            if None in steps:  # a process without state to save would not reach the common step
                 meet(self._client)
                 _exit_now()
             self._stop_at = max(step for step in steps if step is not None) + 1
@@ -125,7 +116,7 @@ class Notice:
                 self._client.blocking_key_value_get(f"{_KEY}/{i}", AGREE_SECONDS * 1000)
                 for i in range(jax.process_count())
             ]
-        except Exception:  # another process is gone: a step that needs it would never end
+        except Exception:  # another process is gone, and a step that needs it would never end
             return [None]
         return [int(text) if text else None for text in texts]
 
@@ -134,21 +125,21 @@ _current = Notice()
 
 
 def hold() -> contextlib.AbstractContextManager[Notice]:
-    """`Notice.hold` of the run that listens; without one (a stage called as a function) nothing is ever told."""
+    """`Notice.hold` of the run that listens; without one (a stage called as a function) no notice ever comes."""
     return _current.hold()
 
 
 @contextlib.contextmanager
 def listen() -> Iterator[Notice]:
-    """Listens for SIGTERM while the body runs. In another thread than the main one: does nothing."""
+    """Listens for SIGTERM while the body runs; does nothing outside the main thread."""
     global _current
     client = _client() if jax.process_count() > 1 else None
     _current = notice = Notice(client)
-    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
         yield notice
         return
-    # Python runs its handlers between two lines of the program, so a long computation would keep the notice
-    # waiting. The byte is written by the handler below them, at once.
+    # Python's own handlers run between two lines of the program, so a long computation would delay the notice. The
+    # C handler below them writes a byte at once.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     closed = threading.Event()
@@ -173,14 +164,14 @@ def listen() -> Iterator[Notice]:
 
 
 def meet(client: Any = None) -> None:
-    """Waits for the other processes before this one exits: the end of one ends the others, with another status."""
+    """Waits for the other processes before this one exits, because its end would end them with another status."""
     client = client or (_client() if jax.process_count() > 1 else None)
     if client is None:
         return
     with contextlib.suppress(Exception):
         client.wait_at_barrier(f"{_KEY}/exit", AGREE_SECONDS * 1000)
     if jax.process_index() == 0:
-        time.sleep(1)  # it serves the barrier: the answers must reach the others first
+        time.sleep(1)  # process 0 serves the barrier, and its answers must reach the others first
 
 
 def _wait(notice: Notice, reader: int, closed: threading.Event) -> None:
@@ -195,13 +186,14 @@ def _wait(notice: Notice, reader: int, closed: threading.Event) -> None:
 
 
 def _exit_now() -> None:
-    os.write(2, f"{MESSAGE}\n".encode())  # past Python's buffers, which the main thread may hold
+    os.write(
+        2, f"{MESSAGE}\n".encode()
+    )  # not through Python's buffers, whose lock the main thread may hold
     os._exit(EXIT_PREEMPTED)
 
 
 def _client() -> Any:
-    from jax._src import (
-        distributed,
-    )  # jax has no public name for the client of its coordination service
+    # jax has no public name for the client of its coordination service.
+    from jax._src import distributed
 
     return distributed.global_state.client

@@ -1,4 +1,4 @@
-"""Several processes as one run: joining them, deciding together, and doing once what must be done once.
+"""Several processes as one run: how they join, how they decide together, and what process 0 alone does.
 
 Every process runs the same program on its own devices; process 0 writes the artifacts and shows progress.
 """
@@ -20,16 +20,16 @@ def initialize_distributed(
     process_id: int | None = None,
     timeout_seconds: int | None = None,
 ) -> None:
-    """Joins the other processes of a run; must come before anything else uses JAX.
+    """Joins the other processes of a run. Call it before anything else uses JAX.
 
-    What is None is read from DIT_JAX_COORDINATOR (host:port of process 0), DIT_JAX_NUM_PROCESSES,
+    Arguments that are None are read from DIT_JAX_COORDINATOR (host:port of process 0), DIT_JAX_NUM_PROCESSES,
     DIT_JAX_PROCESS_ID and DIT_JAX_TIMEOUT_SECONDS, or else detected (TPU slices, SLURM, Kubernetes, MPI).
 
     Args:
-        timeout_seconds: a process that is silent for so long counts as dead, and ends the others. Default 100.
+        timeout_seconds: a process that is silent for this long counts as dead, and the others end. Default 100.
 
     Raises:
-        DitError: values that are no numbers, nothing detected, or the others did not come in time.
+        DitError: a value is not a number, no cluster is detected, or the other processes did not join in time.
     """
     coordinator = coordinator or os.environ.get("DIT_JAX_COORDINATOR")
     num_processes = _number("DIT_JAX_NUM_PROCESSES", num_processes)
@@ -65,16 +65,8 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
-    """Waits until all processes are here."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
-
-
 def agree(value: int) -> int:
-    """What process 0 says (a number or a bool), on all processes."""
+    """The value that process 0 passes (a number or a bool), on all processes."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -83,7 +75,7 @@ def agree(value: int) -> int:
 
 
 def highest(value: int) -> int:
-    """The highest of what the processes say, on all of them."""
+    """The highest value that a process passes, on all processes."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -92,18 +84,18 @@ def highest(value: int) -> int:
 
 
 def say_the_same(text: str) -> bool:
-    """Whether all processes come with the same text."""
-    mine = zlib.crc32(text.encode()) >> 1  # `agree` has 31 bits
+    """Whether all processes pass the same text."""
+    mine = zlib.crc32(text.encode()) >> 1  # `agree` carries 31 bits
     return not highest(mine != agree(mine))
 
 
 def on_main(action: Callable[[], Any]) -> bool:
-    """Runs `action` on process 0 while the others wait; whether its result is true, on all processes.
+    """Runs `action` on process 0 while the others wait. Returns on all processes whether its result is true.
 
-    For what reads or writes the run's folder once, and for decisions that depend on it.
+    Use it for what reads or writes the run's folder once, and for decisions that depend on that.
 
     Raises:
-        DitError: of the action, on process 0; the others then stop too.
+        DitError: the action raised it on process 0; the other processes then stop too.
     """
     if jax.process_count() == 1:
         return bool(action())
@@ -117,11 +109,11 @@ def on_main(action: Callable[[], Any]) -> bool:
     if error is not None:
         raise error
     if said == 2:
-        raise DitError("process 0 stopped: its message says why")
+        raise DitError("process 0 stopped: read its message")
     return bool(said)
 
 
 def say(text: str) -> None:
-    """Prints a line, once for all processes."""
+    """Prints a line on process 0."""
     if is_main():
         print(text, flush=True)

@@ -1,8 +1,7 @@
-"""Progress bars with ETA in a terminal; one line now and then where the output is piped. On process 0 only."""
+"""Progress bars with the time left in a terminal, occasional lines where the output is piped; on process 0 only."""
 
 import sys
 import time
-from types import TracebackType
 
 from dit_jax.runtime.processes import is_main
 
@@ -39,10 +38,5 @@ class Progress:
             )
             self._printed = now
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.close()

@@ -10,9 +10,9 @@ from dit_jax.runtime import host_memory, xla_flags
 
 
 def prepare() -> None:
-    """XLA flags, the allocator, and a persistent compilation cache: the second run of a program starts at once.
+    """Sets XLA flags, the allocator and a persistent compilation cache, so that a second run starts at once.
 
-    What the environment says of any of them stays.
+    Settings in the environment take precedence.
     """
     xla_flags.set_defaults()
     host_memory.keep_freed()
@@ -22,7 +22,7 @@ def prepare() -> None:
 
 
 def _keep_programs(caches: str) -> None:
-    """Where the folder cannot be written, or nobody has a home, programs are compiled anew; jax would warn of each."""
+    """Keeps compiled programs on disk if their folder can be written; otherwise jax would warn about each of them."""
     with contextlib.suppress(OSError, RuntimeError):
         folder = pathlib.Path(caches).expanduser() / "dit_jax" / "xla"
         folder.mkdir(parents=True, exist_ok=True)

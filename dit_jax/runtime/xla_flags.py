@@ -1,15 +1,15 @@
-"""XLA flags that pay on a GPU; XLA reads them when a process compiles its first program."""
+"""XLA flags that make GPU programs faster; XLA reads them when a process compiles its first program."""
 
 import importlib.util
 import os
 
-# XLA joins products that read the same activations (of gate and up, of W and a LoRA's first factor) and for that copies
-# their weights side by side in every step, which moves more bytes than the products (docs/performance.md).
+# XLA joins products that read the same activations (gate and up; W and a LoRA's first factor). To do so it copies their
+# weights side by side in every step, which moves more bytes than the products do (docs/performance.md).
 GPU_FLAGS = {"xla_gpu_dot_merger_threshold_mb": 0}
 
 
 def set_defaults() -> None:
-    """Adds the flags to XLA_FLAGS where jax can use a GPU, for command lines; what it says already stays."""
+    """Adds the flags to XLA_FLAGS where jax can use a GPU, except those that are set there already."""
     if not has_cuda_plugin():
         return
     given = os.environ.get("XLA_FLAGS", "")
