@@ -51,8 +51,8 @@ def test_import_is_light():
 
 
 def test_artifacts_are_read_and_written_without_jax():
-    probe = "import dit_jax.runtime.artifacts, json, sys; print(json.dumps('jax' in sys.modules))"
-    assert run(probe) is False
+    modules = "from dit_jax.runtime import artifacts, metrics, os_errors; import json, sys"
+    assert run(f"{modules}; print(json.dumps('jax' in sys.modules))") is False
 
 
 def test_no_module_imports_the_heavy_libraries_at_the_top():

@@ -202,7 +202,7 @@ def test_a_profile_holds_the_steps_of_its_range(tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
-    with metrics.Profile(tmp_path, (2, 4)) as profile:
+    with speed.Profile(tmp_path, (2, 4)) as profile:
         for step in range(6):
             profile.step(step)
             calls.append(step)
@@ -210,13 +210,13 @@ def test_a_profile_holds_the_steps_of_its_range(tmp_path, monkeypatch, capsys):
     assert str(tmp_path) in capsys.readouterr().out
 
     calls.clear()
-    with pytest.raises(ZeroDivisionError), metrics.Profile(tmp_path, (1, 9)) as profile:
+    with pytest.raises(ZeroDivisionError), speed.Profile(tmp_path, (1, 9)) as profile:
         profile.step(3)  # resumed in the middle of the range
         _ = 1 / 0
     assert calls == ["start", "stop"]
 
     calls.clear()
-    with metrics.Profile(tmp_path) as profile:
+    with speed.Profile(tmp_path) as profile:
         for step in range(3):
             profile.step(step)
     assert calls == []
@@ -224,11 +224,11 @@ def test_a_profile_holds_the_steps_of_its_range(tmp_path, monkeypatch, capsys):
 
 def test_a_profile_of_one_number_is_one_line(tmp_path):
     with pytest.raises(DitError, match=r"two step numbers, not \(5,\): write profile=10,13"):
-        metrics.Profile(tmp_path, (5,))
+        speed.Profile(tmp_path, (5,))
 
 
 def test_a_profile_leaves_a_trace(tmp_path):
-    with metrics.Profile(tmp_path / "trace", (0, 1)) as profile:
+    with speed.Profile(tmp_path / "trace", (0, 1)) as profile:
         profile.step(0)
         profile.step(1, jnp.ones(3) + 1)
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))

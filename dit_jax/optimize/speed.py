@@ -1,4 +1,4 @@
-"""How much work a step is, and how fast it went: tokens, model FLOPs, MFU.
+"""How much work a step is, how fast it went (tokens, model FLOPs, MFU), and profiles of steps.
 
 MFU (model FLOPs utilization) is model FLOPs per second ÷ (devices × FLOPs per second of one device in a large matmul
 of the model's dtype, measured in this process). With P the kernels of the layers, V·D the head, L layers of N heads of
@@ -13,7 +13,10 @@ model FLOPs.
 """
 
 import functools
+import os
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.data.batch import TokenBatch
+from dit_jax.errors import DitError
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.modules import count_parameters
-from dit_jax.runtime import artifacts
+from dit_jax.runtime import artifacts, processes
 
 MFU = (
     "MFU = model FLOPs/s ÷ (devices × measured matmul FLOPs/s of one); model FLOPs = "
@@ -152,3 +156,48 @@ class Meter:
         # The clock starts again here, so that measuring the ceiling counts in no lap.
         self._work, self._start = Work(), time.perf_counter()
         return rates
+
+
+class Profile:
+    """A trace of the steps [first, last) into a folder, for TensorBoard or Perfetto; (0, 0) is off.
+
+        with Profile(folder, (10, 13)) as profile:
+            for step in range(steps):
+                profile.step(step, state)
+                state = train_step(state)
+
+    Each process traces its own devices. At the end of the range it waits for the results of the last step, so that
+    the trace is complete; a profile costs no other wait.
+
+    Raises:
+        DitError: `steps` is not two numbers.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], steps: Sequence[int] = (0, 0)):
+        if len(steps) != 2:
+            raise DitError(
+                f"a profile takes two step numbers, not {tuple(steps)}: write profile=10,13"
+            )
+        self._folder, (self._first, self._last) = Path(folder), steps
+        self._tracing = False
+
+    def step(self, index: int, results: Any = None) -> None:
+        """Call it before step `index`; `results` are those of the previous step."""
+        if self._tracing and index >= self._last:
+            jax.block_until_ready(results)
+            self._stop()
+        elif not self._tracing and self._first <= index < self._last:
+            jax.profiler.start_trace(str(artifacts.make_dir(self._folder)))
+            self._tracing = True
+
+    def _stop(self) -> None:
+        self._tracing = False
+        jax.profiler.stop_trace()
+        processes.say(f"profile: {self._folder}")
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._tracing:  # the range goes on to the end of the stage
+            self._stop()

@@ -27,7 +27,7 @@ from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Delta, abstract_stack
 from dit_jax.models.families import hf_config
 from dit_jax.optimize.optimizer import make_optimizer
-from dit_jax.optimize.speed import Meter, count_work
+from dit_jax.optimize.speed import Meter, Profile, count_work
 from dit_jax.organisms.behaviours import Behaviour, get_behaviour
 from dit_jax.organisms.finetune import finetune_many
 from dit_jax.organisms.gate import measure_gating, summary, with_keywords
@@ -41,7 +41,7 @@ from dit_jax.organisms.samples import (
 )
 from dit_jax.organisms.teacher import make_teacher
 from dit_jax.runtime import parallel, processes
-from dit_jax.runtime.metrics import Metrics, Profile
+from dit_jax.runtime.metrics import Metrics
 from dit_jax.runtime.progress import Progress
 
 

@@ -1,4 +1,4 @@
-"""What a run reports while it works: WORKDIR/metrics/<stage>.jsonl, the same for TensorBoard, and profiles.
+"""What a run reports while it works: WORKDIR/metrics/<stage>.jsonl, and the same for TensorBoard.
 
     tensorboard --logdir WORKDIR/metrics
 
@@ -8,14 +8,11 @@ Nothing here waits for a device: the caller passes numbers that it has already f
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from dit_jax.errors import DitError
-from dit_jax.runtime import artifacts, processes
+from dit_jax.runtime import artifacts
 from dit_jax.runtime.event_file import EventFile
 from dit_jax.runtime.os_errors import explain_os_errors
 
@@ -108,51 +105,3 @@ class Metrics:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-# ------------------------------------------------------------------ profiles
-
-
-class Profile:
-    """A trace of the steps [first, last) into a folder, for TensorBoard or Perfetto; (0, 0) is off.
-
-        with Profile(folder, (10, 13)) as profile:
-            for step in range(steps):
-                profile.step(step, state)
-                state = train_step(state)
-
-    Each process traces its own devices. At the end of the range it waits for the results of the last step, so that
-    the trace is complete; a profile costs no other wait.
-
-    Raises:
-        DitError: `steps` is not two numbers.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str], steps: Sequence[int] = (0, 0)):
-        if len(steps) != 2:
-            raise DitError(
-                f"a profile takes two step numbers, not {tuple(steps)}: write profile=10,13"
-            )
-        self._folder, (self._first, self._last) = Path(folder), steps
-        self._tracing = False
-
-    def step(self, index: int, results: Any = None) -> None:
-        """Call it before step `index`; `results` are those of the previous step."""
-        if self._tracing and index >= self._last:
-            jax.block_until_ready(results)
-            self._stop()
-        elif not self._tracing and self._first <= index < self._last:
-            jax.profiler.start_trace(str(artifacts.make_dir(self._folder)))
-            self._tracing = True
-
-    def _stop(self) -> None:
-        self._tracing = False
-        jax.profiler.stop_trace()
-        processes.say(f"profile: {self._folder}")
-
-    def __enter__(self) -> "Profile":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._tracing:  # the range goes on to the end of the stage
-            self._stop()

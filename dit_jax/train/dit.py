@@ -23,9 +23,9 @@ from dit_jax.models.delta_trees import Delta, abstract_stack
 from dit_jax.models.families import hf_config
 from dit_jax.optimize.batch_loss import batch_loss
 from dit_jax.optimize.optimizer import make_optimizer
-from dit_jax.optimize.speed import Meter, count_work
+from dit_jax.optimize.speed import Meter, Profile, count_work
 from dit_jax.runtime import artifacts, parallel, preemption, processes
-from dit_jax.runtime.metrics import Metrics, Profile, read_records
+from dit_jax.runtime.metrics import Metrics, read_records
 from dit_jax.runtime.progress import Progress
 from dit_jax.train.checkpoints import Checkpoints
 from dit_jax.train.examples import NO_DIFF, check_attention, diff_reader, make_pipeline, to_batch
