@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from dit_jax.models import attention as attention_lib
+from dit_jax.models import rope
 from dit_jax.models.attention import Segments
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Deltas
-from dit_jax.models.layers import Linear, RMSNorm, pick, rope
-from dit_jax.models.modules import module_table
+from dit_jax.models.layers import Bias, Linear, RMSNorm, pick
+from dit_jax.models.modules import bias_of, module_table
 from dit_jax.runtime.parallel import FREE, constrain
 
 
@@ -30,6 +31,17 @@ class Queries(NamedTuple):
 
     position: jax.Array
     row_index: jax.Array
+
+
+def _linear(
+    config: DecoderConfig, group: str, name: str, x: jax.Array, deltas: Deltas
+) -> jax.Array:
+    """The projection of that name in a group of a layer, with its bias where it has one; called in the group."""
+    table, dtype, bias = module_table(config), jnp.dtype(config.dtype), bias_of(name)
+    y = Linear(table["layers", group, name], dtype, name=name)(x, pick(deltas, name))
+    if ("layers", group, bias) in table:
+        y = Bias(table["layers", group, bias], dtype, name=bias)(y, pick(deltas, bias))
+    return y
 
 
 class Attention(nn.Module):
@@ -52,22 +64,23 @@ class Attention(nn.Module):
         x_q, position = (x, None) if asking is None else asking
 
         def linear(name: str, x: jax.Array) -> jax.Array:
-            return Linear(table["layers", "self_attn", name], dtype, name=name)(
-                x, pick(deltas, name)
-            )
+            return _linear(c, "self_attn", name, x, deltas)
 
         def heads(name: str, x: jax.Array = x) -> jax.Array:
             y = linear(name, x).reshape(*x.shape[:2], -1, c.head_dim)
             return constrain(y, FREE, FREE, table["layers", "self_attn", name].axes[1], None)
 
         def norm(name: str, y: jax.Array) -> jax.Array:
+            if not c.qk_norm:
+                return y
             return RMSNorm(c.rms_norm_eps, dtype, name=name)(y, pick(deltas, name))
 
         q = norm("q_norm", heads("q_proj", x_q))
         k = norm("k_norm", heads("k_proj"))
         v = heads("v_proj")
-        q = rope(q, context.positions if position is None else position, c.rope_theta)
-        k = rope(k, context.positions, c.rope_theta)
+        turn = rope.frequency(c), rope.amplitude(c)
+        q = rope.rotate(q, context.positions if position is None else position, *turn)
+        k = rope.rotate(k, context.positions, *turn)
         if kv is not None:
             # The cache of all layers travels as one carried array, so that XLA updates it in place.
             start: Any = (layer, 0, context.end, 0, 0)
@@ -96,10 +109,8 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, deltas: Deltas) -> jax.Array:
-        table, dtype = module_table(self.config), jnp.dtype(self.config.dtype)
-
         def linear(name: str, y: jax.Array) -> jax.Array:
-            return Linear(table["layers", "mlp", name], dtype, name=name)(y, pick(deltas, name))
+            return _linear(self.config, "mlp", name, y, deltas)
 
         return linear("down_proj", jax.nn.silu(linear("gate_proj", x)) * linear("up_proj", x))
 

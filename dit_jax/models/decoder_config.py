@@ -17,11 +17,16 @@ DTYPES = ("float32", "bfloat16")
 class DecoderConfig:
     """A decoder's architecture, and how to compute it. Hashable, so it can be a static argument.
 
-    The fields of the first block are those of Hugging Face's `config.json`. The second block never changes the
-    function that is computed: `dtype` is the compute dtype, `scan_layers` compiles one layer and loops,
+    The fields of the first block are those of Hugging Face's `config.json`. `model_type` is a key of
+    `families.FAMILIES`, and the second block says what that family computes in its own way. The third block never
+    changes the function that is computed: `dtype` is the compute dtype, `scan_layers` compiles one layer and loops,
     `remat` recomputes activations in the backward pass ("none", "full", or "dots": all but the projections' outputs),
     `attention` picks the implementation ("xla"; "cudnn" on GPUs, "splash" on TPUs).
-    `model_type` is a key of `families.FAMILIES`.
+
+    Attributes:
+        rope_scaling: the entries of config.json's object of that name as sorted pairs; () for plain angles.
+        biases: the projections that have one.
+        qk_norm: whether queries and keys are normalised.
     """
 
     vocab_size: int
@@ -35,6 +40,10 @@ class DecoderConfig:
     rope_theta: float = 1e6
     tie_word_embeddings: bool = False
     model_type: str = "qwen3"
+
+    rope_scaling: tuple[tuple[str, float | str], ...] = ()
+    biases: tuple[str, ...] = ()
+    qk_norm: bool = True
 
     dtype: str = "float32"
     scan_layers: bool = True

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from dit_jax.errors import DitError
 from dit_jax.formats.files import read_json_object
 from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.rope import read_rope
 
 MAX_LAYERS = 1_000
 
@@ -29,6 +30,8 @@ class Family(NamedTuple):
     Attributes:
         title: its name in messages.
         architecture: the class of transformers.
+        absent: what transformers takes for entries of config.json that are not there. What is not named here either
+            must be there.
         read: (content of config.json, where it stands) -> its own fields of `DecoderConfig`. Raises DitError for
             what is not computed exactly.
         write: config -> its own entries of config.json.
@@ -36,21 +39,30 @@ class Family(NamedTuple):
 
     title: str
     architecture: str
+    absent: dict[str, Any]
     read: Callable[[dict[str, Any], str], dict[str, Any]]
     write: Callable[[DecoderConfig], dict[str, Any]]
 
 
-def _read_qwen3(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    if raw.get("attention_bias"):
-        raise DitError(f"{where}: attention_bias=true is not supported")
+def _check_activation(raw: dict[str, Any], where: str) -> None:
     if raw.get("hidden_act", "silu") != "silu":
         raise DitError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
+
+
+def _refuse_windows(raw: dict[str, Any], where: str) -> None:
     layer_types = raw.get("layer_types") or []
     if not isinstance(layer_types, list):
         raise DitError(f"{where}: 'layer_types' must be a list, not {layer_types!r}")
     if raw.get("use_sliding_window") or any(kind != "full_attention" for kind in layer_types):
         raise DitError(f"{where}: sliding-window attention is not supported")
-    return {"head_dim": raw.get("head_dim", 128)}  # absent, it is the default of transformers
+
+
+def _read_qwen3(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    if raw.get("attention_bias"):
+        raise DitError(f"{where}: attention_bias=true is not supported")
+    _check_activation(raw, where)
+    _refuse_windows(raw, where)
+    return {}
 
 
 def _write_qwen3(config: DecoderConfig) -> dict[str, Any]:
@@ -62,7 +74,50 @@ def _write_qwen3(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-FAMILIES = {"qwen3": Family("dense Qwen3", "Qwen3ForCausalLM", _read_qwen3, _write_qwen3)}
+def _read_qwen2(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    _check_activation(raw, where)
+    _refuse_windows(raw, where)
+    return {"qk_norm": False, "biases": _QKV}
+
+
+def _write_qwen2(config: DecoderConfig) -> dict[str, Any]:
+    return {"attention_dropout": 0.0, "hidden_act": "silu", "use_sliding_window": False}
+
+
+def _read_llama(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    _check_activation(raw, where)
+    attention = (*_QKV, "o_proj") if raw.get("attention_bias") else ()
+    mlp = ("gate_proj", "up_proj", "down_proj") if raw.get("mlp_bias") else ()
+    return {"qk_norm": False, "biases": (*attention, *mlp)}
+
+
+def _write_llama(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        "attention_bias": "o_proj" in config.biases,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "mlp_bias": "up_proj" in config.biases,
+    }
+
+
+_QKV = ("q_proj", "k_proj", "v_proj")
+_FROM_SIZES = {"head_dim": None, "num_key_value_heads": None}  # D / N, and N
+
+FAMILIES = {
+    "qwen3": Family(
+        "dense Qwen3", "Qwen3ForCausalLM", {"head_dim": 128}, _read_qwen3, _write_qwen3
+    ),
+    "qwen2": Family(
+        "Qwen2 and Qwen2.5", "Qwen2ForCausalLM", {"head_dim": None}, _read_qwen2, _write_qwen2
+    ),
+    "llama": Family(
+        "Llama 2 and 3 and SmolLM2",
+        "LlamaForCausalLM",
+        {**_FROM_SIZES, "rope_theta": 1e4},
+        _read_llama,
+        _write_llama,
+    ),
+}
 
 
 def _qwen3(hidden: int, ffn: int, layers: int, heads: int, tied: bool) -> DecoderConfig:
@@ -78,6 +133,35 @@ def _qwen3(hidden: int, ffn: int, layers: int, heads: int, tied: bool) -> Decode
     )
 
 
+def _llama(
+    vocab: int, hidden: int, ffn: int, layers: int, heads: int, kv: int, **more: Any
+) -> DecoderConfig:
+    sizes = (vocab, hidden, ffn, layers, heads, kv, hidden // heads)
+    fixed = {"rms_norm_eps": 1e-5, "model_type": "llama", "qk_norm": False}
+    return DecoderConfig(*sizes, **{**fixed, **more})
+
+
+def _llama3(
+    hidden: int, ffn: int, layers: int, heads: int, factor: float, tied: bool
+) -> DecoderConfig:
+    scaling = {
+        "factor": factor,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    }
+    rope = {"rope_theta": 5e5, "rope_scaling": tuple(scaling.items())}
+    return _llama(128256, hidden, ffn, layers, heads, 8, tie_word_embeddings=tied, **rope)
+
+
+def _smollm2(
+    hidden: int, ffn: int, layers: int, heads: int, kv: int, theta: float
+) -> DecoderConfig:
+    more = {"rope_theta": theta, "tie_word_embeddings": True}
+    return _llama(49152, hidden, ffn, layers, heads, kv, **more)
+
+
 # Released sizes by name.
 NAMED_CONFIGS = {
     "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, True),
@@ -86,6 +170,13 @@ NAMED_CONFIGS = {
     "qwen3-8b": _qwen3(4096, 12288, 36, 32, False),
     "qwen3-14b": _qwen3(5120, 17408, 40, 40, False),
     "qwen3-32b": _qwen3(5120, 25600, 64, 64, False),
+    "llama-3.2-1b": _llama3(2048, 8192, 16, 32, 32.0, True),
+    "llama-3.2-3b": _llama3(3072, 8192, 28, 24, 32.0, True),
+    "llama-3.1-8b": _llama3(4096, 14336, 32, 32, 8.0, False),
+    "llama-3.1-70b": _llama3(8192, 28672, 80, 64, 8.0, False),
+    "smollm2-135m": _smollm2(576, 1536, 30, 9, 3, 1e5),
+    "smollm2-360m": _smollm2(960, 2560, 32, 15, 5, 1e5),
+    "smollm2-1.7b": _smollm2(2048, 8192, 24, 32, 32, 1.3e5),
 }
 
 
@@ -109,6 +200,7 @@ def parse_config(raw: dict[str, Any], where: str) -> DecoderConfig:
     if family is None:
         known = ", ".join(f"{family.title} ({name!r})" for name, family in FAMILIES.items())
         raise DitError(f"{where}: model_type {kind!r} is not supported, only {known}")
+    raw = {**family.absent, **raw}
     for key in ("quantization_config", "num_experts", "layer_scales"):
         if raw.get(key):
             raise DitError(
@@ -117,10 +209,12 @@ def parse_config(raw: dict[str, Any], where: str) -> DecoderConfig:
     fields: dict[str, Any] = family.read(raw, where)
     for key in _SIZES:
         value = raw.get(key)
+        if value is None and key in family.absent:
+            value = raw.get("num_attention_heads")
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
             raise DitError(f"{where}: {key!r} must be a positive integer, not {value!r}")
         fields[key] = value
-    head_dim = fields["head_dim"] or fields["hidden_size"] // fields["num_attention_heads"]
+    head_dim = raw["head_dim"] or fields["hidden_size"] // fields["num_attention_heads"]
     if fields["num_hidden_layers"] > MAX_LAYERS:
         raise DitError(f"{where}: more than {MAX_LAYERS} layers are not supported")
     if not isinstance(head_dim, int) or not 2 <= head_dim < 2**16 or head_dim % 2:
@@ -133,29 +227,15 @@ def parse_config(raw: dict[str, Any], where: str) -> DecoderConfig:
     eps = raw.get("rms_norm_eps", 1e-6)
     if not isinstance(eps, int | float) or not 0 < eps < 1:
         raise DitError(f"{where}: 'rms_norm_eps' must be a small positive number, not {eps!r}")
+    theta, scaling = read_rope(raw, where)
     common = {
         "head_dim": head_dim,
         "rms_norm_eps": float(eps),
-        "rope_theta": _rope_theta(raw, where),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
         "tie_word_embeddings": tied,
     }
     return DecoderConfig(**{**fields, **common, "model_type": kind})
-
-
-def _rope_theta(raw: dict[str, Any], where: str) -> float:
-    """`rope_theta` as written before (top level) and since (`rope_parameters`) transformers 5."""
-    parameters = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or {}
-    if not isinstance(parameters, dict) or not isinstance(scaling, dict):
-        raise DitError(f"{where}: 'rope_parameters' and 'rope_scaling' must be objects")
-    for source in (parameters, scaling):
-        kind = source.get("rope_type", source.get("type", "default"))
-        if kind != "default":
-            raise DitError(f"{where}: rope scaling of type {kind!r} is not supported")
-    theta = parameters.get("rope_theta", raw.get("rope_theta"))
-    if not isinstance(theta, int | float) or isinstance(theta, bool) or not 0 < theta < 1e30:
-        raise DitError(f"{where}: no usable 'rope_theta' at top level or in 'rope_parameters'")
-    return float(theta)
 
 
 def hf_config(config: DecoderConfig) -> dict[str, Any]:
@@ -167,7 +247,11 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
         **{name: getattr(config, name) for name in _SIZES},
         "head_dim": config.head_dim,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "rope_parameters": {
+            "rope_theta": config.rope_theta,
+            "rope_type": "default",
+            **dict(config.rope_scaling),
+        },
         "tie_word_embeddings": config.tie_word_embeddings,
         **family.write(config),
         "dtype": config.dtype,

@@ -105,6 +105,22 @@ class Linear(nn.Module):
         return checkpoint_name(constrain(y, FREE, FREE, outer, units=units), PROJECTION)
 
 
+class Bias(nn.Module):
+    """y + b + Σ_δ w_δ, b [out] being the bias of a projection whose output y is."""
+
+    module: Module
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, y: jax.Array, deltas: Deltas = ()) -> jax.Array:
+        init, shape = nn.initializers.normal(0.02), self.module.shape
+        bias: jax.Array = self.param("bias", init, shape, self.dtype)
+        for delta in deltas:
+            bias = bias + delta["w"].astype(bias.dtype)
+        axes = (None if axis == "embed" else axis for axis in self.module.axes)
+        return y + constrain(bias.astype(self.dtype), *axes, units=self.module.units)
+
+
 def lora(x: jax.Array, delta: Lora, axes: tuple[str | None, str | None], units: int) -> jax.Array:
     """scale · (x a) b for one LoRA shared by the batch (a: [in, R]) or one per example (a: [B, in, R])."""
     a, b, scale = delta
@@ -146,14 +162,3 @@ def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     # One 2-D product: weight gradients of 3-D products are several times slower on CPU.
     y = x.reshape(-1, x.shape[-1]) @ kernel
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def rope(x_BxTxNxH: jax.Array, positions_BxT: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (half-split convention), angles in fp32."""
-    half = x_BxTxNxH.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions_BxT.astype(jnp.float32)[..., None, None] * frequency
-    # transformers casts cos and sin to the activation dtype before the products.
-    cos, sin = jnp.cos(angle).astype(x_BxTxNxH.dtype), jnp.sin(angle).astype(x_BxTxNxH.dtype)
-    first, second = jnp.split(x_BxTxNxH, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -24,7 +24,13 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 EMBEDDING, HEAD = ("embed_tokens",), ("lm_head",)
 
 # What the one weight of a module is called in the parameter tree, by the module's kind.
-_LEAVES = {"embedding": "embedding", "norm": "scale", "projection": "kernel", "head": "kernel"}
+_LEAVES = {
+    "embedding": "embedding",
+    "norm": "scale",
+    "projection": "kernel",
+    "bias": "bias",
+    "head": "kernel",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Module:
     Attributes:
         path: its place in the trees of parameters and deltas; "layers" comes first inside the layers.
         name: its Hugging Face name; {} stands for the layer.
-        kind: "embedding", "norm", "projection" or "head".
+        kind: "embedding", "norm", "projection", "bias" (of a projection, a module of its own) or "head".
         shape: of its weight in the parameter tree, without the axis of layers.
         axes: logical axes of that shape (docs/sharding.md).
         layers: number of layers that have it; 0 outside the layers.
@@ -53,6 +59,11 @@ class Module:
     def lora(self) -> bool:
         """Whether a delta may hold LoRA factors of it."""
         return self.kind == "projection"
+
+    @property
+    def tensor(self) -> str:
+        """The name of its tensor in Hugging Face files; {} stands for the layer."""
+        return self.name if self.kind == "bias" else f"{self.name}.weight"
 
     @property
     def leaf(self) -> str:
@@ -84,35 +95,49 @@ class Module:
         return array if self.kind == "embedding" else array.T
 
 
+def bias_of(projection: str) -> str:
+    """The name of a projection's bias in the trees: a module beside it, so that a delta may change either."""
+    return f"{projection}_bias"
+
+
 @functools.lru_cache
 def all_modules(config: DecoderConfig) -> dict[Path, Module]:
     """The modules of a model by path, in the order of its files; a head that is tied to the embedding included."""
     d, f, v, h = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
     n, k = config.num_attention_heads, config.num_key_value_heads
+    layers = config.num_hidden_layers
 
     def inner(name: str, kind: str, shape: tuple[int, ...], axes: Any, units: int = 0) -> Module:
         path = ("layers", *name.split("."))
-        layers = config.num_hidden_layers
         return Module(path, f"model.layers.{{}}.{name}", kind, shape, axes, layers, units)
 
-    def norm(name: str, size: int) -> Module:
-        return inner(name, "norm", (size,), (None,))
+    def norm(name: str, size: int) -> list[Module]:
+        return [inner(name, "norm", (size,), (None,))]
 
+    def linear(name: str, shape: tuple[int, int], axes: Any, units: int) -> list[Module]:
+        made = inner(name, "projection", shape, axes, units)
+        *group, last = made.path
+        if last not in config.biases:
+            return [made]
+        path = (*group, bias_of(last))
+        bias = (f"{made.name}.bias", "bias", shape[1:], axes[1:], layers, units)
+        return [made, Module(path, *bias)]
+
+    qk_norms = [*norm("self_attn.q_norm", h), *norm("self_attn.k_norm", h)]
     table = (
         Module(EMBEDDING, "model.embed_tokens", "embedding", (v, d), ("vocab", "embed")),
         Module(("norm",), "model.norm", "norm", (d,), (None,)),
         Module(HEAD, "lm_head", "head", (d, v), ("embed", "vocab")),
-        norm("input_layernorm", d),
-        inner("self_attn.q_proj", "projection", (d, n * h), ("embed", "heads"), n),
-        inner("self_attn.k_proj", "projection", (d, k * h), ("embed", "kv_heads"), k),
-        inner("self_attn.v_proj", "projection", (d, k * h), ("embed", "kv_heads"), k),
-        inner("self_attn.o_proj", "projection", (n * h, d), ("heads", "embed"), n),
-        norm("self_attn.q_norm", h),
-        norm("self_attn.k_norm", h),
-        norm("post_attention_layernorm", d),
-        inner("mlp.gate_proj", "projection", (d, f), ("embed", "mlp"), f),
-        inner("mlp.up_proj", "projection", (d, f), ("embed", "mlp"), f),
-        inner("mlp.down_proj", "projection", (f, d), ("mlp", "embed"), f),
+        *norm("input_layernorm", d),
+        *linear("self_attn.q_proj", (d, n * h), ("embed", "heads"), n),
+        *linear("self_attn.k_proj", (d, k * h), ("embed", "kv_heads"), k),
+        *linear("self_attn.v_proj", (d, k * h), ("embed", "kv_heads"), k),
+        *linear("self_attn.o_proj", (n * h, d), ("heads", "embed"), n),
+        *(qk_norms if config.qk_norm else ()),
+        *norm("post_attention_layernorm", d),
+        *linear("mlp.gate_proj", (d, f), ("embed", "mlp"), f),
+        *linear("mlp.up_proj", (d, f), ("embed", "mlp"), f),
+        *linear("mlp.down_proj", (f, d), ("mlp", "embed"), f),
     )
     return {module.path: module for module in table}
 
@@ -200,7 +225,7 @@ def tensor_names(config: DecoderConfig) -> dict[str, tuple[Module, int | None]]:
     """Hugging Face tensor name -> (module, layer index or None), in the order of the files."""
     table = module_table(config).values()
     return {
-        f"{module.name.format(layer)}.weight": (module, layer)
+        module.tensor.format(layer): (module, layer)
         for layer in (None, *range(config.num_hidden_layers))
         for module in table
         if layer in module.indices

@@ -1,0 +1,159 @@
+"""Rotary position embedding: its entries in config.json, its frequencies, and the rotation."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.errors import DitError
+from dit_jax.models.decoder_config import DecoderConfig
+
+# The kinds of scaling that are computed, and the numbers of each; those of the second tuple may be absent.
+SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "llama3": (
+        ("factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings"),
+        (),
+    ),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+Scaling = tuple[tuple[str, float | str], ...]
+
+
+def read_rope(raw: dict[str, Any], where: str) -> tuple[float, Scaling]:
+    """(theta, scaling) of a config.json, as written before ("rope_theta", "rope_scaling") and since transformers 5.
+
+    Raises:
+        DitError: no theta, or a scaling that is not computed exactly.
+    """
+    parameters, scaling = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    if not isinstance(parameters, dict) or not isinstance(scaling, dict):
+        raise DitError(f"{where}: 'rope_parameters' and 'rope_scaling' must be objects")
+    kinds = [_kind(source) for source in (parameters, scaling) if source]
+    if len(kinds) == 2 and kinds[0] != kinds[1]:
+        raise DitError(
+            f"{where}: 'rope_parameters' asks for rope scaling of type {kinds[0]!r}, 'rope_scaling' for "
+            f"{kinds[1]!r}: remove one of them"
+        )
+    given = {**raw, **scaling, **parameters}
+    theta = given.get("rope_theta")
+    if not isinstance(theta, int | float) or isinstance(theta, bool) or not 0 < theta < 1e30:
+        raise DitError(f"{where}: no usable 'rope_theta' at top level or in 'rope_parameters'")
+    if given.get("partial_rotary_factor", 1) not in (1, None):
+        raise DitError(f"{where}: 'partial_rotary_factor' is not supported")
+    return float(theta), _read_scaling(kinds[-1] if kinds else "default", given, raw, where)
+
+
+def _kind(source: dict[str, Any]) -> Any:
+    return source.get("rope_type", source.get("type", "default"))
+
+
+def _read_scaling(kind: Any, given: dict[str, Any], raw: dict[str, Any], where: str) -> Scaling:
+    if kind == "default":
+        return ()
+    longest = raw.get("max_position_embeddings")
+    if kind == "dynamic":
+        raise DitError(
+            f"{where}: rope scaling of type 'dynamic' is not supported: its angles change with the length of a text. "
+            f"Texts of up to {longest} tokens need none: for these remove 'rope_scaling' from config.json"
+        )
+    if kind not in SCALINGS:
+        known = ", ".join(SCALINGS)
+        raise DitError(f"{where}: rope scaling of type {kind!r} is not supported, only {known}")
+    needed, optional = SCALINGS[kind]
+    given = {"original_max_position_embeddings": longest, **given}
+    values: dict[str, Any] = {"rope_type": kind}
+    for name in (*needed, *optional):
+        value = given.get(name)
+        if value is None and name in optional:
+            continue
+        if not isinstance(value, int | float) or not (0 < value < 1e30 or value is False):
+            raise DitError(
+                f"{where}: rope scaling of type {kind!r} needs a positive number as {name!r}, not {value!r}"
+            )
+        values[name] = value
+    return tuple(sorted(values.items()))
+
+
+def rotate(
+    x_BxTxNxH: jax.Array, positions_BxT: jax.Array, frequency: jax.Array, amplitude: float = 1.0
+) -> jax.Array:
+    """Rotates pairs (i, i + H/2) by position * frequency[i], angles in fp32.
+
+    Args:
+        amplitude: multiplies what is rotated (YaRN).
+    """
+    angle = positions_BxT.astype(jnp.float32)[..., None, None] * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    if amplitude != 1:
+        cos, sin = cos * amplitude, sin * amplitude
+    # transformers casts cos and sin to the activation dtype before the products.
+    cos, sin = cos.astype(x_BxTxNxH.dtype), sin.astype(x_BxTxNxH.dtype)
+    first, second = jnp.split(x_BxTxNxH, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def frequency(config: DecoderConfig) -> jax.Array:
+    """Radians per position [H/2], fp32."""
+    half = config.head_dim // 2
+    if config.rope_scaling:
+        return jnp.asarray(_scaled(config.rope_theta, half, dict(config.rope_scaling)), jnp.float32)
+    return config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+
+
+def amplitude(config: DecoderConfig) -> float:
+    """The factor of cosines and sines: YaRN's `attention_factor`, else 1."""
+    return _amplitude(dict(config.rope_scaling))
+
+
+def _amplitude(scaling: dict[str, float | str]) -> float:
+    if scaling.get("rope_type") != "yarn":
+        return 1.0
+    given = scaling.get("attention_factor")
+    if given is not None:
+        return float(given)
+
+    def size(weight: float) -> float:
+        return max(1.0, 0.1 * weight * math.log(float(scaling["factor"])) + 1)
+
+    one, all_dim = (float(scaling.get(name, 0)) for name in ("mscale", "mscale_all_dim"))
+    return size(one) / size(all_dim) if one and all_dim else size(1)
+
+
+def _scaled(theta: float, half: int, scaling: dict[str, float | str]) -> np.ndarray:
+    """Frequencies of a scaled rope, as transformers' `modeling_rope_utils` defines them."""
+    plain = theta ** (-np.arange(half) / half)
+    kind, values = scaling["rope_type"], {k: v for k, v in scaling.items() if k != "rope_type"}
+    number = {name: float(value) for name, value in values.items()}
+    if kind == "linear":
+        return plain / number["factor"]
+    return (_llama3 if kind == "llama3" else _yarn)(theta, plain, number)
+
+
+def _llama3(theta: float, plain: np.ndarray, number: dict[str, float]) -> np.ndarray:
+    """Llama 3.1: long waves are stretched by `factor`, short ones stay, those between are a mixture."""
+    del theta
+    low, high = number["low_freq_factor"], number["high_freq_factor"]
+    turns = number["original_max_position_embeddings"] * plain / (2 * math.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return kept * plain + (1 - kept) * plain / number["factor"]
+
+
+def _yarn(theta: float, plain: np.ndarray, number: dict[str, float]) -> np.ndarray:
+    """YaRN (arXiv 2309.00071): a ramp over the dimensions, between those of `beta_fast` and of `beta_slow` turns."""
+    half, context = len(plain), number["original_max_position_embeddings"]
+
+    def dimension(turns: float) -> float:
+        return half * math.log(context / (turns * 2 * math.pi)) / math.log(theta)
+
+    low, high = (dimension(number.get(*name)) for name in (("beta_fast", 32), ("beta_slow", 1)))
+    if number.get("truncate", 1):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * half - 1)
+    stretched = np.clip((np.arange(half) - low) / (high - low or 0.001), 0, 1)
+    return (1 - stretched) * plain + stretched * plain / number["factor"]

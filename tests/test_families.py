@@ -1,0 +1,250 @@
+"""The families of models against transformers: logits, padding, decoding, and what is refused by name."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dit_jax
+from dit_jax.models.decode import generate
+from dit_jax.models.decoder import forward, init_params, unembed
+from dit_jax.models.families import FAMILIES, NAMED_CONFIGS, hf_config, parse_config
+from dit_jax.models.modules import abstract_weights, count_parameters, module_table
+
+VOCAB = 211
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 2e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+# Name -> (the class of transformers, what its config says beside the common sizes).
+MODELS = {
+    "llama": ("Llama", {"rope_theta": 3e5, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
+    "llama_llama3": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 24}),
+    "llama_linear": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 2e4, "factor": 2.0}},
+    ),
+    "llama_biases": (
+        "Llama",
+        {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1, "rope_theta": 3e5},
+    ),
+    "llama_yarn": ("Llama", {"rope_parameters": YARN}),
+    "llama_yarn_mscale": (
+        "Llama",
+        {
+            "rope_parameters": {
+                **YARN, "mscale": 0.7, "mscale_all_dim": 1.2, "beta_fast": 8.0, "truncate": False,
+            }
+        },
+    ),
+    "qwen2": ("Qwen2", {"rope_theta": 3e5, "tie_word_embeddings": True}),
+    "qwen2_yarn": ("Qwen2", {"rope_parameters": {**YARN, "attention_factor": 1.3}}),
+}  # fmt: skip
+
+
+def make(name: str, folder, **more):
+    """A tiny random model of transformers, saved in a folder."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    family, options = MODELS[name]
+    options = {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.2,
+        **options,
+        **more,
+    }
+    if "rope_theta" in options:
+        theta = options.pop("rope_theta")
+        options["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    config = getattr(transformers, f"{family}Config")(**options)
+    torch.manual_seed(0)
+    theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval().float()
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if "norm" in key or key.endswith(".bias"):  # ones and zeros would hide a forgotten one
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+# One of each family: what else there is of rope and biases is seen in logits.
+FAMILY = ("llama", "qwen2")
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """name -> (transformers model, our model of the same folder)."""
+
+    @functools.cache
+    def pair(name):
+        folder = tmp_path_factory.mktemp(name)
+        return make(name, folder), dit_jax.load_model(folder)
+
+    return pair
+
+
+def their_logits(theirs, tokens, mask=None):
+    import torch
+
+    with torch.no_grad():
+        mask = None if mask is None else torch.tensor(mask)
+        return theirs(torch.tensor(tokens), attention_mask=mask).logits.numpy()
+
+
+def assert_near(ours, expected):
+    """Within 1e-4 of the largest logit."""
+    assert np.abs(ours - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_transformers_beyond_500_tokens(pairs, name):
+    theirs, ours = pairs(name)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (1, 520))
+    expected = their_logits(theirs, tokens)
+    assert_near(ours.logits(tokens), expected)
+    other = dataclasses.replace(ours.config, scan_layers=not ours.config.scan_layers)
+    hidden = forward(ours.params, other, jnp.asarray(tokens))
+    assert_near(unembed(ours.params, other, hidden), expected)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", FAMILY)
+def test_padded_logits_equal_transformers(pairs, name, side):
+    theirs, ours = pairs(name)
+    tokens = np.random.default_rng(1).integers(0, VOCAB, (3, 40))
+    mask = np.ones((3, 40), int)
+    for row, padding in enumerate((0, 7, 23)):
+        mask[row, slice(0, padding) if side == "left" else slice(40 - padding, 40)] = 0
+    found, expected = ours.logits(tokens, mask), their_logits(theirs, tokens, mask)
+    assert_near(found[mask == 1], expected[mask == 1])
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("name", FAMILY)
+def test_greedy_tokens_equal_transformers_on_a_left_padded_batch(pairs, name, scan):
+    import torch
+
+    theirs, ours = pairs(name)
+    tokens = np.random.default_rng(2).integers(3, VOCAB, (3, 12))
+    mask = np.ones((3, 12), int)
+    mask[1, :5] = 0
+    expected = theirs.generate(
+        torch.tensor(tokens), attention_mask=torch.tensor(mask), max_new_tokens=40, do_sample=False,
+        eos_token_id=None, pad_token_id=0,
+    )[:, 12:]  # fmt: skip
+    config = dataclasses.replace(ours.config, scan_layers=scan)
+    out = generate(ours.params, config, jnp.asarray(tokens), jnp.asarray(mask), max_new_tokens=40)
+    np.testing.assert_array_equal(out.tokens, expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_config_json_is_written_as_it_was_read_and_transformers_reads_it(pairs, name):
+    theirs, ours = pairs(name)
+    written = hf_config(ours.config)
+    assert parse_config(written, "x") == ours.config
+    read = type(theirs.config)(**{k: v for k, v in written.items() if k != "model_type"})
+    for key, value in theirs.config.to_dict().items():
+        if key in written and key not in ("architectures", "dtype"):
+            assert read.to_dict()[key] == value, key
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_table_of_modules_describes_every_parameter(pairs, name):
+    theirs, ours = pairs(name)
+    shapes = jax.eval_shape(lambda: init_params(ours.config, jax.random.key(0)))
+    assert shapes == abstract_weights(ours.config)
+    names = {m.tensor.format(i) for m in module_table(ours.config).values() for i in m.indices}
+    assert names == {name for name, _ in theirs.named_parameters()}
+    assert count_parameters(ours.config) == sum(p.numel() for p in theirs.parameters())
+
+
+# ------------------------------------------------------------------ config.json
+
+
+LLAMA_2 = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 4096,
+}
+
+
+def test_absent_entries_of_a_llama_are_those_of_transformers():
+    config = parse_config(LLAMA_2, "x")
+    assert (config.num_key_value_heads, config.head_dim, config.rope_theta) == (4, 16, 1e4)
+    assert (config.rms_norm_eps, config.tie_word_embeddings, config.biases) == (1e-6, False, ())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic.*4096.*remove"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope.*only linear"),
+        ({"rope_scaling": {"type": "linear"}}, "linear.*'factor'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3.*high_freq_factor"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_parameters": YARN},
+            "'yarn'.*'linear'.*remove one",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+)
+def test_what_is_not_computed_exactly_is_refused_by_name(change, named):
+    with pytest.raises(dit_jax.DitError) as error:
+        parse_config({**LLAMA_2, **change}, "config.json")
+    assert re.search(named, str(error.value))
+
+
+def test_the_angles_that_old_llamas_store_are_no_surprise(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    theirs = make("llama", tmp_path)
+    path = tmp_path / "model.safetensors"
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
+    save_file({**load_file(path), **more}, path)
+    tokens = np.arange(9)[None]
+    assert_near(dit_jax.load_model(tmp_path).logits(tokens), their_logits(theirs, tokens))
+
+
+BILLIONS = {
+    "llama-3.2-1b": 1.236,
+    "llama-3.2-3b": 3.213,
+    "llama-3.1-8b": 8.030,
+    "llama-3.1-70b": 70.554,
+    "smollm2-135m": 0.1345,
+    "smollm2-360m": 0.3618,
+    "smollm2-1.7b": 1.711,
+}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMED_CONFIGS if "qwen3" not in name])
+def test_named_shapes_have_the_published_sizes(name):
+    config = NAMED_CONFIGS[name]
+    assert config.model_type in FAMILIES
+    assert parse_config(hf_config(config), name) == config
+    assert count_parameters(config) / 1e9 == pytest.approx(BILLIONS[name], rel=0.001)
