@@ -1,4 +1,4 @@
-"""The public interface: load a model, weight diffs and an adapter; `asking` asks them. An example: `dit_jax`."""
+"""The public interface to load a model, weight diffs and an adapter (`asking` asks them; example: `dit_jax`)."""
 
 import dataclasses
 import functools
@@ -32,8 +32,8 @@ PathLike = str | pathlib.Path
 class Model:
     """A base model: parameters (docs/architecture.md), architecture, and its chat format (None: no tokenizer).
 
-    `mesh` is what the parameters, and everything computed with them, are split over (None: one device). On an
-    accelerator with unrolled layers `params` stay on the host, and the device holds `program_params`.
+    The parameters, and everything computed with them, are split over `mesh` (None: one device). On an accelerator with
+    unrolled layers `params` stay on the host, and the device holds `program_params`.
     """
 
     params: Params = dataclasses.field(repr=False)
@@ -44,7 +44,7 @@ class Model:
 
     @property
     def chat(self) -> Chat:
-        """Tokenizer and chat template. Raises DitError: the model has none."""
+        """Tokenizer and chat template. Raises DitError: the model has no tokenizer."""
         if self.chat_or_none is None:
             raise DitError(f"{self.name} has no tokenizer: load a model folder that has one")
         return self.chat_or_none
@@ -58,12 +58,12 @@ class Model:
         """fp32 logits [B, T, V] of token ids [B, T].
 
         Args:
-            mask: [B, T], True (1) at real tokens, padding anywhere. Default: no padding.
-            deltas: what `deltas_of` takes, all added.
+            mask: [B, T], True (1) at real tokens; padding may be anywhere. Default: no padding.
+            deltas: anything that `deltas_of` takes; all of it is added.
 
         Raises:
-            DitError: no tokens, rows of several lengths, ids outside the vocabulary, a mask of another shape, or a
-                delta that is not one of this model.
+            DitError: there are no tokens, rows differ in length, ids are outside the vocabulary, the mask has another
+                shape, or a delta does not fit this model.
         """
         if not isinstance(tokens, jax.Array):
             try:
@@ -82,7 +82,7 @@ class Model:
             raise DitError(
                 f"the mask has the shape {np.shape(mask)}, the token ids {np.shape(tokens)}"
             )
-        if not isinstance(tokens, jax.core.Tracer):  # an embedding clamps ids that it does not have
+        if not isinstance(tokens, jax.core.Tracer):  # an embedding clamps unknown ids
             check_ids(np.min(tokens), np.max(tokens), self)
         deltas = deltas_of(deltas, self.config, "deltas", len(tokens))
         inputs = (jnp.asarray(tokens, jnp.int32), None if mask is None else jnp.asarray(mask, bool))
@@ -90,7 +90,7 @@ class Model:
             return _logits(self.program_params, self.config, *inputs, deltas)
 
     def digest(self) -> str:
-        """sha256 that identifies the base, whatever dtype it was loaded in; computed once."""
+        """sha256 that identifies the base, whatever dtype it is loaded in; computed once."""
         return self._digest
 
     @functools.cached_property
@@ -102,7 +102,7 @@ class Model:
 def _logits(
     params: Params, config: DecoderConfig, tokens: jax.Array, mask: Any, deltas: Deltas
 ) -> jax.Array:
-    # Every device has all tokens: left to itself, each would compute all of them.
+    # Tokens arrive whole on every device; without the constraint every device would compute all of them.
     tokens = parallel.constrain(tokens, "batch", None)
     mask = None if mask is None else parallel.constrain(mask, "batch", None)
     hidden = forward(params, config, tokens, mask=mask, deltas=deltas)
@@ -112,21 +112,21 @@ def _logits(
 def load_model(
     path_or_hf_id: PathLike, dtype: str = "float32", mesh: Mesh | None = None, **compute: Any
 ) -> Model:
-    """Loads a dense Qwen3.
+    """Loads a model of a known family (`models.families`).
 
     Args:
         path_or_hf_id: a folder in Hugging Face format, a hub id ("Qwen/Qwen3-4B"), "tiny_qwen3" (the embedded
             model), or "random:qwen3-4b" (that shape with random weights and no tokenizer, for benchmarks).
         dtype: of the weights and of the computation, "float32" or "bfloat16".
-        mesh: split the weights over these devices (`parallel.make_mesh`); they go there leaf by leaf.
+        mesh: devices to split the weights over (`parallel.make_mesh`); each leaf goes straight there.
         **compute: fields of `DecoderConfig` that say how to compute (`COMPUTE`): scan_layers, remat, attention.
 
     Raises:
-        DitError: no such model, one that this program does not compute exactly, another keyword, or a way to compute
-            that this platform does not have.
+        DitError: there is no such model, this program cannot compute it exactly, a keyword is unknown, or this
+            platform lacks a way to compute.
     """
     for option in compute:
-        if option not in COMPUTE:  # another field would make another model
+        if option not in COMPUTE:  # any other field would change the model
             known = f": how to compute is said by {', '.join(COMPUTE)}"
             raise DitError(
                 f"load_model has no option {option!r}{did_you_mean(option, COMPUTE, known)}"
@@ -161,7 +161,7 @@ def load_model(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Diff:
-    """A weight diff: `delta` (docs/architecture.md), what it is known to do, and where it came from."""
+    """A weight diff: its `delta` (docs/architecture.md), what it is known to do, and where it came from."""
 
     delta: Delta = dataclasses.field(repr=False)
     label: str | None = None
@@ -172,13 +172,14 @@ class Diff:
 def deltas_of(
     given: Any, config: DecoderConfig, what: str, batch: int | None = None
 ) -> tuple[Delta, ...]:
-    """The deltas of a Diff, of a delta as it is, or of a list or tuple of them, which are all added; of None no delta.
+    """The deltas of `given`: None (no delta), a Diff, a delta, or a list or tuple of these, which are all added.
 
     Args:
-        batch: LoRAs may also hold one for each of so many examples.
+        what: how messages call it.
+        batch: a LoRA may also hold one delta for each of this many examples.
 
     Raises:
-        DitError: anything else, or a delta that is not one of this model; `what` names it.
+        DitError: anything else, or a delta that does not fit this model.
     """
     if given is None:
         return ()
@@ -229,16 +230,16 @@ class Diffs(Sequence[Diff]):
 
 
 def load_diffs(path: PathLike, model: Model, svd_rank: int | None = None) -> Diffs:
-    """A lazy sequence of the weight diffs at `path`, whatever its format (docs/formats.md).
+    """A lazy sequence of the weight diffs at `path`, in any known format (docs/formats.md).
 
-    Nothing in the files is executed. A format is recognised by content: a diff store, a PEFT folder, a finetuned
-    model folder (the diff is M' − M over all parameters), a reference `.pt` file or a folder of them with index.csv.
+    Nothing in the files is executed. The content tells the format: a diff store, a PEFT folder, a finetuned model
+    folder (the diff is M' − M over all parameters), a reference `.pt` file, or a folder of those with index.csv.
 
     Args:
         svd_rank: reduce a finetuned model's dense diff to a LoRA of this rank (metadata says what that keeps).
 
     Raises:
-        DitError: nothing readable there, or diffs of another base model.
+        DitError: there is nothing readable, or the diffs belong to another base model.
     """
     from dit_jax.deltas.detect import open_diffs
     from dit_jax.deltas.store import DiffStore, label_of
@@ -270,10 +271,10 @@ def load_diffs(path: PathLike, model: Model, svd_rank: int | None = None) -> Dif
 
 
 def load_diff(path: PathLike, model: Model, index: int = 0, svd_rank: int | None = None) -> Diff:
-    """Weight diff number `index`, from the end if it is negative; the rest as in `load_diffs`.
+    """Weight diff number `index` of `load_diffs`; a negative one counts from the end.
 
     Raises:
-        DitError: no diff of that number, or see `load_diffs`.
+        DitError: there is no such diff, or see `load_diffs`.
     """
     diffs = load_diffs(path, model, svd_rank)
     return diffs[diffs.number(index)]
@@ -283,13 +284,13 @@ def load_adapter(path: PathLike, model: Model) -> Delta:
     """The delta of a DIT adapter: our export, a PEFT folder, or the reference's dit-adapter.pt.
 
     Raises:
-        DitError: nothing readable there, a damaged export, or an adapter of another base model.
+        DitError: there is nothing readable, the export is damaged, or the adapter belongs to another base model.
     """
     return read_adapter(path, model).delta
 
 
 def read_adapter(path: PathLike, model: Model) -> Diff:
-    """`load_adapter`, with what the files say beside it in `metadata`."""
+    """Like `load_adapter`, with further facts from the files in `metadata`."""
     from dit_jax.deltas.detect import open_adapter
 
     check_model(model)
@@ -307,30 +308,30 @@ def read_adapter(path: PathLike, model: Model) -> Diff:
 
 
 def _is_own(path: PathLike, kind: str) -> bool:
-    """Whether `path` is a folder of our own format `kind`. A file is not opened: a large one takes seconds to parse."""
+    """Whether `path` is a folder of our own format `kind`. No file is opened: a large one takes seconds to parse."""
     from dit_jax.deltas.detect import detect_format
 
     return os.path.isdir(path) and detect_format(path) == kind
 
 
 def check_model(model: Any) -> None:
-    """Raises DitError for what is no loaded model, its name for example."""
+    """Raises DitError unless `model` is a loaded model (it may be a name)."""
     if not isinstance(model, Model):
         raise DitError(f"the model is of type {type(model).__name__}: give what load_model returns")
 
 
 def check_ids(least: Any, most: Any, model: Model) -> None:
-    """Raises DitError for token ids that the model does not have: the embedding would give another token's row."""
+    """Raises DitError for ids outside the vocabulary, for which an embedding returns another token's row."""
     for token in (least, most):
         if not 0 <= token < model.config.vocab_size:
             raise DitError(
-                f"{model.name}: there is no token {token}, the model knows {model.config.vocab_size}: use the "
-                "tokenizer that belongs to the model"
+                f"there is no token {token}, {model.name} has {model.config.vocab_size} of them: use the tokenizer "
+                "that belongs to the model"
             )
 
 
 def check_base(digest: Any, model: Model, what: str) -> None:
-    """Raises DitError if `digest` is not that of the model."""
+    """Raises DitError if `digest`, which `what` names as that of its base, is not the model's."""
     if digest != model.digest():
         raise DitError(
             f"{what} belongs to another base model (sha256 {str(digest)[:12]}…, {model.name} is "

@@ -1,4 +1,4 @@
-"""Asking a model ⊕ diff ⊕ adapter: one question, every question of every diff, or batches of any of them."""
+"""Asks model ⊕ diff ⊕ adapter: one question, every question of every diff, or batches of any of them."""
 
 import dataclasses
 import math
@@ -22,8 +22,8 @@ from dit_jax.runtime.progress import Progress
 class Answer:
     """One decoded answer.
 
-    text; tokens: the generated ids without the end of turn; logprob: summed log-probability of everything
-    generated, the end of turn included; generated: how many tokens that were.
+    tokens: the generated ids without the end of turn; logprob: summed log-probability of all generated tokens, the end
+    of turn included; generated: the number of those tokens.
     """
 
     text: str
@@ -50,7 +50,7 @@ def ask(
     """Asks model ⊕ diff ⊕ adapter one question (WeightDiffQA, paper section 2); greedy by default.
 
     Args:
-        diff, adapter: a Diff or a delta each, or several, which are all added: diff=(one, two).
+        diff, adapter: a Diff or a delta each, or several that are all added: diff=(one, two).
         max_new_tokens, temperature, seed, forbid_repeats: see `answer_batch`.
 
     Raises:
@@ -83,20 +83,19 @@ def ask_many(
     """Asks every diff every question: answers[diff][question][sample].
 
     LoRA diffs of one shape and dtype share one batched decode, each row with its own diff; dense diffs go one by one.
-    Diffs are read as they are needed, so that memory holds those of one batch.
+    Diffs are read when they are needed, so that memory holds those of one batch.
 
     Args:
         questions: a string is one question.
-        diffs: what `ask` takes for a diff, several times: [one, two] are two diffs, [(one, two)] is the sum of both.
-            A Diff or a delta alone is one diff, and so is None: no diff at all. What is no sequence (a generator) is
-            read before the first question.
+        diffs: a sequence of what `ask` takes as diff: [one, two] are two diffs, [(one, two)] is the sum of both. A
+            single Diff, delta or None (no diff) is one diff. A generator is read before the first question.
         adapter: as in `ask`.
         samples: answers to each question of each diff.
-        batch_size: rows (diffs x questions x samples) per decode. Default: all, at most 256.
+        batch_size: rows (diffs × questions × samples) per decode. Default: all, at most 256.
         **decoding: max_new_tokens, temperature, seed, forbid_repeats; see `answer_batch`.
 
     Raises:
-        DitError: no samples, or see `answer_batch`.
+        DitError: `samples` is below 1, or see `answer_batch`.
     """
     check_model(model)
     if samples < 1:
@@ -110,13 +109,13 @@ def ask_many(
         return [[] for _ in diffs]
     block = max(1, (batch_size or 256) // len(prompts))  # diffs of one batch
     groups: dict[Any, list[tuple[int, tuple[Delta, ...]]]] = {}
-    # Layouts of which a whole batch was decoded: its program takes the rest of them as well.
+    # Layouts of which a whole batch was decoded: the rest then runs the same program.
     filled: set[Any] = set()
     answers: dict[int, list[Answer]] = {}
     with Progress("asking", len(diffs) * len(prompts), enabled=progress) as bar:
 
         def flush(members: list[tuple[int, tuple[Delta, ...]]], whole: bool = False) -> None:
-            """Asks the diffs of one batch; whole: in as many rows as a whole batch has."""
+            """Asks the diffs of one batch; `whole`: in as many rows as a whole batch has."""
             deltas: tuple[Delta, ...] = shared
             stacked: tuple[Delta, ...] = ()
             rows = None

@@ -1,4 +1,4 @@
-"""Held-out diffs, and what controls give the model in their place: LoRAs stacked, dense diffs one by one."""
+"""Diffs for evaluation, and what controls put in their place: LoRAs stacked, dense diffs one by one."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -16,10 +16,10 @@ from dit_jax.models.delta_trees import Delta
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """What is put into the model in place of each of `size` diffs.
+    """What the model gets in place of each of `size` diffs.
 
-    stacked: LoRAs [n, L, …], which one batched decode takes together; None for dense diffs, which are as large
-    as the model: `read(i)` gets one of them when it is needed.
+    stacked: LoRAs [n, L, …], which one batched decode takes together. None for dense diffs, each as large as the model:
+    `read(i)` reads one when it is needed.
     """
 
     size: int
@@ -30,20 +30,20 @@ class Given:
         return self.size
 
     def reordered(self, order: Sequence[int]) -> "Given":
-        """Number i is number order[i] of these."""
+        """The same in another order: number i is number order[i] of these."""
         if self.stacked is not None:
             return from_stacked(jax.tree.map(lambda x: x[np.asarray(order)], self.stacked))
         return Given(len(order), lambda i: self.read(order[i]))
 
     def noise(self, seed: int) -> "Given":
-        """Every diff replaced by noise with the same norm of each factor in each layer."""
+        """Noise in place of every diff, with the norm that each factor has in each layer."""
         keys = jax.random.split(jax.random.key(seed), self.size)
         if self.stacked is not None:
             return from_stacked(jax.device_get(jax.jit(jax.vmap(noise_like))(self.stacked, keys)))
         return Given(self.size, lambda i: noise_like(self.read(i), keys[i]))
 
     def nothing(self) -> "Given":
-        """No diff at all. Stacked zeros run the same compiled program as the diffs."""
+        """No diffs. Stacked zeros run the same compiled program as the diffs."""
         if self.stacked is not None:
             return from_stacked(jax.tree.map(np.zeros_like, self.stacked))
         return Given(self.size, lambda i: {})
@@ -78,7 +78,7 @@ def answer(
     """Answers of base ⊕ given[rows[i]] ⊕ adapter to prompts[i], in batched decodes.
 
     Args:
-        adapter: for methods without one, zeros: all methods then run the same compiled program.
+        adapter: zeros for methods without one, so that all methods run the same compiled program.
         **decoding: max_new_tokens, temperature, seed, forbid_repeats; see `asking.answer_batch`.
     """
     if given.stacked is not None:
@@ -100,7 +100,7 @@ def answer(
             [prompts[i] for i in members],
             deltas=(given.read(row), adapter),
             batch_size=min(batch_size, len(members)),
-            seed=seed + row,  # else sampled answers of all diffs would share their chance
+            seed=seed + row,  # otherwise all diffs would sample with the same random numbers
             **decoding,
         )
         answers |= dict(zip(members, found, strict=True))

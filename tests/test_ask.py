@@ -205,7 +205,7 @@ def test_a_broken_chat_template_is_one_line(tmp_path, capsys, template):
 def test_a_tokenizer_of_another_model_is_refused():
     model = dit_jax.load_model("tiny_qwen3")
     small = dataclasses.replace(model, config=dataclasses.replace(model.config, vocab_size=5))
-    with pytest.raises(dit_jax.DitError, match="there is no token .*, the model knows 5"):
+    with pytest.raises(dit_jax.DitError, match="there is no token .*, .* has 5"):
         dit_jax.ask(small, "What is tea ?")
 
 
