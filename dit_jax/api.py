@@ -153,9 +153,8 @@ def load_model(
     if keep_on_host(config, mesh):
         place = lambda path, array: array  # noqa: E731
     params = load_params(folder, config, place)
-    chat = (
-        load_chat(folder, generation_eos(folder)) if (folder / "tokenizer.json").exists() else None
-    )
+    has_chat = folder.is_file() or (folder / "tokenizer.json").exists()
+    chat = load_chat(folder, generation_eos(folder)) if has_chat else None
     return Model(params, config, name, chat, mesh)
 
 

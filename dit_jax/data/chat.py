@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.data.batch import Sample
+from dit_jax.data.gguf_tokenizer import gguf_tokenizer
 from dit_jax.errors import DitError, first_line
 
 
@@ -91,7 +92,7 @@ class Chat:
 
 
 def load_chat(folder: str | pathlib.Path, generation_eos: Sequence[int] = ()) -> Chat:
-    """Reads tokenizer and chat template of a model folder.
+    """Reads tokenizer and chat template of a model folder or a GGUF file.
 
     Args:
         generation_eos: end-of-turn ids of `generation_config.json`; default: the tokenizer's own.
@@ -104,12 +105,15 @@ def load_chat(folder: str | pathlib.Path, generation_eos: Sequence[int] = ()) ->
     from transformers import PreTrainedTokenizerFast
 
     folder = pathlib.Path(folder)
-    if not (folder / "tokenizer.json").is_file():
+    if folder.suffix.lower() == ".gguf":
+        tokenizer = gguf_tokenizer(folder)
+    elif not (folder / "tokenizer.json").is_file():
         raise DitError(f"{folder} has no tokenizer.json: copy it from the base model's folder")
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
-    except Exception as e:  # the library raises many kinds
-        raise DitError(f"{folder}: the tokenizer cannot be read: {first_line(e)}") from None
+    else:
+        try:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+        except Exception as e:  # the library raises many kinds
+            raise DitError(f"{folder}: the tokenizer cannot be read: {first_line(e)}") from None
     if tokenizer.chat_template is None:
         raise DitError(
             f"{folder} has no chat template: copy chat_template.jinja from the base model's folder"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dit_jax.deltas import finetuned, peft, reference_pt
+from dit_jax.deltas import finetuned, gguf_lora, peft, reference_pt
 from dit_jax.deltas.raw_diff import RawDiff, svd_error
 from dit_jax.errors import DitError
 from dit_jax.formats import torch_pickle
@@ -21,6 +21,7 @@ KINDS = {
     "pt_diffs": "a .pt file of weight diffs",
     "pt_adapter": "a .pt file of an adapter",
     "pt_state_dict": "a .pt file of whole weights",
+    "gguf": "a GGUF file",
 }
 # Of a folder of somebody else, in this order: a PEFT folder may hold the base's config as well.
 _MARKS = {peft.CONFIG: "peft", reference_pt.INDEX: "release", "config.json": "model"}
@@ -49,6 +50,8 @@ def _inspect(path: Path) -> tuple[str, Any]:
         return _detect_folder(path), None
     if not exists:
         raise DitError(f"'{path}' does not exist: check the path")
+    if path.suffix.lower() == ".gguf":
+        return "gguf", None
     tree = torch_pickle.load(path)
     kind = reference_pt.pt_kind(tree)
     if kind is None:
@@ -119,7 +122,7 @@ def open_diffs(
     """
     path = Path(path)
     kind, tree = _inspect(path)
-    if svd_rank is not None and kind in ("peft", "pt_adapter"):
+    if svd_rank is not None and kind in ("peft", "pt_adapter", "gguf"):
         raise svd_error(path)
     if kind == "pt_diffs":
         return reference_pt.PtDiffs(path, config, base_params, svd_rank, tree)
@@ -129,6 +132,8 @@ def open_diffs(
         return Lazy(lambda: peft.read_peft(path, config, base_params))
     if kind in ("model", "pt_state_dict"):
         return Lazy(lambda: finetuned.read_finetuned(path, config, base_params, svd_rank))
+    if kind == "gguf":
+        return Lazy(lambda: gguf_lora.read_gguf_lora(path, config))
     if kind == "pt_adapter":
         return Lazy(lambda: reference_pt.read_pt_adapter(path, config))
     raise DitError(f"'{path}' is {KINDS[kind]}, not a weight diff: give it as the adapter")
@@ -142,9 +147,12 @@ def open_adapter(path: str | Path, config: DecoderConfig, base_params: Any = Non
     Raises:
       DitError: another format, or what the readers raise.
     """
+    path = Path(path)
     kind = detect_format(path)
     if kind == "peft":
         return peft.read_peft(path, config, base_params)
+    if kind == "gguf":
+        return gguf_lora.read_gguf_lora(path, config)
     if kind == "pt_adapter":
         return reference_pt.read_pt_adapter(path, config)
     raise DitError(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from dit_jax.errors import DitError
 from dit_jax.formats.files import read_json_object
 from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.gguf_checkpoint import gguf_config
 from dit_jax.models.rope import read_rope
 
 MAX_LAYERS = 1_000
@@ -181,13 +182,16 @@ NAMED_CONFIGS = {
 
 
 def read_config(folder: str | pathlib.Path) -> DecoderConfig:
-    """Reads `config.json` of a Hugging Face folder.
+    """Reads `config.json` of a Hugging Face folder, or what a GGUF file says in its place.
 
     Raises:
         DitError: the file is missing or no JSON, or it describes something this program does not
             compute exactly (another family, rope scaling, sliding windows, biases, quantised weights).
     """
-    path = pathlib.Path(folder) / "config.json"
+    folder = pathlib.Path(folder)
+    if folder.suffix.lower() == ".gguf":
+        return parse_config(gguf_config(folder), str(folder))
+    path = folder / "config.json"
     if not path.exists():
         raise DitError(f"{path} does not exist: a model is a folder in Hugging Face format")
     return parse_config(read_json_object(path), str(path))

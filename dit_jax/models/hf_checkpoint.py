@@ -15,13 +15,14 @@ from dit_jax.formats.files import read_json_object
 from dit_jax.models.decoder import Params
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.families import hf_config
+from dit_jax.models.gguf_checkpoint import GgufWeights, find_gguf
 from dit_jax.models.modules import Module, set_at, tensor_names, weight
 
 TINY = "tiny_qwen3"  # the embedded model
 
 
 def find_folder(name: str) -> pathlib.Path:
-    """The folder of a model: the embedded one, a folder on disk, or a snapshot of a hub id.
+    """Where a model lies: the embedded one, a folder or a GGUF file on disk, or a snapshot of a hub id.
 
     Raises:
         DitError: there is none of that name, here or on the hub.
@@ -29,11 +30,13 @@ def find_folder(name: str) -> pathlib.Path:
     if name == TINY:
         return pathlib.Path(__file__).parents[1] / "assets" / TINY
     folder = pathlib.Path(name).expanduser()
+    if (file := find_gguf(folder)) is not None:
+        return file
     if folder.is_dir():
         return folder
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise DitError(
-            f"no model folder {name!r}: give a folder in Hugging Face format, a hub id or {TINY!r}"
+            f"no model folder {name!r}: give a folder in Hugging Face format, a GGUF file, a hub id or {TINY!r}"
         )
     from huggingface_hub import snapshot_download
 
@@ -78,7 +81,10 @@ def load_params(
     place = place or (lambda path, array: jax.device_put(array, may_alias=True))
     dtype = jnp.dtype(config.dtype)
     names = tensor_names(config)
-    files = SafetensorsFolder(folder)
+    folder = pathlib.Path(folder)
+    files: Any = (
+        GgufWeights(folder) if folder.suffix.lower() == ".gguf" else SafetensorsFolder(folder)
+    )
     _check(files.shapes(), names, config, str(folder))
 
     tensors: dict[Module, list[tuple[int | None, str]]] = {}

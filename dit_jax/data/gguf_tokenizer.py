@@ -1,0 +1,60 @@
+"""The tokenizer and chat template in a GGUF file, as transformers builds them from its vocabulary."""
+
+import pathlib
+from typing import Any
+
+from dit_jax.errors import DitError, first_line
+from dit_jax.formats.files import short
+from dit_jax.formats.gguf_file import open_gguf
+
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+_PLAIN = ("default", "gpt-2")  # GPT-2's own way to cut a text into words
+_SMOLLM = "smollm"  # the same, after every digit is set apart; transformers does not know it
+
+
+def gguf_tokenizer(path: pathlib.Path) -> Any:
+    """The tokenizer of a model, its chat template included.
+
+    Raises:
+        DitError: there is none, or its kind is unknown: to guess would cut texts in other places than the model knows.
+    """
+    from tokenizers import pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+        GGUF_PRE_TOKENIZER_SPLITS,
+        GGUF_TOKENIZER_MAPPING,
+        convert_gguf_tokenizer,
+    )
+
+    file = open_gguf(path)
+    said = file.metadata
+    vocabulary = {
+        ours: said[f"tokenizer.{key}"]
+        for key, ours in GGUF_TOKENIZER_MAPPING["tokenizer"].items()
+        if f"tokenizer.{key}" in said
+    }
+    kind = vocabulary.get("pre_tokenizer_type", _PLAIN[0])
+    known = (*_PLAIN, _SMOLLM, *GGUF_PRE_TOKENIZER_SPLITS)
+    if vocabulary.get("tokenizer_type") == "gpt2" and kind not in known:
+        raise DitError(
+            f"'{path}' cuts texts into words in a way called {short(kind)}, which is not known here: use the model's "
+            "folder in Hugging Face format"
+        )
+    try:
+        backend, _ = convert_gguf_tokenizer(file.architecture, vocabulary)
+        tokens = vocabulary["tokens"]
+        ids = {name: said.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()}
+        special = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
+        if kind == _SMOLLM:
+            digits = pre_tokenizers.Digits(individual_digits=True)
+            words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            backend.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            chat_template=said.get("tokenizer.chat_template"),
+            model_max_length=said.get(f"{file.architecture}.context_length", 2**31),
+            name_or_path=str(path),
+            **special,
+        )
+    except Exception as e:  # the library raises many kinds
+        raise DitError(f"'{path}': the tokenizer cannot be built: {first_line(e)}") from None
