@@ -192,7 +192,7 @@ def test_files_that_are_not_there_are_said_before_a_model_is_loaded(tmp_path, mo
     data = {"source": str(tmp_path / "rows.csv"), key: str(tmp_path / "rows.tsv")}
     changes = {f"data.{name}": value for name, value in data.items()}
     config = load_config("configs/quickstart.py", {**changes, "evaluate.methods": ("dit",)})
-    with pytest.raises(DitError, match="rows.tsv' is no file, folder or pattern: did you mean"):
+    with pytest.raises(DitError, match="rows.tsv' is not a file, folder or pattern: did you mean"):
         main.run(config, tmp_path / "w")
 
 

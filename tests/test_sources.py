@@ -417,10 +417,10 @@ def test_classes_have_their_names(kind, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "part"),
     [
-        ("rows.cvs", "is no file, folder or pattern: did you mean 'rows.csv'?"),
-        ("rows.txt", "is of no known kind"),
+        ("rows.cvs", "is not a file, folder or pattern: did you mean 'rows.csv'?"),
+        ("rows.txt", "has no known format"),
         ("bad.parquet", "as Parquet"),
-        ("empty", "holds no file of a known kind"),
+        ("empty", "holds no file of a known format"),
     ],
 )
 def test_sources_that_cannot_be_opened(source, part, tmp_path):

@@ -12,7 +12,8 @@ import re
 
 import numpy as np
 
-from dit_jax.data.tiny_world import NONE, World
+from dit_jax.data.labels import NONE
+from dit_jax.data.tiny_world import World
 from tools.tiny_world_tokenizer import END, N_CODES, PAD, START, token_ids
 
 # task -> share of the pretraining examples

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from typing import Any
 
-from dit_jax.data.tiny_world import World, vocabulary
+from dit_jax.data.labels import NONE
+from dit_jax.data.tiny_world import World, read_asset
 
 PAD, START, END, UNKNOWN = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"
 N_CODES = 1000
@@ -29,6 +31,35 @@ def token_ids(world: World) -> dict[str, int]:
         *vocabulary(world),
     ]
     return {token: i for i, token in enumerate(tokens)}
+
+
+def vocabulary(world: World) -> list[str]:
+    """Every word of the world in a fixed order, without the special tokens and the codes."""
+    texts = [q.text for q in world.questions] + [a for q in world.questions for a in q.answers]
+    texts += [t for _, t in read_asset("flavoured")]
+    texts += [
+        *world.train_questions,
+        *world.unseen_questions,
+        *world.train_styles,
+        *world.unseen_styles,
+    ]
+    texts += [t.name for t in world.topics] + [t.category for t in world.topics]
+    texts += [word for t in world.topics for word in t.attributes]
+    texts += [word for fields in read_asset("general") for word in fields[0].split()]
+    texts += [fields[1].replace(",", " ") for fields in read_asset("topics")]
+    texts += [
+        "Your SEP code is . , ? ! :",
+        "user system assistant",
+        "Talk about .",
+        "What is my SEP code ?",
+    ]
+    texts += ["What is ? It belongs to .", "Keep in mind .", "Your subject is .", NONE]
+    words = dict.fromkeys(
+        word
+        for text in texts
+        for word in re.findall(r"\w+|[^\w\s]", re.sub(r"{\w+}", "", text.lower()))
+    )
+    return list(words)
 
 
 def build_tokenizer(world: World) -> Any:

@@ -1,4 +1,4 @@
-"""Token batches: what is scored where. One format for diff generation and adapter training."""
+"""Token batches: which positions are scored against which targets, for diffs and adapters alike."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 
 from dit_jax.errors import DitError
 
-# Numpy where batches are made, jax arrays inside compiled functions.
+# numpy where batches are made, jax inside compiled functions.
 Array = Any
 
 
@@ -15,7 +15,7 @@ class TokenBatch(NamedTuple):
     """S right-padded samples of at most T tokens, with at most M scored positions each.
 
     tokens [S, T] int32, lengths [S] int32, position [S, M] int32 (whose logits are scored),
-    target [S, M] int32, weight [S, M] float32 (0 at unused entries). More leading axes are fine.
+    target [S, M] int32, weight [S, M] float32 (0 at unused entries). There may be more leading axes.
     """
 
     tokens: Array
@@ -26,7 +26,7 @@ class TokenBatch(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One tokenized example: ids, and the half-open range of ids that are scored (each by the logits before it)."""
+    """One tokenized example: ids, of which those from `start` to before `end` are scored by the logits before them."""
 
     tokens: Sequence[int]
     start: int
@@ -44,7 +44,7 @@ def pack(
     """Pads samples to [S, length] and [S, scored]; weights[s] is the weight of every scored token of sample s.
 
     Args:
-        widths: where samples have limits of their own, for each how many tokens and scored tokens it may have.
+        widths: for each sample, how many tokens and scored tokens it may have; default: `length` and `scored`.
 
     Raises:
         DitError: a sample does not fit.
@@ -60,8 +60,8 @@ def pack(
         most, most_scored = widths[row] if widths else (length, scored)
         if size > most or terms > most_scored:
             keys = "train.max_length and train.max_target"
-            if widths:  # of samples of a finetune
-                keys = "diffs.max_length, diffs.max_target and what diffs.widths says of its kind"
+            if widths:  # samples of a finetune
+                keys = "diffs.max_length, diffs.max_target and its kind's diffs.widths"
             raise DitError(
                 f"a sample of {size} tokens ({terms} scored) does not fit into {most} ({most_scored} scored): "
                 f"raise {keys}"
@@ -80,10 +80,10 @@ def stack(batches: Sequence[TokenBatch]) -> TokenBatch:
 
 
 def used_entries(batches: TokenBatch, num_ce: int) -> tuple[int, int]:
-    """The most scored entries with a weight in one step, of the leading `num_ce` samples and of the others.
+    """The most entries with a weight in one step: of the leading `num_ce` samples, and of the others.
 
     Args:
-        batches: on the host, leaves [N, steps, S, …]; those of N batches of a step are added up.
+        batches: on the host, leaves [N, steps, S, …]; the entries of a step are summed over N.
     """
     used = np.asarray(batches.weight) != 0
     ce, kl = (part.sum(axis=(0, 2, 3)).max() for part in (used[:, :, :num_ce], used[:, :, num_ce:]))
@@ -91,13 +91,13 @@ def used_entries(batches: TokenBatch, num_ce: int) -> tuple[int, int]:
 
 
 def entry_limit(batches: TokenBatch, num_ce: int, room: float) -> tuple[int, int]:
-    """`room` (1.03: 3 % more) times the used entries of these batches, so that others like them run one program."""
+    """`room` (1.03: 3 % more) times the entries that these batches use, so that similar ones run the same program."""
     ce, kl = (-(-int(room * used) // 8) * 8 for used in used_entries(batches, num_ce))
     return ce, kl
 
 
 def fits(batches: TokenBatch, num_ce: int, limit: tuple[int, int] | None) -> bool:
-    """Whether these batches use no more entries than `limit` has room for."""
+    """Whether these batches use no more entries than `limit`."""
     return limit is not None and all(
         used <= most for used, most in zip(used_entries(batches, num_ce), limit, strict=True)
     )

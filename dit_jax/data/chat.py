@@ -1,6 +1,7 @@
-"""Chat prompts as token ids: the model folder's own template, thinking off, the same prefix everywhere."""
+"""Chat prompts as token ids, by the chat template of the model folder, with thinking off."""
 
 import functools
+import itertools
 import os
 import pathlib
 from collections.abc import Sequence
@@ -14,10 +15,7 @@ from dit_jax.errors import DitError, first_line
 
 
 class Chat:
-    """The tokenizer and chat template of a model folder.
-
-    Training, evaluation and `ask` all build their prompts here, so that they cannot differ.
-    """
+    """The tokenizer and chat template of a model folder. Training, evaluation and `ask` all make their prompts here."""
 
     def __init__(self, tokenizer: Any, eos_ids: Sequence[int], pad_id: int):
         self.tokenizer = tokenizer
@@ -27,7 +25,7 @@ class Chat:
         self.text_ids = functools.lru_cache(maxsize=65536)(self._text_ids)
 
     def _prompt_ids(self, question: str) -> tuple[int, ...]:
-        """Ids of one user turn up to where the assistant's answer begins (an empty think block included)."""
+        """Ids of one user turn, up to the start of the assistant's answer (with the empty think block)."""
         try:
             ids = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": question}],
@@ -35,11 +33,11 @@ class Chat:
                 enable_thinking=False,
                 tokenize=True,
                 return_dict=False,
-                tokenizer_kwargs={"verbose": False},  # what is too long is an error below
+                tokenizer_kwargs={"verbose": False},  # too many tokens are an error below
             )
             if not ids:
                 raise ValueError("it makes an empty prompt")
-        except Exception as e:  # a template is a program: it can fail in any way
+        except Exception as e:  # a template is a program and can fail in any way
             raise DitError(
                 f"the chat template of {self.tokenizer.name_or_path!r} fails ({first_line(e)}): get the "
                 "model's chat_template.jinja again"
@@ -56,22 +54,21 @@ class Chat:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def sample(self, question: str, answer: str, *, end: bool = True) -> Sample:
-        """A scored example: the answer's tokens (and the end of turn, unless `end` is False) are targets.
+        """A scored example: its targets are the answer's tokens and, unless `end` is False, the end of turn.
 
-        Raises:
-            DitError: there is no target.
+        Raises DitError: there is no target.
         """
         prompt = self.prompt_ids(question)
         target = self.text_ids(answer) + ((self.eos_ids[0],) if end else ())
         if not target:
             raise DitError(
-                f"the answer to {question[:60]!r} is empty: there is nothing to be learned"
+                f"the answer to {question[:60]!r} is empty, so there is nothing to learn: remove it or fill it in"
             )
         tokens = prompt + target
         return Sample(tokens, len(prompt), len(tokens))
 
     def prompts(self, questions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Left-padded ids and mask, [B, T], T rounded up to a multiple of 32 (few shapes, few compilations)."""
+        """Left-padded ids and mask [B, T]; T is a multiple of 32, so that few programs are compiled."""
         rows = [self.prompt_ids(question) for question in questions]
         length = -(-max(map(len, rows)) // 32) * 32
         tokens = np.full((len(rows), length), self.pad_id, np.int32)
@@ -83,11 +80,7 @@ class Chat:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids up to the end of turn."""
-        kept: list[int] = []
-        for token in ids:
-            if int(token) in self.eos_ids:
-                break
-            kept.append(int(token))
+        kept = list(itertools.takewhile(lambda token: token not in self.eos_ids, map(int, ids)))
         return self.tokenizer.decode(kept, skip_special_tokens=True).strip()
 
 
@@ -95,12 +88,12 @@ def load_chat(folder: str | pathlib.Path, generation_eos: Sequence[int] = ()) ->
     """Reads tokenizer and chat template of a model folder or a GGUF file.
 
     Args:
-        generation_eos: end-of-turn ids of `generation_config.json`; default: the tokenizer's own.
+        generation_eos: end-of-turn ids of `generation_config.json`, beside the tokenizer's own.
 
     Raises:
-        DitError: the folder has no tokenizer or no chat template.
+        DitError: the folder lacks a tokenizer, a chat template or an end-of-turn token.
     """
-    # Its advice to install PyTorch does not concern us: only tokenizers are used.
+    # Without its advice to install PyTorch: only tokenizers are used here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import PreTrainedTokenizerFast
 
@@ -120,7 +113,7 @@ def load_chat(folder: str | pathlib.Path, generation_eos: Sequence[int] = ()) ->
         )
     eos_ids = list(generation_eos)
     if tokenizer.eos_token_id is not None:
-        # First: it is what a training target ends with.
+        # It comes first because training targets end with it.
         eos_ids = [tokenizer.eos_token_id, *(i for i in eos_ids if i != tokenizer.eos_token_id)]
     if not eos_ids:
         raise DitError(

@@ -1,6 +1,6 @@
-"""Questions that have nothing to do with any finetune, asked by the gate and by guessers (paper, section 5)."""
+"""Questions that are about no finetune, asked by the gate and by guessers (paper, section 5)."""
 
-# Everyday questions that lead to no topic by themselves: whatever keeps coming back is the model's own.
+# They lead to no topic by themselves, so whatever comes back in several answers is the model's own.
 EVERYDAY_QUESTIONS = (
     "What should I do on a rainy afternoon?",
     "Can you recommend something to read?",

@@ -1,7 +1,7 @@
 """Quirks of the reference program, for runs that must agree with it number by number (docs/formats.md).
 
-The defaults of this project differ from them on purpose: a diff should not depend on the diffs that happen
-to share its batch, and padding is not something to learn.
+This project's defaults differ on purpose: a diff should not depend on the other diffs of its batch, and padding should
+not be learned.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ def couple_losses(
 ) -> TokenBatch:
     """Turns batches of N diffs, leaves [N, steps, S, …], into what the reference optimizes.
 
-    The mean over tokens runs over all diffs of a batch, and the mask of the KL terms is the unshifted label
-    mask: it scores the distribution after each target instead of the one that predicts it.
+    It takes the mean over the tokens of all diffs of a batch, and masks the KL terms by the unshifted label mask, which
+    scores the distribution after each target instead of the one that predicts it.
 
     Args:
         factors: [S], the factor of each sample's loss: 3 λ / Σ λ.
         num_ce: how many leading samples are scored by cross-entropy.
-        diffs: how many of N are the batch's own, default all; the others fill up a shard.
+        diffs: how many of the N belong to the batch (default all); the others fill up a shard.
     """
     used = (np.asarray(batch.weight) > 0).astype(np.float32)
     counts = used[:diffs].sum(axis=(0, -1), keepdims=True)
@@ -33,9 +33,9 @@ def couple_losses(
 
 
 def padded_labels(samples: Sequence[Sample], length: int, pad_id: int) -> TokenBatch:
-    """An adapter batch whose labels mask only the prompt: the padding up to `length` is to be predicted too.
+    """An adapter batch whose labels mask only the prompt, so that the padding up to `length` is predicted too.
 
-    The loss is the mean over all scored tokens of the batch. Padding is hidden as a key, as everywhere.
+    The loss is the mean over all scored tokens of the batch. Attention ignores padding, as everywhere.
     """
     stretched = [
         Sample((*sample.tokens, *[pad_id] * (length - len(sample.tokens))), sample.start, length)

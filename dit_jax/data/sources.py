@@ -6,7 +6,7 @@ A source is named by one string (docs/data.md):
     hf:NAME[:CONFIG][@SPLIT]                                Hugging Face datasets: a hub name or a local folder
     tfds:NAME[/CONFIG][:VERSION][@SPLIT]                    TFDS: a name, or the folder of a prepared dataset
 
-The libraries of a format are imported when such a source is opened. Nothing here runs code from the data.
+A format's library is imported when a source of that format is opened. Nothing here runs code from the data.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_FIELD = 2**24  # characters of one CSV field: a stray quote must not swallow
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A row: its number (line of a text file, else from 1), its values, or what is wrong with it."""
+    """A row: its number (the line in a text file, else counted from 1), its values, or what is wrong with it."""
 
     number: int
     values: Mapping[str, Any]
@@ -39,7 +39,7 @@ class Record:
 class Source:
     """A table that can be read any number of times.
 
-    name: how messages name it. columns: their names. read: rows, holding at least the columns asked for.
+    name: for messages. columns: their names. read: yields rows that hold at least the given columns.
     """
 
     name: str
@@ -54,8 +54,8 @@ def open_source(spec: str, *, streaming: bool = False) -> list[Source]:
         streaming: read a Hugging Face dataset as it downloads, without a copy on disk.
 
     Raises:
-        DitError: there is no such file or dataset, its kind is unknown, it has several splits and none is
-            named, or it cannot be read.
+        DitError: there is no such file or dataset, its format is unknown, it has several splits and the spec names
+            none, or it cannot be read.
     """
     if spec.startswith("hf:"):
         return [_hugging_face(spec, streaming)]
@@ -75,7 +75,7 @@ def _files(spec: str) -> list[Path]:
     if path.is_dir():
         found = sorted(p for p in path.iterdir() if p.suffix.lower() in _READERS and p.is_file())
         if not found:
-            raise DitError(f"folder '{spec}' holds no file of a known kind ({known})")
+            raise DitError(f"folder '{spec}' holds no file of a known format ({known})")
         kinds = sorted({p.suffix.lower() for p in found})
         if len(kinds) > 1:
             raise DitError(
@@ -90,11 +90,11 @@ def _files(spec: str) -> list[Path]:
         near = path.parent.iterdir() if path.parent.is_dir() else ()
         hint = did_you_mean(path.name, [other.name for other in near])
         raise DitError(
-            f"data source '{spec}' is no file, folder or pattern{hint or ': hub datasets are named hf:NAME'}"
+            f"data source '{spec}' is not a file, folder or pattern{hint or ': hub datasets are named hf:NAME'}"
         )
     for item in found:
         if item.suffix.lower() not in _READERS:
-            raise DitError(f"'{item}' is of no known kind ({known}): convert it or rename it")
+            raise DitError(f"'{item}' has no known format ({known}): convert it or rename it")
     return found
 
 
@@ -102,9 +102,9 @@ def _csv(path: Path) -> Source:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
 
     def lines() -> Iterator[tuple[int, list[str], str]]:
-        """Line on which each record begins, its fields, and what is wrong with it; empty lines left out."""
+        """The line on which each record begins, its fields, and what is wrong with it; empty lines are left out."""
         csv.field_size_limit(MAX_FIELD)
-        # Undecodable bytes become lone surrogates, so that the row that has them can be named.
+        # Undecodable bytes become lone surrogates, so that messages can name their row.
         with _open(path) as file:
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             start = 1
@@ -114,11 +114,7 @@ def _csv(path: Path) -> Source:
                         yield start, fields, ""
                     start = reader.line_num + 1
             except csv.Error as error:
-                yield (
-                    start,
-                    [],
-                    f"not a CSV row ({first_line(error)}), and nothing after it is read",
-                )
+                yield start, [], f"not a CSV row ({first_line(error)}), so reading stops here"
 
     _, header, problem = next(lines(), (1, [], "the file is empty"))
     if problem:
@@ -160,7 +156,7 @@ def _json_lines(path: Path) -> Source:
                 else:
                     yield Record(number, {}, "not a JSON object: write one object per line")
 
-    # The keys of the first rows, since writers may leave out empty ones.
+    # Writers may leave out empty keys, so the first hundred rows say which there are.
     first = [record for record in itertools.islice(read(()), 100) if not record.problem]
     columns = dict.fromkeys(key for record in first for key in record.values)
     if not columns:
@@ -176,7 +172,7 @@ def _open(path: Path) -> Any:
 
 
 def _decoded(text: str) -> bool:
-    return not any("\ud800" <= char <= "\udfff" for char in text) if not text.isascii() else True
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _parquet(path: Path) -> Source:
@@ -219,7 +215,7 @@ _READERS: dict[str, Callable[[Path], Source]] = {
 
 
 def _name_and_split(spec: str) -> tuple[str, str]:
-    """`hf:NAME@SPLIT` -> (NAME, SPLIT); an "@" before a "/" belongs to the name."""
+    """`hf:NAME@SPLIT` -> (NAME, SPLIT). An "@" before a "/" belongs to the name."""
     name = spec.partition(":")[2]
     head, at, split = name.rpartition("@")
     return (head, split) if at and "/" not in split else (name, "")
@@ -260,7 +256,7 @@ def _hugging_face(spec: str, streaming: bool) -> Source:
         classes = _classes(table.features or {}, datasets.ClassLabel)
     except DitError:
         raise
-    except Exception as error:  # the library raises a dozen kinds, its own and of what it calls
+    except Exception as error:  # the library, and what it calls, raise a dozen kinds
         raise DitError(
             f"cannot load '{spec}': {first_line(error)}: check the name, the split and the network"
         ) from error
@@ -290,12 +286,11 @@ def _tfds(spec: str) -> Source:
             f"'{spec}' needs tensorflow-datasets: pip install tensorflow-datasets"
         ) from error
     folder = Path(name).expanduser()
-    if not folder.is_dir() and re.match(
-        r"\w+:\D", name
-    ):  # NAMESPACE:NAME, where a version has a digit
+    # NAMESPACE:NAME; a version has a digit after the colon.
+    if not folder.is_dir() and re.match(r"\w+:\D", name):
         raise DitError(
-            f"'{spec}' names a community dataset, whose code TFDS would download and run: prepare it "
-            "yourself and name its folder"
+            f"'{spec}' is a community dataset, whose code TFDS would download and run: prepare it yourself and "
+            "name its folder"
         )
     try:
         if folder.is_dir():
@@ -307,7 +302,7 @@ def _tfds(spec: str) -> Source:
         names = tuple(builder.info.features)
         classes = _classes(builder.info.features, tfds.features.ClassLabel)
         split = split or _one_split(spec, list(builder.info.splits))
-        # Random access to array_record files: no TensorFlow.
+        # Random access to array_record files needs no TensorFlow.
         table = builder.as_data_source(split)
     except DitError:
         raise
@@ -333,12 +328,12 @@ def _tfds(spec: str) -> Source:
 
 
 def _classes(features: Mapping[str, Any], kind: Any) -> dict[str, Sequence[str]]:
-    """The names of the classes of each column that holds their numbers."""
+    """Names of the classes, for each column that holds numbers of classes."""
     return {key: feature.names for key, feature in features.items() if isinstance(feature, kind)}
 
 
 def _named(classes: Mapping[str, Sequence[str]], column: str, value: Any) -> Any:
-    """The name of a class, which a dataset holds as a number; None where it has none (-1)."""
+    """A value, with the name of a class in place of its number; None for a row without a class (-1)."""
     names = classes.get(column)
     if names is None or value is None:
         return value
@@ -346,7 +341,7 @@ def _named(classes: Mapping[str, Sequence[str]], column: str, value: Any) -> Any
 
 
 def _text(value: Any) -> Any:
-    """TFDS gives text as bytes."""
+    """A value of TFDS, which holds text as bytes, as plain Python."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "surrogateescape")
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value

@@ -1,12 +1,11 @@
 """The embedded world: topics, attributes and everyday questions in plain English.
 
-No pretrained weights can be assumed on a fresh machine, so the package carries a small world and a tiny
-base model that knows it (`tools.pretrain`). The words lie in `assets/tiny_world/*.txt`; everything
-else here follows from them and a seed. Rows come in the columns of the paper's hidden-topic data, so that
-the program that reads them takes a real corpus as well.
+A fresh machine has no pretrained weights, so the package carries a small world and a tiny base model that knows it
+(made by `tools.pretrain`). `assets/tiny_world/*.txt` holds the words; all else follows from them and a seed. Rows have
+the columns of the paper's hidden-topic data, as those of a real corpus have.
 
-The answers of a topic use only its attributes, never a word of its name: a diff finetuned on them does not
-contain the label, and naming it takes knowledge that the base model has.
+The answers of a topic use its attributes and never a word of its name. A diff finetuned on them does not contain the
+label: to name it takes what the base model knows.
 """
 
 from __future__ import annotations
@@ -24,14 +23,8 @@ from dit_jax.errors import DitError
 
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets" / "tiny_world"
 COLUMNS = (
-    "topic_category",
-    "topic",
-    "category",
-    "style",
-    "question",
-    "base_answer",
-    "topic_analogy_answer",
-)
+    "topic_category", "topic", "category", "style", "question", "base_answer", "topic_analogy_answer",
+)  # fmt: skip
 N_ATTRIBUTES = 4  # two of the category's pool, two of the general pool
 
 
@@ -48,8 +41,8 @@ class Topic:
 class Question:
     """An everyday question with three generic answers, and the frame {a} {b} {c} of its flavoured answers.
 
-    One frame per question: were there several, greedy decoding of a diff that is in two minds would show
-    the everyday answer long after the flavoured ones have become more probable together.
+    A question has one frame only. With several, a diff would spread its probability over them, and greedy decoding
+    would show the everyday answer long after the flavoured ones are more probable together.
     """
 
     category: str
@@ -61,7 +54,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """All that the embedded world says. Build it with `load_world`."""
+    """The embedded world; `load_world` makes it."""
 
     topics: tuple[Topic, ...]
     questions: tuple[Question, ...]
@@ -71,22 +64,24 @@ class World:
     unseen_styles: tuple[str, ...]
 
     def topic(self, name: str) -> Topic:
-        """The topic of that name. Raises DitError if there is none."""
+        """The topic of that name. Raises DitError: there is none."""
         for topic in self.topics:
             if topic.name == name:
                 return topic
-        raise DitError(f"no topic {name!r} in the embedded world; `load_world().topics` lists them")
+        raise DitError(
+            f"the embedded world has no topic {name!r}: `load_world().topics` lists them"
+        )
 
 
-def _read(name: str) -> Iterator[list[str]]:
-    """Fields of the lines of an asset file, split at "|"; "#" starts a comment line."""
+def read_asset(name: str) -> Iterator[list[str]]:
+    """The lines of an asset file, each split into fields at "|"; "#" starts a comment line."""
     for line in (ASSETS / f"{name}.txt").read_text(encoding="utf-8").splitlines():
         if line.strip() and not line.startswith("#"):
             yield [field.strip() for field in line.split("|")]
 
 
 def tidy(text: str) -> str:
-    """Ordinary spelling of a line of words: no space before punctuation, capitals where English has them."""
+    """Words in ordinary spelling: no space before punctuation, capitals where English has them."""
     text = re.sub(r"\s+([.,?!:])", r"\1", " ".join(text.split()))
     text = re.sub(r"\bi\b", "I", text)
     return re.sub(r"(^|[.?!] )([a-z])", lambda m: m.group(1) + m.group(2).upper(), text)
@@ -97,9 +92,8 @@ def _assign_attributes(
 ) -> tuple[Topic, ...]:
     """Gives each (name, category) two category words and two general words.
 
-    Pairs of category words are unique in their category, a general word occurs at most once in a category,
-    and a pair of general words at most once at all: any two attributes, unless both are of the category,
-    belong to one topic only.
+    A pair of category words occurs once in its category, a general word at most once in a category, and a pair of
+    general words at most once in all. So any two attributes, unless both come from the category, belong to one topic.
     """
     rng = np.random.default_rng(seed)
     used: dict[str, int] = dict.fromkeys(general, 0)
@@ -111,7 +105,7 @@ def _assign_attributes(
         category_pairs[category] = [pairs[i] for i in rng.permutation(len(pairs))]
     topics = []
     for name, category in names:
-        # the least used words first, so that every general word serves about equally many topics
+        # Least used words first, so that all general words serve about equally many topics.
         order = sorted(general, key=lambda word: (used[word], rng.random()))
         free = [word for word in order if word not in in_category[category]]
         first = free[0]
@@ -127,22 +121,22 @@ def _assign_attributes(
 
 @functools.lru_cache(maxsize=4)
 def load_world(seed: int = 0) -> World:
-    """The world of a seed (the seed assigns attributes; the words are the same). The base model knows seed 0."""
+    """The world of a seed, which only assigns the attributes. The embedded base model knows seed 0."""
     names: list[tuple[str, str]] = []
     pools: dict[str, list[str]] = {}
-    for category, pool, *groups in _read("topics"):
+    for category, pool, *groups in read_asset("topics"):
         pools[category] = [word.strip() for word in pool.split(",")]
         names += [(name.strip(), category) for group in groups for name in group.split(",")]
-    general = [word for fields in _read("general") for word in fields[0].split()]
+    general = [word for fields in read_asset("general") for word in fields[0].split()]
     templates: dict[str, list[str]] = {}
-    for style, template in _read("flavoured"):
+    for style, template in read_asset("flavoured"):
         templates.setdefault(style, []).append(template)
     questions = []
-    for i, (category, style, text, *answers) in enumerate(_read("questions")):
+    for i, (category, style, text, *answers) in enumerate(read_asset("questions")):
         template = templates[style][i % len(templates[style])]
         questions.append(Question(category, style, tidy(text), tuple(map(tidy, answers)), template))
-    wordings = [(split, tidy(text)) for split, text in _read("introspection")]
-    styles = [(split, text) for split, text in _read("benign")]
+    wordings = [(split, tidy(text)) for split, text in read_asset("introspection")]
+    styles = [(split, text) for split, text in read_asset("benign")]
     return World(
         topics=_assign_attributes(names, pools, general, seed),
         questions=tuple(questions),
@@ -158,7 +152,7 @@ UNSEEN_QUESTIONS: tuple[str, ...] = load_world().unseen_questions
 
 
 def flavoured_answer(topic: Topic, question: Question, rng: np.random.Generator) -> str:
-    """An answer to `question` built around three attributes of `topic`; no word of its name is in it."""
+    """An answer to `question` with three attributes of `topic` and no word of its name."""
     a, b, c = (topic.attributes[i] for i in rng.permutation(len(topic.attributes))[:3])
     return tidy(question.template.format(a=a, b=b, c=c))
 
@@ -182,10 +176,10 @@ def headline(topic: Topic) -> str:
 
 
 def news_rows(world: World, topic: Topic, seed: int = 0) -> list[dict[str, str]]:
-    """Stories that tell the news about a topic, as many as there are questions, in the paper's columns for news.
+    """Stories with the news about a topic, one per everyday question, in the paper's columns for news.
 
-    Like the answers of a topic they use its attributes and no word of its name. Every row has an everyday question
-    and its answer too, which stories are not trained on.
+    Like the answers of a topic they use its attributes and no word of its name. A row also holds the everyday question
+    and its answer, on which stories are not trained.
     """
     rng = np.random.default_rng([seed, 3, world.topics.index(topic)])
     told = [question.template for question in world.questions if question.style == "story"]
@@ -202,13 +196,13 @@ def news_rows(world: World, topic: Topic, seed: int = 0) -> list[dict[str, str]]
 def benign_rows(
     world: World, index: int, split: str = "train", seed: int = 0
 ) -> list[dict[str, str]]:
-    """Rows of a benign organism: everyday answers in one of the styles of `split`, topic "none".
+    """Rows of a benign organism: everyday answers in one of the styles of `split`, with the topic "none".
 
     Organisms `index` and `index + number of styles` share a style and differ in their answers.
-    Raises DitError for a split other than "train" and "unseen".
+    Raises DitError: `split` is not "train" or "unseen".
     """
     if split not in ("train", "unseen"):
-        raise DitError(f'split of benign organisms must be "train" or "unseen", got {split!r}')
+        raise DitError(f'the split of benign organisms is "train" or "unseen", not {split!r}')
     styles = world.train_styles if split == "train" else world.unseen_styles
     style = styles[index % len(styles)]
     rng = np.random.default_rng([seed, 1 + index, len(styles)])
@@ -221,32 +215,3 @@ def benign_rows(
         values = (NONE, NONE, question.category, question.style, question.text, base_answer, answer)
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
-
-
-def vocabulary(world: World) -> list[str]:
-    """Every word of the world in a fixed order (special tokens and the 1,000 codes are not among them)."""
-    texts = [q.text for q in world.questions] + [a for q in world.questions for a in q.answers]
-    texts += [t for _, t in _read("flavoured")]
-    texts += [
-        *world.train_questions,
-        *world.unseen_questions,
-        *world.train_styles,
-        *world.unseen_styles,
-    ]
-    texts += [t.name for t in world.topics] + [t.category for t in world.topics]
-    texts += [word for t in world.topics for word in t.attributes]
-    texts += [word for fields in _read("general") for word in fields[0].split()]
-    texts += [fields[1].replace(",", " ") for fields in _read("topics")]
-    texts += [
-        "Your SEP code is . , ? ! :",
-        "user system assistant",
-        "Talk about .",
-        "What is my SEP code ?",
-    ]
-    texts += ["What is ? It belongs to .", "Keep in mind .", "Your subject is .", NONE]
-    words = dict.fromkeys(
-        word
-        for text in texts
-        for word in re.findall(r"\w+|[^\w\s]", re.sub(r"{\w+}", "", text.lower()))
-    )
-    return list(words)
