@@ -1,6 +1,6 @@
 """The loss of diffs and adapters: weighted cross-entropy and KL(base ‖ base ⊕ δ) at chosen positions.
 
-Logits exist only at scored positions, in fp32, see `head_loss`. The batch: docs/architecture.md, "Token batches".
+Logits exist only at scored positions, in fp32 (`head_loss`). docs/architecture.md, "Token batches", describes a batch.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ from dit_jax.models.layers import pick
 from dit_jax.optimize.head_loss import Head, Options, Scored, head_loss
 from dit_jax.runtime.parallel import spmd_axes, traced_batch_shards
 
-CHUNK_ELEMENTS = 2**26  # logits held at a time on one device: 256 MiB in fp32
+CHUNK_ELEMENTS = 2**26  # logits that one device holds at a time: 256 MiB in fp32
 
 
 def chunk_elements_of(diffs: int) -> int:
-    """`CHUNK_ELEMENTS` for each of so many diffs of a `vmap`.
+    """`CHUNK_ELEMENTS` for each of this many diffs of a `vmap`.
 
-    On a mesh each diff has its own chunk of logits, all at the same time: they share one budget. Elsewhere they have
-    one chunk together (`head_loss`).
+    On a mesh each diff has its own chunk of logits at the same time, so they share one budget. Elsewhere they share
+    one chunk (`head_loss`).
     """
     return CHUNK_ELEMENTS if spmd_axes() is None else CHUNK_ELEMENTS // diffs
 
@@ -39,7 +39,7 @@ def scored_hidden(
     deltas: Deltas = (),
     widths: Segments | None = None,
 ) -> jax.Array:
-    """Hidden states [S, M, D] at the scored positions of a batch; with `widths` [1, Σ M, D], see `side_by_side`."""
+    """Hidden states [S, M, D] at the scored positions of a batch; [1, Σ M, D] with `widths` (`side_by_side`)."""
     tokens, lengths, position = batch.tokens, batch.lengths, batch.position
     if widths is not None:
         tokens = side_by_side(tokens, [size for size, _ in widths])
@@ -59,7 +59,7 @@ def scored_hidden(
 def side_by_side(x: jax.Array, widths: Sequence[int]) -> jax.Array:
     """[S, W, …] -> [1, Σ widths, …]: the samples in one row, each cut to its own width.
 
-    Kinds of samples differ in length, and padding costs as much as tokens do.
+    Kinds of samples differ in length, and padding would cost as much as tokens.
     """
     return jnp.concatenate([row[:width] for row, width in zip(x, widths, strict=True)])[None]
 
@@ -77,21 +77,20 @@ def batch_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Total loss, and its parts {"ce": …, "kl": …} (scalars, fp32).
 
-    No gradient goes to the base's head; one that a delta changes has its gradient.
+    The base's head gets no gradient; a head that a delta changes gets one.
 
     Args:
-        num_ce: how many leading samples are scored by cross-entropy, the rest by KL. Default: all.
-        teacher: hidden states of the base at the scored positions of the KL samples (`scored_hidden` of these,
-            without the delta). Needed where there are KL samples.
-        chunk_elements: logits held at a time on one device.
-        widths: for each sample how many of its tokens and scored entries to compute; what lies beyond is padding
-            in all samples of that place. None: all.
-        packed: how many entries are used at most, see `head_loss.Options`.
+        num_ce: how many leading samples are scored by cross-entropy; the rest are scored by KL. Default: all.
+        teacher: the base's hidden states at the scored positions of the KL samples (`scored_hidden` without the
+            delta). Required if there are KL samples.
+        chunk_elements: logits that one device holds at a time.
+        widths: how many tokens and scored entries of each sample to compute; the others must be padding. None: all.
+        packed: the most entries that are used, see `head_loss.Options`.
     """
     samples = batch.tokens.shape[0]
     num_ce = samples if num_ce is None else num_ce
     if (num_ce < samples) != (teacher is not None):
-        raise ValueError("KL samples, and no others, need the base's hidden states")
+        raise ValueError("give the base's hidden states if, and only if, there are KL samples")
     hidden = scored_hidden(params, config, batch, deltas, widths)
     target, weight = batch.target, batch.weight
     first: Any = np.s_[:num_ce]

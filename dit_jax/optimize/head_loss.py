@@ -1,8 +1,8 @@
 """Weighted cross-entropy and KL of hidden states under a head.
 
-Logits exist for one chunk of scored entries at a time, and their gradient is taken back to the hidden states while
-they are there: nothing of [entries, V] is kept for the backward pass, and nothing is computed twice. Entries of many
-diffs (`vmap`) share one product with the base's head, without those that no sample uses.
+Logits exist for one chunk of scored entries at a time, and their gradient with respect to the hidden states is computed
+with them. So nothing of shape [entries, V] is kept for the backward pass, and nothing is computed twice. The entries of
+many diffs (`vmap`) share one product with the base's head, which leaves out entries that no sample uses.
 """
 
 import functools
@@ -18,8 +18,8 @@ from dit_jax.runtime import parallel
 
 
 class Scored(NamedTuple):
-    """Entries of S samples, at most M each: hidden [S, M, D] and weight [S, M] (0: not used), against
-    target tokens [S, M] int32 (cross-entropy), or against the base's hidden states [S, M, D] (KL)."""
+    """Entries of S samples, at most M each: hidden [S, M, D] and weight [S, M] (0: not used), scored against
+    target tokens [S, M] int32 (cross-entropy) or against the base's hidden states [S, M, D] (KL)."""
 
     hidden: jax.Array
     against: jax.Array
@@ -29,9 +29,9 @@ class Scored(NamedTuple):
 class Options(NamedTuple):
     """How to compute; static.
 
-    chunk: rows of logits held at a time on one device.
-    packed: at most so many entries for cross-entropy and for KL are used in all, over all diffs of a `vmap`; the
-    others are left out of the products. None: not known. What it says must be true.
+    chunk: rows of logits that one device holds at a time.
+    packed: the most entries that are used for cross-entropy and for KL, over all diffs of a `vmap`; the products leave
+    out the others. It must be true; None: not known.
     """
 
     config: DecoderConfig
@@ -40,9 +40,9 @@ class Options(NamedTuple):
 
 
 class Head(NamedTuple):
-    """weight: see `models.head.head_weight`. base: that of the base, where a delta changes the head.
+    """weight: see `models.head.head_weight`. base: the base's weight, if a delta changes the head.
 
-    Only a changed head has a gradient: the base is frozen.
+    Only a changed head has a gradient, since the base is frozen.
     """
 
     weight: jax.Array
@@ -50,7 +50,7 @@ class Head(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Of one kind of loss: its terms [S, M], and gradients of their sum for hidden states [S, M, D] and the weight."""
+    """One kind of loss: its terms [S, M], and the gradients of their sum for hidden states [S, M, D] and the weight."""
 
     terms: jax.Array
     hidden: jax.Array | None
@@ -66,7 +66,7 @@ def head_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Σ weight · cross-entropy and Σ weight · KL(base ‖ changed), fp32 scalars.
 
-    Gradients go to `hidden`, and to the weight of a changed head.
+    `hidden` and the weight of a changed head have gradients.
     """
     return _batched(options, False)(head_, (ce, kl))[0]
 
@@ -92,13 +92,13 @@ head_loss.defvjp(_forward, _backward)
 
 
 def _batched(options: Options, gradient: bool) -> Any:
-    """(head, groups) -> (losses, gradients or None); under `vmap` one computation for all diffs."""
+    """(head, groups) -> (losses, gradients or None); under `vmap` one computation serves all diffs."""
 
     def alone(head_: Head, groups: Groups) -> Any:
         out = _many(options, gradient, head_, jax.tree.map(lambda x: x[None], groups))
         return jax.tree.map(lambda x: x[0], out)
 
-    # On a mesh the diffs of a `vmap` lie on different devices: each computes its own.
+    # On a mesh the diffs of a `vmap` lie on different devices, which compute their own.
     if parallel.spmd_axes() is not None:
         return alone
     compute = jax.custom_batching.custom_vmap(alone)
@@ -111,7 +111,7 @@ def _batched(options: Options, gradient: bool) -> Any:
                 return x if has else jnp.broadcast_to(x, (size, *x.shape))
 
             out = _many(options, gradient, head_, jax.tree.map(stack, groups, batched[1]))
-        else:  # a head for each diff, or at least a gradient of it
+        else:  # each diff has its own head, or at least its own gradient of the head
             axes = jax.tree.map(lambda has: 0 if has else None, tuple(batched))
             out = jax.vmap(alone, axes, axis_size=size)(head_, groups)
         return out, jax.tree.map(lambda _: True, out)
@@ -120,9 +120,9 @@ def _batched(options: Options, gradient: bool) -> Any:
 
 
 def _many(options: Options, gradient: bool, head_: Head, groups: Groups) -> Any:
-    """Losses [N], and gradients of hidden states [N, S, M, D] and weight [N, …], of groups with leaves [N, S, M, …].
+    """Losses [N], and gradients of hidden states [N, S, M, D] and weight [N, …], for groups with leaves [N, S, M, …].
 
-    One diff alone (N = 1) may have changed the head.
+    The head may be a changed one only if N is 1.
     """
     shapes = [None if group is None else group.weight.shape for group in groups]
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), groups)
@@ -145,10 +145,10 @@ def _many(options: Options, gradient: bool, head_: Head, groups: Groups) -> Any:
 
 
 def _pack(group: Scored | None, count: int | None) -> tuple[Scored | None, Any]:
-    """The used entries of a group first, [1, count, …], and the way back of what is computed for them."""
+    """The first `count` entries of a group, used ones first, [1, count, …]; and how to put results back in place."""
     if group is None or count is None or count >= group.weight.size:
         return group, lambda y: y
-    count = max(count, 1)  # without a used entry, one that is not
+    count = max(count, 1)  # if none is used, take one that is not
     shape = group.weight.shape
     used = group.weight.reshape(-1) != 0
     order = jnp.argsort(~used, stable=True)[:count]
@@ -163,7 +163,7 @@ def _pack(group: Scored | None, count: int | None) -> tuple[Scored | None, Any]:
 
 
 def _chunks(options: Options, gradient: bool, head_: Head, groups: Groups) -> list[Found | None]:
-    """Of both groups, leaves [S, M, …]."""
+    """The losses of both groups, leaves [S, M, …], chunk by chunk."""
     ce, kl = groups
     rows = functools.partial(_rows, options.config, gradient, head_)
 
@@ -194,7 +194,7 @@ def _chunks(options: Options, gradient: bool, head_: Head, groups: Groups) -> li
 def _map_chunks(fn: Any, group: Scored | None, chunk: int) -> Found | None:
     """fn over entries [S, M, …], about `chunk` of them at a time; the last chunk is padded with weight 0.
 
-    A chunk has some entries of every sample, so that a mesh that splits the samples splits each chunk.
+    A chunk holds entries of every sample, so that a mesh that splits the samples splits each chunk.
     """
     if group is None:
         return None
@@ -226,7 +226,7 @@ def _map_chunks(fn: Any, group: Scored | None, chunk: int) -> Found | None:
 def _rows(
     config: DecoderConfig, gradient: bool, head_: Head, ce: Scored | None, kl: Scored | None
 ) -> list[Found | None]:
-    """Of both groups, leaves [R, …], by one product with the head."""
+    """The losses of both groups, leaves [R, …], by one product with the head."""
     sizes = [0 if group is None else len(group.weight) for group in (ce, kl)]
     split, rows = sizes[0], sum(sizes)
     hidden = [group.hidden for group in (ce, kl) if group is not None]
@@ -252,7 +252,7 @@ def _rows(
         return [None if one is None else Found(one, None, None) for one in terms]
 
     def slopes(first: Any, count: int) -> jax.Array:
-        """Of so many vocabulary entries' logits: weight · (probability - wanted probability)."""
+        """weight · (probability - wanted probability) for `count` entries of the vocabulary, from `first` on."""
         columns = jax.lax.dynamic_slice_in_dim(logits, first, count, axis=1)
         ours = jnp.exp(columns[:rows] - norm[:rows])
         parts = []

@@ -1,4 +1,4 @@
-"""Finetuning: one weight diff is a scan over optimizer steps; many are its `vmap`, in one compiled program."""
+"""Finetuning: one weight diff is a scan over optimizer steps; many diffs are its `vmap` in one compiled program."""
 
 import functools
 from typing import Any
@@ -39,16 +39,16 @@ def finetune(
 ) -> tuple[Delta, dict[str, jax.Array]]:
     """Finetunes one delta on `batches`, whose leaves are [steps, S, …] (paper, section 3).
 
-    Gradients exist for the delta alone: the base is a constant of the loss.
+    Only the delta has gradients; the base is a constant of the loss.
 
     Args:
-        teacher: the base's hidden states for the KL samples; None: computed in every step.
-        widths: for each of the S samples of a step, (tokens, scored entries) beyond which there is padding only;
-            they then lie side by side in one row. None: S rows.
-        packed: how many entries of a step are used at most, see `head_loss.Options`.
+        teacher: the base's hidden states for the KL samples. None: every step computes them.
+        widths: (tokens, scored entries) of each of the S samples of a step, beyond which there is only padding; the
+            samples then lie side by side in one row. None: S rows.
+        packed: the most entries of a step that are used, see `head_loss.Options`.
 
     Returns:
-        The trained delta, and the losses of each step: {"ce": [steps], "kl": [steps]}, before the update.
+        The trained delta, and the losses of each step before its update: {"ce": [steps], "kl": [steps]}.
     """
     leaves = trainable(delta)
     has_kl = num_ce < batches.tokens.shape[1]
@@ -100,12 +100,12 @@ def finetune_many(
 ) -> tuple[Delta, dict[str, jax.Array]]:
     """`finetune` for N deltas at once: leaves of `deltas` and `batches` have a leading axis N.
 
-    The base is not mapped, so its products stay one large matmul over all N diffs' tokens. On a mesh N is split
-    over data and fsdp; diffs never meet.
+    The base is not mapped, so that its products stay large matmuls over the tokens of all N diffs. On a mesh N is split
+    over data and fsdp; no diff depends on another.
 
     Args:
-        deltas: donated: their arrays are gone afterwards, so copy what is still needed.
-        optimizer: is compared by identity: make it once, before the loop, for each new one compiles again.
+        deltas: donated, so their arrays are gone afterwards; copy what is still needed.
+        optimizer: compared by identity; make it once before the loop, since each new one compiles again.
     """
     chunk_elements = chunk_elements_of(batches.tokens.shape[0])
 
@@ -123,7 +123,7 @@ def finetune_many(
             packed=packed,
         )
 
-    # The diffs share the table of hidden states; each has its own rows of it.
+    # All diffs share the table of hidden states, and each has its own rows in it.
     in_axes = (0, 0, None if teacher is None else Teacher(hidden=None, rows=0))
     many = parallel.vmap_diffs(one, in_axes)
     trained, losses = many(deltas, batches, teacher)

@@ -1,4 +1,4 @@
-"""What a finetune may change: LoRA factors, the weights of linear layers, or all parameters (paper, section 5.2)."""
+"""What a finetune changes: LoRA factors, the weights of linear layers, or all parameters (paper, section 5.2)."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ PARAMETERS = ("lora", "linear", "all")
 
 
 def init_delta(config: DecoderConfig, key: jax.Array, diffs: Any) -> Delta:
-    """A delta that changes nothing yet, of the kind that the `diffs` section of a config asks for.
+    """A delta that changes nothing yet, as the `diffs` section of a config asks for.
 
-    `diffs.parameters`: "lora" (the default): factors of `diffs.rank` on `diffs.projections`; "linear": dense
-    differences of those projections; "all": of every parameter, embeddings, norms and head included. Dense ones
-    start at zero, are fp32, and are as large as what they change.
+    `diffs.parameters` is "lora" (the default: factors of `diffs.rank` on `diffs.projections`), "linear" (dense
+    differences of those projections) or "all" (dense differences of every parameter, embeddings, norms and head
+    included). Dense differences start at zero, are fp32, and are as large as what they change.
 
     Raises:
-        DitError: another word.
+        DitError: `diffs.parameters` is anything else.
     """
     kind = diffs.get("parameters", "lora")
     if kind == "lora":

@@ -1,4 +1,4 @@
-"""The base's side of the KL losses, computed once for all diffs of a batch that share their samples."""
+"""The base's side of the KL losses, computed once for all diffs of a batch that share samples."""
 
 import functools
 from typing import Any, NamedTuple
@@ -14,13 +14,13 @@ from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.optimize.batch_loss import scored_hidden
 from dit_jax.runtime.parallel import batch_sharding, put, replicate, use_mesh
 
-CHUNK = 256  # samples per forward pass of the base, at most
-MAX_BYTES = 2**31  # of a table, which every device holds whole
+CHUNK = 256  # the most samples in a forward pass of the base
+MAX_BYTES = 2**31  # the largest table, which every device holds whole
 
 
 class Teacher(NamedTuple):
     """hidden [U, M, D]: the base's hidden states at the scored positions of U distinct samples;
-    rows [steps, S] int32 (one more leading axis for many diffs): which of them each KL sample is."""
+    rows [steps, S] int32 (one more leading axis for many diffs): which of the U each KL sample is."""
 
     hidden: Any
     rows: Any
@@ -36,12 +36,12 @@ def make_teacher(
     """Runs the base once on every distinct KL sample of `batches`, whose leaves are [N, steps, S, …].
 
     Args:
-        num_ce: how many leading samples of S have no KL.
+        num_ce: how many of the S samples, the leading ones, have no KL.
         batches: whole, on the host.
 
     Returns:
-        None without KL samples, where the table has half as many rows as there are samples (it pays when samples
-        repeat), or where it would exceed `MAX_BYTES`.
+        None if there are no KL samples, if the table would have more than half as many rows as there are samples (it
+        pays when samples repeat), or if it would exceed `MAX_BYTES`.
     """
     samples = TokenBatch(*(np.asarray(x)[:, :, num_ce:] for x in batches))
     lead = samples.lengths.shape
@@ -49,7 +49,7 @@ def make_teacher(
     if not total:
         return None
     flat = TokenBatch(*(x.reshape(total, *x.shape[3:]) for x in samples))
-    # What a row of the table depends on; targets and weights belong to the loss.
+    # A row of the table depends on these alone; targets and weights belong to the loss.
     key = np.concatenate([flat.tokens, flat.lengths[:, None], flat.position], axis=1)
     _, first, rows = np.unique(key, axis=0, return_index=True, return_inverse=True)
     chunks, chunk = _chunks(len(first), mesh)
@@ -67,10 +67,10 @@ def make_teacher(
 
 
 def _chunks(count: int, mesh: Mesh | None) -> tuple[int, int]:
-    """How many forward passes of how many samples each hold `count` samples.
+    """(number of forward passes, samples of each) for `count` samples.
 
-    Of the count alone, so that a shard that is made again is the same, and of few sizes (powers of two, then whole
-    chunks), so that shards with about as many distinct samples run one program.
+    It depends on the count alone, so that a shard that is made again is the same. There are few sizes (powers of two,
+    then whole chunks), so that shards with similar numbers of distinct samples run one program.
     """
     step = 16 if mesh is None else mesh.size * -(-16 // mesh.size)
     power = step << (-(-count // step) - 1).bit_length()

@@ -1,10 +1,10 @@
-"""Estimates from counted operations and a chip's published speeds: of one step's time, of a run's cost, of memory.
+"""Estimates of a step's time, a run's cost and memory, from counted operations and a chip's published speeds.
 
-Nothing here is measured. Per device, a step takes
+Nothing here is measured. On each device a step takes
 
     max(FLOPs / (utilization × peak), bytes of weights read / memory bandwidth) + bytes received / (network / 2)
 
-with the FLOPs that the program executes: padding, recomputation (remat) and the teacher of the KL terms included.
+FLOPs are those that the program executes, with padding, recomputation (remat) and the teacher of the KL terms.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from dit_jax.organisms.samples import sample_widths
 from dit_jax.planning.machines import Chip, Machine
 from dit_jax.planning.programs import batch_size
 
-UTILIZATION = 0.4  # share of the peak FLOPs per second, assumed
-NETWORK_SHARE = 0.5  # of the links' bandwidth that collectives reach, assumed
+UTILIZATION = 0.4  # assumed share of the peak FLOPs per second
+NETWORK_SHARE = 0.5  # assumed share of the links' bandwidth that collectives reach
 FLOAT32 = 4  # bytes: diffs and adapters are trained and stored in it
 
 
@@ -33,12 +33,12 @@ class Load:
     """What one step of a stage runs, on all devices together.
 
     Attributes:
-        rows: sequences through the model under training (or asked).
-        teacher_rows: of them also run through the bare base.
-        length: tokens of each, padding included.
+        rows: sequences through the model that is trained or asked.
+        teacher_rows: how many of them also go through the bare base.
+        length: tokens of each, with padding.
         scored: positions of each whose logits are computed.
-        trained: False: only a forward pass.
-        new_tokens: decoded one by one after the first, which that pass gives.
+        trained: False for a forward pass alone.
+        new_tokens: tokens decoded one by one after the first, which the forward pass gives.
     """
 
     rows: int
@@ -57,7 +57,7 @@ def step_load(stage: str, config: Any, batch: int) -> Load:
         by_kl = sum(
             diffs.samples_per_step[kind.name] for kind in behaviour.kinds if kind.loss != "ce"
         )
-        # Samples may have widths of their own: their mean.
+        # Kinds of samples may differ in width, so take the mean.
         tokens, scored = zip(*sample_widths(behaviour, diffs), strict=True)
         length, terms = sum(tokens) / len(tokens), sum(scored) / len(scored)
         return Load(batch * len(tokens), batch * by_kl, length, terms, True)
@@ -88,7 +88,7 @@ def step_flops(model: DecoderConfig, load: Load) -> float:
 
 
 def _passes(load: Load) -> int:
-    """How often a step goes through all layers."""
+    """How many times a step goes through all layers."""
     return (2 if load.trained else 1) + (1 if load.teacher_rows else 0) + load.new_tokens
 
 
@@ -99,14 +99,14 @@ def step_seconds(
     chip: Chip,
     utilization: float = UTILIZATION,
 ) -> float:
-    """Seconds of one step on a mesh of sizes (data, fsdp, tensor), see the module's docstring."""
+    """Seconds of one step on a mesh of sizes (data, fsdp, tensor), by the formula at the top."""
     data, fsdp, tensor = sizes
     weights = count_parameters(model) * _item(model) / tensor
     compute = step_flops(model, load) / (data * fsdp * tensor) / (utilization * chip.flops)
     read = weights * _passes(load) / chip.bandwidth
     received = weights * (fsdp - 1) / fsdp * _passes(load)
     if tensor > 1:
-        # Two sums of activations per layer forward, two backward, two recomputed.
+        # A layer sums activations twice forward, twice backward and twice in recomputation.
         ways = 2 * (6 if load.trained else 2)
         tokens = load.rows * (load.length + load.new_tokens) + load.teacher_rows * load.length / 3
         summed = tokens / (data * fsdp) * model.hidden_size * _item(model)
@@ -119,7 +119,7 @@ def _item(model: DecoderConfig) -> int:
 
 
 def lora_parameters(model: DecoderConfig, rank: int, projections: Sequence[str]) -> int:
-    """Factors of one LoRA (scales are not counted)."""
+    """Parameters of one LoRA, without its scales."""
     return _lora_parameters(model, rank, tuple(projections))
 
 
@@ -138,13 +138,13 @@ def device_memory(
     sizes: tuple[int, int, int],
     batch: int,
 ) -> tuple[float, float]:
-    """(bytes that stay, temporary bytes) of one device, roughly: where a search starts, never its answer."""
+    """(bytes that stay, temporary bytes) of one device, roughly: a search starts from them, the compiler decides."""
     data, fsdp, tensor = sizes
     shards = data * fsdp
     load = step_load(stage, config, batch)
     layers, width = model.num_hidden_layers, model.hidden_size
     fixed = count_parameters(model) * _item(model) / (fsdp * tensor)
-    # Of a LoRA one factor of each projection is split over tensor, about half of its bytes.
+    # One factor of each projection, about half of a LoRA's bytes, is split over tensor.
     share = 0.5 + 0.5 / tensor
     projections = config.diffs.projections
     diffs = batch / shards * share * FLOAT32
@@ -183,7 +183,7 @@ def device_memory(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An estimate of a whole run: hours and dollars on one machine (None: unknown speed or price), bytes on disk."""
+    """An estimate of a whole run: hours and dollars on one machine (None: speed or price unknown), bytes on disk."""
 
     diffs: int
     diff_hours: float | None
@@ -203,17 +203,16 @@ def whole_run(
     utilization: float = UTILIZATION,
     price: float | None = None,
 ) -> Run:
-    """Estimates making `diffs` diffs and training the adapter for the config's steps.
+    """Estimates a run that makes `diffs` diffs and trains the adapter for the config's steps.
 
     Args:
-        diff_setting, train_setting: mesh sizes and batch. The adapter sees as many examples as the config says,
-            with at least its own batch in a step.
+        diff_setting, train_setting: mesh sizes and batch; a training step has at least one example per batch shard.
         price: dollars per chip and hour; default the chip's.
     """
     train = config.train
     per_diff = lora_parameters(model, config.diffs.rank, config.diffs.projections)
     adapter = lora_parameters(model, train.rank, train.projections)
-    # The checkpoints that are kept hold the factors and both moments.
+    # Each kept checkpoint holds the factors and both moments.
     copies = 1 + 3 * train.keep_checkpoints
     stored = (float(diffs * per_diff * FLOAT32), float(copies * adapter * FLOAT32))
     if machine.chip is None:
@@ -232,6 +231,6 @@ def whole_run(
 
 
 def batch_of(stage: str, config: Any, sizes: tuple[int, int, int]) -> int:
-    """The config's batch of a stage, rounded up to what the mesh splits evenly."""
+    """A stage's batch in the config, rounded up to what the mesh splits evenly."""
     shards = sizes[0] * sizes[1]
     return math.ceil(batch_size(stage, config) / shards) * shards

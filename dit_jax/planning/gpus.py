@@ -1,4 +1,4 @@
-"""NVIDIA GPUs that are not there: what XLA's compiler needs to know of them."""
+"""NVIDIA GPUs that are not present: what XLA's compiler needs to know about them."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ GPUS = {
     "h100": ("NVIDIA H100 80GB HBM3", "9.0", 79.1 * GIB, 3.352e12, 132, 50 * 2**20, 1.98),
     "h200": ("NVIDIA H200", "9.0", 139.8 * GIB, 4.8e12, 132, 50 * 2**20, 1.98),
 }
-# Per block with opt-in, and per multiprocessor, by the major compute capability.
+# Bytes per block with opt-in and per multiprocessor, by major compute capability.
 _SHARED_MEMORY = {"8": (166912, 167936), "9": (232448, 233472)}
-# Without a device no kernels can be tried out. Products are then cuBLAS's: of its own the compiler would take the first
-# that it thinks of, which for some shapes it cannot make.
+# Without a device the compiler cannot try out kernels. Of its own kernels it would take the first candidate, which it
+# cannot build for some shapes, so products are left to cuBLAS.
 COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False, **GPU_FLAGS}
 
 
@@ -25,7 +25,7 @@ def gpu_devices(name: str, count: int) -> list[Any]:
     """`count` devices of one host, to compile for.
 
     Raises:
-        DitError: jax's CUDA plugin, which holds the compiler, is not installed, or it fails.
+        DitError: jax's CUDA plugin, which holds the compiler, is not installed or fails.
     """
     if not has_cuda_plugin():
         raise DitError(
@@ -42,7 +42,7 @@ def gpu_devices(name: str, count: int) -> list[Any]:
             topology=f"1x1x{count}",
             target_config=_target(name),
         )
-    except Exception as error:  # the plugin has many ways to fail, all with a message
+    except Exception as error:  # the plugin raises many kinds, all with a message
         raise DitError(
             f"jax's CUDA plugin cannot compile for {name}: {first_line(error)}"
         ) from error

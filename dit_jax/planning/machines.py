@@ -1,4 +1,4 @@
-"""Machines that a plan is made for: TPU slices and GPUs that are not there, by name, and the local devices."""
+"""Machines to plan for: TPU slices and GPUs by name, which need not be present, and the local devices."""
 
 import dataclasses
 import importlib.util
@@ -14,16 +14,16 @@ from dit_jax.planning.gpus import COMPILER_OPTIONS, GIB, GPUS, gpu_devices
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One kind of chip. Everything but `memory` feeds estimates only, never the question of what fits.
+    """One kind of chip. What fits depends on `memory` alone; the rest feeds estimates.
 
     Attributes:
         flops: peak bfloat16 FLOPs per second.
-        memory: bytes that a program may use: a TPU's compiler reports them when one does not fit; of a GPU what jax
-            allocates with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95.
+        memory: bytes that a program may use. A TPU's compiler reports them when a program does not fit; on a GPU they
+            are what jax allocates with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95.
         bandwidth: bytes per second of its memory.
         network: bytes per second of all its links to other chips, in one direction.
-        price: US dollars per chip and hour, on demand; 0: there is no list price.
-        cores: per chip, where slices are named by cores ("v5p-8" has four chips).
+        price: US dollars per chip and hour on demand; 0: there is no list price.
+        cores: cores per chip, for slices that are named by cores ("v5p-8" has four chips).
     """
 
     name: str
@@ -37,7 +37,7 @@ class Chip:
 
 # Speeds: the system pages of Cloud TPU, https://cloud.google.com/tpu/docs/system-architecture-tpu-vm.
 # Prices: public list prices on demand, United States, https://cloud.google.com/tpu/pricing, as of PRICES_OF.
-# They differ by region and change: edit them here, or give --price.
+# They change and differ by region: edit them here, or give --price.
 PRICES_OF = "November 2026"
 CHIPS = {
     "v5e": Chip("v5e", 197e12, 15.75 * GIB, 0.819e12, 200e9, 1.20),
@@ -66,7 +66,7 @@ _ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """A slice, GPUs of one host, or the local devices: of those `topology` is empty and `chip` may be None."""
+    """A slice, GPUs of one host, or the local devices, whose `topology` is empty and whose `chip` may be None."""
 
     name: str
     count: int
@@ -76,16 +76,16 @@ class Machine:
 
 
 def slice_name(generation: str, shape: str) -> str:
-    """The name by which a slice is ordered: v5e:4x4 is v5e-16, v5p:2x2x1 is v5p-8 (cores)."""
+    """The name under which a slice is ordered: v5e:4x4 is v5e-16, v5p:2x2x1 is v5p-8 (cores)."""
     chips = math.prod(int(size) for size in shape.split("x"))
     return f"{generation}-{chips * CHIPS[generation].cores}"
 
 
 def find_machine(name: str) -> Machine:
-    """The TPU slice of a name like "v5e:4x4" or "v5e-16", or the GPUs of one like "h200" or "h200:8".
+    """The TPU slice with a name like "v5e:4x4" or "v5e-16", or the GPUs with one like "h200" or "h200:8".
 
     Raises:
-        DitError: an unknown name; the message lists those that are known.
+        DitError: the name is unknown; the message lists the known ones.
     """
     wanted = name.lower().replace("litepod", "e", 1)
     for generation, shapes in SHAPES.items():
@@ -111,39 +111,39 @@ def find_machine(name: str) -> Machine:
 
 
 def absent_devices(machine: Machine) -> list[Any]:
-    """The devices of a machine that is not there, to compile for.
+    """The devices of a machine that need not be present, to compile for.
 
     Raises:
-        DitError: its compiler is not installed, or does not know the machine.
+        DitError: its compiler is not installed or does not know the machine.
     """
     gpu, _, count = machine.topology.partition(":")
     return gpu_devices(gpu, int(count)) if gpu in GPUS else tpu_devices(machine)
 
 
 def compiler_options(machine: Machine) -> dict[str, Any] | None:
-    """What XLA must be told to compile for a machine, beside its flags."""
+    """Options that XLA needs beside its flags to compile for a machine."""
     return COMPILER_OPTIONS if machine.topology.partition(":")[0] in GPUS else None
 
 
 def tpu_devices(machine: Machine) -> list[Any]:
-    """The devices of a slice that is not there, to compile for.
+    """The devices of a slice that need not be present, to compile for.
 
     Raises:
-        DitError: libtpu, which holds the compiler, is not installed, or it does not know the topology.
+        DitError: libtpu, which holds the compiler, is not installed or does not know the topology.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise DitError(
             "planning for a TPU needs its compiler, which is not installed: "
             "pip install 'dit_jax[tpu]' (or pip install -e '.[tpu]' in a checkout)"
         )
-    # Read when libtpu is loaded: without them it looks for the TPU of this host.
+    # libtpu reads these when it is loaded; without them it looks for a TPU in this host.
     os.environ.update(_ENVIRONMENT)
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=machine.topology)
-    except Exception as error:  # libtpu has many ways to fail, all with a message
+    except Exception as error:  # libtpu raises many kinds, all with a message
         raise DitError(
             f"libtpu cannot compile for {machine.topology}: {first_line(error)}"
         ) from error

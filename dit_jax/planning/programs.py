@@ -1,4 +1,4 @@
-"""The steps of the three stages, compiled without data: do they fit, what do they hold, what do they send."""
+"""The steps of the three stages, compiled without data: whether they fit, what they hold and what they send."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ from dit_jax.runtime import parallel
 from dit_jax.train import dit
 
 STAGES = ("diffs", "train", "ask")
-# Where a config says how much a stage takes at once.
+# The config key with the batch of each stage.
 BATCH_KEYS = {
     "diffs": ("diffs", "diffs_per_batch"),
     "train": ("train", "batch_size"),
@@ -39,7 +39,7 @@ class Program:
         seconds: to trace and compile it.
         memory: parameters, adapter, optimizer, diffs (their plain sizes); arguments (all of them, as laid out on
             the device), temporaries, code, peak = arguments + results that reuse none of them + temporaries + code.
-            Of a program that does not fit only the plain sizes, and `peak` where the compiler says it.
+            A program that does not fit has only the plain sizes, and `peak` if the compiler reports it.
         collectives: kind -> (how many in the program, bytes of their results). The body of a loop counts once.
     """
 
@@ -52,13 +52,13 @@ class Program:
 
 
 def batch_size(stage: str, config: Any) -> int:
-    """How many diffs, examples or questions a config's stage takes at once."""
+    """How many diffs, examples or questions a stage of the config takes at once."""
     section, key = BATCH_KEYS[stage]
     return int(config[section][key])
 
 
 def with_batch(stage: str, config: Any, batch: int) -> Any:
-    """A copy of a config with another batch size of one stage."""
+    """A copy of a config with another batch size for one stage."""
     section, key = BATCH_KEYS[stage]
     copy = config.copy_and_resolve_references().unlock()
     copy[section][key] = batch
@@ -70,7 +70,7 @@ def stage_step(
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any], dict[str, Any]]:
     """(compiled function, args, kwargs, {"parameters": tree, …}) of a stage, without values.
 
-    Questions are as long as those that the adapter is trained on, and diffs are LoRAs there.
+    The stage "ask" has LoRA diffs, and questions as long as those that the adapter is trained on.
     """
     if stage == "diffs":
         args, options = diff_generation.abstract_step(model, mesh, config.diffs)
@@ -80,7 +80,7 @@ def stage_step(
         args, options = dit.abstract_step(model, mesh, config.train, diff)
         params, _, state, adapter, diffs, _ = args
         parts = {"adapter": state.leaves, "optimizer": state.optimizer, "diffs": diffs}
-        # Of the adapter's tree the step reads the scales alone.
+        # From the adapter's tree the step reads only the scales.
         parts["adapter"] = with_scale(state.leaves, adapter)
         return dit.train_step, args, options, {"parameters": params, **parts}
     args, options = decoding.abstract_arguments(
@@ -98,7 +98,7 @@ def stage_step(
 
 
 def on_device(arguments: Any, device: Any) -> Any:
-    """The same arguments with ShapeDtypeStructs on one device, which need not be there, for its arrays."""
+    """The same arguments with ShapeDtypeStructs on one device, which need not be present, in place of arrays."""
     sharding = SingleDeviceSharding(device)
 
     def one(x: Any) -> Any:
@@ -110,7 +110,7 @@ def on_device(arguments: Any, device: Any) -> Any:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of a tree of ShapeDtypeStructs on one device, without the padding of its layouts."""
+    """Bytes of a tree of ShapeDtypeStructs on one device, without the padding of layouts."""
 
     def one(x: Any) -> int:
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
@@ -132,10 +132,10 @@ def compile_step(
     """Compiles one stage's step for the devices of `mesh`.
 
     Args:
-        device: without a mesh, the one to compile for; None: this process's first.
-        compiler_options: what XLA must be told beside its flags, see `machines.compiler_options`.
-        memory: bytes that a device has. Compilers for accelerators refuse what does not fit; a CPU's does not.
-        level: "O0" is quicker and gives the same memory, but other collectives: they are left out then.
+        device: the device to compile for if there is no mesh; None: this process's first.
+        compiler_options: see `machines.compiler_options`.
+        memory: bytes of a device. Compilers for accelerators refuse what does not fit; the CPU's does not.
+        level: "O0" is quicker and gives the same memory but other collectives, which are left out then.
 
     Raises:
         DitError: the compiler fails for another reason than memory.
@@ -167,7 +167,7 @@ def compile_step(
 
 
 def memory_sizes(compiled: Any) -> dict[str, float]:
-    """Bytes of one device: arguments, temporaries, code, and the peak, which adds results that reuse none of them."""
+    """Bytes on one device: arguments, temporaries, code, and the peak, which adds results that reuse none of them."""
     found = compiled.memory_analysis()
     sizes = {
         "arguments": float(found.argument_size_in_bytes),
@@ -191,17 +191,17 @@ _INSTRUCTION = re.compile(
 
 
 def used_memory(message: str) -> float:
-    """Bytes that a program needs at least, from the compiler's message that it does not fit; 0 if it is silent."""
+    """The least bytes that a program needs, by the compiler's message that it does not fit; 0: it does not say."""
     total = re.search(r"[Uu]sed ([\d.]+)([KMGT]?)i?B? of ", message)
     found = total or re.search(r"\(([\d.]+)([KMGT]?)i?B?\) exceeds", message)
     return float(found[1]) * _UNITS[found[2]] if found else 0.0
 
 
 def count_collectives(text: str) -> dict[str, tuple[int, float]]:
-    """kind -> (operations, bytes of their results on one device) of a compiled program's text.
+    """kind -> (operations, bytes of their results on one device), from the text of a compiled program.
 
-    The two halves of an asynchronous operation count once; its result is the largest array that it names. A TPU's
-    compiler repeats an operation in each product that hides it: those have its channel in common.
+    The two halves of an asynchronous operation count once, and its result is the largest array that it names. A TPU's
+    compiler repeats an operation, with the same channel, in each product that hides it; that counts once too.
     """
     counts: dict[str, tuple[int, float]] = {}
     channels = set()

@@ -1,4 +1,4 @@
-"""The best mesh and the largest batch of a stage on a machine: ranked by estimates, decided by the compiler."""
+"""The best mesh and the largest batch of a stage on a machine: estimates rank them, the compiler decides."""
 
 import dataclasses
 import math
@@ -13,11 +13,11 @@ from dit_jax.runtime.parallel import UnplaceableMesh
 
 Sizes = tuple[int, int, int]
 LARGEST = {"diffs": 1024, "train": 1024, "ask": 1024}
-# A batch that the compiled ones say needs more than this share of the memory is not tried.
+# A batch is not tried if the compiled ones suggest that it needs more than this share of the memory.
 HOPELESS = 1.05
-# A mesh of which the estimate says this for one row per device is not tried.
+# A mesh is not tried if the estimate for one row per device needs more than this share.
 UNLIKELY = 1.1
-# Estimates that differ by less than this factor do not decide between meshes: the larger batch does.
+# If the estimates of two meshes differ by less than this factor, the larger batch wins.
 NEARLY = 1.15
 Compile = Callable[[str, Sizes, int], Program]
 
@@ -29,8 +29,8 @@ class Found:
     Attributes:
         sizes: of the mesh (data, fsdp, tensor).
         program: compiled with the largest batch that fits; None: nothing fits.
-        next_peak: bytes of one device with twice that batch; 0: that is beyond what is searched.
-        next_compiled: whether the compiler said so (else it was extrapolated from compiled batches).
+        next_peak: bytes on one device with twice that batch; 0: beyond the search.
+        next_compiled: whether the compiler reported `next_peak`; otherwise compiled batches were extrapolated.
         seconds_per_row: the estimate by which meshes were ranked.
     """
 
@@ -43,7 +43,7 @@ class Found:
 
 
 def meshes(model: DecoderConfig, count: int) -> list[Sizes]:
-    """All meshes of `count` devices in powers of two, heads of keys and values never copied."""
+    """All meshes of `count` devices in powers of two that copy no heads of keys and values."""
     powers = [2**i for i in range(count.bit_length()) if count % 2**i == 0]
     return [
         (count // (fsdp * tensor), fsdp, tensor)
@@ -58,11 +58,9 @@ def ranked(
 ) -> list[tuple[float, int, Sizes]]:
     """(estimated seconds per row at that batch, largest batch by estimate, mesh), the best first.
 
-    The best mesh holds the largest batch of those that are nearly as fast as the fastest; then come the others,
-    the fastest first.
-
-    Meshes that can hardly run one row per device are left out, all but the one that needs least: the compiler
-    shall say it. Without a chip's speeds the largest batch comes first.
+    Meshes that are nearly as fast as the fastest come first, the largest batch leading; then the others, the fastest
+    leading. Meshes that can hardly run one row per device are left out. If that leaves none, the one that needs least
+    is kept for the compiler to judge. If the chip's speeds are unknown, the largest batch comes first.
     """
     found, hardly = [], []
     for sizes in meshes(model, machine.count):
@@ -101,7 +99,7 @@ def search_stage(
 
     Args:
         compile_batch: (stage, mesh sizes, batch) -> Program; a mesh for which it raises UnplaceableMesh is left out.
-        tries: how many meshes are compiled at least; more follow only while none fits.
+        tries: the least number of meshes to compile; more follow only while none fits.
     """
     best = Found(stage, (1, 1, 1), None)
     candidates = ranked(stage, model, config, machine)
@@ -141,7 +139,7 @@ def _largest(
     sizes: Sizes,
     guess: int,
 ) -> Found:
-    """The largest batch on one mesh, from a first guess: up or down by factors of two."""
+    """The largest batch on one mesh, from a first guess up or down by factors of two."""
     shards = sizes[0] * sizes[1]
     most = max(LARGEST[stage], shards)
     done: dict[int, Program] = {}
@@ -151,7 +149,7 @@ def _largest(
         return done[batch].fits
 
     def needs(batch: int) -> float:
-        """Peak bytes of another batch, extrapolated from the two compiled ones nearest below."""
+        """Peak bytes of another batch, extrapolated from the two largest compiled ones that fit."""
         known = sorted((b, p.memory["peak"]) for b, p in done.items() if p.fits)[-2:]
         if len(known) == 2:
             (low, less), (high, more) = known

@@ -1,4 +1,4 @@
-"""Markdown tables of models × machines: best mesh and largest batch of each stage, time and cost of a run."""
+"""Markdown tables of models × machines: each stage's best mesh and largest batch, and a run's time and cost."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ MISSING = "not computed"
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Cells by (stage, model name, machine name); a cell that is not there was not computed."""
+    """Cells by (stage, model name, machine name); an absent cell was not computed."""
 
     models: dict[str, DecoderConfig]
     machines: list[Machine]
@@ -36,7 +36,7 @@ def fill(
     tries: int = 1,
     say: Callable[[str], None] = lambda line: None,
 ) -> Table:
-    """Searches every cell; those that the compilers have no time for are left out."""
+    """Searches every cell, except those for which the compilers have no time left."""
     cells: dict[tuple[str, str, str], Found] = {}
     for name, model in models.items():
         for compiler in compilers:
@@ -70,7 +70,7 @@ def _brief(program: Any) -> str:
 
 
 def cell(found: Found, machine: Machine) -> str:
-    """`data,fsdp,tensor: batch (peak GiB)`, or why nothing fits."""
+    """`batch on data,fsdp,tensor (peak GiB)`, or what the smallest batch would need."""
     if found.program is None:
         if found.next_peak:
             return f"no: {found.next_peak / GIB:.1f} GiB"

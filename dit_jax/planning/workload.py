@@ -1,4 +1,4 @@
-"""What is planned: a model's shape, a machine, a config; its steps compiled once and remembered."""
+"""What to plan: a model's shape, a machine and a config; each step is compiled once and remembered."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from dit_jax.runtime import parallel
 from dit_jax.runtime.artifacts import make_dir, read_text
 from dit_jax.runtime.os_errors import explain_os_errors
 
-# The keys of a config that a stage's program depends on, beside its batch.
+# The config keys on which a stage's program depends, beside its batch.
 _SHAPES = ("parameters", "rank", "projections", "optimizer", "max_length", "max_target")
 _KEYS = {
     "diffs": (
@@ -48,14 +48,14 @@ _KEYS = {
 
 
 class OutOfTime(Exception):
-    """The time for compiling is spent; what was compiled is remembered."""
+    """No time is left for compiling; what was compiled is remembered."""
 
 
 def model_shape(config: Any, name: str = "") -> DecoderConfig:
-    """The shape of a config's model, or of another one by name, computed as the config says.
+    """The shape of the config's model, or of another one by name, computed as the config says.
 
     Raises:
-        DitError: neither a released shape nor a folder with a `config.json`.
+        DitError: the name is neither a released shape nor a folder with a `config.json`.
     """
     wanted = name or config.model.path
     shape = NAMED_CONFIGS.get(wanted.removeprefix("random:").rsplit("/", 1)[-1].lower())
@@ -71,13 +71,13 @@ def model_shape(config: Any, name: str = "") -> DecoderConfig:
 
 
 class Compiler:
-    """Compiles the steps of one machine, and remembers the results in a file of JSON lines.
+    """Compiles steps for one machine, and remembers the results in a file of JSON lines.
 
     Args:
-        devices: of the machine; None for an absent machine whose compiler is loaded at first use.
+        devices: the machine's devices; None for an absent machine, whose compiler is loaded at first use.
         level: see `programs.compile_step`.
         cache: the file, made at first use; None: remember nothing.
-        deadline: of `time.monotonic`, after which nothing more is compiled.
+        deadline: time of `time.monotonic` after which nothing more is compiled.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Compiler:
         self._known = read_cache(cache)
 
     def mesh(self, sizes: tuple[int, int, int]) -> Mesh | None:
-        """The mesh of all the machine's devices. Raises DitError if the sizes do not fill it or fit its wires."""
+        """The mesh of all the machine's devices. Raises DitError: the sizes do not fill it or fit its links."""
         if self._devices is None:
             self._devices = absent_devices(self.machine)
         named = dict(zip(parallel.MESH_AXES, sizes, strict=True))
@@ -166,7 +166,7 @@ class Compiler:
 
 @functools.lru_cache
 def _sources() -> str:
-    """A digest of the code that the compiled steps are made of, and of what the compiler is told."""
+    """A digest of the code of the compiled steps and of the compiler's options."""
     root = pathlib.Path(__file__).parents[1]
     folders = ("models", "optimize", "organisms")
     files = [file for folder in folders for file in root.glob(f"{folder}/*.py")]
@@ -179,7 +179,7 @@ def _sources() -> str:
 
 
 def read_cache(cache: pathlib.Path | None) -> dict[str, Program]:
-    """Programs by key. A last line that a kill cut off is left out."""
+    """Programs by key; a last line that a kill cut off is dropped."""
     known: dict[str, Program] = {}
     if cache is None or not cache.exists():
         return known

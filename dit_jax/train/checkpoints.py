@@ -1,9 +1,8 @@
-"""Orbax, in one place: training checkpoints that are verified at restore, and the exported adapter.
+"""Training checkpoints, written by Orbax and verified when they are restored.
 
-Orbax restores a file with a flipped byte without a word, counts an empty folder as a checkpoint and has no way
-back to an older step. So every checkpoint carries digests of its arrays and of the place in the data, and restoring
-takes the newest one whose digests agree. The others are moved aside, not deleted: what looks damaged may be needed
-after all.
+Orbax silently restores a file with a flipped byte, takes an empty folder for a checkpoint, and cannot go back to an
+older step. So every checkpoint carries digests of its arrays and of its position in the data, and the newest one whose
+digests agree is restored. The others are moved aside, not deleted, because they may still be needed.
 """
 
 import contextlib
@@ -21,23 +20,19 @@ from jax.sharding import SingleDeviceSharding
 
 from dit_jax.errors import DitError, first_line
 from dit_jax.runtime import artifacts, digests, parallel, processes
-from dit_jax.runtime.orbax_errors import (
-    explain_save,
-    host_target,
-    say_errors_once,
-)
+from dit_jax.runtime.orbax_errors import explain_save, host_target, say_errors_once
 from dit_jax.runtime.os_errors import explain_os_errors, may_pass, os_error
 
 
 class Checkpoints:
     """Checkpoints of a training run in one folder: `save` in the background, `restore` the newest sound one.
 
-    They hold whole arrays, so a run may go on on another mesh and with another number of processes. All processes
-    make every call.
+    They hold whole arrays, so that a run can resume on another mesh or with another number of processes. All processes
+    must make every call.
 
     Args:
         folder: holds one folder for each step.
-        keep: how many to keep; those that were moved aside do not count.
+        keep: how many to keep, without those that were moved aside.
         data: digest of what the run trains on.
     """
 
@@ -56,10 +51,10 @@ class Checkpoints:
             )
 
     def save(self, step: int, state: Any, iterator_state: Any) -> None:
-        """Starts an asynchronous save; waits for an earlier one first. Returns once the state may be reused.
+        """Waits for an earlier save, then starts one in the background. Returns once the state may be reused.
 
         Raises:
-            DitError: the file system refuses this save or the earlier one. Older checkpoints are as they were.
+            DitError: the file system refuses this save or the earlier one; older checkpoints are unchanged.
         """
         state = parallel.to_host(state)
         metadata = {
@@ -74,24 +69,20 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Waits for the save under way; Orbax would leave out one that comes during another one.
-
-        Raises:
-            DitError: the file system refused it.
-        """
+        """Waits for the save under way, during which Orbax would skip another. Raises DitError: it was refused."""
         saving, self._saving = self._saving, None
         if saving is not None:
             with explain_save(self.folder):
                 saving.result()
 
     def restore(self, like: Any) -> tuple[int, Any, Any] | None:
-        """(step, state, iterator state) of the newest sound checkpoint of this data, None if there is none.
+        """(step, state, iterator state) of the newest sound checkpoint of this data; None if there is none.
 
-        The state comes back with the shardings of `like`, whatever mesh it was saved from. A checkpoint of which a
-        digest does not agree, or of other data, is named on stderr and moved aside: its step can be written again.
+        The state gets the shardings of `like`, whatever mesh it was saved from. A checkpoint whose digests disagree, or
+        that is of other data, is reported on stderr and moved aside, so that its step can be written again.
 
         Raises:
-            DitError: a checkpoint cannot be read for a reason that may pass: it is left alone.
+            DitError: a checkpoint cannot be read now but perhaps later; it is left alone.
         """
         abstract = jax.tree.map(lambda x: host_target(np.shape(x), x.dtype), like)
         steps = sorted(
@@ -123,7 +114,7 @@ class Checkpoints:
             for name in sorted(found.keys() | saved.keys()):
                 if found.get(name) != saved.get(name):
                     return None, None, _Problem("damaged", f"{name} differs from its digest")
-        except Exception as error:  # whatever Orbax or tensorstore say of a damaged folder
+        except Exception as error:  # Orbax and tensorstore raise many kinds for a damaged folder
             number = os_error(error)
             kind = "unreadable" if may_pass(number) else "damaged"
             reason = os.strerror(number) if number else first_line(error)
@@ -148,21 +139,17 @@ class Checkpoints:
         self._checkpointer.reload()
 
     def close(self) -> None:
-        """Waits for the save under way.
-
-        Raises:
-            DitError: the file system refused it.
-        """
+        """Waits for the save under way. Raises DitError: it was refused."""
         try:
             self.wait()
         finally:
-            # It would raise a failed save again, which `wait` has reported.
+            # It would raise again for a failed save, which `wait` has reported.
             with contextlib.suppress(Exception):
                 self._checkpointer.close()
 
 
 def _digests(state: Any, iterator_state: Any) -> dict[str, str]:
-    """sha256 of each leaf of the state by its path, and of the iterator's."""
+    """sha256 of each leaf of the state, by its path, and of the iterator's state."""
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     text = json.dumps(iterator_state, sort_keys=True)
     return {
@@ -171,7 +158,7 @@ def _digests(state: Any, iterator_state: Any) -> dict[str, str]:
     }
 
 
-# Why a checkpoint is not used, the worst last; None: it is.
+# Why a checkpoint is not used, the worst reason last; None: it is used.
 _PROBLEMS = (None, "other-data", "damaged", "unreadable")
 
 
