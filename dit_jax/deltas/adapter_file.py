@@ -17,16 +17,10 @@ from dit_jax.formats.files import check_tree, short
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import FLOATS, Delta, check_shapes
 from dit_jax.runtime import artifacts, digests, parallel, processes
-from dit_jax.runtime.orbax_errors import (
-    explain_save,
-    host_target,
-    say_errors_once,
-)
+from dit_jax.runtime.orbax_errors import explain_save, host_target, say_errors_once
 
 ADAPTER_FORMAT = "dit_jax.adapter"
-
-
-MAX_EXTRA_BYTES = 16 * 2**20  # what Orbax may write beside the values of an adapter
+MAX_EXTRA_BYTES = 16 * 2**20  # what Orbax may write besides the values of an adapter
 
 
 def export_adapter(folder: str | pathlib.Path, adapter: Delta, **facts: Any) -> None:
@@ -41,10 +35,10 @@ def export_adapter(folder: str | pathlib.Path, adapter: Delta, **facts: Any) -> 
         name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in store.flatten(adapter).items()
     }
     folder = pathlib.Path(folder).absolute()
-    # A name that all processes know: Orbax asks all of them.
+    # All processes know this name, because Orbax needs it in each of them.
     written = folder.parent / f".{folder.name}.checkpoint"
 
-    def clear() -> None:  # what a killed process left, Orbax's temporary folders included
+    def clear() -> None:  # removes what a killed process left, including Orbax's temporary folders
         for leftover in folder.parent.glob(f"{written.name}*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -71,12 +65,12 @@ def export_adapter(folder: str | pathlib.Path, adapter: Delta, **facts: Any) -> 
 def load_adapter(folder: str | pathlib.Path, config: DecoderConfig) -> tuple[Delta, dict[str, Any]]:
     """The delta of an exported adapter, and its manifest.
 
-    The folder is untrusted: before Orbax reads values, names, shapes and sizes must be those of an adapter of
-    the model `config`.
+    The folder is untrusted: before Orbax reads values, names, shapes and sizes are checked against the model
+    `config`.
 
     Raises:
-        DitError: no adapter there, one that does not fit the model, or a damaged one (every file and the
-            restored values are checked).
+        DitError: there is no adapter, it does not fit the model, or it is damaged (every file and the restored values
+            are checked).
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -118,7 +112,7 @@ def _promised(manifest: dict[str, Any], folder: pathlib.Path) -> Delta:
                     leaves[name] = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
                     continue
         raise DitError(
-            f"'{folder / artifacts.MANIFEST}' says of the leaf {short(name)} no shape and dtype: get "
+            f"'{folder / artifacts.MANIFEST}' gives no valid shape and dtype for the leaf {short(name)}: get "
             "another adapter"
         )
     return store.unflatten(leaves)
@@ -126,7 +120,7 @@ def _promised(manifest: dict[str, Any], folder: pathlib.Path) -> Delta:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Orbax and asyncio log many lines, with tracebacks, about a damaged file that is one line here."""
+    """Hides what Orbax and asyncio log, with tracebacks, about a damaged file: one message here says it."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -136,7 +130,7 @@ def _silent() -> Iterator[None]:
 
 
 def _check_chunks(stored: dict[str, Any], promised: Delta) -> None:
-    """A chunk larger than its array would be unpacked whole: a few bytes could fill any memory."""
+    """Refuses chunks larger than their array: Orbax unpacks chunks whole, so a few bytes could fill any memory."""
     for name, leaf in store.flatten(promised).items():
         if name not in stored:
             raise ValueError(f"the checkpoint lacks {name}")

@@ -1,4 +1,4 @@
-"""What kind of weight diff or adapter a path holds, by its content; one reader for all of them."""
+"""Detects by its content what kind of weight diff or adapter a path holds, and reads every kind."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ KINDS = {
     "pt_state_dict": "a .pt file of whole weights",
     "gguf": "a GGUF file",
 }
-# Of a folder of somebody else, in this order: a PEFT folder may hold the base's config as well.
+# The files that mark a foreign folder, in this order: a PEFT folder may hold the base's config as well.
 _MARKS = {peft.CONFIG: "peft", reference_pt.INDEX: "release", "config.json": "model"}
 _MANIFESTS = {
     "dit_jax.diff_store": "diff_store",
@@ -35,16 +35,16 @@ def detect_format(path: str | Path) -> str:
     """The kind of artifact at `path`, one of `KINDS`.
 
     Raises:
-      DitError: nothing there, nothing known, or a damaged file.
+      DitError: nothing is there, the kind is unknown, or the file is damaged.
     """
     return _inspect(Path(path))[0]
 
 
 def _inspect(path: Path) -> tuple[str, Any]:
-    """The kind of artifact at `path`, and what a `.pt` file holds: parsing a large one takes seconds."""
+    """The kind of artifact at `path`, and the content of a `.pt` file, which may take seconds to parse."""
     try:
         is_folder, exists = path.is_dir(), path.exists()
-    except (OSError, ValueError):  # a path that cannot be: too long, a NUL in it
+    except (OSError, ValueError):  # the path is too long, or holds a NUL
         raise DitError(f"'{path}' is not a usable path: check it") from None
     if is_folder:
         return _detect_folder(path), None
@@ -55,42 +55,45 @@ def _inspect(path: Path) -> tuple[str, Any]:
     tree = torch_pickle.load(path)
     kind = reference_pt.pt_kind(tree)
     if kind is None:
-        raise DitError(f"'{path}' is a torch file, but holds neither weight diffs nor weights")
+        raise DitError(
+            f"'{path}' is a torch file, but holds neither weight diffs nor weights: check the path"
+        )
     return f"pt_{kind}", tree
 
 
 def _detect_folder(folder: Path) -> str:
     if has_file(folder, "config.json") and has_file(folder / "diffs", "manifest.json"):
         raise DitError(
-            f"'{folder}' is a run: give '{folder / 'diffs'}' as diffs, or '{folder / 'adapter'}' as adapter"
+            f"'{folder}' is a run: give '{folder / 'diffs'}' as the diffs, or '{folder / 'adapter'}' as the adapter"
         )
     if has_file(folder, "manifest.json"):
         found = read_json_object(file_inside(folder, "manifest.json")).get("format")
         if isinstance(found, str) and found in _MANIFESTS:
             return _MANIFESTS[found]
         raise DitError(
-            f"'{folder / 'manifest.json'}' describes {short(found)}, which is no weight diff"
+            f"'{folder / 'manifest.json'}' describes {short(found)}, which is neither a weight diff nor an "
+            "adapter: check the path"
         )
     for name, kind in _MARKS.items():
         if has_file(folder, name):
             return kind
-    # A trainer leaves checkpoints in a folder, PEFT adapters of other names than "default".
+    # Trainers leave checkpoints in a folder, and PEFT leaves adapters whose name is not "default".
     with contextlib.suppress(OSError):
         inside = sorted(x.name for x in folder.iterdir() if any(has_file(x, y) for y in _MARKS))
         if inside:
             more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
             raise DitError(
-                f"'{folder}' itself holds no weight diff, but these in it may: "
+                f"'{folder}' itself holds no weight diff, but these folders in it may: "
                 f"{', '.join(map(short, inside[:3]))}{more}"
             )
     raise DitError(
         f"'{folder}' holds neither a weight diff nor an adapter: expected manifest.json, {peft.CONFIG}, "
-        f"{reference_pt.INDEX} or config.json (a .pt file is given by its own path)"
+        f"{reference_pt.INDEX} or config.json (give a .pt file by its own path)"
     )
 
 
 class Lazy(Sequence[RawDiff]):
-    """One diff that is read when it is asked for."""
+    """A sequence of one diff, which is read on access."""
 
     def __init__(self, read: Callable[[], RawDiff]):
         self._read = read
@@ -112,13 +115,13 @@ def open_diffs(
     """The weight diffs of a foreign format as a lazy sequence.
 
     Args:
-      path: PEFT folder, model folder, release folder with an index.csv, or `.pt` file.
+      path: a PEFT folder, model folder, release folder with an index.csv, or `.pt` file.
       config: architecture of the base model.
-      base_params: its parameters, needed for diffs that are whole weights.
-      svd_rank: reduce whole weights to a LoRA of this rank, see `finetuned.read_finetuned`.
+      base_params: its parameters, which diffs that are whole weights need.
+      svd_rank: reduces whole weights to a LoRA of this rank, see `finetuned.read_finetuned`.
 
     Raises:
-      DitError: see `detect_format` and the readers; a diff store is read by `dit_jax.deltas.store`.
+      DitError: see `detect_format` and the readers. `dit_jax.deltas.store` reads diff stores.
     """
     path = Path(path)
     kind, tree = _inspect(path)
@@ -142,10 +145,10 @@ def open_diffs(
 def open_adapter(path: str | Path, config: DecoderConfig, base_params: Any = None) -> RawDiff:
     """The adapter in a foreign format: a PEFT folder, or a `.pt` file {module: (A, B)}.
 
-    `base_params` is needed for PEFT folders that change whole weights.
+    PEFT folders that change whole weights need `base_params`.
 
     Raises:
-      DitError: another format, or what the readers raise.
+      DitError: the path holds another format, or see the readers.
     """
     path = Path(path)
     kind = detect_format(path)
@@ -157,5 +160,5 @@ def open_adapter(path: str | Path, config: DecoderConfig, base_params: Any = Non
         return reference_pt.read_pt_adapter(path, config)
     raise DitError(
         f"'{path}' is {KINDS[kind]}, not an adapter: give a PEFT folder, dit-adapter.pt or an "
-        "export"
+        "exported adapter"
     )

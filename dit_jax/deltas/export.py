@@ -18,7 +18,7 @@ from dit_jax.models.families import hf_config
 from dit_jax.models.modules import module_table
 from dit_jax.runtime.artifacts import atomic_dir
 
-# All writers by one name, as docs/formats.md lists them.
+# All writers in one place, as docs/formats.md lists them.
 __all__ = [
     "export_model",
     "fuse",
@@ -51,20 +51,20 @@ def export_model(
     replace: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes params ⊕ deltas as a model folder in Hugging Face format; a tied head stays tied.
+    """Writes params ⊕ deltas as a model folder in Hugging Face format. A tied head stays tied.
 
     Args:
-      folder: the folder to make.
+      folder: the folder to create.
       params: parameters of the base (docs/architecture.md), numpy or jax arrays.
       config: its architecture.
-      *deltas: LoRA or dense deltas, all added.
-      base_folder: where config.json, tokenizer and chat template are copied from; without it the
-        folder has a config.json made from `config`, and no tokenizer.
+      *deltas: LoRA or dense deltas, which are all added.
+      base_folder: the folder from which config.json, tokenizer and chat template are copied. Without it, config.json is
+        made from `config`, and there is no tokenizer.
       replace: whether an existing folder may be replaced.
-      shard_bytes: files are split at this size, and host memory holds one of them.
+      shard_bytes: files are split at this size; host memory holds one of them.
 
     Raises:
-      DitError: the folder exists, is not writable, or a delta changes modules that the model lacks.
+      DitError: the folder exists or is not writable, or a delta changes modules that the model lacks.
     """
     for delta in deltas:
         for path, _ in modules(delta):
@@ -90,7 +90,7 @@ def export_model(
 def _write_shards(
     folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int
 ) -> str:
-    """Writes one file, or shards and their index; returns the dtype of the tensors."""
+    """Writes one file, or shards and their index. Returns the dtype of the tensors."""
     from safetensors.numpy import save_file
 
     shards: list[list[str]] = []
@@ -134,9 +134,9 @@ def write_fused_peft(
 ) -> None:
     """Writes the sum of LoRA deltas, [δ ⊕ adapter], as one PEFT folder with all scales 1.
 
-    It is the form for servers that take one adapter per request. See `fuse` and `write_peft`.
+    This suits servers that take one adapter per request. See `fuse` and `write_peft`.
 
     Raises:
-      DitError: a dense or empty delta, or an unwritable folder.
+      DitError: a delta is dense, all are empty, or the folder is not writable.
     """
     write_peft(folder, fuse(*deltas), config, base_model_name_or_path, replace=replace)

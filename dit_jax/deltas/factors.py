@@ -1,4 +1,4 @@
-"""LoRA factors of single modules, joined to a delta tree and taken from it again (numpy)."""
+"""LoRA factors of single modules: joined to a delta tree, and taken from one (numpy)."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +22,7 @@ class Factors:
 
 
 def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
-    """The one dtype that all have, or float32 (float64 if one of them is) for a mixture."""
+    """The dtype that all have. A mixture gives float32, or float64 if that is one of them."""
     kinds = list(dict.fromkeys(np.dtype(d) for d in dtypes))
     if len(kinds) == 1:
         return kinds[0]
@@ -34,11 +34,11 @@ def stack_factors(
 ) -> dict[str, Any]:
     """A LoRA delta from the factors of single modules, which are read one after the other.
 
-    Layers without factors get zeros; smaller ranks are padded with zeros to the largest of the
-    projection, which changes nothing.
+    Layers without factors get zeros. Smaller ranks are padded with zeros to the largest rank of the projection, which
+    changes nothing.
 
     Raises:
-      DitError: nothing was found, or what reading a module raises.
+      DitError: nothing was found, or see what reads a module.
     """
     if not found:
         raise DitError(
@@ -57,7 +57,7 @@ def _stack(layers: dict[int, Factors], path: Path, config: DecoderConfig) -> dic
     rank = max(f.a.shape[1] for f in layers.values())
     dtype = common_dtype(array.dtype for f in layers.values() for array in (f.a, f.b))
     a, b = np.zeros((size, inputs, rank), dtype), np.zeros((size, rank, outputs), dtype)
-    # A layer without factors keeps the scale of the others, so that a uniform scale stays uniform.
+    # A layer without factors gets the scale of the others, so that a uniform scale stays uniform.
     scale = np.full(size, next(iter(layers.values())).scale, np.float32)
     for layer, factors in layers.items():
         r = factors.a.shape[1]
@@ -68,14 +68,14 @@ def _stack(layers: dict[int, Factors], path: Path, config: DecoderConfig) -> dic
 def add_once(
     found: dict[Any, Any], key: tuple[Path, int | None], value: Any, name: str, source: object
 ) -> None:
-    """found[key] = value. Raises DitError if two names mean the same module."""
+    """Sets found[key]. Raises DitError if two names mean the same module."""
     if key in found:
         raise DitError(f"'{source}' changes {short(name)} twice, under two names: fix the file")
     found[key] = value
 
 
 def modules(delta: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(path, module) of every module of a delta tree: a dict with `w`, or `a`, `b` and `scale`."""
+    """(path, module) of every module of a delta tree: a dict with `w`, or with `a`, `b` and `scale`."""
     if path and ("w" in delta or "a" in delta):
         yield path, delta
         return
@@ -84,7 +84,7 @@ def modules(delta: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, Any]]
 
 
 def get_factors(module: dict[str, Any], layer: int, *, trim: bool = False) -> Factors:
-    """The factors of one layer; with `trim`, without trailing ranks that are zero in both."""
+    """The factors of one layer; `trim` drops trailing ranks that are zero in both."""
     a, b = np.asarray(module["a"][layer]), np.asarray(module["b"][layer])
     if trim:
         used = np.flatnonzero((a != 0).any(axis=0) | (b != 0).any(axis=1))
@@ -94,7 +94,7 @@ def get_factors(module: dict[str, Any], layer: int, *, trim: bool = False) -> Fa
 
 
 def fold(array: np.ndarray, factor: float) -> np.ndarray:
-    """array * factor in the array's dtype if that is exact there, else in float32."""
+    """array * factor, in the array's dtype if it is exact there, else in float32."""
     if factor == 1:
         return array
     product = array.astype(np.float32) * np.float32(factor)
@@ -103,13 +103,13 @@ def fold(array: np.ndarray, factor: float) -> np.ndarray:
 
 
 def fuse(*deltas: Any) -> dict[str, Any]:
-    """One LoRA delta that equals the sum of several: joined along the rank, all scales 1.
+    """One LoRA delta that equals the sum of several: joined along the rank, with all scales 1.
 
-    Scales are folded into `b`. Where that or a mixture of dtypes is not exact in the stored dtype,
-    the result is float32.
+    Scales are folded into `b`. The result is float32 where this or a mixture of dtypes is not exact in the stored
+    dtype.
 
     Raises:
-      DitError: a delta has dense parts (they have no rank to join), or nothing was given.
+      DitError: a delta has dense parts, which have no rank to join, or no delta changes anything.
     """
     parts: dict[Path, list[dict[str, Any]]] = {}
     for delta in deltas:
@@ -121,7 +121,7 @@ def fuse(*deltas: Any) -> dict[str, Any]:
                 )
             parts.setdefault(path, []).append(module)
     if not parts:
-        raise DitError("there is nothing to fuse: the deltas are empty")
+        raise DitError("there is nothing to fuse, the deltas are empty: check them")
     fused: dict[str, Any] = {}
     for path, members in parts.items():
         scaled = [_unit_scale(member) for member in members]

@@ -1,4 +1,4 @@
-"""Full finetunes as weight diffs: δ = M' − M over all parameters, dense or as a truncated SVD."""
+"""Reads full finetunes as weight diffs: δ = M' − M over all parameters, dense or as a truncated SVD."""
 
 import pathlib
 from typing import Any
@@ -22,13 +22,13 @@ def read_finetuned(
       path: a folder in Hugging Face format (one file or shards), or a `.pt` file with a state dict.
       config: architecture of the base.
       base_params: parameters of the base (docs/architecture.md), numpy or jax arrays.
-      svd_rank: None for the dense difference of all parameters, in the dtype of the base; else its
-        best approximation of this rank on the projections, a LoRA in float32. What that keeps of
-        the squared norm is in `metadata["svd"]`.
+      svd_rank: None for the dense difference of all parameters, in the dtype of the base. Otherwise the rank of its
+        best approximation on the projections, a LoRA in float32; `metadata["svd"]` has the share of the squared norm
+        that this keeps.
 
     Raises:
-      DitError: another architecture, missing, unknown or misshapen tensors, NaN or infinity, or no
-        difference at all.
+      DitError: the architecture is another one, tensors are missing, unknown or misshapen, hold NaN or infinity, or all
+        equal the base.
     """
     path = pathlib.Path(path)
     if path.is_file():
@@ -40,8 +40,8 @@ def read_finetuned(
         found, wanted = getattr(theirs, field), getattr(config, field)
         if found != wanted:
             raise DitError(
-                f"'{path}' is no finetune of this model: its {field} is {found}, the base has "
-                f"{wanted}"
+                f"'{path}' is not a finetune of this model: its {field} is {found}, the base has {wanted}: "
+                "use the base that it was made from"
             )
     folder = SafetensorsFolder(path)
     weights = Weights(path, folder.shapes(), folder.read, True, theirs.tie_word_embeddings)

@@ -1,8 +1,7 @@
-"""PEFT LoRA folders: adapter_config.json and adapter_model.safetensors, read and written.
+"""Reads and writes PEFT LoRA folders: adapter_config.json and adapter_model.safetensors.
 
-lora_A.weight [r, in] and lora_B.weight [out, r] are our factors transposed; the scale is
-lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA. Options that change what the adapter computes
-are applied or refused by their name.
+lora_A.weight [r, in] and lora_B.weight [out, r] are our factors transposed. The scale is lora_alpha / r, or
+lora_alpha / sqrt(r) with rsLoRA. Options that change what the adapter computes are applied, or refused by name.
 """
 
 import json
@@ -47,21 +46,21 @@ _TENSOR = re.compile(
 
 
 def read_peft(folder: str | FilePath, config: DecoderConfig, base_params: Any = None) -> RawDiff:
-    """A LoRA that PEFT saved, as a delta.
+    """Reads a LoRA that PEFT saved as a delta.
 
-    Supported: r, lora_alpha, use_rslora, rank_pattern, alpha_pattern, target_modules (names,
-    regular expression, all-linear), exclude_modules, layers_to_transform, layers_pattern; as dense
-    differences (`peft_dense`) use_dora, modules_to_save, trainable_token_indices and LoRA on
-    embeddings and head. Everything else that changes the result is refused by its name.
+    Supported are r, lora_alpha, use_rslora, rank_pattern, alpha_pattern, target_modules (names, a regular expression,
+    all-linear), exclude_modules, layers_to_transform and layers_pattern; and as dense differences (`peft_dense`)
+    use_dora, modules_to_save, trainable_token_indices, and LoRA on the embedding and the head. Everything else that
+    changes the result is refused by name.
 
     Args:
       folder: the folder with adapter_config.json and adapter_model.safetensors (or .bin).
       config: architecture of the base model.
-      base_params: its parameters, needed for what is no LoRA of a projection.
+      base_params: its parameters, which everything but LoRA on projections needs.
 
     Raises:
-      DitError: missing or malformed files, unsupported options, tensors that do not fit the model
-        or the config, tensors that the config asks for but are not there.
+      DitError: files are missing or malformed, options are not supported, tensors do not fit the model or the config,
+        or tensors that the config asks for are missing.
     """
     folder = FilePath(folder)
     where = file_inside(folder, CONFIG)
@@ -84,7 +83,7 @@ def read_peft(folder: str | FilePath, config: DecoderConfig, base_params: Any = 
         if options.dora != ("lora_magnitude_vector" in parts) and "lora_A" in parts:
             raise DitError(
                 f"'{source}': use_dora is {options.dora}, but the lora_magnitude_vector of "
-                f"{short(module)} is {'missing' if options.dora else 'there'}: get the complete folder"
+                f"{short(module)} is {'missing' if options.dora else 'present'}: get the complete folder"
             )
         if all_modules(config)[place].lora and parts.keys() <= {"lora_A", "lora_B"}:
             read = _reader(module, place, parts, options, config, source)
@@ -98,7 +97,7 @@ def read_peft(folder: str | FilePath, config: DecoderConfig, base_params: Any = 
     for path, changed in modules(dense.delta()):
         if path in by_factors:
             raise DitError(
-                f"'{source}' changes {path[-1]} by factors and by whole weights: that is not supported"
+                f"'{source}' changes {path[-1]} both by factors and by whole weights, which is not supported"
             )
         set_at(delta, path, changed)
     if not delta:
@@ -148,7 +147,7 @@ def _reader(
     config: DecoderConfig,
     source: FilePath,
 ) -> Callable[[], Factors]:
-    """Checks shapes now and returns what reads the factors of a module."""
+    """Checks the shapes of a module's factors now; returns a function that reads them."""
     inputs, outputs = projection_size(place, module, config, source)
     for letter in ("lora_A", "lora_B"):
         if letter not in pair:
@@ -178,10 +177,10 @@ def _check_complete(
     config: DecoderConfig,
     source: FilePath,
 ) -> None:
-    """What the config asks for must be in the file: PEFT would fill it up with random numbers."""
+    """Refuses a file without what the config asks for: PEFT would fill it in with random numbers."""
     missing = [name for name in options.modules_to_save if not any(name in x for x in by_module)]
     missing += [name for name in options.token_rows if not any(x.endswith(name) for x in by_module)]
-    # The names as in the file: other programs put other prefixes in front of the layers.
+    # Prefixed as in the file: programs put different prefixes in front of the layers.
     in_layers = min((name for name in by_module if "layers." in name), default="model.layers.")
     prefix = in_layers[: in_layers.index("layers.")]
     wanted: dict[str, tuple[Path, int | None]] = {
@@ -214,18 +213,18 @@ def write_peft(
 ) -> None:
     """Writes a LoRA delta as a PEFT folder; factors keep their dtype and bits.
 
-    Layers whose factors are all zero are left out, and so are trailing ranks that are zero in both
-    factors, in all layers but one: reading the folder again pads to the largest rank of the projection.
+    Layers whose factors are all zero are left out. So are trailing ranks that are zero in both factors, in all layers
+    but one: reading the folder again pads to the largest rank of the projection.
 
     Args:
-      folder: the folder to make.
+      folder: the folder to create.
       delta: LoRA factors only.
       config: architecture of the base model.
-      base_model_name_or_path: what PEFT should load the base from.
+      base_model_name_or_path: the base that PEFT should load.
       replace: whether an existing folder may be replaced.
 
     Raises:
-      DitError: a dense or empty delta, or an unwritable folder.
+      DitError: the delta is dense or empty, or the folder is not writable.
     """
     from safetensors.numpy import save_file
 
@@ -245,7 +244,7 @@ def write_peft(
         factors |= {name.format(layer): f for layer, f in enumerate(layers)}
     used = {name: f for name, f in factors.items() if f.a.shape[1]}
     if not used:
-        raise DitError("the delta is empty: there is nothing to write")
+        raise DitError("the delta is empty, so there is nothing to write: check the diff")
     tensors = {}
     dtype = common_dtype(array.dtype for f in used.values() for array in (f.a, f.b))
     for name, f in used.items():

@@ -1,4 +1,4 @@
-"""adapter_config.json of PEFT: options, typed and checked, and which module they apply to."""
+"""PEFT's adapter_config.json: checks its options, and says which modules they apply to."""
 
 import math
 import re
@@ -29,7 +29,7 @@ _HANDLED = {
     "modules_to_save",
     "trainable_token_indices",
 }
-# These say how the adapter was trained or saved; what it computes does not depend on them.
+# These say how the adapter was trained or saved, and do not change what it computes.
 _IRRELEVANT = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -43,12 +43,12 @@ _IRRELEVANT = {
     "eva_config",
     "runtime_config",
 }
-# Initialisations that leave the base weights as they are; others (PiSSA, OLoRA, …) change them.
+# Initialisations that keep the base weights; others (PiSSA, OLoRA, …) change them.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 class PeftOptions:
-    """The options of adapter_config.json, with PEFT's rules for which module gets what."""
+    """The options of adapter_config.json, with PEFT's rules for the modules they apply to."""
 
     def __init__(self, raw: dict[str, Any], source: Path):
         self.raw, self.source = raw, source
@@ -65,10 +65,9 @@ class PeftOptions:
         if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
             raise DitError(
                 f"'{source}': init_lora_weights {short(raw['init_lora_weights'])} changes the "
-                "base weights, which "
-                "is not supported: save the adapter with path_initial_model_for_weight_conversion"
+                "base weights, which is not supported: save the adapter with path_initial_model_for_weight_conversion"
             )
-        if raw.get("bias") not in (None, "none", "all", "lora_only"):  # of the base: it has none
+        if raw.get("bias") not in (None, "none", "all", "lora_only"):  # the base has no biases
             raise DitError(f"'{source}': bias {short(raw['bias'])} is not supported")
         if raw.get("task_type") not in (None, "CAUSAL_LM", "FEATURE_EXTRACTION"):
             raise DitError(
@@ -97,8 +96,7 @@ class PeftOptions:
         for pattern in self._layer_patterns:
             if not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", pattern):
                 raise DitError(
-                    f"'{source}': layers_pattern {short(pattern)} is not supported, only plain "
-                    "names"
+                    f"'{source}': layers_pattern {short(pattern)} is not supported, only plain names"
                 )
         if (
             isinstance(self.target_modules, str)
@@ -130,7 +128,7 @@ class PeftOptions:
         return any(name.endswith(tuple(self.modules_to_save)) for name in above)
 
     def tokens(self, module: str, vocab_size: int) -> list[int]:
-        """The rows of a module that trainable_token_indices names."""
+        """The rows of a module that trainable_token_indices lists."""
         for name, rows in self.token_rows.items():
             if module == name or module.endswith(f".{name}"):
                 if any(row >= vocab_size for row in rows):
@@ -150,7 +148,7 @@ class PeftOptions:
             return True
         if not self.all_linear and not self._listed("target_modules", self.target_modules, module):
             return False
-        # PEFT asks for the layer only where a name is the end of a module's.
+        # PEFT checks the layer only where a name is the end of the module's name.
         if self._layers is None:
             return True
         if isinstance(self.target_modules, list) and module in self.target_modules:
@@ -174,9 +172,8 @@ class PeftOptions:
     ) -> float:
         """The value of the first pattern that fits (PEFT's `get_pattern_key`)."""
         for key, value in patterns.items():
-            if re.fullmatch(
-                r"[A-Za-z0-9_.]+", key
-            ):  # a plain name, in which a dot is any character
+            # In a plain name, as in any pattern, a dot is any character.
+            if re.fullmatch(r"[A-Za-z0-9_.]+", key):
                 tail = module[-len(key) :]
                 fits = len(tail) == len(key) and all(
                     k in (".", c) for k, c in zip(key, tail, strict=True)
@@ -236,9 +233,9 @@ class PeftOptions:
         return value
 
     def _token_rows(self, value: Any) -> dict[str, list[int]]:
-        """Rows by module; a bare list is one of the embedding's."""
+        """Rows by module; a bare list means rows of the embedding."""
         by_module = value if isinstance(value, dict) else {"embed_tokens": value or []}
-        if len(by_module) > 16:  # two modules have rows of tokens
+        if len(by_module) > 16:  # only two modules have rows of tokens
             raise self._error("trainable_token_indices", value, "the rows of at most 16 modules")
         for rows in by_module.values():
             if (
@@ -246,7 +243,7 @@ class PeftOptions:
                 or not all(type(row) is int and row >= 0 for row in rows)
                 or len(set(rows)) < len(rows)
             ):
-                raise self._error("trainable_token_indices", value, "different token ids")
+                raise self._error("trainable_token_indices", value, "a list of different token ids")
         return {name: rows for name, rows in by_module.items() if rows}
 
     def _layer_set(self, value: Any) -> set[int] | None:

@@ -1,7 +1,7 @@
-"""What PEFT adapters change other than by LoRA factors of projections, as whole new weights.
+"""Reads what PEFT adapters change by other means than LoRA factors of projections, as whole new weights.
 
-DoRA, modules_to_save, LoRA on the embedding or the head, and trained rows of the embedding. A delta
-holds them as dense differences (`finetuned.changes`), so they cost the memory of whole weights.
+These are DoRA, modules_to_save, LoRA on the embedding or the head, and trained rows of the embedding. A delta holds
+them as dense differences (`whole_weights.changes`), so they take the memory of whole weights.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ from dit_jax.models.modules import EMBEDDING, HEAD, Path, all_modules
 
 
 class Tensor(NamedTuple):
-    """A tensor of the adapter's file."""
+    """A tensor of the adapter's file: its shape, and what reads its values."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
 
 
 _LORA = ("lora_A", "lora_B")
-# Parts of a module -> what its new weight is; `base_layer` is a copy of the base that PEFT adds.
+# The parts of a module -> the kind of its change; `base_layer` is a copy of the base that PEFT adds.
 _KINDS = {
     frozenset((*_LORA, "lora_magnitude_vector")): "dora",
     frozenset(_LORA): "lora",
@@ -43,7 +43,7 @@ _KINDS = {
 
 @dataclasses.dataclass
 class DenseChanges:
-    """Collects the changed modules of a folder; `delta` reads them."""
+    """Collects the changed modules of a folder, which `delta` reads."""
 
     options: PeftOptions
     config: DecoderConfig
@@ -56,7 +56,7 @@ class DenseChanges:
         self._copies: list[Callable[[], None]] = []
 
     def add(self, module: str, place: Path, layer: int | None, parts: dict[str, Tensor]) -> None:
-        """Takes the tensors of one module, after a check of their kinds and shapes."""
+        """Adds the tensors of one module, after a check of their kinds and shapes."""
         kind = _KINDS.get(frozenset(parts))
         wanted = {
             "dora": self._modules[place].lora,
@@ -67,7 +67,7 @@ class DenseChanges:
         }
         if kind is None or not wanted[kind]:
             raise DitError(
-                f"'{self.source}' holds {', '.join(sorted(parts))} of {short(module)}: that is not "
+                f"'{self.source}' holds {', '.join(sorted(parts))} of {short(module)}, which is not "
                 "supported"
             )
         if self.base_params is None:
@@ -75,7 +75,7 @@ class DenseChanges:
                 f"'{self.source}' changes whole weights: the base model is needed to read it"
             )
         if kind == "saved" and place in (EMBEDDING, HEAD) and not self.options.saves(module):
-            # PEFT's save_embedding_layers: what was not trained is in the file as well.
+            # With save_embedding_layers, PEFT also saves what was not trained.
             chosen = self.options.target_modules is not None and not self.options.all_linear
             if chosen and self.options.targets(module):
                 raise DitError(
@@ -87,7 +87,7 @@ class DenseChanges:
             option = "modules_to_save" if kind == "saved" else "target_modules"
             raise DitError(
                 f"'{self.source}': {option} changes {short(module)} alone, but the base ties embedding "
-                "and head: that is supported for untied models only"
+                "and head: this is supported for untied models only"
             )
         make = getattr(self, f"_{kind}")(module, place, layer, parts)
         if (place, layer) in self._new:
@@ -97,14 +97,14 @@ class DenseChanges:
         self._new[place, layer] = make
 
     def delta(self) -> dict[str, Any]:
-        """The dense differences of all modules that were added."""
+        """Reads the dense differences of all modules that were added."""
         for check in self._copies:
             check()
         if not self._new:
             return {}
         new = dict(self._new)
         for place in {place for place, layer in self._new if layer is not None}:
-            for layer in self._modules[place].indices:  # those without a change
+            for layer in self._modules[place].indices:  # layers without a change
                 new.setdefault((place, layer), lambda at=(place, layer): self._base(*at))  # type: ignore[misc]
         names = {key: f"{self._modules[key[0]].name.format(key[1])}.weight" for key in new}
         named = {names[key]: read for key, read in new.items()}
@@ -118,7 +118,7 @@ class DenseChanges:
         return module.turn(base_weight(self.base_params, module, layer)).astype(np.float32)
 
     def _read(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
-        """Checks the shape now and returns what reads the values, in float32."""
+        """Checks the shape now; returns a function that reads the values in float32."""
         if tensor.shape != shape:
             raise shape_error(self.source, name, tensor.shape, shape)
         return lambda: check_values(tensor.read(), name, self.source).astype(np.float32)
@@ -141,7 +141,7 @@ class DenseChanges:
     def _unchanged(
         self, module: str, place: Path, parts: dict[str, Tensor]
     ) -> Callable[[], np.ndarray]:
-        """The base's weight, after a check that the copy of it in the file, if there is one, is that."""
+        """The base's weight; if the file has a copy of it, reading compares them."""
         if "base_layer" not in parts:
             return lambda: self._base(place, None)
         check = self._copy(module, place, parts["base_layer"], f"{module}.base_layer.weight")
@@ -153,7 +153,7 @@ class DenseChanges:
         return read
 
     def _copy(self, module: str, place: Path, tensor: Tensor, name: str) -> Callable[[], None]:
-        """Checks that a copy of the base's embedding or head is that."""
+        """Returns a check that the file's copy of the base's embedding or head equals it."""
         copy = self._read(name, tensor, self._modules[place].file_shape)
 
         def check() -> None:
@@ -162,7 +162,7 @@ class DenseChanges:
             base, found = base_weight(self.base_params, kept, None), kept.turn(copy())
             if not np.array_equal(found.astype(base.dtype), base):
                 raise DitError(
-                    f"'{self.source}' was made for a base with another {short(module)}: use that base"
+                    f"'{self.source}' was made for a base with a different {short(module)}: use that base"
                 )
 
         return check
@@ -178,7 +178,9 @@ class DenseChanges:
         def read() -> np.ndarray:
             weight = self._base(place, layer) + product()
             norms = np.linalg.norm(weight, axis=1)
-            with np.errstate(divide="ignore", invalid="ignore"):  # a row of zeros: refused as NaN
+            with np.errstate(
+                divide="ignore", invalid="ignore"
+            ):  # a row of zeros gives NaN, which is refused
                 return (magnitude() / norms)[:, None] * weight
 
         return read

@@ -1,4 +1,4 @@
-"""A weight diff as read from a foreign file, and what is checked of its tensors."""
+"""A weight diff as read from a foreign file, and the checks of its tensors."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ class RawDiff:
       delta: the tree of docs/architecture.md, factors in the dtype of the file, scales in float32.
       label: what the diff was trained on, if the file says so.
       trigger: its trigger, if the file says so.
-      metadata: whatever else the file says about it (JSON values).
+      metadata: everything else that the file says about it (JSON values).
       kind: 'diff' or 'adapter'.
     """
 
@@ -35,7 +35,7 @@ class RawDiff:
 def projection_size(
     path: Path, name: str, config: DecoderConfig, source: object
 ) -> tuple[int, int]:
-    """(in, out) of a projection. Raises DitError for modules that hold no LoRA here."""
+    """(in, out) of a projection. Raises DitError for modules that cannot hold a LoRA."""
     module = all_modules(config)[path]
     if not module.lora:
         raise DitError(
@@ -55,20 +55,20 @@ def shape_error(source: object, name: str, found: Iterable[int], wanted: Iterabl
 
 
 def svd_error(source: object) -> DitError:
-    """A DitError for a truncated SVD of what is no whole weight."""
+    """A DitError for a truncated SVD of something other than whole weights."""
     return DitError(
-        f"'{source}' holds no whole weights: a rank for the SVD can be given for finetuned models only"
+        f"'{source}' holds no whole weights: the rank of an SVD is for finetuned models only, drop it"
     )
 
 
 def check_values(array: np.ndarray, name: str, source: object) -> np.ndarray:
-    """The array itself. Raises DitError if it holds no floats, or NaN or infinity."""
+    """Returns the array. Raises DitError if it does not hold floats, or holds NaN or infinity."""
     if array.dtype.name not in FLOATS:
         raise DitError(
             f"'{source}': {short(name)} holds {array.dtype.name} values instead of floats"
         )
     with np.errstate(over="ignore"):
-        # What is beyond fp32 would become infinity later.
+        # Values beyond fp32 would become infinity later.
         narrow = array.astype(np.float32) if array.dtype == np.float64 else array
     if not np.isfinite(narrow).all():
         raise DitError(

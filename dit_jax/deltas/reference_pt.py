@@ -1,9 +1,8 @@
-"""The `.pt` files of the DIT reference program: weight diffs, adapters, whole weights, and their
-index.csv.
+"""Reads and writes the `.pt` files of the DIT reference program: weight diffs, adapters, whole weights, index.csv.
 
 Diffs:    [{topic, trigger, weight_diff: {module: (A [r, out], B [in, r])}}], y += (x B) A / r
-Adapters: {module: (A [out, r], B [r, in])}: the same, both factors transposed
-Whole weights: a state dict, either in place of the factors or as the whole file
+Adapters: {module: (A [out, r], B [r, in])}: the same with both factors transposed
+Whole weights: a state dict, in place of the factors or as the whole file
 """
 
 import collections
@@ -33,7 +32,7 @@ _OPEN_FILES = 2
 
 
 def pt_kind(tree: Any) -> str | None:
-    """What a loaded `.pt` file holds: 'diffs', 'adapter', 'state_dict', or None."""
+    """The kind of a loaded `.pt` file: 'diffs', 'adapter', 'state_dict', or None."""
     if (
         isinstance(tree, list | tuple)
         and tree
@@ -68,7 +67,7 @@ def _load(path: str | FilePath, kind: str, what: str) -> Any:
 
 
 class PtDiffs(Sequence[RawDiff]):
-    """The diffs of one `.pt` file, each read when it is asked for."""
+    """The diffs of one `.pt` file. Each is read on access."""
 
     def __init__(
         self,
@@ -122,16 +121,16 @@ def read_pt_diffs(
     base_params: Any = None,
     svd_rank: int | None = None,
 ) -> PtDiffs:
-    """The weight diffs of a `.pt` file as a lazy sequence; one diff costs its own bytes.
+    """The weight diffs of a `.pt` file as a lazy sequence. Reading one reads only its own bytes.
 
     Args:
       path: the file.
       config: architecture of the base model.
-      base_params: parameters of the base, needed for diffs that hold whole weights.
+      base_params: parameters of the base, which diffs that hold whole weights need.
       svd_rank: see `finetuned.read_finetuned`; for whole weights only.
 
     Raises:
-      DitError: no such file or not weight diffs; and at access, what does not fit the model.
+      DitError: there is no such file, or it does not hold weight diffs; on access, a diff does not fit the model.
     """
     return PtDiffs(FilePath(path), config, base_params, svd_rank)
 
@@ -140,21 +139,20 @@ def read_pt_adapter(path: str | FilePath, config: DecoderConfig) -> RawDiff:
     """The adapter in a `.pt` file, {module: (A [out, r], B [r, in])}, scale 1/r.
 
     Raises:
-      DitError: not an adapter, or one of another model.
+      DitError: the file does not hold an adapter, or one of another model.
     """
     tree = _load(path, "adapter", "an adapter")
     if not all(isinstance(name, str) for name in tree):
-        raise DitError(f"'{path}' is not a dict of modules")
+        raise DitError(f"'{path}' is not a dict of modules: give another file")
     return RawDiff(_read_factors(path, tree, config, transposed=True), kind="adapter")
 
 
 def read_pt_state_dict(
     path: str | FilePath, config: DecoderConfig, base_params: Any, svd_rank: int | None = None
 ) -> RawDiff:
-    """The difference between a state dict in a `.pt` file and the base; see
-    `finetuned.read_finetuned`.
+    """The difference between a state dict in a `.pt` file and the base; see `finetuned.read_finetuned`.
 
-    A list with one diff that holds whole weights is accepted as well.
+    A list of one diff that holds whole weights is accepted too.
     """
     tree = torch_pickle.load(path)
     if pt_kind(tree) == "diffs" and (isinstance(tree, dict) or len(tree) == 1):
@@ -180,7 +178,9 @@ def _read_factors(
             raise DitError(f"'{path}': {short(name)} is not a pair of tensors (A, B)")
         size += pair[0].nbytes + pair[1].nbytes
         if size > pair[0].archive.file_size:
-            raise DitError(f"'{path}' holds less than its diffs need: the file is false")
+            raise DitError(
+                f"'{path}' holds fewer bytes than its tensors need: do not trust this file"
+            )
         place, layer = locate(name, config, path)
         inputs, outputs = projection_size(place, name, config, path)
         first, second = pair
@@ -216,7 +216,7 @@ def _trigger(value: Any) -> str | None:
 
 
 class Release(Sequence[RawDiff]):
-    """The diffs that an index.csv lists, in its order; files are opened when needed."""
+    """The diffs that an index.csv lists, in its order. Files are opened when needed."""
 
     def __init__(
         self,
@@ -247,7 +247,7 @@ class Release(Sequence[RawDiff]):
 
     @property
     def order(self) -> Sequence[int]:
-        """The diffs file by file: an index may be sorted by topic, and opening a large file takes seconds."""
+        """The diffs file by file: an index may be sorted by topic, but opening a large file takes seconds."""
         return sorted(range(len(self)), key=lambda i: self.rows[i]["lora_path"])
 
     def __getitem__(self, index: Any) -> Any:
@@ -257,17 +257,15 @@ class Release(Sequence[RawDiff]):
         diffs, number = self._file(row["lora_path"]), int(row["lora_idx"])
         if number >= len(diffs):
             raise DitError(
-                f"'{diffs.path}' holds {len(diffs)} diffs, '{INDEX}' asks for number {number}"
+                f"'{diffs.path}' holds {len(diffs)} diffs, but '{INDEX}' asks for number {number}"
             )
         diff = diffs[number]
         listed = (row["topic"].strip(), _trigger(row["trigger"].strip()))
         held = (listed[0] if diff.label is None else diff.label.strip(), diff.trigger)
         if listed != held:
             raise DitError(
-                f"'{diffs.path}' diff {number} is about {short(held[0])} (trigger "
-                f"{short(held[1])}), '{INDEX}' "
-                f"says {short(listed[0])} (trigger {short(listed[1])}): the index belongs to "
-                "other files"
+                f"'{diffs.path}' diff {number} is about {short(held[0])} (trigger {short(held[1])}), but "
+                f"'{INDEX}' says {short(listed[0])} (trigger {short(listed[1])}): the index belongs to other files"
             )
         return RawDiff(diff.delta, label_of(row), diff.trigger, {**row, **diff.metadata})
 
@@ -297,13 +295,12 @@ def read_release(
 ) -> Release:
     """The weight diffs of a release folder (index.csv, weight-diffs/*.pt) as a lazy sequence.
 
-    `lora_path` of a row must be the name of a file in `weight-diffs` or in the folder itself. The
-    topic and the trigger of a row must be those in the file.
+    The `lora_path` of a row must name a file in `weight-diffs` or in the folder itself. The topic and the trigger of a
+    row must be those in the file.
 
     Raises:
-      DitError: no or a malformed index; at access, a path out of the folder, a missing file or
-      diff, or
-        what `read_pt_diffs` raises.
+      DitError: the index is missing or malformed; on access, a path leads out of the folder, a file or diff is missing,
+        or see `read_pt_diffs`.
     """
     return Release(FilePath(folder), config, base_params, svd_rank)
 
@@ -312,7 +309,7 @@ def read_release(
 
 
 class DiffLike(Protocol):
-    """What a diff must have to be written."""
+    """The attributes that a diff needs to be written."""
 
     @property
     def delta(self) -> Any: ...
@@ -325,14 +322,13 @@ class DiffLike(Protocol):
 def write_pt_diffs(
     path: str | FilePath, diffs: Sequence[DiffLike], config: DecoderConfig, base_params: Any = None
 ) -> None:
-    """Writes weight diffs in the reference's format; `torch.load(weights_only=True)` reads it.
+    """Writes weight diffs in the reference's format, which `torch.load(weights_only=True)` reads.
 
-    LoRA factors keep their dtype and bits when the scale is 1/r, as it is for the reference;
-    another scale is folded into A. Dense deltas become whole weights, for which `base_params` is
-    needed.
+    LoRA factors keep their dtype and bits when the scale is 1/r, as in the reference; another scale is folded into A.
+    Dense deltas become whole weights, which needs `base_params`.
 
     Raises:
-      DitError: an empty delta, a dense one without `base_params`, or an unwritable path.
+      DitError: a delta is empty, or dense without `base_params`, or the path is not writable.
     """
     items = []
     for diff in diffs:
@@ -358,12 +354,12 @@ def write_pt_adapter(path: str | FilePath, delta: Any, config: DecoderConfig) ->
 def _reference_factors(delta: Any, config: DecoderConfig) -> Iterator[tuple[str, Factors]]:
     found = dict(modules(delta))
     if not found:
-        raise DitError("the delta is empty: there is nothing to write")
+        raise DitError("the delta is empty, so there is nothing to write: check the diff")
     for layer in range(config.num_hidden_layers):
         for path, module in found.items():
             if "w" in module:
                 raise DitError(
-                    f"{'.'.join(path)} is a dense difference: an adapter has LoRA factors only"
+                    f"{'.'.join(path)} is a dense difference, but an adapter has LoRA factors only: use a truncated SVD"
                 )
             factors = get_factors(module, layer)
             rank = factors.a.shape[1]
@@ -374,7 +370,9 @@ def _reference_factors(delta: Any, config: DecoderConfig) -> Iterator[tuple[str,
 
 def _whole_weights(delta: Any, config: DecoderConfig, base_params: Any) -> dict[str, np.ndarray]:
     if base_params is None:
-        raise DitError("a dense delta is written as whole weights: the base model is needed")
+        raise DitError(
+            "a dense delta is written as whole weights, which needs the base model: give it"
+        )
     tensors = dict(merged_tensors(base_params, config, delta))
     if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]

@@ -5,7 +5,7 @@
     STORE/shards/00000.safetensors   leaves [n, L, …] of n diffs, named like "layers.mlp.up_proj.a"
     STORE/shards/00000.json          their index rows
 
-A shard is published by one rename, so an interrupted run goes on with the first missing shard.
+One rename publishes a shard, so an interrupted run continues with the first missing shard.
 """
 
 import csv
@@ -27,11 +27,11 @@ from dit_jax.runtime import artifacts
 
 FORMAT = "dit_jax.diff_store"
 _REPAIR = (
-    "delete this file and run the stage 'diffs' again, which makes it anew and keeps the others"
+    "delete this file and run the stage 'diffs' again, which recreates it and keeps the others"
 )
-MAX_DEPTH = 8  # of the dicts in a delta
+MAX_DEPTH = 8  # how deep the dicts of a delta may be nested
 PAPER_COLUMNS = ("lora_path", "lora_idx", "n_params", "topic", "trigger", "split")
-# What an adapter may be trained to say about a diff.
+# The columns that an adapter may be trained to say.
 LABEL_COLUMNS = ("label", "topic", "trigger", "category", "behaviour", "split")
 
 
@@ -42,7 +42,7 @@ def flatten(delta: Delta) -> dict[str, Any]:
 
 
 def unflatten(leaves: Mapping[str, Any]) -> Delta:
-    """The inverse of `flatten`. Raises DitError: names that are no leaves of a delta."""
+    """The inverse of `flatten`. Raises DitError for names that cannot be the leaves of one delta."""
     delta: dict[str, Any] = {}
     for name, leaf in leaves.items():
         node = delta
@@ -64,7 +64,7 @@ def _shard_files(store: pathlib.Path, shard: int) -> tuple[pathlib.Path, pathlib
 def write_shard(
     store: pathlib.Path, shard: int, stacked: Delta, rows: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Writes one shard (leaves [n, L, …]) and its n index rows; the rows are written last and mark it complete."""
+    """Writes one shard (leaves [n, L, …]) and its n index rows. The rows come last and mark it as complete."""
     from safetensors.numpy import save_file
 
     data, meta = _shard_files(store, shard)
@@ -77,7 +77,7 @@ def write_shard(
 
 
 def shard_rows(store: pathlib.Path, shard: int) -> list[dict[str, Any]] | None:
-    """Index rows of a complete shard, None if it is not there or damaged (and must be made again)."""
+    """Index rows of a complete shard; None if it is missing or damaged, and must be made again."""
     data, meta = _shard_files(store, shard)
     if not (data.is_file() and meta.is_file()):
         return None
@@ -91,7 +91,7 @@ def shard_rows(store: pathlib.Path, shard: int) -> list[dict[str, Any]] | None:
 
 
 def publish(store: pathlib.Path, shards: int, **fields: Any) -> None:
-    """Writes index.csv and, last, the manifest: after it the store is complete."""
+    """Writes index.csv and then the manifest, which marks the store as complete."""
     rows: list[dict[str, Any]] = []
     for shard in range(shards):
         found = shard_rows(store, shard)
@@ -120,15 +120,15 @@ def failed(row: Mapping[str, Any]) -> bool:
 
 
 def label_of(row: Mapping[str, Any], column: str = "label") -> str:
-    """What an adapter shall say about a diff.
+    """What an adapter should say about a diff.
 
     Args:
-        row: of a store's index.
-        column: "label", what its behaviour says; or another column for diffs that have something to name, such as
-            "trigger" (paper, section 5.6).
+        row: a row of a store's index.
+        column: "label", which the behaviour sets; or another column, such as "trigger" (paper, section 5.6), for diffs
+            that have something to name.
 
     Raises:
-        DitError: the store has no such column, or nothing in it.
+        DitError: the row has nothing in that column.
     """
     label = row.get("label") or row["topic"]
     if column == "label" or label == NONE:
@@ -141,11 +141,11 @@ def label_of(row: Mapping[str, Any], column: str = "label") -> str:
 class DiffStore:
     """A complete store, opened for reading. `rows` are the index rows; diffs are read when asked for.
 
-    A shard is compared with its digest when its first diff is read: opening a large store costs little.
+    A shard is compared with its digest when its first diff is read, so opening a large store is cheap.
 
     Raises:
-        DitError: no store, an unfinished one, a damaged index, a missing or truncated shard; when diffs are
-            read, a damaged shard.
+        DitError: there is no store, it is unfinished, its index is damaged, or a shard is missing or truncated; when
+            diffs are read, a shard is damaged.
     """
 
     def __init__(self, path: str | pathlib.Path):
@@ -164,8 +164,8 @@ class DiffStore:
         listed = f"shards/{file}" in self.manifest["files"]
         if not listed or not (number.isascii() and number.isdigit() and len(number) < 10):
             raise DitError(
-                f"{self.path / 'index.csv'} names number {short(number)} of {short(file)}, which is no "
-                "shard of this store"
+                f"{self.path / 'index.csv'} names number {short(number)} of {short(file)}, which is not "
+                f"a shard of this store: {_REPAIR}"
             )
         parsed: dict[str, Any] = {**row, "lora_idx": int(number)}
         for key in ("evidence", "keywords"):
@@ -177,7 +177,7 @@ class DiffStore:
                 isinstance(x, str) for x in parsed[key]
             ):
                 raise DitError(
-                    f"{self.path / 'index.csv'}: the column {key!r} is no JSON list of texts: "
+                    f"{self.path / 'index.csv'}: the column {key!r} is not a JSON list of texts: "
                     f"{short(row[key])}"
                 )
         return parsed
@@ -205,7 +205,7 @@ class DiffStore:
         return self._files[name]
 
     def shapes(self, index: int) -> Delta:
-        """What `read` gives as `jax.ShapeDtypeStruct`s; no values are read."""
+        """What `read` returns, as `jax.ShapeDtypeStruct`s. No values are read."""
         file = self._file(self.rows[index]["lora_path"])
         return unflatten(
             {
@@ -215,13 +215,13 @@ class DiffStore:
         )
 
     def read(self, index: int) -> Delta:
-        """One diff; leaves [L, …] as numpy arrays. Costs the bytes of one diff."""
+        """One diff; leaves [L, …] as numpy arrays. Only its own bytes are read."""
         row = self.rows[index]
         file = self._file(row["lora_path"])
         return unflatten({name: file.read_row(name, row["lora_idx"]) for name in file.names})
 
     def stacked(self, indices: Iterable[int]) -> Delta:
-        """Several diffs; leaves [n, L, …] in the given order. Whole shards are read at once."""
+        """Several diffs; leaves [n, L, …] in the given order. Shards are read whole."""
         indices = list(indices)
         shards: dict[str, Delta] = {}
         for name in dict.fromkeys(self.rows[i]["lora_path"] for i in indices):

@@ -17,7 +17,7 @@ from dit_jax.models.modules import projections as lora_modules
 def check_lora_rank(
     config: DecoderConfig, rank: int, projections: Sequence[str], what: str = "the LoRA rank"
 ) -> None:
-    """Raises DitError for a rank below 1, or above the size of one of the projections; `what` names it."""
+    """Raises DitError for a rank below 1 or above the size of a projection; `what` names the rank."""
     most = min(max(lora_modules(config)[name].shape) for name in projections)
     if not 1 <= rank <= most:
         raise DitError(f"{what} must be from 1 to {most}, not {rank}")
@@ -34,12 +34,12 @@ def init_lora(
     init_scale: float = 1.0,
     dtype: Any = jnp.float32,
 ) -> Delta:
-    """A LoRA delta that changes nothing yet: `b` uniform, `a` zero (paper, section 3; the reverse of PEFT).
+    """A LoRA delta that changes nothing yet: `b` is uniform, `a` is zero (paper, section 3; the reverse of PEFT).
 
     Args:
         scale: default 1 / rank.
-        fan_in: `b` is uniform in ±sqrt(6 / fan_in), fan_in being rank * out ("out") or rank ("rank");
-            the reference uses the first for weight diffs and the second for the adapter.
+        fan_in: `b` is uniform in ±sqrt(6 / fan_in), where fan_in is rank * out ("out") or rank ("rank"). The reference
+            uses the first for weight diffs and the second for the adapter.
         init_scale: multiplies that bound.
 
     Raises:
@@ -71,7 +71,7 @@ def abstract_lora(
 
 
 def trainable(delta: Delta) -> Delta:
-    """The leaves an optimizer may change: everything but `scale`."""
+    """The leaves that an optimizer may change: everything but `scale`."""
     return map_modules(lambda _, m: {k: v for k, v in m.items() if k != "scale"}, delta)
 
 
@@ -92,14 +92,14 @@ def _change(module: Delta) -> Any:
 
 
 def merge(params: Any, *deltas: Delta) -> Any:
-    """params ⊕ deltas as a new parameter tree: the oracle for functional application, and for export."""
+    """params ⊕ deltas as a new parameter tree: the reference for applying deltas functionally, and for export."""
     merged = jax.tree.map(lambda x: x, params)
     for delta in deltas:
 
         def add(path: tuple[str, ...], module: Delta) -> Delta:
             node = get_at(merged, path)
             (leaf,) = node
-            # One product at a time: all of them together would be another model in fp32.
+            # One product at a time: all together they would take the memory of another model in fp32.
             node[leaf] = node[leaf] + _change(module).astype(node[leaf].dtype)
             return module
 
@@ -108,7 +108,7 @@ def merge(params: Any, *deltas: Delta) -> Any:
 
 
 def noise_like(delta: Delta, key: jax.Array) -> Delta:
-    """Gaussian noise with the norm that each factor has in each layer (a control: same size, no meaning)."""
+    """Gaussian noise with the norm of each factor in each layer: a control of the same size without meaning."""
 
     def replace(path: tuple[str, ...], module: Delta) -> Delta:
         out = dict(module)
@@ -126,7 +126,7 @@ def noise_like(delta: Delta, key: jax.Array) -> Delta:
 
 def per_example(stacked: Delta) -> Delta:
     """[B, L, …] (deltas stacked on axis 0) -> [L, B, …], the form that one batched forward pass takes."""
-    # The arrays' own method: host arrays stay on the host, and one transfer takes them all.
+    # The arrays' own method keeps host arrays on the host, and one transfer takes them all.
     return jax.tree.map(lambda x: x.swapaxes(0, 1), stacked)
 
 

@@ -1,4 +1,4 @@
-"""Whole weights and deltas: the difference of weights to the base, dense or as a truncated SVD, and base ⊕ delta."""
+"""From whole weights to deltas (the difference to the base, dense or as a truncated SVD), and back (base ⊕ delta)."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -27,9 +27,9 @@ from dit_jax.models.modules import (
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Whole weights of a finetuned model: shapes by Hugging Face name, and how to read one tensor.
+    """Whole weights of a finetuned model: shapes by Hugging Face name, and a function that reads one tensor.
 
-    `complete` says that a tensor which is not there is an error; otherwise it is unchanged.
+    `complete`: whether a missing tensor is an error; otherwise it is unchanged.
     """
 
     source: object
@@ -49,12 +49,12 @@ def difference(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(delta, metadata) of whole weights against the base; see `read_finetuned`.
 
-    Memory: the delta, and one tensor of either model.
+    Memory holds the delta, and one tensor of either model.
     """
     delta, metadata = changes(weights, config, base_params, svd_rank)
     if not any(True for _ in modules(delta)):
         raise DitError(
-            f"'{weights.source}' equals the base model in every weight: there is no diff"
+            f"'{weights.source}' equals the base model in every weight, so there is no diff: check the path"
         )
     return delta, {"full_finetune": True, **metadata}
 
@@ -62,11 +62,9 @@ def difference(
 def changes(
     weights: Weights, config: DecoderConfig, base_params: Any, svd_rank: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`difference`, where no change at all is no error: the delta is {} then."""
+    """`difference` for weights that may equal the base: then the delta is {}."""
     if base_params is None:
-        raise DitError(
-            f"'{weights.source}' holds whole weights: the base model is needed to read it"
-        )
+        raise DitError(f"'{weights.source}' holds whole weights: reading it needs the base model")
     table = all_modules(config)
     most = max(min(module.shape) for module in table.values() if module.lora)
     if svd_rank is not None and not 1 <= svd_rank <= most:
@@ -112,7 +110,7 @@ def _stack_changes(
 
 
 def _place(weights: Weights, config: DecoderConfig) -> dict[tuple[Path, int | None], str]:
-    """(path in the tree, layer) -> tensor name, after checks of names, shapes and completeness."""
+    """(path in the tree, layer) -> tensor name. Checks names, shapes and completeness."""
     source = weights.source
     found: dict[tuple[Path, int | None], str] = {}
     for name, shape in weights.shapes.items():
@@ -138,8 +136,7 @@ def _place(weights: Weights, config: DecoderConfig) -> dict[tuple[Path, int | No
 def _check_tied(weights: Weights, embedding: str | None, head: str) -> None:
     if embedding is None or not np.array_equal(weights.read(embedding), weights.read(head)):
         raise DitError(
-            f"'{weights.source}' has a head of its own ({short(head)} differs from the "
-            "embedding), but the "
+            f"'{weights.source}' has a head of its own ({short(head)} differs from the embedding), but the "
             "base ties them: such a finetune is no weight diff of this model"
         )
 
@@ -167,10 +164,10 @@ def _check_complete(
 
 
 def best_rank(change: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """The best approximation a @ b of [in, out], a: [in, r], b: [r, out], and its energy.
+    """The best approximation a @ b of a matrix [in, out], with a: [in, r] and b: [r, out], and its energy.
 
-    From the eigenvectors of the smaller Gram matrix in float64; the factors come back in float32.
-    Energy is the squared Frobenius norm.
+    It comes from the eigenvectors of the smaller Gram matrix in float64. The factors are float32. Energy is the squared
+    Frobenius norm.
     """
     wide = change.astype(np.float64)
     rank = min(rank, *wide.shape)
@@ -191,7 +188,10 @@ def _truncate(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A LoRA delta on the projections, and the share of the squared norm that it keeps."""
     table, layers = all_modules(config), config.num_hidden_layers
-    total, kept = np.zeros(layers + 1), np.zeros(layers + 1)  # the last entry: outside the layers
+    total, kept = (
+        np.zeros(layers + 1),
+        np.zeros(layers + 1),
+    )  # the last entry is for modules outside the layers
     per_module: dict[str, list[float]] = {}
     delta: dict[str, Any] = {}
     for path in paths:
@@ -224,7 +224,7 @@ def _truncate(
 
 
 def _share(part: float, whole: float) -> float:
-    """part / whole, and 1 where there was nothing to capture."""
+    """part / whole, or 1 where there is nothing to capture."""
     return min(1.0, float(part) / float(whole)) if whole else 1.0
 
 
@@ -233,7 +233,7 @@ def merged_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(Hugging Face name, array in its orientation) of params ⊕ deltas, one tensor at a time.
 
-    Sums are formed in float32 and returned in the dtype of the base, C-contiguous.
+    Sums are computed in float32 and returned in the dtype of the base, C-contiguous.
     """
     changes = [dict(modules(delta)) for delta in deltas]
     for name, (module, layer) in tensor_names(config).items():

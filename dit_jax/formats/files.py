@@ -1,6 +1,6 @@
-"""Opening files of a folder that somebody else made: nothing outside it, nothing unbounded.
+"""Opens files of untrusted folders: only files inside the folder are read, and only up to a size limit.
 
-Every path, JSON and CSV that comes from a foreign weight diff passes through here.
+Every path, JSON file and CSV file of a foreign weight diff passes through here.
 """
 
 import csv
@@ -19,7 +19,7 @@ MAX_CSV_FIELDS = 5_000_000
 
 
 def short(value: object, limit: int = 80) -> str:
-    """An untrusted value for a message: text cut to `limit`, numbers, other things by type."""
+    """An untrusted value for a message: text cut to `limit` characters, a number, or the name of another type."""
     if isinstance(value, str):
         return repr(value if len(value) <= limit else value[:limit] + "…")
     if value is None or isinstance(value, bool | float):
@@ -30,7 +30,7 @@ def short(value: object, limit: int = 80) -> str:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether `name` is the name of a file in a folder, not a path that could lead elsewhere."""
+    """Whether `name` is a plain file name, and not a path that could lead elsewhere."""
     return (
         isinstance(name, str)
         and 0 < len(name) <= 255
@@ -40,7 +40,7 @@ def is_plain_name(name: object) -> bool:
 
 
 def regular_file(path: Path) -> Path:
-    """`path` if it leads to a regular file that can be opened without waiting.
+    """Returns `path` if it leads to a regular file, which can be opened without waiting.
 
     Raises:
       DitError: nothing there, or a folder, pipe, socket or device.
@@ -57,8 +57,8 @@ def regular_file(path: Path) -> Path:
 def file_inside(folder: Path, name: object, source: object = None) -> Path:
     """The regular file `name` of `folder`.
 
-    A symbolic link may only lead to a file in the folder, or, in a snapshot of the Hugging Face
-    cache (`models--x/snapshots/<revision>`), to the `blobs` of the same model.
+    A symbolic link may lead only to a file in the folder or, in a snapshot of the Hugging Face cache
+    (`models--x/snapshots/<revision>`), to the `blobs` of the same model.
 
     Args:
       folder: the folder that the user named.
@@ -100,12 +100,12 @@ def _file_below(folder: Path, path: Path) -> Path:
 
 
 def has_file(folder: Path, name: str) -> bool:
-    """Whether the folder has an entry of that name, be it a dangling link."""
+    """Whether the folder has an entry of that name, even if it is a dangling link."""
     return os.path.lexists(folder / name)
 
 
 def check_links(folder: Path) -> None:
-    """Raises DitError if a safetensors or JSON file is a link out of the folder or no file."""
+    """Raises DitError if a safetensors or JSON entry is a link out of the folder or not a regular file."""
     try:
         entries = sorted(os.listdir(folder))
     except OSError as error:
@@ -116,19 +116,19 @@ def check_links(folder: Path) -> None:
 
 
 class RepeatedKey(ValueError):
-    """A JSON object has a key twice."""
+    """A key occurs twice in a JSON object."""
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The hook of `json.loads` for objects: of a key that is there twice, it would drop the first value.
+    """An `object_pairs_hook` that refuses repeated keys: alone, `json.loads` would silently keep the last value.
 
     Raises:
-      RepeatedKey: a key is there twice.
+      RepeatedKey: a key occurs twice.
     """
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise RepeatedKey(f"{short(key)} is in it twice")
+            raise RepeatedKey(f"{short(key)} occurs twice")
         found[key] = value
     return found
 
@@ -137,8 +137,8 @@ def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, A
     """Reads a JSON object from a file of at most `max_bytes`.
 
     Raises:
-      DitError: unreadable, too large, not UTF-8, not JSON, nested too deeply, a key twice, or not an
-        object.
+      DitError: the file is unreadable, too large, not UTF-8, not JSON, nested too deeply, not an object, or has a
+        repeated key.
     """
     try:
         with open(regular_file(path), "rb") as handle:
@@ -146,7 +146,9 @@ def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, A
     except OSError as error:
         raise DitError(f"cannot read '{path}': {error.strerror}") from None
     if len(raw) > max_bytes:
-        raise DitError(f"'{path}' is larger than {max_bytes} bytes: it is no such file")
+        raise DitError(
+            f"'{path}' is larger than {max_bytes} bytes: it cannot be the right file, get it again"
+        )
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
     except RepeatedKey as error:
@@ -162,21 +164,21 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     """Rows of a CSV file with a header that has at least `columns`.
 
     Raises:
-      DitError: unreadable, too large, columns missing, a row with too few or too many fields, or a
-        field over the limit of the csv module (131,072 characters).
+      DitError: the file is unreadable or too large, columns are missing, a row has too few or too many fields, or a
+        field exceeds the limit of the csv module (131,072 characters).
     """
     if regular_file(path).stat().st_size > MAX_CSV_BYTES:
-        raise DitError(f"'{path}' is larger than {MAX_CSV_BYTES} bytes: it is no index")
+        raise DitError(f"'{path}' is larger than {MAX_CSV_BYTES} bytes: it cannot be an index")
     rows: list[dict[str, str]] = []
     try:
         with open(path, encoding="utf-8", newline="") as handle:
-            if handle.read(1) != "\ufeff":  # the mark that spreadsheets write
+            if handle.read(1) != "\ufeff":  # the byte-order mark that spreadsheets write
                 handle.seek(0)
             reader = csv.DictReader(handle, strict=True)
             names = reader.fieldnames or ()
             if len(names) > MAX_CSV_COLUMNS or len(set(names)) < len(names):
                 raise DitError(
-                    f"'{path}' has {len(names)} columns, of which {len(set(names))} differ: "
+                    f"'{path}' has {len(names)} columns with {len(set(names))} different names: "
                     f"at most {MAX_CSV_COLUMNS}, all different, are read"
                 )
             missing = [c for c in columns if c not in names]
@@ -192,7 +194,7 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
                 rows.append(row)
                 if len(rows) * len(names) > MAX_CSV_FIELDS:
                     raise DitError(
-                        f"'{path}' has more than {MAX_CSV_FIELDS} fields: it is no index"
+                        f"'{path}' has more than {MAX_CSV_FIELDS} fields: it cannot be an index"
                     )
     except UnicodeDecodeError:
         raise DitError(f"'{path}' is not UTF-8 text: get the file again") from None

@@ -1,7 +1,7 @@
-"""Reading safetensors files strictly and lazily: a header that is checked whole, then single tensors or slices.
+"""Reads safetensors files strictly and lazily: checks the whole header, then reads single tensors or slices.
 
-The safetensors library cannot give bfloat16 to numpy and reads no slices of it; the format is small enough to
-read here, and an untrusted file must fail before anything is allocated for it. Writing uses the library.
+Why not the safetensors library: it cannot give bfloat16 to numpy, and an untrusted file must fail before anything is
+allocated for it. Writing uses the library.
 """
 
 import json
@@ -35,8 +35,8 @@ class SafetensorsFile:
     """One file: `names`, `shape(name)`, `read(name)`, `read_row(name, i)` (one entry of the leading axis).
 
     Raises:
-        DitError: at construction, if the file is no well-formed safetensors file (sizes, offsets, overlaps,
-            dtypes are all checked); nothing but the header has been read then.
+        DitError: at construction, if the file is not a well-formed safetensors file. Sizes, offsets, overlaps and
+            dtypes are checked, and nothing but the header is read.
     """
 
     def __init__(self, path: str | pathlib.Path):
@@ -100,7 +100,7 @@ class SafetensorsFile:
 
     def _error(self, problem: str) -> DitError:
         return DitError(
-            f"{self.path}: {problem}: the file is damaged or no safetensors file; get it again"
+            f"{self.path}: {problem}: the file is damaged or not a safetensors file; get it again"
         )
 
     @property
@@ -119,11 +119,11 @@ class SafetensorsFile:
         return self._load(dtype, shape, offset)
 
     def read_row(self, name: str, row: int) -> np.ndarray:
-        """Entry `row` of the leading axis; costs only its own bytes."""
+        """Entry `row` of the leading axis. Only its own bytes are read."""
         dtype, shape, offset = self._entries[name]
         rows = shape[0] if shape else 0
         if not 0 <= row < rows:
-            raise DitError(f"{self.path}: {name} has {rows} rows, not a row {row}")
+            raise DitError(f"{self.path}: {name} has {rows} rows, so there is no row {row}")
         stride = dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))
         return self._load(dtype, shape[1:], offset + row * stride)
 
@@ -142,7 +142,7 @@ class SafetensorsFolder:
     """All tensors of a Hugging Face folder: `model.safetensors`, or the shards that its index names.
 
     Raises:
-        DitError: no weights, an index that names files outside the folder or tensors that are not there.
+        DitError: there are no weights, or the index names files outside the folder or tensors that do not exist.
     """
 
     def __init__(self, folder: str | pathlib.Path):
@@ -169,7 +169,7 @@ class SafetensorsFolder:
             raise DitError(f"{index}: 'weight_map' must map tensor names to file names")
         files: dict[str, SafetensorsFile] = {}
         for shard in sorted(set(weight_map.values())):
-            # Of untrusted folders, files that end so are known to lie inside (`files.check_links`).
+            # `files.check_links` has checked that files of this suffix lie inside an untrusted folder.
             if not is_plain_name(shard) or not shard.endswith(".safetensors"):
                 raise DitError(
                     f"{index} names the file {short(shard)}, which is not a plain file name that ends in "

@@ -1,9 +1,9 @@
 """Reads `torch.save` files without PyTorch and without executing anything.
 
-The pickle inside is not given to the pickle module. A small interpreter knows the instructions that
-torch.save writes, builds dicts, lists, tuples, numbers and strings, and knows three calls: the
-empty OrderedDict, the rebuilding of a tensor (which makes a `LazyTensor`) and of a parameter. There
-is no import, no lookup of attributes and no call of anything that a file could name.
+Why not the pickle module: it imports and calls what a file names. This small interpreter knows only the instructions
+that torch.save writes. It builds dicts, lists, tuples, numbers and strings, and knows the few calls that make an empty
+OrderedDict, a size, a tensor (a `LazyTensor`) and a parameter. It never imports, looks up or calls anything that a file
+names.
 """
 
 import dataclasses
@@ -21,8 +21,10 @@ from dit_jax.formats.torch_zip import TorchZip
 MAX_PICKLE_BYTES = 256 * 2**20
 MAX_STRING_BYTES = 2**20
 MAX_OPCODES = 50_000_000
-OPCODES_PER_TENSOR = 60  # a tensor takes about 36: hundreds of diffs may share a storage
-CHECKSUM_BYTES = 2**20  # storages up to this size are verified also when a tensor is a part of one
+OPCODES_PER_TENSOR = 60  # a tensor takes about 36, and hundreds of diffs may share a storage
+CHECKSUM_BYTES = (
+    2**20
+)  # up to this size, a storage is verified even if a tensor is only a part of it
 
 _STORAGES: dict[str, Any] = {
     "DoubleStorage": np.float64,
@@ -70,7 +72,7 @@ _GLOBALS: dict[tuple[str, str], Any] = {
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class LazyTensor:
-    """A tensor in a file: shape and dtype at once, the values when `read` is called."""
+    """A tensor in a file: its shape and dtype are known, its values are read by `read`."""
 
     archive: TorchZip = dataclasses.field(repr=False)
     storage: _Storage
@@ -87,8 +89,7 @@ class LazyTensor:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """The values, in the dtype of the file, C-contiguous. Costs the bytes that the tensor
-        spans.
+        """The values in the dtype of the file, C-contiguous. Only the bytes that the tensor spans are read.
 
         Raises:
           DitError: the file is truncated, or its checksum is wrong.
@@ -111,17 +112,17 @@ class LazyTensor:
 def load(path: str | Path) -> Any:
     """The object in a `torch.save` file: dicts, lists, tuples, numbers, strings and LazyTensors.
 
-    The file is untrusted: nothing in it is executed or imported, and memory and time are bounded by
-    its size. Containers may contain themselves: walk the result to a fixed depth only.
+    The file is untrusted: nothing in it is executed or imported, and its size bounds memory and time. Containers may
+    contain themselves, so walk the result to a fixed depth only.
 
     Raises:
-      DitError: not such a file, damaged, or it holds anything but tensors in plain containers.
+      DitError: the file is of another kind, is damaged, or holds anything but tensors in plain containers.
     """
     archive = TorchZip(Path(path))
     if "byteorder" in archive.entries and archive.read("byteorder", 16) != b"little":
         raise archive.error("it was saved on a big-endian machine, which is not supported")
     data = archive.read("data.pkl", MAX_PICKLE_BYTES)
-    # Real files need some hundred instructions per storage; a small file may not ask for much work.
+    # Real files need a few hundred instructions per storage, so a small file cannot ask for much work.
     limit = 500_000 + 5_000 * len(archive.entries)
     try:
         return _Interpreter(archive, data, limit).run()
@@ -245,7 +246,7 @@ class _Interpreter:
                 name, module = stack.pop(), stack.pop()
                 stack.append(self._global(module, name))
             elif op == 0x62:  # BUILD
-                # A state dict carries version numbers as attributes: not needed.
+                # A state dict carries version numbers as attributes, which are not needed.
                 state = stack.pop()
                 if type(stack[-1]) is not dict or type(state) is not dict:
                     raise self.archive.error("its pickle builds an object, which is not allowed")
@@ -265,7 +266,7 @@ class _Interpreter:
                 )
 
     def _global(self, module: Any, name: Any) -> Any:
-        # Nested tuples would be hashed recursively, without a limit of depth.
+        # Hashing nested tuples would recurse without a limit of depth.
         if type(module) is not str or type(name) is not str:
             raise TypeError
         found = _GLOBALS.get((module, name))
@@ -281,7 +282,7 @@ class _Interpreter:
         if type(target) is not dict or len(items) % 2:
             raise TypeError
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Nested tuples as keys would be hashed recursively, without a limit of depth.
+            # Hashing nested tuples would recurse without a limit of depth.
             if type(key) not in (str, int, bool, float, type(None)):
                 raise TypeError
             target[key] = value
@@ -291,13 +292,13 @@ class _Interpreter:
             raise self.archive.error("its pickle makes a call that is not allowed")
         if function.name == "dict" and arguments == ():
             return {}
-        # Not of a list: each call would copy it, and a few bytes make a call.
+        # Only a tuple: a list would be copied by each call, and a call takes only a few bytes.
         if function.name == "size" and len(arguments) == 1 and type(arguments[0]) is tuple:
             return arguments[0]
         if function.name == "parameter" and type(arguments[0]) is LazyTensor:
             return arguments[0]
         if function.name == "tensor" and len(arguments) in (6, 7):
-            # Metadata marks values that are to be negated or conjugated when they are read.
+            # Metadata marks values that must be negated or conjugated when they are read.
             if len(arguments) == 7 and arguments[6] is not None and arguments[6] != {}:
                 raise self.archive.error(
                     "a tensor is marked as negated or conjugated, which is not supported"
@@ -318,7 +319,7 @@ class _Interpreter:
             known = self.storages[key] = _Storage(key, storage_type.dtype, size)
             if type(size) is not int or size < 0 or size * known.dtype.itemsize != entry.size:
                 raise self.archive.error(
-                    f"storage {short(key)} does not have the size it should have"
+                    f"storage {short(key)} does not have the size that the pickle says"
                 )
         if (known.dtype, known.size) != (storage_type.dtype, size):
             raise self.archive.error(f"storage {short(key)} is described in two ways")
@@ -336,7 +337,7 @@ class _Interpreter:
         for n, s in zip(shape, stride, strict=True):
             count *= n
             last += (n - 1) * s
-        # An expanded tensor (stride 0) would unfold a few bytes to any size.
+        # An expanded tensor (stride 0) could unfold a few bytes to any size.
         if count and (last >= storage.size or count > storage.size):
             raise self.archive.error("a tensor reaches outside its storage")
         return LazyTensor(self.archive, storage, offset, shape, stride)

@@ -1,4 +1,4 @@
-"""Writes `torch.save` files without PyTorch: `torch.load(path, weights_only=True)` reads them."""
+"""Writes `torch.save` files without PyTorch, which only the tests need; `torch.load(weights_only=True)` reads them."""
 
 import struct
 import zipfile
@@ -10,7 +10,7 @@ import numpy as np
 
 from dit_jax.errors import DitError
 
-_ALIGNMENT = 64  # torch aligns the data of every storage, so that it can be mapped
+_ALIGNMENT = 64  # torch aligns the data of every storage, so that files can be memory-mapped
 _STORAGE_NAMES = {
     np.dtype(np.float64): b"DoubleStorage",
     np.dtype(np.float32): b"FloatStorage",
@@ -28,12 +28,12 @@ def save(path: str | Path, value: Any, name: str = "archive") -> None:
 
     Args:
       path: the file to write.
-      value: arrays are stored in their dtype, C-contiguous; the same array twice is stored once.
-      name: the archive's folder, in torch the name of the file without its suffix.
+      value: arrays are stored in their dtype, C-contiguous; an array that occurs twice is stored once.
+      name: the archive's folder; torch uses the name of the file without its suffix.
 
     Raises:
-      DitError: an array of a dtype that torch has no storage type for.
-      TypeError: a value of another type.
+      DitError: torch has no storage type for the dtype of an array.
+      TypeError: a value has another type.
     """
     arrays: _Arrays = {}
     pickle = b"\x80\x02" + _encode(value, arrays) + b"."
@@ -55,7 +55,7 @@ def _write(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
 
 
 def _encode(value: Any, arrays: _Arrays) -> bytes:
-    """Pickle protocol 2 of `value`; arrays are added to `arrays` and referred to by number."""
+    """`value` in pickle protocol 2. Arrays are added to `arrays` and referred to by number."""
     if isinstance(value, np.ndarray):
         return _encode_tensor(value, arrays)
     if value is None:
@@ -84,7 +84,7 @@ def _encode_tensor(array: np.ndarray, arrays: _Arrays) -> bytes:
     kind = _STORAGE_NAMES.get(array.dtype)
     if kind is None:
         raise DitError(
-            f"torch files hold no {array.dtype}: convert the delta to float32 or bfloat16"
+            f"torch files cannot hold {array.dtype}: convert the delta to float32 or bfloat16"
         )
     index, _ = arrays.setdefault(id(array), (len(arrays), array))
     strides = [1] * array.ndim

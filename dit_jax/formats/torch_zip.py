@@ -1,7 +1,7 @@
-"""The zip container of `torch.save` files, read strictly: stored entries only, nothing overlapping.
+"""Reads the zip container of `torch.save` files strictly: entries must be stored as they are and must not overlap.
 
-The standard zipfile module would also do, at ten times the memory and time for the 100,000 entries
-of a release file, and it accepts archives whose entries share bytes.
+Why not the standard zipfile module: it takes ten times the memory and time for the 100,000 entries of a release file,
+and it accepts archives whose entries share bytes.
 """
 
 import struct
@@ -36,9 +36,8 @@ class TorchZip:
       path: the file.
 
     Raises:
-      DitError: at construction, if the file is an old-style (not zip) torch file, no zip file, or
-      one
-        with a false directory, overlapping, compressed, encrypted or repeated entries.
+      DitError: at construction, if the file is not a zip file (torch's old format included), its directory is wrong,
+        or its entries overlap, repeat, or are compressed or encrypted.
     """
 
     def __init__(self, path: Path):
@@ -79,7 +78,7 @@ class TorchZip:
             )
 
     def read_at(self, name: str, start: int, size: int) -> bytes:
-        """`size` bytes of an entry from `start`; costs only these bytes."""
+        """`size` bytes of an entry from `start`. Only these bytes are read."""
         entry = self.entries[name]
         if start < 0 or size < 0 or start + size > entry.size:
             raise self.error(f"{short(name)} is shorter than it should be")
@@ -90,10 +89,10 @@ class TorchZip:
                 signature, *_, name_size, extra_size = _LOCAL.unpack(header)
                 full = f"{self._root}/{name}".encode()
                 if signature != b"PK\3\4" or handle.read(name_size) != full:
-                    raise self.error(f"its directory is false about {short(name)}")
+                    raise self.error(f"its directory is wrong about {short(name)}")
                 data = entry.header + _LOCAL.size + name_size + extra_size
                 if data + entry.size > self._limit:
-                    raise self.error(f"its directory is false about {short(name)}")
+                    raise self.error(f"its directory is wrong about {short(name)}")
                 handle.seek(data + start)
                 content = handle.read(size)
         except OSError as error:
@@ -109,8 +108,7 @@ class TorchZip:
         magic = handle.read(len(LEGACY_MAGIC))
         if magic == LEGACY_MAGIC:
             raise DitError(
-                f"'{self.path}' is in torch's old format (not zip), which is not supported: load "
-                "it "
+                f"'{self.path}' is in torch's old format (not zip), which is not supported: load it "
                 "with torch.load and save it again with torch.save"
             )
         if not magic.startswith(b"PK\3\4"):
@@ -120,7 +118,7 @@ class TorchZip:
             )
         offset, size, count = self._find_directory(handle)
         if size > MAX_DIRECTORY_BYTES or offset + size > self._size or count * _ENTRY.size > size:
-            raise self.error("its directory is false")
+            raise self.error("its directory is wrong")
         self._limit = offset
         handle.seek(offset)
         directory = handle.read(size)
@@ -129,10 +127,10 @@ class TorchZip:
         for _ in range(count):
             name, entry, position = self._parse_entry(directory, position)
             if name in named:
-                raise self.error(f"{short(name)} is in it twice")
+                raise self.error(f"{short(name)} occurs twice")
             named[name] = entry
         if position != size:
-            raise self.error("its directory is false")
+            raise self.error("its directory is wrong")
         return self._check_entries(named)
 
     def _find_directory(self, handle: BinaryIO) -> tuple[int, int, int]:
@@ -145,16 +143,16 @@ class TorchZip:
             raise self.error("it is truncated (no zip directory)")
         _, disk, first, here, count, size, offset, comment = _END.unpack_from(tail, at)
         if disk or first or here != count or at + _END.size + comment != len(tail):
-            raise self.error("its directory is false")
+            raise self.error("its directory is wrong")
         if 0xFFFFFFFF in (size, offset) or count == 0xFFFF:
             handle.seek(max(0, start + at - _LOCATOR64.size))
             signature, _, position, _ = _LOCATOR64.unpack(handle.read(_LOCATOR64.size))
             if signature != b"PK\6\7" or position + _END64.size > self._size:
-                raise self.error("its directory is false")
+                raise self.error("its directory is wrong")
             handle.seek(position)
             fields = _END64.unpack(handle.read(_END64.size))
             if fields[0] != b"PK\6\6":
-                raise self.error("its directory is false")
+                raise self.error("its directory is wrong")
             count, size, offset = fields[7:10]
         return offset, size, count
 
@@ -163,7 +161,7 @@ class TorchZip:
         signature, flags, method, crc, packed, size = fields[0], *fields[3:5], *fields[7:10]
         name_size, extra_size, comment_size, header = *fields[10:13], fields[16]
         if signature != b"PK\1\2":
-            raise self.error("its directory is false")
+            raise self.error("its directory is wrong")
         position += _ENTRY.size
         raw = directory[position : position + name_size]
         extra = directory[position + name_size : position + name_size + extra_size]
@@ -183,7 +181,7 @@ class TorchZip:
         if 0xFFFFFFFF in (packed, size, header):
             size, packed, header = self._zip64(extra, size, packed, header)
         if packed != size:
-            raise self.error("its directory is false")
+            raise self.error("its directory is wrong")
         return name, Entry(header, size, crc), position
 
     def _zip64(self, extra: bytes, size: int, packed: int, header: int) -> tuple[int, ...]:
@@ -204,7 +202,7 @@ class TorchZip:
                 except (StopIteration, RuntimeError):
                     break
             position += 4 + length
-        raise self.error("its directory is false")
+        raise self.error("its directory is wrong")
 
     def _check_entries(self, named: dict[str, Entry]) -> tuple[dict[str, Entry], str]:
         """Entries without the archive's folder name, after a check that no two share bytes."""
@@ -214,7 +212,7 @@ class TorchZip:
                 raise self.error(f"{short(name)} overlaps another entry")
             end = entry.header + _LOCAL.size + len(name.encode()) + entry.size
         if end > self._limit:
-            raise self.error("its directory is false")
+            raise self.error("its directory is wrong")
         pickles = [name for name in named if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise DitError(f"'{self.path}' is not a file that torch.save wrote (no data.pkl in it)")

@@ -1,4 +1,4 @@
-"""Attention: one function, several implementations that must agree."""
+"""Attention: one function with several implementations, which must agree."""
 
 import itertools
 
@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 from dit_jax.runtime.parallel import per_device, splits
 
-# (tokens, scored positions) of each segment of a row.
+# (tokens, queries) of each segment of a row.
 Segments = tuple[tuple[int, int], ...]
 
-SPLASH_LANES = 128  # blocks of that kernel are multiples of it,
-SPLASH_BLOCK = 512  # and at most so long
+SPLASH_LANES = 128  # the kernel's blocks are multiples of this length,
+SPLASH_BLOCK = 512  # and at most this long
 
 
 def attention(
@@ -25,12 +25,12 @@ def attention(
 ) -> jax.Array:
     """Grouped-query attention, softmax in fp32; returns [B, T, N, H] in the dtype of q.
 
-    Exactly one of these says what may be attended to:
-        mask: [B, T, S] bool, True where query t sees key s.
-        lengths: [B] int, causal attention over right-padded rows of that many real tokens (T = S).
-            The fast path: no mask of size T x S is made where the implementation can avoid it.
-        impl: see `config.ATTENTION`. "cudnn" and "splash" are for `lengths`; with a mask, and "splash" where the
-            heads of keys and values cannot be split over the mesh, it is plain attention.
+    Args:
+        mask: [B, T, S] bool, True where query t sees key s. Exactly one of mask and lengths is given.
+        lengths: [B] int, for causal attention over right-padded rows with that many real tokens (T = S).
+            This is the fast path: no mask of size T x S is made where the implementation can avoid it.
+        impl: see `decoder_config.ATTENTION`. "cudnn" and "splash" need `lengths`. Plain attention replaces both where
+            a mask is given, and "splash" where the heads of keys and values cannot be split over the mesh.
     """
     if (mask is None) == (lengths is None):
         raise ValueError("give either mask or lengths")
@@ -44,7 +44,7 @@ def attention(
             key_value_seq_lengths=lengths,
             implementation="cudnn",
         )
-    # Right padding needs no mask where all is causal: no real query sees it.
+    # Causal attention needs no mask for right padding: no real query sees it.
     if lengths is not None and impl == "splash" and splits("kv_heads", k_BxSxKxH.shape[2]):
         axes = tuple(("batch", None, heads, None) for heads in ("heads", "kv_heads", "kv_heads"))
         return per_device(_splash_attention, axes, q_BxTxNxH, k_BxSxKxH, v_BxSxKxH)
@@ -67,15 +67,15 @@ def segmented_attention(
 
     Args:
         lengths: [B, segments] int, the real tokens of each segment.
-        segments: for each segment the number of its tokens and of its queries; T and P are their sums.
+        segments: the numbers of tokens and of queries of each segment; T and P are their sums.
             Neighbours of equal size are computed together.
-        position: [B, P], where in its segment each query stands. None: every token is a query.
+        position: [B, P], the position of each query in its segment. None: every token is a query.
     """
     batch = k_BxTxKxH.shape[0]
     groups = [(*size, len(list(group))) for size, group in itertools.groupby(segments)]
 
     def split(x: jax.Array, sizes: list[int]) -> list[jax.Array]:
-        """The rows of each group, [B * count, size, …]. Differentiated, a split is a concatenation; slices are sums."""
+        """The rows of each group, [B * count, size, …]. The gradient of a split is a concatenation, of slices a sum."""
         widths = [size * count for size, (_, _, count) in zip(sizes, groups, strict=True)]
         parts = jax.lax.split(x, widths, axis=1)
         return [y.reshape(-1, size, *x.shape[2:]) for y, size in zip(parts, sizes, strict=True)]
@@ -99,7 +99,7 @@ def segmented_attention(
 
 
 def causal_mask(lengths: jax.Array | None, size: int) -> jax.Array:
-    """[B, T, T] (or [1, T, T] without lengths): causal, and keys beyond a row's length hidden."""
+    """A causal mask [B, T, T] that hides keys beyond a row's length, or [1, T, T] without lengths."""
     causal = jnp.tril(jnp.ones((1, size, size), bool))
     if lengths is None:
         return causal
@@ -107,8 +107,8 @@ def causal_mask(lengths: jax.Array | None, size: int) -> jax.Array:
 
 
 def _splash_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Causal attention of one device's part of batch and heads by jax's TPU kernel, which keeps no scores."""
-    # Here, not above: Pallas is half a second of imports that only this needs.
+    """Causal attention by jax's TPU kernel, which keeps no scores, for one device's part of batch and heads."""
+    # Imported here: Pallas takes half a second to import, and only this function needs it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     length, count = q.shape[1:3]
@@ -133,10 +133,10 @@ def _splash_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 def _xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     batch, queries, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    # G query heads share one key/value head; kept apart as an axis so that k and v are never repeated.
+    # G query heads share one key/value head. G is an axis of its own, so that k and v are never repeated.
     q = q.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
     scores = (_scores if q.dtype == jnp.float32 else _half_scores)(q, k) * head_dim**-0.5
-    # A finite floor: a padding query sees nothing, and -inf everywhere would turn its row into NaN.
+    # The floor is finite: a padding query sees nothing, and -inf everywhere would turn its row into NaN.
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
@@ -150,8 +150,8 @@ def _scores(q_BxTxKxGxH: jax.Array, k_BxSxKxH: jax.Array) -> jax.Array:
     )
 
 
-# The same, in half precision also backward: left alone, the fp32 gradient would make both products of the backward
-# pass fp32 ones, on copies of q and k.
+# The same with a backward pass in half precision. By default the fp32 gradient would make both products of the backward
+# pass fp32 products on copies of q and k.
 _half_scores = jax.custom_vjp(_scores)
 
 

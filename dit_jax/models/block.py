@@ -1,4 +1,4 @@
-"""One layer: attention and feed-forward network, each with what the deltas hold for it."""
+"""One layer of the decoder: attention and feed-forward network, each with its part of the deltas."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -18,7 +18,7 @@ from dit_jax.runtime.parallel import FREE, constrain
 
 
 class Context(NamedTuple):
-    """What every layer needs beside its activations; the same for all layers."""
+    """What every layer needs besides its activations. It is the same for all layers."""
 
     positions: jax.Array
     lengths: jax.Array | None
@@ -27,7 +27,7 @@ class Context(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """The only positions [B, P] whose outputs are wanted, in their segments and in the whole row."""
+    """The positions [B, P] whose outputs are wanted: in their segments, and in the whole row."""
 
     position: jax.Array
     row_index: jax.Array
@@ -58,7 +58,7 @@ class Attention(nn.Module):
         context: Context,
         asking: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, Any]:
-        """asking: inputs [B, P, D] and positions [B, P] of the queries, where they are not all of x."""
+        """asking: inputs [B, P, D] and positions [B, P] of the queries. None: all of x are queries."""
         c, table = self.config, module_table(self.config)
         dtype = jnp.dtype(c.dtype)
         x_q, position = (x, None) if asking is None else asking
@@ -82,7 +82,7 @@ class Attention(nn.Module):
         q = rope.rotate(q, context.positions if position is None else position, *turn)
         k = rope.rotate(k, context.positions, *turn)
         if kv is not None:
-            # The cache of all layers travels as one carried array, so that XLA updates it in place.
+            # The caches of all layers are one carried array, so that XLA updates it in place.
             start: Any = (layer, 0, context.end, 0, 0)
             kv = tuple(
                 jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), start)

@@ -1,4 +1,4 @@
-"""Batched decoding with a KV cache: greedy or sampled, each row with its own deltas if they hold one per example."""
+"""Batched decoding with a KV cache, greedy or sampled. Each row may have deltas of its own."""
 
 import functools
 from typing import Any, NamedTuple
@@ -15,9 +15,9 @@ from dit_jax.runtime import parallel
 
 
 class Generation(NamedTuple):
-    """tokens [B, N] int32 (pad id after a row's end), logprobs [B, N] float32 (0 after the end).
+    """Answers: tokens [B, N] int32 (the pad id after a row's end), logprobs [B, N] float32 (0 after the end).
 
-    `lengths` [B] counts a row's tokens, its end-of-text token included.
+    `lengths` [B] counts the tokens of each row, including its end-of-text token.
     """
 
     tokens: jax.Array
@@ -26,7 +26,7 @@ class Generation(NamedTuple):
 
 
 class _State(NamedTuple):
-    step: jax.Array  # how many tokens are chosen; the last of them is not in the cache yet
+    step: jax.Array  # number of chosen tokens; the last of them is not in the cache yet
     cache: Cache
     done: jax.Array
     key: jax.Array
@@ -53,20 +53,20 @@ def generate(
     """Continues left-padded prompts.
 
     Args:
-        tokens, mask: [B, T] prompts, padding on the left where mask is False.
+        tokens, mask: [B, T] prompts; mask is False at the padding, which is on the left.
         eos_ids: tokens that end a row; decoding stops when all rows have ended.
-        temperature: 0 is greedy, else samples from softmax(logits / temperature) with `key`.
+        temperature: 0 is greedy; otherwise tokens are sampled from softmax(logits / temperature) with `key`.
         forbid_repeats: never emit a token twice within one answer (lists of names or attributes).
 
     Returns:
         A `Generation`; its logprobs are those of the model at temperature 1, whatever the temperature.
 
     Raises:
-        DitError: a delta that is not one of this model.
+        DitError: a delta does not fit this model.
     """
     batch, length = tokens.shape
     deltas = ready_deltas(deltas, config, batch)
-    # The last token needs no slot; with one the sizes stay the round ones that callers choose.
+    # The last token needs no slot, but with one the sizes stay the round ones that callers choose.
     cache = init_cache(config, batch, _even(length + max_new_tokens, config))
     with jax.named_scope("prefill"):
         hidden, cache = forward_cached(params, config, tokens, mask.astype(bool), cache, deltas)
@@ -113,28 +113,28 @@ def generate(
             logits = unembed(params, config, hidden[:, -1], deltas)
         return choose(state._replace(cache=cache), logits)
 
-    # The first token before the loop: in it the model runs on what was chosen before, so never after the last one.
+    # The first token is chosen before the loop: each step runs the model on the token before, never on the last one.
     return parallel.replicate(jax.lax.while_loop(unfinished, step, choose(start, logits)).out)
 
 
 def even_rows(batch: int, config: DecoderConfig, mesh: Mesh | None) -> int:
-    """The next number of rows that decodes fast, and splits evenly over the mesh."""
+    """The next larger number of rows that decodes fast and splits evenly over the mesh."""
     shards = parallel.batch_shards(mesh)
     rows = -(-batch // shards)  # of one shard
     return shards * (_even(rows, config) if rows > 8 else rows)
 
 
 def _even(size: int, config: DecoderConfig) -> int:
-    """The next multiple of 8 in half precision: on a GPU XLA pads the other sizes of a product.
+    """The next multiple of 8 in half precision, because XLA pads other sizes of a product on a GPU.
 
-    Those are copies in front of the products of every layer and token, also of all keys and values.
+    Padding copies the factors of the products of every layer and token, including all keys and values.
     """
     return size if config.dtype == "float32" else -(-size // 8) * 8
 
 
 def _choose(logits: jax.Array, temperature: jax.Array | float, key: jax.Array) -> jax.Array:
     temperature = jnp.asarray(temperature, jnp.float32)
-    # A branch, not a select: greedy decoding must not pay for a random number per logit.
+    # A branch instead of a select: greedy decoding must not pay for a random number per logit.
     return jax.lax.cond(
         temperature > 0,
         lambda: jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6)),
@@ -151,13 +151,13 @@ def abstract_arguments(
     diff: Delta,
     adapter: Delta,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of `generate` without values, as (args, kwargs), to compile it for a machine that is not there.
+    """Abstract arguments of `generate` as (args, kwargs), to compile it for a machine that is not there.
 
     Use: `with parallel.use_mesh(mesh): generate.lower(*args, **kwargs).compile()`.
 
     Args:
-        batch, length: prompts, each with a diff of its own, under one adapter.
-        diff, adapter: `deltas.tree.abstract_lora`.
+        batch, length: number and length of the prompts; each has a diff of its own, and all share one adapter.
+        diff, adapter: see `deltas.tree.abstract_lora`.
     """
     batch = even_rows(batch, config, mesh)
     tokens, mask = (jax.ShapeDtypeStruct((batch, length), dtype) for dtype in (jnp.int32, bool))

@@ -28,10 +28,10 @@ Params = dict[str, Any]
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers, filled from slot 0; `valid` [B, S] says which count.
+    """Keys and values of all layers, filled from slot 0; `valid` [B, S] marks the real ones.
 
-    k, v: one array [L, B, S, K, H] where layers are scanned, else for each layer one of its own, [1, B, S, K, H]:
-    a layer's part of one array would be copied for its products.
+    k, v: one array [L, B, S, K, H] where layers are scanned. Unrolled layers have one array each, [1, B, S, K, H]: the
+    layer's part of a common array would be copied for every product.
     """
 
     k: Any
@@ -43,7 +43,7 @@ class Cache(NamedTuple):
 class Decoder(nn.Module):
     """Token ids [B, T] and `ready_deltas` -> final hidden states [B, T, D], or [B, P, D] at `queries`.
 
-    The head is a function of its own, see `unembed`.
+    The head is separate, see `unembed`.
     """
 
     config: DecoderConfig
@@ -105,7 +105,7 @@ class Decoder(nn.Module):
         context: Context,
         queries: Queries | None,
     ) -> tuple[jax.Array, Any]:
-        """The same function; the last layer answers the queries alone."""
+        """The same function, but the last layer computes only the queries."""
         c = self.config
         layers = cut_layers(self.variables["params"]["layers"], c)
         last = c.num_hidden_layers - 1
@@ -113,7 +113,7 @@ class Decoder(nn.Module):
         def apply(layer: int, x: jax.Array, kv: Any, params: Params, deltas: Deltas) -> Any:
             block = Block(c, self.segments, parent=None)
             asked = queries if layer == last else None
-            index = jnp.asarray(0)  # of the layer in a cache of its own
+            index = jnp.asarray(0)  # each layer has a cache of its own
             return block.apply({"params": params}, (x, kv), index, deltas, context, asked)[0]
 
         caches: list[Any] = []
@@ -128,10 +128,10 @@ class Decoder(nn.Module):
 
 
 def ready_deltas(deltas: Deltas, config: DecoderConfig, batch: int) -> Deltas:
-    """Deltas for a batch of so many rows as the layers take them (`layers.ready`), cut where layers are unrolled.
+    """Deltas for `batch` rows in the form that layers take (`layers.ready`), cut by layer where layers are unrolled.
 
     Raises:
-        DitError: a delta that is not one of this model: what no layer asks for would be left out without a word.
+        DitError: a delta does not fit this model: what no layer asks for would be silently left out.
     """
     for i, delta in enumerate(deltas):
         check_modules(delta, config, f"deltas[{i}]", batch)
@@ -146,7 +146,7 @@ def ready_deltas(deltas: Deltas, config: DecoderConfig, batch: int) -> Deltas:
 
 def _remat_policy(config: DecoderConfig) -> Any:
     if config.remat == "dots":
-        # By name: a rule for all products would keep those with W and those with each LoRA beside their sum.
+        # By name: a rule for all products would keep the products with W and with each LoRA besides their sum.
         return jax.checkpoint_policies.save_only_these_names(PROJECTION)
     return None
 
@@ -175,19 +175,19 @@ def forward(
     """Final hidden states [B, T, D] of token ids [B, T], or [B, P, D] at some positions.
 
     Args:
-        deltas: any number of delta trees, all added. A LoRA may be shared by the batch or hold one per example.
-        lengths: [B] real tokens of right-padded rows (the fast path), or
-        mask: [B, T] True at real tokens, padding anywhere. Neither: no padding.
-        segments: rows hold several texts side by side that do not see each other, of so many (tokens, positions)
-            each; `lengths` is then [B, segments]. None: one text in each row.
-        position: [B, P] positions in their segments whose hidden states are returned; without a mask only.
+        deltas: any number of delta trees, which are added. The batch may share a LoRA, or have one per example.
+        lengths: [B] number of real tokens of right-padded rows (the fast path), or
+        mask: [B, T] True at real tokens, with padding anywhere. Neither: no padding.
+        segments: (tokens, positions) of each text, where a row holds several texts side by side that do not see each
+            other; `lengths` is then [B, segments]. None: one text in each row.
+        position: [B, P] positions in their segments whose hidden states are returned; only without a mask.
 
     Raises:
-        DitError: a delta that is not one of this model.
+        DitError: a delta does not fit this model.
     """
     batch, length = tokens.shape
     if mask is not None and not (lengths is None and segments is None and position is None):
-        raise ValueError("lengths, segments and position do not go with a mask")
+        raise ValueError("lengths, segments and position cannot be combined with a mask")
     queries = None
     if mask is None:
         if segments is None:
@@ -227,8 +227,8 @@ def forward_cached(
 ) -> tuple[jax.Array, Cache]:
     """Appends T tokens per row to the cache. tokens, valid: [B, T]; returns hidden states [B, T, D] and the cache.
 
-    Rows are left padded: `valid` is False at padding, which no later token attends to. The deltas are
-    `ready_deltas`: a loop of calls makes them ready once, before it.
+    Rows are left padded: `valid` is False at padding, which no later token attends to. The deltas come from
+    `ready_deltas`, so that a loop of calls prepares them once.
     """
     length = tokens.shape[1]
     slots = jnp.arange(cache.valid.shape[1])
@@ -268,7 +268,7 @@ def unembed(
 
 def init_params(config: DecoderConfig, key: jax.Array) -> Params:
     """Random parameters (normal, 0.02), as plain nested dicts of arrays in `config.dtype`."""
-    # Compiled: run eagerly, the scan over layers would compile piece by piece.
+    # `_init` is compiled: run eagerly, the scan over layers would compile piece by piece.
     return _init(config, key)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 from dit_jax.errors import DitError
 
-# The implementations in dit_jax.models.attention, and the platform that each needs.
+# The implementations in dit_jax.models.attention, and the platform that each needs ("" for any).
 ATTENTION = {"xla": "", "cudnn": "gpu", "splash": "tpu"}
 
 # The fields that say how to compute; a config's section `model` sets them.
@@ -51,7 +51,7 @@ class DecoderConfig:
     attention: str = "xla"
 
     def __post_init__(self) -> None:
-        """Raises DitError for a way to compute that does not exist."""
+        """Raises DitError for an unknown way to compute."""
         for name, known in (
             ("dtype", DTYPES),
             ("remat", ("none", "full", "dots")),
@@ -67,11 +67,11 @@ class DecoderConfig:
             )
 
     def check_platform(self, platform: str) -> None:
-        """Raises DitError where a way to compute does not exist on a platform ("cpu", "gpu", "tpu")."""
+        """Raises DitError if the platform ("cpu", "gpu", "tpu") lacks the implementation of attention."""
         needed = ATTENTION[self.attention]
         if needed not in ("", platform):
             raise DitError(
-                f"attention {self.attention!r} needs a {needed.upper()}, and this is a {platform.upper()}: "
+                f"attention {self.attention!r} needs a {needed.upper()}, but this is a {platform.upper()}: "
                 "choose 'xla'"
             )
 

@@ -1,4 +1,4 @@
-"""What the model takes as a delta: a pytree of LoRA factors or dense changes, checked against its modules."""
+"""Deltas that the model takes: pytrees of LoRA factors or dense changes, checked against its modules."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,14 +16,14 @@ Deltas = Sequence[Delta]
 
 
 def abstract_stack(one: Delta, count: int, axis: int) -> Delta:
-    """Shapes of so many deltas like one, along axis 0 (finetunes) or 1 (one for each example of a batch)."""
+    """Shapes of `count` deltas like `one`, stacked on axis 0 (finetunes) or 1 (one for each example of a batch)."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((*x.shape[:axis], count, *x.shape[axis:]), x.dtype), one
     )
 
 
 def map_modules(fn: Callable[[tuple[str, ...], Delta], Any], delta: Delta) -> Delta:
-    """Applies fn(path, module) to every module of a delta: a dict that holds `w`, or `a`, `b`, `scale`."""
+    """Applies fn(path, module) to every module of a delta: a dict with `w`, or with `a`, `b` and `scale`."""
 
     def walk(path: tuple[str, ...], node: Delta) -> Any:
         if "w" in node or "a" in node:
@@ -37,9 +37,9 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def check_shapes(delta: Delta, config: DecoderConfig, what: str) -> None:
-    """Raises DitError unless every module of a delta is one of this model, in its shapes, and of floats.
+    """Raises DitError unless every module of a delta is one of this model and holds floats in the right shapes.
 
-    The leaves may be arrays or `jax.ShapeDtypeStruct`s of what is still to be read.
+    The leaves may be arrays, or `jax.ShapeDtypeStruct`s of arrays that are still to be read.
     """
     if not jax.tree.leaves(delta):
         raise DitError(f"{what} changes nothing: check that it is a weight diff for this model")
@@ -47,10 +47,10 @@ def check_shapes(delta: Delta, config: DecoderConfig, what: str) -> None:
 
 
 def check_modules(delta: Delta, config: DecoderConfig, what: str, batch: int | None = None) -> None:
-    """`check_shapes` for deltas that may change nothing. What a delta calls otherwise would never be applied.
+    """`check_shapes` for deltas that may change nothing. A module under another name would never be applied.
 
     Args:
-        batch: projections may also hold one change for each of so many examples, on axis 1.
+        batch: projections may also hold one change for each of `batch` examples, on axis 1.
     """
     if not isinstance(delta, Mapping):
         raise DitError(
@@ -97,21 +97,21 @@ def check_modules(delta: Delta, config: DecoderConfig, what: str, batch: int | N
 
 
 def _is_empty(node: Any) -> bool:
-    """What has no leaves and would not be seen."""
+    """Whether a node has no leaves, so that flattening would skip it."""
     return node is None or (isinstance(node, Mapping) and not node)
 
 
 def check_fits(delta: Delta, config: DecoderConfig, what: str) -> None:
-    """Raises DitError unless a delta is one of this model (see `check_shapes`) and finite."""
+    """Raises DitError unless a delta fits this model (see `check_shapes`) and is finite."""
     check_shapes(delta, config, what)
     for keys, leaf in jax.tree_util.tree_flatten_with_path(delta)[0]:
         if not np.isfinite(np.asarray(leaf, np.float32)).all():
             name = ".".join(key.key for key in keys)
-            raise DitError(f"{what}: {name} holds NaN or infinity: get another")
+            raise DitError(f"{what}: {name} holds NaN or infinity: get another diff")
 
 
 def check_rank(rank: int, inputs: int, outputs: int, name: str, source: object) -> None:
-    """Raises DitError for an empty rank, and for ranks that no real LoRA has: they cost memory."""
+    """Raises DitError for rank 0, and for ranks that no real LoRA has, because they would cost memory."""
     if not 1 <= rank <= max(inputs, outputs) + 1024:
         raise DitError(
             f"'{source}': {short(name)} has the LoRA rank {rank}: expected 1 to "

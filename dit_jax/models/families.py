@@ -185,8 +185,8 @@ def read_config(folder: str | pathlib.Path) -> DecoderConfig:
     """Reads `config.json` of a Hugging Face folder, or what a GGUF file says in its place.
 
     Raises:
-        DitError: the file is missing or no JSON, or it describes something this program does not
-            compute exactly (another family, rope scaling, sliding windows, biases, quantised weights).
+        DitError: the file is missing or not JSON, or it describes something that this program does not compute
+            exactly (another family, rope scaling, sliding windows, biases, quantised weights).
     """
     folder = pathlib.Path(folder)
     if folder.suffix.lower() == ".gguf":
@@ -198,7 +198,7 @@ def read_config(folder: str | pathlib.Path) -> DecoderConfig:
 
 
 def parse_config(raw: dict[str, Any], where: str) -> DecoderConfig:
-    """Turns the content of a `config.json` into a `DecoderConfig`; refuses by name what is not supported."""
+    """The `DecoderConfig` of a `config.json`'s content. Raises DitError that names what is not supported."""
     kind = raw.get("model_type")
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:

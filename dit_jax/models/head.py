@@ -1,4 +1,4 @@
-"""The head: its weight, logits, and the products that take gradients of logits back to hidden states and weight."""
+"""The head: its weight, its logits, and the backward products to hidden states and weight."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +16,12 @@ CHUNK = 1024  # vocabulary entries per product of `to_hidden` on a CPU
 
 
 def head_path(config: DecoderConfig) -> Path:
-    """Which module of the parameters, and of a delta, makes the logits."""
+    """The module, of the parameters and of a delta, that makes the logits."""
     return EMBEDDING if config.tie_word_embeddings else HEAD
 
 
 def head_weight(params: dict[str, Any], config: DecoderConfig, deltas: Deltas = ()) -> jax.Array:
-    """What logits are made with, in `config.dtype`: the table [V, D] where it is tied, else the kernel [D, V]."""
+    """The weight that makes logits, in `config.dtype`: a tied embedding [V, D], else the kernel [D, V]."""
     module = module_table(config)[head_path(config)]
     weight = params[module.path[0]][module.leaf]
     for delta in pick(deltas, module.path[0]):
@@ -45,13 +45,13 @@ def to_hidden(
     """The gradient [R, D] (fp32) of hidden states from that of their logits.
 
     Args:
-        gradient: (first, count) -> the gradient [R, count] of so many vocabulary entries' logits.
+        gradient: (first, count) -> the gradient [R, count] of the logits of `count` vocabulary entries.
     """
     dtype = jnp.dtype(config.dtype)
 
     def product(first: Any, count: int, weight: jax.Array) -> jax.Array:
         equation = "RV,VD->RD" if config.tie_word_embeddings else "RV,DV->RD"
-        # As in the other products of a backward pass, both factors have the dtype of the activations.
+        # Both factors have the dtype of the activations, as in the other products of a backward pass.
         columns = gradient(first, count).astype(dtype)
         with precision(config.dtype):
             return jnp.einsum(equation, columns, weight, preferred_element_type=jnp.float32)
@@ -77,7 +77,7 @@ def to_hidden(
 
 
 def to_weight(config: DecoderConfig, gradient: jax.Array, hidden: jax.Array) -> jax.Array:
-    """The gradient (fp32) of the head's weight, from that of the logits [R, V] of hidden states [R, D]."""
+    """The gradient (fp32) of the head's weight, from the gradient [R, V] of the logits of hidden states [R, D]."""
     equation = "RV,RD->VD" if config.tie_word_embeddings else "RV,RD->DV"
     dtype = jnp.dtype(config.dtype)
     with precision(config.dtype):
@@ -90,9 +90,9 @@ def to_weight(config: DecoderConfig, gradient: jax.Array, hidden: jax.Array) -> 
 
 
 def prefers_chunks(vocab_size: int) -> bool:
-    """Whether a CPU is faster with short sums: for a large vocabulary that is not split over a mesh.
+    """Whether short sums are faster on a CPU, as for a large vocabulary that is not split over a mesh.
 
-    One product over 151,936 terms per output runs at a third to two thirds of the speed of short ones there
-    (docs/performance.md); GPUs and TPUs split such sums by themselves.
+    On a CPU, a product of 151,936 terms per output runs at a third to two thirds of the speed of short ones
+    (docs/performance.md). GPUs and TPUs split such sums by themselves.
     """
     return jax.sharding.get_abstract_mesh().empty and vocab_size >= 8 * CHUNK

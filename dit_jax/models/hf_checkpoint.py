@@ -1,4 +1,4 @@
-"""Weights in Hugging Face format: folders of safetensors, read tensor by tensor and written back."""
+"""Weights in Hugging Face format: reads folders of safetensors tensor by tensor, and writes them."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def find_folder(name: str) -> pathlib.Path:
     """Where a model lies: the embedded one, a folder or a GGUF file on disk, or a snapshot of a hub id.
 
     Raises:
-        DitError: there is none of that name, here or on the hub.
+        DitError: there is no model of that name here or on the hub.
     """
     if name == TINY:
         return pathlib.Path(__file__).parents[1] / "assets" / TINY
@@ -36,7 +36,7 @@ def find_folder(name: str) -> pathlib.Path:
         return folder
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise DitError(
-            f"no model folder {name!r}: give a folder in Hugging Face format, a GGUF file, a hub id or {TINY!r}"
+            f"there is no model {name!r}: give a folder in Hugging Face format, a GGUF file, a hub id or {TINY!r}"
         )
     from huggingface_hub import snapshot_download
 
@@ -45,15 +45,15 @@ def find_folder(name: str) -> pathlib.Path:
         return pathlib.Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as e:  # network, authorisation, spelling: the library raises many kinds
         raise DitError(
-            f"{name!r} is no folder here and cannot be had from the hub: {first_line(e)}"
+            f"{name!r} is no folder here, and the hub does not give it: {first_line(e)}"
         ) from None
 
 
 def generation_eos(folder: pathlib.Path) -> list[int]:
-    """End-of-text ids that `generation_config.json` of a model folder names; none without that file.
+    """The end-of-text ids in `generation_config.json` of a model folder; none without that file.
 
     Raises:
-        DitError: the file is no JSON object.
+        DitError: the file is not a JSON object.
     """
     path = folder / "generation_config.json"
     eos = read_json_object(path).get("eos_token_id") if path.exists() else None
@@ -69,12 +69,12 @@ def load_params(
     """Reads the weights of a Hugging Face folder in `config.dtype`, one stacked leaf at a time.
 
     Args:
-        place: called with (path, host array) for every leaf; returns the array to keep (on a device,
-            sharded, …). Default: on jax's default device, which on a CPU is the host array itself. Host memory in
-            use beside what is kept is one leaf at most.
+        place: called with (path, host array) for every leaf; returns the array to keep (on a device, sharded, …).
+            By default this is an array on jax's default device, on a CPU the host array itself. Besides the kept
+            arrays, host memory holds one leaf at most.
 
     Raises:
-        DitError: missing, unexpected or misshapen tensors (all are listed), or an unreadable file.
+        DitError: tensors are missing, unexpected or misshapen (all are listed), or a file is unreadable.
     """
     from dit_jax.formats.safetensors_file import SafetensorsFolder
 
@@ -91,7 +91,7 @@ def load_params(
     for name, (module, layer) in names.items():
         tensors.setdefault(module, []).append((layer, name))
     params: Params = {}
-    # Large leaves first: the second copy that each may have for a moment then meets the fewest others.
+    # Large leaves come first: each may briefly exist twice, and then the fewest others are in memory.
     for module in sorted(tensors, key=lambda module: -math.prod(module.stacked)):
         host = _aligned(module.stacked, dtype)
         for layer, name in tensors[module]:
@@ -103,7 +103,7 @@ def load_params(
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An empty array that starts where jax on a CPU takes it as it is, a large one also where huge pages start."""
+    """An empty array, aligned so that jax takes it without a copy on a CPU, and to huge pages if it is large."""
     size = math.prod(shape) * dtype.itemsize
     unit = 2 << 20 if size >= 4 << 20 else 64  # numpy asks for huge pages from 4 MiB on
     buffer = np.empty(size + unit, np.uint8)

@@ -1,4 +1,4 @@
-"""The layers' parameters as arrays of their own, for programs that unroll the layers on one device."""
+"""Parameters with separate arrays for each layer, for programs that unroll the layers on one device."""
 
 from typing import Any
 
@@ -9,18 +9,18 @@ from dit_jax.models.decoder_config import DecoderConfig
 
 
 def as_program_takes(params: dict[str, Any], config: DecoderConfig) -> dict[str, Any]:
-    """The same parameters on their device, `layers` a tuple of L trees where a program has unrolled layers.
+    """The same parameters on their device; `layers` is a tuple of L trees if the program unrolls the layers.
 
     XLA copies a slice of a stacked array before every matrix product that reads it. On a CPU the tuple's arrays are
-    views of the stacked ones: they take no memory (but for a layer that starts at an odd address). On an accelerator
-    they are copies, so that the stacked ones are better kept on the host (`keep_on_host`).
+    views of the stacked ones, which take no memory (except for a layer that starts at an odd address). On an
+    accelerator they are copies, so the stacked ones are better kept on the host (`keep_on_host`).
     """
     leaves = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
     devices = {device for x in leaves for device in x.devices()}
     if config.scan_layers or len(devices) > 1:
         return params
-    # Bound to a device only where the parameters are: what a program returns is bound as well, and given back to it
-    # (a training state) it would make it compile again.
+    # Committed to a device only if the parameters are: otherwise a program would return committed arrays (a training
+    # state), and compile again when it gets them back.
     device = next((device for x in leaves if x.committed for device in devices), None)
     layers = cut_layers(
         params["layers"], config, lambda x, i: jax.device_put(np.asarray(x)[i], device)
@@ -30,7 +30,7 @@ def as_program_takes(params: dict[str, Any], config: DecoderConfig) -> dict[str,
 
 
 def cut_layers(layers: Any, config: DecoderConfig, take: Any = lambda x, i: x[i]) -> Any:
-    """A tuple of L trees: take(x, i) of every stacked leaf. What is cut already stays."""
+    """A tuple of L trees, made by take(x, i) from every stacked leaf. A tuple stays as it is."""
     if isinstance(layers, tuple):
         return layers
     return tuple(
@@ -39,12 +39,12 @@ def cut_layers(layers: Any, config: DecoderConfig, take: Any = lambda x, i: x[i]
 
 
 def abstract_layers(layers: Any, config: DecoderConfig) -> Any:
-    """`layers` of `as_program_takes` as ShapeDtypeStructs on one device, from the stacked ones."""
+    """`layers` of `as_program_takes` as ShapeDtypeStructs for one device, from the stacked ones."""
     if config.scan_layers:
         return layers
     return cut_layers(layers, config, lambda x, _: jax.ShapeDtypeStruct(x.shape[1:], x.dtype))
 
 
 def keep_on_host(config: DecoderConfig, mesh: Any) -> bool:
-    """Whether a model's stacked parameters stay on the host: where its programs need a copy of each layer."""
+    """Whether a model's stacked parameters stay on the host, because its programs need a copy of each layer."""
     return mesh is None and not config.scan_layers and jax.default_backend() != "cpu"

@@ -16,12 +16,12 @@ from dit_jax.models.delta_trees import Delta, Deltas
 from dit_jax.models.modules import Module
 from dit_jax.runtime.parallel import FREE, constrain
 
-# What remat "dots" keeps goes by this name: the outputs of `Linear`, and of a LoRA's first factor.
+# The name of what remat "dots" keeps: the outputs of `Linear`, and of a LoRA's first factor.
 PROJECTION = "projection"
 
 
 class Lora(NamedTuple):
-    """LoRA factors as a layer takes them (`ready`), in the compute dtype; scale [B]: one LoRA per example."""
+    """LoRA factors in the form that layers take (`ready`), in the compute dtype. With scale [B]: one per example."""
 
     a: jax.Array
     b: jax.Array
@@ -29,21 +29,21 @@ class Lora(NamedTuple):
 
 
 def pick(deltas: Deltas, name: str) -> tuple[Delta, ...]:
-    """What each delta holds for the sub-module `name`; deltas that leave it alone drop out."""
+    """The parts of the deltas for the sub-module `name`, without deltas that do not change it."""
     return tuple(delta[name] for delta in deltas if name in delta)
 
 
 def ready(deltas: Deltas, dtype: Any) -> Deltas:
-    """Stacked deltas as the layers take them: each LoRA a `Lora`, a shared one's scale inside its `b`.
+    """Stacked deltas in the form that layers take: each LoRA is a `Lora`, and a shared one has its scale inside `b`.
 
-    Done to the stacked factors of all layers at once: done in every layer these are dozens of kernels more, and in a
+    This converts the stacked factors of all layers at once: in every layer it would be dozens of kernels more, and in a
     decoding loop again for each token.
     """
 
     def one(node: Any) -> Any:
         if "a" in node:
             a, b, scale = node["a"], node["b"], node["scale"]
-            # One per example: folded in as well, a TPU's compiler makes a fusion that it cannot place.
+            # One per example keeps its scale: folded in, a TPU's compiler makes a fusion that it cannot place.
             if a.ndim == 4:  # [L, B, in, R]
                 return Lora(a.astype(dtype), b.astype(dtype), scale.astype(dtype))
             return Lora(a.astype(dtype), (b * scale[..., None, None]).astype(dtype), None)
@@ -53,7 +53,7 @@ def ready(deltas: Deltas, dtype: Any) -> Deltas:
 
 
 def precision(dtype: Any) -> contextlib.AbstractContextManager[None]:
-    """float32 means float32: by default GPUs and TPUs round the factors of such products to TF32 or bfloat16."""
+    """Makes float32 products exact: by default GPUs and TPUs round their factors to TF32 or bfloat16."""
     if jnp.dtype(dtype) == jnp.float32:
         return jax.default_matmul_precision("float32")
     return contextlib.nullcontext()
@@ -73,7 +73,7 @@ class RMSNorm(nn.Module):
             scale = scale + delta["w"].astype(scale.dtype)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-        # The product with the scale happens in the activation dtype, as in transformers.
+        # The product with the scale is in the activation dtype, as in transformers.
         return scale.astype(x.dtype) * y.astype(x.dtype)
 
 
@@ -93,7 +93,7 @@ class Linear(nn.Module):
         for delta in deltas:
             if not isinstance(delta, Lora) and delta["w"].ndim == 2:
                 kernel = kernel + delta["w"].astype(kernel.dtype)
-        # The residual axis is whole where it is used: each example, and each LoRA, sees all of it.
+        # The residual axis is never split here: each example, and each LoRA, needs all of it.
         inner, outer = (None if axis == "embed" else axis for axis in self.module.axes)
         y = _matmul(x, constrain(kernel.astype(self.dtype), inner, outer, units=units))
         for delta in deltas:
@@ -148,9 +148,9 @@ def _down_backward(
     saved: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, a = saved
-    # A rule of our own does not inherit the precision of the forward pass.
+    # A custom rule does not inherit the precision of the forward pass.
     with precision(x.dtype):
-        # [R, D] and transposed: on a CPU five times as fast as [D, R] at once, into which XLA would turn it.
+        # [R, D] and then transposed is five times as fast on a CPU as [D, R], into which XLA would turn it.
         of_a = jax.lax.optimization_barrier(gradient.mT @ x).mT
         return gradient @ a.mT, of_a
 
@@ -159,6 +159,6 @@ _down.defvjp(_down_forward, _down_backward)
 
 
 def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    # One 2-D product: weight gradients of 3-D products are several times slower on CPU.
+    # One 2-D product: weight gradients of 3-D products are several times slower on a CPU.
     y = x.reshape(-1, x.shape[-1]) @ kernel
     return y.reshape(*x.shape[:-1], kernel.shape[-1])

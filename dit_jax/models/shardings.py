@@ -16,13 +16,13 @@ from dit_jax.runtime import parallel
 
 
 def _units(config: DecoderConfig, axes: Any, shape: tuple[int, ...]) -> list[int]:
-    """Sizes of the axes; for heads their number, so that none is ever cut."""
+    """Sizes of the axes; for axes of heads the number of heads, so that none is ever cut."""
     heads = {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
     return [heads.get(axis, size) for axis, size in zip(axes, shape, strict=True)]
 
 
 def param_shardings(config: DecoderConfig, mesh: Mesh) -> Params:
-    """A NamedSharding for every parameter: fsdp × tensor; the same on all slices of the axis data."""
+    """A NamedSharding for every parameter: split over fsdp and tensor, and copied along data."""
 
     def one(module: Module) -> NamedSharding:
         units = _units(config, module.stacked_axes, module.stacked)
@@ -32,7 +32,7 @@ def param_shardings(config: DecoderConfig, mesh: Mesh) -> Params:
 
 
 def param_placer(config: DecoderConfig, mesh: Mesh) -> Any:
-    """The callback `place` of `load_params`: each device gets its part of a leaf, straight from the host."""
+    """The callback `place` of `load_params`: each device gets its part of a leaf directly from the host."""
     shardings = param_shardings(config, mesh)
 
     def place(path: tuple[str, ...], array: np.ndarray) -> jax.Array:
@@ -46,8 +46,7 @@ def delta_axes(config: DecoderConfig, delta: Delta, batch_axis: int | None = Non
 
     Args:
         batch_axis: None for one delta that all examples share. 0: leaves [B, L, …]. 1: leaves [L, B, …].
-            With a batch the axes `embed` stay whole: every example has a delta of its own, and the batch is what is
-            split over fsdp.
+            With a batch the axes `embed` stay whole, because the batch of deltas is what is split over fsdp.
     """
     table = module_table(config)
 
@@ -82,9 +81,9 @@ def delta_shardings(
 
 
 def put_delta(config: DecoderConfig, mesh: Mesh | None, delta: Delta) -> Delta:
-    """One delta that all examples share, on the mesh or the one device; as it is where it is there already."""
+    """Puts a delta that all examples share on the mesh or the one device, if it is not there already."""
     if mesh is None:
-        # Bound to no device: what a program takes and what it returns must not differ in that (`layer_views`).
+        # Not committed to a device: what a program takes must not differ in that from what it returns (`layer_views`).
         return jax.device_put(delta, may_alias=True)
     return jax.tree.map(parallel.put, delta, delta_shardings(config, mesh, delta))
 
@@ -92,7 +91,7 @@ def put_delta(config: DecoderConfig, mesh: Mesh | None, delta: Delta) -> Delta:
 def put_deltas(
     config: DecoderConfig, mesh: Mesh | None, local: Delta, size: int, batch_axis: int
 ) -> Delta:
-    """A batch of `size` deltas, of which `local` holds this process's rows (`parallel.local_rows`)."""
+    """Puts a batch of `size` deltas on the mesh; `local` holds this process's rows (`parallel.local_rows`)."""
     if mesh is None:
         return local
 
@@ -105,7 +104,7 @@ def put_deltas(
 
 
 def constrain_delta(config: DecoderConfig, delta: Delta, batch_axis: int | None = None) -> Delta:
-    """Pins the sharding of a delta inside a compiled function; nothing without a mesh."""
+    """Pins the sharding of a delta inside a compiled function; without a mesh it does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return delta
@@ -119,7 +118,7 @@ def constrain_delta(config: DecoderConfig, delta: Delta, batch_axis: int | None 
 
 
 def abstract_params(config: DecoderConfig, mesh: Mesh | None) -> Params:
-    """ShapeDtypeStructs of what programs take, with their shardings, to compile for a machine that is not there."""
+    """ShapeDtypeStructs of the parameters with their shardings, to compile programs for a machine that is not there."""
     shapes = abstract_weights(config)
     if mesh is None:
         return {**shapes, "layers": abstract_layers(shapes["layers"], config)}
@@ -129,7 +128,7 @@ def abstract_params(config: DecoderConfig, mesh: Mesh | None) -> Params:
 def abstract_batch(
     mesh: Mesh | None, leading: tuple[int, ...], length: int, scored: int
 ) -> TokenBatch:
-    """ShapeDtypeStructs of a token batch, split over its first axis: tokens [*leading, length], and so on."""
+    """ShapeDtypeStructs of a token batch that is split over its first axis: tokens [*leading, length], and so on."""
 
     def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         sharding = None if mesh is None else parallel.batch_sharding(mesh)
@@ -141,7 +140,7 @@ def abstract_batch(
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """ShapeDtypeStructs of the same shapes and dtypes with shardings."""
+    """The same ShapeDtypeStructs with shardings."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
     )
