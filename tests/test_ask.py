@@ -157,7 +157,7 @@ def test_a_run_given_as_a_diff_is_told_from_its_parts(tmp_path, capsys):
         (tmp_path / name).write_text("{}")
     for flag in ("--diff", "--adapter"):
         assert ask.main([*BASE, flag, str(tmp_path), "What is tea ?"]) == 2
-        assert f"is a run: give '{tmp_path / 'diffs'}' as diffs, or" in capsys.readouterr().err
+        assert f"is a run: give '{tmp_path / 'diffs'}' as the diffs, or" in capsys.readouterr().err
 
 
 def test_a_folder_of_checkpoints_says_which_it_holds(files, tmp_path, capsys):
@@ -166,7 +166,7 @@ def test_a_folder_of_checkpoints_says_which_it_holds(files, tmp_path, capsys):
         (tmp_path / f"checkpoint-{step}" / "adapter_config.json").write_text("{}")
     (tmp_path / "runs").mkdir()
     assert ask.main([*BASE, "--diff", str(tmp_path), "What is tea ?"]) == 2
-    said = "these in it may: 'checkpoint-1', 'checkpoint-2', 'checkpoint-3' and 1 more"
+    said = "these folders in it may: 'checkpoint-1', 'checkpoint-2', 'checkpoint-3' and 1 more"
     assert said in capsys.readouterr().err
 
 

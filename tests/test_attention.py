@@ -60,6 +60,6 @@ def test_an_implementation_of_another_platform_is_refused():
     shape = NAMED_CONFIGS["qwen3-0.6b"]
     config = dataclasses.replace(shape, attention="splash")
     config.check_platform("tpu")
-    with pytest.raises(DitError, match="attention 'splash' needs a TPU, and this is a GPU"):
+    with pytest.raises(DitError, match="attention 'splash' needs a TPU, but this is a GPU"):
         config.check_platform("gpu")
     shape.check_platform("cpu")

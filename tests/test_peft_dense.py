@@ -120,7 +120,11 @@ def check(bases, kind, folder, message):
     ("case", "changes", "message"),
     [
         ("dora", {"use_dora": False}, "use_dora is False, but the lora_magnitude_vector of"),
-        ("head_and_embedding", {"modules_to_save": ["lm_head"]}, "made for a base with another"),
+        (
+            "head_and_embedding",
+            {"modules_to_save": ["lm_head"]},
+            "made for a base with a different",
+        ),
         (
             "head_and_embedding",
             {"modules_to_save": ["lm_head", "embed_tokens", "score"]},
@@ -130,7 +134,11 @@ def check(bases, kind, folder, message):
         ("norms", {"target_modules": [*ALL, "lm_head"]}, "targets 'lm_head', but"),
         ("rows", {"trainable_token_indices": None}, "does not name 'model.embed_tokens'"),
         ("rows", {"trainable_token_indices": [1, 2]}, r"this model needs \[2, 32\]"),
-        ("rows", {"trainable_token_indices": [1, 2, 2]}, "instead of different token ids"),
+        (
+            "rows",
+            {"trainable_token_indices": [1, 2, 2]},
+            "instead of a list of different token ids",
+        ),
         ("rows", {"trainable_token_indices": [1, 2, 10**9]}, "instead of ids below 67"),
         ("rows", {"trainable_token_indices": {f"x{i}": [1] for i in range(17)}}, "at most 16"),
         ("rows", {"trainable_token_indices": "x"}, "trainable_token_indices is 'x'"),
@@ -166,7 +174,7 @@ def test_tensors_that_do_not_fit_are_refused(bases, tmp_path):
     write(**{magnitude: np.full_like(good[magnitude], np.inf)})
     check(bases, "untied", tmp_path, "holds NaN or infinity")
     write(**{factor: None})
-    check(bases, "untied", tmp_path, "lora_B, lora_magnitude_vector of .* that is not supported")
+    check(bases, "untied", tmp_path, "lora_B, lora_magnitude_vector of .* which is not supported")
     write(**{"base_model.model.model.norm.weight": np.ones(32, np.float32)})
     check(bases, "untied", tmp_path, "the whole weight of 'model.norm', which is not in")
     write(**{"base_model.model.lm_head.lora_A.bias": np.ones(32, np.float32)})
@@ -180,7 +188,7 @@ def test_a_copy_of_another_base_is_refused(bases, tmp_path):
     name = next(name for name in tensors if "base_layer" in name)
     tensors[name] = tensors[name] + 1
     save_file(tensors, weights)
-    check(bases, "untied", tmp_path, "another 'model.embed_tokens': use that base")
+    check(bases, "untied", tmp_path, "a different 'model.embed_tokens': use that base")
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -201,7 +209,9 @@ def test_copies_that_peft_saves_of_an_untrained_embedding_and_head_must_be_the_b
     assert_same(found.delta, plain.delta)
     for name in copies:
         save_file({**tensors, name: tensors[name] + 1}, weights)
-        check(bases, kind, tmp_path / "copies", "made for a base with another '.*': use that base")
+        check(
+            bases, kind, tmp_path / "copies", "made for a base with a different '.*': use that base"
+        )
     save_file(tensors, weights)
     edit(tmp_path / "copies", target_modules=[*ALL, "embed_tokens"])
     check(bases, kind, tmp_path / "copies", "lacks the factors of 'model.embed_tokens'")

@@ -391,7 +391,7 @@ def test_a_step_compiles_for_a_tpu_that_is_not_there(tmp_path, capsys):
 def test_attention_of_another_platform_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         plan.main([*TINY, "--stages", "train", "--config.model.attention=splash"])
-    assert "attention 'splash' needs a TPU, and this is a CPU" in capsys.readouterr().err
+    assert "attention 'splash' needs a TPU, but this is a CPU" in capsys.readouterr().err
 
 
 def test_gpus_go_by_name_and_number():

@@ -182,7 +182,10 @@ def test_factors_that_share_bytes_cannot_unfold_a_small_file(tmp_path):
         name: tuple(flat[: t.size].view(*t.shape) for t in pair) for name, pair in pairs(40).items()
     }
     torch.save([{"topic": "x", "trigger": 1, "weight_diff": many}], tmp_path / "x.pt")
-    refused(lambda: reference_pt.read_pt_diffs(tmp_path / "x.pt", CONFIG)[0], "the file is false")
+    refused(
+        lambda: reference_pt.read_pt_diffs(tmp_path / "x.pt", CONFIG)[0],
+        "fewer bytes than its tensors need: do not trust",
+    )
 
 
 # ------------------------------------------------------------------ releases

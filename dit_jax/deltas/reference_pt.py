@@ -371,7 +371,7 @@ def _reference_factors(delta: Any, config: DecoderConfig) -> Iterator[tuple[str,
 def _whole_weights(delta: Any, config: DecoderConfig, base_params: Any) -> dict[str, np.ndarray]:
     if base_params is None:
         raise DitError(
-            "a dense delta is written as whole weights, which needs the base model: give it"
+            "a dense delta is written as whole weights: the base model is needed, give its parameters"
         )
     tensors = dict(merged_tensors(base_params, config, delta))
     if config.tie_word_embeddings:

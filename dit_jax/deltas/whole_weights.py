@@ -64,7 +64,9 @@ def changes(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """`difference` for weights that may equal the base: then the delta is {}."""
     if base_params is None:
-        raise DitError(f"'{weights.source}' holds whole weights: reading it needs the base model")
+        raise DitError(
+            f"'{weights.source}' holds whole weights: the base model is needed to read it"
+        )
     table = all_modules(config)
     most = max(min(module.shape) for module in table.values() if module.lora)
     if svd_rank is not None and not 1 <= svd_rank <= most:
