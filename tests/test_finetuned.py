@@ -180,7 +180,9 @@ def test_what_does_not_fit_is_refused(tied, tmp_path):
     edit_config(tmp_path / "x", hidden_size=64)
     check("its hidden_size is 64, the base has 32")
     edit_config(tmp_path / "x", model_type="llama")
-    check("model_type 'llama' is not supported")
+    check("its model_type is llama, the base has qwen3")
+    edit_config(tmp_path / "x", model_type="mpt")
+    check("model_type 'mpt' is not supported")
     refused(
         lambda: read_finetuned(tied.finetuned, CONFIG, tied.params, svd_rank=0), "must be from 1 to"
     )

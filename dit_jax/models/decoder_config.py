@@ -76,9 +76,12 @@ class DecoderConfig:
             )
 
 
-# The fields in which a finetune must equal its base: all but the way to compute. A head may be untied.
-ARCHITECTURE = tuple(
-    field.name
-    for field in dataclasses.fields(DecoderConfig)
-    if field.name not in ("dtype", "tie_word_embeddings", *COMPUTE)
+# The fields in which a finetune must equal its base, the family first: all but the way to compute. A head may be untied.
+ARCHITECTURE = (
+    "model_type",
+    *(
+        field.name
+        for field in dataclasses.fields(DecoderConfig)
+        if field.name not in ("model_type", "dtype", "tie_word_embeddings", *COMPUTE)
+    ),
 )
