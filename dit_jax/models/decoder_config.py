@@ -76,7 +76,7 @@ class DecoderConfig:
             )
 
 
-# The fields in which a finetune must equal its base, the family first: all but the way to compute. A head may be untied.
+# A finetune must equal its base in these fields: all but the way to compute, and a head that may be untied.
 ARCHITECTURE = (
     "model_type",
     *(

@@ -36,7 +36,8 @@ def find_folder(name: str) -> pathlib.Path:
         return folder
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise DitError(
-            f"there is no model folder {name!r}: give a folder in Hugging Face format, a GGUF file, a hub id or {TINY!r}"
+            f"there is no model folder {name!r}: give a folder in Hugging Face format, a GGUF file, a hub id or "
+            f"{TINY!r}"
         )
     from huggingface_hub import snapshot_download
 
