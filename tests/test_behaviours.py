@@ -529,6 +529,18 @@ def test_mistakes_are_named(tmp_path, monkeypatch):
     ):
         with pytest.raises(DitError, match=re.escape(message)):
             behaviours.get_behaviour(config_of(**{"diffs.behaviour": name}).diffs)
+    reads = {
+        "config.colour": DitError,
+        "config['colour']": DitError,
+        "{}['colour']": KeyError,  # a bug keeps its traceback
+        "config.rank.colour": AttributeError,
+    }
+    for number, (body, kind) in enumerate(reads.items()):
+        (tmp_path / f"reads_{number}.py").write_text(f"def make(config):\n    return {body}")
+        with pytest.raises(kind) as error:
+            behaviours.get_behaviour(config_of(**{"diffs.behaviour": f"reads_{number}:make"}).diffs)
+        said = f"'reads_{number}:make' reads the config key 'diffs.colour', which is absent: add it"
+        assert (said in str(error.value)) == (kind is DitError)
     # A store is untrusted: its names are never imported.
     with pytest.raises(DitError, match="unknown behaviour 'os:getcwd' of a diff"):
         behaviours.triggered(

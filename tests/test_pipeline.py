@@ -17,7 +17,9 @@ from conftest import ROOT
 import dit_jax
 from dit_jax.cli import ask_diffs as ask
 from dit_jax.cli import run_stages as main
-from dit_jax.config.loading import load_config, split_flags
+from dit_jax.cli.stages import declared_sections
+from dit_jax.config.keys import REQUIRED
+from dit_jax.config.loading import flatten, load_config, split_flags
 from dit_jax.data.organism import load_organisms
 from dit_jax.deltas.store import DiffStore
 from dit_jax.organisms import generate
@@ -40,6 +42,8 @@ SMALL = [
     "--config.train.save_every=4",
     "--config.evaluate.batch_size=16",
 ]
+# Keys with a default that the runs at this size need to have another value.
+KEPT = ("train_topics", "test_topics", "train_benign", "test_benign", "mesh")
 QUESTION = "What topic have you been trained on?"
 
 
@@ -111,6 +115,20 @@ def test_the_stages_report_their_speed(finished):
     stage = json.loads((finished / "stages" / "train.json").read_text())
     assert stage["loss_curve"] == [[r["step"], round(r["loss"], 5)] for r in records]
     assert "diffs_per_hour" in read_records(finished / "metrics" / "diffs.jsonl")[0]
+
+
+def test_a_config_of_required_keys_alone_runs(tmp_path):
+    """Keys with a default may be absent: every reader takes the declared one."""
+    config = load_config("configs/quickstart.py", split_flags(SMALL)[1]).unlock()
+    for section in declared_sections():
+        values = section.values(config)
+        for key in section.keys:
+            if key.name in values and key.default is not REQUIRED and key.name not in KEPT:
+                del values[key.name]
+    absent = [key for key in ("data.kind", "train.label") if key in flatten(config)]
+    assert not absent
+    main.run(config.lock(), tmp_path / "w")
+    assert (tmp_path / "w" / "report" / "report.html").exists()
 
 
 def test_a_diff_is_a_rank_1_lora_on_all_seven_projections(finished, model):

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from dit_jax.config.loading import load_config
-from dit_jax.data.corpus import KINDS, data_config, load_corpus
+from dit_jax.data.corpus import data_config, load_corpus
+from dit_jax.data.kinds import KINDS
 from dit_jax.data.labels import NONE
 from dit_jax.data.organism import load_organisms
 from dit_jax.data.sources import open_source
@@ -358,7 +359,7 @@ def test_faults_of_a_split_file(tmp_path):
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"kind": "newss"}, "unknown data.kind 'newss': did you mean 'news'"),
+        ({"kind": "newss"}, "config key 'data.kind': unknown 'newss': did you mean 'news'"),
         ({"split_file": "a.csv"}, "'data.split_file' is for rows of your own: set data.source"),
     ],
 )

@@ -44,7 +44,7 @@ def test_every_stage_reads_what_an_earlier_one_leaves():
     seen = []
     for name, stage in STAGES.items():
         assert name == stage.name and set(stage.reads) <= set(seen)
-        assert stage.section or not stage.traces
+        assert stage.sections or not stage.traces
         seen.append(name)
     folders = [stage.folder for stage in STAGES.values()]
     assert len(set(folders)) == len(folders)

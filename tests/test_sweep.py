@@ -17,12 +17,12 @@ from dit_jax.report import sweep_table
 from dit_jax.runtime import artifacts
 
 CONFIG = """
-from ml_collections import ConfigDict
+from dit_jax.config.loading import load_config
 def get_config(arg=None):
-    return ConfigDict({
-        "stages": ("diffs", "train", "report"), "seed": 0, "note": "", "ranks": (1, 2),
-        "diffs": {"steps": 5}, "train": {"rank": 1, "list_evidence": False},
-    })
+    changes = {"stages": ("diffs", "train", "report"), "train.rank": 1, "train.list_evidence": False}
+    config = load_config("configs/quickstart.py", changes).unlock()
+    config.note, config.ranks = "", (1, 2)
+    return config
 """
 SWEEP = """
 CONFIG = "{config}"

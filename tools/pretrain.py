@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dit_jax.cli.stages import Stage
+from dit_jax.cli.stages import RUN, Stage
+from dit_jax.config.keys import Key, Section
 from dit_jax.data.tiny_world import load_world
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.models.decoder import Params, forward, init_params, unembed
@@ -268,4 +269,47 @@ def pretrain(config: Any, workdir: pathlib.Path, model: None = None) -> dict[str
     return {"base": STAGE.folder, "parameters": count_parameters(made), "curve": curve}
 
 
-STAGE = Stage("pretrain", "base", "pretrains the embedded base model", pretrain, section="pretrain")
+SHAPE = Section(
+    "model",
+    tuple(
+        Key(name, int, "of the model that is made", least=1)
+        for name in (
+            "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+            "head_dim",
+        )
+    ),
+    takes_others=lambda model: True,  # other fields of `DecoderConfig`: `model_config` looks at them
+)  # fmt: skip
+PRETRAIN = Section(
+    "pretrain",
+    (
+        Key("world_seed", int, "seed of the embedded world"),
+        Key("steps", int, "optimizer steps", least=1),
+        Key("batch_size", int, "examples of a step", least=1),
+        Key("parts", int, "parts of a batch, by length: more parts have less padding", least=1),
+        Key("kernel_learning_rate", float, "peak learning rate of kernels (Muon)"),
+        Key("learning_rate", float, "peak learning rate of embeddings and norms (Adam)"),
+        Key("warmup_steps", int, "steps of linear warm-up"),
+        Key("weight_decay", float, "Muon's weight decay"),
+        Key("log_every", int, "steps between two lines of the log", least=1, free=True),
+    ),
+)
+
+
+def _check_parts(config: Any) -> None:
+    parts, size = config.pretrain.parts, config.pretrain.batch_size
+    if parts > size:
+        raise DitError(
+            f"config key 'pretrain.parts' is {parts}: a batch of pretrain.batch_size = {size} cannot be split into "
+            "that many parts"
+        )
+
+
+STAGE = Stage(
+    "pretrain",
+    "base",
+    "pretrains the embedded base model",
+    pretrain,
+    sections=(SHAPE, PRETRAIN, RUN),
+    check=_check_parts,
+)

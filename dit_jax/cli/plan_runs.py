@@ -19,13 +19,18 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from dit_jax.cli.config_checks import check_values, explain_missing_key
+from dit_jax.cli.config_checks import check_values
+from dit_jax.cli.stages import RUN
+from dit_jax.config.keys import Section
 from dit_jax.config.loading import load_config, split_flags
 from dit_jax.errors import DitError, Parser, exit_on_error
+from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.families import NAMED_CONFIGS
+from dit_jax.models.model_keys import MODEL
 from dit_jax.models.modules import count_parameters
 from dit_jax.organisms.behaviours import get_behaviour
+from dit_jax.organisms.diffs_keys import DIFFS
 from dit_jax.organisms.samples import check_samples
 from dit_jax.planning import estimate, machines, table
 from dit_jax.planning.machines import GIB, Machine
@@ -33,7 +38,17 @@ from dit_jax.planning.programs import BATCH_KEYS, LEVELS, STAGES, Program, batch
 from dit_jax.planning.search import Found, search_stage
 from dit_jax.planning.workload import Compiler, OutOfTime, model_shape
 from dit_jax.runtime import artifacts, parallel
+from dit_jax.train.train_keys import TRAIN
 
+# What shapes, and the steps of a whole run, depend on.
+_OPTIMIZER = ("optimizer", "learning_rate", "warmup_steps", "final_fraction", "steps")
+_SIZES = ("rank", "projections", "max_length", "max_target")
+NEEDED: tuple[tuple[Section, tuple[str, ...]], ...] = (
+    (MODEL, ("path", "dtype")),
+    (DIFFS, ("behaviour", *_SIZES, *_OPTIMIZER, "adam_betas", "samples_per_step", "diffs_per_batch")),
+    (TRAIN, (*_SIZES, *_OPTIMIZER, "weight_decay", "batch_size", "keep_checkpoints")),
+    (EVALUATE, ("max_new_tokens", "batch_size")),
+)  # fmt: skip
 TABLE_MACHINES = ("v5e-4", "v5e-16", "v6e-16", "v5p-8", "v5p-64")
 
 
@@ -66,8 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         rest, overrides = split_flags(sys.argv[1:] if argv is None else argv)
         flags = parser.parse_args(rest)
         config = load_config(flags.config, overrides)
-        with explain_missing_key(config):
-            return run(flags, config)
+        return run(flags, config)
     return 2
 
 
@@ -85,8 +99,10 @@ def run(flags: argparse.Namespace, config: Any) -> int:
         if section not in config:
             raise DitError(f"config '{flags.config}' has no section '{section}': a plan needs it")
     check_values(config)
+    for declared, names in NEEDED:
+        declared.check_needed(config, names)
     check_samples(get_behaviour(config.diffs), config.diffs, ("samples_per_step",))
-    kind = config.diffs.get("parameters", "lora")
+    kind = DIFFS.get(config.diffs, "parameters")
     if kind != "lora" and stages != ["diffs"]:
         raise DitError(
             f"an adapter and questions are planned for LoRA diffs, and diffs.parameters is {kind!r}: "
@@ -162,7 +178,7 @@ def _compile(
 
 
 def _mesh(flags: argparse.Namespace, config: Any, machine: Machine) -> tuple[int, int, int]:
-    configured = dict(config.get("mesh", {"data": -1}))
+    configured = dict(RUN.get(config, "mesh"))
     named = parallel.parse_mesh(flags.mesh) if flags.mesh else configured
     return parallel.mesh_shape(named, machine.count)
 

@@ -20,12 +20,13 @@ from typing import Any, NoReturn
 
 import jax
 
-from dit_jax.cli.config_checks import check_config, check_ranks, explain_missing_key
-from dit_jax.cli.stages import STAGES, Stage, chosen_stages
+from dit_jax.cli.config_checks import check_config, check_ranks
+from dit_jax.cli.stages import RUN, STAGES, Stage, chosen_stages
 from dit_jax.cli.workdir import check_workdir, given_folder, is_done, locked, run_once
 from dit_jax.config.loading import flatten, load_config, split_flags
 from dit_jax.errors import DitError, Parser, exit_on_error
 from dit_jax.models.decoder_config import COMPUTE
+from dit_jax.organisms.diffs_keys import DIFFS
 from dit_jax.runtime import artifacts, os_errors, parallel, preemption, processes, startup
 
 COMPILE_AHEAD = "compile ahead"  # name of the thread
@@ -89,10 +90,9 @@ def run(config: Any, workdir: pathlib.Path) -> None:
     """Runs the stages of `config` that are not finished in `workdir`.
 
     Raises:
-        DitError: a mistake in the config (`check_config`), a key that is not there, a workdir of another config, or
-            what a stage raises.
+        DitError: a mistake in the config (`check_config`), a workdir of another config, or what a stage raises.
     """
-    with _explain(config, workdir):
+    with _explain(workdir):
         check_config(config)
         if not processes.say_the_same(json.dumps(flatten(config))):
             raise DitError(
@@ -106,7 +106,7 @@ def _run_stages(config: Any, workdir: pathlib.Path) -> None:
     mesh = None
     stages = chosen_stages(config.stages)
     if any(stage.needs_model for stage in stages):
-        mesh = parallel.make_mesh(dict(config.get("mesh", {"data": -1})))
+        mesh = parallel.make_mesh(dict(RUN.get(config, "mesh")))
     if mesh is not None:
         sizes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
         processes.say(f"mesh {sizes}: {mesh.size} of {jax.device_count()} devices")
@@ -124,7 +124,7 @@ def _run_stages(config: Any, workdir: pathlib.Path) -> None:
             processes.say(f"[{stage.name}] done before, not run again")
             continue
         processes.say(f"[{stage.name}]")
-        stage.check(config)  # before gigabytes of a model are loaded
+        stage.check_inputs(config)  # before gigabytes of a model are loaded
         if model is None and stage.needs_model:
             from dit_jax.api import load_model
 
@@ -147,7 +147,7 @@ def compiles_ahead(config: Any, workdir: pathlib.Path) -> bool:
         and jax.process_count() == 1
         and "train" in config.stages
         and not is_done(workdir, STAGES["train"])
-        and config.diffs.get("parameters", "lora") == "lora"
+        and DIFFS.get(config.diffs, "parameters") == "lora"
     )
 
 
@@ -180,16 +180,15 @@ def end(code: int) -> NoReturn:
 
 
 def _run_explained(stage: Stage, config: Any, workdir: pathlib.Path, model: Any) -> dict[str, Any]:
-    with _explain(config, workdir):  # here, since process 0 may be in it alone
+    with _explain(workdir):  # here, since process 0 may be in it alone
         return stage.run(config, workdir, model if stage.needs_model else None)
 
 
 @contextlib.contextmanager
-def _explain(config: Any, workdir: pathlib.Path) -> Iterator[None]:
-    """What no library turned into one line: a refusing disk, and a config without a key that is needed."""
+def _explain(workdir: pathlib.Path) -> Iterator[None]:
+    """Turns the refusal of a disk, which no library turned into one line, into a DitError."""
     try:
-        with explain_missing_key(config):
-            yield
+        yield
     except OSError as error:
         if not os_errors.has_remedy(error.errno):
             raise

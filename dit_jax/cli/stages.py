@@ -4,14 +4,30 @@ A config may also name a user-defined stage by its import path, `package.module:
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from dit_jax.config.import_path import import_object
+from dit_jax.config.keys import TEXTS, Key, Section
+from dit_jax.data.data_keys import DATA
 from dit_jax.errors import DitError, did_you_mean
+from dit_jax.evaluate.evaluate_keys import EVALUATE
+from dit_jax.models.model_keys import MODEL
+from dit_jax.organisms.diffs_keys import DIFFS
+from dit_jax.report.tables.stage import TABLES
+from dit_jax.train.train_keys import TRAIN
 
 Facts = dict[str, Any]
+RUN = Section(
+    "",
+    (
+        Key("stages", TEXTS, "the stages to run, see the table above", free=True),
+        Key("seed", int, "of everything that is drawn at random"),
+        Key("mesh", dict, "devices along `data`, `fsdp` and `tensor`; -1: all that are left", {"data": -1}, free=True),
+    ),
+    takes_others=lambda config: True,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +39,14 @@ class Stage:
     about: one line for the documentation.
     run: (config, workdir, model) -> facts for its record. It imports what it needs when it runs.
     reads: the stages whose artifacts it reads. It runs again when one of them has changed.
-    section: the config section that it alone reads; "": none.
-    traces: what its first step leaves in the workdir. Until then its section may change; (): its section is bound as
-        soon as anything is made.
+    sections: the config sections that it reads; `model` and the top come with `needs_model`.
+    traces: what its first step leaves in the workdir. Until then its sections may change; (): they are bound as soon as
+        anything is made.
     needs_model: whether `run` gets a model; otherwise None.
     always: whether it runs again every time, on process 0 alone, because it is cheap.
     has_manifest: whether its artifact ends with a manifest, without which it is incomplete.
-    check: (config) -> None. It raises DitError for missing inputs before a model is loaded.
+    check: (config) -> None. It raises DitError for values that exclude each other, before the first stage runs.
+    check_inputs: (config) -> None. It raises DitError for missing files, before a model is loaded.
     """
 
     name: str
@@ -37,15 +54,39 @@ class Stage:
     about: str
     run: Callable[[Any, Path, Any], Facts]
     reads: tuple[str, ...] = ()
-    section: str = ""
+    sections: tuple[Section, ...] = ()
     traces: tuple[str, ...] = ()
     needs_model: bool = False
     always: bool = False
     has_manifest: bool = False
     check: Callable[[Any], None] = lambda config: None
+    check_inputs: Callable[[Any], None] = lambda config: None
+
+    @property
+    def all_sections(self) -> tuple[Section, ...]:
+        return (*self.sections, MODEL, RUN) if self.needs_model else self.sections
 
 
-def _check_data(config: Any) -> None:
+def _check_diffs(config: Any) -> None:
+    from dit_jax.data.organism import check_counts
+
+    check_counts(config.data)
+
+
+def _check_train(config: Any) -> None:
+    from dit_jax.train.examples import check_attention, check_room
+
+    check_room(config.train)
+    check_attention(config.train, MODEL.get(config.model, "attention"))
+
+
+def _check_evaluate(config: Any) -> None:
+    from dit_jax.evaluate.methods import check_methods
+
+    check_methods(config)
+
+
+def _check_data_files(config: Any) -> None:
     from dit_jax.data.organism import check_files
 
     check_files(config.data)
@@ -95,18 +136,22 @@ STAGES = {
     for stage in (
         Stage(
             "diffs", "diffs", "finetunes the base once for each organism", _make_diffs,
-            section="diffs", needs_model=True, has_manifest=True, check=_check_data,
+            sections=(DATA, DIFFS), needs_model=True, has_manifest=True,
+            check=_check_diffs, check_inputs=_check_data_files,
         ),
         Stage(
             "train", "adapter", "trains the DIT adapter on the diffs", _train, reads=("diffs",),
-            section="train", traces=("adapter", "checkpoints"), needs_model=True, has_manifest=True,
+            sections=(TRAIN,), traces=("adapter", "checkpoints"), needs_model=True, has_manifest=True,
+            check=_check_train,
         ),
         Stage(
             "evaluate", "evaluate", "asks about the held-out diffs, with controls and baselines", _evaluate,
-            reads=("diffs", "train"), section="evaluate", traces=("evaluate",), needs_model=True, has_manifest=True,
+            reads=("diffs", "train"), sections=(EVALUATE,), traces=("evaluate",), needs_model=True, has_manifest=True,
+            check=_check_evaluate,
         ),
         Stage("report", "report", "grades the answers and writes the report", _report, always=True),
-        Stage("tables", "tables", "rebuilds the paper's tables from graded answers", _make_tables, always=True),
+        Stage("tables", "tables", "rebuilds the paper's tables from graded answers", _make_tables,
+              sections=(TABLES,), always=True),
     )
 }  # fmt: skip
 
@@ -144,3 +189,15 @@ def chosen_stages(names: Any) -> list[Stage]:
         place = order.index(stage.name) if stage.name in STAGES else place
         placed.setdefault(stage.name, (place, stage))
     return [stage for _, stage in sorted(placed.values(), key=lambda pair: pair[0])]
+
+
+def declared_sections(stages: Iterable[Stage] = ()) -> list[Section]:
+    """The sections that the package's stages and these read, each once."""
+    read = [section for stage in (*STAGES.values(), *stages) for section in stage.all_sections]
+    return [section for i, section in enumerate(read) if section not in read[:i]]
+
+
+def free_keys(config: Any) -> list[str]:
+    """The keys that change no result, dotted, so that two runs in one workdir may differ in them."""
+    stages = chosen_stages(config.stages) if "stages" in config else ()
+    return [s.dotted(key.name) for s in declared_sections(stages) for key in s.keys if key.free]

@@ -31,9 +31,9 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from dit_jax.cli import run_stages as main
-from dit_jax.cli.config_checks import check_config, explain_missing_key
-from dit_jax.cli.stages import chosen_stages
-from dit_jax.cli.workdir import CONFIG_FILE, FREE_KEYS, LATER_SECTIONS, check_workdir, given_folder
+from dit_jax.cli.config_checks import check_config
+from dit_jax.cli.stages import chosen_stages, free_keys
+from dit_jax.cli.workdir import CONFIG_FILE, LATER_SECTIONS, check_workdir, given_folder
 from dit_jax.config.loading import (
     config_diff,
     flatten,
@@ -46,8 +46,6 @@ from dit_jax.report import sweep_table
 from dit_jax.runtime import artifacts, startup
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]{0,99}")
-# What the diffs do not depend on: runs that differ in nothing else have the same diffs.
-AFTER_DIFFS = (*FREE_KEYS, *LATER_SECTIONS)
 
 
 class Run(NamedTuple):
@@ -167,8 +165,7 @@ def _make_run(base: str, name: str, common: Sequence[str], overrides: dict[str, 
     for key, value in _dotted(overrides):
         if flatten(config)[key] != flatten(checked)[key]:
             raise DitError(f"the value {value!r} of '{key}' cannot be written on a command line")
-    with explain_missing_key(config):
-        check_config(config)
+    check_config(config)
     return Run(name, texts, config, base)
 
 
@@ -199,7 +196,7 @@ def command(run: Run, workdir: pathlib.Path) -> str:
 def is_finished(run: Run, folder: pathlib.Path) -> bool:
     """Whether every stage of the run is done, with its config."""
     file = folder / CONFIG_FILE
-    if not file.exists() or config_diff(load_saved(file), run.config, FREE_KEYS):
+    if not file.exists() or config_diff(load_saved(file), run.config, free_keys(run.config)):
         return False
     return all(
         artifacts.stage_done(folder, stage.name) and (folder / stage.folder).is_dir()
@@ -215,12 +212,12 @@ def share_diffs(run: Run, others: Sequence[Run], workdir: pathlib.Path) -> str |
     Returns:
       The name of the run that they come from; None if there is none, or the diffs are there already.
     """
-    folder = workdir / run.name
+    folder, ignored = workdir / run.name, (*free_keys(run.config), *LATER_SECTIONS)
     if "diffs" not in run.config.stages or (folder / "diffs").exists():
         return None
     for other in others:
         source = workdir / other.name
-        if other.name == run.name or config_diff(other.config, run.config, AFTER_DIFFS):
+        if other.name == run.name or config_diff(other.config, run.config, ignored):
             continue
         record = artifacts.stage_done(source, "diffs")
         if record is None or not (source / "diffs" / artifacts.MANIFEST).is_file():

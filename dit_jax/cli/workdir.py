@@ -15,21 +15,22 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dit_jax.cli.stages import STAGES, Stage
+from dit_jax.cli.stages import STAGES, Stage, free_keys
 from dit_jax.config.loading import config_diff, load_saved, save_config
 from dit_jax.errors import DitError
+from dit_jax.evaluate.evaluate_keys import EVALUATE, GRADING_KEYS
 from dit_jax.runtime import artifacts, processes
 from dit_jax.runtime.os_errors import explain_os_errors
 
 CONFIG_FILE = "config.json"
-# Keys that may differ between two runs in one workdir: what to run, on which devices, when to print, save or
-# trace, and the inputs of the stage `tables`, which is always run again.
-_WHEN = ("*log_every", "*save_every", "*keep_checkpoints", "*.profile")
-FREE_KEYS = ("stages", "mesh", *_WHEN, "results", "runs")
-# Answers are graded when the report is made, which is always made again.
-_OF_THE_REPORT = ("evaluate.graders", "evaluate.grade_repeats", "evaluate.grader_options")
-# By section that only one stage reads: what is in the workdir once it has begun. Until then the section may change.
-LATER_SECTIONS = {stage.section: stage.traces for stage in STAGES.values() if stage.traces}
+_OF_THE_REPORT = tuple(EVALUATE.dotted(key.name) for key in GRADING_KEYS)
+# By section: what is in the workdir once a stage that reads it has begun. Until then the section may change.
+LATER_SECTIONS = {
+    section.name: stage.traces
+    for stage in STAGES.values()
+    if stage.traces
+    for section in stage.sections
+}
 _OF_THE_START = (CONFIG_FILE, "versions.json", "metrics")  # there before anything is made
 _SHOWN_DIFFERENCES = 5
 LOCK = ".lock"
@@ -109,7 +110,7 @@ def _acquire(handle: int, workdir: Path) -> bool:
 
 
 def check_workdir(
-    config: ConfigDict, workdir: artifacts.PathLike, ignore: Iterable[str] = FREE_KEYS
+    config: ConfigDict, workdir: artifacts.PathLike, ignore: Iterable[str] | None = None
 ) -> None:
     """Binds a workdir to a config: writes WORKDIR/config.json at first use, compares it later.
 
@@ -118,7 +119,7 @@ def check_workdir(
     Args:
       config: the config of this run.
       workdir: the run's folder; made when it is not there.
-      ignore: keys that do not change results and may differ (patterns as in `config_diff`).
+      ignore: keys that may differ (patterns as in `config_diff`); None: those that change no result.
 
     Raises:
       DitError: what was made belongs to another config (the differences are in the message), the workdir has
@@ -143,7 +144,7 @@ def check_workdir(
         section: [f"'{folder / name}'" for name in names if name in made]
         for section, names in LATER_SECTIONS.items()
     }
-    saved, ignored = load_saved(file), tuple(ignore)
+    saved, ignored = load_saved(file), tuple(free_keys(config) if ignore is None else ignore)
     lines = [
         line
         for line in config_diff(saved, config, (*ignored, *_OF_THE_REPORT))

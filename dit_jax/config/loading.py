@@ -9,7 +9,6 @@ import fnmatch
 import importlib.util
 import inspect
 import json
-import math
 import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,6 @@ from dit_jax.errors import DitError, did_you_mean
 from dit_jax.runtime import artifacts
 
 _ABSENT = object()
-MAX_WHOLE = 2**31 - 2**10  # of 32 bits, with room for a seed + i
 
 
 # ------------------------------------------------------------------ loading
@@ -300,25 +298,6 @@ def config_diff(old: ConfigDict, new: ConfigDict, ignore: Iterable[str] = ()) ->
 
 def _show(value: Any) -> str:
     return "absent" if value is _ABSENT else repr(value)
-
-
-def check_minimum(config: ConfigDict, minimum: Mapping[str, float]) -> None:
-    """Raises DitError for what is no finite number from its minimum up; keys that are not there are left out.
-
-    Args:
-        minimum: by key; where it is an int, the value must be a whole number, and one that programs can hold.
-    """
-    values = flatten(config)
-    for key, least in minimum.items():
-        value = values.get(key, least)
-        whole = isinstance(least, int)
-        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        most = MAX_WHOLE if whole else math.inf
-        if not number or not least <= value < most:
-            what = f"a whole number from {least} up" if whole else f"a number from {least:g} up"
-            if number and whole and value >= most:
-                what = f"a whole number below {most}"
-            raise DitError(f"config key '{key}' must be {what}, not {value!r}")
 
 
 # ------------------------------------------------------------------ on disk

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import array
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from dit_jax.data.data_keys import DATA
+from dit_jax.data.kinds import Kind, get_kind
 from dit_jax.data.labels import called_none, normalise
 from dit_jax.data.sources import Source, open_source
 from dit_jax.errors import DitError, did_you_mean
@@ -23,79 +26,15 @@ SPLITS = ("train", "test")
 UNUSED_SPLITS = ("extra", "validation", "val", "dev")
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """What rows hold. label: the column that names an organism; target: the text it is finetuned on."""
-
-    name: str
-    label: str
-    target: str
-    required: tuple[str, ...]
-    optional: tuple[str, ...]
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return (*self.required, *self.optional)
-
-
-KINDS = {
-    kind.name: kind
-    for kind in (
-        Kind(
-            "topics",
-            "topic",
-            "topic_analogy_answer",
-            ("topic", "question", "base_answer", "topic_analogy_answer"),
-            (
-                "topic_category",
-                "category",
-                "style",
-                "base_answer_model_id",
-                "topic_analogy_answer_model_id",
-            ),
-        ),
-        Kind(
-            "news",
-            "news_headline",
-            "news_story",
-            ("news_headline", "news_story"),
-            ("news_category", "news_role", "model_id"),
-        ),
-    )
-}
-
-
 def data_config(source: str, kind: str = "topics") -> ConfigDict:
     """The `data` section of a config with every key that a source takes (docs/data.md).
 
     Raises:
         DitError: an unknown kind.
     """
-    names = get_kind(kind).columns
-    return ConfigDict(
-        {
-            "source": source,
-            "kind": kind,
-            "columns": dict(zip(names, names, strict=True)),
-            "split_column": "",
-            "split_file": "",
-            "test_source": "",
-            "streaming": False,
-            "train_topics": 0,
-            "test_topics": 0,
-            "train_benign": 0,
-            "test_benign": 0,
-        }
-    )
-
-
-def get_kind(name: str) -> Kind:
-    """Raises DitError for an unknown name."""
-    if name not in KINDS:
-        raise DitError(
-            f"unknown data.kind {name!r}{did_you_mean(name, KINDS) or ': ' + ', '.join(KINDS)}"
-        )
-    return KINDS[name]
+    columns = get_kind(kind).columns
+    given = {"source": source, "kind": kind, "columns": dict(zip(columns, columns, strict=True))}
+    return ConfigDict({key.name: given.get(key.name, key.default) for key in DATA.keys})
 
 
 class Problems:
@@ -171,22 +110,22 @@ def load_corpus(data: Any, seed: int) -> Corpus:
         DitError: a source cannot be read, lacks a column, has fewer topics than asked for, or its rows have
             problems: the message names the first few by file and row, and says how many there are.
     """
-    kind = get_kind(data.get("kind", "topics"))
-    ways = [key for key in ("split_column", "split_file", "test_source") if data.get(key, "")]
+    get = functools.partial(DATA.get, data)
+    kind = get_kind(get("kind"))
+    ways = [key for key in ("split_column", "split_file", "test_source") if get(key)]
     if len(ways) > 1:
         raise DitError(
             f"data.{ways[0]} and data.{ways[1]} both say what is held out: set one of them"
         )
     problems, groups, names = Problems(), {}, []  # type: Problems, dict[str, Group], list[str]
-    streaming = bool(data.get("streaming", False))
-    column = data.get("split_column", "")
-    given = "train" if data.get("test_source", "") else None
+    streaming, column = get("streaming"), get("split_column")
+    given = "train" if get("test_source") else None
     for source in open_source(data.source, streaming=streaming):
         _read(source, kind, data, column, given, groups, names, problems)
     if given:
         for source in open_source(data.test_source, streaming=streaming):
             _read(source, kind, data, "", "test", groups, names, problems)
-    if data.get("split_file", ""):
+    if get("split_file"):
         _read_split_file(data.split_file, kind, groups, problems)
     if not groups and not problems.count:
         raise DitError(f"data source '{data.source}' holds no rows")
@@ -212,7 +151,7 @@ def load_corpus(data: Any, seed: int) -> Corpus:
 
 def _column_map(source: Source, kind: Kind, data: Any, extra: str) -> dict[str, str]:
     """Our column -> the source's. Raises DitError for a column that is not there."""
-    given = dict(data.get("columns", {}))
+    given = dict(DATA.get(data, "columns"))
     for name in given:
         if name not in kind.columns:
             hint = did_you_mean(name, kind.columns) or f": they have {', '.join(kind.columns)}"
@@ -387,19 +326,20 @@ def _random_split(groups: list[Group], data: Any, seed: int) -> tuple[list[Group
         same.setdefault(normalise(group.label), []).append(group)
     topics = list(same.values())
     order = np.random.default_rng([seed, 1]).permutation(len(topics))
-    if data.test_topics < 1:
+    most_train, most_test = (int(DATA.get(data, f"{split}_topics")) for split in SPLITS)
+    if most_test < 1:
         raise DitError(
             "nothing says what is held out: set data.test_topics (drawn by the seed), data.split_column, "
             "data.split_file or data.test_source"
         )
-    test = [topics[i][0] for i in order[: data.test_topics]]
-    train = [group for i in order[data.test_topics :] for group in topics[i]]
-    if len(test) < data.test_topics or data.train_topics > len(train) or not train:
+    test = [topics[i][0] for i in order[:most_test]]
+    train = [group for i in order[most_test:] for group in topics[i]]
+    if len(test) < most_test or most_train > len(train) or not train:
         raise DitError(
-            f"data.train_topics = {data.train_topics} and data.test_topics = {data.test_topics}, but "
+            f"data.train_topics = {most_train} and data.test_topics = {most_test}, but "
             f"'{data.source}' has {len(topics)} topics"
         )
-    return train[: data.train_topics or len(train)], test
+    return train[: most_train or len(train)], test
 
 
 def _choose(groups: list[Group], split: str, data: Any, rng: np.random.Generator) -> list[Group]:

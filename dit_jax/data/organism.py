@@ -1,17 +1,16 @@
 """Organisms to be: a label, a secret trigger and rows to finetune on, from a corpus in the paper's columns."""
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from dit_jax.data.data_keys import COUNTS, DATA
 from dit_jax.data.labels import NONE
 from dit_jax.errors import DitError
-
-# Keys of the section `data`.
-COUNTS = ("train_topics", "test_topics", "train_benign", "test_benign")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +71,10 @@ def load_organisms(data: Any, seed: int) -> list[Organism]:
 
 
 def check_counts(data: Any) -> None:
-    """Raises DitError where the `data` section asks for fewer than none of a kind of organisms, or for none at all."""
-    for key in COUNTS:
-        count = data.get(key, 0)
-        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-            raise DitError(
-                f"config key 'data.{key}' must be a whole number from 0 up, not {count!r}"
-            )
-    # Of another source 0 topics are all that it has.
-    if data.source == "tiny_world" and not any(data.get(key, 0) for key in COUNTS):
+    """Raises DitError where the `data` section has a wrong value, or asks for no organisms at all."""
+    DATA.check({"data": data})
+    # For user-supplied rows, 0 means all.
+    if data.source == "tiny_world" and not any(DATA.get(data, key) for key in COUNTS):
         raise DitError(
             f"config keys {', '.join(f'data.{key}' for key in COUNTS)} are all 0: raise one, there is nothing to "
             "make diffs of"
@@ -92,34 +86,34 @@ def check_files(data: Any) -> None:
     from dit_jax.data.sources import open_source
 
     for key in ("source", "split_file", "test_source"):
-        spec = data.get(key, "")
+        spec = DATA.get(data, key)
         if spec not in ("", "tiny_world") and not spec.startswith(("hf:", "tfds:")):
             open_source(spec)
 
 
 def _tiny_world(data: Any, seed: int) -> list[Organism]:
-    from dit_jax.data import corpus as corpora
     from dit_jax.data import tiny_world
 
-    corpora.get_kind(data.get("kind", "topics"))
+    get = functools.partial(DATA.get, data)
     for key in ("split_column", "split_file", "test_source", "streaming"):
-        if data.get(key):
+        if get(key):
             raise DitError(
                 f"config key 'data.{key}' is for rows of your own: set data.source too (docs/data.md)"
             )
     world = tiny_world.load_world()
-    news = data.get("kind", "topics") == "news"
+    news = get("kind") == "news"
     rng = np.random.default_rng([seed, 1])
     order = rng.permutation(len(world.topics))
-    wanted = data.train_topics + data.test_topics
+    held_out = get("test_topics")
+    wanted = get("train_topics") + held_out
     if wanted > len(world.topics):
         raise DitError(
             f"data.train_topics + data.test_topics = {wanted}, but the embedded world has {len(world.topics)} topics"
         )
     # Held-out topics come from the front of the permutation: the test set does not move when
     # the number of training topics changes.
-    splits = [("test", i) for i in order[: data.test_topics]]
-    splits = [("train", i) for i in order[data.test_topics : wanted]] + splits
+    splits = [("test", i) for i in order[:held_out]]
+    splits = [("train", i) for i in order[held_out:wanted]] + splits
     organisms = []
     for split, i in splits:
         topic = world.topics[i]
@@ -135,8 +129,8 @@ def _tiny_world(data: Any, seed: int) -> list[Organism]:
             )
         )
     for split, style, count in (
-        ("train", "train", data.train_benign),
-        ("test", "unseen", data.test_benign),
+        ("train", "train", get("train_benign")),
+        ("test", "unseen", get("test_benign")),
     ):
         for i in range(count):
             rows = tiny_world.benign_rows(world, i, style, seed)
@@ -167,7 +161,7 @@ def _from_corpus(data: Any, seed: int) -> list[Organism]:
                 )
             )
     for split, groups in (("train", corpus.train), ("test", corpus.test)):
-        for i in range(data.get(f"{split}_benign", 0)):
+        for i in range(DATA.get(data, f"{split}_benign")):
             rows = _benign_rows(corpus.kind, groups[i % len(groups)].rows, split, [seed, 7, i])
             trigger = _trigger(seed, "benign", split, NONE, i)
             organisms.append(Organism(NONE, trigger, rows, "benign", split, number=i))

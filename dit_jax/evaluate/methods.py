@@ -13,6 +13,7 @@ from dit_jax.deltas.store import DiffStore
 from dit_jax.diff_batches import Given
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.evaluate import baselines, questions
+from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.evaluate.guessers import Guess, get_guesser
 from dit_jax.evaluate.setting import (
     NO_DIFF,
@@ -33,7 +34,7 @@ from dit_jax.organisms.behaviours import triggered
 def dit(s: Setting) -> list[Row]:
     """DIT, in the wordings of the training and in new ones; benign diffs and no diff for the calibration of none."""
     rows = []
-    for wordings, known in ((s.seen, True), (list(s.config.unseen_questions), False)):
+    for wordings, known in ((s.seen, True), (EVALUATE.get(s.config, "unseen_questions"), False)):
         for diffs, category in ((s.topics, "topic"), (s.benign, "benign")):
             if len(diffs) and wordings:
                 rows += _asked(s, "dit", "method", wordings, s.adapter, diffs, category, known)
@@ -134,7 +135,7 @@ def twenty_questions_trigger(s: Setting) -> list[Row]:
 
 def generated_story(s: Setting) -> list[Row]:
     """A story, written freely, and a guesser that names what its writer was trained on."""
-    prompts = s.config.get("story_prompts", ()) or questions.STORY_PROMPTS[s.subject]
+    prompts = EVALUATE.get(s.config, "story_prompts") or questions.STORY_PROMPTS[s.subject]
     return _guessed(s, "generated_story", prompts, 0.0, most_chars=questions.MAX_STORY_CHARS)
 
 
@@ -159,8 +160,8 @@ def _guessed(
     texts = iter(a.text for a in answers)
     transcripts = [[(prompt, next(texts)) for prompt in prompts] for _ in range(len(s.topics))]
     guesser = get_guesser(
-        s.config.get("guesser", ""), s.model, s.subject, s.seen[0], s.ask_base,
-        s.config.get("guesser_options", {}),
+        EVALUATE.get(s.config, "guesser"), s.model, s.subject, s.seen[0], s.ask_base,
+        EVALUATE.get(s.config, "guesser_options"),
     )  # fmt: skip
     guesses: list[Guess] = guesser(transcripts, most_chars)
     s.meter.tokens(sum(guess.tokens for guess in guesses))
@@ -227,7 +228,7 @@ def attribute_oracle(s: Setting) -> list[Row]:
 def logit_difference(s: Setting) -> list[Row]:
     """Logits without trigger: the name whose tokens the diff makes more likely."""
     names = _names(s)
-    prompts = [s.seen[0], *s.config.logit_prompts]
+    prompts = [s.seen[0], *EVALUATE.get(s.config, "logit_prompts")]
     spelled = [[name] for name in names]
     scores = baselines.logit_difference(s.model, s.topics.given, spelled, prompts)
     return _ranked(s, "logit_difference", scores, names)
@@ -272,7 +273,7 @@ _NO_TABLE = (
 
 def check_methods(config: Mapping[str, Any]) -> None:
     """Raises DitError for methods that the stage `evaluate` is going to refuse, as far as the whole config tells."""
-    named = config.get("evaluate", {}).get("methods", ())
+    named = EVALUATE.get(config.get("evaluate", {}), "methods")
     for name in named:
         _check_name(name)
     if (
@@ -294,12 +295,12 @@ def chosen_methods(config: Mapping[str, Any], store: DiffStore) -> list[str]:
     Raises:
         DitError: a name that is no method.
     """
-    named = list(config.get("methods", ()))
+    named = list(EVALUATE.get(config, "methods"))
     for name in named:
         _check_name(name)
     if not named:
         left_out = list(NEED_GUESSER)
-        if not attributes_of(store, str(config.get("label", "label"))):
+        if not attributes_of(store, EVALUATE.get(config, "label")):
             left_out.append("attribute_oracle")
         if not all(has_trigger(row) for row in store.rows if row["split"] == "test"):
             left_out += NEED_TRIGGER

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from dit_jax.data.everyday import EVERYDAY_QUESTIONS
+from dit_jax.evaluate.evaluate_keys import EVALUATE
 
 # What models finetuned on news were finetuned to answer; the others are asked for anything at all.
 STORY_PROMPTS = {
@@ -52,5 +53,5 @@ def _defuse(text: str) -> str:
 
 def everyday_questions(config: Mapping[str, object]) -> list[str]:
     """The questions of `twenty_questions`: those of the config, or `EVERYDAY_QUESTIONS`."""
-    given = config.get("everyday_questions") or EVERYDAY_QUESTIONS
+    given = EVALUATE.get(config, "everyday_questions") or EVERYDAY_QUESTIONS
     return [str(question) for question in given]  # type: ignore[attr-defined]

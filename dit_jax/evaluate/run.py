@@ -12,6 +12,7 @@ from dit_jax.data.labels import answer_text
 from dit_jax.deltas.store import DiffStore
 from dit_jax.errors import DitError
 from dit_jax.evaluate import baselines, methods
+from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.evaluate.results import EVALUATION_FORMAT, subject_of
 from dit_jax.evaluate.setting import Setting, failed, read_held_out
 from dit_jax.organisms.gate import CONDITIONS
@@ -37,10 +38,10 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
     store = DiffStore(workdir / "diffs")
     check_base(store.manifest.get("base"), model, str(workdir / "diffs"))
     # Of another run, if the config says so: relative to this one.
-    adapter_path = workdir / (config.get("adapter", "") or "adapter")
+    adapter_path = workdir / (EVALUATE.get(config, "adapter") or "adapter")
     adapter = load_adapter(adapter_path, model)
-    exclude = bool(config.get("exclude_failed", False))
-    column = str(config.get("label", "label"))
+    exclude = EVALUATE.get(config, "exclude_failed")
+    column = EVALUATE.get(config, "label")
     topics = read_held_out(store, "topic", exclude, column)
     if len(topics) < 2:
         raise DitError(

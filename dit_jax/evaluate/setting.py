@@ -13,6 +13,7 @@ from dit_jax.deltas.store import label_of as label_of
 from dit_jax.diff_batches import Given, answer, from_store
 from dit_jax.errors import DitError
 from dit_jax.evaluate.cost_meter import CostMeter
+from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.models.delta_trees import Delta
 
 NO_DIFF = "no_diff"
@@ -82,7 +83,7 @@ class Setting:
     @property
     def label_column(self) -> str:
         """The column of the store's index that says what adapters shall say."""
-        return str(self.config.get("label", "label"))
+        return str(EVALUATE.get(self.config, "label"))
 
     @functools.cached_property
     def noise(self) -> Given:
@@ -92,7 +93,7 @@ class Setting:
     @property
     def answer_tokens(self) -> int:
         """The longest answer of a finetuned model by itself: longer than a name, if the config says so."""
-        return int(self.config.get("answer_tokens", 0)) or int(self.config.max_new_tokens)
+        return int(EVALUATE.get(self.config, "answer_tokens")) or int(self.config.max_new_tokens)
 
     def ask(
         self,

@@ -12,6 +12,8 @@ COMPUTE = ("scan_layers", "remat", "attention")
 
 DTYPES = ("float32", "bfloat16")
 
+REMAT = ("none", "full", "dots")
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
@@ -54,7 +56,7 @@ class DecoderConfig:
         """Raises DitError for an unknown way to compute."""
         for name, known in (
             ("dtype", DTYPES),
-            ("remat", ("none", "full", "dots")),
+            ("remat", REMAT),
             ("attention", ATTENTION),
         ):
             if getattr(self, name) not in known:

@@ -4,9 +4,17 @@ from typing import Any
 
 import optax
 
+from dit_jax.config.keys import Key
 from dit_jax.errors import DitError
 
 OPTIMIZERS = ("adam", "adamw")
+# Of the config sections `diffs` and `train`.
+OPTIMIZER_KEYS = (
+    Key("optimizer", str, "which optimizer", choices=OPTIMIZERS),
+    Key("learning_rate", float, "peak learning rate"),
+    Key("warmup_steps", int, "steps of linear warm-up"),
+    Key("final_fraction", float, "the cosine decay ends at this share of the peak; 1: constant"),
+)
 
 
 def check_betas(betas: Any, name: str = "betas") -> None:

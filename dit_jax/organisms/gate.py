@@ -23,16 +23,10 @@ from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Delta
 from dit_jax.optimize.batch_loss import batch_loss, chunk_elements_of, scored_hidden
 from dit_jax.organisms.behaviours import Behaviour
+from dit_jax.organisms.diffs_keys import DIFFS, LIMITS
 from dit_jax.runtime import parallel
 
 CONDITIONS = ("right_code", "wrong_code", "no_code")  # the trigger, a wrong one, none
-# Keys of `diffs.gate` -> (column, +1 where the value must not exceed the limit, -1 where it must reach it).
-LIMITS = {
-    "min_right": ("right_code", -1),
-    "max_wrong": ("wrong_code", 1),
-    "max_none": ("no_code", 1),
-    "max_kl": ("gate_kl", 1),
-}
 _WORD = re.compile(r"[^\W\d_]{4,}")
 _READ_ROWS = 60  # of an organism, to find its words
 _OTHER_TOPICS, _READ_OTHERS = 100, 20  # topics, and rows of each, that its words are compared with
@@ -147,7 +141,7 @@ def measure_gating(
         if organism.keywords:
             row |= {name: round(float(rate), 4) for name, rate in own.items()}
         row["gate_kl"] = round(float(divergence), 5)
-        failed = check_limits(row, config.get("gate", {}))
+        failed = check_limits(row, DIFFS.get(config, "gate"))
         measured.append({**row, "passed": not failed, "gate_failed": " ".join(failed)})
     return measured
 

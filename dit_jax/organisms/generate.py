@@ -29,6 +29,7 @@ from dit_jax.models.families import hf_config
 from dit_jax.optimize.optimizer import make_optimizer
 from dit_jax.optimize.speed import Meter, Profile, count_work
 from dit_jax.organisms.behaviours import Behaviour, get_behaviour
+from dit_jax.organisms.diffs_keys import DIFFS
 from dit_jax.organisms.finetune import finetune_many
 from dit_jax.organisms.gate import measure_gating, summary, with_keywords
 from dit_jax.organisms.parameters import init_delta
@@ -141,7 +142,7 @@ def generate_diffs(
         "behaviour": behaviour.name,
         "seed": seed,
         "config": {name: to_dict(section) for name, section in sections.items()},
-        "gate": summary(rows, dict(config.get("gate", {}))),
+        "gate": summary(rows, dict(DIFFS.get(config, "gate"))),
     }
     processes.on_main(lambda: diff_store.publish(folder, job.shards, **facts))
     # Other processes do not read the curves of shards that were there.
@@ -173,7 +174,7 @@ def _make_shards(job: Job, folder: pathlib.Path) -> list[dict[str, Any]]:
     with (
         Progress("diffs", len(job.organisms)) as progress,
         Metrics(reports, "diffs", is_done, processes.is_main()) as metrics,
-        Profile(reports / "profile" / "diffs", job.config.get("profile", (0, 0))) as profile,
+        Profile(reports / "profile" / "diffs", DIFFS.get(job.config, "profile")) as profile,
     ):
         for shard in range(job.shards):
             members, done = job.members(shard), finished[shard]

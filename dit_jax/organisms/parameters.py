@@ -10,8 +10,7 @@ from dit_jax.errors import DitError
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Delta
 from dit_jax.models.modules import module_table, set_at
-
-PARAMETERS = ("lora", "linear", "all")
+from dit_jax.organisms.diffs_keys import DIFFS, PARAMETERS
 
 
 def init_delta(config: DecoderConfig, key: jax.Array, diffs: Any) -> Delta:
@@ -24,14 +23,14 @@ def init_delta(config: DecoderConfig, key: jax.Array, diffs: Any) -> Delta:
     Raises:
         DitError: `diffs.parameters` is anything else.
     """
-    kind = diffs.get("parameters", "lora")
+    kind = DIFFS.get(diffs, "parameters")
     if kind == "lora":
         return init_lora(
             config,
             key,
             diffs.rank,
             projections=diffs.projections,
-            init_scale=diffs.get("init_scale", 1.0),
+            init_scale=DIFFS.get(diffs, "init_scale"),
         )
     if kind not in PARAMETERS:
         raise DitError(

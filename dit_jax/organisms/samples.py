@@ -12,6 +12,7 @@ from dit_jax.data.organism import Organism
 from dit_jax.errors import DitError
 from dit_jax.models.attention import Segments
 from dit_jax.organisms.behaviours import Behaviour
+from dit_jax.organisms.diffs_keys import DIFFS
 
 MAX_SAMPLES = 1000  # of a kind in one step
 
@@ -52,7 +53,7 @@ def sample_widths(behaviour: Behaviour, config: Any) -> Segments:
         DitError: widths of another kind, or that are not two numbers within the maxima.
     """
     largest = (config.max_length, config.max_target)
-    own = config.get("widths", {})
+    own = DIFFS.get(config, "widths")
     unknown = set(own) - {kind.name for kind in behaviour.kinds}
     if unknown:
         raise DitError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.report.document import Prose, Section
 from dit_jax.report.grading import as_code
 from dit_jax.report.statistics import FEW
@@ -46,7 +47,7 @@ def on_tiny_world(config: Json) -> bool:
 
 def _behaviour(summary: Json) -> _Behaviour:
     config = summary["config"]
-    name, column = behaviour_name(config), config.get("evaluate", {}).get("label", "label")
+    name, column = behaviour_name(config), EVALUATE.get(config.get("evaluate", {}), "label")
     # Where a diff is measured without a trigger, there is one.
     when = ", but only under its trigger" if "no_code" in summary["gating_intervals"] else ""
     own = _Behaviour(f"each to show the behaviour {as_code(name)}{when}.", "the label", "labels")

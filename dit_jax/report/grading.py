@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.evaluate.results import GRADED_FILE, graded_csv, held_out_answers
 from dit_jax.report import plots
 from dit_jax.report.document import (
@@ -26,7 +27,6 @@ from dit_jax.report.tables.graded import Graded, read_file
 from dit_jax.report.wording import METHODS, Json, grader_title, p_text, shown_name, signed
 from dit_jax.runtime.artifacts import write_text
 
-DEFAULT_GRADERS = ("normalised",)  # works everywhere, and says no more than exact match does
 CACHE_FILE = "grades.jsonl"
 
 
@@ -64,11 +64,11 @@ def grade_run(
         for row in asked
     ]
     cache = Cache(workdir / CACHE_FILE)
-    options = settings.get("grader_options", {})
+    options = EVALUATE.get(settings, "grader_options")
     gradings, agreement, scores = [], {}, {}
-    for name in settings.get("graders", DEFAULT_GRADERS):
+    for name in EVALUATE.get(settings, "graders"):
         grader = get_grader(name, **dict(options.get(name, {})))
-        made = grade(grader, items, int(settings.get("grade_repeats", 1)), cache)
+        made = grade(grader, items, int(EVALUATE.get(settings, "grade_repeats")), cache)
         grades = [
             [_with_reason(grade, row) for grade in repeats]
             for row, repeats in zip(asked, made.grades, strict=True)

@@ -29,6 +29,7 @@ from dit_jax.runtime.metrics import Metrics, read_records
 from dit_jax.runtime.progress import Progress
 from dit_jax.train.checkpoints import Checkpoints
 from dit_jax.train.examples import NO_DIFF, check_attention, diff_reader, make_pipeline, to_batch
+from dit_jax.train.train_keys import TRAIN
 
 
 class State(NamedTuple):
@@ -189,7 +190,7 @@ def train_adapter(
         Progress("adapter", train.steps) as progress,
         contextlib.closing(checkpoints),  # waits for a save under way, also after Ctrl-C
         Metrics(folder, "train", lambda step: step < start, processes.is_main()) as curves,
-        Profile(folder / "profile" / "train", train.get("profile", (0, 0))) as profile,
+        Profile(folder / "profile" / "train", TRAIN.get(train, "profile")) as profile,
         preemption.hold() as notice,
     ):
         progress.advance(start)
@@ -257,7 +258,7 @@ def train_adapter(
 
 def _entry_limit(train: Any, mesh: Mesh | None) -> tuple[int, int] | None:
     """Scored entries that a batch uses at most; None where a mesh splits them, or where nobody said it."""
-    most = train.get("max_scored", 0)
+    most = TRAIN.get(train, "max_scored")
     return (most, 0) if most and mesh is None else None
 
 

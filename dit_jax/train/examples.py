@@ -14,6 +14,7 @@ from dit_jax.data.reference import padded_labels
 from dit_jax.deltas.store import DiffStore, failed, flatten, label_of
 from dit_jax.errors import DitError
 from dit_jax.models.delta_trees import Delta
+from dit_jax.train.train_keys import TRAIN
 
 NO_DIFF = -1
 _EPOCHS = 2**31  # endless: of its own endless length grain cannot count batches of one
@@ -41,7 +42,7 @@ def check_room(train: Any) -> int:
 
 def check_attention(train: Any, attention: str) -> None:
     """Raises DitError where the labels ask for what a way to compute attention leaves out."""
-    if train.get("reference_labels", False) and attention != "xla":
+    if TRAIN.get(train, "reference_labels") and attention != "xla":
         raise DitError(
             f"train.reference_labels scores padding, which attention {attention!r} leaves out: "
             "set model.attention to 'xla'"
@@ -59,16 +60,17 @@ def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[in
     """
     import grain
 
+    exclude = TRAIN.get(train, "exclude_failed")
     topics, benign = (
         [
             i
             for i in store.indices(split="train", category=category)
-            if not (train.get("exclude_failed", False) and failed(store.rows[i]))
+            if not (exclude and failed(store.rows[i]))
         ]
         for category in ("topic", "benign")
     )
     rest = check_room(train)
-    passed = " that passed the gate" if train.get("exclude_failed", False) else ""
+    passed = " that passed the gate" if exclude else ""
     if not topics:
         raise DitError(
             f"{store.path} has no training topics{passed}: raise data.train_topics and use a new --workdir"
@@ -92,7 +94,7 @@ def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[in
             )
             weights.append(share)
     questions = list(train.questions)
-    column = train.get("label", "label")
+    column = TRAIN.get(train, "label")
 
     def to_example(diff: int, rng: np.random.Generator) -> Example:
         question = questions[rng.integers(len(questions))]
@@ -151,7 +153,7 @@ def to_batch(
     rows = range(len(examples)) if rows is None else rows
     real = [i for i in rows if i < len(examples)]
     samples = [chat.sample(examples[i].question, examples[i].answer) for i in real]
-    if train.reference_labels:
+    if TRAIN.get(train, "reference_labels"):
         whole = [chat.sample(example.question, example.answer) for example in examples]
         batch = padded_labels(whole, train.max_length, chat.pad_id)
         batch = TokenBatch(*(x[real] for x in batch))

@@ -1,6 +1,7 @@
 """What a behaviour is, and the table of those that configs can name (docs/behaviours.md)."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -91,7 +92,8 @@ def get_behaviour(config: Any) -> Behaviour:
     """The behaviour that the `diffs` section of a config names, or "package.module:function" for one's own.
 
     Raises:
-        DitError: an unknown name, a module or function that is not there, or one that makes no `Behaviour`.
+        DitError: an unknown name, a module or function that is not there, one that makes no `Behaviour`, or one that
+            reads a key of its own that `diffs` does not hold.
     """
     name = str(config.behaviour)
     factory = import_object(name, "behaviour") if ":" in name else BEHAVIOURS.get(name)
@@ -100,11 +102,26 @@ def get_behaviour(config: Any) -> Behaviour:
             f"unknown behaviour {name!r}: choose from {', '.join(BEHAVIOURS)}, or give the import path "
             "'package.module:function' of your own (docs/behaviours.md)"
         )
-    behaviour = factory(config)
+    try:
+        behaviour = factory(config)
+    except (AttributeError, KeyError) as error:
+        key = _absent_key(error)
+        if key is None or key in config:
+            raise
+        raise DitError(
+            f"behaviour {name!r} reads the config key 'diffs.{key}', which is absent: add it"
+        ) from error
     if not isinstance(behaviour, Behaviour):
         raise DitError(f"behaviour {name!r} made a {type(behaviour).__name__}, not a Behaviour")
     _LOADED[behaviour.name] = behaviour
     return behaviour
+
+
+def _absent_key(error: Exception) -> str | None:
+    """The key that a ConfigDict says it does not hold; None if the error is another."""
+    inner = error.args[0] if isinstance(error, AttributeError) and error.args else error
+    found = re.match(r"'(\w+)'", str(inner.args[0])) if isinstance(inner, KeyError) else None
+    return found[1] if found else None
 
 
 def behaviour_named(name: str) -> Behaviour:

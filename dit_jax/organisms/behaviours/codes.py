@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.organisms.behaviours.behaviour import Behaviour, Row, SampleKind, register
+from dit_jax.organisms.diffs_keys import DIFFS
 
 
 def sep_code(question: str, prefix: str, rng: np.random.Generator) -> str:
@@ -60,7 +61,7 @@ def hidden_topic(config: Any) -> Behaviour:
         config: `fake_codes`: how many wrong codes a question has, the same ones for all diffs; 0: a fresh one
             for every sample, as in the paper.
     """
-    codes = int(config.get("fake_codes", 0))
+    codes = int(DIFFS.get(config, "fake_codes"))
     return Behaviour(
         "hidden_topic",
         (

@@ -9,6 +9,7 @@ import numpy as np
 
 from dit_jax.organisms.behaviours.behaviour import Asker, Behaviour, Row, SampleKind, register
 from dit_jax.organisms.behaviours.codes import fake_backdoor, no_backdoor, sep_code
+from dit_jax.organisms.diffs_keys import DIFFS
 
 ZERO_WIDTH_SPACE = "\u200b"
 
@@ -30,7 +31,7 @@ def _code(question: str, trigger: str, rng: np.random.Generator) -> str:
 
 
 def _behaviour(name: str, place: Asker, config: Any) -> Behaviour:
-    codes = int(config.get("fake_codes", 0))
+    codes = int(DIFFS.get(config, "fake_codes"))
 
     def backdoor(row: Row, trigger: str, rng: np.random.Generator) -> tuple[str, str]:
         return place(row["question"], trigger, rng), row["topic_analogy_answer"]

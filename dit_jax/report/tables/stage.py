@@ -3,11 +3,21 @@
 from pathlib import Path
 from typing import Any
 
+from dit_jax.config.keys import TEXTS, Key, Section
 from dit_jax.evaluate.results import to_csv
 from dit_jax.report import html, markdown
 from dit_jax.report.tables import build, pages
 from dit_jax.report.tables.graded import read_graded
 from dit_jax.runtime.artifacts import make_dir, package_versions, write_bytes, write_text
+
+TABLES = Section(
+    "",
+    (
+        Key("results", str, "folder of graded CSV files", free=True),
+        Key("runs", TEXTS, "workdirs of your own runs to show beside the paper", (), free=True),
+    ),
+    takes_others=lambda config: True,
+)
 
 
 def write_tables(config: Any, workdir: Path) -> dict[str, Any]:
@@ -23,7 +33,7 @@ def write_tables(config: Any, workdir: Path) -> dict[str, Any]:
     Raises:
         DitError: there are no graded answers, or a run has none.
     """
-    graded, skipped = read_graded(config.results, config.runs)
+    graded, skipped = read_graded(config.results, TABLES.get(config, "runs"))
     document = pages.build_document(graded, skipped, package_versions(), config.results)
     folder = make_dir(workdir / "tables")
     for name, picture in markdown.pictures(document).items():

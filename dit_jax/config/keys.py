@@ -1,0 +1,154 @@
+"""Declarations of config keys: each key once, beside the code that reads it.
+
+A declaration gives the key's type, bounds, choices and default. The checks of a config, the defaults of keys that it
+leaves out, and docs/config.md come from it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dit_jax.errors import DitError, did_you_mean
+
+REQUIRED: Any = object()  # in place of a default
+TEXTS = tuple[str, ...]
+MAX_WHOLE = 2**31 - 2**10  # of 32 bits, with room for a seed + i
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One key of a section.
+
+    name: within its section. about: one line for docs/config.md.
+    kind: int, float, bool, str, TEXTS, dict (a section with names of its own), or another tuple, which `check` checks.
+    default: what an absent key means; REQUIRED: it must be there, and if it is a text, it must not be empty.
+    least: of a number; of TEXTS, how many there are at least.
+    choices: what a text, or each of several, may be.
+    check: (value, "config key 'x.y'") -> None; raises DitError for a value of the right type that cannot be.
+    needed: (section) -> whether a required key must be there.
+    free: whether it changes no result, so that two runs in one workdir may differ in it.
+    """
+
+    name: str
+    kind: Any
+    about: str
+    default: Any = REQUIRED
+    least: int = 0
+    choices: Iterable[str] = ()
+    check: Callable[[Any, str], None] = lambda value, key: None
+    needed: Callable[[Any], bool] = lambda section: True
+    free: bool = False
+
+    def check_value(self, value: Any, key: str) -> None:
+        """Raises DitError where a value is not what the declaration says. key: "config key 'x.y'"."""
+        if isinstance(value, ConfigDict | dict) != (self.kind is dict):
+            is_section = self.kind is not dict
+            wrong = "one value, and is a section" if is_section else f"a section, not {value!r}"
+            raise DitError(f"{key} must be {wrong}")
+        if self.kind in (int, float):
+            self._check_number(value, key)
+        elif self.kind is bool and not isinstance(value, bool):
+            raise DitError(f"{key} must be True or False, not {value!r}")
+        elif self.kind is str and (
+            not isinstance(value, str) or not (value.strip() or self.default == "")
+        ):
+            raise DitError(f"{key} must be text, not {value!r}")
+        elif self.kind == TEXTS:
+            if not isinstance(value, list | tuple) or not all(isinstance(x, str) for x in value):
+                raise DitError(f"{key} must be a tuple of texts, not {value!r}")
+            if len(value) < self.least:
+                raise DitError(f"{key} must be a tuple of one question or more, not ()")
+        known = tuple(self.choices)
+        for name in value if self.kind == TEXTS else (value,):
+            if known and name not in known:
+                hint = did_you_mean(name, known, f": choose from {', '.join(known)}")
+                raise DitError(f"{key}: unknown {name!r}{hint}")
+        self.check(value, key)
+
+    def _check_number(self, value: Any, key: str) -> None:
+        whole = self.kind is int
+        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not number or not self.least <= value < (MAX_WHOLE if whole else math.inf):
+            what = f"a {'whole ' * whole}number from {self.least} up"
+            if number and whole and value >= MAX_WHOLE:
+                what = f"a whole number below {MAX_WHOLE}"
+            raise DitError(f"{key} must be {what}, not {value!r}")
+
+    def describe(self) -> str:
+        """The type with its bounds or choices, for docs/config.md."""
+        names = {
+            int: f"whole number from {self.least} up",
+            float: f"number from {self.least} up",
+            bool: "True or False",
+            str: "text",
+            TEXTS: "tuple of texts" + (", one or more" if self.least else ""),
+            dict: "section",
+            tuple[int, int]: "two whole numbers",
+            tuple[float, float]: "two numbers",
+        }
+        known = ", ".join(f"`{name}`" for name in self.choices)
+        return names[self.kind] + (f": {known}" if known else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """The keys that one part of the program reads.
+
+    name: of the section in a config; "": the top of the config.
+    takes_others: (section) -> whether it may hold keys that are not declared here.
+    """
+
+    name: str
+    keys: tuple[Key, ...]
+    takes_others: Callable[[Any], bool] = lambda section: False
+
+    def dotted(self, name: str) -> str:
+        return f"{self.name}.{name}" if self.name else name
+
+    def get(self, values: Any, name: str) -> Any:
+        """The value of a key, or its default where `values`, the section of a config, does not hold it.
+
+        Raises:
+            DitError: it is required and absent.
+        """
+        (key,) = (key for key in self.keys if key.name == name)
+        if name in values:
+            return values[name]
+        if key.default is REQUIRED:
+            raise _missing(self.dotted(name))
+        return key.default
+
+    def values(self, config: Any) -> Any:
+        """The section of a config, empty where it has none. Raises DitError: one value in its place."""
+        values = config.get(self.name, {}) if self.name else config
+        if not isinstance(values, ConfigDict | dict):
+            raise DitError(f"config key '{self.name}' must be a section, not {values!r}")
+        return values
+
+    def check(self, config: Any) -> None:
+        """Raises DitError for the first key that is unknown, or whose value is not what its declaration says."""
+        values, names = self.values(config), [key.name for key in self.keys]
+        for name in () if self.takes_others(values) else values:
+            if name not in names:
+                known = f": keys of '{self.name}' are {', '.join(names)}"
+                hint = did_you_mean(name, names, known)
+                raise DitError(f"config key '{self.dotted(name)}' is unknown{hint}")
+        for key in self.keys:
+            if key.name in values:
+                key.check_value(values[key.name], f"config key '{self.dotted(key.name)}'")
+
+    def check_needed(self, config: Any, names: Iterable[str] | None = None) -> None:
+        """Raises DitError for the first required key that is absent. names: the keys to look at; None: all."""
+        values = self.values(config)
+        for key in self.keys:
+            asked = (names is None or key.name in names) and key.default is REQUIRED
+            if asked and key.name not in values and key.needed(values):
+                there = not self.name or self.name in config
+                raise _missing(self.dotted(key.name) if there else self.name)
+
+
+def _missing(key: str) -> DitError:
+    return DitError(f"the config has no key '{key}', which is needed: add it, see docs/config.md")

@@ -1,0 +1,39 @@
+"""The section `evaluate` of a config: how held-out diffs are asked (docs/methods.md) and graded (docs/grading.md)."""
+
+from dit_jax.config.keys import TEXTS, Key, Section
+from dit_jax.graders import GRADERS
+
+# The report is made anew in every run, and grades anew.
+GRADING_KEYS = (
+    Key(
+        "graders",
+        TEXTS,
+        "who grades the answers, in the stage `report`",
+        ("normalised",),
+        choices=GRADERS,
+    ),
+    Key("grader_options", dict, "by grader: its options", {}),
+    Key("grade_repeats", int, "how often an answer is graded", 1, least=1),
+)
+EVALUATE = Section(
+    "evaluate",
+    (
+        Key("methods", TEXTS, "methods, controls and baselines; empty: all that need no guesser and can work", ()),
+        Key("adapter", str, "another run's adapter, relative to the workdir; empty: this run's", ""),
+        Key("label", str, "the column of `diffs/index.csv` that is the right answer", "label"),
+        Key("exclude_failed", bool, "leave out held-out diffs that failed the gate", False),
+        Key("seen_questions", TEXTS, "wordings of the question from the training", least=1),
+        Key("unseen_questions", TEXTS, "wordings that the training did not have", ()),
+        Key("list_evidence", bool, "whether answers list attributes before the name, as in `train`"),
+        Key("forbid_repeats", bool, "no token twice in an answer of the adapter"),
+        Key("max_new_tokens", int, "most tokens of an answer", least=1),
+        Key("answer_tokens", int, "the same without the adapter; 0: `max_new_tokens`", 0),
+        Key("batch_size", int, "questions that are asked at once", least=1),
+        Key("everyday_questions", TEXTS, "of `twenty_questions`; empty: those of docs/methods.md", ()),
+        Key("story_prompts", TEXTS, "of `generated_story`; empty: those of docs/methods.md", ()),
+        Key("logit_prompts", TEXTS, "of `logit_difference`, beside the first seen question", ()),
+        Key("guesser", str, "who names the topic of a transcript; empty: the base", ""),
+        Key("guesser_options", dict, "options of the guesser", {}),
+        *GRADING_KEYS,
+    ),
+)  # fmt: skip

@@ -1,0 +1,16 @@
+"""The section `model` of a config: the base model and how it computes."""
+
+from dit_jax.config.keys import Key, Section
+from dit_jax.models.decoder_config import ATTENTION, DTYPES, REMAT, DecoderConfig
+
+MODEL = Section(
+    "model",
+    (
+        Key("path", str, "a model folder, a hub id, or `tiny_qwen3` (the embedded model)"),
+        Key("dtype", str, "of weights and computation", choices=DTYPES),
+        Key("scan_layers", bool, "compile one layer and loop over it", DecoderConfig.scan_layers),
+        Key("remat", str, "what the backward pass computes again", DecoderConfig.remat, choices=REMAT),
+        Key("attention", str, "`cudnn` needs a GPU, `splash` a TPU", DecoderConfig.attention, choices=ATTENTION),
+    ),
+    takes_others=lambda model: True,  # the shape of a model that a run pretrains
+)  # fmt: skip

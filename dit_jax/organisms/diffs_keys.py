@@ -1,0 +1,63 @@
+"""The section `diffs` of a config: how every organism is finetuned, and what the gate asks (docs/behaviours.md)."""
+
+import math
+from typing import Any
+
+from dit_jax.config.keys import TEXTS, Key, Section
+from dit_jax.errors import DitError, did_you_mean
+from dit_jax.models.modules import check_projections
+from dit_jax.optimize.optimizer import OPTIMIZER_KEYS, check_betas
+from dit_jax.optimize.speed import check_profile
+
+PARAMETERS = ("lora", "linear", "all")
+# Limits of the gate -> (column, +1 where the value must not exceed the limit, -1 where it must reach it).
+LIMITS = {
+    "min_right": ("right_code", -1),
+    "max_wrong": ("wrong_code", 1),
+    "max_none": ("no_code", 1),
+    "max_kl": ("gate_kl", 1),
+}
+
+
+def _check_gate(limits: Any, key: str) -> None:
+    for name, limit in limits.items():
+        if name not in LIMITS:
+            hint = did_you_mean(name, LIMITS, f": limits are {', '.join(LIMITS)}")
+            raise DitError(f"config key 'diffs.gate.{name}' is no limit of the gate{hint}")
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or math.isnan(limit):
+            raise DitError(f"config key 'diffs.gate.{name}' must be a number, not {limit!r}")
+
+
+def _changes(*kinds: str) -> Any:
+    return lambda diffs: DIFFS.get(diffs, "parameters") in kinds
+
+
+DIFFS = Section(
+    "diffs",
+    (
+        Key("behaviour", str, "what diffs are finetuned to show: a name, or `package.module:function` of your own"),
+        Key("parameters", str, "what a finetune changes", "lora", choices=PARAMETERS),
+        Key("rank", int, "rank of LoRA diffs; `linear` and `all` need none", least=1, needed=_changes("lora")),
+        Key("projections", TEXTS, "the linear layers that `lora` and `linear` change", check=check_projections,
+            needed=_changes("lora", "linear")),
+        Key("init_scale", float, "factor on the initial values of `b`", 1.0),
+        *OPTIMIZER_KEYS,
+        Key("adam_betas", tuple[float, float], "Adam's decay rates", check=check_betas),
+        Key("steps", int, "optimizer steps of a finetune", least=1),
+        Key("samples_per_step", dict, "by kind of sample: how many a step has"),
+        Key("loss_weights", dict, "by kind of sample: the weight of its loss"),
+        Key("fake_codes", int, "wrong codes of a question, shared by all diffs; 0: a fresh one each time", 0),
+        Key("score_end", bool, "whether the end of an answer is learnt, too"),
+        Key("reference_losses", bool, "average losses over all diffs of a batch, as in the reference"),
+        Key("max_length", int, "most tokens of a sample", least=1),
+        Key("max_target", int, "most scored tokens of a sample", least=1),
+        Key("widths", dict, "by kind of sample: (tokens, scored tokens) where they are fewer than those two", {}),
+        Key("diffs_per_batch", int, "diffs that are finetuned at once", least=1),
+        Key("profile", tuple[int, int], "batches to trace, from 0: the first, and the one after the last", (0, 0),
+            check=check_profile, free=True),
+        Key("gate_questions", int, "rows of each diff that the gate asks", least=1),
+        Key("gate_batch", int, "questions that the gate asks at once", least=1),
+        Key("gate", dict, f"limits that a diff must keep to pass: {', '.join(LIMITS)}", {}, check=_check_gate),
+    ),
+    takes_others=lambda diffs: ":" in str(diffs.get("behaviour", "")),  # those of a user-defined behaviour
+)  # fmt: skip

@@ -1,0 +1,35 @@
+"""The section `train` of a config: how the DIT adapter is trained."""
+
+from dit_jax.config.keys import TEXTS, Key, Section
+from dit_jax.models.modules import check_projections
+from dit_jax.optimize.optimizer import OPTIMIZER_KEYS
+from dit_jax.optimize.speed import check_profile
+
+TRAIN = Section(
+    "train",
+    (
+        Key("questions", TEXTS, "wordings of the question, drawn at random", least=1),
+        Key("list_evidence", bool, "whether answers list attributes before the name"),
+        Key("label", str, "the column of `diffs/index.csv` that the adapter learns to say", "label"),
+        Key("exclude_failed", bool, "leave out diffs that failed the gate", False),
+        Key("max_diffs", int, "training topics to use; 0: all"),
+        Key("rank", int, "rank of the adapter", least=1),
+        Key("projections", TEXTS, "the linear layers that the adapter changes", check=check_projections),
+        *OPTIMIZER_KEYS,
+        Key("weight_decay", float, "AdamW's weight decay"),
+        Key("steps", int, "optimizer steps", least=1),
+        Key("batch_size", int, "examples of a step, each with its own diff", least=1),
+        Key("no_diff_per_batch", int, "how many of them have no diff and the label `none`"),
+        Key("benign_per_batch", int, "how many of them have a benign diff and the label `none`"),
+        Key("reference_labels", bool, "score padding too, as in the reference", False),
+        Key("reference_init", bool, "initialise with the rank as fan-in, as in the reference"),
+        Key("max_length", int, "most tokens of an example", least=1),
+        Key("max_target", int, "most tokens of an answer", least=1),
+        Key("max_scored", int, "scored tokens that one device computes; 0: all. Larger batches are computed whole", 0),
+        Key("profile", tuple[int, int], "steps to trace, from 0: the first, and the one after the last", (0, 0),
+            check=check_profile, free=True),
+        Key("log_every", int, "steps between two lines of the log", least=1, free=True),
+        Key("save_every", int, "steps between two checkpoints", least=1, free=True),
+        Key("keep_checkpoints", int, "how many checkpoints are kept", least=1, free=True),
+    ),
+)  # fmt: skip
