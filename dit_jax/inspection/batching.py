@@ -1,4 +1,4 @@
-"""Concurrent calls become batches: whoever comes first waits a moment, then works for all that came meanwhile."""
+"""Turns concurrent calls into batches: the first waits a moment, then works for all that arrived meanwhile."""
 
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
@@ -22,8 +22,8 @@ class Batcher(Generic[Item, Result]):
     """Runs `work(items)` in a thread on up to `size` waiting items of one key at a time.
 
     Args:
-        work: from items to one result each, or the exception of an item; one that it raises goes to all of the batch.
-        size: most items of a batch.
+        work: gives one result or exception per item; an exception that it raises goes to the whole batch.
+        size: the most items of a batch.
         window: seconds that the first item waits for others.
     """
 
@@ -41,13 +41,13 @@ class Batcher(Generic[Item, Result]):
     async def __call__(self, key: Hashable, item: Item) -> Result:
         """The result of one item; items of other keys run in other batches."""
         if not self._calls:
-            self._lock = anyio.Lock()  # an earlier event loop may have ended while it was held
+            self._lock = anyio.Lock()  # an earlier event loop may have ended while holding it
             self._waiting.clear()
         mine = _Waiting(key, item)
         self._waiting.append(mine)
         self._calls += 1
         try:
-            async with self._lock:  # in turn: one batch at a time has the device
+            async with self._lock:  # one batch at a time uses the device
                 if not mine.done:
                     await self._run_batch(mine)
         finally:
@@ -63,7 +63,7 @@ class Batcher(Generic[Item, Result]):
         same = [other for other in self._waiting if other.key == first.key and other is not first]
         batch = [first, *same[: self._size - 1]]
         self._waiting = [other for other in self._waiting if other not in batch]
-        # The others of the batch need their results even if the one that works for them is cancelled.
+        # The other calls of the batch need their results even if the one that works for them is cancelled.
         with anyio.CancelScope(shield=True):
             try:
                 results = await anyio.to_thread.run_sync(self._work, [call.item for call in batch])

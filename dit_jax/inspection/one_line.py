@@ -1,4 +1,4 @@
-"""Mistakes of the user as Inspect shows them: one line, without a traceback."""
+"""Shows users' mistakes in Inspect as one line, without a traceback."""
 
 import functools
 from collections.abc import Callable
@@ -9,17 +9,17 @@ from rich.markup import escape
 
 from dit_jax.errors import DitError
 
-try:  # not public: without it there is a traceback above the line
+try:  # private: without it a traceback stands above the line
     from inspect_ai._util.error import PrerequisiteError
 except ImportError:
     PrerequisiteError = Exception  # type: ignore[assignment,misc]
 
-try:  # nor is this: without it only the first sample tells that the model lacks an adapter
+try:  # private: without it only the first sample shows that the model lacks an adapter
     from inspect_ai.model._model import active_model
 except ImportError:
 
     def active_model() -> Model | None:
-        """Not known."""
+        """The model is not known here."""
         return None
 
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class InspectError(DitError, PrerequisiteError):
-    """A `DitError` that Inspect's command line prints alone."""
+    """A `DitError` that Inspect's command line prints without a traceback."""
 
     def __init__(self, message: str):
         DitError.__init__(self, message)
@@ -37,7 +37,7 @@ class InspectError(DitError, PrerequisiteError):
 
 
 def one_line(function: Callable[P, T]) -> Callable[P, T]:
-    """The function with every `DitError` as an `InspectError`."""
+    """The same function, which raises every `DitError` as an `InspectError`."""
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,4 +1,4 @@
-"""The Inspect provider `dit_jax/MODEL`: base ⊕ diff ⊕ adapter as a chat model, calls decoded in batches."""
+"""The Inspect provider `dit_jax/MODEL`: base ⊕ diff ⊕ adapter as a chat model that decodes calls in batches."""
 
 import functools
 import operator
@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from inspect_ai.model import (
-    ChatCompletionChoice,
     ChatMessage,
-    ChatMessageAssistant,
     GenerateConfig,
     ModelAPI,
     ModelOutput,
@@ -28,8 +26,8 @@ from dit_jax.inspection.one_line import one_line
 from dit_jax.models.delta_trees import Delta
 
 MAX_TOKENS = 256
-# Settings of a call that this provider follows, and those that change nothing in what is decoded.
-# Any other one is refused: a setting must not be dropped silently.
+# Settings of a call that this provider follows, and those that do not change what is decoded. Any other setting is
+# refused, so that none is silently dropped.
 _FOLLOWED = {"max_tokens", "temperature", "seed", "extra_body"}
 _NO_EFFECT = {
     "max_retries", "timeout", "attempt_timeout", "stream_idle_timeout", "max_connections",
@@ -41,7 +39,7 @@ _EXTRA = ("diff", "index", "adapter", "forbid_repeats")
 
 
 class Call(NamedTuple):
-    """One call: what decides which batch it can join, and what is its own."""
+    """One call. Calls that agree from `adapter` on can share a batch."""
 
     question: str
     diff: str
@@ -57,19 +55,18 @@ class DitJaxAPI(ModelAPI):
     """A base model with a weight diff and an adapter, both optional.
 
     Args:
-        model_name: what `dit_jax.load_model` takes: "tiny_qwen3", a folder, a hub id.
+        model_name: anything that `dit_jax.load_model` takes: "tiny_qwen3", a folder, a hub id.
         diff, index: a diff in any format that `dit_jax.load_diff` reads.
-        adapter: what `dit_jax.load_adapter` takes.
+        adapter: anything that `dit_jax.load_adapter` takes.
         dtype: "float32" or "bfloat16".
         forbid_repeats: never emit a token twice in an answer (adapters that list evidence).
         batch_size: rows of a decoded batch; every batch is filled up to it, so that one program serves all.
         window: seconds that a call waits for others to share its batch.
 
-    A single call may choose its own `diff`, `index`, `adapter` and `forbid_repeats` in `extra_body`;
-    an empty string means none.
+    A call may choose its own `diff`, `index`, `adapter` and `forbid_repeats` in `extra_body`; an empty string is none.
 
     Raises:
-        DitError: an unknown model argument, or what the loaders raise.
+        DitError: a model argument is unknown or wrong, or a loader raises it.
     """
 
     @one_line
@@ -110,16 +107,16 @@ class DitJaxAPI(ModelAPI):
         self._kept: dict[tuple[str, int], Delta] = {}
         self._adapter = functools.lru_cache(maxsize=4)(self._load_adapter)
         self._batcher = Batcher(self._decode, batch_size, window)
-        # Mistakes in paths show before the first sample.
+        # So that wrong paths show before the first sample.
         self._adapter(self.defaults["adapter"])
         self._diff(self.defaults["diff"], self.defaults["index"])
 
     def max_tokens(self) -> int:
-        """Where neither task nor command line says how long an answer may be."""
+        """The longest answer where neither task nor command line sets it."""
         return MAX_TOKENS
 
     def max_connections(self) -> int:
-        """As many calls at once as a batch has rows."""
+        """As many concurrent calls as a batch has rows."""
         return self.batch_size
 
     def collapse_user_messages(self) -> bool:
@@ -135,34 +132,24 @@ class DitJaxAPI(ModelAPI):
         tool_choice: ToolChoice,
         config: GenerateConfig,
     ) -> ModelOutput:
-        """One answer. Raises DitError for tools, several turns, or a setting that is not followed."""
+        """One answer. Raises DitError: the call has tools, several turns or a setting that is not followed."""
         call = self._read_call(input, tools, config)
-        # Rows of a sampled batch share one key, so a call with a seed must not depend on its neighbours.
+        # The rows of a sampled batch share one key. A call with a seed goes alone, so as not to depend on others.
         alone = call.temperature > 0 and call.seed is not None
         answer: Answer = await self._batcher(object() if alone else call[3:], call)
         used = len(self.model.chat.prompt_ids(call.question))
         stopped = answer.generated > len(answer.tokens)  # the end of turn is not among the tokens
-        message = ChatMessageAssistant(
-            content=answer.text, model=self.model_name, source="generate"
+        output = ModelOutput.from_content(
+            self.model_name, answer.text, "stop" if stopped else "max_tokens"
         )
-        choice = ChatCompletionChoice(
-            message=message, stop_reason="stop" if stopped else "max_tokens"
+        output.usage = ModelUsage(
+            input_tokens=used,
+            output_tokens=answer.generated,
+            total_tokens=used + answer.generated,
         )
-        return ModelOutput(
-            model=self.model_name,
-            choices=[choice],
-            usage=ModelUsage(
-                input_tokens=used,
-                output_tokens=answer.generated,
-                total_tokens=used + answer.generated,
-            ),
-            metadata={
-                "diff": call.diff,
-                "index": call.diff_index,
-                "adapter": call.adapter,
-                "logprob": answer.logprob,
-            },
-        )
+        told = {"diff": call.diff, "index": call.diff_index, "adapter": call.adapter}
+        output.metadata = {**told, "logprob": answer.logprob}
+        return output
 
     # ------------------------------------------------------------------ reading a call
 
@@ -207,9 +194,9 @@ class DitJaxAPI(ModelAPI):
     # ------------------------------------------------------------------ decoding, in a thread
 
     def _decode(self, calls: Sequence[Call]) -> list[Answer | DitError]:
-        """Answers of calls that agree in all but question and diff: LoRA diffs of one shape together, dense ones alone.
+        """Answers calls that differ in question and diff only: LoRA diffs of one layout together, dense ones alone.
 
-        A call whose diff cannot be read gets the error, and the others their answers.
+        A call whose diff cannot be read gets the error; the others get their answers.
         """
         of_diff: dict[tuple[str, int], list[int]] = {}
         for i, call in enumerate(calls):
@@ -258,7 +245,7 @@ class DitJaxAPI(ModelAPI):
         return dict(zip(members, found, strict=True))
 
     def _diff(self, path: str, index: int) -> Delta:
-        """A diff as it is kept: of dense ones, each as large as the model, only the last."""
+        """A diff, read once; of dense diffs, each as large as the model, only the last is kept."""
         if not path:
             return {}
         if (path, index) not in self._kept:

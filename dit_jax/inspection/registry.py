@@ -1,4 +1,4 @@
-"""What Inspect finds through the entry point `inspect_ai`: light, JAX is loaded with the first model."""
+"""What Inspect finds through the entry point `inspect_ai`. It is light: the first model loads JAX."""
 
 from inspect_ai.model import ModelAPI, modelapi
 

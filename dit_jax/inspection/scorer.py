@@ -1,4 +1,4 @@
-"""The Inspect scorer: grades 1 to 5 by our graders, and exact match."""
+"""The Inspect scorer: grades from 1 to 5 by our graders, and exact match."""
 
 import asyncio
 import math
@@ -21,11 +21,11 @@ def graded(graders: str | Sequence[str] = ("normalised", "calibrated"), judge: s
     """Grades what an answer names (after the last colon that is not the label's) against the label.
 
     Args:
-        graders: names of offline graders, see docs/grading.md.
-        judge: an API model as Inspect writes it ("openai/gpt-4o-mini"), asked for a grade as well.
+        graders: names of offline graders (docs/grading.md).
+        judge: an API model as Inspect writes it ("openai/gpt-4o-mini"), which gives another grade.
 
-    A score has a number for each grader, `judge`, and `exact_match` (0 or 1). What a grader could not
-    grade is NaN, which Inspect's metrics leave out; the explanation says why.
+    A score has a number for each grader, for `judge`, and `exact_match` (0 or 1). A missing grade is NaN, which
+    Inspect's metrics leave out; the explanation says why.
     """
     names = [name.strip() for name in _split(graders)]
     made: dict[str, Grader] = {}
