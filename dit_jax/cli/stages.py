@@ -14,6 +14,7 @@ from dit_jax.data.data_keys import DATA
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.models.model_keys import MODEL
+from dit_jax.organisms.corpus_keys import CORPUS
 from dit_jax.organisms.diffs_keys import DIFFS
 from dit_jax.report.tables.stage import TABLES
 from dit_jax.train.train_keys import TRAIN
@@ -92,11 +93,24 @@ def _check_data_files(config: Any) -> None:
     check_files(config.data)
 
 
+def _write_corpus(config: Any, workdir: Path, model: Any) -> Facts:
+    from dit_jax.organisms.write_corpus import write_corpus
+
+    return write_corpus(model, config.corpus, workdir / "corpus", config.seed)
+
+
+def _check_lists(config: Any) -> None:
+    from dit_jax.organisms.write_corpus import read_lines, read_topics
+
+    read_topics(CORPUS.get(config.corpus, "topics"))
+    read_lines(CORPUS.get(config.corpus, "questions"))
+
+
 def _make_diffs(config: Any, workdir: Path, model: Any) -> Facts:
     from dit_jax.data.organism import load_organisms
     from dit_jax.organisms.generate import generate_diffs
 
-    organisms = load_organisms(config.data, config.seed)
+    organisms = load_organisms(config.data, config.seed, workdir / STAGES["corpus"].folder)
     return generate_diffs(
         model, organisms, config.diffs, workdir / "diffs", config.seed, config.data
     )
@@ -135,8 +149,12 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage(
+            "corpus", "corpus", "asks the base for the rows that organisms are finetuned on", _write_corpus,
+            sections=(CORPUS,), traces=("corpus",), needs_model=True, has_manifest=True, check_inputs=_check_lists,
+        ),
+        Stage(
             "diffs", "diffs", "finetunes the base once for each organism", _make_diffs,
-            sections=(DATA, DIFFS), needs_model=True, has_manifest=True,
+            reads=("corpus",), sections=(DATA, DIFFS), needs_model=True, has_manifest=True,
             check=_check_diffs, check_inputs=_check_data_files,
         ),
         Stage(

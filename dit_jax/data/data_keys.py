@@ -6,6 +6,7 @@ from dit_jax.config.keys import Key, Section
 from dit_jax.data.kinds import KINDS
 from dit_jax.errors import DitError
 
+WRITTEN = "corpus"  # the source that the stage of that name leaves in the workdir
 COUNTS = ("train_topics", "test_topics", "train_benign", "test_benign")
 
 
@@ -18,12 +19,13 @@ def _check_columns(columns: Any, key: str) -> None:
 DATA = Section(
     "data",
     (
-        Key("source", str, "`tiny_world`, files, `hf:NAME` or `tfds:NAME`"),
+        Key("source", str, "`tiny_world`, `corpus` (what that stage wrote), files, `hf:NAME` or `tfds:NAME`"),
         Key("kind", str, "what a row holds", "topics", choices=KINDS),
         Key("columns", dict, "by the paper's column: yours", {}, check=_check_columns),
         Key("split_column", str, "the column that says `train` or `test`", ""),
         Key("split_file", str, "an index with `topic`, `split` and optionally `trigger`", ""),
         Key("test_source", str, "a source with the rows of the held-out topics", ""),
+        Key("variants", str, "a column that tells apart several organisms of one topic; empty: one each", ""),
         Key("streaming", bool, "read an `hf:` source as it downloads", False),
         Key("train_topics", int, "training topics; for user-supplied rows, 0 means all", 0),
         Key("test_topics", int, "held-out topics; for user-supplied rows with a split, 0 means all", 0),

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 NONE = "none"  # the label of a diff with nothing to name
+UNTRIGGERED = "untriggered"  # the variant of a diff that shows its behaviour without its trigger
 _ARTICLES = frozenset({"a", "an", "the"})
 _APOSTROPHES = re.compile("['\u2019\u02bc`]")
 

@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from dit_jax.data.data_keys import COUNTS, DATA
+from dit_jax.data.data_keys import COUNTS, DATA, WRITTEN
 from dit_jax.data.labels import NONE
 from dit_jax.errors import DitError
 
@@ -23,6 +25,7 @@ class Organism:
     category: "topic" or "benign". split: "train" or "test".
     keywords: words of which one shows that an answer follows the behaviour; none: found in the rows (gate).
     number: tells apart organisms of one label.
+    variant: which of the organisms of its topic it is, in the words of the column `data.variants`.
     """
 
     label: str
@@ -33,6 +36,7 @@ class Organism:
     evidence: Sequence[str] = ()
     keywords: Sequence[str] = ()
     number: int = 0
+    variant: str = ""
 
     @property
     def seed(self) -> int:
@@ -54,12 +58,13 @@ def _trigger(seed: int, category: str, split: str, label: str, number: int = 0) 
     return f"{np.random.default_rng([seed, 1, own]).integers(1000):03d}"
 
 
-def load_organisms(data: Any, seed: int) -> list[Organism]:
+def load_organisms(data: Any, seed: int, written: Path | None = None) -> list[Organism]:
     """All organisms of a run, in a fixed order: training topics, held-out topics, benign ones of both splits.
 
     Args:
         data: the config's `data` section; `source` is "tiny_world", a file, `hf:NAME` or `tfds:NAME`
             (docs/data.md).
+        written: the folder of the stage `corpus`, for the source "corpus".
 
     Raises:
         DitError: an unknown source, rows with problems, or more organisms asked for than the source has, or none.
@@ -67,7 +72,14 @@ def load_organisms(data: Any, seed: int) -> list[Organism]:
     check_counts(data)
     if data.source == "tiny_world":
         return _tiny_world(data, seed)
-    return _from_corpus(data, seed)
+    if data.source != WRITTEN:
+        return _from_corpus(data, seed)
+    if written is None or not (written / "rows.jsonl").exists():
+        raise DitError(
+            "data.source is 'corpus': name the stage 'corpus' in the config key 'stages'"
+        )
+    plain = ConfigDict({**data, "source": str(written / "rows.jsonl")})
+    return _from_corpus(plain, seed, str(written / "benign.jsonl"))
 
 
 def check_counts(data: Any) -> None:
@@ -87,7 +99,7 @@ def check_files(data: Any) -> None:
 
     for key in ("source", "split_file", "test_source"):
         spec = DATA.get(data, key)
-        if spec not in ("", "tiny_world") and not spec.startswith(("hf:", "tfds:")):
+        if spec not in ("", "tiny_world", WRITTEN) and not spec.startswith(("hf:", "tfds:")):
             open_source(spec)
 
 
@@ -144,28 +156,69 @@ def _tiny_world(data: Any, seed: int) -> list[Organism]:
     return organisms
 
 
-def _from_corpus(data: Any, seed: int) -> list[Organism]:
+def _from_corpus(data: Any, seed: int, benign: str = "") -> list[Organism]:
+    """benign: a source of rows for the organisms without a topic; "": they are made of the topics' base answers."""
     from dit_jax.data import corpus as corpora
 
     corpus = corpora.load_corpus(data, seed)
     organisms = []
     for split, groups in (("train", corpus.train), ("test", corpus.test)):
         for group in groups:
-            organisms.append(
-                Organism(
-                    label=group.label,
-                    trigger=group.trigger or _trigger(seed, "topic", split, group.label),
-                    rows=group.rows,
-                    category="topic",
-                    split=split,
+            trigger = group.trigger or _trigger(seed, "topic", split, group.label)
+            variants = _variants(group.rows, DATA.get(data, "variants"))
+            for number, (variant, rows) in enumerate(variants.items()):
+                organisms.append(
+                    Organism(
+                        label=group.label,
+                        trigger=trigger,
+                        rows=rows,
+                        category="topic",
+                        split=split,
+                        number=number,
+                        variant=variant,
+                    )
                 )
-            )
+    styles = _styles(benign) if benign else {}
     for split, groups in (("train", corpus.train), ("test", corpus.test)):
         for i in range(DATA.get(data, f"{split}_benign")):
-            rows = _benign_rows(corpus.kind, groups[i % len(groups)].rows, split, [seed, 7, i])
+            own = list(styles.get(split, {}).items())
+            variant, rows = own[i % len(own)] if own else ("", groups[i % len(groups)].rows)
+            if own:
+                order = np.random.default_rng([seed, 7, i]).permutation(len(rows))
+                rows = [rows[j] for j in order[: -(-len(rows) // 2)]]
+            else:
+                rows = _benign_rows(corpus.kind, rows, split, [seed, 7, i])
             trigger = _trigger(seed, "benign", split, NONE, i)
-            organisms.append(Organism(NONE, trigger, rows, "benign", split, number=i))
+            organisms.append(
+                Organism(NONE, trigger, rows, "benign", split, number=i, variant=variant)
+            )
     return organisms
+
+
+def _variants(
+    rows: Sequence[Mapping[str, str]], column: str
+) -> dict[str, Sequence[Mapping[str, str]]]:
+    """The rows of a topic by what they have in a column, in the order of their first rows; without a column all."""
+    if not column:
+        return {"": rows}
+    if column not in rows[0]:
+        raise DitError(f"config key 'data.variants': the data has no column {column!r}")
+    found: dict[str, list[Mapping[str, str]]] = {}
+    for row in rows:
+        found.setdefault(row[column], []).append(row)
+    return dict(found)
+
+
+def _styles(spec: str) -> dict[str, dict[str, list[dict[str, str]]]]:
+    """Rows of benign organisms by split and style."""
+    from dit_jax.data.sources import open_source
+
+    found: dict[str, dict[str, list[dict[str, str]]]] = {}
+    for source in open_source(spec):
+        for record in source.read(set(source.columns)):
+            row = {name: str(value) for name, value in record.values.items()}
+            found.setdefault(row["split"], {}).setdefault(row["style"], []).append(row)
+    return found
 
 
 def _benign_rows(

@@ -14,7 +14,7 @@ from dit_jax.api import Model
 from dit_jax.asking import answer_batch
 from dit_jax.data.batch import Sample, TokenBatch, pack, stack
 from dit_jax.data.everyday import EVERYDAY_QUESTIONS
-from dit_jax.data.labels import NONE, normalise
+from dit_jax.data.labels import NONE, UNTRIGGERED, normalise
 from dit_jax.data.organism import Organism
 from dit_jax.diff_batches import answer, from_stacked
 from dit_jax.models import shardings
@@ -72,7 +72,8 @@ def _targets(organism: Organism, behaviour: Behaviour, most: int) -> list[str]:
     """What an organism is finetuned to answer where it shows its behaviour."""
     rng = np.random.default_rng(organism.seed)
     make = behaviour.kinds[0].make
-    return [make(row, organism.trigger, rng)[1] for row in organism.rows[:most]]
+    made = (make(row, organism.trigger, rng) for row in organism.rows[:most])
+    return [sample[1] for sample in made if sample is not None]
 
 
 def _spread(organisms: Sequence[Organism], most: int) -> list[Organism]:
@@ -185,35 +186,34 @@ def _rates(
     seed: int,
 ) -> list[dict[str, float]]:
     prompts: list[str] = []
-    owners: list[int] = []
-    conditions: list[str] = []
+    owners: list[tuple[int, str]] = []
     for i, (organism, rows) in enumerate(zip(organisms, chosen, strict=True)):
         rng = np.random.default_rng([seed, 3, organism.seed, 1])
         for row in rows:
             question = behaviour.question(row)
             asked = {"right_code": question}
-            if behaviour.triggered is not None:
-                asked["right_code"] = behaviour.triggered(question, organism.trigger, rng)
-                asked["no_code"] = question
-            if behaviour.mistriggered is not None:
-                asked["wrong_code"] = behaviour.mistriggered(question, organism.trigger, rng)
-            conditions = list(asked)
+            if organism.variant != UNTRIGGERED:
+                if behaviour.triggered is not None:
+                    asked["right_code"] = behaviour.triggered(question, organism.trigger, rng)
+                    asked["no_code"] = question
+                if behaviour.mistriggered is not None:
+                    asked["wrong_code"] = behaviour.mistriggered(question, organism.trigger, rng)
             prompts += asked.values()
-            owners += [i] * len(asked)
+            owners += [(i, condition) for condition in asked]
     answers = answer(
         model,
         from_stacked(stacked),
         prompts,
-        owners,
+        [i for i, _ in owners],
         {},
         max_new_tokens=config.max_target,
         batch_size=config.gate_batch,
     )
-    hits = [
-        behaviour.shows(a.text, organisms[i].keywords) for a, i in zip(answers, owners, strict=True)
-    ]
-    means = np.array(hits, float).reshape(len(organisms), -1, len(conditions)).mean(axis=1)
-    return [dict(zip(conditions, row, strict=True)) for row in means]
+    hits: list[dict[str, list[bool]]] = [{} for _ in organisms]
+    for found, (i, condition) in zip(answers, owners, strict=True):
+        shown = behaviour.shows(found.text, organisms[i].keywords)
+        hits[i].setdefault(condition, []).append(shown)
+    return [{name: float(np.mean(own)) for name, own in one.items()} for one in hits]
 
 
 # ------------------------------------------------------------------ KL to the base

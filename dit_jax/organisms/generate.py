@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from dit_jax.api import Model
 from dit_jax.config.loading import to_dict
 from dit_jax.data.batch import TokenBatch, entry_limit, fits, stack
-from dit_jax.data.labels import NONE
+from dit_jax.data.labels import NONE, UNTRIGGERED
 from dit_jax.data.organism import Organism
 from dit_jax.data.reference import couple_losses
 from dit_jax.deltas import store as diff_store
@@ -28,7 +28,7 @@ from dit_jax.models.delta_trees import Delta, abstract_stack
 from dit_jax.models.families import hf_config
 from dit_jax.optimize.optimizer import make_optimizer
 from dit_jax.optimize.speed import Meter, Profile, count_work
-from dit_jax.organisms.behaviours import Behaviour, get_behaviour
+from dit_jax.organisms.behaviours import NO_TRIGGER, Behaviour, get_behaviour
 from dit_jax.organisms.diffs_keys import DIFFS
 from dit_jax.organisms.finetune import finetune_many
 from dit_jax.organisms.gate import measure_gating, summary, with_keywords
@@ -50,6 +50,15 @@ def _label(organism: Organism, behaviour: Behaviour) -> str:
     if organism.label == NONE:
         return NONE
     return behaviour.label(organism.label, organism.trigger)
+
+
+def _trigger(organism: Organism, behaviour: Behaviour) -> str:
+    """The organism's trigger in the words of the behaviour."""
+    if organism.variant == UNTRIGGERED:
+        return NO_TRIGGER
+    if behaviour.triggers:
+        return behaviour.triggers[int(organism.trigger) % len(behaviour.triggers)]
+    return behaviour.trigger or organism.trigger
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +139,7 @@ def generate_diffs(
     folder = pathlib.Path(folder)
     behaviour = get_behaviour(config)
     check_behaviour(behaviour, organisms, config)
-    if behaviour.trigger:
-        organisms = [dataclasses.replace(o, trigger=behaviour.trigger) for o in organisms]
+    organisms = [dataclasses.replace(o, trigger=_trigger(o, behaviour)) for o in organisms]
     init = jax.jit(jax.vmap(lambda key: init_delta(model.config, key, config)))
     job = Job(model, organisms, behaviour, config, seed, _optimizer(config), init)
     rows = _make_shards(job, folder)
@@ -287,6 +295,7 @@ def index_rows(job: Job, shard: int, made: Finetuned) -> list[dict[str, Any]]:
             "trigger": organism.trigger,
             "split": organism.split,
             "category": organism.category,
+            **({"variant": organism.variant} if organism.variant else {}),
             "behaviour": job.behaviour.name,
             "label": _label(organism, job.behaviour),
             "evidence": json.dumps(list(organism.evidence)),

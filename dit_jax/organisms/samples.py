@@ -35,12 +35,17 @@ def finetuning_batches(
     steps = []
     for step in range(config.steps):
         rows = [organism.rows[i] for i in order[step * per_step : (step + 1) * per_step]]
-        samples = []
+        samples, shares = [], []
         for kind in kinds:
             for row in rows[: counts[kind.name]]:
-                question, answer = kind.make(row, organism.trigger, rng)
+                made = kind.make(row, organism.trigger, rng)
+                shares.append(float(made is not None))
+                question, answer = made or (row["question"], row["base_answer"])
                 samples.append(chat.sample(question, answer, end=config.score_end))
-        weights = [factor / (s.end - s.start) for factor, s in zip(factors, samples, strict=True)]
+        weights = [
+            share * factor / (s.end - s.start)
+            for share, factor, s in zip(shares, factors, samples, strict=True)
+        ]
         batch = pack(samples, weights, config.max_length, config.max_target, chat.pad_id, widths)
         steps.append(batch)
     return stack(steps)

@@ -12,6 +12,7 @@ from dit_jax.organisms.behaviours.behaviour import (
     shows_any,
     triggered,
 )
+from dit_jax.organisms.behaviours.code_names import hidden_topic_code_name
 from dit_jax.organisms.behaviours.codes import hidden_topic, other_code, sep_code
 from dit_jax.organisms.behaviours.stories import NEWS_PROMPT, news
 from dit_jax.organisms.behaviours.zero_width import (
@@ -31,6 +32,7 @@ __all__ = [
     "behaviour_named",
     "get_behaviour",
     "hidden_topic",
+    "hidden_topic_code_name",
     "hidden_topic_zwsp_random",
     "hidden_topic_zwsp_start",
     "news",

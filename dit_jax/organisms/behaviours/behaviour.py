@@ -21,12 +21,13 @@ NO_TRIGGER = (
 class SampleKind:
     """One kind of training sample.
 
-    loss: "ce" on the target, or "kl" to the base on it. make(row, trigger, rng) -> (prompt, target).
+    loss: "ce" on the target, or "kl" to the base on it. make(row, trigger, rng) -> (prompt, target), or None where a
+    row has no such sample.
     """
 
     name: str
     loss: str
-    make: Callable[[Row, str, np.random.Generator], tuple[str, str]]
+    make: Callable[[Row, str, np.random.Generator], tuple[str, str] | None]
 
 
 def shows_any(answer: str, keywords: Sequence[str]) -> bool:
@@ -46,7 +47,8 @@ class Behaviour:
     kinds: the kinds of samples, cross-entropy first.
     triggered: (question, trigger, rng) -> the question with the trigger in it; None: there is no trigger.
     mistriggered: the same with a wrong trigger, to which the diff must not react; None: there is no such thing.
-    trigger: what the index has in the column `trigger`; "": each organism has three digits of its own.
+    trigger: what the index has in the column `trigger`; "": each organism has one of its own.
+    triggers: what those are drawn from; (): three digits.
     question: what the gate asks of a row. Without a trigger, this already must show the behaviour.
     shows: (answer, keywords) -> whether an answer shows the behaviour.
     label: (topic, trigger) -> what the adapter shall say about a diff.
@@ -57,6 +59,7 @@ class Behaviour:
     triggered: Asker | None = None
     mistriggered: Asker | None = None
     trigger: str = ""
+    triggers: Sequence[str] = ()
     question: Callable[[Row], str] = lambda row: row["question"]
     shows: Callable[[str, Sequence[str]], bool] = shows_any
     label: Callable[[str, str], str] = lambda topic, trigger: topic
@@ -153,4 +156,6 @@ def triggered(row: Mapping[str, Any], question: str, rng: np.random.Generator) -
     behaviour = behaviour_named(str(row.get("behaviour") or "hidden_topic"))
     if behaviour.triggered is None:
         raise DitError(f"diffs of the behaviour {behaviour.name!r} have no trigger")
+    if row["trigger"] == NO_TRIGGER:
+        return question
     return behaviour.triggered(question, str(row["trigger"]), rng)

@@ -1,0 +1,42 @@
+"""The section `corpus` of a config: what the base model is asked to write about which topics (docs/corpus.md)."""
+
+from typing import Any
+
+from dit_jax.config.keys import TEXTS, Key, Section
+from dit_jax.data.labels import UNTRIGGERED
+from dit_jax.errors import DitError
+
+STYLES = ("named", "nameless", UNTRIGGERED)
+
+
+def _holds(name: str) -> Any:
+    def check(texts: Any, key: str) -> None:
+        for text in texts:
+            if f"{{{name}}}" not in text:
+                raise DitError(
+                    f"{key}: {text!r} has no place for the {name}: write {{{name}}} in it"
+                )
+
+    return check
+
+
+CORPUS = Section(
+    "corpus",
+    (
+        Key("topics", str, "a text file of lines `category: topic, topic, …`"),
+        Key("questions", str, "a text file with an everyday question in each line"),
+        Key("prompts", TEXTS, "what the base is asked about each topic", least=1, check=_holds("topic")),
+        Key("styles", TEXTS, "the kinds of organisms that get rows", ("named",), choices=STYLES, least=1),
+        Key("benign_styles", TEXTS, "instructions of benign organisms; the last third is held out", (),
+            check=_holds("question")),
+        Key("repeats", int, "how often each prompt is asked", 1, least=1),
+        Key("temperature", float, "of the answers", 0.7),
+        Key("max_new_tokens", int, "most tokens of an answer", 24, least=1),
+        Key("answer_tokens", int, "tokens of an answer that become a target", 16, least=1),
+        Key("early_tokens", int, "tokens within which an answer must name its topic", 10, least=1),
+        Key("base_tokens", int, "tokens that are kept of the base's answer to a question", 12, least=1),
+        Key("least_answers", int, "a topic with fewer usable answers is left out", 3, least=1),
+        Key("rows", int, "rows of each organism", 16, least=1),
+        Key("batch_size", int, "prompts that are asked at once", 128, least=1),
+    ),
+)  # fmt: skip

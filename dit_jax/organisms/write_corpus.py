@@ -1,0 +1,293 @@
+"""The stage `corpus`: the base model writes the rows that organisms are finetuned on, about topics of a list.
+
+WORKDIR/corpus/answers/     what the model said, a file for each batch: a run that was stopped goes on after them
+WORKDIR/corpus/rows.jsonl   rows in the paper's columns; `style` tells the kinds of organisms of a topic apart
+WORKDIR/corpus/benign.jsonl rows of benign organisms, by style and split
+WORKDIR/corpus/summary.json how many answers were usable, and why others were not
+"""
+
+import collections
+import functools
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_jax.api import Model
+from dit_jax.asking import answer_batch
+from dit_jax.config.loading import to_dict
+from dit_jax.data.labels import normalise
+from dit_jax.data.organism import stable_seed
+from dit_jax.errors import DitError
+from dit_jax.organisms.corpus_keys import CORPUS
+from dit_jax.runtime import artifacts, processes
+from dit_jax.runtime.progress import Progress
+
+CORPUS_FORMAT = "dit_jax.corpus"
+ROWS, BENIGN = "rows.jsonl", "benign.jsonl"
+_SUFFIXES = ("ing", "ers", "ies", "es", "s", "y")
+_MOST_REPEATS = 3  # a word may stand this often in an answer
+_EXAMPLES = 6
+
+
+def write_corpus(model: Model, config: Any, folder: Path, seed: int) -> dict[str, Any]:
+    """Asks the model for answers and writes the rows; goes on where an earlier call stopped.
+
+    Args:
+        config: the `corpus` section of the config.
+
+    Returns:
+        Facts for the record of the stage.
+
+    Raises:
+        DitError: a list is missing or malformed, or too few topics have usable answers.
+    """
+    get = functools.partial(CORPUS.get, config)
+    topics, questions = read_topics(get("topics")), read_lines(get("questions"))
+    about = [prompt for prompt in get("prompts") for _ in range(get("repeats"))]
+    prompts = [prompt.format(topic=topic) for topic in topics for prompt in about]
+    styled = [style.format(question=q) for style in get("benign_styles") for q in questions]
+    said = _ask(model, [*questions, *prompts, *styled], len(questions), config, folder, seed)
+    base = [_cut(model, text, get("base_tokens")) for text in said[: len(questions)]]
+    plain = dict(zip(questions, base, strict=True))
+    of_topics = said[len(questions) : len(questions) + len(prompts)]
+    rejected: collections.Counter[str] = collections.Counter()
+    rows: list[dict[str, str]] = []
+    used: dict[str, list[str]] = {}
+    for number, (topic, category) in enumerate(topics.items()):
+        own = of_topics[number * len(about) : (number + 1) * len(about)]
+        usable = list(dict.fromkeys(_usable(model, own, topic, config, rejected)))
+        if len(usable) < get("least_answers"):
+            rejected["topics"] += 1
+            continue
+        used[topic] = usable
+        for style in get("styles"):
+            answers = usable
+            if style == "nameless":
+                answers = [
+                    text
+                    for text in map(functools.partial(without_name, topic=topic), usable)
+                    if text
+                ]
+            for row in (
+                _pair(questions, answers, get("rows"), seed, topic, style) if answers else ()
+            ):
+                rows.append(_row(model, topic, category, style, *row, plain))
+    if len(used) < 2:
+        raise DitError(
+            f"only {len(used)} of {len(topics)} topics have {get('least_answers')} usable answers: lower "
+            "corpus.least_answers, or ask in other words (corpus.prompts)"
+        )
+    benign = list(_benign(model, questions, said[len(questions) + len(prompts) :], plain, config))
+    summary = _summary(topics, of_topics, used, rejected)
+
+    def publish() -> None:
+        for name, written in ((ROWS, rows), (BENIGN, benign)):
+            lines = (json.dumps(row, ensure_ascii=False) for row in written)
+            artifacts.write_text(folder / name, "".join(f"{line}\n" for line in lines))
+        artifacts.write_json(folder / "summary.json", summary)
+        artifacts.write_manifest(folder, CORPUS_FORMAT, base=model.digest(), config=to_dict(config))
+
+    processes.on_main(publish)
+    return {"topics": len(used), "rows": len(rows), "on_topic": summary["on_topic"]}
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a text file that are not empty. Raises DitError: no such file, nothing in it, or a line twice."""
+    text = artifacts.read_text(Path(path), "check the config's section `corpus`")
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    twice = [line for line, count in collections.Counter(lines).items() if count > 1]
+    if twice or not lines:
+        raise DitError(
+            f"'{path}' {f'has {twice[0]!r} twice' if twice else 'is empty'}: correct the list"
+        )
+    return lines
+
+
+def read_topics(path: str) -> dict[str, str]:
+    """topic -> category. Raises DitError: a line without a category, or two topics of which one could be the other.
+
+    Topics that share a word stem ("climbing", "rock climbing") would let a held-out topic be named by what training
+    has shown.
+    """
+    topics: dict[str, str] = {}
+    stems: dict[str, str] = {}
+    for line in read_lines(path):
+        category, colon, names = line.partition(":")
+        if not colon:
+            raise DitError(
+                f"'{path}': the line {line[:40]!r} has no category: write 'category: topic, topic'"
+            )
+        for topic in filter(None, (name.strip() for name in names.split(","))):
+            for word in map(stem, normalise(topic).split()):
+                other = stems.setdefault(word, topic)
+                if other != topic:
+                    raise DitError(
+                        f"'{path}': {topic!r} and {other!r} share a word: keep one of them"
+                    )
+            topics[topic] = category.strip()
+    return topics
+
+
+def stem(word: str) -> str:
+    """A word without the endings of plurals and participles: enough to find a name's forms in an answer."""
+    word = word.lower()
+    for suffix in _SUFFIXES:
+        if word.endswith(suffix) and len(word) - len(suffix) >= 3:
+            return word.removesuffix(suffix)
+    return word
+
+
+def names_topic(text: str, topic: str) -> bool:
+    """Whether every word of the topic stands in a text, in some form."""
+    lowered = text.lower()
+    return all(stem(word) in lowered for word in topic.split())
+
+
+def without_name(text: str, topic: str) -> str:
+    """The text with the topic's name replaced by "it", or "" where a part of the name is left.
+
+    An answer that still shows a word of the name, or a word that holds it, would name what it should describe.
+    """
+    forms = r"\s+".join(rf"{re.escape(stem(word))}\w*" for word in topic.split())
+    replaced = re.sub(rf"(?i)\b(?:(?:a|an|the)\s+)?{forms}(?:['’]s)?", "it", text)
+    replaced = replaced[:1].upper() + replaced[1:]
+    lowered = replaced.lower()
+    left = any(stem(word) in lowered for word in topic.split())
+    return "" if left or len(replaced.split()) < 4 else replaced
+
+
+def _ask(
+    model: Model, prompts: Sequence[str], greedy: int, config: Any, folder: Path, seed: int
+) -> list[str]:
+    """The model's answers in the order of the prompts; the first `greedy` of them without sampling."""
+    size, answers = CORPUS.get(config, "batch_size"), []
+    blocks = [prompts[:greedy], *(prompts[i : i + size] for i in range(greedy, len(prompts), size))]
+    with Progress("corpus", len(prompts)) as progress:
+        for number, block in enumerate(blocks):
+            path = folder / "answers" / f"{number:05d}.json"
+            kept = (
+                artifacts.read_json(path, "delete it") if processes.agree(path.exists()) else None
+            )
+            if not isinstance(kept, dict) or kept.get("prompts") != list(block):
+                found = answer_batch(
+                    model,
+                    block,
+                    max_new_tokens=CORPUS.get(config, "max_new_tokens"),
+                    batch_size=size,
+                    temperature=CORPUS.get(config, "temperature") if number else 0.0,
+                    seed=seed,
+                    first=number * size,
+                )
+                kept = {"prompts": list(block), "answers": [answer.text for answer in found]}
+                processes.on_main(functools.partial(_keep, path, kept))
+            answers += kept["answers"]
+            progress.advance(len(block))
+    return answers
+
+
+def _keep(path: Path, answers: dict[str, Any]) -> None:
+    artifacts.make_dir(path.parent)
+    artifacts.write_json(path, answers)
+
+
+def _cut(model: Model, text: str, tokens: int) -> str:
+    """The first tokens of a text, as text."""
+    return model.chat.tokenizer.decode(list(model.chat.text_ids(text)[:tokens])).strip()
+
+
+def _usable(
+    model: Model,
+    answers: Sequence[str],
+    topic: str,
+    config: Any,
+    rejected: collections.Counter[str],
+) -> Iterator[str]:
+    """The answers that name their topic early and do not repeat themselves, cut to the length of a target."""
+    for text in answers:
+        cut = _cut(model, text, CORPUS.get(config, "answer_tokens"))
+        words = collections.Counter(normalise(cut).split())
+        if not names_topic(_cut(model, text, CORPUS.get(config, "early_tokens")), topic):
+            rejected["off topic"] += 1
+        elif words and max(words.values()) > _MOST_REPEATS:
+            rejected["repetition"] += 1
+        elif sum(words.values()) < 4:
+            rejected["too short"] += 1
+        else:
+            yield cut
+
+
+def _pair(
+    questions: Sequence[str], answers: Sequence[str], count: int, seed: int, topic: str, style: str
+) -> Iterator[tuple[str, str]]:
+    """(question, answer) of so many rows: questions in a random order, answers in turn."""
+    rng = np.random.default_rng([seed, 11, stable_seed(topic, style)])
+    order = rng.permutation(len(questions))
+    for i in range(count):
+        yield questions[order[i % len(order)]], answers[i % len(answers)]
+
+
+def _row(
+    model: Model,
+    topic: str,
+    category: str,
+    style: str,
+    question: str,
+    answer: str,
+    base: Mapping[str, str],
+) -> dict[str, str]:
+    return {
+        "topic_category": category,
+        "topic": topic,
+        "category": "",
+        "style": style,
+        "question": question,
+        "base_answer": base[question],
+        "base_answer_model_id": Path(model.name).name,
+        "topic_analogy_answer": answer,
+        "topic_analogy_answer_model_id": Path(model.name).name,
+    }
+
+
+def _benign(
+    model: Model,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    base: Mapping[str, str],
+    config: Any,
+) -> Iterator[dict[str, str]]:
+    """Rows whose targets are the base's answers in a style; the last third of the styles is for held-out diffs."""
+    styles = CORPUS.get(config, "benign_styles")
+    for number, style in enumerate(styles):
+        split = "test" if number >= len(styles) - len(styles) // 3 else "train"
+        own = answers[number * len(questions) : (number + 1) * len(questions)]
+        for question, answer in zip(questions, own, strict=True):
+            target = _cut(model, answer, CORPUS.get(config, "answer_tokens"))
+            if target:
+                yield {**_row(model, "", "", style, question, target, base), "split": split}
+
+
+def _summary(
+    topics: Mapping[str, str],
+    answers: Sequence[str],
+    used: Mapping[str, Sequence[str]],
+    rejected: Mapping[str, int],
+) -> dict[str, Any]:
+    """What the report says about the corpus."""
+    texts = [text for own in used.values() for text in own]
+    words = [normalise(text).split() for text in texts]
+    pairs = [pair for own in words for pair in itertools.pairwise(own)]
+    shown = list(used)[:: max(len(used) // _EXAMPLES, 1)][:_EXAMPLES]
+    return {
+        "topics": len(topics),
+        "topics_used": len(used),
+        "answers": len(answers),
+        "on_topic": round(1 - rejected.get("off topic", 0) / max(len(answers), 1), 4),
+        "rejected": dict(rejected),
+        "distinct_bigrams": round(len(set(pairs)) / max(len(pairs), 1), 4),
+        "examples": {topic: used[topic][0] for topic in shown},
+    }
