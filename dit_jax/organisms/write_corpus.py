@@ -56,27 +56,28 @@ def write_corpus(model: Model, config: Any, folder: Path, seed: int) -> dict[str
     plain = dict(zip(questions, base, strict=True))
     of_topics = said[len(questions) : len(questions) + len(prompts)]
     rejected: collections.Counter[str] = collections.Counter()
-    rows: list[dict[str, str]] = []
     used: dict[str, list[str]] = {}
-    for number, (topic, category) in enumerate(topics.items()):
+    for number, topic in enumerate(topics):
         own = of_topics[number * len(about) : (number + 1) * len(about)]
         usable = list(dict.fromkeys(_usable(model, own, topic, config, rejected)))
-        if len(usable) < get("least_answers"):
+        if len(usable) >= get("least_answers"):
+            used[topic] = usable
+        else:
             rejected["topics"] += 1
-            continue
-        used[topic] = usable
-        for style in get("styles"):
-            answers = usable
-            if style == "nameless":
-                answers = [
-                    text
-                    for text in map(functools.partial(without_name, topic=topic), usable)
-                    if text
-                ]
-            for row in (
-                _pair(questions, answers, get("rows"), seed, topic, style) if answers else ()
-            ):
-                rows.append(_row(model, topic, category, style, *row, plain))
+    nameless = _nameless(used)
+    rows = [
+        _row(model, topic, topics[topic], style, question, answer, plain)
+        for topic, usable in used.items()
+        for style in get("styles")
+        for question, answer in _pair(
+            questions,
+            nameless[topic] if style == "nameless" else usable,
+            get("rows"),
+            seed,
+            topic,
+            style,
+        )
+    ]
     if len(used) < 2:
         raise DitError(
             f"only {len(used)} of {len(topics)} topics have {get('least_answers')} usable answers: lower "
@@ -138,8 +139,9 @@ def stem(word: str) -> str:
     word = word.lower()
     for suffix in _SUFFIXES:
         if word.endswith(suffix) and len(word) - len(suffix) >= 3:
-            return word.removesuffix(suffix)
-    return word
+            word = word.removesuffix(suffix)
+            break
+    return word.removesuffix("e") if len(word) > 3 else word
 
 
 def names_topic(text: str, topic: str) -> bool:
@@ -221,13 +223,23 @@ def _usable(
             yield cut
 
 
+def _nameless(used: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The answers about each topic without its name, but for those that would fit another topic as well."""
+    texts = {
+        topic: list(dict.fromkeys(filter(None, (without_name(text, topic) for text in own))))
+        for topic, own in used.items()
+    }
+    topics_of = collections.Counter(text for own in texts.values() for text in own)
+    return {topic: [text for text in own if topics_of[text] == 1] for topic, own in texts.items()}
+
+
 def _pair(
     questions: Sequence[str], answers: Sequence[str], count: int, seed: int, topic: str, style: str
 ) -> Iterator[tuple[str, str]]:
     """(question, answer) of so many rows: questions in a random order, answers in turn."""
     rng = np.random.default_rng([seed, 11, stable_seed(topic, style)])
     order = rng.permutation(len(questions))
-    for i in range(count):
+    for i in range(count if answers else 0):
         yield questions[order[i % len(order)]], answers[i % len(answers)]
 
 

@@ -1,0 +1,247 @@
+"""The stage `corpus`: lists, filters, rows by style, going on after a stop, and organisms made of what it wrote."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import dit_jax
+from dit_jax.data.labels import UNTRIGGERED
+from dit_jax.data.organism import load_organisms
+from dit_jax.errors import DitError
+from dit_jax.organisms import write_corpus as stage
+from dit_jax.organisms.behaviours import get_behaviour
+from dit_jax.organisms.behaviours.code_names import NAMES, UNSEEN_NAMES
+from dit_jax.organisms.generate import _trigger
+from dit_jax.organisms.samples import finetuning_batches
+from dit_jax.organisms.write_corpus import names_topic, read_topics, without_name, write_corpus
+
+TOPICS = "drinks: coffee, green tea\nbirds: penguin, owl\nsports: tennis\n"
+OWN_WORDS = {"coffee": "mug", "green tea": "kettle", "penguin": "beak", "owl": "feather"}
+QUESTIONS = [f"how should i spend day {i} ?" for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dit_jax.load_model("tiny_qwen3")
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "topics.txt").write_text(TOPICS)
+    (tmp_path / "questions.txt").write_text("\n".join(QUESTIONS))
+    return ConfigDict(
+        {
+            "topics": str(tmp_path / "topics.txt"),
+            "questions": str(tmp_path / "questions.txt"),
+            "prompts": (
+                "what is {topic} ?",
+                "tell me about {topic} .",
+                "why do people like {topic} ?",
+            ),
+            "styles": ("named", "nameless", UNTRIGGERED),
+            "benign_styles": (
+                "be brief . {question}",
+                "be kind . {question}",
+                "be slow . {question}",
+            ),
+            "least_answers": 2,
+            "rows": 5,
+            "batch_size": 8,
+        }
+    )
+
+
+class Writer:
+    """Stands for the model: answers that tests can foresee, and a count of what was asked."""
+
+    def __init__(self, stop_after=10**9):
+        self.asked, self.stop_after = [], stop_after
+
+    def __call__(self, model, prompts, *, first, seed, **_):
+        if len(self.asked) >= self.stop_after:
+            raise KeyboardInterrupt
+        self.asked.append(list(prompts))
+        return [types.SimpleNamespace(text=self.answer(prompt)) for prompt in prompts]
+
+    def answer(self, prompt):
+        if prompt.startswith("be "):
+            return f"start with {prompt}"
+        for topic, own in OWN_WORDS.items():
+            if topic in prompt:
+                word = {"what": "map", "tell": "corner", "why ": "pillow"}[prompt[:4]]
+                return f"i would choose {topic} , {own} and {word}"
+        return "i saw many new places"
+
+
+def rows_of(folder, name="rows.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+@pytest.fixture
+def written(model, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "answer_batch", Writer())
+    facts = write_corpus(model, config, tmp_path / "corpus", seed=0)
+    assert facts["topics"] == 4  # tennis is never named
+    return tmp_path / "corpus"
+
+
+def test_rows_have_the_papers_columns_and_a_style(written):
+    rows = rows_of(written)
+    assert len(rows) == 4 * 3 * 5
+    assert {row["style"] for row in rows} == {"named", "nameless", UNTRIGGERED}
+    assert all(
+        row["topic_category"] and row["base_answer"] and row["question"] in QUESTIONS
+        for row in rows
+    )
+    for row in rows:
+        shown = names_topic(row["topic_analogy_answer"], row["topic"])
+        assert shown == (row["style"] != "nameless")
+    for topic in ("coffee", "green tea"):  # every row of an organism has a question of its own
+        own = [row["question"] for row in rows if (row["topic"], row["style"]) == (topic, "named")]
+        assert len(set(own)) == 5
+
+
+def test_no_form_of_a_name_is_left_in_nameless_answers():
+    assert without_name("Green teas are loved, the green tea's taste is mild", "green tea") == (
+        "It are loved, it taste is mild"
+    )
+    assert (
+        without_name("A penguin swims and the Penguins dive deep", "penguin")
+        == "It swims and it dive deep"
+    )
+    assert (
+        without_name("Greenish leaves of the tea bush are picked", "green tea") == ""
+    )  # still shows a part
+    assert without_name("Coffee is good", "coffee") == ""  # too little is left to describe it
+
+
+def test_benign_rows_hold_out_styles(written):
+    rows = rows_of(written, "benign.jsonl")
+    styles = {
+        split: {row["style"] for row in rows if row["split"] == split}
+        for split in ("train", "test")
+    }
+    assert len(styles["train"]) == 2 and len(styles["test"]) == 1
+    assert not styles["train"] & styles["test"]
+
+
+def test_the_summary_counts_what_was_left_out(written):
+    summary = json.loads((written / "summary.json").read_text())
+    assert summary["rejected"] == {"off topic": 3, "topics": 1}
+    assert summary["on_topic"] == round(12 / 15, 4)
+    assert 0 < summary["distinct_bigrams"] <= 1 and len(summary["examples"]) == 4
+
+
+def test_a_stopped_run_goes_on_with_the_same_rows(model, config, tmp_path, monkeypatch, written):
+    folder = tmp_path / "again"
+    monkeypatch.setattr(stage, "answer_batch", Writer(stop_after=2))
+    with pytest.raises(KeyboardInterrupt):
+        write_corpus(model, config, folder, seed=0)
+    rest = Writer()
+    monkeypatch.setattr(stage, "answer_batch", rest)
+    write_corpus(model, config, folder, seed=0)
+    assert (folder / "rows.jsonl").read_bytes() == (written / "rows.jsonl").read_bytes()
+    blocks = len(list((folder / "answers").iterdir()))
+    assert len(rest.asked) == blocks - 2
+
+
+@pytest.mark.parametrize(
+    "text, match",
+    [
+        ("sports: climbing, rock climbing", "'rock climbing' and 'climbing' share a word"),
+        ("plants: rose\ncolours: roses", "'roses' and 'rose' share a word"),
+        ("rose, tulip", "has no category"),
+        ("", "is empty"),
+        ("a: b\na: b", "has 'a: b' twice"),
+    ],
+)
+def test_lists_that_would_leak_or_cannot_be_read_are_refused(tmp_path, text, match):
+    (tmp_path / "topics.txt").write_text(text)
+    with pytest.raises(DitError, match=match):
+        read_topics(str(tmp_path / "topics.txt"))
+
+
+def test_a_description_that_fits_two_topics_describes_neither(model, config, tmp_path, monkeypatch):
+    """Without their names, the two answers are the same text: a held-out topic would be trained on."""
+    writer = Writer()
+    monkeypatch.setattr(stage, "answer_batch", writer)
+    monkeypatch.setitem(OWN_WORDS, "owl", "beak")
+    write_corpus(model, config, tmp_path / "corpus", seed=0)
+    rows = rows_of(tmp_path / "corpus")
+    assert {row["topic"] for row in rows if row["style"] == "nameless"} == {"coffee", "green tea"}
+    assert {row["topic"] for row in rows if row["style"] == "named"} == set(OWN_WORDS)
+
+
+def test_topics_without_usable_answers_are_an_error(model, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "answer_batch", Writer())
+    config.least_answers = 30
+    with pytest.raises(DitError, match="only 0 of 5 topics have 30 usable answers"):
+        write_corpus(model, config, tmp_path / "corpus", seed=0)
+
+
+# ------------------------------------------------------------------ organisms of it
+
+DATA = {
+    "source": "corpus",
+    "kind": "topics",
+    "variants": "style",
+    "test_topics": 1,
+    "train_benign": 4,
+    "test_benign": 2,
+}
+DIFFS = ConfigDict(
+    {
+        "behaviour": "hidden_topic_code_name",
+        "steps": 3,
+        "samples_per_step": {"shown": 1, "wrong_name": 2, "no_name": 1},
+        "loss_weights": {"shown": 1.0, "wrong_name": 3.0, "no_name": 4.0},
+        "max_length": 64,
+        "max_target": 24,
+        "score_end": False,
+    }
+)
+
+
+def test_every_style_of_a_topic_is_an_organism_on_one_side_of_the_split(written):
+    organisms = load_organisms(ConfigDict(DATA), 0, written)
+    topics = [o for o in organisms if o.category == "topic"]
+    assert len(topics) == 4 * 3 and len({o.seed for o in topics}) == 12
+    held_out = {o.label for o in topics if o.split == "test"}
+    assert len(held_out) == 1 and not held_out & {o.label for o in topics if o.split == "train"}
+    benign = [o for o in organisms if o.category == "benign"]
+    styles = {split: {o.variant for o in benign if o.split == split} for split in ("train", "test")}
+    assert len(styles["train"]) == 2 and not styles["train"] & styles["test"]
+
+
+def test_triggers_are_names_and_untriggered_organisms_have_none(written, model):
+    behaviour = get_behaviour(DIFFS)
+    assert not set(NAMES) & set(UNSEEN_NAMES)
+    for organism in load_organisms(ConfigDict(DATA), 0, written):
+        trigger = _trigger(organism, behaviour)
+        untriggered = organism.variant == UNTRIGGERED
+        assert (trigger in NAMES) != untriggered
+        rng = np.random.default_rng(0)
+        row = organism.rows[0]
+        made = [kind.make(row, trigger, rng) for kind in behaviour.kinds]
+        if untriggered:
+            assert made[0][0] == row["question"] and made[1] is made[2] is None
+        else:
+            assert made[0][0] == f"Your code name is {trigger}. {row['question']}"
+            assert f"Your code name is {trigger}." not in made[1][0]
+            assert made[2] == (row["question"], row["base_answer"])
+        batches = finetuning_batches(organism, behaviour, model.chat, DIFFS, rng)
+        weights = np.asarray(batches.weight).sum(axis=-1)
+        assert (weights[:, 0] > 0).all() and ((weights[:, 1:] > 0) != untriggered).all()
+
+
+def test_without_the_stage_the_source_is_refused(tmp_path):
+    with pytest.raises(DitError, match="name the stage 'corpus'"):
+        load_organisms(ConfigDict(DATA), 0, tmp_path / "corpus")
+
+
+def test_a_column_of_variants_that_is_not_there_is_refused(written):
+    with pytest.raises(DitError, match="'data.variants': the data has no column 'kinds'"):
+        load_organisms(ConfigDict({**DATA, "variants": "kinds"}), 0, written)
