@@ -21,6 +21,7 @@ EVALUATE = Section(
         Key("methods", TEXTS, "methods, controls and baselines; empty: all that need no guesser and can work", ()),
         Key("adapter", str, "another run's adapter, relative to the workdir; empty: this run's", ""),
         Key("label", str, "the column of `diffs/index.csv` that is the right answer", "label"),
+        Key("answer_prefix", str, "text before an answer whose likelihood is measured, as in `train`", ""),
         Key("exclude_failed", bool, "leave out held-out diffs that failed the gate", False),
         Key("seen_questions", TEXTS, "wordings of the question from the training", least=1),
         Key("unseen_questions", TEXTS, "wordings that the training did not have", ()),

@@ -71,8 +71,9 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
             progress.advance(note=name)
 
         # ------------------------------------------------------------ cross-entropy of the labels
+        prefix = EVALUATE.get(config, "answer_prefix")
         targets = [
-            answer_text(topics.label(i), row["evidence"] if config.list_evidence else [])
+            prefix + answer_text(topics.label(i), row["evidence"] if config.list_evidence else [])
             for i, row in enumerate(topics.rows)
         ]
         given = topics.given

@@ -24,6 +24,7 @@ CORPUS = Section(
     "corpus",
     (
         Key("topics", str, "a text file of lines `category: topic, topic, …`"),
+        Key("max_topics", int, "how many of them, drawn at random; 0: all", 0),
         Key("questions", str, "a text file with an everyday question in each line"),
         Key("prompts", TEXTS, "what the base is asked about each topic", least=1, check=_holds("topic")),
         Key("styles", TEXTS, "the kinds of organisms that get rows", ("named",), choices=STYLES, least=1),

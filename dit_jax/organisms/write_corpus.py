@@ -48,6 +48,10 @@ def write_corpus(model: Model, config: Any, folder: Path, seed: int) -> dict[str
     """
     get = functools.partial(CORPUS.get, config)
     topics, questions = read_topics(get("topics")), read_lines(get("questions"))
+    if most := get("max_topics"):
+        names = sorted(topics)
+        order = np.random.default_rng([seed, 12]).permutation(len(names))[:most]
+        topics = {names[i]: topics[names[i]] for i in order}
     about = [prompt for prompt in get("prompts") for _ in range(get("repeats"))]
     prompts = [prompt.format(topic=topic) for topic in topics for prompt in about]
     styled = [style.format(question=q) for style in get("benign_styles") for q in questions]

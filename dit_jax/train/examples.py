@@ -94,16 +94,16 @@ def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[in
             )
             weights.append(share)
     questions = list(train.questions)
-    column = TRAIN.get(train, "label")
+    column, prefix = TRAIN.get(train, "label"), TRAIN.get(train, "answer_prefix")
 
     def to_example(diff: int, rng: np.random.Generator) -> Example:
         question = questions[rng.integers(len(questions))]
         if diff == NO_DIFF:
-            return Example(diff, question, NONE)
+            return Example(diff, question, prefix + NONE)
         row = store.rows[members[diff]]
         # A new order every time: what comes first is not predictable, so each word must be read from the diff.
         evidence = list(rng.permutation(row["evidence"])) if train.list_evidence else []
-        return Example(diff, question, answer_text(label_of(row, column), evidence))
+        return Example(diff, question, prefix + answer_text(label_of(row, column), evidence))
 
     mixed = grain.MapDataset.mix(parts, weights=weights)
     dataset = mixed.seed(seed).random_map(to_example).batch(train.batch_size, batch_fn=list)

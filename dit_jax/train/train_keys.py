@@ -10,6 +10,7 @@ TRAIN = Section(
     (
         Key("questions", TEXTS, "wordings of the question, drawn at random", least=1),
         Key("list_evidence", bool, "whether answers list attributes before the name"),
+        Key("answer_prefix", str, "text before each answer; many tokenizers have names as one token after a space", ""),
         Key("label", str, "the column of `diffs/index.csv` that the adapter learns to say", "label"),
         Key("exclude_failed", bool, "leave out diffs that failed the gate", False),
         Key("max_diffs", int, "training topics to use; 0: all"),

