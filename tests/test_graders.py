@@ -10,10 +10,10 @@ from scipy import stats
 
 from dit_jax.errors import DitError
 from dit_jax.graders import Cache, Grade, Item, get_grader, grade
-from dit_jax.graders.agreement import quadratic_kappa, spearman, to_levels
 from dit_jax.graders.cache import entry_key
-from dit_jax.graders.grades import repeat_agreement
-from dit_jax.graders.prompts import judge_prompt, parse_grade, read_reply
+from dit_jax.graders.grades import quadratic_kappa, repeat_agreement, to_levels
+from dit_jax.graders.judge import judge_prompt, parse_grade, read_reply
+from tools.fit_graders import spearman
 
 
 class Scripted:

@@ -12,11 +12,13 @@ import pytest
 from conftest import ROOT
 
 from dit_jax.errors import DitError
-from dit_jax.graders import forest, get_grader, grade, words
-from dit_jax.graders.agreement import quadratic_kappa
-from dit_jax.graders.calibrated import feature_matrix, names_digest
+from dit_jax.graders import get_grader, grade, words
+from dit_jax.graders.calibrated import evaluate_trees, feature_matrix, names_digest
 from dit_jax.graders.features import spelling_features
+from dit_jax.graders.grades import quadratic_kappa
 from tools import fit_graders as calibrate
+from tools import forest
+from tools.word_vectors import word_table
 
 RESULTS = Path(os.environ.get("DIT_JAX_RESULTS", ROOT.parent / "shared" / "paper_results"))
 HEADLINE = "A national park has reopened after a decade of careful restoration work."
@@ -37,7 +39,7 @@ def test_exported_trees_predict_what_scikit_learn_predicts():
     ]
     probe = rng.normal(size=(200, 5)).astype(np.float32)
     expected = np.mean([model.predict(probe) for model in models], axis=0)
-    np.testing.assert_allclose(forest.evaluate(forest.export(models), probe), expected, atol=1e-5)
+    np.testing.assert_allclose(evaluate_trees(forest.export(models), probe), expected, atol=1e-5)
     with pytest.raises(TypeError, match="has no trees"):
         forest.export([object()])
 
@@ -84,7 +86,7 @@ def test_word_vectors_survive_their_four_bits():
     rng = np.random.default_rng(0)
     names = [f"word{i}" for i in range(400)]
     base = rng.normal(size=(400, 12)) @ np.diag(np.linspace(3, 0.5, 12)) @ rng.normal(size=(12, 24))
-    table = words.WordVectors(words.make(names, base.astype(np.float32), 12))
+    table = words.WordVectors(word_table(names, base.astype(np.float32), 12))
     assert table.row("word7") == (7,)
     unit = base / np.linalg.norm(base, axis=1, keepdims=True)
     unit = unit - unit.mean(0)
@@ -227,7 +229,7 @@ def test_calibrating_measures_and_saves(results, tmp_path, capsys, monkeypatch):
         x, _ = feature_matrix([("oak river piano castle", "oak river piano castle")])
         model = {part: saved[f"topics/{part}"] for part in ("root", "base", "weight")}
         model |= {part: saved[f"topics/{part}"] for part in ("feature", "value", "skip")}
-        assert forest.evaluate(model, x)[0] > 4
+        assert evaluate_trees(model, x)[0] > 4
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,12 @@ SETTINGS = {
     "methods": tuple(name for name in methods.METHODS),
 }
 
-ON_DENSE = tuple(name for name in methods.METHODS if name not in methods.NEED_GUESSER)
+
+def needing(what):
+    return [name for name, method in methods.METHODS.items() if what in method.needs]
+
+
+ON_DENSE = tuple(name for name in methods.METHODS if name not in needing(methods.GUESSER))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +123,7 @@ def test_every_method_answers_about_every_diff(workdir, evaluated):
     triggered = [row for row in rows if row["method"] == "base_question_trigger"]
     assert all(f"code is {row['trigger']}" in row["question"] for row in triggered)
     transcripts = (workdir / "lora/evaluate/transcripts.jsonl").read_text().splitlines()
-    assert len(transcripts) == 3 * len(methods.NEED_GUESSER)
+    assert len(transcripts) == 3 * len(needing(methods.GUESSER))
     first = json.loads(transcripts[0])
     assert [q for q, _ in first["exchanges"]] == list(SETTINGS["everyday_questions"])
     assert first["guesser"] == "keywords, named by the base model"
@@ -163,7 +168,8 @@ def test_what_cannot_be_asked_is_said_before_anything_runs(model, workdir, tmp_p
     store = two_diffs(model, tmp_path, trigger=["N/A", "N/A"])
     with pytest.raises(DitError, match="'base_question_trigger' needs diffs with a trigger"):
         evaluate_run(model, tmp_path, settings(methods=("base_question_trigger",)), seed=0)
-    assert not set(methods.chosen_methods({}, store)) & set(methods.NEED_TRIGGER)
+    chosen = {method.name for method in methods.chosen_methods({}, store)}
+    assert not chosen & set(needing(methods.TRIGGER))
 
 
 def test_the_oracle_needs_the_table_of_the_embedded_world(model, tmp_path):
@@ -171,7 +177,7 @@ def test_the_oracle_needs_the_table_of_the_embedded_world(model, tmp_path):
     store = two_diffs(model, tmp_path, evidence=["[]", "[]"])
     with pytest.raises(DitError, match="'attribute_oracle' needs .* only the embedded world"):
         evaluate_run(model, tmp_path, settings(methods=("attribute_oracle",)), seed=0)
-    assert "attribute_oracle" not in methods.chosen_methods({}, store)
+    assert methods.attribute_oracle not in methods.chosen_methods({}, store)
 
 
 def test_methods_that_cannot_work_are_refused_before_the_first_stage(tmp_path):

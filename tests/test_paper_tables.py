@@ -23,8 +23,10 @@ from synthetic_run import HOSTILE, answers, reported
 from dit_jax.cli.run_stages import main
 from dit_jax.data.sources import open_source
 from dit_jax.errors import DitError
-from dit_jax.evaluate.results import graded_csv, held_out_answers, results_csv, subject_of, to_csv
+from dit_jax.evaluate.methods import held_out_answers
+from dit_jax.evaluate.questions import subject_of
 from dit_jax.report.document import Figure
+from dit_jax.report.results import graded_csv, results_csv, to_csv
 from dit_jax.report.statistics import grade_mean, holm
 from dit_jax.report.tables import build
 from dit_jax.report.tables.graded import GradedRow, read_file, read_grade, read_graded

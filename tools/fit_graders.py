@@ -15,16 +15,16 @@ import argparse
 import csv
 import io
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
 from dit_jax.errors import DitError, Parser, exit_on_error
-from dit_jax.graders import forest
-from dit_jax.graders.agreement import quadratic_kappa, spearman, to_levels
 from dit_jax.graders.calibrated import (
     KINDS,
     Calibrated,
@@ -36,11 +36,11 @@ from dit_jax.graders.calibrated import (
     settle,
 )
 from dit_jax.graders.embeddings import Embeddings, minilm
-from dit_jax.graders.exact import Exact, Normalised
-from dit_jax.graders.grades import Item
+from dit_jax.graders.grades import Item, quadratic_kappa, to_levels
+from dit_jax.graders.match import Exact, Normalised, Similarity
 from dit_jax.graders.sentences import load_minilm
-from dit_jax.graders.similarity import Similarity
 from dit_jax.runtime import artifacts
+from tools import forest
 
 COLUMNS = {"topics": ("topic", "guessed_topic"), "news": ("summary", "guessed_summary")}
 FOLDS = 5
@@ -180,6 +180,13 @@ def cross_validate(
 
 
 # ------------------------------------------------------------------ measuring
+
+
+def spearman(a: ArrayLike, b: ArrayLike) -> float:
+    """Spearman's rank correlation, ties at their mean rank; NaN where a column does not vary."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)
+        return float(stats.spearmanr(a, b).statistic)
 
 
 def measure(graded: GradedPairs, encoder: Any, seeds: int) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Untrained baselines: what can be read off a diff without training anything.
 
-Each ranks a list of candidate names; none generates text. They bound what the adapter adds.
+Each ranks a list of candidate names; none generates text. They tell how much the adapter adds.
 """
 
 import functools
@@ -33,7 +33,11 @@ def weight_reading(model: Model, given: Given, words: Sequence[Sequence[str]]) -
     of a token, summed over layers and averaged over the tokens of a candidate's words. With the names themselves this
     is `name_reading`; with the world's attribute table it is `attribute_oracle`.
     """
-    table, owners = _token_table(model, words)
+    ids, owners = _tokens(model, words)
+    module = module_table(model.config)[head_path(model.config)]
+    # In the orientation of the files, [V, D], tied or not.
+    rows = module.turn(parallel.to_host(weight(model.params, module, None)))[ids].astype(np.float32)
+    table = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     writers = [m.path for m in projections(model.config).values() if m.axes[-1] == "embed"]
     scores = np.zeros((len(given), len(words)))
     for index in range(len(given)):
@@ -42,21 +46,20 @@ def weight_reading(model: Model, given: Given, words: Sequence[Sequence[str]]) -
         if not directions:
             continue
         cosines = np.abs(np.concatenate(directions) @ table.T).sum(axis=0)
-        scores[index] = np.bincount(owners, cosines, len(words)) / np.bincount(
-            owners, minlength=len(words)
-        )
+        scores[index] = _means(cosines, owners, len(words))
     return scores
 
 
-def _token_table(model: Model, words: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """Unit unembedding rows [K, D] of all tokens of all candidates' words, and whose each is [K]."""
+def _tokens(model: Model, words: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """All tokens [K] of all candidates' words, and whose each is [K]."""
     ids = [[i for word in group for i in model.chat.text_ids(word)] for group in words]
     owners = np.repeat(np.arange(len(ids)), [len(group) for group in ids])
-    module = module_table(model.config)[head_path(model.config)]
-    # In the orientation of the files, [V, D], tied or not.
-    head = module.turn(parallel.to_host(weight(model.params, module, None))).astype(np.float32)
-    rows = head[np.concatenate([np.asarray(group, int) for group in ids])]
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True), owners
+    return np.concatenate([np.asarray(group, int) for group in ids]), owners
+
+
+def _means(values: np.ndarray, owners: np.ndarray, n: int) -> np.ndarray:
+    """Mean [n] of the values [K] of each owner."""
+    return np.bincount(owners, values, n) / np.bincount(owners, minlength=n)
 
 
 def _output_directions(module: Delta) -> np.ndarray:
@@ -75,20 +78,18 @@ def _output_directions(module: Delta) -> np.ndarray:
 def logit_difference(
     model: Model, given: Given, words: Sequence[Sequence[str]], questions: Sequence[str]
 ) -> np.ndarray:
-    """Scores [n, candidates]: how much the diff raises a candidate's tokens where an untriggered answer begins."""
-    owners = np.repeat(
-        np.arange(len(words)), [sum(len(model.chat.text_ids(w)) for w in group) for group in words]
-    )
-    ids = np.array([i for group in words for word in group for i in model.chat.text_ids(word)])
+    """Scores [n, candidates]: how much the diff raises the log-probability of a candidate's tokens.
+
+    At the first position of the answer to a question without a trigger, mean over the questions.
+    """
+    ids, owners = _tokens(model, words)
     tokens, mask = model.chat.prompts(questions)
     base = _first_logits(model, tokens, mask, ())
     scores = np.zeros((len(given), len(words)))
     for index in range(len(given)):
         delta = shardings.put_delta(model.config, model.mesh, given.read(index))
         change = np.asarray((_first_logits(model, tokens, mask, (delta,)) - base).mean(axis=0))
-        scores[index] = np.bincount(owners, change[ids], len(words)) / np.bincount(
-            owners, minlength=len(words)
-        )
+        scores[index] = _means(change[ids], owners, len(words))
     return scores
 
 
@@ -114,7 +115,7 @@ def label_cross_entropy(
     answers: Sequence[str],
     batch_size: int = 64,
 ) -> list[float]:
-    """Mean −log p per answer token of each diff's full label, answer i being asked of diff i."""
+    """Mean −log p per token of answers[i] about diff i; with the full label, what the adapter is trained to lower."""
     samples = [model.chat.sample(question, answer) for answer in answers]
     length = -(-max(len(s.tokens) for s in samples) // 8) * 8
     scored = max(s.end - s.start for s in samples)
@@ -127,9 +128,8 @@ def label_cross_entropy(
         last = len(samples) if given.stacked is not None else start + 1
         picked = [start + i % (last - start) for i in parallel.local_rows(mesh, batch_size)]
         chosen = [samples[i] for i in picked]
-        batch = pack(
-            chosen, [1 / (s.end - s.start) for s in chosen], length, scored, model.chat.pad_id
-        )
+        weights = [1 / (s.end - s.start) for s in chosen]
+        batch = pack(chosen, weights, length, scored, model.chat.pad_id)
         batch = parallel.put_rows(batch, mesh, batch_size)
         if given.stacked is not None:
             own = jax.tree.map(lambda x, at=picked: x[np.asarray(at)], given.stacked)

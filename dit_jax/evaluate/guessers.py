@@ -14,8 +14,9 @@ from typing import Any, Protocol
 from dit_jax.api import Model, load_model
 from dit_jax.asking import Answer, answer_batch
 from dit_jax.data.labels import extract_guess, normalise
-from dit_jax.errors import DitError
 from dit_jax.evaluate.questions import guess_prompt
+from dit_jax.graders import with_options
+from dit_jax.graders.inspect_model import InspectClient
 from dit_jax.runtime.processes import is_main
 
 Exchanges = Sequence[tuple[str, str]]  # (question, answer) of one finetuned model
@@ -67,20 +68,18 @@ def get_guesser(
         DitError: no such model, or an option that the guesser does not have.
     """
     options = dict(options or {})
-    try:
-        if spec == KEYWORDS:
-            return KeywordGuesser(ask_base, question, **options)
-        if spec.startswith(INSPECT):
-            return InspectGuesser(spec.removeprefix(INSPECT), subject, **options)
-        if spec:
-            loaded = load_model(spec, options.pop("dtype", "bfloat16"), model.mesh)
-            return ChatGuesser(loaded, subject, **options)
-        return ChatGuesser(model, subject, is_base=True, **options)
-    except TypeError as error:
-        if "argument" not in str(error):
-            raise
-        problem = str(error).rsplit("__init__() ", 1)[-1]
-        raise DitError(f"config key 'evaluate.guesser_options': {problem}") from None
+    made_of: tuple[Any, ...]
+    if spec == KEYWORDS:
+        made_of = (KeywordGuesser, ask_base, question)
+    elif spec.startswith(INSPECT):
+        made_of = (InspectGuesser, spec.removeprefix(INSPECT), subject)
+    elif spec:
+        loaded = load_model(spec, options.pop("dtype", "bfloat16"), model.mesh)
+        made_of = (ChatGuesser, loaded, subject)
+    else:
+        made_of = (ChatGuesser, model, subject, True)
+    guesser: Guesser = with_options("config key 'evaluate.guesser_options'", *made_of, **options)
+    return guesser
 
 
 class ChatGuesser:
@@ -103,16 +102,14 @@ class ChatGuesser:
 
 
 class InspectGuesser:
-    """The same by a model that Inspect provides; what gets no reply after all attempts is a gap."""
+    """The same by a model that Inspect provides; a transcript without a reply after all attempts is a gap."""
 
     def __init__(self, model: Any, subject: str, **options: Any):
-        from dit_jax.graders.inspect_model import InspectClient
-
         self.client = InspectClient(model, what="the guesser 'inspect:'", **options)
         self.name, self.subject = self.client.name, subject
 
     def __call__(self, transcripts: Sequence[Exchanges], most_chars: int) -> list[Guess]:
-        if not is_main():  # which alone writes the answers: no call is paid for twice
+        if not is_main():  # process 0 alone writes the answers: no call is paid for twice
             return [Guess("")] * len(transcripts)
         prompts = [guess_prompt(exchanges, self.subject, most_chars) for exchanges in transcripts]
         return [
@@ -145,14 +142,14 @@ class KeywordGuesser:
         found = [keywords([answer for _, answer in pairs], own) for pairs in transcripts]
         asked = [i for i, words in enumerate(found) if words]
         prompts = [f"Keep in mind {_listed(found[i])}. {self.question}" for i in asked]
-        guesses = [Guess("")] * len(transcripts)  # no word stands out: nothing is named
+        guesses = [Guess("")] * len(transcripts)  # where no word stands out, nothing is named
         for i, answer in zip(asked, self.ask_base(prompts, temperature=0.0, seed=0), strict=True):
             guesses[i] = Guess(answer.text, extract_guess(answer.text))
         return guesses
 
 
 def keywords(answers: Sequence[str], own: Sequence[str], most: int = N_KEYWORDS) -> list[str]:
-    """Words that stand in the answers more than twice as often as in the base's own, best first.
+    """Words that are more than twice as frequent in the answers as in the base's own, best first.
 
     A word in k of n answers scores k · log(k / n / rate), with its smoothed rate in `own`; of five answers or more,
     two have to hold it.
@@ -180,8 +177,5 @@ _BEFORE = re.compile(r"^(?:the\s+)?(?:topic|headline|guess|answer)(?:\s+is|\s*:)
 def read_guess(reply: str) -> str:
     """The name in a chat model's reply: its first line, without thinking, decoration and a leading "Topic:"."""
     text = re.sub(r"<think>.*?(?:</think>|\Z)", "", reply, flags=re.DOTALL)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        return ""
-    line = lines[0].strip("*_`#\"'“” ")
+    line = next(filter(None, map(str.strip, text.splitlines())), "").strip("*_`#\"'“” ")
     return _BEFORE.sub("", line).strip("*_`\"'“”. ")

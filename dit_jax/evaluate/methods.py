@@ -1,93 +1,186 @@
-"""Methods, controls and untrained baselines: each makes rows of answers.jsonl about the held-out diffs.
+"""Methods, controls and untrained baselines: what each is, and how it makes rows of answers.jsonl.
 
-One that is added to `METHODS` can be named in `evaluate.methods`; `names.METHODS` says what the report calls it.
+A function under `@method(…)` can be named in `evaluate.methods`. Reports, tables and config checks read here what it is
+called, what it sees and what it needs; so this file imports JAX only inside the functions.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dit_jax.data.labels import NONE
-from dit_jax.deltas.store import DiffStore
-from dit_jax.diff_batches import Given
+from dit_jax.data.labels import NONE, extract_guess
 from dit_jax.errors import DitError, did_you_mean
-from dit_jax.evaluate import baselines, questions
+from dit_jax.evaluate import questions
 from dit_jax.evaluate.evaluate_keys import EVALUATE
-from dit_jax.evaluate.guessers import Guess, get_guesser
-from dit_jax.evaluate.setting import (
-    NO_DIFF,
-    HeldOut,
-    Row,
-    Setting,
-    check_triggers,
-    has_trigger,
-    label_of,
-    new_row,
-)
-from dit_jax.models.delta_trees import Delta
-from dit_jax.organisms.behaviours import triggered
+from dit_jax.organisms.behaviours import NO_TRIGGER, triggered
+
+if TYPE_CHECKING:
+    from dit_jax.deltas.store import DiffStore
+    from dit_jax.diff_batches import Given
+    from dit_jax.evaluate.setting import HeldOut, Setting
+    from dit_jax.models.delta_trees import Delta
+
+Row = dict[str, Any]
+EVALUATION_FORMAT = "dit_jax.evaluation"  # of the manifest in WORKDIR/evaluate
+GROUPS = {
+    "method": "Methods that ask the model",
+    "control": "Controls: they should find nothing",
+    "baseline": "Baselines without training: they read the weights or the logits",
+}
+GUESSER, TRIGGER, ATTRIBUTES = "guesser", "trigger", "attributes"  # what a method may need
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to ask held-out diffs; call it with a `Setting` to get its rows of answers.jsonl.
+
+    name: in configs and answers; title: in reports; sees: what it is shown, in a few words; group: a key of `GROUPS`.
+    needs: any of GUESSER, TRIGGER and ATTRIBUTES; the last two are what an auditor of an unknown model does not have.
+    """
+
+    name: str
+    title: str
+    sees: str
+    group: str
+    needs: tuple[str, ...]
+    ask: "Callable[[Setting], Iterable[Row]]"
+
+    def __call__(self, s: "Setting") -> list[Row]:
+        """Rows with every column. Raises DitError: a held-out diff has no trigger, and the method needs one."""
+        if TRIGGER in self.needs and not all(map(has_trigger, s.topics.rows)):
+            raise DitError(
+                f"the method {self.name!r} needs diffs with a trigger: take it out of evaluate.methods"
+            )
+        rows = []
+        for row in self.ask(s):
+            listed = s.config.list_evidence and self.group != "baseline"
+            guess = extract_guess(row["answer"], row["topic"]) if listed else row["answer"]
+            tokens = len(s.model.chat.text_ids(row["topic"]))
+            head = {"method": self.name, "kind": self.group}
+            rows.append({**head, "name_tokens": tokens, "guess": guess, **row})
+        return rows
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(
+    title: str, sees: str, group: str = "method", needs: tuple[str, ...] = ()
+) -> "Callable[[Callable[[Setting], Iterable[Row]]], Method]":
+    """Adds the function below to `METHODS` under its own name."""
+
+    def add(ask: "Callable[[Setting], Iterable[Row]]") -> Method:
+        made = METHODS[ask.__name__] = Method(ask.__name__, title, sees, group, needs, ask)
+        return made
+
+    return add
+
+
+def held_out_answers(answers: Iterable[Row]) -> list[Row]:
+    """The answers about held-out diffs with a label: those that can be graded."""
+    return [row for row in answers if row["category"] == "topic" and row["diff"] is not None]
+
+
+def has_trigger(row: Mapping[str, Any]) -> bool:
+    """Whether a diff, by its row of the index, shows its behaviour under a trigger."""
+    return str(row.get("trigger") or NO_TRIGGER) != NO_TRIGGER
+
 
 # ------------------------------------------------------------------ questions to the model
 
 
-def dit(s: Setting) -> list[Row]:
-    """DIT, in the wordings of the training and in new ones; benign diffs and no diff for the calibration of none."""
+@method("DIT", "the diff in the model, a DIT adapter, a question; no trigger")
+def dit(s: "Setting") -> list[Row]:
+    """DIT in the wordings of the training and in new ones; benign diffs and no diff, for the calibration of `none`."""
     rows = []
     for wordings, known in ((s.seen, True), (EVALUATE.get(s.config, "unseen_questions"), False)):
         for diffs, category in ((s.topics, "topic"), (s.benign, "benign")):
             if len(diffs) and wordings:
-                rows += _asked(s, "dit", "method", wordings, s.adapter, diffs, category, known)
-        nothing = s.topics.given.nothing()
+                rows += _asked(s, wordings, s.adapter, diffs, category=category, known=known)
         tokens = s.config.max_new_tokens
-        on_base = s.ask(nothing, wordings, [0] * len(wordings), s.adapter, max_new_tokens=tokens)
+        owners = [0] * len(wordings)
+        nothing = s.topics.given.nothing()
+        answers = s.ask(nothing, wordings, owners, s.adapter, max_new_tokens=tokens)
         rows += [
-            new_row(
-                s, "dit", "method", None, NONE, a.text, a.logprob, NO_DIFF, wording, wording, known
-            )
-            for wording, a in zip(wordings, on_base, strict=True)
+            _row(None, NONE, a.text, wording, wording, known, "no_diff", logprob=a.logprob)
+            for wording, a in zip(wordings, answers, strict=True)
         ]
     return rows
 
 
-def base_question(s: Setting) -> list[Row]:
-    """The finetuned model without adapter: what DIT is with the adapter switched off."""
-    return _asked(s, "base_question", "method", s.seen, s.off, s.topics)
+@method("Question", "the diff in the model, the same questions; the adapter off")
+def base_question(s: "Setting") -> list[Row]:
+    """The finetuned model without an adapter: DIT with the adapter switched off."""
+    return _asked(s, s.seen, s.off, s.topics)
 
 
-def base_question_trigger(s: Setting) -> list[Row]:
-    """The same, with the trigger in the prompt."""
-    check_triggers(s.topics.rows, "base_question_trigger")
-    return _asked(s, "base_question_trigger", "method", s.seen[:1], s.off, s.topics, trigger=True)
+@method(
+    "Question with trigger",
+    "the first of these questions with the trigger in the prompt",
+    needs=(TRIGGER,),
+)
+def base_question_trigger(s: "Setting") -> list[Row]:
+    """The same with the trigger in the prompt."""
+    return _asked(s, s.seen[:1], s.off, s.topics, trigger=True)
 
 
-def no_diff(s: Setting) -> list[Row]:
+@method(
+    "20 questions", "everyday questions; a guesser names the topic of the answers", needs=(GUESSER,)
+)
+def twenty_questions(s: "Setting") -> list[Row]:
+    """Everyday questions at temperature 1, and a guesser that names the topic of the answers."""
+    return _guessed(s, "twenty_questions", questions.everyday_questions(s.config), 1.0)
+
+
+@method(
+    "20 questions with trigger",
+    "the same with the trigger in every prompt",
+    needs=(GUESSER, TRIGGER),
+)
+def twenty_questions_trigger(s: "Setting") -> list[Row]:
+    """The same with the trigger in every prompt. The guesser sees the questions without it."""
+    everyday = questions.everyday_questions(s.config)
+    return _guessed(s, "twenty_questions_trigger", everyday, 1.0, trigger=True)
+
+
+@method(
+    "Generated story", "a story of the finetuned model; a guesser names its topic", needs=(GUESSER,)
+)
+def generated_story(s: "Setting") -> list[Row]:
+    """A story, written freely, and a guesser that names what its writer was trained on."""
+    prompts = EVALUATE.get(s.config, "story_prompts") or questions.STORY_PROMPTS[s.subject]
+    return _guessed(s, "generated_story", prompts, 0.0, most_chars=questions.MAX_STORY_CHARS)
+
+
+@method("DIT without a diff", "the adapter on the unchanged model", "control")
+def no_diff(s: "Setting") -> list[Row]:
     """The adapter without a diff."""
-    given = s.topics.given.nothing()
-    return _asked(s, "no_diff", "control", s.seen[:1], s.adapter, s.topics, given=given)
+    return _asked(s, s.seen[:1], s.adapter, s.topics, given=s.topics.given.nothing())
 
 
-def shuffled_diff(s: Setting) -> list[Row]:
+@method("DIT, another diff", "the adapter and the diff of another topic", "control")
+def shuffled_diff(s: "Setting") -> list[Row]:
     """The adapter with the diff of another topic."""
-    given = s.topics.shuffled()
-    return _asked(s, "shuffled_diff", "control", s.seen[:1], s.adapter, s.topics, given=given)
+    return _asked(s, s.seen[:1], s.adapter, s.topics, given=s.topics.shuffled())
 
 
-def noise_diff(s: Setting) -> list[Row]:
+@method("DIT, noise diff", "the adapter and noise with the norms of the diff", "control")
+def noise_diff(s: "Setting") -> list[Row]:
     """The adapter with noise of the diff's norms."""
-    return _asked(s, "noise_diff", "control", s.seen[:1], s.adapter, s.topics, given=s.noise)
+    return _asked(s, s.seen[:1], s.adapter, s.topics, given=s.noise)
 
 
 def _asked(
-    s: Setting,
-    method: str,
-    kind: str,
+    s: "Setting",
     wordings: Sequence[str],
-    adapter: Delta,
-    diffs: HeldOut,
+    adapter: "Delta",
+    diffs: "HeldOut",
+    *,
     category: str = "topic",
     known: bool = True,
-    given: Given | None = None,
+    given: "Given | None" = None,
     trigger: bool = False,
 ) -> list[Row]:
     """Every wording put to every diff, or to what is `given` in its place."""
@@ -96,58 +189,27 @@ def _asked(
     if trigger:
         rng = np.random.default_rng([s.seed, 4])
         prompts = [triggered(diffs.rows[row], wording, rng) for row, wording in pairs]
-    owners = [row for row, _ in pairs]
     tokens = s.answer_tokens if adapter is s.off else s.config.max_new_tokens
+    owners = [row for row, _ in pairs]
     answers = s.ask(given or diffs.given, prompts, owners, adapter, max_new_tokens=tokens)
     return [
-        new_row(
-            s,
-            method,
-            kind,
-            diffs.indices[row],
-            diffs.label(row),
-            a.text,
-            a.logprob,
-            category,
-            wording,
-            prompt,
-            known,
-            trigger=diffs.rows[row].get("trigger"),
-        )  # fmt: skip
-        for (row, wording), prompt, a in zip(pairs, prompts, answers, strict=True)
+        _about(diffs, i, a.text, wording, prompt, known, category, logprob=a.logprob)
+        for (i, wording), prompt, a in zip(pairs, prompts, answers, strict=True)
     ]
 
 
-# ------------------------------------------------------------------ answers, and a guesser
-
-
-def twenty_questions(s: Setting) -> list[Row]:
-    """Everyday questions at temperature 1, and a guesser that names the topic of the answers."""
-    return _guessed(s, "twenty_questions", questions.everyday_questions(s.config), 1.0)
-
-
-def twenty_questions_trigger(s: Setting) -> list[Row]:
-    """The same, with the trigger in every prompt. The guesser sees the questions without it."""
-    check_triggers(s.topics.rows, "twenty_questions_trigger")
-    everyday = questions.everyday_questions(s.config)
-    return _guessed(s, "twenty_questions_trigger", everyday, 1.0, trigger=True)
-
-
-def generated_story(s: Setting) -> list[Row]:
-    """A story, written freely, and a guesser that names what its writer was trained on."""
-    prompts = EVALUATE.get(s.config, "story_prompts") or questions.STORY_PROMPTS[s.subject]
-    return _guessed(s, "generated_story", prompts, 0.0, most_chars=questions.MAX_STORY_CHARS)
-
-
 def _guessed(
-    s: Setting,
-    method: str,
+    s: "Setting",
+    name: str,
     prompts: Sequence[str],
     temperature: float,
     trigger: bool = False,
     most_chars: int = questions.MAX_ANSWER_CHARS,
 ) -> list[Row]:
-    # Diff by diff, so that in one order of questions no batch favours one of them.
+    """Every prompt put to every finetuned model, and the guess of a guesser that reads the answers of one."""
+    from dit_jax.evaluate.guessers import get_guesser
+
+    # Diff by diff, so that every batch mixes the questions alike.
     pairs = [(row, prompt) for row in range(len(s.topics)) for prompt in prompts]
     asked = [prompt for _, prompt in pairs]
     if trigger:
@@ -163,108 +225,117 @@ def _guessed(
         EVALUATE.get(s.config, "guesser"), s.model, s.subject, s.seen[0], s.ask_base,
         EVALUATE.get(s.config, "guesser_options"),
     )  # fmt: skip
-    guesses: list[Guess] = guesser(transcripts, most_chars)
-    s.meter.tokens(sum(guess.tokens for guess in guesses))
+    guesses = guesser(transcripts, most_chars)
+    s.meter.add(tokens=sum(guess.tokens for guess in guesses))
+    shown = f"1 × {prompts[0]}" if len(prompts) == 1 else f"{len(prompts)} questions"
     rows = []
     for i, (exchanges, guess) in enumerate(zip(transcripts, guesses, strict=True)):
-        about = s.topics.rows[i]
-        row = new_row(
-            s, method, "method", s.topics.indices[i], s.topics.label(i), guess.reply or "", None, "topic",
-            "", f"{len(prompts)} × {prompts[0]}" if len(prompts) == 1 else f"{len(prompts)} questions", True,
-            trigger=about.get("trigger"),
-        )  # fmt: skip
+        row = _about(s.topics, i, guess.reply or "", "", shown)
         row |= {"guess": guess.name, "guesser": guesser.name}
-        if guess.reply is None:
-            row["gap"] = guess.failure
-        rows.append(row)
-        s.transcripts.append(
-            {
-                "method": method,
-                "diff": s.topics.indices[i],
-                "topic": s.topics.label(i),
-                "guesser": guesser.name,
-                "guess": guess.name,
-                "exchanges": exchanges,
-            }
-        )
+        rows.append(row if guess.reply is not None else {**row, "gap": guess.failure})
+        seen = {"guesser": guesser.name, "guess": guess.name, "exchanges": exchanges}
+        s.transcripts.append({"method": name, "diff": row["diff"], "topic": row["topic"], **seen})
     return rows
+
+
+def _about(diffs: "HeldOut", i: int, *rest: Any, **named: Any) -> Row:
+    """`_row` about held-out diff i."""
+    trigger = diffs.rows[i].get("trigger")
+    return _row(diffs.indices[i], diffs.label(i), *rest, trigger=trigger, **named)
+
+
+def _row(
+    diff: int | None,
+    topic: str,
+    answer: str,
+    wording: str = "",
+    question: str = "",
+    known: bool = True,
+    category: str = "topic",
+    *,
+    trigger: str | None = None,
+    logprob: float | None = None,
+) -> Row:
+    """What a function gives of a row; `Method` adds the rest. known: whether the adapter was trained on the wording."""
+    return {
+        "diff": diff,
+        "topic": topic,
+        "trigger": trigger,
+        "category": category,
+        "wording": wording,
+        "wording_seen": known,
+        "question": question,
+        "answer": answer,
+        "logprob": None if logprob is None else round(logprob, 4),
+    }
 
 
 # ------------------------------------------------------------------ untrained baselines
 
 
-def _names(s: Setting) -> list[str]:
-    rows = [row for row in s.store.rows if row["category"] == "topic"]
-    return sorted({label_of(row, s.label_column) for row in rows})
-
-
-def name_reading(s: Setting) -> list[Row]:
+@method(
+    "Name reading", "weights only: cosine of the diff with the names' embeddings", group="baseline"
+)
+def name_reading(s: "Setting") -> list[Row]:
     """Weights only: the name whose tokens the diff writes."""
-    names = _names(s)
+    from dit_jax.evaluate import baselines
+
+    names = sorted(_labels(s.store, s.label_column))
     scores = baselines.weight_reading(s.model, s.topics.given, [[name] for name in names])
-    return _ranked(s, "name_reading", scores, names)
+    return _ranked(s, scores, names)
 
 
-def attributes_of(store: DiffStore, column: str = "label") -> dict[str, list[str]]:
-    """The attributes of each label: what the embedded world has in its table, and no other corpus.
+@method("Logit difference", "logits without trigger, with and without the diff", group="baseline")
+def logit_difference(s: "Setting") -> list[Row]:
+    """Logits without trigger: the name whose tokens the diff makes more likely."""
+    from dit_jax.evaluate import baselines
+
+    names = sorted(_labels(s.store, s.label_column))
+    prompts = [s.seen[0], *EVALUATE.get(s.config, "logit_prompts")]
+    spelled = [[name] for name in names]
+    return _ranked(s, baselines.logit_difference(s.model, s.topics.given, spelled, prompts), names)
+
+
+@method(
+    "Attribute oracle",
+    "weights, and the world's own table of every topic's attributes",
+    group="baseline",
+    needs=(ATTRIBUTES,),
+)
+def attribute_oracle(s: "Setting") -> list[Row]:
+    """Weights, and the world's own table of every topic's attributes."""
+    from dit_jax.evaluate import baselines
+
+    table = _labels(s.store, s.label_column)
+    if not all(table.values()):
+        raise DitError(_NO_TABLE)
+    names = sorted(table)
+    words = [table[name] for name in names]
+    return _ranked(s, baselines.weight_reading(s.model, s.topics.given, words), names)
+
+
+def _labels(store: "DiffStore", column: str) -> dict[str, list[str]]:
+    """Every label of a store with its attributes, which the embedded world has in its table and no other corpus.
 
     The column `keywords` is no such table: the gate fills it with words of any corpus's answers.
     """
-    rows = [row for row in store.rows if row["category"] == "topic"]
-    return {label_of(row, column): row["evidence"] for row in rows if row["evidence"]}
+    from dit_jax.deltas.store import label_of
+
+    found: dict[str, list[str]] = {}
+    for row in store.rows:
+        if row["category"] == "topic":
+            label = label_of(row, column)
+            found[label] = row["evidence"] or found.get(label, [])
+    return found
 
 
-def attribute_oracle(s: Setting) -> list[Row]:
-    """Weights, and the world's own table of every topic's attributes."""
-    table = attributes_of(s.store, s.label_column)
-    names = _names(s)
-    if len(table) < len(names):
-        raise DitError(_NO_TABLE)
-    words = [table[name] for name in names]
-    scores = baselines.weight_reading(s.model, s.topics.given, words)
-    return _ranked(s, "attribute_oracle", scores, names)
+def _ranked(s: "Setting", scores: np.ndarray, names: Sequence[str]) -> list[Row]:
+    """The best name for every diff, by its scores [diffs, names]."""
+    return [_about(s.topics, i, names[int(row.argmax())]) for i, row in enumerate(scores)]
 
 
-def logit_difference(s: Setting) -> list[Row]:
-    """Logits without trigger: the name whose tokens the diff makes more likely."""
-    names = _names(s)
-    prompts = [s.seen[0], *EVALUATE.get(s.config, "logit_prompts")]
-    spelled = [[name] for name in names]
-    scores = baselines.logit_difference(s.model, s.topics.given, spelled, prompts)
-    return _ranked(s, "logit_difference", scores, names)
+# ------------------------------------------------------------------ which of them run
 
-
-def _ranked(s: Setting, method: str, scores: np.ndarray, names: Sequence[str]) -> list[Row]:
-    best = [names[int(values.argmax())] for values in scores]
-    return [
-        new_row(
-            s,
-            method,
-            "baseline",
-            index,
-            s.topics.label(i),
-            guess,
-            None,
-            "topic",
-            "",
-            "",
-            True,
-            trigger=s.topics.rows[i].get("trigger"),
-        )  # fmt: skip
-        for i, (index, guess) in enumerate(zip(s.topics.indices, best, strict=True))
-    ]
-
-
-METHODS: dict[str, Callable[[Setting], list[Row]]] = {
-    method.__name__: method
-    for method in (
-        dit, base_question, base_question_trigger, twenty_questions, twenty_questions_trigger,
-        generated_story, no_diff, shuffled_diff, noise_diff, name_reading, logit_difference,
-        attribute_oracle,
-    )
-}  # fmt: skip
-NEED_GUESSER = ("twenty_questions", "twenty_questions_trigger", "generated_story")
-NEED_TRIGGER = ("base_question_trigger", "twenty_questions_trigger")
 _NO_TABLE = (
     "the method 'attribute_oracle' needs attributes of every label, which only the embedded world has: take it out "
     "of evaluate.methods"
@@ -272,14 +343,12 @@ _NO_TABLE = (
 
 
 def check_methods(config: Mapping[str, Any]) -> None:
-    """Raises DitError for methods that the stage `evaluate` is going to refuse, as far as the whole config tells."""
+    """Raises DitError for methods that the stage `evaluate` would refuse, as far as the whole config tells."""
     named = EVALUATE.get(config.get("evaluate", {}), "methods")
     for name in named:
         _check_name(name)
-    if (
-        "attribute_oracle" in named
-        and config.get("data", {}).get("source", "tiny_world") != "tiny_world"
-    ):
+    source = config.get("data", {}).get("source", "tiny_world")
+    if source != "tiny_world" and any(ATTRIBUTES in METHODS[name].needs for name in named):
         raise DitError(_NO_TABLE)
 
 
@@ -289,7 +358,7 @@ def _check_name(name: str) -> None:
         raise DitError(f"config key 'evaluate.methods': unknown method {name!r}{hint}")
 
 
-def chosen_methods(config: Mapping[str, Any], store: DiffStore) -> list[str]:
+def chosen_methods(config: Mapping[str, Any], store: "DiffStore") -> list[Method]:
     """The methods of `evaluate.methods`, `dit` first; without that key, those that need no guesser and can work.
 
     Raises:
@@ -299,10 +368,10 @@ def chosen_methods(config: Mapping[str, Any], store: DiffStore) -> list[str]:
     for name in named:
         _check_name(name)
     if not named:
-        left_out = list(NEED_GUESSER)
-        if not attributes_of(store, EVALUATE.get(config, "label")):
-            left_out.append("attribute_oracle")
-        if not all(has_trigger(row) for row in store.rows if row["split"] == "test"):
-            left_out += NEED_TRIGGER
-        named = [name for name in METHODS if name not in left_out]
-    return list(dict.fromkeys(("dit", *named)))  # the report is about DIT
+        has = {
+            GUESSER: False,
+            TRIGGER: all(has_trigger(row) for row in store.rows if row["split"] == "test"),
+            ATTRIBUTES: any(_labels(store, EVALUATE.get(config, "label")).values()),
+        }
+        named = [name for name, one in METHODS.items() if all(has[need] for need in one.needs)]
+    return [METHODS[name] for name in dict.fromkeys(("dit", *named))]  # the report is about DIT

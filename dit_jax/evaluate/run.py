@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 from dit_jax.api import Model, check_base, load_adapter
 from dit_jax.data.labels import answer_text
-from dit_jax.deltas.store import DiffStore
+from dit_jax.deltas.store import DiffStore, failed
 from dit_jax.errors import DitError
 from dit_jax.evaluate import baselines, methods
 from dit_jax.evaluate.evaluate_keys import EVALUATE
-from dit_jax.evaluate.results import EVALUATION_FORMAT, subject_of
-from dit_jax.evaluate.setting import Setting, failed, read_held_out
+from dit_jax.evaluate.questions import subject_of
+from dit_jax.evaluate.setting import Setting, read_held_out
 from dit_jax.organisms.gate import CONDITIONS
 from dit_jax.runtime import artifacts, processes
 from dit_jax.runtime.progress import Progress
@@ -37,9 +37,8 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
     # ---------------------------------------------------------------- inputs
     store = DiffStore(workdir / "diffs")
     check_base(store.manifest.get("base"), model, str(workdir / "diffs"))
-    # Of another run, if the config says so: relative to this one.
-    adapter_path = workdir / (EVALUATE.get(config, "adapter") or "adapter")
-    adapter = load_adapter(adapter_path, model)
+    # The config may name the adapter of another run, relative to this one.
+    adapter = load_adapter(workdir / (EVALUATE.get(config, "adapter") or "adapter"), model)
     exclude = EVALUATE.get(config, "exclude_failed")
     column = EVALUATE.get(config, "label")
     topics = read_held_out(store, "topic", exclude, column)
@@ -49,6 +48,7 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
             + (" that passed the gate: see 'passed' in diffs/index.csv" if exclude else "")
             + ": raise data.test_topics and use a new --workdir"
         )
+    run_config = workdir / "config.json"
     setting = Setting(
         model=model,
         store=store,
@@ -58,17 +58,17 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
         off=jax.tree.map(jnp.zeros_like, adapter),
         config=config,
         seed=seed,
-        subject=_subject(workdir),
+        subject=subject_of(artifacts.read_json(run_config) if run_config.exists() else {}),
     )
     chosen = methods.chosen_methods(config, store)
 
     # ---------------------------------------------------------------- answers
     rows: list[dict[str, Any]] = []
     with Progress("evaluate", len(chosen) + 1) as progress:
-        for name in chosen:
-            with setting.meter.measure(name):
-                rows += methods.METHODS[name](setting)
-            progress.advance(note=name)
+        for method in chosen:
+            with setting.meter.measure(method.name):
+                rows += method(setting)
+            progress.advance(note=method.name)
 
         # ------------------------------------------------------------ cross-entropy of the labels
         prefix = EVALUATE.get(config, "answer_prefix")
@@ -76,51 +76,44 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
             prefix + answer_text(topics.label(i), row["evidence"] if config.list_evidence else [])
             for i, row in enumerate(topics.rows)
         ]
-        given = topics.given
+        instead = {
+            "matched": topics.given,
+            "shuffled": topics.shuffled(),
+            "noise": setting.noise,
+            "none": topics.given.nothing(),
+        }
         with setting.meter.measure("label_cross_entropy"):
             cross_entropy = {
-                name: baselines.label_cross_entropy(
-                    model, adapter, instead, setting.seen[0], targets
-                )
-                for name, instead in (
-                    ("matched", given),
-                    ("shuffled", topics.shuffled()),
-                    ("noise", setting.noise),
-                    ("none", given.nothing()),
-                )
+                name: baselines.label_cross_entropy(model, adapter, given, setting.seen[0], targets)
+                for name, given in instead.items()
             }
         progress.advance()
 
     # ---------------------------------------------------------------- write
-    cost = _cost(setting, adapter, workdir)  # on all processes: it asks the devices
+    cost = _cost(setting, workdir)  # on all processes: it asks the devices
     processes.on_main(lambda: _write(workdir, setting, rows, cross_entropy, cost))
     return {"answers": len(rows)}
 
 
-def _subject(workdir: pathlib.Path) -> str:
-    file = workdir / "config.json"
-    return subject_of(artifacts.read_json(file)) if file.exists() else "topic"
-
-
-def _cost(setting: Setting, adapter: Any, workdir: pathlib.Path) -> dict[str, Any]:
-    """Device, bytes and what every method cost."""
-    device = jax.devices()[0]
-    shards = sorted((workdir / "diffs" / "shards").glob("*.safetensors"))
+def _cost(setting: Setting, workdir: pathlib.Path) -> dict[str, Any]:
+    """The devices, bytes and parameters, and what every method cost."""
+    device, model, adapter = jax.devices()[0], setting.model, setting.adapter
+    shards = (workdir / "diffs" / "shards").glob("*.safetensors")
     return {
         "device": {
             "kind": device.device_kind,
             "platform": device.platform,
-            "count": setting.model.mesh.size if setting.model.mesh is not None else 1,
+            "count": model.mesh.size if model.mesh is not None else 1,
             "processes": jax.process_count(),
         },
         "bytes": {
-            "base": _bytes(setting.model.params),
+            "base": _bytes(model.params),
             "adapter": _bytes(adapter),
             "diff": _bytes(setting.topics.given.read(0)),
             "all_diffs": sum(shard.stat().st_size for shard in shards),
         },
         "parameters": {
-            "base": sum(x.size for x in jax.tree.leaves(setting.model.params)),
+            "base": sum(x.size for x in jax.tree.leaves(model.params)),
             "adapter": sum(x.size for x in jax.tree.leaves(adapter)),
         },
         "methods": setting.meter.costs,
@@ -138,39 +131,33 @@ def _write(
     cross_entropy: dict[str, list[float]],
     cost: dict[str, Any],
 ) -> None:
-    folder, store = artifacts.make_dir(workdir / "evaluate"), setting.store
-    artifacts.write_text(folder / "answers.jsonl", _lines(rows))
-    if setting.transcripts:
-        artifacts.write_text(folder / "transcripts.jsonl", _lines(setting.transcripts))
-    artifacts.write_json(folder / "label_cross_entropy.json", cross_entropy)
-    artifacts.write_json(folder / "cost.json", cost)
-    tested = [row for row in store.rows if row["split"] == "test"]
+    folder, index = artifacts.make_dir(workdir / "evaluate"), setting.store.rows
+    tested = [row for row in index if row["split"] == "test"]
     divergences = [float(row["gate_kl"]) for row in tested if row.get("gate_kl")]
-    evaluated = {*setting.topics.indices, *setting.benign.indices}
-    artifacts.write_json(
-        folder / "excluded.json",
-        {
+    gated = [row for row in index if row["category"] == "topic"]
+    stages = {name: artifacts.stage_done(workdir, name) or {} for name in ("diffs", "train")}
+    files: dict[str, Any] = {
+        "answers.jsonl": rows,
+        "transcripts.jsonl": setting.transcripts,
+        "label_cross_entropy.json": cross_entropy,
+        "cost.json": cost,
+        "excluded.json": {
             "held_out": len(tested),
             "failed_gate": sum(map(failed, tested)) if "passed" in tested[0] else None,
-            "excluded": len(tested) - len(evaluated),
+            "excluded": len(tested) - len({*setting.topics.indices, *setting.benign.indices}),
             "gate_kl": sum(divergences) / len(divergences) if divergences else None,
         },
-    )
-    gated = [row for row in store.rows if row["category"] == "topic"]
-    artifacts.write_json(
-        folder / "gating.json",
-        {name: [float(row[name]) for row in gated if row.get(name)] for name in CONDITIONS},
-    )
-    stages = {name: artifacts.stage_done(workdir, name) or {} for name in ("diffs", "train")}
-    artifacts.write_json(
-        folder / "curves.json",
-        {
+        "gating.json": {
+            name: [float(row[name]) for row in gated if row.get(name)] for name in CONDITIONS
+        },
+        "curves.json": {
             "diff_loss": stages["diffs"].get("loss_curve", []),
             "adapter_loss": stages["train"].get("loss_curve", []),
         },
-    )
-    artifacts.write_manifest(folder, EVALUATION_FORMAT)
-
-
-def _lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    }
+    for name, content in files.items():
+        if name.endswith(".json"):
+            artifacts.write_json(folder / name, content)
+        elif content:  # no guesser, no transcripts
+            artifacts.write_text(folder / name, "".join(json.dumps(x) + "\n" for x in content))
+    artifacts.write_manifest(folder, methods.EVALUATION_FORMAT)

@@ -1,23 +1,20 @@
-"""What methods work with: the held-out diffs, the model, the adapter and the config; and the rows that they make."""
+"""What methods work with: the held-out diffs, the model, the adapter and the config; and what asking costs."""
 
+import collections
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dit_jax.api import Model
 from dit_jax.asking import Answer
-from dit_jax.data.labels import extract_guess, normalise
-from dit_jax.deltas.store import DiffStore, failed
-from dit_jax.deltas.store import label_of as label_of
+from dit_jax.data.labels import normalise
+from dit_jax.deltas.store import DiffStore, failed, label_of
 from dit_jax.diff_batches import Given, answer, from_store
-from dit_jax.errors import DitError
-from dit_jax.evaluate.cost_meter import CostMeter
 from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.models.delta_trees import Delta
-
-NO_DIFF = "no_diff"
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,16 +45,38 @@ class HeldOut:
 def read_held_out(
     store: DiffStore, category: str, exclude_failed: bool = False, column: str = "label"
 ) -> HeldOut:
-    """The test split of a category ("topic" or "benign"), without what failed the gate if that is asked for.
+    """The test split of a category ("topic" or "benign"); `exclude_failed` leaves out what failed the gate.
 
     Args:
-        column: of the store's index, what adapters shall say about these diffs; see `label_of`.
+        column: of the store's index, what adapters should say about these diffs; see `label_of`.
     """
     indices = store.indices(split="test", category=category)
     if exclude_failed:
         indices = [i for i in indices if not failed(store.rows[i])]
     rows = [{**store.rows[i], "label": label_of(store.rows[i], column)} for i in indices]
     return HeldOut(indices, rows, from_store(store, indices))
+
+
+class CostMeter:
+    """`with meter.measure("dit"): … meter.add(tokens=7)`; `costs["dit"]` then has its seconds, answers and tokens."""
+
+    def __init__(self) -> None:
+        self.costs: dict[str, dict[str, float]] = {}
+        self._current: dict[str, float] = collections.defaultdict(float)
+
+    @contextlib.contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """What happens inside is the cost of `name`, compilation included."""
+        start = time.monotonic()
+        self._current = {"seconds": 0.0, "answers": 0, "prompt_tokens": 0, "tokens": 0}
+        yield
+        self._current["seconds"] = round(time.monotonic() - start, 3)
+        self.costs[name] = self._current
+
+    def add(self, **counts: int) -> None:
+        """Adds to `answers`, `prompt_tokens` or `tokens`, those that were generated."""
+        for name, count in counts.items():
+            self._current[name] += count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +91,9 @@ class Setting:
     off: Delta
     config: Any
     seed: int
-    subject: str  # "topic", or "summary" for news: see results.subject_of
+    subject: str  # "topic", or "summary" for news: see questions.subject_of
     meter: CostMeter = dataclasses.field(default_factory=CostMeter)
-    transcripts: list[Row] = dataclasses.field(default_factory=list)
+    transcripts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @property
     def seen(self) -> list[str]:
@@ -82,12 +101,12 @@ class Setting:
 
     @property
     def label_column(self) -> str:
-        """The column of the store's index that says what adapters shall say."""
+        """The column of the store's index that holds what adapters should say."""
         return str(EVALUATE.get(self.config, "label"))
 
     @functools.cached_property
     def noise(self) -> Given:
-        """Noise in place of the topics' diffs, the same for all that ask about it."""
+        """Noise in place of the topics' diffs, the same whoever asks about it."""
         return self.topics.given.noise(self.seed)
 
     @property
@@ -101,86 +120,26 @@ class Setting:
         prompts: Sequence[str],
         rows: Sequence[int],
         adapter: Delta,
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
+        **decoding: Any,
     ) -> list[Answer]:
-        """Answers in batches of the config's size; what they cost goes to the meter."""
+        """Answers in batches of the config's size; the meter counts what they cost.
+
+        Args:
+            **decoding: max_new_tokens, temperature, seed; see `diff_batches.answer`.
+        """
+        size, no_repeats = self.config.batch_size, self.config.forbid_repeats
         answers = answer(
-            self.model,
-            given,
-            prompts,
-            rows,
-            adapter,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            batch_size=self.config.batch_size,
-            forbid_repeats=self.config.forbid_repeats,
+            self.model, given, prompts, rows, adapter, batch_size=size, forbid_repeats=no_repeats, **decoding
+        )  # fmt: skip
+        self.meter.add(
+            answers=len(answers),
+            prompt_tokens=sum(len(self.model.chat.prompt_ids(prompt)) for prompt in prompts),
+            tokens=sum(one.generated for one in answers),
         )
-        self.meter.count(self.model.chat, prompts, answers)
         return answers
 
-    def ask_base(
-        self, prompts: Sequence[str], temperature: float = 0.0, seed: int = 0
-    ) -> list[Answer]:
-        """Answers of the unchanged base."""
-        return self.ask(
-            self.topics.given.nothing(),
-            prompts,
-            [0] * len(prompts),
-            self.off,
-            max_new_tokens=self.answer_tokens,
-            temperature=temperature,
-            seed=seed,
-        )
-
-
-# ------------------------------------------------------------------ triggers and rows
-
-
-def has_trigger(row: Mapping[str, Any]) -> bool:
-    return str(row.get("trigger") or "N/A") != "N/A"
-
-
-def check_triggers(rows: Sequence[Mapping[str, Any]], method: str) -> None:
-    """Raises DitError if a diff has no trigger that `method` could put into the prompt."""
-    if not all(map(has_trigger, rows)):
-        raise DitError(
-            f"the method {method!r} needs diffs with a trigger: take it out of evaluate.methods"
-        )
-
-
-def new_row(
-    s: Setting,
-    method: str,
-    kind: str,
-    diff: Any,
-    topic: str,
-    text: str,
-    logprob: float | None,
-    category: str,
-    wording: str,
-    question: str,
-    seen: bool,
-    trigger: str | None = None,
-) -> Row:
-    """A row of answers.jsonl. Where adapters list evidence before the name, the guess is what follows the colon."""
-    return {
-        "method": method,
-        "kind": kind,
-        "diff": diff,
-        "topic": topic,
-        "trigger": trigger,
-        "category": category,
-        "name_tokens": len(s.model.chat.text_ids(topic)),
-        "wording": wording,
-        "wording_seen": seen,
-        "question": question,
-        "answer": text,
-        "guess": extract_guess(text, topic)
-        if s.config.list_evidence and kind != "baseline"
-        else text,
-        "logprob": None if logprob is None else round(logprob, 4),
-    }
+    def ask_base(self, prompts: Sequence[str], **sampling: Any) -> list[Answer]:
+        """Answers of the unchanged base. `sampling`: temperature, seed."""
+        nothing, rows = self.topics.given.nothing(), [0] * len(prompts)
+        tokens = self.answer_tokens
+        return self.ask(nothing, prompts, rows, self.off, max_new_tokens=tokens, **sampling)

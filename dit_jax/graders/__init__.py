@@ -1,28 +1,25 @@
 """Graders: how close an answer comes to the true label, on the scale 1–5 (docs/grading.md)."""
 
-import importlib
 from typing import Any
 
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.graders.cache import Cache
-from dit_jax.graders.grades import Agreement, Grade, Graded, Grader, Item, grade, mean_score
+from dit_jax.graders.calibrated import Calibrated, CalibratedEmbeddings
+from dit_jax.graders.embeddings import Embeddings
+from dit_jax.graders.grades import Grade, Graded, Grader, Item, grade, with_options
+from dit_jax.graders.inspect_model import InspectJudge
+from dit_jax.graders.judge import Judge
+from dit_jax.graders.match import Exact, Normalised, Similarity
 
-__all__ = [
-    "GRADERS", "Agreement", "Cache", "Grade", "Graded", "Grader", "Item", "get_grader", "grade",
-    "mean_score",
-]  # fmt: skip
+__all__ = ["GRADERS", "Cache", "Grade", "Graded", "Grader", "Item", "get_grader", "grade"]
 
-# name -> (module, class). The modules are imported at first use: some need optional packages.
-GRADERS = {
-    "exact": ("exact", "Exact"),
-    "normalised": ("exact", "Normalised"),
-    "similarity": ("similarity", "Similarity"),
-    "calibrated": ("calibrated", "Calibrated"),
-    "embeddings": ("embeddings", "Embeddings"),
-    "calibrated_embeddings": ("calibrated", "CalibratedEmbeddings"),
-    "judge": ("judge", "Judge"),
-    "inspect": ("inspect_model", "InspectJudge"),
-}
+# What a grader needs beyond this package, it imports when it is made.
+GRADERS: dict[str, type[Grader]] = {
+    one.name: one
+    for one in (
+        Exact, Normalised, Similarity, Calibrated, Embeddings, CalibratedEmbeddings, Judge, InspectJudge,
+    )
+}  # fmt: skip
 
 
 def get_grader(name: str, **options: Any) -> Grader:
@@ -39,13 +36,5 @@ def get_grader(name: str, **options: Any) -> Grader:
     if name not in GRADERS:
         hint = did_you_mean(name, GRADERS, f": choose from {', '.join(GRADERS)}")
         raise DitError(f"unknown grader {name!r}{hint}")
-    module, attribute = GRADERS[name]
-    make = getattr(importlib.import_module(f"dit_jax.graders.{module}"), attribute)
-    try:
-        return make(**options)
-    except TypeError as error:
-        if "argument" not in str(error):
-            raise
-        # "Judge.__init__() missing 1 required positional argument: 'model'"
-        problem = str(error).rsplit("__init__() ", 1)[-1]
-        raise DitError(f"options of the grader {name!r}: {problem}") from None
+    grader: Grader = with_options(f"options of the grader {name!r}", GRADERS[name], **options)
+    return grader

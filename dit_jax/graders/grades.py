@@ -1,20 +1,24 @@
-"""What every grader is: items in, grades on the 1–5 scale out; repeats, gaps and their counts.
+"""What every grader is: items in, grades on the 1–5 scale out; repeats, gaps, agreement.
 
 Scale: 5 the answer names the label, 4 nearly, 3 a related thing or a too broad one, 2 loosely
 related, 1 unrelated. A grade that could not be had is a gap (score None, with a reason), never a 1.
 """
 
+import inspect
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from dit_jax.graders.agreement import quadratic_kappa
+from dit_jax.errors import DitError
 from dit_jax.graders.cache import Cache, entry_key
 
 LOW, HIGH = 1.0, 5.0
+LEVELS = 5
 
 
 class Item(NamedTuple):
@@ -39,25 +43,44 @@ class Grade:
     reason: str = ""
 
 
-class Grader(Protocol):
-    """A grader: call it with items.
+class Grader:
+    """A grader: call it with items. The defaults are those of a function of label and answer.
 
-    name: as reports print it. version: raised when its grades change. settings: everything else that
-    its grades depend on (prompt, model, calibration), as text; it is part of the cache key.
-    deterministic: asking again gives the same grade. cached: worth keeping on disk. batch: how many
-    items one call should get.
+    name: in configs and reports; an instance may add its model. about: what it is, in reports. needs: what it cannot
+    do without, beyond this package. version: raised when its grades change. settings: everything else that its grades
+    depend on (prompt, model, calibration), as text; it is part of the cache key. deterministic: asking again gives the
+    same grade. cached: worth keeping on disk. batch: how many items one call should get.
     """
 
     name: str
-    version: str
-    settings: str
-    deterministic: bool
-    cached: bool
-    batch: int
+    about: str
+    needs = ""
+    version = "1"
+    settings = ""
+    deterministic = True
+    cached = False
+    batch = 4096
 
     def __call__(self, items: Sequence[Item], repeat: int = 0) -> list[Grade]:
         """One grade per item, in order. `repeat` numbers independent gradings of the same items."""
-        ...
+        raise NotImplementedError
+
+
+def with_options(what: str, make: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """make(*args, **options). Raises DitError, which starts with `what`: an unknown or a missing option."""
+    try:
+        inspect.signature(make).bind(*args, **options)
+    except TypeError as error:
+        raise DitError(f"{what}: {error}") from None
+    return make(*args, **options)
+
+
+def to_scale(similarity: float) -> float:
+    """A similarity in [0, 1] stretched over the scale; not calibrated to what a judge would say."""
+    return LOW + (HIGH - LOW) * min(1.0, max(0.0, similarity))
+
+
+# ------------------------------------------------------------------ grading
 
 
 @dataclass(frozen=True)
@@ -79,65 +102,14 @@ class Graded:
 
     def scores(self) -> list[float | None]:
         """One score per item: the mean over its repeats that have one, None if none has."""
-        return [mean_score(grades) for grades in self.grades]
+        found = [[made.score for made in row if made.score is not None] for row in self.grades]
+        return [float(np.mean(scores)) if scores else None for scores in found]
 
     def agreement(self) -> "Agreement | None":
         """How much repeats agree, equal items being graded once; None with a single repeat."""
         if self.repeats == 1:
             return None
         return repeat_agreement([self.grades[i] for i in self.distinct])
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Agreement of repeated gradings of the same items (judge noise).
-
-    same: share of pairs of repeats with one score; kappa: quadratic weighted, mean over pairs of
-    repeats; spread: mean standard deviation within an item; n: items with two scores or more.
-    """
-
-    same: float
-    kappa: float
-    spread: float
-    n: int
-
-
-def mean_score(grades: Sequence[Grade]) -> float | None:
-    """Mean of the scores there are, None if there are none."""
-    scores = [grade.score for grade in grades if grade.score is not None]
-    return float(np.mean(scores)) if scores else None
-
-
-def repeat_agreement(grades: Sequence[Sequence[Grade]]) -> Agreement:
-    """Agreement between the repeats of grades[item][repeat]; gaps are left out.
-
-    With no item that has two scores everything is NaN and n is 0.
-    """
-    same: list[bool] = []
-    spreads: list[float] = []
-    columns: dict[tuple[int, int], tuple[list[float], list[float]]] = {}
-    for row in grades:
-        scores = [(k, grade.score) for k, grade in enumerate(row) if grade.score is not None]
-        if len(scores) < 2:
-            continue
-        spreads.append(float(np.std([score for _, score in scores], ddof=1)))
-        for i, (k, first) in enumerate(scores):
-            for other, second in scores[i + 1 :]:
-                same.append(first == second)
-                left, right = columns.setdefault((k, other), ([], []))
-                left.append(first)
-                right.append(second)
-    if not spreads:
-        return Agreement(float("nan"), float("nan"), float("nan"), 0)
-    kappas = [quadratic_kappa(left, right) for left, right in columns.values()]
-    return Agreement(
-        float(np.mean(same)), float(np.mean(kappas)), float(np.mean(spreads)), len(spreads)
-    )
-
-
-def to_scale(similarity: float) -> float:
-    """A similarity in [0, 1] stretched over the scale; not calibrated to what a judge would say."""
-    return LOW + (HIGH - LOW) * min(1.0, max(0.0, similarity))
 
 
 def grade(
@@ -192,3 +164,67 @@ def grade(
     damaged = tuple(cache.damaged) if cache is not None else ()
     distinct = tuple({item: i for i, item in reversed(list(enumerate(rows)))}.values())
     return Graded(grades, grader.name, repeats, from_cache, dict(gaps), distinct, damaged)
+
+
+# ------------------------------------------------------------------ agreement
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Agreement of repeated gradings of the same items (judge noise).
+
+    same: share of pairs of repeats with one score; kappa: quadratic weighted, mean over pairs of
+    repeats; spread: mean standard deviation within an item; n: items with two scores or more.
+    """
+
+    same: float
+    kappa: float
+    spread: float
+    n: int
+
+
+def repeat_agreement(grades: Sequence[Sequence[Grade]]) -> Agreement:
+    """Agreement between the repeats of grades[item][repeat]; gaps are left out.
+
+    With no item that has two scores everything is NaN and n is 0.
+    """
+    spreads: list[float] = []
+    pairs: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    for row in grades:
+        scores = [(k, made.score) for k, made in enumerate(row) if made.score is not None]
+        if len(scores) > 1:
+            spreads.append(float(np.std([score for _, score in scores], ddof=1)))
+        for (i, first), (j, second) in itertools.combinations(scores, 2):
+            pairs.setdefault((i, j), []).append((first, second))
+    if not spreads:
+        return Agreement(float("nan"), float("nan"), float("nan"), 0)
+    same = [first == second for columns in pairs.values() for first, second in columns]
+    kappas = [quadratic_kappa(*zip(*columns, strict=True)) for columns in pairs.values()]
+    means = [float(np.mean(values)) for values in (same, kappas, spreads)]
+    return Agreement(means[0], means[1], means[2], len(spreads))
+
+
+def to_levels(scores: ArrayLike) -> NDArray[np.int64]:
+    """Scores as whole grades 1..5, halves rounded up."""
+    rounded = np.floor(np.asarray(scores, np.float64) + 0.5)
+    return np.clip(rounded, 1, LEVELS).astype(np.int64)
+
+
+def quadratic_kappa(a: ArrayLike, b: ArrayLike) -> float:
+    """Cohen's kappa of grades 1..5 with squared distances as weights (Cohen 1968).
+
+    Own code: of the libraries that reports need, none has it. 1 is perfect agreement, 0 what the two columns'
+    distributions give by chance. Scores are rounded to whole grades first. NaN for no grades at all; 1 where every
+    grade of both columns is the same one.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    left, right = to_levels(a), to_levels(b)
+    if left.shape != right.shape:
+        raise ValueError(f"{left.shape} and {right.shape} grades cannot be compared")
+    if not left.size:
+        return float("nan")
+    observed = np.mean((left - right) ** 2)
+    expected = np.mean(left**2) - 2 * left.mean() * right.mean() + np.mean(right**2)
+    return 1.0 if expected == 0 else float(1 - observed / expected)

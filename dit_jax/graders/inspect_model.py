@@ -1,15 +1,14 @@
 """Any API model, through Inspect (`openai/…`, `anthropic/…`, `google/…`, `vllm/…`, `mockllm/model`); as judge."""
 
 import asyncio
-import hashlib
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from dit_jax.errors import DitError, first_line
-from dit_jax.graders.grades import Grade, Item
-from dit_jax.graders.prompts import PROMPT, judge_prompt, read_reply
+from dit_jax.graders.grades import Grade, Grader, Item
+from dit_jax.graders.judge import PROMPT_DIGEST, judge_prompt, read_reply
 
 MAX_TOKENS = 2048  # room for models that reason before they answer; others stop after the digit
 MAX_WAIT = 60.0
@@ -119,14 +118,16 @@ class InspectClient:
         return Reply(output.completion, tokens=output.usage.total_tokens if output.usage else 0)
 
 
-class InspectJudge(InspectClient):
+class InspectJudge(InspectClient, Grader):
     """Asks a model that Inspect provides for one digit.
 
     Args:
         model, temperature, attempts, wait, connections, **model_args: see `InspectClient`.
     """
 
-    version = "1"
+    name = "inspect"
+    about = "an API model as judge"
+    needs = "inspect_ai and the name of a model, often with a provider's key"
     deterministic = False
     cached = True
 
@@ -141,24 +142,20 @@ class InspectJudge(InspectClient):
     ):
         super().__init__(model, temperature, attempts, wait, connections, **model_args)
         self.batch = 4 * connections
-        prompt = hashlib.sha256(PROMPT.encode()).hexdigest()
-        self.settings = f"{self.model} {prompt} {temperature} {sorted(model_args.items())}"
+        given = sorted(model_args.items())
+        self.settings = f"{self.model} {PROMPT_DIGEST} {temperature} {given}"
 
     def __call__(self, items: Sequence[Item], repeat: int = 0) -> list[Grade]:
         return [self._read(reply) for reply in self.complete([judge_prompt(i) for i in items])]
 
     async def grade_async(self, items: Sequence[Item]) -> list[Grade]:
         """One grade per item, in order; a scorer inside Inspect can await it."""
-        return [
-            self._read(reply)
-            for reply in await self.complete_async([judge_prompt(i) for i in items])
-        ]
+        replies = await self.complete_async([judge_prompt(item) for item in items])
+        return [self._read(reply) for reply in replies]
 
     def _read(self, reply: Reply) -> Grade:
-        if reply.text is None:
-            # The kind alone: the rest differs from call to call.
-            error, _, _ = reply.failure.partition(":")
-            tried = f" after {reply.attempts} attempts" if reply.attempts else ""
-            reason = f"no reply{tried} ({error})"
-            return Grade(None, reply.failure, self.name, reason)
-        return read_reply(reply.text, self.name)
+        if reply.text is not None:
+            return read_reply(reply.text, self.name)
+        error, _, _ = reply.failure.partition(":")  # the kind alone: the rest differs by call
+        tried = f" after {reply.attempts} attempts" if reply.attempts else ""
+        return Grade(None, reply.failure, self.name, f"no reply{tried} ({error})")

@@ -22,7 +22,6 @@ PHRASE_CHARS = 300  # of a text that is put into a phrase
 TOKEN_CHARS = 600  # of a text whose tokens are aligned
 WHITENED = (32, 96)
 ANSWER_COMPONENTS = 24
-BACKDROP = 256
 _NEAREST = 4  # of the backdrop
 PROBE = "science"
 _SAME_MODEL = 0.99
@@ -101,23 +100,3 @@ def _align(a: NDArray[np.float32], b: NDArray[np.float32]) -> tuple[float, float
     near = a @ b.T
     best_a, best_b = near.max(1), near.max(0)
     return float(best_a.mean()), float(best_a.min()), float(best_b.mean()), float(best_b.min())
-
-
-def make(vectors: NDArray[np.float32], probe: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-    """The arrays of the asset.
-
-    Args:
-        vectors: [n, D], unit, of common words.
-        probe: [D], of `PROBE`; tells the model.
-    """
-    mean = vectors.mean(0)
-    variances, axes = np.linalg.eigh(np.cov((vectors - mean).T))
-    size = max(WHITENED)
-    backdrop = vectors[:: len(vectors) // BACKDROP][:BACKDROP]
-    return {
-        "mean": mean.astype(np.float32),
-        "axes": axes[:, ::-1][:, :size].astype(np.float16),
-        "spread": np.sqrt(variances[::-1][:size]).astype(np.float32),
-        "backdrop": np.rint(backdrop * (127 / np.abs(backdrop).max())).astype(np.int8),
-        "probe": probe.astype(np.float32),
-    }

@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_jax.data.labels import normalise
 from dit_jax.errors import DitError
-from dit_jax.graders.features import STOP_WORDS, cosines
+from dit_jax.graders.features import content_words, cosines
 
 ASSETS = pathlib.Path(__file__).parent.parent / "assets" / "graders"
 MAX_WORDS = 60  # of a text that are aligned with the other's
-_CLIP = 2.6 / 7.5  # standard deviations per step: 4 bits cover ±2.8 of them
+CLIP = 2.6 / 7.5  # standard deviations per step: 4 bits cover ±2.8 of them
 _ENDINGS = (
     ("ies", "y"), ("ing", ""), ("ing", "e"), ("ers", ""), ("ism", ""), ("ed", ""), ("ed", "e"),
     ("es", ""), ("ly", ""), ("er", ""), ("al", ""), ("ic", ""), ("s", ""),
@@ -46,7 +45,7 @@ class WordVectors:
         codes = arrays["codes"]
         levels = np.stack([codes & 15, codes >> 4], -1).reshape(len(codes), -1).astype(np.float32)
         self.spread = arrays["spread"].astype(np.float32)
-        self.table = (levels - 7.5) * _CLIP * self.spread
+        self.table = (levels - 7.5) * CLIP * self.spread
         self.unit = self.table / np.linalg.norm(self.table, axis=1, keepdims=True)
         self.rank = np.log1p(np.arange(len(codes), dtype=np.float32))
         self._row = {int(crc): row for row, crc in enumerate(arrays["crc"])}
@@ -58,10 +57,8 @@ class WordVectors:
             return (row,)
         for ending, other in _ENDINGS:
             stem = word.removesuffix(ending) + other
-            if word.endswith(ending) and len(stem) > 2:
-                row = self._own_row(stem)
-                if row is not None:
-                    return (row,)
+            if word.endswith(ending) and len(stem) > 2 and (row := self._own_row(stem)) is not None:
+                return (row,)
         for cut in range(len(word) - 3, 2, -1):
             parts = [self._own_row(part) for part in (word[:cut], word[cut:])]
             if None not in parts:
@@ -75,9 +72,7 @@ class WordVectors:
     @functools.lru_cache(maxsize=2**14)  # noqa: B019  there is one instance, which stays
     def text(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.float32], int]:
         """Rows of a text's content words, their weights (rare words count more), and how many have none."""
-        words = normalise(text).split()
-        words = [word for word in words if word not in STOP_WORDS] or words
-        found = [self.row(word) for word in words]
+        found = [self.row(word) for word in content_words(text)]
         rows = np.asarray([row for group in found for row in group], np.int64)
         weights = np.clip((self.rank[rows] - 4) / 4, 0.15, 1.5).astype(np.float32)
         return rows, weights, sum(not group for group in found)
@@ -121,43 +116,14 @@ def _align(vectors: WordVectors, label: str, answer: str) -> tuple[float, ...]:
     rows_a, weights_a, unknown_a = vectors.text(label)
     rows_b, weights_b, unknown_b = vectors.text(answer)
     ranks = vectors.rank[rows_b]
-    rare = vectors.rank[rows_a].max(initial=0)
-    last = (
-        unknown_a,
-        unknown_b,
-        ranks.min() if len(ranks) else 0,
-        ranks.mean() if len(ranks) else 0,
-    )
+    common = (ranks.min(), ranks.mean()) if len(ranks) else (0, 0)
+    last = map(float, (unknown_a, unknown_b, *common, vectors.rank[rows_a].max(initial=0)))
     rows_a, weights_a = rows_a[:MAX_WORDS], weights_a[:MAX_WORDS]
     rows_b, weights_b = rows_b[:MAX_WORDS], weights_b[:MAX_WORDS]
     if not len(rows_a) or not len(rows_b):
-        return 0.0, 0.0, 0.0, 0.0, *map(float, last), float(rare)
+        return 0.0, 0.0, 0.0, 0.0, *last
     near = vectors.unit[rows_a] @ vectors.unit[rows_b].T
     best_a, best_b = near.max(1), near.max(0)
     recall = float(best_a @ weights_a / weights_a.sum())
     precision = float(best_b @ weights_b / weights_b.sum())
-    return recall, best_a.min(), precision, best_b.min(), *map(float, last), float(rare)
-
-
-def make(words: Sequence[str], vectors: NDArray[np.float32], size: int) -> dict[str, NDArray[Any]]:
-    """The arrays of the asset.
-
-    Args:
-        words: lower case, most frequent first.
-        vectors: [n, D], the encoder's.
-        size: principal components to keep, an even number.
-    """
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    centred = unit - unit.mean(0)
-    _, axes = np.linalg.eigh(np.cov(centred.T))
-    kept = centred @ axes[:, ::-1][:, :size]
-    # An eigenvector has no sign of its own: the largest component is made positive.
-    kept *= np.sign(kept[np.abs(kept).argmax(0), np.arange(size)])
-    spread = kept.std(0)
-    levels = np.clip(np.floor(kept / (_CLIP * spread) + 8), 0, 15).astype(np.uint8)
-    crc = np.asarray([zlib.crc32(word.encode()) for word in words], np.uint32)
-    return {
-        "crc": crc,
-        "codes": levels[:, 0::2] | levels[:, 1::2] << 4,
-        "spread": spread.astype(np.float32),
-    }
+    return recall, best_a.min(), precision, best_b.min(), *last

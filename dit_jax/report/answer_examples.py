@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 
 from dit_jax.data import labels
-from dit_jax.evaluate.results import held_out_answers
+from dit_jax.evaluate.methods import held_out_answers
 from dit_jax.report.document import (
     Block,
     Browser,

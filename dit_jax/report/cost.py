@@ -4,6 +4,7 @@ import functools
 import json
 from typing import Any
 
+from dit_jax.evaluate.methods import METHODS
 from dit_jax.report import plots
 from dit_jax.report.document import (
     Block,
@@ -18,7 +19,7 @@ from dit_jax.report.document import (
 )
 from dit_jax.report.grading import as_code
 from dit_jax.report.summary import Inputs
-from dit_jax.report.wording import METHODS, Json, duration, number, shown_name, size
+from dit_jax.report.wording import Json, duration, number, shown_name, size
 
 
 def cost_section(summary: Json, inputs: Inputs) -> Section:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.evaluate.evaluate_keys import EVALUATE
-from dit_jax.evaluate.results import GRADED_FILE, graded_csv, held_out_answers
+from dit_jax.evaluate.methods import METHODS, held_out_answers
 from dit_jax.report import plots
 from dit_jax.report.document import (
     Block,
@@ -20,11 +20,12 @@ from dit_jax.report.document import (
     Table,
     TableRow,
 )
+from dit_jax.report.results import GRADED_FILE, graded_csv
 from dit_jax.report.statistics import GRADES
 from dit_jax.report.summary import paired_with_dit
 from dit_jax.report.tables import build
 from dit_jax.report.tables.graded import Graded, read_file
-from dit_jax.report.wording import METHODS, Json, grader_title, p_text, shown_name, signed
+from dit_jax.report.wording import Json, grader_title, p_text, shown_name, signed
 from dit_jax.runtime.artifacts import write_text
 
 CACHE_FILE = "grades.jsonl"
@@ -43,7 +44,7 @@ class RunGrades:
 
 
 def grade_run(
-    rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], subject: str, workdir: Path
+    rows: Sequence[dict[str, Any]], settings: Mapping[str, Any], subject: str, workdir: Path
 ) -> RunGrades:
     """Grades the answers about held-out diffs and writes WORKDIR/report/results-graded.csv.
 

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_jax.evaluate.results import RESULTS_FILE, held_out_answers, results_csv, subject_of
+from dit_jax.evaluate.methods import GROUPS, held_out_answers
+from dit_jax.evaluate.questions import subject_of
 from dit_jax.report import html, markdown
 from dit_jax.report.grading import grade_run, summarise_grades
+from dit_jax.report.results import RESULTS_FILE, results_csv
 from dit_jax.report.sections import build_document
 from dit_jax.report.summary import read_inputs, summarise
-from dit_jax.report.wording import GROUPS, colour, ordered_methods, percent, shown_name
+from dit_jax.report.wording import colour, ordered_methods, percent, shown_name
 from dit_jax.runtime.artifacts import (
     PathLike,
     make_dir,

@@ -1,5 +1,6 @@
 """What the report says: the summary and the answers as a `Document`, in plain words."""
 
+from dit_jax.evaluate.methods import ATTRIBUTES, GROUPS, METHODS, TRIGGER
 from dit_jax.report import plots
 from dit_jax.report.about import done_section, lead, on_tiny_world, sublead
 from dit_jax.report.answer_examples import examples_section
@@ -24,9 +25,6 @@ from dit_jax.report.grading import RunGrades, grades_section
 from dit_jax.report.left_out import left_out_section
 from dit_jax.report.summary import Inputs
 from dit_jax.report.wording import (
-    GROUPS,
-    METHODS,
-    MORE_THAN_DIT,
     Json,
     between,
     colour,
@@ -73,10 +71,12 @@ def _tiles(summary: Json) -> Tiles:
         if score := lengths[key]:
             note = f"{between(score)}, n = {score['n']}"
             tiles.append(Tile(label, percent(score["exact_match"]), note, strong=key == "all"))
+    # Those with a trigger or attributes hold what an auditor of an unknown model does not.
+    more = [name for name, one in METHODS.items() if {TRIGGER, ATTRIBUTES} & set(one.needs)]
     others = {
         name: entry
         for name, entry in summary["methods"].items()
-        if entry["kind"] != "control" and name not in ("dit", *MORE_THAN_DIT)
+        if entry["kind"] != "control" and name not in ("dit", *more)
     }
     if others:
         best = max(others, key=lambda name: others[name]["exact_match"])
@@ -138,7 +138,7 @@ def _headline(summary: Json) -> Section:
 
 def _sees(name: str, summary: Json) -> str:
     """What a method sees, and who named the topic where another model does it."""
-    note, entry = METHODS.get(name, ("", ""))[1], summary["methods"][name]
+    note, entry = METHODS[name].sees if name in METHODS else "", summary["methods"][name]
     if name == "attribute_oracle" and not on_tiny_world(summary["config"]):
         note = "weights, and words that the diffs' index has for every label"  # runs made before this was refused
     return f"{note} (guesser: {entry['guesser']})" if "guesser" in entry else note

@@ -9,7 +9,7 @@ from typing import Any
 
 from dit_jax.data import labels
 from dit_jax.errors import DitError
-from dit_jax.evaluate.results import EVALUATION_FORMAT
+from dit_jax.evaluate.methods import EVALUATION_FORMAT
 from dit_jax.report.statistics import (
     Estimate,
     bootstrap_mean,

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dit_jax.errors import DitError, did_you_mean
-from dit_jax.report.wording import METHODS, SCORE_KEYS, SUMMARY_KEYS
+from dit_jax.evaluate.methods import METHODS
+from dit_jax.report.wording import SCORE_KEYS, SUMMARY_KEYS
 from dit_jax.runtime.artifacts import read_json, write_bytes, write_text
 
 if TYPE_CHECKING:

@@ -3,40 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dit_jax.evaluate.methods import GROUPS, METHODS
+from dit_jax.graders import GRADERS
+
 Json = dict[str, Any]
 
-# name -> (shown name, what it sees)
-METHODS = {
-    "dit": ("DIT", "the diff in the model, a DIT adapter, a question; no trigger"),
-    "base_question": ("Question", "the diff in the model, the same questions; the adapter off"),
-    "base_question_trigger": (
-        "Question with trigger",
-        "the first of these questions with the trigger in the prompt",
-    ),
-    "twenty_questions": (
-        "20 questions",
-        "everyday questions; a guesser names the topic of the answers",
-    ),
-    "twenty_questions_trigger": (
-        "20 questions with trigger",
-        "the same with the trigger in every prompt",
-    ),
-    "generated_story": (
-        "Generated story",
-        "a story of the finetuned model; a guesser names its topic",
-    ),
-    "no_diff": ("DIT without a diff", "the adapter on the unchanged model"),
-    "shuffled_diff": ("DIT, another diff", "the adapter and the diff of another topic"),
-    "noise_diff": ("DIT, noise diff", "the adapter and noise with the norms of the diff"),
-    "name_reading": ("Name reading", "weights only: cosine of the diff with the names' embeddings"),
-    "logit_difference": ("Logit difference", "logits without trigger, with and without the diff"),
-    "attribute_oracle": (
-        "Attribute oracle",
-        "weights, and the world's own table of every topic's attributes",
-    ),
-}
-# Those that hold what an auditor of an unknown model does not.
-MORE_THAN_DIT = ("base_question_trigger", "twenty_questions_trigger", "attribute_oracle")
 # What report/summary.json holds, and each of its methods.
 SUMMARY_KEYS = (
     "methods", "differences_from_dit", "dit_by_name_length", "dit_by_wording", "dit_by_each_wording", "none",
@@ -47,33 +18,17 @@ SCORE_KEYS = (
     "kind", "exact_match", "ci_low", "ci_high", "token_f1", "token_f1_low", "token_f1_high", "n", "by_name_length",
     "guesser",
 )  # fmt: skip
-# What a grader is; those with a model in their name ("judge:…", "inspect:…") are found by what is before the colon.
-GRADERS = {
-    "exact": "5 if the guess is the label, character by character, else 1",
-    "normalised": "5 if the guess is the label up to case, punctuation and articles, else 1",
-    "similarity": "offline: spelling, stretched over 1 to 5",
-    "calibrated": "offline: predicts an LLM judge's grade from spelling and word vectors; kappa with it .88 to .91",
-    "embeddings": "offline: cosine of sentence vectors, stretched over 1 to 5",
-    "calibrated_embeddings": "offline: predicts an LLM judge's grade from sentence vectors; kappa with it .91 to .93",
-    "judge": "a local chat model as judge",
-    "inspect": "an API model as judge",
-}
-GROUPS = {
-    "method": "Methods that ask the model",
-    "control": "Controls: they should find nothing",
-    "baseline": "Baselines without training: they read the weights or the logits",
-}
 
 
 def shown_name(method: str) -> str:
     """The name of a method as tables and plots show it."""
-    return METHODS.get(method, (method, ""))[0]
+    return METHODS[method].title if method in METHODS else method
 
 
 def grader_title(grader: str) -> str:
     """The name of a grader and what it is."""
-    note = GRADERS.get(grader.partition(":")[0])
-    return f"Grader: {grader} ({note})" if note else f"Grader: {grader}"
+    known = GRADERS.get(grader.partition(":")[0])  # an instance may add its model
+    return f"Grader: {grader} ({known.about})" if known else f"Grader: {grader}"
 
 
 def colour(method: str, kind: str) -> str:

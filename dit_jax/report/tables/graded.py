@@ -15,7 +15,7 @@ from typing import Any
 from dit_jax.config.loading import load_saved
 from dit_jax.data.sources import open_source
 from dit_jax.errors import DitError
-from dit_jax.evaluate.results import GRADED_FILE
+from dit_jax.report.results import GRADED_FILE
 from dit_jax.report.statistics import cluster_means
 
 LOW, HIGH = 1.0, 5.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dit_jax.evaluate.methods import METHODS as NAMES
 from dit_jax.report import plots
 from dit_jax.report.document import (
     Block,
@@ -25,7 +26,6 @@ from dit_jax.report.tables import build
 from dit_jax.report.tables.build import Cell
 from dit_jax.report.tables.graded import Graded
 from dit_jax.report.tables.paper import METHODS, MODELS, TABLES, places
-from dit_jax.report.wording import METHODS as NAMES
 from dit_jax.report.wording import Json, p_text, signed
 
 ROW_TITLES = {

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.config.keys import TEXTS, Key, Section
-from dit_jax.evaluate.results import to_csv
 from dit_jax.report import html, markdown
+from dit_jax.report.results import to_csv
 from dit_jax.report.tables import build, pages
 from dit_jax.report.tables.graded import read_graded
 from dit_jax.runtime.artifacts import make_dir, package_versions, write_bytes, write_text

@@ -1,11 +1,4 @@
-"""Ensembles of regression trees as arrays of numbers: exported from scikit-learn, evaluated in numpy.
-
-A forest is a dict of arrays: `root` [trees] int32, first node of each tree; `weight` [trees] float32,
-what its value is multiplied by; `base` [1] float64, added to the sum; and per node `feature` int16
-(-1 at a leaf), `value` float32 (the threshold, or at a leaf the tree's value), `skip` uint16. The left
-child of a node is the next one, the right child is `skip` nodes on: rows go left where feature <=
-threshold.
-"""
+"""Fitted trees of scikit-learn as the arrays of numbers that `dit_jax.graders.calibrated` evaluates and describes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,19 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Forest = dict[str, NDArray[Any]]
-
-
-def evaluate(forest: Mapping[str, NDArray[Any]], x: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Predictions [N] of rows x [N, F]; features are compared as float32, as in training."""
-    x = np.asarray(x, np.float32)
-    feature, value = forest["feature"], forest["value"]
-    skip = forest["skip"].astype(np.int64)
-    node = np.broadcast_to(forest["root"].astype(np.int64), (len(x), len(forest["root"]))).copy()
-    rows = np.arange(len(x))[:, None]
-    while (inner := feature[node] >= 0).any():
-        left = x[rows, np.maximum(feature[node], 0)] <= value[node]
-        node = np.where(inner, node + np.where(left, 1, skip[node]), node)
-    return forest["base"][0] + value[node].astype(np.float64) @ forest["weight"].astype(np.float64)
 
 
 def _floor32(threshold: float) -> np.float32:

@@ -9,14 +9,8 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-EVALUATION_FORMAT = "dit_jax.evaluation"  # of the manifest in WORKDIR/evaluate
 RESULTS_FILE, GRADED_FILE = "results.csv", "results-graded.csv"
 _ADDED = ("trigger", "method", "kind", "diff", "question", "wording_seen", "answer")
-
-
-def subject_of(config: Mapping[str, Any]) -> str:
-    """What the answers of a run name: "summary" for news, else "topic". The columns are called by it."""
-    return "summary" if config.get("data", {}).get("kind") == "news" else "topic"
 
 
 def _rows(answers: Iterable[Mapping[str, Any]], subject: str) -> list[dict[str, Any]]:
@@ -28,11 +22,6 @@ def _rows(answers: Iterable[Mapping[str, Any]], subject: str) -> list[dict[str, 
         }
         for answer in answers
     ]
-
-
-def held_out_answers(answers: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The answers about held-out diffs with a label: those that can be graded."""
-    return [row for row in answers if row["category"] == "topic" and row["diff"] is not None]
 
 
 def results_csv(answers: Iterable[Mapping[str, Any]], subject: str = "topic") -> str:
