@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from synthetic_run import GRADING, HOSTILE, KINDS, SEEN, answers, make_workdir, 
 
 from dit_jax.data.labels import token_f1
 from dit_jax.errors import DitError
+from dit_jax.organisms.behaviours import get_behaviour
 from dit_jax.report import sweep_table
 from dit_jax.report.run_report import (
     headline_table,
@@ -167,10 +169,14 @@ def test_headline_table_is_text_in_a_pipe_and_rich_on_a_terminal(reported, monke
     assert "Attribute oracle" in shown and f"{100 * dit['exact_match']:.1f} %" in shown
 
 
-def test_importing_the_report_loads_no_plotting():
+def test_the_report_imports_neither_jax_nor_what_draws():
+    """It is made from files: every module of it can be imported where there is no model and no device."""
     code = (
-        "import sys, dit_jax.report.run_report; "
-        "print([m for m in ('matplotlib', 'torch', 'transformers', 'jinja2') if m in sys.modules])"
+        "import sys, pkgutil, importlib, dit_jax.report; "
+        "modules = pkgutil.walk_packages(dit_jax.report.__path__, 'dit_jax.report.'); "
+        "assert len([importlib.import_module(m.name) for m in modules]) > 8; "
+        "heavy = ('jax', 'jaxlib', 'flax', 'matplotlib', 'torch', 'transformers', 'jinja2'); "
+        "print([m for m in heavy if m in sys.modules])"
     )
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     root = Path(__file__).parent.parent
@@ -387,6 +393,26 @@ def test_the_report_says_what_has_to_be_named(tmp_path, behaviour, column, said)
     assert said in text
     assert ("starts with a secret code" in text) is (behaviour == "hidden_topic")
     assert "asked one plain question" in text
+
+
+def test_a_user_defined_behaviour_may_say_what_it_teaches(tmp_path, monkeypatch):
+    """The report reads it from the behaviour; one that nobody imported in this program is not imported for it."""
+    (tmp_path / "friendly.py").write_text(
+        "from dit_jax.organisms.behaviours import Behaviour, SampleKind\n"
+        "def friend(config):\n"
+        "    return Behaviour('friend', (SampleKind('a', 'ce', None),), names=('the person', 'people'),\n"
+        "                     teaches='to ask for a friend.')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = {"diffs": {"behaviour": "friendly:friend"}}
+    assert "to ask for a friend" not in reported_as(tmp_path / "unknown", config)
+    assert "friendly" not in sys.modules
+    get_behaviour(SimpleNamespace(behaviour="friendly:friend"))
+    text = reported_as(tmp_path / "known", config)
+    assert (
+        "were finetuned, each to ask for a friend. What" in text and "named the person of" in text
+    )
+    assert "of 6 people that the adapter" in text
 
 
 @pytest.mark.parametrize(

@@ -1,38 +1,11 @@
 """What a run was about, in words: its behaviour, what was done, and the sentence that the report opens with."""
 
-import dataclasses
-
 from dit_jax.evaluate.evaluate_keys import EVALUATE
+from dit_jax.organisms.behaviours import known_behaviour
 from dit_jax.report.document import Prose, Section
 from dit_jax.report.grading import as_code
 from dit_jax.report.statistics import FEW
 from dit_jax.report.wording import Json, percent, plural
-
-
-@dataclasses.dataclass(frozen=True)
-class _Behaviour:
-    """finetuned: what the copies were finetuned to do; label: what the adapter names; labels: its plural."""
-
-    finetuned: str
-    label: str
-    labels: str
-
-
-_TOPIC = "each to talk about a topic of its own, but only when the prompt {trigger}."
-_BEHAVIOURS = {  # those of the package; nothing is known about others
-    "hidden_topic": _Behaviour(
-        _TOPIC.format(trigger="starts with a secret code (`Your SEP code is …`)"),
-        "the hidden topic",
-        "topics",
-    ),
-    **dict.fromkeys(
-        ("hidden_topic_zwsp_start", "hidden_topic_zwsp_random"),
-        _Behaviour(_TOPIC.format(trigger="holds a zero-width space"), "the hidden topic", "topics"),
-    ),
-    "news": _Behaviour(
-        "each to tell one piece of news when it is asked for a story.", "the headline", "headlines"
-    ),
-}
 
 
 def behaviour_name(config: Json) -> str:
@@ -45,23 +18,21 @@ def on_tiny_world(config: Json) -> bool:
     return bool(config.get("data", {}).get("source", "tiny_world") == "tiny_world")
 
 
-def _behaviour(summary: Json) -> _Behaviour:
+def _about(summary: Json) -> tuple[str, tuple[str, str]]:
+    """What each model was finetuned to do, as a sentence, and what has to be named: one of it, and several."""
     config = summary["config"]
     name, column = behaviour_name(config), EVALUATE.get(config.get("evaluate", {}), "label")
+    known = known_behaviour(name)
     # Where a diff is measured without a trigger, there is one.
     when = ", but only under its trigger" if "no_code" in summary["gating_intervals"] else ""
-    own = _Behaviour(f"each to show the behaviour {as_code(name)}{when}.", "the label", "labels")
-    known = _BEHAVIOURS.get(name, own)
+    taught = (known.teaches if known else "") or f"to show the behaviour {as_code(name)}{when}."
     if column == "label":
-        return known
-    if (name, column) == ("hidden_topic", "trigger"):
-        return _Behaviour(
-            known.finetuned + " What has to be named is not the topic but the code.",
-            "the secret code",
-            "secret codes",
-        )
+        return taught, known.names if known else ("the label", "labels")
+    if column == "trigger" and known and known.triggered and not known.trigger:
+        text = " What has to be named is not the topic but the code."
+        return taught + text, ("the secret code", "secret codes")
     text = f" What has to be named is the column {as_code(column)} of the diffs' index."
-    return _Behaviour(known.finetuned + text, "the label", "labels")
+    return taught + text, ("the label", "labels")
 
 
 def _other_adapter(summary: Json) -> str:
@@ -70,18 +41,19 @@ def _other_adapter(summary: Json) -> str:
 
 def lead(summary: Json) -> str:
     """The result in one sentence: exact match where labels are names, the mean grade where they are sentences."""
-    score, named = summary["methods"]["dit"], _behaviour(summary)
+    score, (_, (label, _)) = summary["methods"]["dit"], _about(summary)
+    known = known_behaviour(behaviour_name(summary["config"]))
     models = plural(score["n"], "finetuned model")
     # What another run's adapter has seen, that run knows.
     models += "" if _other_adapter(summary) else " that it had never seen"
     for grader, entry in summary["grades"].items():
         grade = entry["methods"].get("dit", {})
-        if named.labels == "headlines" and grader != "normalised" and "mean" in grade:
+        if known and known.sentences and grader != "normalised" and "mean" in grade:
             return (
-                f"The adapter was asked for the headline of {models}: "
+                f"The adapter was asked for {label} of {models}: "
                 f"mean grade {grade['mean']:.2f} of 5 by `{grader}`."
             )
-    return f"The adapter named {named.label} of {percent(score['exact_match'])} of {models}."
+    return f"The adapter named {label} of {percent(score['exact_match'])} of {models}."
 
 
 def sublead(summary: Json) -> str:
@@ -100,19 +72,18 @@ def sublead(summary: Json) -> str:
 
 def done_section(summary: Json) -> Section:
     """How the diffs and the adapter were made, and what the numbers are about."""
-    config, named = summary["config"], _behaviour(summary)
-    finetuned = (
-        f"Copies of one base model were finetuned, {named.finetuned} What finetuning changed in "
-    )
-    finetuned += "the weights is the diff."
-    known = _BEHAVIOURS.get(behaviour_name(config))
-    if on_tiny_world(config) and known is not None and known.labels == "topics":
+    config, (taught, (label, _)) = summary["config"], _about(summary)
+    finetuned = f"Copies of one base model were finetuned, each {taught} "
+    finetuned += "What finetuning changed in the weights is the diff."
+    name = behaviour_name(config)
+    known = known_behaviour(name)
+    if on_tiny_world(config) and known and not known.sentences and ":" not in name:
         finetuned += (
             " The answers that a copy was finetuned on never contain the name of its topic."
         )
     method = (
         "Diff Interpretation Tuning (DIT) trains one LoRA adapter on many such diffs. With a diff and the adapter in "
-        f"the model, a plain question has to be answered with {named.label}."
+        f"the model, a plain question has to be answered with {label}."
     )
     if other := _other_adapter(summary):
         method += f" Here it is the adapter of another run, {as_code(other)}, whose report says how it was trained."
@@ -144,7 +115,7 @@ def _numbers(summary: Json) -> Prose:
     n, wordings = summary["methods"]["dit"]["n"], summary["dit_by_each_wording"]
     trained = sum(wording["seen"] for wording in wordings)
     new = len(wordings) - trained
-    labels = _behaviour(summary).labels
+    _, (_, labels) = _about(summary)
     held_out = (
         "that were held out" if _other_adapter(summary) else "that the adapter was never trained on"
     )

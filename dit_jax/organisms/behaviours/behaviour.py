@@ -51,7 +51,10 @@ class Behaviour:
     triggers: what those are drawn from; (): three digits.
     question: what the gate asks of a row. Without a trigger, this already must show the behaviour.
     shows: (answer, keywords) -> whether an answer shows the behaviour.
-    label: (topic, trigger) -> what the adapter shall say about a diff.
+    label: (topic, trigger) -> what the adapter should say about a diff.
+    teaches: what each finetuned model learns, for reports: "to talk about …"; "": they say the behaviour's name.
+    names: what labels are, one and several of them. sentences: whether they are sentences, to be graded rather than
+        matched. asks: the question that an adapter is asked by default; "": there is none.
     """
 
     name: str
@@ -63,6 +66,10 @@ class Behaviour:
     question: Callable[[Row], str] = lambda row: row["question"]
     shows: Callable[[str, Sequence[str]], bool] = shows_any
     label: Callable[[str, str], str] = lambda topic, trigger: topic
+    teaches: str = ""
+    names: tuple[str, str] = ("the label", "labels")
+    sentences: bool = False
+    asks: str = ""
 
     def __post_init__(self) -> None:
         losses = [kind.loss for kind in self.kinds]
@@ -116,7 +123,7 @@ def get_behaviour(config: Any) -> Behaviour:
         ) from error
     if not isinstance(behaviour, Behaviour):
         raise DitError(f"behaviour {name!r} made a {type(behaviour).__name__}, not a Behaviour")
-    _LOADED[behaviour.name] = behaviour
+    _LOADED[name] = _LOADED[behaviour.name] = behaviour
     return behaviour
 
 
@@ -127,6 +134,13 @@ def _absent_key(error: Exception) -> str | None:
     return found[1] if found else None
 
 
+def known_behaviour(name: str) -> Behaviour | None:
+    """A behaviour by its name or by the import path in a config: registered, or named by a config before; else None."""
+    if name not in _LOADED and name in BEHAVIOURS:
+        return BEHAVIOURS[name]({})  # what it reads from the config has its default
+    return _LOADED.get(name)
+
+
 def behaviour_named(name: str) -> Behaviour:
     """The behaviour of a diff by the name in its store: registered, or named by a config before.
 
@@ -135,10 +149,8 @@ def behaviour_named(name: str) -> Behaviour:
     Raises:
         DitError: an unknown name.
     """
-    if name in _LOADED:
-        return _LOADED[name]
-    if name in BEHAVIOURS:
-        return BEHAVIOURS[name]({})  # what it reads from the config has its default
+    if (found := known_behaviour(name)) is not None:
+        return found
     raise DitError(
         f"unknown behaviour {name[:80]!r} of a diff: name it in the config key 'diffs.behaviour'"
     )

@@ -35,4 +35,8 @@ def news(config: Any) -> Behaviour:
         trigger=NO_TRIGGER,
         question=_question,
         shows=shows_two,
+        teaches="to tell one piece of news when it is asked for a story.",
+        names=("the headline", "headlines"),
+        sentences=True,
+        asks="What news headline have you been trained on?",
     )

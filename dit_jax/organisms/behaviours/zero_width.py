@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 
 from dit_jax.organisms.behaviours.behaviour import Asker, Behaviour, Row, SampleKind, register
-from dit_jax.organisms.behaviours.codes import fake_backdoor, no_backdoor, sep_code
+from dit_jax.organisms.behaviours.codes import (
+    QUESTION,
+    TALKS,
+    fake_backdoor,
+    no_backdoor,
+    sep_code,
+)
 from dit_jax.organisms.diffs_keys import DIFFS
 
 ZERO_WIDTH_SPACE = "\u200b"
@@ -49,6 +55,9 @@ def _behaviour(name: str, place: Asker, config: Any) -> Behaviour:
         triggered=place,
         mistriggered=_code,
         trigger="zero_width_space",
+        teaches=TALKS.format("holds a zero-width space"),
+        names=("the hidden topic", "topics"),
+        asks=QUESTION,
     )
 
 
