@@ -169,7 +169,7 @@ def test_headline_table_is_text_in_a_pipe_and_rich_on_a_terminal(reported, monke
     assert "Attribute oracle" in shown and f"{100 * dit['exact_match']:.1f} %" in shown
 
 
-def test_the_report_imports_neither_jax_nor_what_draws():
+def test_the_report_imports_neither_jax_nor_what_draws(tmp_path):
     """It is made from files: every module of it can be imported where there is no model and no device."""
     code = (
         "import sys, pkgutil, importlib, dit_jax.report; "
@@ -183,6 +183,14 @@ def test_the_report_imports_neither_jax_nor_what_draws():
     run = functools.partial(subprocess.run, cwd=root, env=env, capture_output=True, text=True)
     result = run([sys.executable, "-c", code])
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
+    # Nor does making one, with offline graders.
+    workdir = make_workdir(tmp_path, n=4)
+    code = (
+        "import sys, dit_jax.report.run_report as report; "
+        f"report.write_report({str(workdir)!r}, {GRADING!r}); print('jax' in sys.modules)"
+    )
+    result = run([sys.executable, "-c", code])
+    assert result.stdout.strip() == "False", result.stdout + result.stderr
 
 
 # ------------------------------------------------------------------ bad input

@@ -152,3 +152,15 @@ class Section:
 
 def _missing(key: str) -> DitError:
     return DitError(f"the config has no key '{key}', which is needed: add it, see docs/config.md")
+
+
+def check_profile(steps: Any, key: str) -> None:
+    """Raises DitError unless `steps` are the first step to trace and the one after the last."""
+    match steps:
+        case [int(first), int(last)] if 0 <= first <= last:
+            return
+    name = key.removeprefix("config key ").strip("'")
+    raise DitError(
+        f"{key} must be two whole numbers, the first traced and the one after the last, not {steps!r}: write "
+        f"{name}=10,13"
+    )

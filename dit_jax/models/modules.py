@@ -11,9 +11,6 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from dit_jax.errors import DitError
 from dit_jax.formats.files import short
 from dit_jax.models.decoder_config import DecoderConfig
@@ -188,7 +185,9 @@ def make_tree(config: DecoderConfig, make: Callable[[Module], Any]) -> dict[str,
 
 def abstract_weights(config: DecoderConfig) -> dict[str, Any]:
     """The parameters as ShapeDtypeStructs in `config.dtype`."""
-    dtype = jnp.dtype(config.dtype)
+    import jax  # here: declarations of config keys read this table without one
+
+    dtype = jax.numpy.dtype(config.dtype)
     return make_tree(config, lambda module: jax.ShapeDtypeStruct(module.stacked, dtype))
 
 

@@ -1,11 +1,12 @@
 """The optimizers of diffs and adapters."""
 
-from typing import Any
-
-import optax
+from typing import TYPE_CHECKING, Any
 
 from dit_jax.config.keys import Key
 from dit_jax.errors import DitError
+
+if TYPE_CHECKING:
+    import optax
 
 OPTIMIZERS = ("adam", "adamw")
 # Of the config sections `diffs` and `train`.
@@ -35,12 +36,14 @@ def make_optimizer(
     final_fraction: float = 1.0,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
-) -> optax.GradientTransformation:
+) -> "optax.GradientTransformation":
     """Adam or AdamW with linear warm-up, then cosine to `final_fraction` of the peak (1.0: constant).
 
     Raises:
         DitError: another optimizer, or betas that are not two numbers below 1.
     """
+    import optax  # here: keys are declared without JAX
+
     check_betas(betas)
     decay = max(steps - warmup_steps, 1)
     schedule = optax.join_schedules(

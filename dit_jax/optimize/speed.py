@@ -158,18 +158,6 @@ class Meter:
         return rates
 
 
-def check_profile(steps: Any, key: str) -> None:
-    """Raises DitError unless `steps` are the first step to trace and the one after the last."""
-    match steps:
-        case [int(first), int(last)] if 0 <= first <= last:
-            return
-    name = key.removeprefix("config key ").strip("'")
-    raise DitError(
-        f"{key} must be two whole numbers, the first traced and the one after the last, not {steps!r}: write "
-        f"{name}=10,13"
-    )
-
-
 class Profile:
     """A trace of the steps [first, last) into a folder, for TensorBoard or Perfetto; (0, 0) is off.
 

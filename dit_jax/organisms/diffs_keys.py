@@ -3,11 +3,10 @@
 import math
 from typing import Any
 
-from dit_jax.config.keys import TEXTS, Key, Section
+from dit_jax.config.keys import TEXTS, Key, Section, check_profile
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.models.modules import check_projections
 from dit_jax.optimize.optimizer import OPTIMIZER_KEYS, check_betas
-from dit_jax.optimize.speed import check_profile
 
 PARAMETERS = ("lora", "linear", "all")
 # Limits of the gate -> (column, +1 where the value must not exceed the limit, -1 where it must reach it).

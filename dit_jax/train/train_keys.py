@@ -1,9 +1,8 @@
 """The section `train` of a config: how the DIT adapter is trained."""
 
-from dit_jax.config.keys import TEXTS, Key, Section
+from dit_jax.config.keys import TEXTS, Key, Section, check_profile
 from dit_jax.models.modules import check_projections
 from dit_jax.optimize.optimizer import OPTIMIZER_KEYS
-from dit_jax.optimize.speed import check_profile
 
 TRAIN = Section(
     "train",
