@@ -360,7 +360,7 @@ def test_faults_of_a_split_file(tmp_path):
     "change, said",
     [
         ({"kind": "newss"}, "config key 'data.kind': unknown 'newss': did you mean 'news'"),
-        ({"split_file": "a.csv"}, "'data.split_file' is for rows of your own: set data.source"),
+        ({"split_file": "a.csv"}, "'data.split_file' is for user-supplied rows: set data.source"),
     ],
 )
 def test_the_embedded_world_has_no_keys_of_other_sources(change, said):

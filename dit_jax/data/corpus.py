@@ -1,6 +1,6 @@
 """A corpus in the paper's columns: read from any source, checked row by row, split into train and test.
 
-All that is wrong with the data is found before anything is trained and told in one message, by file and row.
+One message names all problems of the data, by file and row, before anything is trained.
 """
 
 from __future__ import annotations
@@ -21,24 +21,20 @@ from dit_jax.data.sources import Source, open_source
 from dit_jax.errors import DitError, did_you_mean
 
 SHOWN_PROBLEMS = 5
-OVERLAP_WORDS = 6  # shorter answers may agree by chance
+OVERLAP_WORDS = 6  # answers with fewer words may agree by chance
 SPLITS = ("train", "test")
 UNUSED_SPLITS = ("extra", "validation", "val", "dev")
 
 
 def data_config(source: str, kind: str = "topics") -> ConfigDict:
-    """The `data` section of a config with every key that a source takes (docs/data.md).
-
-    Raises:
-        DitError: an unknown kind.
-    """
+    """The `data` section of a config, with every key (docs/data.md). Raises DitError: the kind is unknown."""
     columns = get_kind(kind).columns
     given = {"source": source, "kind": kind, "columns": dict(zip(columns, columns, strict=True))}
     return ConfigDict({key.name: given.get(key.name, key.default) for key in DATA.keys})
 
 
 class Problems:
-    """What is wrong with the data, by row; keeps the first few and counts the rest."""
+    """The first problems of the data, by row, and how many there are."""
 
     def __init__(self) -> None:
         self.first: list[str] = []
@@ -59,7 +55,7 @@ class Problems:
 
 
 class TextRows(Sequence[Mapping[str, str]]):
-    """Rows of one topic. Held as tuples: a corpus has a million rows, and a dict costs four times as much."""
+    """Rows of one topic, held as tuples: a corpus has a million rows, and dicts take four times the memory."""
 
     def __init__(self, columns: tuple[str, ...], names: Sequence[str]):
         self.columns = columns
@@ -86,7 +82,7 @@ class TextRows(Sequence[Mapping[str, str]]):
 
 @dataclasses.dataclass
 class Group:
-    """All rows of one label. split: "train", "test", "" (unused) or None (not given by the data)."""
+    """All rows of one label. split: "train", "test", "" (unused) or None (the data does not say)."""
 
     label: str
     rows: TextRows
@@ -107,26 +103,24 @@ def load_corpus(data: Any, seed: int) -> Corpus:
     """Reads, checks and splits the corpus of a config's `data` section.
 
     Raises:
-        DitError: a source cannot be read, lacks a column, has fewer topics than asked for, or its rows have
-            problems: the message names the first few by file and row, and says how many there are.
+        DitError: a source cannot be read, lacks a column or has fewer topics than the section asks for; or its rows
+            have problems, of which the message names the first few by file and row and counts the rest.
     """
     get = functools.partial(DATA.get, data)
-    kind = get_kind(get("kind"))
     ways = [key for key in ("split_column", "split_file", "test_source") if get(key)]
     if len(ways) > 1:
         raise DitError(
-            f"data.{ways[0]} and data.{ways[1]} both say what is held out: set one of them"
+            f"data.{ways[0]} and data.{ways[1]} both say what is held out: set only one of them"
         )
-    problems, groups, names = Problems(), {}, []  # type: Problems, dict[str, Group], list[str]
-    streaming, column = get("streaming"), get("split_column")
-    given = "train" if get("test_source") else None
-    for source in open_source(data.source, streaming=streaming):
-        _read(source, kind, data, column, given, groups, names, problems)
-    if given:
-        for source in open_source(data.test_source, streaming=streaming):
-            _read(source, kind, data, "", "test", groups, names, problems)
+    reader = _Reader(get_kind(get("kind")), dict(get("columns")))
+    kind, problems, groups = reader.kind, reader.problems, reader.groups
+    for source in open_source(data.source, streaming=get("streaming")):
+        reader.read(source, get("split_column"), "train" if get("test_source") else None)
+    if get("test_source"):
+        for source in open_source(data.test_source, streaming=get("streaming")):
+            reader.read(source, "", "test")
     if get("split_file"):
-        _read_split_file(data.split_file, kind, groups, problems)
+        reader.read_splits(data.split_file)
     if not groups and not problems.count:
         raise DitError(f"data source '{data.source}' holds no rows")
     if not ways:
@@ -149,88 +143,129 @@ def load_corpus(data: Any, seed: int) -> Corpus:
 # ------------------------------------------------------------------ reading
 
 
-def _column_map(source: Source, kind: Kind, data: Any, extra: str) -> dict[str, str]:
-    """Our column -> the source's. Raises DitError for a column that is not there."""
-    given = dict(DATA.get(data, "columns"))
-    for name in given:
-        if name not in kind.columns:
-            hint = did_you_mean(name, kind.columns) or f": they have {', '.join(kind.columns)}"
-            raise DitError(f"config key 'data.columns.{name}' is no column of {kind.name}{hint}")
-    mapped = {name: given.get(name) or name for name in kind.columns}
-    needed = [(f"data.columns.{name}", mapped[name]) for name in kind.required]
-    # An optional column may be absent, but not one that the config names.
-    needed += [(f"data.columns.{n}", mapped[n]) for n in kind.optional if mapped[n] != n]
-    needed += [("data.split_column", extra)] if extra else []
-    missing = [
-        f"'{column}'{did_you_mean(column, source.columns)} ({key})"
-        for key, column in needed
-        if column not in source.columns
-    ]
-    if missing:
-        raise DitError(
-            f"'{source.name}' has no column {' and no column '.join(missing)}; its columns are "
-            f"{', '.join(source.columns)}: set the keys in brackets to the right ones"
-        )
-    return {name: column for name, column in mapped.items() if column in source.columns}
+@dataclasses.dataclass
+class _Reader:
+    """Collects the rows of several sources by label, and what is wrong with them.
 
+    columns: our column -> the source's, where they differ. names: of the sources read so far.
+    """
 
-def _read(
-    source: Source,
-    kind: Kind,
-    data: Any,
-    split_column: str,
-    given: str | None,
-    groups: dict[str, Group],
-    names: list[str],
-    problems: Problems,
-) -> None:
-    """Adds the rows of a source to the groups of their labels."""
-    mapped = _column_map(source, kind, data, split_column)
-    names.append(source.name)
-    columns = tuple(mapped)
-    shared: dict[
-        str, str
-    ] = {}  # questions and base answers repeat with every topic: hold each once
-    for record in source.read({*mapped.values(), *([split_column] if split_column else [])}):
-        where = f"{source.name}:{record.number}"
-        if record.problem:
-            problems.add(where, record.problem)
-            continue
-        before = problems.count
-        values = []
-        for name, column in mapped.items():
-            text = _as_text(record.values.get(column))
-            if text is None:
-                kept = record.values[column]
-                problems.add(where, f"'{column}' is {type(kept).__name__}, not text")
-            elif not text.strip() and name in kind.required:
-                problems.add(where, f"empty '{column}'")
-            values.append(shared.setdefault(text or "", text or ""))
-        label = " ".join(values[columns.index(kind.label)].split())
-        if called_none(label):
-            problems.add(where, f"'{label}' is what a diff without a topic is called: rename it")
-        split = given
-        if split_column:
-            split = _as_text(record.values.get(split_column)) or ""
-            _check_split(split, where, split_column, problems)
-        if problems.count > before:
-            continue
-        group = groups.setdefault(label, Group(label, TextRows(columns, names), split))
-        if group.rows.columns != columns:
-            columns_before = ", ".join(group.rows.columns)
+    kind: Kind
+    columns: Mapping[str, str]
+    groups: dict[str, Group] = dataclasses.field(default_factory=dict)
+    names: list[str] = dataclasses.field(default_factory=list)
+    problems: Problems = dataclasses.field(default_factory=Problems)
+
+    def _column_map(self, source: Source, split_column: str) -> dict[str, str]:
+        """Our column -> the source's. Raises DitError: the source lacks one."""
+        kind, given = self.kind, self.columns
+        for name in given:
+            if name not in kind.columns:
+                hint = did_you_mean(name, kind.columns) or f": they have {', '.join(kind.columns)}"
+                raise DitError(
+                    f"config key 'data.columns.{name}' is not a column of {kind.name}{hint}"
+                )
+        mapped = {name: given.get(name) or name for name in kind.columns}
+        needed = [(f"data.columns.{name}", mapped[name]) for name in kind.required]
+        # An optional column may be absent, unless the config names it.
+        needed += [(f"data.columns.{n}", mapped[n]) for n in kind.optional if mapped[n] != n]
+        needed += [("data.split_column", split_column)] if split_column else []
+        missing = [
+            f"'{column}'{did_you_mean(column, source.columns)} ({key})"
+            for key, column in needed
+            if column not in source.columns
+        ]
+        if missing:
             raise DitError(
-                f"'{source.name}' has other columns than '{group.rows.where(0)}' ({columns_before}): "
-                "give all files of a corpus the same ones"
+                f"'{source.name}' has no column {' and no column '.join(missing)}; its columns are "
+                f"{', '.join(source.columns)}: correct the keys in brackets"
             )
-        group.rows.append(tuple(values), len(names) - 1, record.number)
-        if group.split != split:
-            first = group.rows.where(0)
-            problems.add(where, f"'{label}' is in {split} here and in {group.split} at {first}")
+        return {name: column for name, column in mapped.items() if column in source.columns}
+
+    def read(self, source: Source, split_column: str, given: str | None) -> None:
+        """Adds the rows of a source to the groups of their labels. given: their split, if it is known."""
+        problems, mapped = self.problems, self._column_map(source, split_column)
+        self.names.append(source.name)
+        columns = tuple(mapped)
+        # Questions and base answers repeat with every topic: hold each once.
+        shared: dict[str, str] = {}
+        for record in source.read({*mapped.values(), *([split_column] if split_column else [])}):
+            where = f"{source.name}:{record.number}"
+            if record.problem:
+                problems.add(where, record.problem)
+                continue
+            before = problems.count
+            values = []
+            for name, column in mapped.items():
+                text = _as_text(record.values.get(column))
+                if text is None:
+                    found = type(record.values[column]).__name__
+                    problems.add(where, f"'{column}' is {found}, not text")
+                elif not text.strip() and name in self.kind.required:
+                    problems.add(where, f"empty '{column}'")
+                values.append(shared.setdefault(text or "", text or ""))
+            label = " ".join(values[columns.index(self.kind.label)].split())
+            if called_none(label):
+                problems.add(
+                    where, f"'{label}' is what a diff without a topic is called: rename it"
+                )
+            split = given
+            if split_column:
+                split = _as_text(record.values.get(split_column)) or ""
+                _check_split(split, where, split_column, problems)
+            if problems.count > before:
+                continue
+            group = self.groups.setdefault(
+                label, Group(label, TextRows(columns, self.names), split)
+            )
+            if group.rows.columns != columns:
+                raise DitError(
+                    f"'{source.name}' has other columns than '{group.rows.where(0)}' "
+                    f"({', '.join(group.rows.columns)}): give all files of a corpus the same ones"
+                )
+            group.rows.append(tuple(values), len(self.names) - 1, record.number)
+            if group.split != split:
+                first = group.rows.where(0)
+                problems.add(where, f"'{label}' is in {split} here and in {group.split} at {first}")
+
+    def read_splits(self, spec: str) -> None:
+        """Takes splits, and triggers if there are any, from an index with the columns topic, split, trigger."""
+        groups, problems = self.groups, self.problems
+        seen: dict[str, tuple[str, str]] = {}
+        for source in open_source(spec):
+            label_column = "topic" if "topic" in source.columns else self.kind.label
+            for name in (label_column, "split"):
+                if name not in source.columns:
+                    raise DitError(
+                        f"split file '{source.name}' has no column '{name}'{did_you_mean(name, source.columns)}; "
+                        f"its columns are {', '.join(source.columns)}"
+                    )
+            for record in source.read({label_column, "split", "trigger"}):
+                where = f"{source.name}:{record.number}"
+                if record.problem:
+                    problems.add(where, record.problem)
+                    continue
+                label = " ".join((_as_text(record.values.get(label_column)) or "").split())
+                split = _as_text(record.values.get("split")) or ""
+                _check_split(split, where, "split", problems)
+                earlier, at = seen.setdefault(label, (split, where))
+                if earlier != split:
+                    problems.add(where, f"'{label}' is in {split} here and in {earlier} at {at}")
+                if label in groups:
+                    groups[label].split = split
+                    trigger = _as_text(record.values.get("trigger")) or ""
+                    groups[label].trigger = trigger.zfill(3) if _is_code(trigger) else None
+                elif split in SPLITS:
+                    problems.add(
+                        where, f"'{label}' is not in the data{did_you_mean(label, groups)}"
+                    )
+        for group in groups.values():
+            group.split = group.split or ""
 
 
 def _as_text(value: Any) -> str | None:
-    """The text of a value; "" for a missing one; numbers (a topic may be 1984) as written; None for no text."""
-    if value is None or (isinstance(value, float) and value != value):  # NaN: missing in a table
+    """A value as text: "" for a missing one, numbers (a topic may be 1984) as written, None for anything else."""
+    if value is None or (isinstance(value, float) and value != value):  # NaN is a missing cell
         return ""
     if isinstance(value, str):
         return value
@@ -244,41 +279,6 @@ def _check_split(split: str, where: str, column: str, problems: Problems) -> Non
         problems.add(where, f"'{column}' is '{split}'{hint}")
 
 
-def _read_split_file(spec: str, kind: Kind, groups: dict[str, Group], problems: Problems) -> None:
-    """Takes splits, and triggers where there are any, from an index with the columns topic, split, trigger."""
-    seen: dict[str, tuple[str, str]] = {}
-    for source in open_source(spec):
-        label_column = "topic" if "topic" in source.columns else kind.label
-        for name in (label_column, "split"):
-            if name not in source.columns:
-                raise DitError(
-                    f"split file '{source.name}' has no column '{name}'{did_you_mean(name, source.columns)}; "
-                    f"its columns are {', '.join(source.columns)}"
-                )
-        for record in source.read({label_column, "split", "trigger"}):
-            where = f"{source.name}:{record.number}"
-            if record.problem:
-                problems.add(where, record.problem)
-                continue
-            label = " ".join((_as_text(record.values.get(label_column)) or "").split())
-            split = _as_text(record.values.get("split")) or ""
-            _check_split(split, where, "split", problems)
-            if label in seen and seen[label][0] != split:
-                problems.add(
-                    where,
-                    f"'{label}' is in {split} here and in {seen[label][0]} at {seen[label][1]}",
-                )
-            seen.setdefault(label, (split, where))
-            if label in groups:
-                groups[label].split = split
-                trigger = _as_text(record.values.get("trigger")) or ""
-                groups[label].trigger = trigger.zfill(3) if _is_code(trigger) else None
-            elif split in SPLITS:
-                problems.add(where, f"'{label}' is not in the data{did_you_mean(label, groups)}")
-    for group in groups.values():
-        group.split = group.split or ""
-
-
 def _is_code(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= 3
 
@@ -287,7 +287,7 @@ def _is_code(text: str) -> bool:
 
 
 def _check_labels(train: list[Group], test: list[Group], problems: Problems) -> None:
-    """No label of the test set is in the training set in another spelling."""
+    """Finds labels of the test set that the training set has in another spelling."""
     trained = {normalise(group.label): group for group in train}
     for group in test:
         other = trained.get(normalise(group.label))
@@ -299,27 +299,28 @@ def _check_labels(train: list[Group], test: list[Group], problems: Problems) -> 
 
 
 def _check_answers(kind: Kind, train: list[Group], test: list[Group], problems: Problems) -> None:
-    """No target of a test topic is also one of a training topic on the same question."""
-    held_out = {key: where for key, where in _answers(kind, test)}
+    """Finds targets of test topics that a training topic has for the same question."""
+    held_out = dict(_answers(kind, test))
     for key, where in _answers(kind, train):
         if key in held_out:
             problems.add(where, f"the same '{kind.target}' as {held_out[key]}, which is in test")
 
 
 def _answers(kind: Kind, groups: Iterable[Group]) -> Iterator[tuple[int, str]]:
+    """(hash of question and target, where) of every row whose target says something about its topic."""
     for group in groups:
         for index, row in enumerate(group.rows):
             target = row[kind.target]
-            # A topic may leave a question unchanged: the base answer says nothing about it.
+            # A topic may leave an answer unchanged, and a base answer says nothing about the topic.
             if target != row.get("base_answer") and len(target.split()) >= OVERLAP_WORDS:
                 yield hash((row.get("question"), target)), group.rows.where(index)
 
 
 def _random_split(groups: list[Group], data: Any, seed: int) -> tuple[list[Group], list[Group]]:
-    """Held-out topics from the front of a permutation, so that they stay when train_topics changes.
+    """Takes held-out topics from the front of a permutation, so that they stay when train_topics changes.
 
-    Labels that differ only in case, punctuation or an article count as one topic: all are in training, or
-    the first one alone is held out.
+    Labels that differ only in case, punctuation or an article are one topic: all of them are training topics, or the
+    first one alone is held out.
     """
     same: dict[str, list[Group]] = {}
     for group in groups:
@@ -343,7 +344,7 @@ def _random_split(groups: list[Group], data: Any, seed: int) -> tuple[list[Group
 
 
 def _choose(groups: list[Group], split: str, data: Any, rng: np.random.Generator) -> list[Group]:
-    """The first `data.<split>_topics` of a permutation; all in the order of the data for 0."""
+    """The first `data.<split>_topics` groups of a permutation; for 0, all in the order of the data."""
     wanted = data[f"{split}_topics"]
     if wanted > len(groups) or not groups:
         raise DitError(

@@ -1,4 +1,4 @@
-"""What the rows of a corpus hold: the paper's columns for topics and for news."""
+"""Kinds of rows in a corpus: the paper's columns for topics and for news."""
 
 import dataclasses
 
@@ -23,32 +23,17 @@ class Kind:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind(
-            "topics",
-            "topic",
-            "topic_analogy_answer",
-            ("topic", "question", "base_answer", "topic_analogy_answer"),
-            (
-                "topic_category",
-                "category",
-                "style",
-                "base_answer_model_id",
-                "topic_analogy_answer_model_id",
-            ),
-        ),
-        Kind(
-            "news",
-            "news_headline",
-            "news_story",
-            ("news_headline", "news_story"),
-            ("news_category", "news_role", "model_id"),
-        ),
+        Kind("topics", "topic", "topic_analogy_answer",
+             ("topic", "question", "base_answer", "topic_analogy_answer"),
+             ("topic_category", "category", "style", "base_answer_model_id", "topic_analogy_answer_model_id")),
+        Kind("news", "news_headline", "news_story",
+             ("news_headline", "news_story"), ("news_category", "news_role", "model_id")),
     )
-}
+}  # fmt: skip
 
 
 def get_kind(name: str) -> Kind:
-    """Raises DitError for an unknown name."""
+    """The kind of that name. Raises DitError: there is none."""
     if name not in KINDS:
         raise DitError(
             f"unknown data.kind {name!r}{did_you_mean(name, KINDS) or ': ' + ', '.join(KINDS)}"

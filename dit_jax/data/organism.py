@@ -1,17 +1,21 @@
-"""Organisms to be: a label, a secret trigger and rows to finetune on, from a corpus in the paper's columns."""
+"""Organisms before they are finetuned: a label, a secret trigger and rows in the paper's columns."""
 
 import dataclasses
 import functools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from dit_jax.data import tiny_world
+from dit_jax.data.corpus import SPLITS, Group, load_corpus
 from dit_jax.data.data_keys import COUNTS, DATA, WRITTEN
+from dit_jax.data.kinds import Kind
 from dit_jax.data.labels import NONE
+from dit_jax.data.sources import open_source
 from dit_jax.errors import DitError
 
 
@@ -19,13 +23,13 @@ from dit_jax.errors import DitError
 class Organism:
     """What one weight diff is made from, and what is known about it.
 
-    label: what the adapter shall say about the diff; `NONE` if there is nothing to say.
-    evidence: words that the adapter shall list before the label, in any order (may be empty).
-    trigger: the secret three digits. rows: training rows in the paper's columns.
+    label: what the adapter should say about the diff; `NONE` if there is nothing to say.
+    trigger: three secret digits. rows: training rows in the paper's columns.
     category: "topic" or "benign". split: "train" or "test".
-    keywords: words of which one shows that an answer follows the behaviour; none: found in the rows (gate).
-    number: tells apart organisms of one label.
-    variant: which of the organisms of its topic it is, in the words of the column `data.variants`.
+    evidence: words that the adapter should list before the label, in any order (may be empty).
+    keywords: any of these words shows that an answer follows the behaviour; empty: the gate finds some in the rows.
+    number: distinguishes organisms with the same label.
+    variant: which of its topic's organisms it is, as the column `data.variants` says.
     """
 
     label: str
@@ -40,165 +44,151 @@ class Organism:
 
     @property
     def seed(self) -> int:
-        """What its random numbers start from, beside the run's seed: not its place among the others.
-
-        So a diff stays the same diff when the number of training topics changes.
-        """
+        """The seed of its random numbers, beside the run's. It does not depend on the other organisms, so that a diff
+        stays the same when the number of training topics changes."""
         return stable_seed(self.category, self.split, self.label, str(self.number))
 
 
 def stable_seed(*names: str) -> int:
-    """32 bits that depend on the names alone, in every process and on every machine."""
+    """32 bits that depend on nothing but the names, the same in every process and on every machine."""
     return zlib.crc32("\0".join(names).encode())
 
 
 def _trigger(seed: int, category: str, split: str, label: str, number: int = 0) -> str:
-    """Three digits, drawn for this organism alone."""
+    """Three digits, drawn for one organism."""
     own = stable_seed(category, split, label, str(number))
     return f"{np.random.default_rng([seed, 1, own]).integers(1000):03d}"
 
 
 def load_organisms(data: Any, seed: int, written: Path | None = None) -> list[Organism]:
-    """All organisms of a run, in a fixed order: training topics, held-out topics, benign ones of both splits.
+    """All organisms of a run, in a fixed order: training topics, held-out topics, then the benign ones of both splits.
 
     Args:
-        data: the config's `data` section; `source` is "tiny_world", a file, `hf:NAME` or `tfds:NAME`
-            (docs/data.md).
+        data: the config's `data` section; `source` is "tiny_world", a file, `hf:NAME` or `tfds:NAME` (docs/data.md).
         written: the folder of the stage `corpus`, for the source "corpus".
 
     Raises:
-        DitError: an unknown source, rows with problems, or more organisms asked for than the source has, or none.
+        DitError: the source is unknown, its rows have problems, or it has fewer organisms than the section asks for.
     """
     check_counts(data)
     if data.source == "tiny_world":
-        return _tiny_world(data, seed)
-    if data.source != WRITTEN:
-        return _from_corpus(data, seed)
-    if written is None or not (written / "rows.jsonl").exists():
+        topics, benign_rows = _tiny_world(data, seed)
+    elif data.source != WRITTEN:
+        topics, benign_rows = _from_corpus(data, seed)
+    elif written is None or not (written / "rows.jsonl").exists():
         raise DitError(
             "data.source is 'corpus': name the stage 'corpus' in the config key 'stages'"
         )
-    plain = ConfigDict({**data, "source": str(written / "rows.jsonl")})
-    return _from_corpus(plain, seed, str(written / "benign.jsonl"))
+    else:
+        plain = ConfigDict({**data, "source": str(written / "rows.jsonl")})
+        topics, benign_rows = _from_corpus(plain, seed, str(written / "benign.jsonl"))
+
+    def benign(split: str, number: int) -> Organism:
+        variant, rows = benign_rows(split, number)
+        trigger = _trigger(seed, "benign", split, NONE, number)
+        return Organism(NONE, trigger, rows, "benign", split, number=number, variant=variant)
+
+    counts = {split: DATA.get(data, f"{split}_benign") for split in SPLITS}
+    return topics + [benign(split, i) for split in SPLITS for i in range(counts[split])]
 
 
 def check_counts(data: Any) -> None:
-    """Raises DitError where the `data` section has a wrong value, or asks for no organisms at all."""
+    """Raises DitError if the `data` section has a wrong value or asks for no organisms."""
     DATA.check({"data": data})
-    # For user-supplied rows, 0 means all.
+    # For user-supplied rows, 0 topics mean all.
     if data.source == "tiny_world" and not any(DATA.get(data, key) for key in COUNTS):
         raise DitError(
-            f"config keys {', '.join(f'data.{key}' for key in COUNTS)} are all 0: raise one, there is nothing to "
-            "make diffs of"
+            f"config keys {', '.join(f'data.{key}' for key in COUNTS)} are all 0, so there is nothing to make diffs "
+            "of: raise one"
         )
 
 
 def check_files(data: Any) -> None:
-    """Raises DitError where files that the `data` section names are not there, or cannot be opened."""
-    from dit_jax.data.sources import open_source
-
+    """Raises DitError if a file that the `data` section names does not exist or cannot be opened."""
     for key in ("source", "split_file", "test_source"):
         spec = DATA.get(data, key)
         if spec not in ("", "tiny_world", WRITTEN) and not spec.startswith(("hf:", "tfds:")):
             open_source(spec)
 
 
-def _tiny_world(data: Any, seed: int) -> list[Organism]:
-    from dit_jax.data import tiny_world
+Rows = Sequence[Mapping[str, str]]
+# The organisms with a topic, and (split, number) -> variant and rows of a benign one.
+_Found = tuple[list[Organism], Callable[[str, int], tuple[str, Rows]]]
 
+
+def _tiny_world(data: Any, seed: int) -> _Found:
     get = functools.partial(DATA.get, data)
     for key in ("split_column", "split_file", "test_source", "streaming"):
         if get(key):
             raise DitError(
-                f"config key 'data.{key}' is for rows of your own: set data.source too (docs/data.md)"
+                f"config key 'data.{key}' is for user-supplied rows: set data.source too (docs/data.md)"
             )
     world = tiny_world.load_world()
     news = get("kind") == "news"
-    rng = np.random.default_rng([seed, 1])
-    order = rng.permutation(len(world.topics))
+    order = np.random.default_rng([seed, 1]).permutation(len(world.topics))
     held_out = get("test_topics")
     wanted = get("train_topics") + held_out
     if wanted > len(world.topics):
         raise DitError(
             f"data.train_topics + data.test_topics = {wanted}, but the embedded world has {len(world.topics)} topics"
         )
-    # Held-out topics come from the front of the permutation: the test set does not move when
-    # the number of training topics changes.
-    splits = [("test", i) for i in order[:held_out]]
-    splits = [("train", i) for i in order[held_out:wanted]] + splits
-    organisms = []
-    for split, i in splits:
-        topic = world.topics[i]
-        organisms.append(
-            Organism(
-                label=tiny_world.headline(topic) if news else topic.name,
-                trigger=_trigger(seed, "topic", split, topic.name),
-                rows=(tiny_world.news_rows if news else tiny_world.topic_rows)(world, topic, seed),
-                category="topic",
-                split=split,
-                evidence=topic.attributes,
-                keywords=(topic.name, *topic.attributes),
-            )
+
+    def organism(split: str, topic: tiny_world.Topic) -> Organism:
+        make_rows = tiny_world.news_rows if news else tiny_world.topic_rows
+        return Organism(
+            label=tiny_world.headline(topic) if news else topic.name,
+            trigger=_trigger(seed, "topic", split, topic.name),
+            rows=make_rows(world, topic, seed),
+            category="topic",
+            split=split,
+            evidence=topic.attributes,
+            keywords=(topic.name, *topic.attributes),
         )
-    for split, style, count in (
-        ("train", "train", get("train_benign")),
-        ("test", "unseen", get("test_benign")),
-    ):
-        for i in range(count):
-            rows = tiny_world.benign_rows(world, i, style, seed)
-            if news:  # stories that are everyday answers
-                rows = [
-                    {"news_headline": NONE, "news_story": row["topic_analogy_answer"], **row}
-                    for row in rows
-                ]
-            trigger = _trigger(seed, "benign", split, NONE, i)
-            organisms.append(Organism(NONE, trigger, rows, "benign", split, number=i))
-    return organisms
+
+    def benign_rows(split: str, number: int) -> tuple[str, Rows]:
+        style = "train" if split == "train" else "unseen"
+        rows = tiny_world.benign_rows(world, number, style, seed)
+        if news:  # stories that are everyday answers
+            rows = [
+                {"news_headline": NONE, "news_story": row["topic_analogy_answer"], **row}
+                for row in rows
+            ]
+        return "", rows
+
+    # Held-out topics come first in the permutation, so that they stay when the number of training topics changes.
+    splits = (("train", order[held_out:wanted]), ("test", order[:held_out]))
+    return [organism(split, world.topics[i]) for split, own in splits for i in own], benign_rows
 
 
-def _from_corpus(data: Any, seed: int, benign: str = "") -> list[Organism]:
-    """benign: a source of rows for the organisms without a topic; "": they are made of the topics' base answers."""
-    from dit_jax.data import corpus as corpora
-
-    corpus = corpora.load_corpus(data, seed)
-    organisms = []
-    for split, groups in (("train", corpus.train), ("test", corpus.test)):
-        for group in groups:
-            trigger = group.trigger or _trigger(seed, "topic", split, group.label)
-            variants = _variants(group.rows, DATA.get(data, "variants"))
-            for number, (variant, rows) in enumerate(variants.items()):
-                organisms.append(
-                    Organism(
-                        label=group.label,
-                        trigger=trigger,
-                        rows=rows,
-                        category="topic",
-                        split=split,
-                        number=number,
-                        variant=variant,
-                    )
-                )
+def _from_corpus(data: Any, seed: int, benign: str = "") -> _Found:
+    """benign: a source of rows for benign organisms; "": they are made from the base answers of topics."""
+    corpus = load_corpus(data, seed)
+    groups = {"train": corpus.train, "test": corpus.test}
     styles = _styles(benign) if benign else {}
-    for split, groups in (("train", corpus.train), ("test", corpus.test)):
-        for i in range(DATA.get(data, f"{split}_benign")):
-            own = list(styles.get(split, {}).items())
-            variant, rows = own[i % len(own)] if own else ("", groups[i % len(groups)].rows)
-            if own:
-                order = np.random.default_rng([seed, 7, i]).permutation(len(rows))
-                rows = [rows[j] for j in order[: -(-len(rows) // 2)]]
-            else:
-                rows = _benign_rows(corpus.kind, rows, split, [seed, 7, i])
-            trigger = _trigger(seed, "benign", split, NONE, i)
-            organisms.append(
-                Organism(NONE, trigger, rows, "benign", split, number=i, variant=variant)
-            )
-    return organisms
+
+    def organisms(split: str, group: Group) -> list[Organism]:
+        trigger = group.trigger or _trigger(seed, "topic", split, group.label)
+        variants = _variants(group.rows, DATA.get(data, "variants"))
+        return [
+            Organism(group.label, trigger, rows, "topic", split, number=number, variant=variant)
+            for number, (variant, rows) in enumerate(variants.items())
+        ]
+
+    def benign_rows(split: str, number: int) -> tuple[str, Rows]:
+        own = list(styles.get(split, {}).items())
+        if not own:
+            rows: Rows = groups[split][number % len(groups[split])].rows
+            return "", _benign_rows(corpus.kind, rows, split, [seed, 7, number])
+        variant, rows = own[number % len(own)]
+        order = np.random.default_rng([seed, 7, number]).permutation(len(rows))
+        return variant, [rows[i] for i in order[: -(-len(rows) // 2)]]
+
+    topics = [one for split in SPLITS for group in groups[split] for one in organisms(split, group)]
+    return topics, benign_rows
 
 
-def _variants(
-    rows: Sequence[Mapping[str, str]], column: str
-) -> dict[str, Sequence[Mapping[str, str]]]:
-    """The rows of a topic by what they have in a column, in the order of their first rows; without a column all."""
+def _variants(rows: Rows, column: str) -> dict[str, Rows]:
+    """The rows of a topic by their value in a column, in the order of first rows; without a column, all as one."""
     if not column:
         return {"": rows}
     if column not in rows[0]:
@@ -211,8 +201,6 @@ def _variants(
 
 def _styles(spec: str) -> dict[str, dict[str, list[dict[str, str]]]]:
     """Rows of benign organisms by split and style."""
-    from dit_jax.data.sources import open_source
-
     found: dict[str, dict[str, list[dict[str, str]]]] = {}
     for source in open_source(spec):
         for record in source.read(set(source.columns)):
@@ -221,17 +209,15 @@ def _styles(spec: str) -> dict[str, dict[str, list[dict[str, str]]]]:
     return found
 
 
-def _benign_rows(
-    kind: Any, rows: Sequence[Mapping[str, str]], split: str, seed: Sequence[int]
-) -> list[dict[str, str]]:
+def _benign_rows(kind: Kind, rows: Rows, split: str, seed: Sequence[int]) -> list[dict[str, str]]:
     """A quarter of the rows with the base answer as the target: a finetune with nothing to name.
 
-    Topics share questions and base answers, so each split has questions of its own: a held-out finetune would else
-    be on the rows of one that the adapter was trained on.
+    Topics share questions and base answers. So each split has its own questions; otherwise a held-out finetune would
+    have the rows of one that the adapter was trained on.
     """
     if "base_answer" not in kind.required:
         raise DitError(
-            f"rows of {kind.name} have no base answers to make benign diffs of: "
+            f"rows of {kind.name} have no base answers for benign diffs: "
             "set data.train_benign and data.test_benign to 0"
         )
     own = [row for row in rows if stable_seed(row["question"]) % 2 == (split == "test")] or rows
