@@ -11,6 +11,7 @@ A format's library is imported when a source of that format is opened. Nothing h
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import glob
@@ -230,6 +231,17 @@ def _one_split(spec: str, splits: Collection[str]) -> str:
     )
 
 
+@contextlib.contextmanager
+def _library_errors(action: str, remedy: str = "") -> Iterator[None]:
+    """Turns an error of a library, which may be of a dozen kinds, into a DitError: `cannot <action>: <error>`."""
+    try:
+        yield
+    except DitError:
+        raise
+    except Exception as error:
+        raise DitError(f"cannot {action}: {first_line(error)}{remedy}") from error
+
+
 def _hugging_face(spec: str, streaming: bool) -> Source:
     name, split = _name_and_split(spec)
     folder = Path(name).expanduser()
@@ -239,13 +251,11 @@ def _hugging_face(spec: str, streaming: bool) -> Source:
         config = text or None
     import datasets
 
-    try:
+    with _library_errors(f"load '{spec}'", ": check the name, the split and the network"):
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            loaded = datasets.load_from_disk(str(folder))  # written by save_to_disk
-            if isinstance(loaded, datasets.DatasetDict):
-                table: Any = loaded[split or _one_split(spec, list(loaded))]
-            else:
-                table = loaded
+            table: Any = datasets.load_from_disk(str(folder))  # written by save_to_disk
+            if isinstance(table, datasets.DatasetDict):
+                table = table[split or _one_split(spec, list(table))]
             table = table.to_iterable_dataset() if streaming else table
         else:
             path = str(folder) if folder.is_dir() else name
@@ -254,22 +264,12 @@ def _hugging_face(spec: str, streaming: bool) -> Source:
             table = datasets.load_dataset(path, config, split=split, streaming=streaming)
         names = table.column_names or list(next(iter(table), {}))
         classes = _classes(table.features or {}, datasets.ClassLabel)
-    except DitError:
-        raise
-    except Exception as error:  # the library, and what it calls, raise a dozen kinds
-        raise DitError(
-            f"cannot load '{spec}': {first_line(error)}: check the name, the split and the network"
-        ) from error
 
     def read(columns: Collection[str]) -> Iterator[Record]:
         rows = iter(table.select_columns([column for column in names if column in columns]))
         for number in itertools.count(1):
-            try:
+            with _library_errors(f"read '{spec}' after row {number - 1}"):
                 values = next(rows, None)
-            except Exception as error:  # as above
-                raise DitError(
-                    f"cannot read '{spec}' after row {number - 1}: {first_line(error)}"
-                ) from error
             if values is None:
                 return
             yield Record(number, {key: _named(classes, key, values[key]) for key in values})
@@ -292,7 +292,10 @@ def _tfds(spec: str) -> Source:
             f"'{spec}' is a community dataset, whose code TFDS would download and run: prepare it yourself and "
             "name its folder"
         )
-    try:
+    remedy = (
+        "check the name and the split; the data must be prepared with file_format='array_record'"
+    )
+    with _library_errors(f"load '{spec}'", f": {remedy}"):
         if folder.is_dir():
             builder = tfds.builder_from_directory(folder)
         else:
@@ -304,22 +307,11 @@ def _tfds(spec: str) -> Source:
         split = split or _one_split(spec, list(builder.info.splits))
         # Random access to array_record files needs no TensorFlow.
         table = builder.as_data_source(split)
-    except DitError:
-        raise
-    except Exception as error:  # the library raises many kinds
-        raise DitError(
-            f"cannot load '{spec}': {first_line(error)}: check the name and the split; the data must be "
-            "prepared with file_format='array_record'"
-        ) from error
 
     def read(columns: Collection[str]) -> Iterator[Record]:
         for index in range(len(table)):
-            try:
+            with _library_errors(f"read '{spec}' at row {index + 1}"):
                 values = table[index]
-            except Exception as error:
-                raise DitError(
-                    f"cannot read '{spec}' at row {index + 1}: {first_line(error)}"
-                ) from error
             row = {key: _named(classes, key, _text(values[key])) for key in names if key in columns}
             decoded = all(_decoded(value) for value in row.values() if isinstance(value, str))
             yield Record(index + 1, row, "" if decoded else "not UTF-8")
