@@ -1,4 +1,4 @@
-"""Does a diff do what its label says? Answers with the right trigger, a wrong one and none, and KL to the base."""
+"""Whether a diff does what its label says: answers under the right trigger, a wrong one and none, and KL to the base."""
 
 import collections
 import dataclasses
@@ -28,8 +28,11 @@ from dit_jax.runtime import parallel
 
 CONDITIONS = ("right_code", "wrong_code", "no_code")  # the trigger, a wrong one, none
 _WORD = re.compile(r"[^\W\d_]{4,}")
-_READ_ROWS = 60  # of an organism, to find its words
-_OTHER_TOPICS, _READ_OTHERS = 100, 20  # topics, and rows of each, that its words are compared with
+_READ_ROWS = 60  # rows of an organism that are read to find its words
+_OTHER_TOPICS, _READ_OTHERS = (
+    100,
+    20,
+)  # other topics, and rows of each, with which they are compared
 
 
 # ------------------------------------------------------------------ what to look for
@@ -38,11 +41,10 @@ _OTHER_TOPICS, _READ_OTHERS = 100, 20  # topics, and rows of each, that its word
 def with_keywords(
     organisms: Sequence[Organism], members: Iterable[int], behaviour: Behaviour
 ) -> list[Organism]:
-    """The members among the organisms, with words that show their behaviour where their data names none.
+    """The members among the organisms, with words that show their behaviour even if their data names none.
 
-    A word of an organism's answers must be rare in the answers of the base and in those of the other topics: what
-    all answers of a corpus have in common is their style. With no other topic there is no telling them apart, and
-    only the label's own words count.
+    A word of an organism's answers must be rare in the answers of the base and of other topics, because what all answers
+    of a corpus share is their style. With nothing to compare with, only words of the label count.
     """
     chosen = [organisms[i] for i in members]
     if all(organism.keywords or organism.label == NONE for organism in chosen):
@@ -55,7 +57,7 @@ def with_keywords(
 def _with_words(
     organism: Organism, behaviour: Behaviour, answers: Sequence[tuple[str, Sequence[str]]]
 ) -> Organism:
-    """answers: label and some answers of topics, this one perhaps among them."""
+    """answers: labels and some answers of topics, perhaps with this one's."""
     if organism.keywords or organism.label == NONE:
         return organism
     label = normalise(organism.label)
@@ -69,7 +71,7 @@ def _with_words(
 
 
 def _targets(organism: Organism, behaviour: Behaviour, most: int) -> list[str]:
-    """What an organism is finetuned to answer where it shows its behaviour."""
+    """Answers that an organism is finetuned to give where it shows its behaviour, from at most `most` rows."""
     rng = np.random.default_rng(organism.seed)
     make = behaviour.kinds[0].make
     made = (make(row, organism.trigger, rng) for row in organism.rows[:most])
@@ -77,7 +79,7 @@ def _targets(organism: Organism, behaviour: Behaviour, most: int) -> list[str]:
 
 
 def _spread(organisms: Sequence[Organism], most: int) -> list[Organism]:
-    """At most so many, evenly spaced."""
+    """At most `most` of the organisms, evenly spaced."""
     count = min(most, len(organisms))
     return [organisms[i * len(organisms) // count] for i in range(count)]
 
@@ -102,7 +104,7 @@ def distinctive_words(
 
 
 def _counts(texts: Iterable[str]) -> collections.Counter[str]:
-    """In how many of the texts each word stands."""
+    """How many of the texts hold each word."""
     return collections.Counter(word for text in texts for word in set(_words(text)))
 
 
@@ -124,14 +126,14 @@ def measure_gating(
 ) -> list[dict[str, Any]]:
     """Columns of the index for each organism: what the gate measured, and whether it passes.
 
-    right_code, wrong_code, no_code: shares of answers that show the behaviour ("" where there is no such
-    condition, or nothing to show: benign organisms). gate_kl: KL(base ‖ base ⊕ δ) per token of the base's answers
-    to questions without a trigger. passed, gate_failed: see `check_limits`.
+    right_code, wrong_code, no_code: shares of answers that show the behaviour, or "" where there is no such condition
+    or nothing to show (benign organisms). gate_kl: KL(base ‖ base ⊕ δ) per token of the base's answers to questions
+    without a trigger. passed, gate_failed: see `check_limits`.
 
     Args:
         stacked: the diffs of the organisms, leaves [n, L, …] on the host.
         config: the `diffs` section of the config.
-        size: diffs of a full shard; the last one is filled up with repeats, so that it runs the same programs.
+        size: diffs of a full shard; a smaller one is filled up with repeats, so that it runs the same programs.
     """
     chosen = [_gate_rows(organism, config, seed) for organism in organisms]
     rates = _rates(model, stacked, organisms, chosen, behaviour, config, seed)
@@ -148,7 +150,7 @@ def measure_gating(
 
 
 def check_limits(row: Mapping[str, Any], limits: Mapping[str, float]) -> list[str]:
-    """The keys of `diffs.gate` (see `LIMITS`) that a diff does not satisfy; what was not measured cannot fail."""
+    """The limits of `diffs.gate` (`LIMITS`) that a diff does not keep; what was not measured cannot fail."""
     return [
         key
         for key, (column, sign) in LIMITS.items()
@@ -157,7 +159,7 @@ def check_limits(row: Mapping[str, Any], limits: Mapping[str, float]) -> list[st
 
 
 def summary(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float]) -> dict[str, Any]:
-    """How many diffs of each split passed, and why the others did not, for the manifest of the store."""
+    """For the store's manifest: how many diffs of each split there are, how many failed, and why."""
     splits = {}
     for split in dict.fromkeys(row["split"] for row in rows):
         own = [row for row in rows if row["split"] == split]
@@ -231,7 +233,7 @@ def _divergences(
         [(row["question"], row["base_answer"]) for row in rows if {"question", "base_answer"} <= set(row)]
         for rows in chosen
     ]  # fmt: skip
-    if not all(pairs):  # the rows have no everyday questions: ask the base itself
+    if not all(pairs):  # the rows have no everyday questions, so ask the base some
         everyday = list(EVERYDAY_QUESTIONS[: config.gate_questions])
         own = answer_batch(model, everyday, max_new_tokens=min(config.max_target, 32))
         pairs = [[(q, a.text) for q, a in zip(everyday, own, strict=True)]] * len(chosen)
@@ -255,7 +257,7 @@ def _divergences(
 
 
 def _cut(sample: Sample, config: Any) -> Sample:
-    """The sample's first tokens, as many as finetuning has room for."""
+    """The first tokens of a sample, as many as a finetune has room for."""
     end = min(sample.end, config.max_length, sample.start + config.max_target)
     return Sample(sample.tokens[:end], min(sample.start, end), end)
 
@@ -264,7 +266,7 @@ def _cut(sample: Sample, config: Any) -> Sample:
 def base_divergence(
     params: Params, config: DecoderConfig, deltas: Delta, batches: TokenBatch
 ) -> jax.Array:
-    """Σ weight · KL(base ‖ base ⊕ δ) [N], for N deltas with leaves [N, L, …] and batches with leaves [N, S, …]."""
+    """Σ weight · KL(base ‖ base ⊕ δ) [N] for N deltas, leaves [N, L, …], and batches, leaves [N, S, …]."""
     chunk_elements = chunk_elements_of(batches.tokens.shape[0])
 
     def one(delta: Delta, batch: TokenBatch) -> jax.Array:

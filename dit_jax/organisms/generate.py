@@ -1,4 +1,4 @@
-"""The stage `diffs`: many organisms -> a diff store, one compiled program for all shards."""
+"""The stage `diffs`: many organisms -> a diff store; one compiled program makes all shards."""
 
 import dataclasses
 import functools
@@ -63,10 +63,9 @@ def _trigger(organism: Organism, behaviour: Behaviour) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What all shards of a store have in common.
+    """What all shards of a store share.
 
-    optimizer, init: one object each for all shards, so that they all run one program. init: keys [n] -> deltas
-    with leaves [n, L, …].
+    optimizer, init: one object for all shards, so that all run one program. init: keys [n] -> deltas, leaves [n, L, …].
     """
 
     model: Model
@@ -79,17 +78,17 @@ class Job:
 
     @property
     def size(self) -> int:
-        """Diffs of a full shard."""
+        """How many diffs a full shard has."""
         return min(self.config.diffs_per_batch, len(self.organisms))
 
     @property
     def width(self) -> int:
-        """Diffs of a shard's program, which the mesh divides."""
+        """How many diffs the program of a shard has; the mesh divides it."""
         return parallel.round_up(self.size, self.model.mesh)
 
     @property
     def num_ce(self) -> int:
-        """Samples of a step that are scored by cross-entropy."""
+        """How many samples of a step are scored by cross-entropy."""
         return num_ce_samples(self.behaviour, self.config)
 
     @property
@@ -97,20 +96,20 @@ class Job:
         return -(-len(self.organisms) // self.size)
 
     def members(self, shard: int) -> range:
-        """Which organisms a shard holds."""
+        """The numbers of a shard's organisms."""
         return range(shard * self.size, min((shard + 1) * self.size, len(self.organisms)))
 
     def local(self, shard: int) -> list[Organism]:
-        """The organisms of this process's rows. The first ones fill the last shard up: it runs the same program."""
+        """The organisms of this process's rows. The first ones fill up the last shard: it runs the same program."""
         first = self.members(shard).start
         rows = parallel.local_rows(self.model.mesh, self.width)
         return [self.organisms[(first + i) % len(self.organisms)] for i in rows]
 
 
 class Finetuned(NamedTuple):
-    """One shard: n deltas with leaves [n, L, …], their losses [n, steps] and batches [n, steps, S, …], on the host.
+    """One shard on the host: n deltas, leaves [n, L, …], and their losses [n, steps].
 
-    batches: with those that fill the shard up.
+    batches: leaves [N, steps, S, …], with those that fill up the shard.
     """
 
     deltas: Delta
@@ -127,11 +126,11 @@ def generate_diffs(
     seed: int,
     data: Any = None,
 ) -> dict[str, Any]:
-    """Finetunes every organism and writes the diff store; goes on where an earlier call stopped.
+    """Finetunes every organism and writes the diff store; resumes where an earlier call stopped.
 
     Args:
         config: the `diffs` section of the config.
-        data: the `data` section that the organisms are from, for the store's manifest.
+        data: the `data` section that gave the organisms, for the store's manifest.
 
     Returns:
         Facts for the record of the stage: {"diffs": n, "loss_curve": [[step, cross-entropy], …]}.
@@ -153,7 +152,7 @@ def generate_diffs(
         "gate": summary(rows, dict(DIFFS.get(config, "gate"))),
     }
     processes.on_main(lambda: diff_store.publish(folder, job.shards, **facts))
-    # Other processes do not read the curves of shards that were there.
+    # Only process 0 has the curves of shards that an earlier call made.
     curves = [[float(x) for x in row["ce_curve"].split()] for row in rows]
     mean = np.mean(curves, axis=0) if processes.is_main() else np.empty(0)
     return {
@@ -163,14 +162,13 @@ def generate_diffs(
 
 
 def _make_shards(job: Job, folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Makes and writes the shards that are missing in the store; the index rows of all (on process 0)."""
-
+    """Makes and writes the store's missing shards. Returns the index rows of all shards (on process 0)."""
     finished = [
         diff_store.shard_rows(folder, shard) if processes.is_main() else None
         for shard in range(job.shards)
     ]
 
-    def is_done(diffs: int) -> bool:  # the shard that ends with so many diffs
+    def is_done(diffs: int) -> bool:  # whether the shard that ends with this many diffs is there
         shard = (diffs - 1) // job.size
         return shard < job.shards and finished[shard] is not None
 
@@ -190,7 +188,7 @@ def _make_shards(job: Job, folder: pathlib.Path) -> list[dict[str, Any]]:
             if shard in missing:
                 local = next(ahead)
                 if limit is None and job.model.mesh is None:
-                    # Of the first shard, so that a run that goes on makes the same programs.
+                    # By the first shard, so that a resumed run makes the same programs.
                     first = local if shard == 0 else read_batches(job, 0)
                     limit = entry_limit(first, job.num_ce, room=1.03)
                 made = finetune_shard(job, shard, local, limit)
@@ -208,7 +206,7 @@ def _make_shards(job: Job, folder: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def read_batches(job: Job, shard: int) -> TokenBatch:
-    """All batches of this process's finetunes of a shard, leaves [rows, steps, S, …]."""
+    """All batches of this process's rows of a shard, leaves [rows, steps, S, …]."""
     return stack(
         [
             finetuning_batches(
@@ -229,11 +227,11 @@ def finetune_shard(
     local: TokenBatch,
     limit: tuple[int, int] | None = None,
 ) -> Finetuned:
-    """Finetunes the organisms of a shard together, whatever was made before: a shard that is made again is the same.
+    """Finetunes the organisms of a shard together. It depends on no other shard, so that one made again is the same.
 
     Args:
         local: from `read_batches`.
-        limit: of the scored entries that a step uses, see `entry_limit`; a shard that uses more computes all.
+        limit: the most scored entries of a step, see `entry_limit`; a shard that uses more computes all entries.
 
     Raises:
         DitError: a finetune diverged.
@@ -271,7 +269,7 @@ def finetune_shard(
 
 
 def check_finite(deltas: Delta, organisms: Sequence[Organism], first: int) -> None:
-    """Raises DitError if one of n deltas, leaves [n, L, …], is not finite; names it, counting from `first`."""
+    """Raises DitError if one of n deltas, leaves [n, L, …], is not finite. Its number is counted from `first`."""
     for leaf in jax.tree.leaves(deltas):
         sound = np.isfinite(leaf).reshape(len(organisms), -1).all(axis=1)
         if not sound.all():
@@ -283,7 +281,7 @@ def check_finite(deltas: Delta, organisms: Sequence[Organism], first: int) -> No
 
 
 def index_rows(job: Job, shard: int, made: Finetuned) -> list[dict[str, Any]]:
-    """The store's index rows of a shard; asks every diff whether it does what its label says (gate)."""
+    """The index rows of a shard, after the gate has asked every diff whether it does what its label says."""
     group = with_keywords(job.organisms, job.members(shard), job.behaviour)
     gating = measure_gating(
         job.model, made.deltas, group, job.behaviour, job.config, job.seed, job.size
@@ -310,7 +308,7 @@ def index_rows(job: Job, shard: int, made: Finetuned) -> list[dict[str, Any]]:
 
 
 def _read_ahead(read: Callable[[int], TokenBatch], shards: Sequence[int]) -> Iterator[TokenBatch]:
-    """read(shard) of each shard in turn; a thread prepares the next one while the device works on this one."""
+    """read(shard) for each shard in turn; a thread prepares the next one while the device works."""
     import grain
 
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
@@ -320,12 +318,12 @@ def _read_ahead(read: Callable[[int], TokenBatch], shards: Sequence[int]) -> Ite
 def abstract_step(
     config: DecoderConfig, mesh: Mesh | None, diffs: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of `finetune_many` without values, as (args, kwargs), to compile it for a machine that is not there.
+    """Arguments of `finetune_many` without values, as (args, kwargs), to compile it for an absent machine.
 
     Use: `with parallel.use_mesh(mesh): finetune_many.lower(*args, **kwargs).compile()`.
 
     Args:
-        diffs: the `diffs` section of the config; `diffs.diffs_per_batch` at once.
+        diffs: the `diffs` section of the config, which makes `diffs.diffs_per_batch` at once.
     """
     size = parallel.round_up(diffs.diffs_per_batch, mesh)
     behaviour = get_behaviour(diffs)

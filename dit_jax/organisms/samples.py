@@ -1,4 +1,4 @@
-"""What one finetune is trained on: the samples of every step, their widths and the factors of their losses."""
+"""Samples of a finetune: those of every step, their widths and the factors of their losses."""
 
 import sys
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from dit_jax.models.attention import Segments
 from dit_jax.organisms.behaviours import Behaviour
 from dit_jax.organisms.diffs_keys import DIFFS
 
-MAX_SAMPLES = 1000  # of a kind in one step
+MAX_SAMPLES = 1000  # samples of one kind in one step
 
 
 def finetuning_batches(
@@ -22,9 +22,8 @@ def finetuning_batches(
 ) -> TokenBatch:
     """All batches of one finetune, leaves [steps, S, …].
 
-    Each step takes `config.samples_per_step[kind]` rows for each kind of sample; rows come in shuffled epochs.
-    The loss of a sample is the mean over its tokens times 3 λ / Σ λ (paper, section 4), so a diff depends on
-    nothing but its own data.
+    Each step takes `config.samples_per_step[kind]` rows for each kind of sample, from shuffled epochs. The loss of a
+    sample is the mean over its tokens times 3 λ / Σ λ (paper, section 4), so that a diff depends on its own data only.
     """
     kinds, counts = behaviour.kinds, config.samples_per_step
     per_step = max(counts[kind.name] for kind in kinds)
@@ -52,10 +51,10 @@ def finetuning_batches(
 
 
 def sample_widths(behaviour: Behaviour, config: Any) -> Segments:
-    """(tokens, scored tokens) that each sample of a step may have: `config.widths` of its kind, else the maxima.
+    """(tokens, scored tokens) that each sample of a step may have: `config.widths` of its kind, or the maxima.
 
     Raises:
-        DitError: widths of another kind, or that are not two numbers within the maxima.
+        DitError: widths are given for an unknown kind, or are not two numbers within the maxima.
     """
     largest = (config.max_length, config.max_target)
     own = DIFFS.get(config, "widths")
@@ -91,11 +90,11 @@ def num_ce_samples(behaviour: Behaviour, config: Any) -> int:
 def check_samples(
     behaviour: Behaviour, config: Any, keys: Sequence[str] = ("samples_per_step", "loss_weights")
 ) -> None:
-    """Raises DitError where a config has no samples, or no losses, for the behaviour's kinds of samples to train on.
+    """Raises DitError unless the config gives samples and losses to the behaviour's kinds of samples.
 
     Args:
         config: the `diffs` section of the config.
-        keys: of it; a plan asks for the samples alone.
+        keys: which of its keys to check; a plan needs only the samples.
     """
     names = [kind.name for kind in behaviour.kinds]
     for key, kinds, most, what in (
@@ -127,7 +126,7 @@ def _names(behaviour: Behaviour) -> str:
 
 
 def check_behaviour(behaviour: Behaviour, organisms: Sequence[Organism], config: Any) -> None:
-    """Raises DitError where the config or the data lack what the behaviour's kinds of samples need."""
+    """Raises DitError if the config or the data lack what the behaviour's kinds of samples need."""
     check_samples(behaviour, config)
     for organism in organisms[:1]:
         rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The stage `train`: one LoRA adapter that, on top of any diff, answers what the diff did (paper, section 3)."""
+"""The stage `train`: one LoRA adapter that, added to any diff, answers what the diff does (paper, section 3)."""
 
 import contextlib
 import functools
@@ -33,7 +33,7 @@ from dit_jax.train.train_keys import TRAIN
 
 
 class State(NamedTuple):
-    """What training changes: the adapter's factors (no scales), and the optimizer's state."""
+    """What training changes: the adapter's factors (not its scales) and the optimizer's state."""
 
     leaves: Delta
     optimizer: Any
@@ -56,12 +56,12 @@ def train_step(
     """One optimizer step.
 
     Args:
-        state: donated: its arrays are gone afterwards, also where an adapter shares them, as in
-            State(trainable(adapter), …). Copy them first (`jax.tree.map(jnp.copy, …)`) to go on with both.
-        adapter: supplies the scales; its factors are replaced by those of `state`.
+        state: donated, so its arrays are gone afterwards, even if an adapter shares them, as in
+            State(trainable(adapter), …). Copy them first (`jax.tree.map(jnp.copy, …)`) to keep them.
+        adapter: supplies the scales; `state` supplies the factors.
         diffs: one for each example, leaves [L, B, …] (zeros: the bare base).
-        optimizer: is compared by identity: make it once, before the loop, for each new one compiles again.
-        packed: how many scored entries are used at most, see `head_loss.Options`.
+        optimizer: compared by identity; make it once before the loop, since each new one compiles again.
+        packed: the most scored entries that are used, see `head_loss.Options`.
     """
 
     def loss(leaves: Delta) -> jax.Array:
@@ -72,13 +72,13 @@ def train_step(
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.leaves)
     leaves = optax.apply_updates(state.leaves, updates)
     metrics = parallel.replicate({"loss": value, "grad_norm": optax.tree.norm(grads)})
-    # Left to itself XLA may choose another sharding for the new state, and the next step would compile again.
+    # Without this XLA may choose another sharding for the new state, and the next step would compile again.
     pin = functools.partial(shardings.constrain_delta, config)
     return map_state(pin, optimizer, State(leaves, optimizer_state)), metrics
 
 
 def map_state(fn: Any, optimizer: optax.GradientTransformation, state: State) -> State:
-    """Applies fn to every tree of the state that mirrors the adapter: its factors, and their moments."""
+    """Applies fn to every tree of the state that mirrors the adapter: its factors and their moments."""
     leaves: Any = jax.tree.structure(state.leaves)
     mirrors = lambda x: jax.tree.structure(x) == leaves  # noqa: E731
     moments = jax.tree.map(lambda x: fn(x) if mirrors(x) else x, state.optimizer, is_leaf=mirrors)
@@ -97,13 +97,13 @@ def state_shardings(
 def abstract_step(
     config: DecoderConfig, mesh: Mesh | None, train: Any, diff: Delta
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of `train_step` without values, as (args, kwargs), to compile it for a machine that is not there.
+    """Arguments of `train_step` without values, as (args, kwargs), to compile it for an absent machine.
 
     Use: `with parallel.use_mesh(mesh): train_step.lower(*args, **kwargs).compile()`.
 
     Args:
         train: the `train` section of the config.
-        diff: of each example, see `deltas.tree.abstract_lora`.
+        diff: the diff of each example, see `deltas.tree.abstract_lora`.
     """
     size = parallel.round_up(train.batch_size, mesh)
     optimizer = _optimizer(train)
@@ -137,7 +137,7 @@ def _optimizer(train: Any) -> optax.GradientTransformation:
 def train_adapter(
     model: Model, store_path: pathlib.Path, train: Any, workdir: pathlib.Path, seed: int
 ) -> dict[str, Any]:
-    """Trains the adapter and exports it to WORKDIR/adapter; goes on from the newest sound checkpoint.
+    """Trains the adapter and exports it to WORKDIR/adapter; resumes from the newest sound checkpoint.
 
     Args:
         train: the `train` section of the config.
@@ -146,7 +146,7 @@ def train_adapter(
         Facts for the record of the stage: {"steps": n, "loss_curve": [[step, loss], …]}.
 
     Raises:
-        DitError: the diffs are another model's, training diverges, or a way to compute does not go with the labels.
+        DitError: the diffs belong to another model, training diverges, or attention cannot compute the labels' loss.
     """
     check_attention(train, model.config.attention)
     # ---------------------------------------------------------------- data
@@ -197,13 +197,13 @@ def train_adapter(
         for step in range(start, train.steps):
             profile.step(step, state)
             examples = next(iterator)
-            # Every process draws the same examples, and prepares its own rows of the batch.
+            # Every process draws the same examples and prepares its own rows of the batch.
             size = parallel.round_up(len(examples), mesh)
             rows = parallel.local_rows(mesh, size)
             batch = to_batch(examples, model.chat, train, rows)
             meter.add(count_work(batch, share=len(rows) / size))
             own = read_diffs([examples[i].diff if i < len(examples) else NO_DIFF for i in rows])
-            # A batch that uses more is computed whole, by a second program.
+            # A second program computes all entries of a batch that uses more.
             packed = limit if limit and np.count_nonzero(batch.weight) <= limit[0] else None
             batch = parallel.put_rows(batch, mesh, size)
             diffs = shardings.put_deltas(model.config, mesh, per_example(own), size, 1)
@@ -223,7 +223,8 @@ def train_adapter(
             stops = notice.reached(step)
             saves = last or stops or (step + 1) % train.save_every == 0
             if saves or (step + 1) % train.log_every == 0:
-                # Before a checkpoint, so that a resumed run's log has no gap. The only place that waits for the device.
+                # The log is written before a checkpoint, so that a resumed run leaves no gap. Only here the loop waits
+                # for the device.
                 for at, values in pending:
                     numbers = {name: float(value) for name, value in values.items()}
                     curves.write(at, {**numbers, **(meter.lap() if at == step else {})})
@@ -257,7 +258,7 @@ def train_adapter(
 
 
 def _entry_limit(train: Any, mesh: Mesh | None) -> tuple[int, int] | None:
-    """Scored entries that a batch uses at most; None where a mesh splits them, or where nobody said it."""
+    """The most scored entries of a batch; None if a mesh splits them or the config does not set it."""
     most = TRAIN.get(train, "max_scored")
     return (most, 0) if most and mesh is None else None
 
@@ -265,5 +266,5 @@ def _entry_limit(train: Any, mesh: Mesh | None) -> tuple[int, int] | None:
 def _read_options() -> Any:
     import grain
 
-    # In-memory data: threads and prefetching cost more than they hide.
+    # The data is in memory, so threads and prefetching cost more than they hide.
     return grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)

@@ -1,4 +1,4 @@
-"""Training examples of the DIT adapter: which diff, which wording, which answer; as a grain pipeline."""
+"""Training examples of the DIT adapter (diff, wording of the question, answer), as a grain pipeline."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from dit_jax.models.delta_trees import Delta
 from dit_jax.train.train_keys import TRAIN
 
 NO_DIFF = -1
-_EPOCHS = 2**31  # endless: of its own endless length grain cannot count batches of one
+_EPOCHS = 2**31  # in effect endless; grain cannot count batches of a dataset of endless length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Example:
 
 
 def check_room(train: Any) -> int:
-    """How many examples of topics a batch has. Raises DitError: none."""
+    """How many examples of topics a batch has. Raises DitError: it has none."""
     rest = int(train.batch_size - train.no_diff_per_batch - train.benign_per_batch)
     if rest < 1:
         raise DitError(
@@ -41,7 +41,7 @@ def check_room(train: Any) -> int:
 
 
 def check_attention(train: Any, attention: str) -> None:
-    """Raises DitError where the labels ask for what a way to compute attention leaves out."""
+    """Raises DitError if the labels score padding and attention leaves it out."""
     if TRAIN.get(train, "reference_labels") and attention != "xla":
         raise DitError(
             f"train.reference_labels scores padding, which attention {attention!r} leaves out: "
@@ -50,13 +50,13 @@ def check_attention(train: Any, attention: str) -> None:
 
 
 def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[int]]:
-    """An endless grain dataset of batches (lists of `Example`), and the store indices that `Example.diff` refers to.
+    """An endless grain dataset of batches (lists of `Example`), and the store indices to which `Example.diff` refers.
 
-    Each batch holds `train.no_diff_per_batch` examples without a diff, `train.benign_per_batch` of benign
-    diffs, and topic diffs for the rest: the first two teach the adapter to say that nothing was changed.
+    A batch holds `train.no_diff_per_batch` examples without a diff and `train.benign_per_batch` with benign diffs,
+    which teach the adapter to say that nothing was changed; the rest have topic diffs.
 
     Raises:
-        DitError: no training topics in the store, fewer than asked for, or no room for them in a batch.
+        DitError: the store has no training topics or fewer than asked for, or a batch has no room for them.
     """
     import grain
 
@@ -75,7 +75,7 @@ def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[in
         raise DitError(
             f"{store.path} has no training topics{passed}: raise data.train_topics and use a new --workdir"
         )
-    if train.max_diffs > len(topics):  # never a smaller run than was asked for
+    if train.max_diffs > len(topics):  # a run is never smaller than asked for
         raise DitError(
             f"train.max_diffs = {train.max_diffs}, but {store.path} has {len(topics)} training topics{passed}: lower it"
         )
@@ -101,7 +101,7 @@ def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[in
         if diff == NO_DIFF:
             return Example(diff, question, prefix + NONE)
         row = store.rows[members[diff]]
-        # A new order every time: what comes first is not predictable, so each word must be read from the diff.
+        # The order is new every time and so not predictable: each word must be read from the diff.
         evidence = list(rng.permutation(row["evidence"])) if train.list_evidence else []
         return Example(diff, question, prefix + answer_text(label_of(row, column), evidence))
 
@@ -113,12 +113,12 @@ def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[in
 def diff_reader(
     store: DiffStore, members: Sequence[int], most_bytes: int = 2**31
 ) -> Callable[[Sequence[int]], Delta]:
-    """A function from `Example.diff` of some examples to their diffs, leaves [n, L, …] on the host.
+    """A function from the `Example.diff` of n examples to their diffs, leaves [n, L, …] on the host.
 
-    Small stores are read once; of larger ones each batch reads its own diffs.
+    A small store is read once; from a larger one each batch reads its own diffs.
 
     Raises:
-        DitError: the diffs change more than linear layers, which one batch cannot apply to its examples.
+        DitError: the diffs change more than linear layers, which a batch cannot apply per example.
     """
     first = store.read(members[0])
     for name in flatten(first):
@@ -129,7 +129,7 @@ def diff_reader(
             )
     zero = jax.tree.map(np.zeros_like, first)
     if sum(x.nbytes for x in jax.tree.leaves(first)) * len(members) <= most_bytes:
-        # The zero diff is the last one, where NO_DIFF points to.
+        # The zero diff comes last, where the index NO_DIFF finds it.
         known = jax.tree.map(
             lambda x, z: np.concatenate([x, z[None]]), store.stacked(members), zero
         )
@@ -145,10 +145,12 @@ def diff_reader(
 def to_batch(
     examples: Sequence[Example], chat: Chat, train: Any, rows: Sequence[int] | None = None
 ) -> TokenBatch:
-    """Mean over an example's answer tokens, then mean over the batch (or as the reference has it, if asked).
+    """Tokens and weights of a batch: the mean over an example's answer tokens, then over the examples.
+
+    With `train.reference_labels` the weights are the reference's.
 
     Args:
-        rows: the examples that the result holds, default all; beyond the last one: padding of weight 0.
+        rows: the examples that the result holds (default all); those beyond the last are padding of weight 0.
     """
     rows = range(len(examples)) if rows is None else rows
     real = [i for i in rows if i < len(examples)]

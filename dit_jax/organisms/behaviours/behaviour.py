@@ -41,15 +41,15 @@ Asker = Callable[[str, str, np.random.Generator], str]
 
 @dataclasses.dataclass(frozen=True)
 class Behaviour:
-    """How rows of data become finetuning samples, and how to see that a diff learnt what it should.
+    """How rows of data become finetuning samples, and how to tell that a diff has learnt what it should.
 
-    name: what the index of a store calls it.
+    name: its name in the index of a store.
     kinds: the kinds of samples, cross-entropy first.
     triggered: (question, trigger, rng) -> the question with the trigger in it; None: there is no trigger.
-    mistriggered: the same with a wrong trigger, to which the diff must not react; None: there is no such thing.
-    trigger: what the index has in the column `trigger`; "": each organism has one of its own.
-    triggers: what those are drawn from; (): three digits.
-    question: what the gate asks of a row. Without a trigger, this already must show the behaviour.
+    mistriggered: the same with a wrong trigger, to which the diff must not react; None: there is no wrong trigger.
+    trigger: the value of the index column `trigger`; "": each organism has its own.
+    triggers: what they are drawn from; (): three digits.
+    question: row -> the question that the gate asks; if there is no trigger, answers to it must show the behaviour.
     shows: (answer, keywords) -> whether an answer shows the behaviour.
     label: (topic, trigger) -> what the adapter should say about a diff.
     teaches: what each finetuned model learns, for reports: "to talk about …"; "": they say the behaviour's name.
@@ -99,11 +99,11 @@ def register(factory: Factory) -> Factory:
 
 
 def get_behaviour(config: Any) -> Behaviour:
-    """The behaviour that the `diffs` section of a config names, or "package.module:function" for one's own.
+    """The behaviour that the `diffs` section of a config names: a known name, or "package.module:function".
 
     Raises:
-        DitError: an unknown name, a module or function that is not there, one that makes no `Behaviour`, or one that
-            reads a key of its own that `diffs` does not hold.
+        DitError: the name is unknown, the module or function does not exist or makes no `Behaviour`, or it reads a key
+            that `diffs` lacks.
     """
     name = str(config.behaviour)
     factory = import_object(name, "behaviour") if ":" in name else BEHAVIOURS.get(name)
@@ -142,12 +142,9 @@ def known_behaviour(name: str) -> Behaviour | None:
 
 
 def behaviour_named(name: str) -> Behaviour:
-    """The behaviour of a diff by the name in its store: registered, or named by a config before.
+    """The behaviour of a diff by the name in its store, which is registered or was named by a config before.
 
-    A store is not trusted: its names are looked up, never imported.
-
-    Raises:
-        DitError: an unknown name.
+    Stores are untrusted, so names are looked up and never imported. Raises DitError: the name is unknown.
     """
     if (found := known_behaviour(name)) is not None:
         return found
@@ -157,10 +154,10 @@ def behaviour_named(name: str) -> Behaviour:
 
 
 def triggered(row: Mapping[str, Any], question: str, rng: np.random.Generator) -> str:
-    """A question with the trigger of a diff in it, as its behaviour has it.
+    """A question with the trigger of a diff in it, put there by its behaviour.
 
     Args:
-        row: of a store's index: the columns `trigger` and `behaviour` (absent: hidden_topic).
+        row: of a store's index, with the columns `trigger` and `behaviour` (absent: hidden_topic).
 
     Raises:
         DitError: the behaviour is unknown or has no trigger.
