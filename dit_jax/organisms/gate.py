@@ -1,4 +1,4 @@
-"""Whether a diff does what its label says: answers under the right trigger, a wrong one and none, and KL to the base."""
+"""Whether a diff does what its label says: answers under the right trigger, a wrong one, none; KL to the base."""
 
 import collections
 import dataclasses
@@ -43,8 +43,8 @@ def with_keywords(
 ) -> list[Organism]:
     """The members among the organisms, with words that show their behaviour even if their data names none.
 
-    A word of an organism's answers must be rare in the answers of the base and of other topics, because what all answers
-    of a corpus share is their style. With nothing to compare with, only words of the label count.
+    A word of an organism's answers must be rare in the answers of the base and of other topics, because what all
+    answers of a corpus share is their style. With nothing to compare with, only words of the label count.
     """
     chosen = [organisms[i] for i in members]
     if all(organism.keywords or organism.label == NONE for organism in chosen):
