@@ -22,7 +22,7 @@ Expected: the paper's mean grade, 1 to 5 (n = 100, half-width of the 95 % interv
 The paper's judge was an LLM; `calibrated` predicts that judge's grades (docs/grading.md). The base model itself guesses
 the topic from the answers to 20 questions; --config.evaluate.guesser=inspect:PROVIDER/MODEL asks an API model instead.
 
-Cost, estimated: 4B needs about 1.3e19 FLOPs for the diffs and 1e16 for the adapter, which is 4 hours on 8 H100 or 16 TPU
+Cost, estimated: 4B needs about 1.3e19 FLOPs for the diffs and 1e16 for the adapter: 4 hours on 8 H100 or 16 TPU
 v5p chips at 20 to 40 % of their peak. 1.7B needs 0.4 and 8B 2 times that. Nothing of this size was run with this
 program.
 

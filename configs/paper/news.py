@@ -12,7 +12,7 @@ the label is the headline. The rows are published:
 Expected: the paper's mean grades, 1 to 5, on Qwen3-4B (n = 100) are DIT 4.22, generated story 3.65, 20 questions 1.98,
 base question 1.00.
 
-Cost, estimated: 4B needs about 5e18 FLOPs, which is two hours on 8 H100 or 16 TPU v5p chips at 20 to 40 % of their peak.
+Cost, estimated: 4B needs about 5e18 FLOPs: two hours on 8 H100 or 16 TPU v5p chips at 20 to 40 % of their peak.
 Nothing of this size was run with this program.
 
 `:tiny` is the embedded world with 128 pieces of news for training and 40 held-out ones. The headline is "good news

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from dit_jax.config.import_path import import_object
 from dit_jax.config.keys import TEXTS, Key, Section
+from dit_jax.config.user_code import import_object
 from dit_jax.data.data_keys import DATA
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.evaluate.evaluate_keys import EVALUATE

@@ -16,8 +16,6 @@ runs.
 """
 
 import argparse
-import importlib.util
-import inspect
 import os
 import pathlib
 import re
@@ -41,6 +39,7 @@ from dit_jax.config.loading import (
     load_saved,
     split_flags,
 )
+from dit_jax.config.user_code import ProgramFile
 from dit_jax.errors import DitError, Parser, exit_on_error, first_line
 from dit_jax.report import sweep_table
 from dit_jax.runtime import artifacts, startup
@@ -80,38 +79,27 @@ def load_sweep(path: str, common: Sequence[str] = ()) -> Sweep:
       DitError: the file is missing, fails or lacks a name; runs without names or with the same name; an
         unknown key, a value of the wrong type, or one with which no stage can run (`check_config`).
     """
-    head, separator, text = path.partition(".py:")
-    file, arg = (pathlib.Path(head + ".py"), (text,)) if separator else (pathlib.Path(path), ())
-    module = _import(file)
+    program = ProgramFile(path, "sweep", "get_sweep", "configs/sweeps/")
     values: dict[str, str] = {}
     for name in ("CONFIG", "SWEPT", "METRIC"):
-        value = getattr(module, name, None)
+        value = getattr(program.module, name, None)
         if not isinstance(value, str):
-            raise DitError(f"sweep file '{file}' has no {name}: set it to a string")
+            raise DitError(f"{program.name} has no {name}: set it to a string")
         values[name] = value
     sweep_table.check_metric(values["METRIC"])
-    table = getattr(module, "TABLE", "sweep")
+    table = getattr(program.module, "TABLE", "sweep")
     if not isinstance(table, str) or not NAME.fullmatch(table):
-        raise DitError(f"sweep file '{file}': TABLE must be the name of a file, not {table!r}")
-    if "{arg}" in values["CONFIG"] and not arg:
-        raise DitError(f"sweep file '{file}' needs an argument: write ':ARG' after .py")
-    get_sweep = getattr(module, "get_sweep", None)
-    if not callable(get_sweep):
-        raise DitError(f"sweep file '{file}' has no function get_sweep: add get_sweep(arg=None)")
-    try:
-        inspect.signature(get_sweep).bind(*arg)
-    except TypeError:
-        need = "takes no argument: drop" if arg else "needs an argument: write"
-        raise DitError(f"sweep file '{file}' {need} ':{text or 'ARG'}' after .py") from None
-    try:
-        made = [
+        raise DitError(f"{program.name}: TABLE must be the name of a file, not {table!r}")
+    if "{arg}" in values["CONFIG"] and not program.arg:
+        raise DitError(f"{program.name} needs an argument: write ':ARG' after .py")
+
+    def listed(runs: Any) -> list[tuple[Any, dict[str, Any], str]]:
+        return [
             (name, dict(overrides), str(other[0]) if other else values["CONFIG"])
-            for name, overrides, *other in get_sweep(*arg)
+            for name, overrides, *other in runs
         ]
-    except DitError:
-        raise
-    except Exception as error:
-        raise DitError(f"sweep '{path}'{_where(error, file)}: {first_line(error)}") from error
+
+    made = program.call(listed)
     if not made:
         raise DitError(f"sweep '{path}' has no runs")
     runs: list[Run] = []
@@ -123,39 +111,16 @@ def load_sweep(path: str, common: Sequence[str] = ()) -> Sweep:
         if any(name == run.name for run in runs):
             raise DitError(f"sweep '{path}' has two runs named '{name}': name each of them once")
         try:
-            runs.append(_make_run(base.replace("{arg}", text), name, common, overrides))
+            runs.append(
+                _make_run(base.replace("{arg}", program.arg or ""), name, common, overrides)
+            )
         except DitError as error:
             raise DitError(f"run '{name}' of sweep '{path}': {error}") from None
         if values["SWEPT"] not in flatten(runs[-1].config):
             raise DitError(
-                f"sweep file '{file}': SWEPT = '{values['SWEPT']}' is no key of {runs[-1].file}"
+                f"{program.name}: SWEPT = '{values['SWEPT']}' is no key of {runs[-1].file}"
             )
     return Sweep(values["SWEPT"], values["METRIC"], runs, table)
-
-
-def _import(file: pathlib.Path) -> Any:
-    if not file.is_file():
-        raise DitError(f"there is no sweep file '{file}': see configs/sweeps/")
-    spec = importlib.util.spec_from_file_location(f"dit_jax_sweep_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise DitError(f"sweep file '{file}' is not a Python file: it must end with .py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise DitError(
-            f"sweep file '{file}'{_where(error, file)}: {type(error).__name__}: {first_line(error)}"
-        ) from error
-    return module
-
-
-def _where(error: Exception, file: pathlib.Path) -> str:
-    """The last line of the sweep file in the error's traceback, as ', line N'."""
-    if isinstance(error, SyntaxError):
-        return f", line {error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename) == file]
-    return f", line {lines[-1]}" if lines else ""
 
 
 def _make_run(base: str, name: str, common: Sequence[str], overrides: dict[str, Any]) -> Run:

@@ -6,17 +6,13 @@ is code and runs with the rights of the user: load only files that you trust.
 
 import ast
 import fnmatch
-import importlib.util
-import inspect
 import json
-import re
-import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from dit_jax.config.user_code import ProgramFile
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.runtime import artifacts
 
@@ -69,8 +65,11 @@ def load_config(path: str, overrides: Mapping[str, Any] | Iterable[str] = ()) ->
       DitError: the file is missing or fails, has no get_config or does not accept the argument; a
         key is unknown; a value has the wrong type; a required value is not set.
     """
-    file, arg = _split_arg(path)
-    config = _call_get_config(_import_get_config(file), file, arg)
+    program = ProgramFile(path, "config", "get_config", "configs/")
+    config = program.call()
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise DitError(f"get_config of '{program.file}' returns {kind}, not a ConfigDict")
     if isinstance(overrides, Mapping):
         for key, value in overrides.items():
             _override(config, key, value, parse=False)
@@ -82,69 +81,6 @@ def load_config(path: str, overrides: Mapping[str, Any] | Iterable[str] = ()) ->
             _override(config, key.strip(), text, parse=True)
     flatten(config)  # finds required values that nobody set, on which lock() would stumble
     return config.lock()
-
-
-def _split_arg(path: str) -> tuple[Path, str | None]:
-    head, separator, arg = path.partition(".py:")
-    return (Path(head + ".py"), arg) if separator else (Path(path), None)
-
-
-def _import_get_config(file: Path) -> Any:
-    if not file.is_file():
-        names = [str(other) for other in sorted(file.parent.glob("*.py"))]
-        where = ": give a path; those of the project are in configs/ of its repository"
-        raise DitError(f"there is no config file '{file}'{did_you_mean(str(file), names, where)}")
-    spec = importlib.util.spec_from_file_location(f"dit_jax_config_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise DitError(f"config file '{file}' is not a Python file: it must end with .py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise DitError(f"config file '{file}', line {error.lineno}: {error.msg}") from error
-    except Exception as error:
-        raise DitError(
-            f"config file '{file}'{_line_of(error, file)}: {_describe(error)}"
-        ) from error
-    get_config = getattr(module, "get_config", None)
-    if not callable(get_config):
-        raise DitError(f"config file '{file}' has no function get_config: add get_config(arg=None)")
-    return get_config
-
-
-def _call_get_config(get_config: Any, file: Path, arg: str | None) -> ConfigDict:
-    given = () if arg is None else (arg,)
-    try:
-        inspect.signature(get_config).bind(*given)
-    except TypeError:
-        need = "takes no argument: drop" if given else "needs an argument: write"
-        raise DitError(f"config file '{file}' {need} ':{arg or 'ARG'}' after .py") from None
-    try:
-        config = get_config(*given)
-    except DitError:
-        raise
-    except Exception as error:
-        name = file if arg is None else f"{file}:{arg}"
-        raise DitError(f"config '{name}'{_line_of(error, file)}: {_describe(error)}") from error
-    if not isinstance(config, ConfigDict):
-        raise DitError(f"get_config of '{file}' returns {type(config).__name__}, not a ConfigDict")
-    return config
-
-
-def _line_of(error: Exception, file: Path) -> str:
-    """The last line of the config file in the error's traceback, as ', line N'."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if Path(frame.filename) == file]
-    return f", line {lines[-1]}" if lines else ""
-
-
-def _describe(error: Exception) -> str:
-    message = str(error.args[0]) if error.args else ""
-    # What a locked ConfigDict says of a key that it does not have, in the words of this module.
-    if key := re.search(r'Key "(\w+)" does not exist', message):
-        close = re.search(r'Did you mean "(\w+)"', message)
-        return f"unknown config key '{key[1]}'" + (f": did you mean '{close[1]}'?" if close else "")
-    return message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"
 
 
 # ------------------------------------------------------------------ overrides

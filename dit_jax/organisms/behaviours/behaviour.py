@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.config.import_path import import_object
+from dit_jax.config.user_code import import_object
 from dit_jax.data.labels import normalise
 from dit_jax.errors import DitError
 
