@@ -32,10 +32,10 @@ from dit_jax.models.modules import count_parameters
 from dit_jax.organisms.behaviours import get_behaviour
 from dit_jax.organisms.diffs_keys import DIFFS
 from dit_jax.organisms.samples import check_samples
-from dit_jax.planning import estimate, machines, table
+from dit_jax.planning import estimate, machines, plan_text, table
 from dit_jax.planning.machines import GIB, Machine
-from dit_jax.planning.programs import BATCH_KEYS, LEVELS, STAGES, Program, batch_size
-from dit_jax.planning.search import Found, search_stage
+from dit_jax.planning.programs import LEVELS, STAGES, Program
+from dit_jax.planning.search import search_stage
 from dit_jax.planning.workload import Compiler, OutOfTime, model_shape
 from dit_jax.runtime import artifacts, parallel
 from dit_jax.train.train_keys import TRAIN
@@ -69,19 +69,18 @@ def main(argv: list[str] | None = None) -> int:
     add("--search", action="store_true", help="recommend a mesh and the largest batch per stage")
     add("--tries", type=int, default=0, help="meshes to compile per stage in a search")
     add("--table", action="store_true", help="search models × machines, print Markdown")
-    add("--models", default=",".join(NAMED_CONFIGS), help="of the table")
-    add("--topologies", default=",".join(TABLE_MACHINES), help="of the table")
+    add("--models", default=",".join(NAMED_CONFIGS), help="models of the table")
+    add("--topologies", default=",".join(TABLE_MACHINES), help="machines of the table")
     add("--cache", type=pathlib.Path, help="file that remembers what was compiled (JSON lines)")
     add("--minutes", type=float, help="compile no longer; with --cache the next call goes on")
     add("--json", type=pathlib.Path, help="write the numbers of a plan there too")
-    add("--diffs", type=int, default=5000, help="of the whole run (default %(default)s)")
-    add("--utilization", type=float, default=estimate.UTILIZATION, help="of the peak, assumed")
+    add("--diffs", type=int, default=5000, help="diffs of the whole run (default %(default)s)")
+    add("--utilization", type=float, default=estimate.UTILIZATION, help="assumed share of the peak")
     add("--price", type=float, help="dollars per chip and hour; default: a list price")
     with exit_on_error():
         rest, overrides = split_flags(sys.argv[1:] if argv is None else argv)
         flags = parser.parse_args(rest)
-        config = load_config(flags.config, overrides)
-        return run(flags, config)
+        return run(flags, load_config(flags.config, overrides))
     return 2
 
 
@@ -138,11 +137,11 @@ def run(flags: argparse.Namespace, config: Any) -> int:
             results = _compile(flags, config, stages, model, compiler)
     except OutOfTime:
         raise DitError("out of time: raise --minutes, or give --cache and call again") from None
-    _print_memory(results, machine)
-    _print_collectives(results, level)
+    print(plan_text.memory(results, machine), plan_text.collectives(results, level), sep="\n")
     settings = {stage: (sizes, p.batch) for stage, (sizes, p) in results.items() if p.fits}
     if "diffs" in settings and "train" in settings:
-        _print_run(flags, config, model, machine, settings)
+        assumed = flags.diffs, flags.utilization, flags.price
+        print(plan_text.whole_run(model, config, machine, settings, *assumed))
     if flags.json:
         record = {
             stage: {"mesh": sizes, **dataclasses.asdict(p)} for stage, (sizes, p) in results.items()
@@ -158,19 +157,16 @@ def _split(text: str, flag: str) -> list[str]:
     return parts
 
 
-Results = dict[str, tuple[tuple[int, int, int], Program]]
-
-
 def _compile(
     flags: argparse.Namespace,
     config: Any,
     stages: Sequence[str],
     model: DecoderConfig,
     compiler: Compiler,
-) -> Results:
+) -> plan_text.Results:
     """The config's own batches on one mesh."""
     sizes = _mesh(flags, config, compiler.machine)
-    results: Results = {}
+    results: plan_text.Results = {}
     for stage in stages:
         batch = estimate.batch_of(stage, config, sizes)
         results[stage] = sizes, compiler.compile(stage, model, config, sizes, batch)
@@ -189,7 +185,7 @@ def _search(
     stages: Sequence[str],
     model: DecoderConfig,
     compiler: Compiler,
-) -> Results:
+) -> plan_text.Results:
     """The best mesh and largest batch of each stage; prints the recommendation."""
 
     def one(stage: str, sizes: tuple[int, int, int], batch: int) -> Program:
@@ -201,7 +197,7 @@ def _search(
         print(line, file=sys.stderr, flush=True)
         return program
 
-    results: Results = {}
+    results: plan_text.Results = {}
     for stage in stages:
         found = search_stage(stage, model, config, compiler.machine, one, flags.tries or 2)
         if found.program is None:
@@ -210,92 +206,9 @@ def _search(
             print(f"{stage}: nothing fits ({share:.2f} GiB a device for the parameters alone)")
             continue
         results[stage] = found.sizes, found.program
-        print(_recommendation(found, config))
+        print(plan_text.recommendation(found, config))
     print()
     return results
-
-
-def _recommendation(found: Found, config: Any) -> str:
-    assert found.program is not None
-    named = zip(parallel.MESH_AXES, found.sizes, strict=True)
-    mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in named)
-    section, key = BATCH_KEYS[found.stage]
-    line = f"{found.stage}: {mesh} --config.{section}.{key}={found.program.batch}"
-    if found.next_peak:
-        how = "compiled" if found.next_compiled else "extrapolated"
-        line += f" (twice the batch needs {found.next_peak / GIB:.2f} GiB, {how})"
-    asked = batch_size(found.stage, config)
-    if asked <= found.program.batch:
-        line += f"; the config's {asked} fits"
-    return line
-
-
-# ------------------------------------------------------------------ printing
-
-
-def _print_memory(results: Results, machine: Machine) -> None:
-    parts = ("parameters", "adapter", "optimizer", "diffs", "temporaries", "peak")
-    peaks = [program.memory.get("peak", 0.0) for _, program in results.values()]
-    unit, size = ("MiB", 2**20) if max(peaks, default=0.0) < GIB else ("GiB", GIB)
-    print(f"{unit} per device" + (f", of {machine.memory / size:,.2f}" if machine.memory else ""))
-    head = "".join(f"{part:>13}" for part in parts)
-    print(f"{'stage':7}{'mesh':>9}{'batch':>7}{'fits':>6}{head}  compiled in")
-    for stage, (sizes, program) in results.items():
-        mesh, fits = ",".join(map(str, sizes)), "yes" if program.fits else "NO"
-        numbers = "".join(
-            f"{program.memory[part] / size:13.3f}" if part in program.memory else f"{'-':>13}"
-            for part in parts
-        )
-        seconds = f"{program.seconds:.0f} s"
-        print(f"{stage:7}{mesh:>9}{program.batch:7}{fits:>6}{numbers}  {seconds}")
-    print(
-        "peak: arguments as laid out on the device, temporaries, results and code; of what does not fit, what the\n"
-        "compiler says that it needs at least. The moments of the diffs' optimizer are temporaries of their program.\n"
-    )
-
-
-def _print_collectives(results: Results, level: str) -> None:
-    if level != "default":
-        print("collectives: only at --level default\n")
-        return
-    print("collectives in each program (a loop's body counts once) and the MiB of their results")
-    for stage, (_, program) in results.items():
-        kinds = [
-            f"{kind} {n} ({size / 2**20:.1f})" for kind, (n, size) in program.collectives.items()
-        ]
-        none = "none" if program.fits else "not compiled"
-        print(f"{stage:7}{', '.join(sorted(kinds)) or none}")
-    print()
-
-
-def _print_run(
-    flags: argparse.Namespace, config: Any, model: DecoderConfig, machine: Machine, settings: Any
-) -> None:
-    plan = estimate.whole_run(
-        model,
-        config,
-        machine,
-        flags.diffs,
-        settings["diffs"],
-        (settings["train"][0], estimate.batch_of("train", config, settings["train"][0])),
-        flags.utilization,
-        flags.price,
-    )
-    print(f"the whole run, ESTIMATED ({flags.diffs:,} diffs, {config.train.steps} adapter steps):")
-    if machine.chip is None:
-        print("  time: not estimated, the speed of this device is not in the table of chips")
-    else:
-        price = machine.chip.price if flags.price is None else flags.price
-        paid = f"${plan.dollars:,.0f}" if plan.dollars is not None else "cost: give --price"
-        source = "given" if flags.price is not None else f"{machines.PRICES_OF}, on demand"
-        cost = f", ${price:g} a chip and hour ({source})" if price else ""
-        print(f"  diffs {plan.diff_hours:.2f} h, adapter {plan.train_hours:.2f} h, {paid}")
-        print(
-            f"  assumed: {flags.utilization:.0%} of {machine.chip.flops / 1e12:g} TFLOP/s a chip{cost};\n"
-            "  without loading, compiling, gating, evaluation and waiting for data"
-        )
-    diffs, adapter = (table.show_bytes(size) for size in (plan.diff_bytes, plan.adapter_bytes))
-    print(f"  stored: diffs {diffs}, adapter with its checkpoints {adapter} (float32)")
 
 
 def _print_tables(

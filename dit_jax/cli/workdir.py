@@ -1,15 +1,10 @@
 """The folder of a run: one program in it at a time, one config, and which stages are finished and still current."""
 
-import contextlib
-import errno
-import fcntl
 import functools
 import os
 import re
-import shutil
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +15,6 @@ from dit_jax.config.loading import config_diff, load_saved, save_config
 from dit_jax.errors import DitError
 from dit_jax.evaluate.evaluate_keys import EVALUATE, GRADING_KEYS
 from dit_jax.runtime import artifacts, processes
-from dit_jax.runtime.os_errors import explain_os_errors
 
 CONFIG_FILE = "config.json"
 _OF_THE_REPORT = tuple(EVALUATE.dotted(key.name) for key in GRADING_KEYS)
@@ -33,9 +27,6 @@ LATER_SECTIONS = {
 }
 _OF_THE_START = (CONFIG_FILE, "versions.json", "metrics")  # there before anything is made
 _SHOWN_DIFFERENCES = 5
-LOCK = ".lock"
-LOCK_WAIT_SECONDS = 2.0  # a predecessor that was killed may take a moment to be gone
-_HELD = (errno.EAGAIN, errno.EACCES)
 
 
 def given_folder(text: str) -> Path:
@@ -45,68 +36,6 @@ def given_folder(text: str) -> Path:
     if "://" in text:
         raise DitError(f"the workdir {text!r} is an address: mount the bucket and give its folder")
     return Path(os.path.expanduser(text))
-
-
-@contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """Holds the workdir for this run, on process 0; the system gives it back whatever ends the process.
-
-    Where the file system knows no locks (some network mounts) one line says so, and the run goes on.
-
-    Raises:
-        DitError: another run holds it, or the folder cannot be made.
-    """
-    handle: list[int] = []
-
-    def acquire() -> None:
-        file = artifacts.make_dir(workdir) / LOCK
-        with explain_os_errors("write", file):
-            handle.append(os.open(file, os.O_RDWR | os.O_CREAT, 0o644))
-        if _acquire(handle[0], workdir):
-            _remove_leftovers(workdir)
-
-    try:
-        processes.on_main(acquire)
-        yield
-    finally:
-        for number in handle:
-            os.close(number)
-
-
-def _remove_leftovers(workdir: Path) -> None:
-    # Of writers that were killed. Nobody else is writing now.
-    for leftover in list(workdir.rglob(".*.tmp-" + "[0-9a-f]" * 12)):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
-
-
-def _acquire(handle: int, workdir: Path) -> bool:
-    deadline = time.monotonic() + LOCK_WAIT_SECONDS
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno not in _HELD:
-                print(
-                    f"note: '{workdir}' cannot be locked ({error.strerror}): "
-                    "see to it that no other run uses it",
-                    file=sys.stderr,
-                )
-                return False
-        if time.monotonic() > deadline:
-            holder = os.pread(handle, 100, 0).decode("utf-8", "replace").strip()
-            raise DitError(
-                f"another run is at work in '{workdir}' ({holder or 'unknown process'}): "
-                "wait for its end, or use another --workdir"
-            )
-        time.sleep(0.1)
-    with contextlib.suppress(OSError):  # for the message alone
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-    return True
 
 
 def check_workdir(

@@ -1,0 +1,81 @@
+"""A folder that one run has for itself, whatever ends that run."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from dit_jax.errors import DitError
+from dit_jax.runtime import artifacts, processes
+from dit_jax.runtime.os_errors import explain_os_errors
+
+LOCK = ".lock"
+LOCK_WAIT_SECONDS = 2.0  # a predecessor that was killed may take a moment to be gone
+_HELD = (errno.EAGAIN, errno.EACCES)
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Holds the workdir for this run, on process 0. The system releases it, whatever ends the process.
+
+    Where the file system has no locks (some network mounts), one line says so and the run goes on.
+
+    Raises:
+        DitError: another run holds it, or the folder cannot be made.
+    """
+    handle: list[int] = []
+
+    def acquire() -> None:
+        file = artifacts.make_dir(workdir) / LOCK
+        with explain_os_errors("write", file):
+            handle.append(os.open(file, os.O_RDWR | os.O_CREAT, 0o644))
+        if _acquire(handle[0], workdir):
+            _remove_leftovers(workdir)
+
+    try:
+        processes.on_main(acquire)
+        yield
+    finally:
+        for number in handle:
+            os.close(number)
+
+
+def _remove_leftovers(workdir: Path) -> None:
+    # Killed writers left them. Nobody else is writing now.
+    for leftover in list(workdir.rglob(".*.tmp-" + "[0-9a-f]" * 12)):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _acquire(handle: int, workdir: Path) -> bool:
+    deadline = time.monotonic() + LOCK_WAIT_SECONDS
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in _HELD:
+                print(
+                    f"note: '{workdir}' cannot be locked ({error.strerror}): "
+                    "make sure that no other run uses it",
+                    file=sys.stderr,
+                )
+                return False
+        if time.monotonic() > deadline:
+            holder = os.pread(handle, 100, 0).decode("utf-8", "replace").strip()
+            raise DitError(
+                f"another run is at work in '{workdir}' ({holder or 'unknown process'}): "
+                "wait for its end, or use another --workdir"
+            )
+        time.sleep(0.1)
+    with contextlib.suppress(OSError):  # for the message alone
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+    return True
