@@ -60,7 +60,7 @@ class Key:
             if not isinstance(value, list | tuple) or not all(isinstance(x, str) for x in value):
                 raise DitError(f"{key} must be a tuple of texts, not {value!r}")
             if len(value) < self.least:
-                raise DitError(f"{key} must be a tuple of one question or more, not ()")
+                raise DitError(f"{key} must be a tuple of one text or more, not ()")
         known = tuple(self.choices)
         for name in value if self.kind == TEXTS else (value,):
             if known and name not in known:
