@@ -461,7 +461,7 @@ NO_DATA = [f"data.{n}=0" for n in ("train_topics", "test_topics", "train_benign"
         ),
         (["train.projections=x_proj"], "'train.projections': unknown projection 'x_proj'"),
         (NO_DATA, "data.train_topics, data.test_topics, data.train_benign, data.test_benign are"),
-        (["train.questions=()"], "'train.questions' must be a tuple of one question or more"),
+        (["train.questions=()"], "'train.questions' must be a tuple of one text or more"),
         (["evaluate.seen_questions=()"], "'evaluate.seen_questions' must be a tuple of one"),
         (["evaluate.answer_tokens=-1"], "'evaluate.answer_tokens' must be a whole number"),
         (["train.optimizer=sgd"], "'train.optimizer': unknown 'sgd': choose from adam, adamw"),
