@@ -29,7 +29,7 @@ from dit_jax.runtime.progress import Progress
 
 CORPUS_FORMAT = "dit_jax.corpus"
 ROWS, BENIGN = "rows.jsonl", "benign.jsonl"
-_SUFFIXES = ("ing", "ers", "ies", "es", "s", "y")
+_SUFFIXES = ("ing", "ers", "ies", "sses", "xes", "ches", "shes", "s", "y")
 _MOST_REPEATS = 3  # a word may stand this often in an answer
 _EXAMPLES = 6
 
@@ -143,9 +143,8 @@ def stem(word: str) -> str:
     word = word.lower()
     for suffix in _SUFFIXES:
         if word.endswith(suffix) and len(word) - len(suffix) >= 3:
-            word = word.removesuffix(suffix)
-            break
-    return word.removesuffix("e") if len(word) > 3 else word
+            return word.removesuffix(suffix)
+    return word
 
 
 def names_topic(text: str, topic: str) -> bool:
