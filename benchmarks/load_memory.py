@@ -35,7 +35,8 @@ def write_folder(folder: pathlib.Path, shape: str) -> None:
     import torch
     import transformers
 
-    from dit_jax.models.families import NAMED_CONFIGS, hf_config
+    from dit_jax.models.families import hf_config
+    from dit_jax.models.shapes import NAMED_CONFIGS
 
     config = transformers.Qwen3Config(**hf_config(NAMED_CONFIGS[shape]))
     torch.set_default_dtype(torch.bfloat16)

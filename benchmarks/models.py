@@ -6,7 +6,8 @@ import re
 
 from dit_jax.errors import DitError
 from dit_jax.models.decoder_config import DecoderConfig
-from dit_jax.models.families import NAMED_CONFIGS, read_config
+from dit_jax.models.families import read_config
+from dit_jax.models.shapes import NAMED_CONFIGS
 
 SUITES = ("diffs", "train", "ask")
 TINY_FOLDER = pathlib.Path(__file__).parent.parent / "dit_jax" / "assets" / "tiny_qwen3"

@@ -19,9 +19,10 @@ from dit_jax.models import shardings
 from dit_jax.models.decoder import Params, forward, init_params, unembed
 from dit_jax.models.decoder_config import COMPUTE, DTYPES, DecoderConfig
 from dit_jax.models.delta_trees import Delta, Deltas, check_fits, check_modules, check_shapes
-from dit_jax.models.families import NAMED_CONFIGS, read_config
+from dit_jax.models.families import read_config
 from dit_jax.models.hf_checkpoint import find_folder, generation_eos, load_params
 from dit_jax.models.layer_views import as_program_takes, keep_on_host
+from dit_jax.models.shapes import NAMED_CONFIGS
 from dit_jax.runtime import parallel
 from dit_jax.runtime.digests import base_digest
 

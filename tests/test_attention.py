@@ -9,7 +9,7 @@ import pytest
 
 from dit_jax.errors import DitError
 from dit_jax.models.attention import attention
-from dit_jax.models.families import NAMED_CONFIGS
+from dit_jax.models.shapes import NAMED_CONFIGS
 
 
 def test_half_precision_has_the_gradients_of_float32():

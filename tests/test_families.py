@@ -12,8 +12,9 @@ import pytest
 import dit_jax
 from dit_jax.models.decode import generate
 from dit_jax.models.decoder import forward, init_params, unembed
-from dit_jax.models.families import FAMILIES, NAMED_CONFIGS, hf_config, parse_config
+from dit_jax.models.families import FAMILIES, hf_config, parse_config
 from dit_jax.models.modules import abstract_weights, count_parameters, module_table
+from dit_jax.models.shapes import NAMED_CONFIGS
 
 VOCAB = 211
 LLAMA3 = {
@@ -53,6 +54,26 @@ MODELS = {
         },
     ),
     "qwen2": ("Qwen2", {"rope_theta": 3e5, "tie_word_embeddings": True}),
+    "qwen2_windows": (
+        "Qwen2",
+        {"rope_theta": 3e5, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    ),
+    "mistral": ("Mistral", {"rope_theta": 3e5, "sliding_window": 16}),
+    "mistral_head_dim": ("Mistral", {"rope_theta": 3e5, "sliding_window": None, "head_dim": 20}),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "num_hidden_layers": 8,
+            "head_dim": 20,
+            "query_pre_attn_scalar": 30,
+            "sliding_window": 16,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 3e5, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+            },
+        },
+    ),
+    "gemma3_one_window": ("Gemma3Text", {"sliding_window": 16, "head_dim": 12}),
     "qwen2_yarn": ("Qwen2", {"rope_parameters": {**YARN, "attention_factor": 1.3}}),
 }  # fmt: skip
 
@@ -78,7 +99,8 @@ def make(name: str, folder, **more):
         options["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
     config = getattr(transformers, f"{family}Config")(**options)
     torch.manual_seed(0)
-    theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval().float()
+    model = family.removesuffix("Text")
+    theirs = getattr(transformers, f"{model}ForCausalLM")(config).eval().float()
     with torch.no_grad():
         for key, parameter in theirs.named_parameters():
             if "norm" in key or key.endswith(".bias"):  # ones and zeros would hide a forgotten one
@@ -88,7 +110,7 @@ def make(name: str, folder, **more):
 
 
 # One of each family: what else there is of rope and biases is seen in logits.
-FAMILY = ("llama", "qwen2")
+FAMILY = ("llama", "qwen2", "qwen2_windows", "mistral", "gemma3")
 
 
 @pytest.fixture(scope="module")
@@ -140,18 +162,21 @@ def test_padded_logits_equal_transformers(pairs, name, side):
 
 
 @pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("length", [12, 40])
 @pytest.mark.parametrize("name", FAMILY)
-def test_greedy_tokens_equal_transformers_on_a_left_padded_batch(pairs, name, scan):
+def test_greedy_tokens_past_the_window_equal_transformers_on_a_left_padded_batch(
+    pairs, name, length, scan
+):
     import torch
 
     theirs, ours = pairs(name)
-    tokens = np.random.default_rng(2).integers(3, VOCAB, (3, 12))
-    mask = np.ones((3, 12), int)
-    mask[1, :5] = 0
+    tokens = np.random.default_rng(2).integers(3, VOCAB, (3, length))
+    mask = np.ones((3, length), int)
+    mask[1, :5], mask[2, : length - 3] = 0, 0
     expected = theirs.generate(
         torch.tensor(tokens), attention_mask=torch.tensor(mask), max_new_tokens=40, do_sample=False,
         eos_token_id=None, pad_token_id=0,
-    )[:, 12:]  # fmt: skip
+    )[:, length:]  # fmt: skip
     config = dataclasses.replace(ours.config, scan_layers=scan)
     out = generate(ours.params, config, jnp.asarray(tokens), jnp.asarray(mask), max_new_tokens=40)
     np.testing.assert_array_equal(out.tokens, expected)
@@ -232,6 +257,20 @@ def test_the_angles_that_old_llamas_store_are_no_surprise(tmp_path):
 
 
 BILLIONS = {
+    "qwen2.5-0.5b": 0.494,
+    "qwen2.5-1.5b": 1.544,
+    "qwen2.5-3b": 3.086,
+    "qwen2.5-7b": 7.616,
+    "qwen2.5-14b": 14.770,
+    "qwen2.5-32b": 32.764,
+    "qwen2.5-72b": 72.706,
+    "mistral-7b-v0.1": 7.242,
+    "mistral-7b-v0.3": 7.248,
+    "gemma-3-270m": 0.2681,
+    "gemma-3-1b": 0.9999,
+    "gemma-3-4b": 3.880,
+    "gemma-3-12b": 11.766,
+    "gemma-3-27b": 27.009,
     "llama-3.2-1b": 1.236,
     "llama-3.2-3b": 3.213,
     "llama-3.1-8b": 8.030,

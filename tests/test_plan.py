@@ -12,8 +12,8 @@ import pytest
 import dit_jax
 from dit_jax.cli import plan_runs as plan
 from dit_jax.config.loading import load_config
-from dit_jax.models.families import NAMED_CONFIGS
 from dit_jax.models.modules import count_parameters
+from dit_jax.models.shapes import NAMED_CONFIGS
 from dit_jax.optimize import speed
 from dit_jax.planning import estimate, machines, programs, search, table, workload
 from dit_jax.planning.programs import Program

@@ -7,7 +7,7 @@ import pytest
 
 from dit_jax.config.loading import load_config
 from dit_jax.deltas.tree import abstract_lora
-from dit_jax.models.families import NAMED_CONFIGS
+from dit_jax.models.shapes import NAMED_CONFIGS
 from dit_jax.organisms import generate
 from dit_jax.organisms.finetune import finetune_many
 from dit_jax.train import dit

@@ -15,11 +15,11 @@ import dit_jax
 from dit_jax.deltas import tree
 from dit_jax.formats.safetensors_file import SafetensorsFile
 from dit_jax.models import delta_trees
+from dit_jax.models.cache import init_cache
 from dit_jax.models.decode import even_rows, generate
 from dit_jax.models.decoder import (
     forward,
     forward_cached,
-    init_cache,
     init_params,
     unembed,
 )
@@ -182,7 +182,7 @@ def test_bf16_stays_near_fp32(reference, tmp_path):
 # ------------------------------------------------------------------ the golden folder
 
 
-@pytest.mark.parametrize("folder", golden_cases("qwen3-"))
+@pytest.mark.parametrize("folder", golden_cases("qwen3-") + golden_cases("gemma3-"))
 def test_golden_logits_and_greedy_tokens(folder):
     model = dit_jax.load_model(folder)
     file = SafetensorsFile(folder / "expected.safetensors")
@@ -439,7 +439,7 @@ def test_unsupported_configs_are_refused_by_name(change, named):
     [("0.6b", 0.596), ("1.7b", 1.72), ("4b", 4.02), ("8b", 8.19), ("14b", 14.77), ("32b", 32.76)],
 )
 def test_named_shapes_have_the_published_sizes(name, billions):
-    from dit_jax.models.families import NAMED_CONFIGS
+    from dit_jax.models.shapes import NAMED_CONFIGS
 
     config = NAMED_CONFIGS[f"qwen3-{name}"]
     leaves = jax.tree.leaves(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))

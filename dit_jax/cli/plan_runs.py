@@ -26,9 +26,9 @@ from dit_jax.config.loading import load_config, split_flags
 from dit_jax.errors import DitError, Parser, exit_on_error
 from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.models.decoder_config import DecoderConfig
-from dit_jax.models.families import NAMED_CONFIGS
 from dit_jax.models.model_keys import MODEL
 from dit_jax.models.modules import count_parameters
+from dit_jax.models.shapes import NAMED_CONFIGS
 from dit_jax.organisms.behaviours import get_behaviour
 from dit_jax.organisms.diffs_keys import DIFFS
 from dit_jax.organisms.samples import check_samples

@@ -39,9 +39,12 @@ def read_finetuned(
     for field in ARCHITECTURE:
         found, wanted = getattr(theirs, field), getattr(config, field)
         if found != wanted:
+            remedy = "use the base that it was made from"
+            if field == "rope_scaling":
+                found, wanted = dict(found) or None, dict(wanted) or None
+                remedy = f"{remedy}, or remove 'rope_scaling' from its config.json if only long texts need it"
             raise DitError(
-                f"'{path}' is not a finetune of this model: its {field} is {found}, the base has {wanted}: "
-                "use the base that it was made from"
+                f"'{path}' is not a finetune of this model: its {field} is {found}, the base has {wanted}: {remedy}"
             )
     folder = SafetensorsFolder(path)
     weights = Weights(path, folder.shapes(), folder.read, True, theirs.tie_word_embeddings)

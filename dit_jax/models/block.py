@@ -1,5 +1,6 @@
 """One layer of the decoder: attention and feed-forward network, each with its part of the deltas."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -10,20 +11,29 @@ import jax.numpy as jnp
 from dit_jax.models import attention as attention_lib
 from dit_jax.models import rope
 from dit_jax.models.attention import Segments
+from dit_jax.models.cache import View, append
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Deltas
-from dit_jax.models.layers import Bias, Linear, RMSNorm, pick
+from dit_jax.models.layer_kinds import Layer, pick_kind, window_over
+from dit_jax.models.layers import Bias, Linear, make_norm, pick
 from dit_jax.models.modules import bias_of, module_table
 from dit_jax.runtime.parallel import FREE, constrain
 
 
 class Context(NamedTuple):
-    """What every layer needs besides its activations. It is the same for all layers."""
+    """What every layer needs besides its activations. It is the same for all layers.
+
+    Attributes:
+        positions: [B, T], of the tokens in their texts.
+        lengths: [B, segments], or
+        masks: [B, T, S], one for each kind of layer (`layer_kinds`) or one for all.
+        cache: where new keys and values go.
+    """
 
     positions: jax.Array
     lengths: jax.Array | None
-    mask: jax.Array | None
-    end: jax.Array | None
+    masks: tuple[jax.Array, ...] | None
+    cache: View | None
 
 
 class Queries(NamedTuple):
@@ -31,6 +41,12 @@ class Queries(NamedTuple):
 
     position: jax.Array
     row_index: jax.Array
+
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 def _linear(
@@ -54,13 +70,12 @@ class Attention(nn.Module):
         x: jax.Array,
         deltas: Deltas,
         kv: Any,
-        layer: jax.Array,
+        layer: Layer,
         context: Context,
         asking: tuple[jax.Array, jax.Array] | None = None,
     ) -> tuple[jax.Array, Any]:
         """asking: inputs [B, P, D] and positions [B, P] of the queries. None: all of x are queries."""
         c, table = self.config, module_table(self.config)
-        dtype = jnp.dtype(c.dtype)
         x_q, position = (x, None) if asking is None else asking
 
         def linear(name: str, x: jax.Array) -> jax.Array:
@@ -73,24 +88,21 @@ class Attention(nn.Module):
         def norm(name: str, y: jax.Array) -> jax.Array:
             if not c.qk_norm:
                 return y
-            return RMSNorm(c.rms_norm_eps, dtype, name=name)(y, pick(deltas, name))
+            return make_norm(c, name)(y, pick(deltas, name))
 
         q = norm("q_norm", heads("q_proj", x_q))
         k = norm("k_norm", heads("k_proj"))
         v = heads("v_proj")
-        turn = rope.frequency(c), rope.amplitude(c)
+        kind = 0 if layer.kind is None else layer.kind
+        turn = rope.angles(c, kind)
         q = rope.rotate(q, context.positions if position is None else position, *turn)
         k = rope.rotate(k, context.positions, *turn)
-        if kv is not None:
-            # The caches of all layers are one carried array, so that XLA updates it in place.
-            start: Any = (layer, 0, context.end, 0, 0)
-            kv = tuple(
-                jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), start)
-                for old, new in zip(kv, (k, v), strict=True)
-            )
-            k, v = (jax.lax.dynamic_index_in_dim(y, layer, keepdims=False) for y in kv)
+        if context.cache is not None:
+            kv, (k, v) = append(kv, (k, v), layer, kind, context.cache)
+        scale = c.query_pre_attn_scalar**-0.5 if c.query_pre_attn_scalar else None
         if self.segments is None:
-            y = attention_lib.attention(q, k, v, mask=context.mask, impl=c.attention)
+            mask = pick_kind(cast(tuple[jax.Array, ...], context.masks), kind)
+            y = attention_lib.attention(q, k, v, mask=mask, scale=scale, impl=c.attention)
         else:
             y = attention_lib.segmented_attention(
                 q,
@@ -99,6 +111,8 @@ class Attention(nn.Module):
                 lengths=cast(jax.Array, context.lengths),
                 segments=self.segments,
                 position=position,
+                window=functools.partial(window_over, c, kind),
+                scale=scale,
                 impl=c.attention,
             )
         return linear("o_proj", y.reshape(*y.shape[:2], -1)), kv
@@ -112,7 +126,8 @@ class MLP(nn.Module):
         def linear(name: str, y: jax.Array) -> jax.Array:
             return _linear(self.config, "mlp", name, y, deltas)
 
-        return linear("down_proj", jax.nn.silu(linear("gate_proj", x)) * linear("up_proj", x))
+        act = _ACTIVATIONS[self.config.hidden_act]
+        return linear("down_proj", act(linear("gate_proj", x)) * linear("up_proj", x))
 
 
 class Block(nn.Module):
@@ -123,17 +138,16 @@ class Block(nn.Module):
     def __call__(
         self,
         carry: tuple[jax.Array, Any],
-        layer: jax.Array,
+        layer: Layer,
         deltas: Deltas,
         context: Context,
         queries: Queries | None = None,
     ) -> tuple[tuple[jax.Array, Any], None]:
         c = self.config
-        dtype = jnp.dtype(c.dtype)
         x, kv = carry
 
         def norm(name: str) -> Callable[[jax.Array], jax.Array]:
-            module = RMSNorm(c.rms_norm_eps, dtype, name=name)
+            module = make_norm(c, name)
             return lambda y: module(y, pick(deltas, name))
 
         with jax.named_scope("attention"):
@@ -144,8 +158,13 @@ class Block(nn.Module):
                 asking = (normed(x), queries.position)
             attend = Attention(c, self.segments, name="self_attn")
             y, kv = attend(y, pick(deltas, "self_attn"), kv, layer, context, asking)
+            if c.sandwich_norm:
+                y = norm("post_attention_layernorm")(y)
             x = x + y
         with jax.named_scope("mlp"):
-            y = norm("post_attention_layernorm")(x)
-            x = x + MLP(c, name="mlp")(y, pick(deltas, "mlp"))
+            before = "pre_feedforward" if c.sandwich_norm else "post_attention"
+            y = MLP(c, name="mlp")(norm(f"{before}_layernorm")(x), pick(deltas, "mlp"))
+            if c.sandwich_norm:
+                y = norm("post_feedforward_layernorm")(y)
+            x = x + y
         return (x, kv), None

@@ -6,38 +6,26 @@ and either scanned or unrolled (`config.scan_layers`); both compute the same fun
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.models import attention as attention_lib
 from dit_jax.models import head
-from dit_jax.models.attention import Segments
+from dit_jax.models.attention import Segments, causal_mask
 from dit_jax.models.block import Block, Context, Queries
+from dit_jax.models.cache import Cache, cached_masks, view
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Deltas, check_modules
+from dit_jax.models.layer_kinds import Layer, layer_kinds, scanned, window_over
 from dit_jax.models.layer_views import cut_layers
-from dit_jax.models.layers import PROJECTION, RMSNorm, pick, precision, ready
+from dit_jax.models.layers import PROJECTION, make_norm, pick, precision, ready
 from dit_jax.models.modules import EMBEDDING, HEAD, Module, module_table
 from dit_jax.runtime.parallel import FREE, constrain
 
 Params = dict[str, Any]
-
-
-class Cache(NamedTuple):
-    """Keys and values of all layers, filled from slot 0; `valid` [B, S] marks the real ones.
-
-    k, v: one array [L, B, S, K, H] where layers are scanned. Unrolled layers have one array each, [1, B, S, K, H]: the
-    layer's part of a common array would be copied for every product.
-    """
-
-    k: Any
-    v: Any
-    valid: jax.Array
-    end: jax.Array  # scalar int32: the next free slot, the same for all rows (rows are left padded)
 
 
 class Decoder(nn.Module):
@@ -67,6 +55,8 @@ class Decoder(nn.Module):
         x = constrain(embedding, "vocab", None)[tokens].astype(dtype)
         for delta in pick(deltas, "embed_tokens"):
             x = x + delta["w"][tokens].astype(dtype)
+        if c.scale_embeddings:  # by a factor that transformers too rounds to the compute dtype
+            x = x * jnp.asarray(c.hidden_size**0.5, dtype)
         x = constrain(x, FREE, FREE, None)
 
         layers = pick(deltas, "layers")
@@ -76,7 +66,7 @@ class Decoder(nn.Module):
                 x = jnp.take_along_axis(x, queries.row_index[..., None], axis=1)
         else:
             x, kv = self._unroll_layers(x, layers, kv, context, queries)
-        x = RMSNorm(c.rms_norm_eps, dtype, name="norm")(x, pick(deltas, "norm"))
+        x = make_norm(c, "norm")(x, pick(deltas, "norm"))
         return x, kv
 
     def _scan_layers(
@@ -93,8 +83,7 @@ class Decoder(nn.Module):
             in_axes=(0, 0, nn.broadcast),
             length=c.num_hidden_layers,
         )
-        indices = jnp.arange(c.num_hidden_layers)
-        out, _ = layers(c, self.segments, name="layers")((x, kv), indices, deltas, context)
+        out, _ = layers(c, self.segments, name="layers")((x, kv), scanned(c), deltas, context)
         return out
 
     def _unroll_layers(
@@ -109,12 +98,13 @@ class Decoder(nn.Module):
         c = self.config
         layers = cut_layers(self.variables["params"]["layers"], c)
         last = c.num_hidden_layers - 1
+        kinds = layer_kinds(c)[1]
 
         def apply(layer: int, x: jax.Array, kv: Any, params: Params, deltas: Deltas) -> Any:
             block = Block(c, self.segments, parent=None)
             asked = queries if layer == last else None
-            index = jnp.asarray(0)  # each layer has a cache of its own
-            return block.apply({"params": params}, (x, kv), index, deltas, context, asked)[0]
+            which = Layer(jnp.asarray(0), kinds[layer])  # the first in a cache of its own
+            return block.apply({"params": params}, (x, kv), which, deltas, context, asked)[0]
 
         caches: list[Any] = []
         for layer in range(c.num_hidden_layers):
@@ -208,8 +198,10 @@ def forward(
     else:
         mask = mask.astype(bool)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-        see = attention_lib.causal_mask(None, length) & mask[:, None, :]
-        context = Context(positions, None, see, None)
+        windows = [window_over(config, kind, length) for kind in range(len(layer_kinds(config)[0]))]
+        windows = windows if len(set(windows)) > 1 else windows[:1]
+        masks = tuple(causal_mask(None, length, w) & mask[:, None, :] for w in windows)
+        context = Context(positions, None, masks, None)
     deltas = ready_deltas(deltas, config, batch)
     with precision(config.dtype):
         model = Decoder(config, segments)
@@ -230,33 +222,16 @@ def forward_cached(
     Rows are left padded: `valid` is False at padding, which no later token attends to. The deltas come from
     `ready_deltas`, so that a loop of calls prepares them once.
     """
-    length = tokens.shape[1]
-    slots = jnp.arange(cache.valid.shape[1])
     seen = jnp.sum(cache.valid, axis=1, keepdims=True)
     positions = seen + jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-    all_valid = jax.lax.dynamic_update_slice(cache.valid, valid.astype(bool), (0, cache.end))
-    causal = slots[None, :] <= (cache.end + jnp.arange(length))[:, None]
-    mask = causal[None] & all_valid[:, None, :]
-    context = Context(positions, None, mask, cache.end)
+    masks, all_valid = cached_masks(config, cache, valid)
+    context = Context(positions, None, masks, view(config, cache))
     with precision(config.dtype):
         hidden, kv = Decoder(config).apply(
             {"params": params}, tokens, deltas, (cache.k, cache.v), context
         )
     k, v = kv
-    return hidden, Cache(k, v, all_valid, cache.end + length)
-
-
-def init_cache(config: DecoderConfig, batch: int, size: int) -> Cache:
-    """An empty cache of `size` slots per row."""
-    layers = config.num_hidden_layers
-
-    def zeros(count: int) -> jax.Array:
-        shape = (count, batch, size, config.num_key_value_heads, config.head_dim)
-        empty = jnp.zeros(shape, jnp.dtype(config.dtype))
-        return constrain(empty, None, "batch", None, "kv_heads", None)
-
-    both: Any = zeros(layers) if config.scan_layers else tuple(zeros(1) for _ in range(layers))
-    return Cache(both, both, jnp.zeros((batch, size), bool), jnp.zeros((), jnp.int32))
+    return hidden, Cache(k, v, all_valid, cache.end + tokens.shape[1])
 
 
 def unembed(
@@ -275,5 +250,5 @@ def init_params(config: DecoderConfig, key: jax.Array) -> Params:
 @functools.partial(jax.jit, static_argnums=0)
 def _init(config: DecoderConfig, key: jax.Array) -> Params:
     tokens = jnp.zeros((1, 1), jnp.int32)
-    context = Context(tokens, None, jnp.ones((1, 1, 1), bool), None)
+    context = Context(tokens, None, (jnp.ones((1, 1, 1), bool),), None)
     return Decoder(config).init(key, tokens, (), None, context)["params"]

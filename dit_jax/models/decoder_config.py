@@ -15,6 +15,10 @@ DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots")
 
 
+# The entries of a `rope_scaling`, sorted.
+Scaling = tuple[tuple[str, float | str], ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """A decoder's architecture, and how to compute it. Hashable, so it can be a static argument.
@@ -27,8 +31,16 @@ class DecoderConfig:
 
     Attributes:
         rope_scaling: the entries of config.json's object of that name as sorted pairs; () for plain angles.
+        sliding_window: how many tokens a query of a windowed layer sees, itself included; 0: no layer has a window.
+        layer_types: for each layer "sliding_attention" (windowed) or "full_attention"; (): all are alike.
+        rope_local_base_freq: the theta of the windowed layers, whose rope is then not scaled; 0: as in the others.
         biases: the projections that have one.
         qk_norm: whether queries and keys are normalised.
+        sandwich_norm: whether attention and MLP are normalised before and after.
+        unit_offset_norm: whether norms multiply by 1 + scale, in fp32.
+        scale_embeddings: whether embeddings are multiplied by sqrt(hidden_size).
+        hidden_act: of the MLP, "silu" or "gelu_pytorch_tanh".
+        query_pre_attn_scalar: attention scores are divided by its square root; 0: by that of `head_dim`.
     """
 
     vocab_size: int
@@ -43,9 +55,17 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     model_type: str = "qwen3"
 
-    rope_scaling: tuple[tuple[str, float | str], ...] = ()
+    rope_scaling: Scaling = ()
+    sliding_window: int = 0
+    layer_types: tuple[str, ...] = ()
+    rope_local_base_freq: float = 0.0
     biases: tuple[str, ...] = ()
     qk_norm: bool = True
+    sandwich_norm: bool = False
+    unit_offset_norm: bool = False
+    scale_embeddings: bool = False
+    hidden_act: str = "silu"
+    query_pre_attn_scalar: float = 0.0
 
     dtype: str = "float32"
     scan_layers: bool = True

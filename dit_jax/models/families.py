@@ -11,6 +11,7 @@ from dit_jax.errors import DitError
 from dit_jax.formats.files import read_json_object
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.gguf_checkpoint import gguf_config
+from dit_jax.models.layer_kinds import WINDOWED
 from dit_jax.models.rope import read_rope
 
 MAX_LAYERS = 1_000
@@ -33,9 +34,10 @@ class Family(NamedTuple):
         architecture: the class of transformers.
         absent: what transformers takes for entries of config.json that are not there. What is not named here either
             must be there.
-        read: (content of config.json, where it stands) -> its own fields of `DecoderConfig`. Raises DitError for
-            what is not computed exactly.
+        read: (content of config.json with checked sizes, where it stands) -> its own fields of `DecoderConfig`. Raises
+            DitError for what is not computed exactly.
         write: config -> its own entries of config.json.
+        flat: (content, where) -> content with the entries where the other families have theirs.
     """
 
     title: str
@@ -43,27 +45,75 @@ class Family(NamedTuple):
     absent: dict[str, Any]
     read: Callable[[dict[str, Any], str], dict[str, Any]]
     write: Callable[[DecoderConfig], dict[str, Any]]
+    flat: Callable[[dict[str, Any], str], dict[str, Any]] = lambda raw, where: raw
 
 
-def _check_activation(raw: dict[str, Any], where: str) -> None:
-    if raw.get("hidden_act", "silu") != "silu":
-        raise DitError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
+_QKV = ("q_proj", "k_proj", "v_proj")
+_WINDOW, _FULL = WINDOWED, "full_attention"
 
 
-def _refuse_windows(raw: dict[str, Any], where: str) -> None:
-    layer_types = raw.get("layer_types") or []
-    if not isinstance(layer_types, list):
-        raise DitError(f"{where}: 'layer_types' must be a list, not {layer_types!r}")
-    if raw.get("use_sliding_window") or any(kind != "full_attention" for kind in layer_types):
-        raise DitError(f"{where}: sliding-window attention is not supported")
+def _check_activation(raw: dict[str, Any], where: str, key: str = "hidden_act") -> None:
+    wanted = "silu" if key == "hidden_act" else "gelu_pytorch_tanh"
+    if raw.get(key, wanted) != wanted:
+        raise DitError(f"{where}: {key} {raw[key]!r} is not supported, only {wanted!r}")
+
+
+def _read_windows(raw: dict[str, Any], types: Any, where: str) -> dict[str, Any]:
+    """The fields `sliding_window` and `layer_types`; all layers alike have no types."""
+    count = raw["num_hidden_layers"]
+    if (
+        not isinstance(types, list)
+        or [t for t in types if t not in (_WINDOW, _FULL)]
+        or len(types) != count
+    ):
+        raise DitError(
+            f"{where}: 'layer_types' must hold {_FULL!r} or {_WINDOW!r} for each of {count} layers, not {types!r}"
+        )
+    if _WINDOW not in types:
+        return {}
+    size = raw.get("sliding_window")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise DitError(f"{where}: 'sliding_window' must be a positive integer, not {size!r}")
+    return {"sliding_window": size, "layer_types": tuple(types) if _FULL in types else ()}
+
+
+def _layer_types(config: DecoderConfig) -> list[str]:
+    alike = _WINDOW if config.sliding_window else _FULL
+    return [*(config.layer_types or (alike,) * config.num_hidden_layers)]
+
+
+def _qwen_windows(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """Windows of Qwens: off unless `use_sliding_window`, then in the layers from `max_window_layers` on."""
+    types, count = raw.get("layer_types"), raw["num_hidden_layers"]
+    if not raw.get("use_sliding_window"):
+        if types and _WINDOW in types:
+            raise DitError(f"{where}: 'layer_types' has sliding windows without use_sliding_window")
+        return _read_windows(raw, types, where) if types else {}
+    if not types:
+        first = raw.get("max_window_layers")
+        if not isinstance(first, int) or first < 0:
+            raise DitError(
+                f"{where}: use_sliding_window=true needs 'sliding_window' and 'max_window_layers'"
+            )
+        types = [_FULL] * min(first, count) + [_WINDOW] * max(0, count - first)
+    return _read_windows(raw, types, where)
+
+
+def _write_qwen_windows(config: DecoderConfig) -> dict[str, Any]:
+    if not config.sliding_window:
+        return {"use_sliding_window": False}
+    return {
+        "use_sliding_window": True,
+        "sliding_window": config.sliding_window,
+        "layer_types": _layer_types(config),
+    }
 
 
 def _read_qwen3(raw: dict[str, Any], where: str) -> dict[str, Any]:
     if raw.get("attention_bias"):
         raise DitError(f"{where}: attention_bias=true is not supported")
     _check_activation(raw, where)
-    _refuse_windows(raw, where)
-    return {}
+    return _qwen_windows(raw, where)
 
 
 def _write_qwen3(config: DecoderConfig) -> dict[str, Any]:
@@ -71,18 +121,17 @@ def _write_qwen3(config: DecoderConfig) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": 0.0,
         "hidden_act": "silu",
-        "use_sliding_window": False,
+        **_write_qwen_windows(config),
     }
 
 
 def _read_qwen2(raw: dict[str, Any], where: str) -> dict[str, Any]:
     _check_activation(raw, where)
-    _refuse_windows(raw, where)
-    return {"qk_norm": False, "biases": _QKV}
+    return {"qk_norm": False, "biases": _QKV, **_qwen_windows(raw, where)}
 
 
 def _write_qwen2(config: DecoderConfig) -> dict[str, Any]:
-    return {"attention_dropout": 0.0, "hidden_act": "silu", "use_sliding_window": False}
+    return {"attention_dropout": 0.0, "hidden_act": "silu", **_write_qwen_windows(config)}
 
 
 def _read_llama(raw: dict[str, Any], where: str) -> dict[str, Any]:
@@ -101,8 +150,120 @@ def _write_llama(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-_QKV = ("q_proj", "k_proj", "v_proj")
+def _read_mistral(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    _check_activation(raw, where)
+    alike = _FULL if raw["sliding_window"] is None else _WINDOW
+    types = [alike] * raw["num_hidden_layers"]
+    if raw.get("layer_types") not in (None, [], types):
+        raise DitError(f"{where}: a Mistral whose 'layer_types' differ is not supported")
+    return {"qk_norm": False, **_read_windows(raw, types, where)}
+
+
+def _write_mistral(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "sliding_window": config.sliding_window or None,
+    }
+
+
+def _flat_gemma3(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """The text part of a multimodal config, and the two ropes where they stood before transformers 5."""
+    if raw["model_type"] == "gemma3":
+        text = raw.get("text_config")
+        if not isinstance(text, dict):
+            raise DitError(f"{where}: 'text_config' must be an object, not {text!r}")
+        raw = {
+            **{k: v for k, v in raw.items() if k not in ("text_config", "vision_config")},
+            **text,
+        }
+    ropes = raw.get("rope_parameters")
+    if ropes is None:
+        return raw
+    parts = [ropes.get(kind) or {} for kind in (_FULL, _WINDOW)] if isinstance(ropes, dict) else []
+    if not parts or not {*ropes} <= {_FULL, _WINDOW} or not all(isinstance(p, dict) for p in parts):
+        raise DitError(
+            f"{where}: 'rope_parameters' must have the entries {_FULL!r} and {_WINDOW!r}"
+        )
+    full, local = parts
+    return {**raw, "rope_parameters": full, "rope_local_parameters": local}
+
+
+def _read_gemma3(raw: dict[str, Any], where: str) -> dict[str, Any]:
+    _check_activation(raw, where, "hidden_activation")
+    types, every = raw.get("layer_types"), raw.get("sliding_window_pattern")
+    if not types and isinstance(every, int) and every > 0:
+        count = raw["num_hidden_layers"]
+        types = [_WINDOW if (i + 1) % every else _FULL for i in range(count)]
+    windows = _read_windows(raw, types, where)
+    local = {
+        "rope_theta": raw["rope_local_base_freq"],
+        "rope_parameters": raw.get("rope_local_parameters"),
+    }
+    theta, scaling = read_rope(local, f"{where}, sliding_attention")
+    if scaling:
+        raise DitError(f"{where}: rope scaling of layers with sliding windows is not supported")
+    scalar = raw.get("query_pre_attn_scalar")
+    if not isinstance(scalar, int | float) or not 0 < scalar < 1e9:
+        raise DitError(
+            f"{where}: 'query_pre_attn_scalar' must be a positive number, not {scalar!r}"
+        )
+    return {
+        **windows,
+        "rope_local_base_freq": theta if windows else 0.0,
+        "biases": (*_QKV, "o_proj") if raw.get("attention_bias") else (),
+        "sandwich_norm": True,
+        "unit_offset_norm": True,
+        "scale_embeddings": True,
+        "hidden_act": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": float(scalar),
+    }
+
+
+def _write_gemma3(config: DecoderConfig) -> dict[str, Any]:
+    theta = config.rope_local_base_freq or 1e4
+    scalar = config.query_pre_attn_scalar
+    return {
+        "attention_bias": bool(config.biases),
+        "attention_dropout": 0.0,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "layer_types": _layer_types(config),
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
+        "rope_parameters": {
+            _FULL: _rope_parameters(config),
+            _WINDOW: {"rope_theta": theta, "rope_type": "default"},
+        },
+        "sliding_window": config.sliding_window or 4096,
+        "use_bidirectional_attention": False,
+    }
+
+
 _FROM_SIZES = {"head_dim": None, "num_key_value_heads": None}  # D / N, and N
+
+_GEMMA3 = Family(
+    "Gemma 3 (text)",
+    "Gemma3ForCausalLM",
+    {
+        "vocab_size": 262_208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "rope_local_base_freq": 1e4,
+        "rope_theta": 1e6,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "tie_word_embeddings": True,
+    },
+    _read_gemma3,
+    _write_gemma3,
+    _flat_gemma3,
+)
 
 FAMILIES = {
     "qwen3": Family(
@@ -118,67 +279,16 @@ FAMILIES = {
         _read_llama,
         _write_llama,
     ),
+    "mistral": Family(
+        "Mistral",
+        "MistralForCausalLM",
+        {**_FROM_SIZES, "num_key_value_heads": 8, "rope_theta": 1e4, "sliding_window": 4096},
+        _read_mistral,
+        _write_mistral,
+    ),
+    "gemma3_text": _GEMMA3,
 }
-
-
-def _qwen3(hidden: int, ffn: int, layers: int, heads: int, tied: bool) -> DecoderConfig:
-    return DecoderConfig(
-        vocab_size=151936,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=tied,
-    )
-
-
-def _llama(
-    vocab: int, hidden: int, ffn: int, layers: int, heads: int, kv: int, **more: Any
-) -> DecoderConfig:
-    sizes = (vocab, hidden, ffn, layers, heads, kv, hidden // heads)
-    fixed = {"rms_norm_eps": 1e-5, "model_type": "llama", "qk_norm": False}
-    return DecoderConfig(*sizes, **{**fixed, **more})
-
-
-def _llama3(
-    hidden: int, ffn: int, layers: int, heads: int, factor: float, tied: bool
-) -> DecoderConfig:
-    scaling = {
-        "factor": factor,
-        "high_freq_factor": 4.0,
-        "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    }
-    rope = {"rope_theta": 5e5, "rope_scaling": tuple(scaling.items())}
-    return _llama(128256, hidden, ffn, layers, heads, 8, tie_word_embeddings=tied, **rope)
-
-
-def _smollm2(
-    hidden: int, ffn: int, layers: int, heads: int, kv: int, theta: float
-) -> DecoderConfig:
-    more = {"rope_theta": theta, "tie_word_embeddings": True}
-    return _llama(49152, hidden, ffn, layers, heads, kv, **more)
-
-
-# Released sizes by name.
-NAMED_CONFIGS = {
-    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, True),
-    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, True),
-    "qwen3-4b": _qwen3(2560, 9728, 36, 32, True),
-    "qwen3-8b": _qwen3(4096, 12288, 36, 32, False),
-    "qwen3-14b": _qwen3(5120, 17408, 40, 40, False),
-    "qwen3-32b": _qwen3(5120, 25600, 64, 64, False),
-    "llama-3.2-1b": _llama3(2048, 8192, 16, 32, 32.0, True),
-    "llama-3.2-3b": _llama3(3072, 8192, 28, 24, 32.0, True),
-    "llama-3.1-8b": _llama3(4096, 14336, 32, 32, 8.0, False),
-    "llama-3.1-70b": _llama3(8192, 28672, 80, 64, 8.0, False),
-    "smollm2-135m": _smollm2(576, 1536, 30, 9, 3, 1e5),
-    "smollm2-360m": _smollm2(960, 2560, 32, 15, 5, 1e5),
-    "smollm2-1.7b": _smollm2(2048, 8192, 24, 32, 32, 1.3e5),
-}
+_MULTIMODAL = {"gemma3": "gemma3_text"}  # read as its text part
 
 
 def read_config(folder: str | pathlib.Path) -> DecoderConfig:
@@ -200,17 +310,21 @@ def read_config(folder: str | pathlib.Path) -> DecoderConfig:
 def parse_config(raw: dict[str, Any], where: str) -> DecoderConfig:
     """The `DecoderConfig` of a `config.json`'s content. Raises DitError that names what is not supported."""
     kind = raw.get("model_type")
+    kind = _MULTIMODAL.get(kind, kind) if isinstance(kind, str) else kind
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         known = ", ".join(f"{family.title} ({name!r})" for name, family in FAMILIES.items())
         raise DitError(f"{where}: model_type {kind!r} is not supported, only {known}")
-    raw = {**family.absent, **raw}
+    raw = {**family.absent, **family.flat(raw, where)}
+    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if raw.get(key):
+            raise DitError(f"{where}: {key} {raw[key]!r} is not supported")
     for key in ("quantization_config", "num_experts", "layer_scales"):
         if raw.get(key):
             raise DitError(
                 f"{where}: {key!r} is not supported: use a dense model with plain weights"
             )
-    fields: dict[str, Any] = family.read(raw, where)
+    fields: dict[str, Any] = {}
     for key in _SIZES:
         value = raw.get(key)
         if value is None and key in family.absent:
@@ -221,6 +335,7 @@ def parse_config(raw: dict[str, Any], where: str) -> DecoderConfig:
     head_dim = raw["head_dim"] or fields["hidden_size"] // fields["num_attention_heads"]
     if fields["num_hidden_layers"] > MAX_LAYERS:
         raise DitError(f"{where}: more than {MAX_LAYERS} layers are not supported")
+    fields |= family.read(raw, where)
     if not isinstance(head_dim, int) or not 2 <= head_dim < 2**16 or head_dim % 2:
         raise DitError(f"{where}: 'head_dim' must be a positive even integer, not {head_dim!r}")
     if fields["num_attention_heads"] % fields["num_key_value_heads"]:
@@ -251,12 +366,13 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
         **{name: getattr(config, name) for name in _SIZES},
         "head_dim": config.head_dim,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": {
-            "rope_theta": config.rope_theta,
-            "rope_type": "default",
-            **dict(config.rope_scaling),
-        },
+        "rope_parameters": _rope_parameters(config),
         "tie_word_embeddings": config.tie_word_embeddings,
         **family.write(config),
         "dtype": config.dtype,
     }
+
+
+def _rope_parameters(config: DecoderConfig) -> dict[str, Any]:
+    default = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    return {**default, **dict(config.rope_scaling)}

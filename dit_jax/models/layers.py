@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Delta, Deltas
 from dit_jax.models.modules import Module
 from dit_jax.runtime.parallel import FREE, constrain
@@ -60,21 +61,34 @@ def precision(dtype: Any) -> contextlib.AbstractContextManager[None]:
 
 
 class RMSNorm(nn.Module):
-    """y = x / rms(x) * scale, computed in fp32 and returned in the dtype of x."""
+    """y = x / rms(x) * scale, computed in fp32 and returned in the dtype of x.
+
+    With `unit_offset` (Gemma) it is (1 + scale), and that product is one in fp32 too.
+    """
 
     epsilon: float
     param_dtype: Any
+    unit_offset: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, deltas: Deltas = ()) -> jax.Array:
         shape = (x.shape[-1],)
-        scale: jax.Array = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        init = nn.initializers.zeros if self.unit_offset else nn.initializers.ones
+        scale: jax.Array = self.param("scale", init, shape, self.param_dtype)
         for delta in deltas:
             scale = scale + delta["w"].astype(scale.dtype)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        if self.unit_offset:
+            return (y * (1 + scale.astype(jnp.float32))).astype(x.dtype)
         # The product with the scale is in the activation dtype, as in transformers.
         return scale.astype(x.dtype) * y.astype(x.dtype)
+
+
+def make_norm(config: DecoderConfig, name: str) -> RMSNorm:
+    """The norm of that name as this model computes it."""
+    dtype = jnp.dtype(config.dtype)
+    return RMSNorm(config.rms_norm_eps, dtype, config.unit_offset_norm, name=name)
 
 
 class Linear(nn.Module):

@@ -132,6 +132,8 @@ def all_modules(config: DecoderConfig) -> dict[Path, Module]:
         *linear("self_attn.o_proj", (n * h, d), ("heads", "embed"), n),
         *(qk_norms if config.qk_norm else ()),
         *norm("post_attention_layernorm", d),
+        *(norm("pre_feedforward_layernorm", d) if config.sandwich_norm else ()),
+        *(norm("post_feedforward_layernorm", d) if config.sandwich_norm else ()),
         *linear("mlp.gate_proj", (d, f), ("embed", "mlp"), f),
         *linear("mlp.up_proj", (d, f), ("embed", "mlp"), f),
         *linear("mlp.down_proj", (f, d), ("mlp", "embed"), f),

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.errors import DitError
-from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.decoder_config import DecoderConfig, Scaling
+from dit_jax.models.layer_kinds import Kind, LayerKind, layer_kinds, pick_kind
 
 # The kinds of scaling that are computed, and the numbers of each; those of the second tuple may be absent.
 SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -22,7 +23,6 @@ SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
 }
-Scaling = tuple[tuple[str, float | str], ...]
 
 
 def read_rope(raw: dict[str, Any], where: str) -> tuple[float, Scaling]:
@@ -81,7 +81,10 @@ def _read_scaling(kind: Any, given: dict[str, Any], raw: dict[str, Any], where: 
 
 
 def rotate(
-    x_BxTxNxH: jax.Array, positions_BxT: jax.Array, frequency: jax.Array, amplitude: float = 1.0
+    x_BxTxNxH: jax.Array,
+    positions_BxT: jax.Array,
+    frequency: jax.Array,
+    amplitude: float | jax.Array = 1.0,
 ) -> jax.Array:
     """Rotates pairs (i, i + H/2) by position * frequency[i], angles in fp32.
 
@@ -90,7 +93,7 @@ def rotate(
     """
     angle = positions_BxT.astype(jnp.float32)[..., None, None] * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    if amplitude != 1:
+    if not isinstance(amplitude, float) or amplitude != 1:
         cos, sin = cos * amplitude, sin * amplitude
     # transformers casts cos and sin to the activation dtype before the products.
     cos, sin = cos.astype(x_BxTxNxH.dtype), sin.astype(x_BxTxNxH.dtype)
@@ -98,17 +101,15 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def frequency(config: DecoderConfig) -> jax.Array:
-    """Radians per position [H/2], fp32."""
-    half = config.head_dim // 2
-    if config.rope_scaling:
-        return jnp.asarray(_scaled(config.rope_theta, half, dict(config.rope_scaling)), jnp.float32)
-    return config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-
-
-def amplitude(config: DecoderConfig) -> float:
-    """The factor of cosines and sines: YaRN's `attention_factor`, else 1."""
-    return _amplitude(dict(config.rope_scaling))
+def angles(config: DecoderConfig, kind: Kind) -> tuple[jax.Array, float | jax.Array]:
+    """Of a layer: radians per position [H/2] in fp32, and the factor of cosines and sines (YaRN's, else 1)."""
+    half, kinds = config.head_dim // 2, layer_kinds(config)[0]
+    amplitudes = [_amplitude(dict(each.rope_scaling)) for each in kinds]
+    amplitude = pick_kind(amplitudes if len(set(amplitudes)) > 1 else amplitudes[:1], kind)
+    if len(kinds) == 1 and not kinds[0].rope_scaling:
+        return kinds[0].rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half), amplitude
+    tables = [_frequency(each, half).astype(np.float32) for each in kinds]
+    return jnp.asarray(pick_kind(tables, kind)), amplitude
 
 
 def _amplitude(scaling: dict[str, float | str]) -> float:
@@ -125,19 +126,23 @@ def _amplitude(scaling: dict[str, float | str]) -> float:
     return size(one) / size(all_dim) if one and all_dim else size(1)
 
 
-def _scaled(theta: float, half: int, scaling: dict[str, float | str]) -> np.ndarray:
-    """Frequencies of a scaled rope, as transformers' `modeling_rope_utils` defines them."""
-    plain = theta ** (-np.arange(half) / half)
-    kind, values = scaling["rope_type"], {k: v for k, v in scaling.items() if k != "rope_type"}
-    number = {name: float(value) for name, value in values.items()}
-    if kind == "linear":
-        return plain / number["factor"]
-    return (_llama3 if kind == "llama3" else _yarn)(theta, plain, number)
+def _frequency(kind: LayerKind, half: int) -> np.ndarray:
+    """Radians per position, as transformers' `modeling_rope_utils` defines each scaling."""
+    plain = kind.rope_theta ** (-np.arange(half) / half)
+    number = {k: float(v) for k, v in kind.rope_scaling if k != "rope_type"}
+    match dict(kind.rope_scaling).get("rope_type", "default"):
+        case "default":
+            return plain
+        case "linear":
+            return plain / number["factor"]
+        case "llama3":
+            return _llama3(plain, number)
+        case _:
+            return _yarn(kind.rope_theta, plain, number)
 
 
-def _llama3(theta: float, plain: np.ndarray, number: dict[str, float]) -> np.ndarray:
+def _llama3(plain: np.ndarray, number: dict[str, float]) -> np.ndarray:
     """Llama 3.1: long waves are stretched by `factor`, short ones stay, those between are a mixture."""
-    del theta
     low, high = number["low_freq_factor"], number["high_freq_factor"]
     turns = number["original_max_position_embeddings"] * plain / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1)

@@ -16,8 +16,9 @@ from dit_jax import __version__
 from dit_jax.config.loading import flatten
 from dit_jax.errors import DitError
 from dit_jax.models.decoder_config import COMPUTE, DecoderConfig
-from dit_jax.models.families import NAMED_CONFIGS, read_config
+from dit_jax.models.families import read_config
 from dit_jax.models.hf_checkpoint import find_folder
+from dit_jax.models.shapes import NAMED_CONFIGS
 from dit_jax.planning import programs
 from dit_jax.planning.machines import Machine, absent_devices, compiler_options
 from dit_jax.planning.programs import Program
