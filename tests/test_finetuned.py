@@ -183,6 +183,12 @@ def test_what_does_not_fit_is_refused(tied, tmp_path):
     check("its model_type is llama, the base has qwen3")
     edit_config(tmp_path / "x", model_type="mpt")
     check("model_type 'mpt' is not supported")
+    fresh()
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    edit_config(tmp_path / "x", rope_parameters={"rope_theta": 1e6, **yarn})
+    check(
+        "'rope_type': 'yarn'}, the base has None: use the base that it was made from, or remove 'rope_scaling'"
+    )
     refused(
         lambda: read_finetuned(tied.finetuned, CONFIG, tied.params, svd_rank=0), "must be from 1 to"
     )
