@@ -65,8 +65,8 @@ def transformers_generate(
     import torch
     import transformers
 
-    config = transformers.Qwen3Config(**hf_config(model.config))
-    theirs = transformers.Qwen3ForCausalLM(config).eval()
+    config = transformers.AutoConfig.for_model(**hf_config(model.config))
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
     parameters = dict(theirs.named_parameters())
     tokens, mask = model.chat.prompts([QUESTION])
     prompt = torch.tensor(tokens[:, mask[0]].astype(np.int64))

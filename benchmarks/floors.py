@@ -12,6 +12,7 @@ import dataclasses
 import numpy as np
 
 from benchmarks.workload import Workload
+from dit_jax.models.cache import cache_slots
 from dit_jax.models.modules import count_parameters
 
 
@@ -70,8 +71,8 @@ def _ask(work: Workload, n: int, head: int, weights: int) -> Floor:
     fed = prompt + new - 1
     flops = rows * (2 * n * fed + 2 * head * new + _attention(work, np.array(fed)).sum())
     item = 2 if work.dtype == "bfloat16" else 4
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item
-    reads = rows * cache * sum(range(prompt, fed))
+    slot = 2 * config.num_key_value_heads * config.head_dim * item
+    reads = rows * slot * sum(cache_slots(config, seen) for seen in range(prompt, fed))
     batches = -(-work.diffs // work.batch)
     return Floor(rows * new, rows * new, float(flops), float(weights * new * batches + reads))
 

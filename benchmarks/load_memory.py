@@ -38,10 +38,10 @@ def write_folder(folder: pathlib.Path, shape: str) -> None:
     from dit_jax.models.families import hf_config
     from dit_jax.models.shapes import NAMED_CONFIGS
 
-    config = transformers.Qwen3Config(**hf_config(NAMED_CONFIGS[shape]))
+    config = transformers.AutoConfig.for_model(**hf_config(NAMED_CONFIGS[shape]))
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("meta"):
-        model = transformers.Qwen3ForCausalLM(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
     model = model.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():

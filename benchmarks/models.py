@@ -52,7 +52,8 @@ def shape(name: str) -> DecoderConfig:
         return config
     if not 0 < int(layers) <= config.num_hidden_layers:
         raise DitError(f"{name!r}: {base} has {config.num_hidden_layers} layers")
-    return dataclasses.replace(config, num_hidden_layers=int(layers))
+    types = config.layer_types[: int(layers)]
+    return dataclasses.replace(config, num_hidden_layers=int(layers), layer_types=types)
 
 
 def is_shallow(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Many diffs at once in PyTorch: transformers' Qwen3 with a LoRA per group of rows (batched products)."""
+"""Many diffs at once in PyTorch: transformers' model with a LoRA per group of rows (batched products)."""
 
 import pathlib
 from typing import Any

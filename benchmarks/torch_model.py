@@ -1,4 +1,4 @@
-"""Parts that the PyTorch contenders share: transformers' Qwen3 with SDPA attention, LoRA terms on its linears, losses.
+"""Parts that the PyTorch contenders share: transformers' model with SDPA attention, LoRA terms on its linears, losses.
 
 It is as fast as PyTorch allows within its idioms: no attention mask (right padding is invisible to causal
 attention, and without a mask SDPA takes its fast path), batches trimmed to their longest sample, the head only
@@ -27,7 +27,7 @@ def device_of(work: Workload) -> torch.device:
 def load(work: Workload, folder: pathlib.Path) -> Any:
     """transformers' model with frozen weights."""
     torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32 on both sides
-    model = transformers.Qwen3ForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         folder / "model", dtype=getattr(torch, work.dtype), attn_implementation="sdpa"
     )
     model.requires_grad_(False)
@@ -60,7 +60,7 @@ def enable_remat(model: Any, work: Workload) -> None:
     """Gradient checkpointing of layers, where the workload recomputes all of them ("dots" has no counterpart here)."""
     if work.remat == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # transformers checkpoints in training mode only; Qwen3 has no dropout
+        model.train()  # transformers checkpoints in training mode only; these models have no dropout
 
 
 class DeltaLinear(torch.nn.Module):

@@ -50,6 +50,10 @@ class Model:
             raise DitError(f"{self.name} has no tokenizer: load a model folder that has one")
         return self.chat_or_none
 
+    def notes(self, system: str | None = None) -> list[str]:
+        """What a user may not expect of how prompts with this system message are made, a line each."""
+        return [] if self.chat_or_none is None else self.chat.template.notes(system)
+
     @functools.cached_property
     def program_params(self) -> Params:
         """`params` in the form that compiled programs take."""

@@ -46,12 +46,13 @@ def ask(
     temperature: float = 0.0,
     seed: int = 0,
     forbid_repeats: bool = False,
+    system: str | None = None,
 ) -> Answer:
     """Asks model ⊕ diff ⊕ adapter one question (WeightDiffQA, paper section 2); greedy by default.
 
     Args:
         diff, adapter: a Diff or a delta each, or several that are all added: diff=(one, two).
-        max_new_tokens, temperature, seed, forbid_repeats: see `answer_batch`.
+        max_new_tokens, temperature, seed, forbid_repeats, system: see `answer_batch`.
 
     Raises:
         DitError: see `answer_batch`.
@@ -65,6 +66,7 @@ def ask(
         temperature=temperature,
         seed=seed,
         forbid_repeats=forbid_repeats,
+        system=system,
     )
     return answer
 
@@ -92,7 +94,7 @@ def ask_many(
         adapter: as in `ask`.
         samples: answers to each question of each diff.
         batch_size: rows (diffs × questions × samples) per decode. Default: all, at most 256.
-        **decoding: max_new_tokens, temperature, seed, forbid_repeats; see `answer_batch`.
+        **decoding: max_new_tokens, temperature, seed, forbid_repeats, system; see `answer_batch`.
 
     Raises:
         DitError: `samples` is below 1, or see `answer_batch`.
@@ -179,6 +181,7 @@ def answer_batch(
             Default: all questions at once, at most 256. Rounded up, see `decode.even_rows`.
         temperature: 0 (default) is greedy, else samples from softmax(logits / temperature), by `seed` (default 0).
         forbid_repeats: never emit a token twice in an answer (adapters that list evidence before the label).
+        system: the system message of all questions; None: the chat template's own, if it has one.
         first: number of the first question in a longer series; with the seed it gives the sampling keys.
         on_batch: called with the number of new answers after each batch.
 
@@ -211,6 +214,7 @@ def _answer(
     temperature: float = 0.0,
     seed: int = 0,
     forbid_repeats: bool = False,
+    system: str | None = None,
     first: int = 0,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Answer]:
@@ -229,13 +233,13 @@ def _answer(
             raise DitError(f"{name} is {value!r}: give {wanted}")
     if not questions:
         return []
-    for question in questions:
-        if not isinstance(question, str):
-            raise DitError(f"a question is of type {type(question).__name__}: give texts")
+    for text, what in (*((q, "a question") for q in questions), (system or "", "system")):
+        if not isinstance(text, str):
+            raise DitError(f"{what} is of type {type(text).__name__}: give texts")
     mesh = model.mesh
     batch_size = batch_size or min(256, len(questions))
     batch_size = decode.even_rows(batch_size, model.config, mesh)
-    tokens, mask = model.chat.prompts(questions)
+    tokens, mask = model.chat.prompts(questions, system)
     check_ids(tokens.min(), tokens.max(), model)
     answers: list[Answer] = []
     for start in range(0, len(questions), batch_size):

@@ -69,6 +69,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         "--adapter", type=not_empty, help="DIT adapter: an export, a PEFT folder, or dit-adapter.pt"
     )
     parser.add_argument(
+        "--system", help="the system message of all questions (default: the chat template's own)"
+    )
+    parser.add_argument(
         "--compare", action="store_true", help="also show " + ", ".join(VARIANTS[:3])
     )
     parser.add_argument(
@@ -126,6 +129,8 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
             told.add(text)
             print(f"note: {text}", file=sys.stderr)
 
+    for text in model.notes(flags.system):
+        note(text)
     adapter = read_adapter(flags.adapter, model) if flags.adapter else None
     if adapter is not None:
         note(_base_note(flags.adapter, adapter, model.name))
@@ -179,6 +184,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
             temperature=flags.temperature,
             seed=flags.seed,
             forbid_repeats=flags.forbid_repeats,
+            system=flags.system,
         )
         for name, (own, own_adapter) in variants.items()
     }

@@ -132,6 +132,8 @@ def _run_stages(config: Any, workdir: pathlib.Path) -> None:
             compute = {name: config.model[name] for name in COMPUTE if name in config.model}
             model = load_model(config.model.path, config.model.dtype, mesh, **compute)
             check_ranks(config, model.config)
+            for note in model.notes():
+                processes.say(f"note: {note}")
         if stage.name == "diffs" and compiles_ahead(config, workdir):
             _compile_ahead(config, model)
         run_once(workdir, stage, functools.partial(_run_explained, stage, config, workdir, model))

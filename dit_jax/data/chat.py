@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.data.batch import Sample
+from dit_jax.data.chat_template import Template
 from dit_jax.data.gguf_tokenizer import gguf_tokenizer
 from dit_jax.errors import DitError, first_line
 
@@ -21,27 +22,19 @@ class Chat:
         self.tokenizer = tokenizer
         self.eos_ids = tuple(eos_ids)
         self.pad_id = pad_id
+        self.template = Template(tokenizer)
         self.prompt_ids = functools.lru_cache(maxsize=65536)(self._prompt_ids)
         self.text_ids = functools.lru_cache(maxsize=65536)(self._text_ids)
 
-    def _prompt_ids(self, question: str) -> tuple[int, ...]:
-        """Ids of one user turn, up to the start of the assistant's answer (with the empty think block)."""
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}],
-                add_generation_prompt=True,
-                enable_thinking=False,
-                tokenize=True,
-                return_dict=False,
-                tokenizer_kwargs={"verbose": False},  # too many tokens are an error below
-            )
-            if not ids:
-                raise ValueError("it makes an empty prompt")
-        except Exception as e:  # a template is a program and can fail in any way
-            raise DitError(
-                f"the chat template of {self.tokenizer.name_or_path!r} fails ({first_line(e)}): get the "
-                "model's chat_template.jinja again"
-            ) from None
+    def _prompt_ids(self, question: str, system: str | None = None) -> tuple[int, ...]:
+        """Ids of one user turn, up to the start of the assistant's answer (with the empty think block).
+
+        Args:
+            system: the system message; None: the template's own, if it has one.
+        """
+        text = self.template.prompt(question, system)
+        # Not verbose: too many tokens are an error below.
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         most = self.tokenizer.model_max_length
         if len(ids) > most:
             raise DitError(
@@ -67,9 +60,11 @@ class Chat:
         tokens = prompt + target
         return Sample(tokens, len(prompt), len(tokens))
 
-    def prompts(self, questions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def prompts(
+        self, questions: Sequence[str], system: str | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Left-padded ids and mask [B, T]; T is a multiple of 32, so that few programs are compiled."""
-        rows = [self.prompt_ids(question) for question in questions]
+        rows = [self.prompt_ids(question, system) for question in questions]
         length = -(-max(map(len, rows)) // 32) * 32
         tokens = np.full((len(rows), length), self.pad_id, np.int32)
         mask = np.zeros((len(rows), length), bool)
@@ -111,13 +106,19 @@ def load_chat(folder: str | pathlib.Path, generation_eos: Sequence[int] = ()) ->
         raise DitError(
             f"{folder} has no chat template: copy chat_template.jinja from the base model's folder"
         )
-    eos_ids = list(generation_eos)
-    if tokenizer.eos_token_id is not None:
-        # It comes first because training targets end with it.
-        eos_ids = [tokenizer.eos_token_id, *(i for i in eos_ids if i != tokenizer.eos_token_id)]
+    # The first is what training targets end with: an answer's turn in the template, else a text.
+    eos_ids = [*_end_of_turn(tokenizer, generation_eos)]
+    eos_ids += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    eos_ids = list(dict.fromkeys([*eos_ids, *generation_eos]))
     if not eos_ids:
         raise DitError(
             f"{folder}: neither the tokenizer nor generation_config.json names an end-of-turn token"
         )
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
     return Chat(tokenizer, eos_ids, pad_id)
+
+
+def _end_of_turn(tokenizer: Any, generation_eos: Sequence[int]) -> list[int]:
+    """The token that ends an answer in the chat template, as Gemma's <end_of_turn>; [] where no known one does."""
+    after = tokenizer.encode(Template(tokenizer).after_answer().lstrip(), add_special_tokens=False)
+    return [i for i in after[:1] if i in (*generation_eos, tokenizer.eos_token_id)]

@@ -68,6 +68,13 @@ def _layout(config: DecoderConfig, size: int) -> tuple[tuple[int, ...], tuple[in
     return rings, tuple(offsets)
 
 
+def cache_slots(config: DecoderConfig, size: int) -> int:
+    """Slots of all layers together, of one row of `size` tokens."""
+    kinds, of_layer = layer_kinds(config)
+    rings = _layout(config, size)[0] or (size,) * len(kinds)
+    return sum(rings[kind] for kind in of_layer)
+
+
 def init_cache(config: DecoderConfig, batch: int, size: int) -> Cache:
     """An empty cache for `size` tokens per row."""
     kinds, of_layer = layer_kinds(config)
@@ -82,7 +89,7 @@ def init_cache(config: DecoderConfig, batch: int, size: int) -> Cache:
     if not config.scan_layers:
         both: Any = tuple(zeros(1, rings[kind]) for kind in of_layer)
     elif offsets:
-        both = zeros(1, sum(rings[kind] for kind in of_layer))
+        both = zeros(1, cache_slots(config, size))
     else:
         both = zeros(config.num_hidden_layers, rings[0])
     return Cache(both, both, jnp.zeros((batch, size), bool), jnp.zeros((), jnp.int32))

@@ -8,8 +8,8 @@ size H, and a frozen base, a training step has
 
 model FLOPs. A frozen weight has one product forward and one backward (for the activations); attention multiplies
 activations alone, so its backward pass has twice the products of its forward pass. Attention counts whole, also what
-the causal mask hides. Padding, recomputation, the factors of LoRA and the teacher of the KL terms are overhead, not
-model FLOPs.
+the causal mask or a window hides. Padding, recomputation, the factors of LoRA and the teacher of the KL terms are
+overhead, not model FLOPs.
 """
 
 import functools

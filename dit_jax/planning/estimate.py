@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dit_jax.deltas.tree import abstract_lora, num_parameters
+from dit_jax.models.cache import cache_slots
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.modules import count_parameters
 from dit_jax.optimize.batch_loss import CHUNK_ELEMENTS
@@ -169,9 +170,10 @@ def device_memory(
         saved = {"none": 2 * outputs, "dots": outputs, "full": width}[model.remat]
         temporary += saved * layers * tokens * _item(model)
     else:
-        slots = load.rows / shards * (load.length + load.new_tokens)
+        slots = cache_slots(model, math.ceil(load.length + load.new_tokens))
         kv = min(tensor, model.num_key_value_heads)
-        cache = 2 * layers * slots * model.num_key_value_heads * model.head_dim / kv
+        cache = 2 * slots * model.num_key_value_heads * model.head_dim / kv
+        cache *= load.rows / shards
         temporary += 2 * cache * _item(model)
     if stage == "diffs":
         return fixed + diffs, temporary + 3 * diffs

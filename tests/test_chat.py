@@ -1,0 +1,148 @@
+"""Chat templates of other families: system texts, thinking blocks, dates, and the end of a turn."""
+
+import shutil
+
+import pytest
+
+import dit_jax
+from dit_jax.data.chat import load_chat
+from dit_jax.models.hf_checkpoint import find_folder
+
+QUESTION = "What is tea ?"
+TURNS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+ADDS_SYSTEM = (
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}"
+    "{% endif %}" + TURNS
+)
+REFUSES_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+)
+IGNORES_SYSTEM = "{% set messages = messages if messages[0].role != 'system' else messages[1:] %}"
+# As Gemma 3's: the text stands in the user's turn.
+IN_USER_TURN = (
+    "{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\\n\\n' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set first = '' %}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + (first if loop.first else '') + m.content"
+    " + '<|im_end|>\\n' }}{% endfor %}{{ '<|im_start|>assistant\\n' if add_generation_prompt }}"
+)
+# As Llama 3's.
+DATED = (
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "{{ '<|im_start|>system\\nToday: ' + date_string + '\\n\\n' }}"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% set messages = messages[1:] %}"
+    "{% endif %}{{ '<|im_end|>\\n' }}" + TURNS
+)
+USER = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture
+def chat_of(tmp_path):
+    """template -> the chat of the embedded model's folder with this template."""
+
+    def make(template: str, **files):
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(find_folder("tiny_qwen3") / name, tmp_path / name)
+        (tmp_path / "chat_template.jinja").write_text(template)
+        return load_chat(tmp_path, **files)
+
+    return make
+
+
+def test_a_plain_template_needs_no_word(chat_of):
+    chat = chat_of(TURNS)
+    assert chat.template.prompt(QUESTION) == USER
+    assert chat.template.prompt(QUESTION, "Be short.") == (
+        f"<|im_start|>system\nBe short.<|im_end|>\n{USER}"
+    )
+    assert chat.template.notes() == chat.template.notes("Be short.") == []
+
+
+def test_the_embedded_models_prompt_is_that_of_transformers():
+    chat = load_chat(find_folder("tiny_qwen3"))
+    ids = chat.tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}],
+        add_generation_prompt=True,
+        enable_thinking=False,
+        return_dict=False,
+    )
+    assert list(chat.prompt_ids(QUESTION)) == ids
+    assert chat.template.notes() == []
+
+
+def test_a_system_message_of_the_template_is_told_and_can_be_replaced(chat_of):
+    template = chat_of(ADDS_SYSTEM).template
+    assert template.prompt(QUESTION) == f"<|im_start|>system\nBe kind.<|im_end|>\n{USER}"
+    (note,) = template.notes()
+    assert "adds the system message 'Be kind.': --system" in note
+    assert "Be kind" not in template.prompt(QUESTION, "Be short.")
+    assert template.notes("Be short.") == template.notes("") == []
+
+
+@pytest.mark.parametrize("start", [REFUSES_SYSTEM, IGNORES_SYSTEM])
+def test_without_a_system_role_the_text_stands_before_the_question(chat_of, start):
+    template = chat_of(start + TURNS).template
+    assert template.prompt(QUESTION) == USER and template.notes() == []
+    expected = USER.replace(QUESTION, f"Be short.\n\n{QUESTION}")
+    assert template.prompt(QUESTION, "Be short.") == expected
+    (note,) = template.notes("Be short.")
+    assert "has no system role" in note
+
+
+def test_a_system_text_in_the_users_turn_is_the_templates_own_way(chat_of):
+    template = chat_of(IN_USER_TURN).template
+    assert template.prompt(QUESTION) == USER
+    expected = USER.replace(QUESTION, f"Be short.\n\n{QUESTION}")
+    assert template.prompt(QUESTION, "Be short.") == expected
+    assert template.notes() == template.notes("Be short.") == []
+
+
+@pytest.mark.parametrize("opened", ["<think>\n", "<think>"])
+def test_an_open_thinking_block_is_closed_as_qwen3_closes_it(chat_of, opened):
+    template = chat_of(TURNS + "{% if add_generation_prompt %}" + opened + "{% endif %}").template
+    assert template.prompt(QUESTION) == USER + "<think>\n\n</think>\n\n"
+    assert "opens a thinking block, which is closed at once" in template.notes()[0]
+    # A question about the tag opens nothing.
+    asked = chat_of(TURNS).template.prompt("Why <think> ?")
+    assert asked.endswith("assistant\n")
+
+
+def test_dates_do_not_change_from_day_to_day(chat_of):
+    template = chat_of(DATED).template
+    assert "Today: 26 Jul 2024" in template.prompt(QUESTION)
+    assert "always 26 Jul 2024" in template.notes()[0] and len(template.notes()) == 1
+    fickle = chat_of("{{ strftime_now('%Y') }}" + TURNS).template
+    assert "prompts differ from day to day" in fickle.notes()[0]
+
+
+def test_an_answer_ends_with_what_ends_its_turn(chat_of):
+    """Gemma's tokenizer names the end of a text, its chats end turns with another token."""
+    end = load_chat(find_folder("tiny_qwen3")).tokenizer.convert_tokens_to_ids("<|im_end|>")
+    chat = chat_of(TURNS.replace("<|im_end|>\\n", "<|im_start|>\\n"))
+    assert chat.eos_ids == (end,)
+    other = chat.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    chat = chat_of(TURNS.replace("<|im_end|>\\n", "<|im_start|>\\n"), generation_eos=[end, other])
+    assert chat.eos_ids == (other, end)
+    assert chat.sample(QUESTION, "tea").tokens[-1] == other
+
+
+def test_a_template_that_fails_is_named(chat_of):
+    chat = chat_of("{{ raise_exception('broken') }}")
+    with pytest.raises(dit_jax.DitError, match="chat template of .* fails .*broken"):
+        chat.prompt_ids(QUESTION)
+
+
+def test_ask_takes_a_system_message(tmp_path, capfd):
+    from dit_jax.cli.ask_diffs import main
+
+    model = dit_jax.load_model("tiny_qwen3")
+    plain = dit_jax.ask(model, QUESTION, max_new_tokens=8)
+    other = dit_jax.ask(model, QUESTION, max_new_tokens=8, system="talk about sun")
+    assert plain.logprob != other.logprob
+    with pytest.raises(dit_jax.DitError, match="system is of type int"):
+        dit_jax.ask(model, QUESTION, system=3)
+    flags = ["--base", "tiny_qwen3", "--max-new-tokens", "8", "--json", QUESTION]
+    assert main([*flags, "--system", "talk about sun"]) == 0
+    assert f'"answer": "{other.text}"' in capfd.readouterr().out
