@@ -12,7 +12,7 @@ import dataclasses
 import numpy as np
 
 from benchmarks.workload import Workload
-from dit_jax.models.cache import cache_slots
+from dit_jax.models.kv_cache import cache_slots
 from dit_jax.models.modules import count_parameters
 
 

@@ -156,7 +156,9 @@ class TokenChat:
     def __init__(self, prompt: np.ndarray):
         self.prompt = prompt
 
-    def prompts(self, questions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def prompts(
+        self, questions: Sequence[str], system: str | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         tokens = np.tile(self.prompt, (len(questions), 1))
         return tokens, np.ones_like(tokens, bool)
 

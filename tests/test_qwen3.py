@@ -15,7 +15,6 @@ import dit_jax
 from dit_jax.deltas import tree
 from dit_jax.formats.safetensors_file import SafetensorsFile
 from dit_jax.models import delta_trees
-from dit_jax.models.cache import init_cache
 from dit_jax.models.decode import even_rows, generate
 from dit_jax.models.decoder import (
     forward,
@@ -25,6 +24,7 @@ from dit_jax.models.decoder import (
 )
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.families import hf_config, parse_config
+from dit_jax.models.kv_cache import init_cache
 from dit_jax.models.layers import ready
 from dit_jax.models.modules import abstract_weights, count_parameters, module_table
 from dit_jax.runtime import parallel

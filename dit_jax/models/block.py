@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from dit_jax.models import attention as attention_lib
 from dit_jax.models import rope
 from dit_jax.models.attention import Segments
-from dit_jax.models.cache import View, append
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Deltas
+from dit_jax.models.kv_cache import View, append
 from dit_jax.models.layer_kinds import Layer, pick_kind, window_over
 from dit_jax.models.layers import Bias, Linear, make_norm, pick
 from dit_jax.models.modules import bias_of, module_table

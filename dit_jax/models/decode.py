@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dit_jax.models import shardings
-from dit_jax.models.cache import Cache, init_cache
 from dit_jax.models.decoder import Params, forward_cached, ready_deltas, unembed
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Delta, Deltas, abstract_stack
+from dit_jax.models.kv_cache import Cache, init_cache
 from dit_jax.runtime import parallel
 
 

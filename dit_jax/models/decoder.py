@@ -16,9 +16,9 @@ import numpy as np
 from dit_jax.models import head
 from dit_jax.models.attention import Segments, causal_mask
 from dit_jax.models.block import Block, Context, Queries
-from dit_jax.models.cache import Cache, cached_masks, view
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Deltas, check_modules
+from dit_jax.models.kv_cache import Cache, cached_masks, view
 from dit_jax.models.layer_kinds import Layer, layer_kinds, scanned, window_over
 from dit_jax.models.layer_views import cut_layers
 from dit_jax.models.layers import PROJECTION, make_norm, pick, precision, ready

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dit_jax.deltas.tree import abstract_lora, num_parameters
-from dit_jax.models.cache import cache_slots
 from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.kv_cache import cache_slots
 from dit_jax.models.modules import count_parameters
 from dit_jax.optimize.batch_loss import CHUNK_ELEMENTS
 from dit_jax.optimize.speed import Work, forward_flops, train_flops
