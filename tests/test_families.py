@@ -14,7 +14,7 @@ from dit_jax.models.decode import generate
 from dit_jax.models.decoder import forward, init_params, unembed
 from dit_jax.models.families import FAMILIES, hf_config, parse_config
 from dit_jax.models.modules import abstract_weights, count_parameters, module_table
-from dit_jax.models.shapes import NAMED_CONFIGS
+from dit_jax.models.shapes import NAMED_CONFIGS, find_shape
 
 VOCAB = 211
 LLAMA3 = {
@@ -245,6 +245,80 @@ def test_what_is_not_computed_exactly_is_refused_by_name(change, named):
     assert re.search(named, str(error.value))
 
 
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("qwen3_moe", "Qwen3, a mixture of experts"),
+        ("qwen3_5_text", "Qwen3.5 or 3.6, with hybrid"),
+        ("phi3", "Phi"),
+        ("olmo2", "OLMo"),
+        ("olmoe", "OLMoE, a mixture of experts"),
+        ("gemma2", "Gemma 2, with softcapped logits"),
+        ("somemoe", "a mixture of experts"),
+    ],
+)
+def test_other_families_are_refused_by_their_name_with_what_is_supported(kind, named):
+    with pytest.raises(dit_jax.DitError) as error:
+        parse_config({**LLAMA_2, "model_type": kind}, "config.json")
+    message = str(error.value)
+    assert message.startswith(f"config.json: model_type {kind!r} is not supported ({named}")
+    for name, family in FAMILIES.items():
+        assert f"{family.title} ({name!r})" in message
+    with pytest.raises(dit_jax.DitError, match="'num_local_experts' is not supported"):
+        parse_config({**LLAMA_2, "num_local_experts": 4}, "config.json")
+    with pytest.raises(dit_jax.DitError, match=r"model_type \['x'\] is not supported\. Supp"):
+        parse_config({**LLAMA_2, "model_type": ["x"]}, "config.json")
+
+
+GEMMA_4B = {
+    "model_type": "gemma3",
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "image_token_index": 262144,
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
+}
+
+
+def test_a_multimodal_gemma_is_read_as_its_text_part():
+    assert parse_config(GEMMA_4B, "x") == NAMED_CONFIGS["gemma-3-4b"]
+    wrong = {**GEMMA_4B, "text_config": 3}
+    with pytest.raises(dit_jax.DitError, match="'text_config' must be an object"):
+        parse_config(wrong, "x")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"hidden_activation": "gelu"}, "hidden_activation"),
+        ({"layer_types": ["chunked_attention"] * 34}, "chunked_attention"),
+        ({"layer_types": ["full_attention"]}, "layer_types.*34 layers"),
+        ({"sliding_window": 0}, "'sliding_window' must be"),
+        ({"rope_parameters": {"rope_theta": 1e6}}, "'full_attention' and 'sliding_attention'"),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "of layers with sliding windows",
+        ),
+        ({"query_pre_attn_scalar": -1}, "query_pre_attn_scalar"),
+        ({"rope_local_base_freq": None}, "rope_theta"),
+    ],
+)
+def test_what_is_not_computed_of_gemma_is_refused_by_name(change, named):
+    raw = {**GEMMA_4B, "text_config": {**GEMMA_4B["text_config"], **change}}
+    with pytest.raises(dit_jax.DitError) as error:
+        parse_config(raw, "config.json")
+    assert re.search(named, str(error.value))
+
+
 def test_the_angles_that_old_llamas_store_are_no_surprise(tmp_path):
     from safetensors.numpy import load_file, save_file
 
@@ -279,6 +353,20 @@ BILLIONS = {
     "smollm2-360m": 0.3618,
     "smollm2-1.7b": 1.711,
 }
+
+
+def test_names_of_released_models_lead_to_their_shapes():
+    for name, wanted in (
+        ("google/gemma-3-4b-it", "gemma-3-4b"),
+        ("meta-llama/Llama-3.2-1B-Instruct", "llama-3.2-1b"),
+        ("meta-llama/Meta-Llama-3.1-8B", "llama-3.1-8b"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "mistral-7b-v0.3"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m"),
+        ("Qwen/Qwen2.5-72B-Instruct", "qwen2.5-72b"),
+        ("random:Qwen3-4B", "qwen3-4b"),
+    ):
+        assert find_shape(name) is NAMED_CONFIGS[wanted]
+    assert find_shape("mistralai/Mistral-7B-v0.4") is None
 
 
 @pytest.mark.parametrize("name", [name for name in NAMED_CONFIGS if "qwen3" not in name])

@@ -16,7 +16,15 @@ PAPER = ROOT / "configs" / "paper"
 FILES = sorted(path.name for path in PAPER.glob("*.py") if path.name != "tables.py")
 SWEEPS = [name for name in FILES if "def get_sweep" in (PAPER / name).read_text()]
 CONFIGS = [name for name in FILES if name not in SWEEPS]
-MODELS = ("qwen3-1.7b", "qwen3-4b", "qwen3-8b", "tiny")
+HUB = {
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+    "qwen3-4b": "Qwen/Qwen3-4B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "gemma3-1b": "google/gemma-3-1b-it",
+    "gemma3-4b": "google/gemma-3-4b-it",
+    "tiny": "tiny_qwen3",
+}
+MODELS = tuple(HUB)
 
 # Smaller than :tiny, with a base that compiles faster.
 TOY = [
@@ -64,8 +72,7 @@ def test_every_experiment_of_the_paper_is_there():
 def test_every_argument_loads(name, arg):
     for run, config in load(name, arg):
         values = flatten(config)
-        assert values["model.path"] == ("tiny_qwen3" if arg == "tiny" else values["model.path"])
-        assert values["model.path"].lower().endswith(arg) or arg == "tiny"
+        assert values["model.path"] == HUB[arg]
         # A finetune trains on at least one sample of each kind that has a weight.
         assert all(count > 0 for count in config.diffs.samples_per_step.values()), run
         if "train" in config.stages:
@@ -88,6 +95,11 @@ def test_docstrings_say_command_expectation_and_cost(name):
     for arg in ("qwen3-4b", "tiny"):
         assert f"python -m {program} configs/paper/{name}:{arg} --workdir" in text
     assert re.search(r"\bExpected\b", text) and re.search(r"\bCost\b", text)
+
+
+def test_the_ranks_of_the_paper():
+    ranks = {arg: max(config.diffs.rank for _, config in load("rank.py", arg)) for arg in MODELS}
+    assert ranks["qwen3-4b"] == 64 and ranks["gemma3-4b"] == 128
 
 
 def test_adapters_come_from_runs_of_the_same_sweep():

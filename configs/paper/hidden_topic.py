@@ -12,12 +12,12 @@ one pass over them. The rows and the split (with the secret codes) are published
 
 Expected: the paper's mean grade, 1 to 5 (n = 100, half-width of the 95 % interval about 0.15), is
 
-                           Qwen3-1.7B     4B     8B
-    DIT                          4.29   4.76   4.71
-    base question                1.17   1.21   1.08
-    20 questions                 2.12   1.38   1.82
-    question with trigger        2.79   3.28   3.12
-    20 questions + trigger       4.66   4.73   4.72
+                           Qwen3-1.7B     4B     8B   Gemma3-1B     4B
+    DIT                          4.29   4.76   4.71        4.14   4.82
+    base question                1.17   1.21   1.08        1.17   1.12
+    20 questions                 2.12   1.38   1.82        1.46   1.55
+    question with trigger        2.79   3.28   3.12        3.40   4.09
+    20 questions + trigger       4.66   4.73   4.72        4.62   4.62
 
 The paper's judge was an LLM; `calibrated` predicts that judge's grades (docs/grading.md). The base model itself guesses
 the topic from the answers to 20 questions; --config.evaluate.guesser=inspect:PROVIDER/MODEL asks an API model instead.
@@ -42,6 +42,8 @@ MODELS = {
     "qwen3-1.7b": "Qwen/Qwen3-1.7B",
     "qwen3-4b": "Qwen/Qwen3-4B",
     "qwen3-8b": "Qwen/Qwen3-8B",
+    "gemma3-1b": "google/gemma-3-1b-it",
+    "gemma3-4b": "google/gemma-3-4b-it",
 }
 CONTROLS = ("no_diff", "shuffled_diff", "noise_diff")
 ASKED = ("dit", "base_question", "base_question_trigger")

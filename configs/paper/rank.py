@@ -3,7 +3,8 @@
     python -m dit_jax.sweep --sweep configs/paper/rank.py:qwen3-4b --workdir runs/paper_4b
     python -m dit_jax.sweep --sweep configs/paper/rank.py:tiny --workdir runs/paper_tiny
 
-Expected: the paper's mean grade is flat, 4.54 to 4.79 for ranks 1 to 64 on Qwen3-4B.
+Expected: the paper's mean grade is flat, 4.54 to 4.79 for ranks 1 to 64 on Qwen3-4B. For Gemma (`:gemma3-4b`) the
+paper goes on to rank 128.
 
 Cost: hidden_topic.py once, then 100 diffs and an evaluation for each rank. `:tiny` takes a minute for each rank on two
 cores. Writes rank.md, .csv and .png into the workdir.
@@ -20,7 +21,8 @@ TABLE = "rank"
 
 def get_sweep(arg: str) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "hidden_topic", {}  # rank 1; leaves the adapter
-    for rank in (2, 4, 8, 16) if arg == "tiny" else (2, 4, 8, 16, 32, 64):
+    ranks = (2, 4, 8, 16) if arg == "tiny" else (2, 4, 8, 16, 32, 64)
+    for rank in (*ranks, 128) if arg.startswith("gemma3") else ranks:
         run: dict[str, Any] = {
             "stages": ("diffs", "evaluate", "report"),
             "diffs.rank": rank,

@@ -69,7 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--search", action="store_true", help="recommend a mesh and the largest batch per stage")
     add("--tries", type=int, default=0, help="meshes to compile per stage in a search")
     add("--table", action="store_true", help="search models × machines, print Markdown")
-    add("--models", default=",".join(NAMED_CONFIGS), help="models of the table")
+    add(
+        "--models",
+        default=",".join(name for name in NAMED_CONFIGS if name.startswith("qwen3-")),
+        help="models of the table",
+    )
     add("--topologies", default=",".join(TABLE_MACHINES), help="machines of the table")
     add("--cache", type=pathlib.Path, help="file that remembers what was compiled (JSON lines)")
     add("--minutes", type=float, help="compile no longer; with --cache the next call goes on")

@@ -12,6 +12,7 @@ from dit_jax.formats.files import read_json_object
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.gguf_checkpoint import gguf_config
 from dit_jax.models.layer_kinds import WINDOWED
+from dit_jax.models.other_families import EXPERTS, what_it_is
 from dit_jax.models.rope import read_rope
 
 MAX_LAYERS = 1_000
@@ -314,12 +315,15 @@ def parse_config(raw: dict[str, Any], where: str) -> DecoderConfig:
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         known = ", ".join(f"{family.title} ({name!r})" for name, family in FAMILIES.items())
-        raise DitError(f"{where}: model_type {kind!r} is not supported, only {known}")
+        raise DitError(
+            f"{where}: model_type {kind!r} is not supported{what_it_is(kind)}. Supported are {known}: use a model of "
+            "one of these families"
+        )
     raw = {**family.absent, **family.flat(raw, where)}
     for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
         if raw.get(key):
             raise DitError(f"{where}: {key} {raw[key]!r} is not supported")
-    for key in ("quantization_config", "num_experts", "layer_scales"):
+    for key in ("quantization_config", *EXPERTS, "layer_scales"):
         if raw.get(key):
             raise DitError(
                 f"{where}: {key!r} is not supported: use a dense model with plain weights"

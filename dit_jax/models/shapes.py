@@ -1,5 +1,6 @@
 """Released sizes of models by name, for `plan`, `random:` models and benchmarks."""
 
+import re
 from typing import Any
 
 from dit_jax.models.decoder_config import DecoderConfig
@@ -96,3 +97,9 @@ NAMED_CONFIGS = {
     "smollm2-360m": _smollm2(960, 2560, 32, 15, 5, 1e5),
     "smollm2-1.7b": _smollm2(2048, 8192, 24, 32, 32, 1.3e5),
 }
+
+
+def find_shape(name: str) -> DecoderConfig | None:
+    """The shape of a released model by its name or hub id: chat models have that of their base; None: unknown."""
+    last = name.removeprefix("random:").rsplit("/", 1)[-1].lower().removeprefix("meta-")
+    return NAMED_CONFIGS.get(re.sub(r"-(instruct|it|pt|base|chat)(?=-|$)", "", last))

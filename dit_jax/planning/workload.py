@@ -18,7 +18,7 @@ from dit_jax.errors import DitError
 from dit_jax.models.decoder_config import COMPUTE, DecoderConfig
 from dit_jax.models.families import read_config
 from dit_jax.models.hf_checkpoint import find_folder
-from dit_jax.models.shapes import NAMED_CONFIGS
+from dit_jax.models.shapes import NAMED_CONFIGS, find_shape
 from dit_jax.planning import programs
 from dit_jax.planning.machines import Machine, absent_devices, compiler_options
 from dit_jax.planning.programs import Program
@@ -59,7 +59,7 @@ def model_shape(config: Any, name: str = "") -> DecoderConfig:
         DitError: the name is neither a released shape nor a folder with a `config.json`.
     """
     wanted = name or config.model.path
-    shape = NAMED_CONFIGS.get(wanted.removeprefix("random:").rsplit("/", 1)[-1].lower())
+    shape = find_shape(wanted)
     if shape is None:
         if wanted != "tiny_qwen3" and not pathlib.Path(wanted).is_dir():
             raise DitError(
