@@ -44,7 +44,14 @@ class DitError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reads a command line inside `exit_on_error`: what is wrong with it is one line, as all else."""
+    """Reads a command line inside `exit_on_error`, so that a mistake in it is one line, too.
+
+    description: is shown as it is written.
+    """
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=description, formatter_class=formatter)
 
     def error(self, message: str) -> NoReturn:
         raise DitError(f"{message}: '{self.prog} --help' lists the flags")

@@ -122,6 +122,16 @@ def test_no_files_import_each_other():
     assert sorted(module for module in graph if module in reached[module]) == []
 
 
+def test_the_package_needs_nothing_that_lies_beside_it():
+    """What made assets is in tools/, which is not installed with the package."""
+    beside = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"dit_jax"}
+    for file in (ROOT / "dit_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not beside & {name.partition(".")[0] for name in names}, file
+
+
 def test_formats_of_foreign_files_know_nothing_of_this_project():
     graph = import_graph()
     for module in graph:

@@ -64,7 +64,9 @@ def _section_table(section: Section) -> str:
 def _key_row(section: Section, key: Key) -> str:
     default = "required" if key.default is REQUIRED else f"`{key.default!r}`"
     mark = " *" if key.free else ""
-    return f"| `{section.dotted(key.name)}`{mark} | {key.describe()} | {default} | {key.about} |\n"
+    choices = f": {_listed(key.choices)}" if key.choices else ""
+    kind = key.describe() + choices
+    return f"| `{section.dotted(key.name)}`{mark} | {kind} | {default} | {key.about} |\n"
 
 
 def _listed(names: Iterable[str]) -> str:

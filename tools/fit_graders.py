@@ -260,11 +260,7 @@ def save(graded: dict[str, GradedPairs], encoder: Any, folder: str) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for a problem that the user can fix."""
-    parser = Parser(
-        prog="python -m tools.fit_graders",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m tools.fit_graders", __doc__)
     parser.add_argument("--results", required=True, help="folder of graded answers")
     parser.add_argument("--embeddings", action="store_true", help="also with sentence embeddings")
     parser.add_argument("--model", default=None, help="folder of all-MiniLM-L6-v2")

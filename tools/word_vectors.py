@@ -79,7 +79,7 @@ def vocabulary_of(encoder: Encoder) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for a problem that the user can fix."""
-    parser = Parser(prog="python -m tools.word_vectors", description=__doc__)
+    parser = Parser("python -m tools.word_vectors", __doc__)
     parser.add_argument("--save", required=True, help="folder to write to")
     parser.add_argument("--model", default=None, help="folder of all-MiniLM-L6-v2")
     try:

@@ -35,76 +35,42 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+# fmt: off
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m dit_jax.ask",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    # An empty one is an unset variable of the shell: without it another model would answer.
-    not_empty = _checked(str, lambda text: bool(text.strip()), "some text")
-    positive = _checked(int, lambda number: number >= 1, "a whole number from 1 up")
+    """Reads the command line. Raises DitError: a flag that is unknown or has a wrong value."""
+    parser = Parser("python -m dit_jax.ask", __doc__)
+    # An empty text is an unset variable of the shell: without it another model would answer.
+    text = _checked(str, lambda text: bool(text.strip()), "some text")
+    count = _checked(int, lambda number: number >= 1, "a whole number from 1 up")
     seed = _checked(int, lambda number: 0 <= number < 2**32, "a whole number from 0 to 4294967295")
-    temperature = _checked(float, lambda number: 0 <= number < math.inf, "a number from 0 up")
-    parser.add_argument(
-        "questions", nargs="+", metavar="question", type=not_empty, help="asked one by one"
-    )
-    parser.add_argument(
-        "--base",
-        required=True,
-        type=not_empty,
-        help="model folder, hub id, or tiny_qwen3 (the embedded model)",
-    )
-    parser.add_argument(
-        "--diff",
-        type=not_empty,
-        help="diff store, PEFT folder, finetuned model folder, .pt file, or release folder",
-    )
+    number = _checked(float, lambda number: 0 <= number < math.inf, "a number from 0 up")
+    add = parser.add_argument
+    add("questions", nargs="+", metavar="question", type=text, help="asked one by one")
+    add("--base", required=True, type=text,
+        help="model folder, hub id, or tiny_qwen3 (the embedded model)")
+    add("--diff", type=text,
+        help="diff store, PEFT folder, finetuned model folder, .pt file, or release folder")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--index", type=int, help="which diff of --diff (default 0; -1: the last)")
-    which.add_argument(
-        "--all", action="store_true", help="all diffs of --diff, in one batched decode"
-    )
-    parser.add_argument(
-        "--adapter", type=not_empty, help="DIT adapter: an export, a PEFT folder, or dit-adapter.pt"
-    )
-    parser.add_argument(
-        "--system", help="the system message of all questions (default: the chat template's own)"
-    )
-    parser.add_argument(
-        "--compare", action="store_true", help="also show " + ", ".join(VARIANTS[:3])
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=positive, default=20, help="of an answer (default %(default)s)"
-    )
-    parser.add_argument(
-        "--temperature", type=temperature, default=0.0, help="0 (default) is greedy"
-    )
-    parser.add_argument(
-        "--forbid-repeats",
-        action="store_true",
-        help="no token twice (adapters that list evidence before the name)",
-    )
-    parser.add_argument("--seed", type=seed, default=0, help="of --temperature (default 0)")
-    parser.add_argument("--n", type=positive, default=1, help="samples per question")
-    parser.add_argument(
-        "--batch-size", type=positive, help="rows per decode (default: all, at most 256)"
-    )
-    parser.add_argument(
-        "--svd-rank", type=positive, help="reduce a finetuned model's diff to a LoRA of this rank"
-    )
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        choices=["float32", "bfloat16"],
-        help="of weights and computation (default %(default)s)",
-    )
-    parser.add_argument(
-        "--mesh",
-        help="split model and rows over devices: data,fsdp,tensor, e.g. 1,1,4; --mesh=-1,1,1 takes all (default: one)",
-    )
-    parser.add_argument("--json", action="store_true", help="JSON lines instead of text")
+    which.add_argument("--all", action="store_true", help="all diffs of --diff, in one batched decode")
+    add("--adapter", type=text, help="DIT adapter: an export, a PEFT folder, or dit-adapter.pt")
+    add("--system", help="the system message of all questions (default: the chat template's own)")
+    add("--compare", action="store_true", help="also show " + ", ".join(VARIANTS[:3]))
+    add("--max-new-tokens", type=count, default=20, help="most tokens of an answer (default %(default)s)")
+    add("--temperature", type=number, default=0.0, help="0 (default) is greedy")
+    add("--forbid-repeats", action="store_true",
+        help="no token twice (adapters that list evidence before the name)")
+    add("--seed", type=seed, default=0, help="seed of --temperature (default 0)")
+    add("--n", type=count, default=1, help="samples per question")
+    add("--batch-size", type=count, help="rows per decode (default: all, at most 256)")
+    add("--svd-rank", type=count, help="reduce a finetuned model's diff to a LoRA of this rank")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"],
+        help="type of weights and computation (default %(default)s)")
+    add("--mesh", help="split model and rows over devices: data,fsdp,tensor, e.g. 1,1,4; "
+        "--mesh=-1,1,1 takes all (default: one)")
+    add("--json", action="store_true", help="JSON lines instead of text")
     return parser.parse_args(argv)
+# fmt: on
 
 
 def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -156,27 +122,19 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         name = "finetuned" if flags.diff else "base"
         note(f"no --adapter, so the answers are those of the {name} model itself")
 
-    # The bare base and the adapter alone answer the same for every diff: they are asked once.
-    nothing = [Diff({})]
-    every = {
-        "base": (nothing, None),
-        "finetuned": (diffs, None),
-        "adapter": (nothing, adapter),
-        "finetuned + adapter": (diffs, adapter),
-    }
     possible = [
         name
         for name in VARIANTS
         if (flags.diff or "finetuned" not in name)
         and (adapter is not None or "adapter" not in name)
     ]
-    variants = {name: every[name] for name in (possible if flags.compare else possible[-1:])}
     answers = {
         name: ask_many(
             model,
             flags.questions,
-            own,
-            own_adapter,
+            # The bare base and the adapter alone answer the same for every diff: they are asked once.
+            diffs if "finetuned" in name else [Diff({})],
+            adapter if "adapter" in name else None,
             samples=flags.n,
             batch_size=flags.batch_size,
             progress=sys.stderr.isatty(),
@@ -186,7 +144,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
             forbid_repeats=flags.forbid_repeats,
             system=flags.system,
         )
-        for name, (own, own_adapter) in variants.items()
+        for name in (possible if flags.compare else possible[-1:])
     }
     for i, number in enumerate(numbers):
         for q, question in enumerate(flags.questions):
@@ -233,7 +191,7 @@ def _svd_note(number: int | None, svd: dict[str, Any]) -> str:
 
 
 def _base_note(path: str, diff: Any, base: str) -> str:
-    """What to say where the files were made for a base of another name; "" where they do not tell or it is the same."""
+    """A note for files that name another base; "" where they name none or this one."""
     from dit_jax.formats.files import short
 
     said = diff.metadata.get("base_model_name_or_path")
@@ -254,7 +212,7 @@ def _last_name(model: str) -> str:
 
 
 def _checked(convert: Callable[[str], T], holds: Callable[[T], bool], said: str) -> Any:
-    """A type for argparse: `convert`, of what then `holds`."""
+    """A type for argparse: what `convert` makes of the text, if it `holds`; `said` is what it must be."""
 
     def parse(text: str) -> T:
         with contextlib.suppress(ValueError):

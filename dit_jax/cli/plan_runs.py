@@ -54,11 +54,7 @@ TABLE_MACHINES = ("v5e-4", "v5e-16", "v6e-16", "v5p-8", "v5p-64")
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if a stage does not fit, 2 for a problem the user can fix."""
-    parser = Parser(
-        prog="python -m dit_jax.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m dit_jax.plan", __doc__)
     add = parser.add_argument
     add("--config", required=True, help="configs/NAME.py, or configs/NAME.py:ARGUMENT")
     add("--topology", help="v5e:4x4, v5e-16, h200 or h200:8; default: the devices here")

@@ -1,9 +1,9 @@
-"""The program: `python -m dit_jax.main --config configs/quickstart.py --workdir runs/quickstart`.
+"""Run the stages of a config: python -m dit_jax.main --config configs/quickstart.py --workdir runs/quickstart
 
-Runs the stages of a config in order, each once: a finished stage leaves its artifact in the workdir and
-is not run again. Overrides: `--config.train.steps=200`.
+Stages run in order, each once: a finished stage leaves its artifact in the workdir and does not run again.
+`--config.train.steps=200` replaces a value of the config; docs/config.md lists all keys.
 
-On several hosts the same command runs on each, with --distributed, and a workdir that all of them see.
+On several hosts, start the same command on each, with --distributed and a workdir that all of them see.
 """
 
 import contextlib
@@ -36,23 +36,17 @@ COMPILE_AHEAD = "compile ahead"  # name of the thread
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for a problem the user can fix, 75 after SIGTERM, 130 for Ctrl-C.
 
-    One of several processes does not return from a failure: it ends at once, and its end ends the others.
+    After a failure, one of several processes does not return: it ends at once, which ends the others.
     """
-    parser = Parser(prog="python -m dit_jax.main", description=__doc__)
-    parser.add_argument(
-        "--config", required=True, help="configs/NAME.py, or configs/NAME.py:ARGUMENT"
-    )
-    parser.add_argument(
-        "--workdir", required=True, help="folder of the run; made when it is not there"
-    )
-    parser.add_argument(
-        "--distributed",
-        action="store_true",
-        help="join the other processes of this run; on TPU slices, SLURM, Kubernetes and MPI they find each other",
-    )
-    parser.add_argument("--coordinator", help="elsewhere: HOST:PORT of process 0")
-    parser.add_argument("--num-processes", type=int)
-    parser.add_argument("--process-id", type=int, help="from 0")
+    parser = Parser("python -m dit_jax.main", __doc__)
+    add = parser.add_argument
+    add("--config", required=True, help="configs/NAME.py, or configs/NAME.py:ARGUMENT")
+    add("--workdir", required=True, help="folder of the run; made when it is not there")
+    joins_others = "join the other processes of this run; on TPU slices, SLURM, Kubernetes and MPI they find each other"
+    add("--distributed", action="store_true", help=joins_others)
+    add("--coordinator", help="elsewhere: HOST:PORT of process 0")
+    add("--num-processes", type=int, help="elsewhere: how many there are")
+    add("--process-id", type=int, help="elsewhere: which one this is, from 0")
     code, several = 0, False
     try:
         with exit_on_error():
@@ -78,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         code = 1
     if code and several:
         if code == preemption.EXIT_PREEMPTED:
-            # The end of another process brings one more from srun --kill-on-bad-exit, which must not change the status.
+            # srun --kill-on-bad-exit sends one more when another process ends. It must not change the status.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             preemption.meet()
         sys.stdout.flush()
@@ -142,8 +136,8 @@ def _run_stages(config: Any, workdir: pathlib.Path) -> None:
 def compiles_ahead(config: Any, workdir: pathlib.Path) -> bool:
     """Whether to compile the stage `train` while the diffs are made.
 
-    Only if it is to come, only for diffs whose shapes are known before they are there, and only on CPUs, where
-    compiling keeps one core busy: GPUs run trial kernels for it, beside the diffs.
+    It must be to come, the diffs' shapes must be known before they are made, and the device must be a CPU, where
+    compiling keeps one core busy: on a GPU it would run trial kernels beside the diffs.
     """
     return (
         jax.default_backend() == "cpu"
@@ -160,7 +154,7 @@ def _compile_ahead(config: Any, model: Any) -> None:
     from dit_jax.train.dit import abstract_step, train_step
 
     def compile_step() -> None:
-        # What is wrong with a config, the stage itself will say.
+        # The stage itself reports what is wrong with a config.
         with contextlib.suppress(Exception), parallel.use_mesh(model.mesh):
             diff = abstract_lora(model.config, config.diffs.rank, config.diffs.projections)
             args, options = abstract_step(model.config, model.mesh, config.train, diff)
@@ -172,8 +166,8 @@ def _compile_ahead(config: Any, model: Any) -> None:
 def end(code: int) -> NoReturn:
     """Ends the process with the code of `main`.
 
-    After a failure or Ctrl-C at once: Python would wait for a program that is still being compiled ahead, and no
-    thread can be stopped in it. Nothing is lost: artifacts are complete or not there.
+    After a failure or Ctrl-C it ends at once if a program is still being compiled ahead: Python would wait for that
+    thread, which cannot be stopped. Nothing is lost: artifacts are complete or absent.
     """
     if code and any(thread.name == COMPILE_AHEAD for thread in threading.enumerate()):
         sys.stdout.flush()
@@ -183,13 +177,13 @@ def end(code: int) -> NoReturn:
 
 
 def _run_explained(stage: Stage, config: Any, workdir: pathlib.Path, model: Any) -> dict[str, Any]:
-    with _explain(workdir):  # here, since process 0 may be in it alone
+    with _explain(workdir):  # here, because process 0 may be alone in it
         return stage.run(config, workdir, model if stage.needs_model else None)
 
 
 @contextlib.contextmanager
 def _explain(workdir: pathlib.Path) -> Iterator[None]:
-    """Turns the refusal of a disk, which no library turned into one line, into a DitError."""
+    """Turns an error of the disk that no library has explained into a DitError."""
     try:
         yield
     except OSError as error:

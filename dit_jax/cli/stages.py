@@ -24,7 +24,7 @@ RUN = Section(
     "",
     (
         Key("stages", TEXTS, "the stages to run, see the table above", free=True),
-        Key("seed", int, "of everything that is drawn at random"),
+        Key("seed", int, "seed of everything that is drawn at random"),
         Key("mesh", dict, "devices along `data`, `fsdp` and `tensor`; -1: all that are left", {"data": -1}, free=True),
     ),
     takes_others=lambda config: True,

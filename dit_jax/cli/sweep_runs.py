@@ -15,7 +15,6 @@ WORKDIR/NAME. Runs that differ only in what comes after the diffs share them. `-
 runs.
 """
 
-import argparse
 import os
 import pathlib
 import re
@@ -259,11 +258,7 @@ def write_table(sweep: Sweep, workdir: pathlib.Path, failures: Mapping[str, str]
 
 def main_sweep(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if a run failed, 2 for a problem of the sweep itself, 130 for Ctrl-C."""
-    parser = Parser(
-        prog="python -m dit_jax.sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m dit_jax.sweep", __doc__)
     parser.add_argument(
         "--sweep", required=True, help="configs/sweeps/NAME.py, or NAME.py:ARGUMENT"
     )

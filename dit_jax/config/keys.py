@@ -44,23 +44,12 @@ class Key:
 
     def check_value(self, value: Any, key: str) -> None:
         """Raises DitError where a value is not what the declaration says. key: "config key 'x.y'"."""
-        if isinstance(value, ConfigDict | dict) != (self.kind is dict):
-            is_section = self.kind is not dict
-            wrong = "one value, and is a section" if is_section else f"a section, not {value!r}"
-            raise DitError(f"{key} must be {wrong}")
-        if self.kind in (int, float):
-            self._check_number(value, key)
-        elif self.kind is bool and not isinstance(value, bool):
-            raise DitError(f"{key} must be True or False, not {value!r}")
-        elif self.kind is str and (
-            not isinstance(value, str) or not (value.strip() or self.default == "")
-        ):
-            raise DitError(f"{key} must be text, not {value!r}")
-        elif self.kind == TEXTS:
-            if not isinstance(value, list | tuple) or not all(isinstance(x, str) for x in value):
-                raise DitError(f"{key} must be a tuple of texts, not {value!r}")
-            if len(value) < self.least:
-                raise DitError(f"{key} must be a tuple of one text or more, not ()")
+        if isinstance(value, ConfigDict | dict) and self.kind is not dict:
+            raise DitError(f"{key} must be one value, and is a section")
+        if not self._is_of_kind(value):
+            raise DitError(f"{key} must be {self.describe()}, not {value!r}")
+        if self.kind is int and value >= MAX_WHOLE:
+            raise DitError(f"{key} must be a whole number below {MAX_WHOLE}, not {value!r}")
         known = tuple(self.choices)
         for name in value if self.kind == TEXTS else (value,):
             if known and name not in known:
@@ -68,29 +57,32 @@ class Key:
                 raise DitError(f"{key}: unknown {name!r}{hint}")
         self.check(value, key)
 
-    def _check_number(self, value: Any, key: str) -> None:
-        whole = self.kind is int
-        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        if not number or not self.least <= value < (MAX_WHOLE if whole else math.inf):
-            what = f"a {'whole ' * whole}number from {self.least} up"
-            if number and whole and value >= MAX_WHOLE:
-                what = f"a whole number below {MAX_WHOLE}"
-            raise DitError(f"{key} must be {what}, not {value!r}")
+    def _is_of_kind(self, value: Any) -> bool:
+        if self.kind in (int, float):
+            number = isinstance(value, self.kind | int) and not isinstance(value, bool)
+            return number and self.least <= value < math.inf
+        if self.kind is str:
+            return isinstance(value, str) and bool(value.strip() or self.default == "")
+        if self.kind == TEXTS:
+            several = isinstance(value, list | tuple) and len(value) >= self.least
+            return several and all(isinstance(text, str) for text in value)
+        if self.kind in (bool, dict):
+            return isinstance(value, bool if self.kind is bool else ConfigDict | dict)
+        return True  # a tuple of numbers, which `check` looks at
 
     def describe(self) -> str:
-        """The type with its bounds or choices, for docs/config.md."""
+        """What a value must be, for messages and docs/config.md."""
         names = {
-            int: f"whole number from {self.least} up",
-            float: f"number from {self.least} up",
+            int: f"a whole number from {self.least} up",
+            float: f"a number from {self.least} up",
             bool: "True or False",
             str: "text",
-            TEXTS: "tuple of texts" + (", one or more" if self.least else ""),
-            dict: "section",
+            TEXTS: "a tuple of one text or more" if self.least else "a tuple of texts",
+            dict: "a section",
             tuple[int, int]: "two whole numbers",
             tuple[float, float]: "two numbers",
         }
-        known = ", ".join(f"`{name}`" for name in self.choices)
-        return names[self.kind] + (f": {known}" if known else "")
+        return names[self.kind]
 
 
 @dataclasses.dataclass(frozen=True)

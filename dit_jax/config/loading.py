@@ -1,7 +1,6 @@
 """Configs: load a file with `get_config`, lock it, override keys, compare two, save one.
 
-A config is a Python file with one function `get_config(arg=None) -> ml_collections.ConfigDict`. It
-is code and runs with the rights of the user: load only files that you trust.
+A config is a Python file with a function `get_config(arg=None) -> ml_collections.ConfigDict`.
 """
 
 import ast
@@ -88,13 +87,10 @@ def load_config(path: str, overrides: Mapping[str, Any] | Iterable[str] = ()) ->
 
 def _override(config: ConfigDict, key: str, value: Any, *, parse: bool) -> None:
     *sections, last = key.split(".")
-    node = config
+    node: Any = config
     for section in sections:
-        child = node.get(section) if section in node else None
-        if not isinstance(child, ConfigDict):
-            raise DitError(_unknown_key(config, key))
-        node = child
-    if last not in node:
+        node = node.get(section) if isinstance(node, ConfigDict) else None
+    if not isinstance(node, ConfigDict) or last not in node:
         raise DitError(_unknown_key(config, key))
     kind = _kind(node, last)
     if isinstance(value, Mapping) or issubclass(kind, ConfigDict):
@@ -129,12 +125,10 @@ def _unknown_key(config: ConfigDict, key: str) -> str:
     if not suggestion:  # perhaps the right name in the wrong section
         last = key.rpartition(".")[2]
         same = [name for name in known if name.rpartition(".")[2] == last]
-        suggestion = f": did you mean '{same[0]}'?" if same else f": known keys are {_list(known)}"
+        more = f" and {len(known) - 12} more" if len(known) > 12 else ""
+        listed = f": known keys are {', '.join(known[:12])}{more}"
+        suggestion = f": did you mean '{same[0]}'?" if same else listed
     return f"unknown config key '{key}'{suggestion}"
-
-
-def _list(names: Sequence[str], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _parse(key: str, text: str, kind: type, current: Sequence[Any]) -> Any:
@@ -142,34 +136,30 @@ def _parse(key: str, text: str, kind: type, current: Sequence[Any]) -> Any:
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if kind is int:
-            return int(text)
-        if kind is float:
-            return float(text)
-        if kind is str:
-            return text
-        if kind in (tuple, list):
-            return kind(_parse_sequence(text, current))
-    except (ValueError, KeyError, SyntaxError):
+        if kind in (int, float, str):
+            return kind(text)
+        # Without a type to go by, the value so far is None.
+        return kind(_parse_sequence(text, current)) if kind in (tuple, list) else _literal(text)
+    except (ValueError, KeyError):
         raise DitError(
             f"config key '{key}' must be {kind.__name__}: cannot read '{text}'"
         ) from None
-    try:  # no type to go by (the value so far is None)
+
+
+def _literal(text: str) -> Any:
+    try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
 
 
 def _parse_sequence(text: str, current: Sequence[Any]) -> list[Any]:
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        if not all(isinstance(item, str) for item in current):
-            raise
-        value = tuple(part.strip() for part in text.split(",") if part.strip())
+    value = _literal(text)
+    if value is text:  # `a,b` without quotes
+        value = [part.strip() for part in text.split(",") if part.strip()]
     if not isinstance(value, tuple | list):
         value = (value,)
-    if current and not all(isinstance(item, type(current[0])) for item in value):
+    if not all(isinstance(item, type(current[0]) if current else object) for item in value):
         raise ValueError(text)
     return list(value)
 
