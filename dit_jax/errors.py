@@ -13,7 +13,7 @@ MAX_MESSAGE = 1000
 
 
 def printable(text: str) -> str:
-    """Text with control characters escaped: what models and files say must not reach a terminal raw."""
+    """Text with control characters escaped: text from models and files must not reach a terminal raw."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
@@ -23,7 +23,7 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, candidates: Iterable[str], otherwise: str = "") -> str:
-    """ ": did you mean 'x'?" for the nearest of the candidates; where none is near, `otherwise`."""
+    """ ": did you mean 'x'?" with the nearest candidate; `otherwise` if none is near."""
     close = difflib.get_close_matches(name, list(candidates), n=1)
     return f": did you mean '{close[0]}'?" if close else otherwise
 
@@ -31,9 +31,8 @@ def did_you_mean(name: str, candidates: Iterable[str], otherwise: str = "") -> s
 class DitError(Exception):
     """A failure that the user can act on: its message names the thing and the remedy in one line.
 
-    Line breaks in the message (for example from a wrapped library error) become spaces, control
-    characters are escaped, and very long messages (for example with a value from an untrusted file)
-    are cut in the middle.
+    Line breaks in the message (for example from a library's error) become spaces, control characters are escaped, and
+    very long messages (for example with a value from an untrusted file) are cut in the middle.
     """
 
     def __init__(self, message: str):
@@ -59,10 +58,10 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """Runs a command line program: `DitError`, too little memory and Ctrl-C become one line and an exit status.
+    """Runs a command line program: a `DitError`, lack of memory and Ctrl-C become one line and an exit status.
 
     Raises:
-      SystemExit: with status 2 after a DitError or without memory, and 130 after Ctrl-C. Other exceptions are bugs and
+      SystemExit: with status 2 after a DitError or lack of memory, and 130 after Ctrl-C. Other exceptions are bugs and
         keep their traceback.
     """
     try:

@@ -92,7 +92,11 @@ def test_a_key_that_nothing_reads_is_refused_in_a_config_of_its_own():
         ("diffs.profile", "10,13", "'diffs.profile' must be two whole numbers"),
         ("diffs.parameters", "lorra", "'diffs.parameters': unknown 'lorra': did you mean 'lora'?"),
         ("diffs.parameters", "all", "an adapter cannot be trained on diffs of all parameters"),
-        ("diffs.gate", {"min_rigth": 0.8}, "'diffs.gate.min_rigth' is no limit of the gate: did y"),
+        (
+            "diffs.gate",
+            {"min_rigth": 0.8},
+            "'diffs.gate.min_rigth' is not a limit of the gate: did",
+        ),
         ("diffs.gate", {"min_right": math.nan}, "'diffs.gate.min_right' must be a number, not na"),
         (
             "diffs.samples_per_step.backdoor",

@@ -13,10 +13,10 @@ _SMOLLM = "smollm"  # the same, after every digit is set apart; transformers doe
 
 
 def gguf_tokenizer(path: pathlib.Path) -> Any:
-    """The tokenizer of a model, its chat template included.
+    """The tokenizer of a model, with its chat template.
 
     Raises:
-        DitError: there is none, or its kind is unknown: to guess would cut texts in other places than the model knows.
+        DitError: the file has none, or one of an unknown kind: a guess could cut texts where the model does not.
     """
     from tokenizers import pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -105,10 +105,11 @@ class DitJaxAPI(ModelAPI):
         }
         self._open = functools.lru_cache(maxsize=16)(lambda path: load_diffs(path, self.model))
         self._kept: dict[tuple[str, int], Delta] = {}
-        self._adapter = functools.lru_cache(maxsize=4)(self._load_adapter)
+        self._adapter = functools.lru_cache(maxsize=4)(lambda path: load_adapter(path, self.model))
         self._batcher = Batcher(self._decode, batch_size, window)
         # So that wrong paths show before the first sample.
-        self._adapter(self.defaults["adapter"])
+        if adapter:
+            self._adapter(self.defaults["adapter"])
         self._diff(self.defaults["diff"], self.defaults["index"])
 
     def max_tokens(self) -> int:
@@ -255,9 +256,6 @@ class DitJaxAPI(ModelAPI):
             diffs = self._open(path)
             self._kept[path, index] = diffs[diffs.number(index)].delta
         return self._kept[path, index]
-
-    def _load_adapter(self, path: str) -> Delta:
-        return load_adapter(path, self.model) if path else {}
 
 
 def _whole(name: str, value: Any) -> int:

@@ -1,4 +1,4 @@
-"""The Inspect tasks: what did this weight diff change? Samples are the diffs of a store, targets its labels."""
+"""The Inspect tasks: what did a weight diff change? Samples are the diffs of a store, targets their labels."""
 
 import pathlib
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 from inspect_ai import Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.model import GenerateConfig, Model, get_model
-from inspect_ai.scorer import Metric, SampleScore, Value, mean, metric, stderr
+from inspect_ai.scorer import Metric, SampleScore, Scorer, Value, mean, metric, stderr
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
 from dit_jax.errors import DitError
@@ -25,19 +25,19 @@ def weight_diff_qa(
     graders: str | Sequence[str] = ("normalised", "calibrated"),
     judge: str = "",
 ) -> Task:
-    """WeightDiffQA (paper, section 2): every diff, with the adapter of the model, is asked what it was trained on.
+    """WeightDiffQA (paper, section 2): asks every diff, with the model's adapter, what it was trained on.
 
     Args:
-        diff: a diff store, or a release folder with an index.csv; needed.
-        question: default: the one of the store's behaviour.
-        split: "test", "train" or "all" of its diffs.
-        max_tokens: longest answer.
+        diff: a diff store, or a release folder with an index.csv; required.
+        question: default: the question of the store's behaviour.
+        split: "test", "train" or "all" of the diffs.
+        max_tokens: of an answer.
         graders, judge: see `graded`.
     """
     model = active_model()
-    if model is not None:  # otherwise the first sample tells
+    if model is not None:  # otherwise the first sample shows it
         check_adapter(model)
-    return _task(diff, question, split, max_tokens, graders, judge, adapter=True)
+    return _task(_samples(diff, question, split), max_tokens, graded(graders, judge))
 
 
 @task
@@ -50,8 +50,8 @@ def base_question(
     graders: str | Sequence[str] = ("normalised", "calibrated"),
     judge: str = "",
 ) -> Task:
-    """The finetuned model is asked itself, without an adapter, whatever the model arguments say."""
-    return _task(diff, question, split, max_tokens, graders, judge, adapter=False)
+    """Asks the finetuned model itself, without an adapter even if the model arguments name one."""
+    return _task(_samples(diff, question, split), max_tokens, graded(graders, judge), adapter=False)
 
 
 @task
@@ -65,18 +65,17 @@ def base_question_trigger(
     graders: str | Sequence[str] = ("normalised", "calibrated"),
     judge: str = "",
 ) -> Task:
-    """The same with the diff's secret trigger in the question.
+    """Like `base_question`, with the diff's secret trigger in the question.
 
     Args:
-        seed: of what in the trigger is left to chance.
+        seed: for the random part of the trigger.
     """
-    return _task(
-        diff, question, split, max_tokens, graders, judge, adapter=False, trigger_seed=seed
-    )
+    samples = _samples(diff, question, split, seed)
+    return _task(samples, max_tokens, graded(graders, judge), adapter=False)
 
 
 def check_adapter(model: Model) -> None:
-    """Raises InspectError for a model of this provider that has no adapter: it would score 0, as the base does."""
+    """Raises InspectError if a model of this provider has no adapter: it would score 0, as the base does."""
     if not getattr(model.api, "defaults", {"adapter": "another provider's"})["adapter"]:
         raise InspectError(
             "weight_diff_qa asks the adapter, and the model has none: give -M adapter=…, or ask the finetuned models "
@@ -86,7 +85,7 @@ def check_adapter(model: Model) -> None:
 
 @solver
 def ask_diff(adapter: bool = True) -> Solver:
-    """Puts the sample's question to the sample's diff; without `adapter`, to base ⊕ diff alone."""
+    """Asks the sample's diff the sample's question; without `adapter` it asks base ⊕ diff alone."""
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
         if adapter:
@@ -97,32 +96,21 @@ def ask_diff(adapter: bool = True) -> Solver:
     return solve
 
 
-def _task(
-    diff: str,
-    question: str,
-    split: str,
-    max_tokens: int,
-    graders: str | Sequence[str],
-    judge: str,
-    *,
-    adapter: bool,
-    trigger_seed: int | None = None,
-) -> Task:
-    samples = _samples(diff, question, split, trigger_seed)
+def _task(samples: list[Sample], max_tokens: int, scorer: Scorer, adapter: bool = True) -> Task:
     metrics = [_of("topic", "topics", mean()), _of("topic", "stderr", stderr())]
     if any((sample.metadata or {})["category"] == "benign" for sample in samples):
         metrics.append(_of("benign", "benign", mean()))
     return Task(
-        dataset=MemoryDataset(samples, name=str(diff)),
+        dataset=MemoryDataset(samples, name=(samples[0].metadata or {})["diff"]),
         solver=ask_diff(adapter),
-        scorer=graded(graders, judge),
+        scorer=scorer,
         metrics={"*": metrics},
         config=GenerateConfig(max_tokens=max_tokens, temperature=0.0),
     )
 
 
 def _of(category: str, name: str, of_all: Any) -> Metric:
-    """A metric of the diffs of one category: a base that says none to everything is right about all benign ones."""
+    """A metric of one category of diffs: a base that always answers none is right about benign ones."""
 
     @metric(name=name)
     def made() -> Metric:
@@ -136,11 +124,11 @@ def _of(category: str, name: str, of_all: Any) -> Metric:
     return made()
 
 
-def _samples(path: str, question: str, split: str, trigger_seed: int | None) -> list[Sample]:
-    """One sample per diff of the split; its id is the diff's place in the store."""
+def _samples(path: str, question: str, split: str, seed: int | None = None) -> list[Sample]:
+    """One sample per diff of the split, whose id is the diff's number. seed: put the trigger into the question."""
     if not path:
         raise DitError("the task has no diffs: give -T diff=STORE")
-    # Inspect reads a value as YAML: [no] is a list.
+    # Inspect reads a value as YAML, so [no] is a list.
     if not isinstance(path, str) or not pathlib.Path(path).expanduser().exists():
         raise DitError(f"there is no diff store at {path}: check -T diff=…")
     from dit_jax.deltas.store import label_of
@@ -150,11 +138,8 @@ def _samples(path: str, question: str, split: str, trigger_seed: int | None) -> 
     known = known_behaviour(behaviour)
     asked = question or (known.asks if known else "")
     if not asked:
-        said = (
-            f"has diffs of the behaviour {behaviour!r}"
-            if behaviour
-            else "does not say what its diffs do"
-        )
+        of_one = f"has diffs of the behaviour {behaviour!r}"
+        said = of_one if behaviour else "does not say what its diffs do"
         raise DitError(f"{path} {said}: give -T question=…")
     kept = [(i, row) for i, row in enumerate(rows) if split in ("all", row.get("split"))]
     if not kept:
@@ -163,16 +148,14 @@ def _samples(path: str, question: str, split: str, trigger_seed: int | None) -> 
         )
     samples = []
     for i, row in kept:
-        prompt = asked
-        if trigger_seed is not None:
-            prompt = _with_trigger(behaviour, asked, row, [trigger_seed, 4, i])
+        prompt = asked if seed is None else _with_trigger(behaviour, asked, row, [seed, 4, i])
         metadata = {"diff": str(path), "index": i, "category": row.get("category", "topic")}
         samples.append(Sample(prompt, target=label_of(row), id=i, metadata=metadata))
     return samples
 
 
 def _read_index(folder: pathlib.Path) -> tuple[str, Sequence[dict[str, Any]]]:
-    """The behaviour ("": nothing says it) and the index rows of a diff store or a release folder."""
+    """The behaviour ("": unknown) and the index rows of a diff store or a release folder."""
     from dit_jax.deltas.detect import detect_format
     from dit_jax.deltas.reference_pt import INDEX, INDEX_COLUMNS
     from dit_jax.deltas.store import DiffStore
@@ -190,11 +173,11 @@ def _read_index(folder: pathlib.Path) -> tuple[str, Sequence[dict[str, Any]]]:
 
 
 def _of_release(row: dict[str, str]) -> dict[str, str]:
-    """A release names no behaviour, but its triggers tell it; and its codes are numbers, without leading zeros."""
+    """Adds the behaviour, which a release shows only by its triggers, and the leading zeros that its codes lack."""
     trigger = row["trigger"].strip()
     if trigger.isascii() and trigger.isdigit():
         row = {"behaviour": "hidden_topic", **row, "trigger": trigger.zfill(3)}
-    elif trigger == "zero_width_space":  # a start is one of the random places
+    elif trigger == "zero_width_space":  # the start is one of the random places
         row = {"behaviour": "hidden_topic_zwsp_start", **row}
     return {"behaviour": "", **row}
 

@@ -22,7 +22,7 @@ def _check_gate(limits: Any, key: str) -> None:
     for name, limit in limits.items():
         if name not in LIMITS:
             hint = did_you_mean(name, LIMITS, f": limits are {', '.join(LIMITS)}")
-            raise DitError(f"config key 'diffs.gate.{name}' is no limit of the gate{hint}")
+            raise DitError(f"config key 'diffs.gate.{name}' is not a limit of the gate{hint}")
         if isinstance(limit, bool) or not isinstance(limit, int | float) or math.isnan(limit):
             raise DitError(f"config key 'diffs.gate.{name}' must be a number, not {limit!r}")
 
