@@ -12,17 +12,17 @@
 #   delete    delete the job
 #
 # Options:
-#   --name NAME            of the job
+#   --name NAME            name of the job
 #   --image IMAGE          REGION-docker.pkg.dev/PROJECT/REPOSITORY/dit_jax:TAG
 #   --accelerator TYPE     the node label: tpu-v5-lite-podslice, tpu-v6e-slice, tpu-v5p-slice, …
-#   --topology SIZES       of the slice: 4x4, 2x2x1, …
+#   --topology SIZES       sizes of the slice: 4x4, 2x2x1, …
 #   --chips-per-host N     default 4
 #   --volume SOURCE        seen as /mnt/dit_jax by every pod: gs://BUCKET (Cloud Storage FUSE), or the name of a
 #                          PersistentVolumeClaim that many nodes may write
 #   --service-account NAME default: default; a bucket needs one that may write it
 #   --namespace NAME       default: default
-#   --context NAME         of the kubectl configuration; default: the current one
-#   --restarts N           of the whole job, for preemptions; default 10
+#   --context NAME         context of the kubectl configuration; default: the current one
+#   --restarts N           restarts of the whole job, for preemptions; default 10
 #   --poll SECONDS         for logs: default 10
 #   --hf-token-file FILE   for secret: a file of mode 600 with a Hugging Face token
 #   --dry-run              print every command and run none
@@ -121,7 +121,7 @@ manifest() {
   done <<< "$text"
 }
 
-# Of the pod of process 0, which alone says something: `kubectl logs job/…` takes any of them.
+# Follows the pod of process 0, the only one that prints: `kubectl logs job/…` takes any pod.
 logs() {
   check --poll "$poll" "0|$NUMBER_PATTERN"
   local first="jobset.sigs.k8s.io/jobset-name=$name,batch.kubernetes.io/job-completion-index=0" phase

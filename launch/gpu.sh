@@ -10,7 +10,7 @@
 # Options:
 #   --plain          an environment in .venv instead of a container
 #   --device NAME    cuda13 (default) or cuda12, by the driver
-#   --runs FOLDER    of this machine, for a container; default: runs in this checkout
+#   --runs FOLDER    the folder of this machine that a container sees as /runs; default: runs in this checkout
 #   --dry-run        print every command and run none
 #
 # A Hugging Face token is taken from the variable HF_TOKEN, and never becomes part of a command.

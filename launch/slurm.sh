@@ -10,14 +10,14 @@
 #   delete    cancel the jobs of that name (SIGTERM first: the run saves a checkpoint)
 #
 # Options:
-#   --name NAME           of the job; the log is NAME-JOBID.log in the current folder
+#   --name NAME           name of the job; the log is NAME-JOBID.log in the current folder
 #   --nodes N             default 1
 #   --gpus-per-node N     default 8
 #   --cpus-per-gpu N      default 8
 #   --time LIMIT          default 24:00:00
 #   --partition NAME      default: the cluster's
 #   --account NAME        default: yours
-#   --python FILE         of an environment with dit_jax on a folder that all nodes see; default: .venv/bin/python
+#   --python FILE         Python of an environment with dit_jax, in a folder that all nodes see; default: .venv/bin/python
 #   --job ID              for logs
 #   --dry-run             print every command and run none
 set -euo pipefail

@@ -13,9 +13,9 @@
 #   all       create, install, run, logs (the slice stays: delete it yourself)
 #
 # Options:
-#   --name NAME              of the queued resource and its node
+#   --name NAME              name of the queued resource and of its node
 #   --zone ZONE              us-central1-a, …
-#   --project PROJECT        default: that of the gcloud configuration
+#   --project PROJECT        default: the one of the gcloud configuration
 #   --accelerator-type TYPE  for create: v5litepod-16, v6e-16, v5p-8, …
 #   --runtime-version NAME   for create: v2-alpha-tpuv5-lite, v2-alpha-tpuv6e, v2-alpha-tpuv5, …
 #   --spot                   for create: preemptible capacity

@@ -9,10 +9,9 @@ A sweep file is a Python file with
     def get_sweep(arg=None):              # yields (name, overrides) of every run
         yield "diffs_4", {"train.max_diffs": 4}
 
-It is code and runs with the rights of the user: load only files that you trust. A run of another config is
-yielded as (name, overrides, config); `{arg}` in a config stands for the sweep's argument. Each run has the folder
-WORKDIR/NAME. Runs that differ only in what comes after the diffs share them. `--config.key=value` changes all
-runs.
+It is code and runs with your rights: load only files that you trust. To run another config, yield (name, overrides,
+config); `{arg}` in a config stands for the sweep's argument. Each run has the folder WORKDIR/NAME. Runs with the same
+diffs share them. `--config.key=value` changes all runs.
 """
 
 import os
@@ -134,7 +133,7 @@ def _make_run(base: str, name: str, common: Sequence[str], overrides: dict[str, 
 
 
 def _dotted(overrides: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Overrides by dotted key; the values of a section are its keys."""
+    """(dotted key, value) of all overrides, those inside sections included."""
     pairs = []
     for key, value in overrides.items():
         inner = isinstance(value, Mapping)
@@ -169,12 +168,12 @@ def is_finished(run: Run, folder: pathlib.Path) -> bool:
 
 
 def share_diffs(run: Run, others: Sequence[Run], workdir: pathlib.Path) -> str | None:
-    """Takes over the diffs of a run that has the same ones, as hard links (copies across file systems).
+    """Links the diffs of a run that has the same ones (or copies them to another file system).
 
-    The files of a diff store are never changed in place, so that the links are as good as copies.
+    The files of a diff store are never changed in place, so links are as good as copies.
 
     Returns:
-      The name of the run that they come from; None if there is none, or the diffs are there already.
+      The name of the run that they come from; None if there is none, or if the run has its diffs already.
     """
     folder, ignored = workdir / run.name, (*free_keys(run.config), *LATER_SECTIONS)
     if "diffs" not in run.config.stages or (folder / "diffs").exists():
@@ -232,10 +231,10 @@ def make(sweep: Sweep, index: int, workdir: pathlib.Path) -> str | None:
 
 
 def write_table(sweep: Sweep, workdir: pathlib.Path, failures: Mapping[str, str]) -> dict[str, str]:
-    """Writes WORKDIR/TABLE.{md,csv,png} over what the runs have left so far, and prints the table.
+    """Writes WORKDIR/TABLE.{md,csv,png} from what the runs have left so far, and prints the table.
 
     Returns:
-      By name of a run whose summary lacks the metric: why.
+      {name of a run whose summary lacks the metric: why}.
     """
     rows = [
         sweep_table.read_row(

@@ -1,4 +1,4 @@
-"""The folder of a run: one program in it at a time, one config, and which stages are finished and still current."""
+"""The folder of a run: it belongs to one config, and says which stages are finished and still current."""
 
 import functools
 import os
@@ -25,7 +25,7 @@ LATER_SECTIONS = {
     if stage.traces
     for section in stage.sections
 }
-_OF_THE_START = (CONFIG_FILE, "versions.json", "metrics")  # there before anything is made
+_OF_THE_START = (CONFIG_FILE, "versions.json", "metrics")  # in the workdir before anything is made
 _SHOWN_DIFFERENCES = 5
 
 
@@ -94,20 +94,20 @@ def check_workdir(
 
 
 def _is_empty_folder(path: Path) -> bool:
-    """Of a stage that failed before it made anything."""
+    """Whether a stage failed before it made anything in its folder."""
     return path.is_dir() and not any(path.iterdir())
 
 
 def _section(line: str) -> str:
-    """Of a key at the start of a line: "train" of "train.steps: 400 -> 800"."""
+    """The section of the key that starts a line: "train" of "train.steps: 400 -> 800"."""
     return re.split(r"\W", line, maxsplit=1)[0]
 
 
 def is_done(workdir: Path, stage: Stage) -> bool:
     """Whether a stage is finished, its artifact is there, and what it was made from has not changed since.
 
-    A record without its artifact counts for nothing: the folder was deleted to have it made again. So was its
-    manifest, or a file that this lists. The stage then makes what is missing, and keeps the rest.
+    A record without its artifact does not count: the folder was deleted to have it made again. The same holds for the
+    manifest and for a file that it lists. The stage then makes what is missing and keeps the rest.
 
     Raises:
         DitError: the record or the manifest is broken, or a file has another size than the manifest says.
@@ -128,7 +128,7 @@ def is_done(workdir: Path, stage: Stage) -> bool:
 
 
 def input_digests(workdir: Path, stage: Stage) -> dict[str, str]:
-    """{stage: digest of its artifact} of the artifacts that a stage reads, as far as they are there."""
+    """{stage: digest of its artifact} for the artifacts that a stage reads, where they exist."""
     digests = {
         name: artifacts.content_digest(workdir / STAGES[name].folder) for name in stage.reads
     }
@@ -138,7 +138,7 @@ def input_digests(workdir: Path, stage: Stage) -> dict[str, str]:
 def run_once(workdir: Path, stage: Stage, work: Callable[[], dict[str, Any]]) -> None:
     """Runs a stage and marks it as finished, with its time, its facts and what it was made from.
 
-    An earlier mark is taken away first: a stage that is interrupted while it runs again is not finished.
+    It removes an earlier mark first: a stage that is interrupted while it runs again is not finished.
 
     Args:
         work: runs the stage and returns facts for its record. Process 0 alone calls it if the stage always runs.
