@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import optax
 
 OPTIMIZERS = ("adam", "adamw")
-# Of the config sections `diffs` and `train`.
+# Keys of the config sections `diffs` and `train`.
 OPTIMIZER_KEYS = (
     Key("optimizer", str, "which optimizer", choices=OPTIMIZERS),
     Key("learning_rate", float, "peak learning rate"),
@@ -19,7 +19,7 @@ OPTIMIZER_KEYS = (
 
 
 def check_betas(betas: Any, name: str = "betas") -> None:
-    """Raises DitError for what are not two numbers that Adam can average with."""
+    """Raises DitError unless `betas` are two decay rates for Adam."""
     match betas:
         case [int() | float() as first, int() | float() as second]:
             if 0 <= first < 1 and 0 <= second < 1:
@@ -39,10 +39,9 @@ def make_optimizer(
 ) -> "optax.GradientTransformation":
     """Adam or AdamW with linear warm-up, then cosine to `final_fraction` of the peak (1.0: constant).
 
-    Raises:
-        DitError: another optimizer, or betas that are not two numbers below 1.
+    Raises DitError: the optimizer is unknown, or the betas are not two decay rates.
     """
-    import optax  # here: keys are declared without JAX
+    import optax  # not at the top, since keys are declared without JAX
 
     check_betas(betas)
     decay = max(steps - warmup_steps, 1)
