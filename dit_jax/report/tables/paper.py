@@ -7,6 +7,7 @@ recognised is still listed with all its numbers, under its own name.
 import re
 from typing import NamedTuple
 
+from dit_jax.organisms.diffs_keys import DIFFS
 from dit_jax.report.tables.graded import Graded
 
 PAPER = "Paper"
@@ -191,7 +192,7 @@ def _own_places(graded: Graded) -> list[Place]:
     config = graded.config
     diffs, train = config.get("diffs", {}), config.get("train", {})
     elsewhere = config.get("evaluate", {}).get("adapter")  # one that was trained on other diffs
-    parameters, behaviour = diffs.get("parameters", "lora"), str(diffs.get("behaviour", ""))
+    parameters, behaviour = DIFFS.get(diffs, "parameters"), str(diffs.get("behaviour", ""))
     table = "news" if graded.subject == "summary" else "hidden_topic"
     found = []
     if not elsewhere and not train.get("max_diffs"):
