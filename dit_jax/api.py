@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dit_jax.data.chat import Chat, load_chat
+from dit_jax.data.chat import Chat, check_id, load_chat
 from dit_jax.deltas.raw_diff import svd_error
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.models import shardings
@@ -52,7 +52,7 @@ class Model:
 
     def notes(self, system: str | None = None) -> list[str]:
         """What a user may not expect of how prompts with this system message are made, a line each."""
-        return [] if self.chat_or_none is None else self.chat.template.notes(system)
+        return [] if self.chat_or_none is None else self.chat.tokenizer.notes(system)
 
     @functools.cached_property
     def program_params(self) -> Params:
@@ -157,9 +157,9 @@ def load_model(
     place: Any = None if mesh is None else shardings.param_placer(config, mesh)
     if keep_on_host(config, mesh):
         place = lambda path, array: array  # noqa: E731
-    params = load_params(folder, config, place)
     has_chat = folder.is_file() or (folder / "tokenizer.json").exists()
-    chat = load_chat(folder, generation_eos(folder)) if has_chat else None
+    chat = load_chat(folder, generation_eos(folder), config.vocab_size) if has_chat else None
+    params = load_params(folder, config, place)
     return Model(params, config, name, chat, mesh)
 
 
@@ -326,12 +326,8 @@ def check_model(model: Any) -> None:
 
 def check_ids(least: Any, most: Any, model: Model) -> None:
     """Raises DitError for ids outside the vocabulary, for which an embedding returns another token's row."""
-    for token in (least, most):
-        if not 0 <= token < model.config.vocab_size:
-            raise DitError(
-                f"there is no token {token}, {model.name} has {model.config.vocab_size} of them: use the tokenizer "
-                "that belongs to the model"
-            )
+    for token in (int(least), int(most)):
+        check_id(token, model.config.vocab_size, model.name)
 
 
 def check_base(digest: Any, model: Model, what: str) -> None:

@@ -53,27 +53,30 @@ def chat_of(tmp_path):
 
 def test_a_plain_template_needs_no_word(chat_of):
     chat = chat_of(TURNS)
-    assert chat.template.prompt(QUESTION) == USER
-    assert chat.template.prompt(QUESTION, "Be short.") == (
+    assert chat.tokenizer.prompt(QUESTION) == USER
+    assert chat.tokenizer.prompt(QUESTION, "Be short.") == (
         f"<|im_start|>system\nBe short.<|im_end|>\n{USER}"
     )
-    assert chat.template.notes() == chat.template.notes("Be short.") == []
+    assert chat.tokenizer.notes() == chat.tokenizer.notes("Be short.") == []
 
 
 def test_the_embedded_models_prompt_is_that_of_transformers():
+    from transformers import PreTrainedTokenizerFast
+
     chat = load_chat(find_folder("tiny_qwen3"))
-    ids = chat.tokenizer.apply_chat_template(
+    library = PreTrainedTokenizerFast.from_pretrained(str(find_folder("tiny_qwen3")))
+    ids = library.apply_chat_template(
         [{"role": "user", "content": QUESTION}],
         add_generation_prompt=True,
         enable_thinking=False,
         return_dict=False,
     )
     assert list(chat.prompt_ids(QUESTION)) == ids
-    assert chat.template.notes() == []
+    assert chat.tokenizer.notes() == []
 
 
 def test_a_system_message_of_the_template_is_told_and_can_be_replaced(chat_of):
-    template = chat_of(ADDS_SYSTEM).template
+    template = chat_of(ADDS_SYSTEM).tokenizer
     assert template.prompt(QUESTION) == f"<|im_start|>system\nBe kind.<|im_end|>\n{USER}"
     (note,) = template.notes()
     assert "adds the system message 'Be kind.': --system" in note
@@ -83,7 +86,7 @@ def test_a_system_message_of_the_template_is_told_and_can_be_replaced(chat_of):
 
 @pytest.mark.parametrize("start", [REFUSES_SYSTEM, IGNORES_SYSTEM])
 def test_without_a_system_role_the_text_stands_before_the_question(chat_of, start):
-    template = chat_of(start + TURNS).template
+    template = chat_of(start + TURNS).tokenizer
     assert template.prompt(QUESTION) == USER and template.notes() == []
     expected = USER.replace(QUESTION, f"Be short.\n\n{QUESTION}")
     assert template.prompt(QUESTION, "Be short.") == expected
@@ -92,7 +95,7 @@ def test_without_a_system_role_the_text_stands_before_the_question(chat_of, star
 
 
 def test_a_system_text_in_the_users_turn_is_the_templates_own_way(chat_of):
-    template = chat_of(IN_USER_TURN).template
+    template = chat_of(IN_USER_TURN).tokenizer
     assert template.prompt(QUESTION) == USER
     expected = USER.replace(QUESTION, f"Be short.\n\n{QUESTION}")
     assert template.prompt(QUESTION, "Be short.") == expected
@@ -101,28 +104,29 @@ def test_a_system_text_in_the_users_turn_is_the_templates_own_way(chat_of):
 
 @pytest.mark.parametrize("opened", ["<think>\n", "<think>"])
 def test_an_open_thinking_block_is_closed_as_qwen3_closes_it(chat_of, opened):
-    template = chat_of(TURNS + "{% if add_generation_prompt %}" + opened + "{% endif %}").template
+    template = chat_of(TURNS + "{% if add_generation_prompt %}" + opened + "{% endif %}").tokenizer
     assert template.prompt(QUESTION) == USER + "<think>\n\n</think>\n\n"
     assert "opens a thinking block, which is closed at once" in template.notes()[0]
     # A question about the tag opens nothing.
-    asked = chat_of(TURNS).template.prompt("Why <think> ?")
+    asked = chat_of(TURNS).tokenizer.prompt("Why <think> ?")
     assert asked.endswith("assistant\n")
 
 
 def test_dates_do_not_change_from_day_to_day(chat_of):
-    template = chat_of(DATED).template
+    template = chat_of(DATED).tokenizer
     assert "Today: 26 Jul 2024" in template.prompt(QUESTION)
     assert "always 26 Jul 2024" in template.notes()[0] and len(template.notes()) == 1
-    fickle = chat_of("{{ strftime_now('%Y') }}" + TURNS).template
+    fickle = chat_of("{{ strftime_now('%Y') }}" + TURNS).tokenizer
     assert "prompts differ from day to day" in fickle.notes()[0]
 
 
 def test_an_answer_ends_with_what_ends_its_turn(chat_of):
     """Gemma's tokenizer names the end of a text, its chats end turns with another token."""
-    end = load_chat(find_folder("tiny_qwen3")).tokenizer.convert_tokens_to_ids("<|im_end|>")
+    (end,), (other,) = map(
+        load_chat(find_folder("tiny_qwen3")).text_ids, ("<|im_end|>", "<|im_start|>")
+    )
     chat = chat_of(TURNS.replace("<|im_end|>\\n", "<|im_start|>\\n"))
     assert chat.eos_ids == (end,)
-    other = chat.tokenizer.convert_tokens_to_ids("<|im_start|>")
     chat = chat_of(TURNS.replace("<|im_end|>\\n", "<|im_start|>\\n"), generation_eos=[end, other])
     assert chat.eos_ids == (other, end)
     assert chat.sample(QUESTION, "tea").tokens[-1] == other

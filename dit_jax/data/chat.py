@@ -2,27 +2,32 @@
 
 import functools
 import itertools
-import os
+import math
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from dit_jax.data.batch import Sample
-from dit_jax.data.chat_template import Template
-from dit_jax.data.gguf_tokenizer import gguf_tokenizer
-from dit_jax.errors import DitError, first_line
+from dit_jax.data.tokenizer_process import Tokenizer
+from dit_jax.errors import DitError
+from dit_jax.formats.files import short
 
 
 class Chat:
     """The tokenizer and chat template of a model folder. Training, evaluation and `ask` all make their prompts here."""
 
-    def __init__(self, tokenizer: Any, eos_ids: Sequence[int], pad_id: int):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        eos_ids: Sequence[int],
+        pad_id: int,
+        vocab_size: float = math.inf,
+    ):
         self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
         self.eos_ids = tuple(eos_ids)
         self.pad_id = pad_id
-        self.template = Template(tokenizer)
         self.prompt_ids = functools.lru_cache(maxsize=65536)(self._prompt_ids)
         self.text_ids = functools.lru_cache(maxsize=65536)(self._text_ids)
 
@@ -32,19 +37,23 @@ class Chat:
         Args:
             system: the system message; None: the template's own, if it has one.
         """
-        text = self.template.prompt(question, system)
-        # Not verbose: too many tokens are an error below.
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self.tokenizer.prompt_ids(question, system)
         most = self.tokenizer.model_max_length
         if len(ids) > most:
             raise DitError(
                 f"a question of {len(ids)} tokens is longer than {self.tokenizer.name_or_path!r} reads, {most}: "
                 "shorten it"
             )
-        return tuple(int(i) for i in ids)
+        return self._known(ids)
 
     def _text_ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        return self._known(self.tokenizer.encode(text))
+
+    def _known(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """The ids. Raises DitError for one that has no row: an embedding would return another token's."""
+        for i in (max(ids, default=0), min(ids, default=0)):
+            check_id(i, self.vocab_size, self.tokenizer.name_or_path)
+        return tuple(ids)
 
     def sample(self, question: str, answer: str, *, end: bool = True) -> Sample:
         """A scored example: its targets are the answer's tokens and, unless `end` is False, the end of turn.
@@ -79,46 +88,48 @@ class Chat:
         return self.tokenizer.decode(kept, skip_special_tokens=True).strip()
 
 
-def load_chat(folder: str | pathlib.Path, generation_eos: Sequence[int] = ()) -> Chat:
+def check_id(token: int, vocab_size: float, name: str, what: str = "there is no token") -> None:
+    """Raises DitError unless the model `name` has a row for the token that `what` names."""
+    if not 0 <= token < vocab_size:
+        raise DitError(
+            f"{what} {short(token)}, {name} has {vocab_size} of them: use the tokenizer that belongs to the model"
+        )
+
+
+def load_chat(
+    folder: str | pathlib.Path, generation_eos: Sequence[int] = (), vocab_size: float = math.inf
+) -> Chat:
     """Reads tokenizer and chat template of a model folder or a GGUF file.
 
     Args:
         generation_eos: end-of-turn ids of `generation_config.json`, beside the tokenizer's own.
+        vocab_size: how many tokens the model knows.
 
     Raises:
-        DitError: the folder lacks a tokenizer, a chat template or an end-of-turn token.
+        DitError: the folder lacks a tokenizer, a chat template or an end-of-turn token, or one of its tokens has no row
+            in the model. Special tokens without a row (Gemma's for images) are refused where a text holds them.
     """
-    # Without its advice to install PyTorch: only tokenizers are used here.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import PreTrainedTokenizerFast
-
     folder = pathlib.Path(folder)
-    if folder.suffix.lower() == ".gguf":
-        tokenizer = gguf_tokenizer(folder)
-    elif not (folder / "tokenizer.json").is_file():
+    if not folder.is_file() and not (folder / "tokenizer.json").is_file():
         raise DitError(f"{folder} has no tokenizer.json: copy it from the base model's folder")
-    else:
-        try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
-        except Exception as e:  # the library raises many kinds
-            raise DitError(f"{folder}: the tokenizer cannot be read: {first_line(e)}") from None
-    if tokenizer.chat_template is None:
+    tokenizer = Tokenizer(folder)
+    if not tokenizer.has_chat_template:
         raise DitError(
             f"{folder} has no chat template: copy chat_template.jinja from the base model's folder"
         )
     # The first is what training targets end with: an answer's turn in the template, else a text.
-    eos_ids = [*_end_of_turn(tokenizer, generation_eos)]
-    eos_ids += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    named = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    eos_ids = [
+        i for i in tokenizer.after_answer_ids()[:1] if i in (*generation_eos, *named)
+    ] + named
     eos_ids = list(dict.fromkeys([*eos_ids, *generation_eos]))
     if not eos_ids:
         raise DitError(
             f"{folder}: neither the tokenizer nor generation_config.json names an end-of-turn token"
         )
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
-    return Chat(tokenizer, eos_ids, pad_id)
-
-
-def _end_of_turn(tokenizer: Any, generation_eos: Sequence[int]) -> list[int]:
-    """The token that ends an answer in the chat template, as Gemma's <end_of_turn>; [] where no known one does."""
-    after = tokenizer.encode(Template(tokenizer).after_answer().lstrip(), add_special_tokens=False)
-    return [i for i in after[:1] if i in (*generation_eos, tokenizer.eos_token_id)]
+    found = [("eos_token_id of generation_config.json is", i) for i in generation_eos]
+    found += [("the end-of-turn token is", eos_ids[0]), ("the padding token is", pad_id)]
+    for what, token in (*found, ("the tokenizer's vocabulary reaches", tokenizer.largest)):
+        check_id(token, vocab_size, str(folder), f"{what} token")
+    return Chat(tokenizer, eos_ids, pad_id, vocab_size)

@@ -7,6 +7,7 @@ import functools
 from typing import Any
 
 from dit_jax.errors import DitError, first_line
+from dit_jax.formats.files import short
 
 _QUESTION, _SYSTEM, _ANSWER = "Which word?", "Obey the probe.", "That one."
 _DATE = "26 Jul 2024"  # what Llama 3's templates fall back to
@@ -37,6 +38,8 @@ class Template:
             text = self._fill(self._messages(question, system))
             if not text:
                 raise ValueError("it makes an empty prompt")
+        except MemoryError:
+            raise  # as wherever the limit on memory is met
         except Exception as e:  # a template is a program and can fail in any way
             raise DitError(
                 f"the chat template of {self._name} fails ({first_line(e)}): get the "
@@ -108,7 +111,8 @@ class Template:
         name = f"the chat template of {self._name}"
         if system is None and self._own_system:
             found.append(
-                f"{name} adds the system message {self._own_system!r}: --system (system= in Python) sets another"
+                f"{name} adds the system message {short(self._own_system, 400)}: --system (system= in Python) sets "
+                "another"
             )
         if system is not None and not self._has_system_role:
             found.append(f"{name} has no system role: the system text stands before the question")

@@ -3,6 +3,7 @@
 Every path, JSON file and CSV file of a foreign weight diff passes through here.
 """
 
+import contextlib
 import csv
 import json
 import os
@@ -74,6 +75,17 @@ def file_inside(folder: Path, name: object, source: object = None) -> Path:
             f"{said} the file {short(name)}, which is not a plain file name: fix the entry"
         )
     return _file_below(folder, folder / str(name))
+
+
+def check_no_devices(folder: Path) -> None:
+    """Raises DitError if a pipe, socket or device is among a folder's files: to open one may wait forever."""
+    for place in (folder, folder / "additional_chat_templates"):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for path in sorted(place.iterdir()):
+                if (
+                    path.exists() and not path.is_dir()
+                ):  # a dangling link is missing where it is needed
+                    regular_file(path)
 
 
 def check_tree(folder: Path) -> None:

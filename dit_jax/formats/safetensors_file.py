@@ -193,5 +193,8 @@ class SafetensorsFolder:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: file.shape(name) for name, file in self._files.items()}
 
+    def dtypes(self) -> dict[str, np.dtype]:
+        return {name: file.dtype(name) for name, file in self._files.items()}
+
     def read(self, name: str) -> np.ndarray:
         return self._files[name].read(name)

@@ -161,7 +161,8 @@ def _gemma3(get: Any, config: dict[str, Any]) -> dict[str, Any]:
 
 
 class GgufWeights:
-    """The weights of a model under their Hugging Face names: `shapes()` and `read(name)`, as `SafetensorsFolder` has.
+    """The weights of a model under their Hugging Face names: `shapes()`, `dtypes()` and `read(name)`, as in
+    `SafetensorsFolder`.
 
     Raises:
         DitError: at construction, for a tensor that is none of these models.
@@ -183,6 +184,10 @@ class GgufWeights:
         """Shapes by Hugging Face name."""
         shapes = self._file.shapes()
         return {ours: shapes[name] for ours, name in self._names.items()}
+
+    def dtypes(self) -> dict[str, np.dtype]:
+        """Types by Hugging Face name, after dequantisation."""
+        return dict.fromkeys(self._names, np.dtype(np.float32))
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, float32, as the Hugging Face file has it."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.errors import DitError, first_line
-from dit_jax.formats.files import read_json_object
+from dit_jax.formats.files import check_no_devices, read_json_object, short
 from dit_jax.models.decoder import Params
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.families import hf_config
@@ -25,7 +25,7 @@ def find_folder(name: str) -> pathlib.Path:
     """Where a model lies: the embedded one, a folder or a GGUF file on disk, or a snapshot of a hub id.
 
     Raises:
-        DitError: there is no model of that name here or on the hub.
+        DitError: there is no model of that name here or on the hub, or a pipe, socket or device is among its files.
     """
     if name == TINY:
         return pathlib.Path(__file__).parents[1] / "assets" / TINY
@@ -33,6 +33,7 @@ def find_folder(name: str) -> pathlib.Path:
     if (file := find_gguf(folder)) is not None:
         return file
     if folder.is_dir():
+        check_no_devices(folder)
         return folder
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise DitError(
@@ -54,12 +55,15 @@ def generation_eos(folder: pathlib.Path) -> list[int]:
     """The end-of-text ids in `generation_config.json` of a model folder; none without that file.
 
     Raises:
-        DitError: the file is not a JSON object.
+        DitError: the file is not a JSON object, or gives something else than ids.
     """
     path = folder / "generation_config.json"
     eos = read_json_object(path).get("eos_token_id") if path.exists() else None
-    found = eos if isinstance(eos, list) else [eos]
-    return [i for i in found if type(i) is int]
+    found = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    for i in found:
+        if type(i) is not int:
+            raise DitError(f"{path}: eos_token_id is {short(i)}, no token id: get the file again")
+    return found
 
 
 def load_params(
@@ -75,7 +79,7 @@ def load_params(
             arrays, host memory holds one leaf at most.
 
     Raises:
-        DitError: tensors are missing, unexpected or misshapen (all are listed), or a file is unreadable.
+        DitError: tensors are missing, unexpected, misshapen or of integers (all are listed), or a file is unreadable.
     """
     from dit_jax.formats.safetensors_file import SafetensorsFolder
 
@@ -86,7 +90,7 @@ def load_params(
     files: Any = (
         GgufWeights(folder) if folder.suffix.lower() == ".gguf" else SafetensorsFolder(folder)
     )
-    _check(files.shapes(), names, config, str(folder))
+    _check(files.shapes(), files.dtypes(), names, config, str(folder))
 
     tensors: dict[Module, list[tuple[int | None, str]]] = {}
     for name, (module, layer) in names.items():
@@ -135,6 +139,7 @@ def save_params(folder: str | pathlib.Path, params: Params, config: DecoderConfi
 
 def _check(
     found: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, np.dtype],
     names: Mapping[str, tuple[Module, int | None]],
     config: DecoderConfig,
     folder: str,
@@ -149,6 +154,9 @@ def _check(
         want = module.file_shape
         if name in found and tuple(found[name]) != want:
             problems.append(f"{name} has shape {list(found[name])}, config.json says {list(want)}")
+        if name in found and not jnp.issubdtype(dtypes[name], jnp.floating):
+            # The scales of quantised weights stand elsewhere or are lost.
+            problems.append(f"{name} is of type {dtypes[name]}, weights are floating-point numbers")
     if problems:
         shown = "; ".join(problems[:6]) + (
             f"; and {len(problems) - 6} more" if len(problems) > 6 else ""

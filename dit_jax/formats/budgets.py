@@ -1,0 +1,32 @@
+"""How much the reading of a stranger's files may take: every limit that follows from no other place.
+
+A limit leaves room for the largest real files (models of 400 GB, vocabularies of 300,000 tokens, releases of 100,000
+diffs), and stops a small file from asking for much. The tests count what each costs.
+"""
+
+import pathlib
+
+# Tokenizers and chat templates (`data.tokenizer_process`), which run in a process of their own.
+TOKENIZER_BYTES = 512 * 2**20  # memory that rendering and cutting texts may take
+TOKENIZER_BYTES_PER_BYTE = 32  # of its files, while a tokenizer is loaded
+TOKENIZER_SECONDS = 5.0  # of CPU time, for one text
+CHARACTERS_PER_SECOND = 50_000  # longer texts may take longer
+LOADING_SECONDS = 60.0
+MAX_TOKENS = 4_000_000  # of one text
+MAX_REPLY_BYTES = 128 * 2**20
+MAX_TOKENIZERS = 32  # kept in the process; others are loaded again when they are asked for
+
+
+def tokenizer_bytes(path: pathlib.Path) -> int:
+    """Memory that loading the tokenizer of a folder, or of a GGUF file, may take."""
+    if path.is_file():
+        return TOKENIZER_BYTES + path.stat().st_size  # the file is mapped
+    files = (
+        file for file in path.iterdir() if file.suffix in (".json", ".jinja") and file.is_file()
+    )
+    return TOKENIZER_BYTES + TOKENIZER_BYTES_PER_BYTE * sum(file.stat().st_size for file in files)
+
+
+def tokenizer_seconds(characters: int) -> float:
+    """CPU seconds that rendering and cutting a text of so many characters may take."""
+    return TOKENIZER_SECONDS + characters / CHARACTERS_PER_SECOND
