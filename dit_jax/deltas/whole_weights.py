@@ -115,9 +115,10 @@ def _place(weights: Weights, config: DecoderConfig) -> dict[tuple[Path, int | No
     """(path in the tree, layer) -> tensor name. Checks names, shapes and completeness."""
     source = weights.source
     found: dict[tuple[Path, int | None], str] = {}
+    biases = tuple(f".{projection}.bias" for projection in config.biases)
     for name, shape in weights.shapes.items():
         module = name.removesuffix(".weight")
-        if module == name:
+        if module == name and not name.endswith(biases):
             raise DitError(f"'{source}' holds {short(name)}, which is no weight of this model")
         key = locate(module, config, source)
         wanted = all_modules(config)[key[0]].file_shape
@@ -153,7 +154,7 @@ def _check_complete(
         raise DitError(f"'{weights.source}' holds no weight of this model: check the path")
     table = all_modules(config)
     missing = [
-        f"{table[path].name.format(layer)}.weight"
+        table[path].tensor.format(layer)
         for path in sorted(paths)
         for layer in table[path].indices
         if (path, layer) not in found
