@@ -25,12 +25,12 @@ from dit_jax.data.sources import open_source
 from dit_jax.errors import DitError
 from dit_jax.evaluate.methods import held_out_answers
 from dit_jax.evaluate.questions import subject_of
-from dit_jax.report.document import Figure
+from dit_jax.report.graded import Graded, GradedRow
 from dit_jax.report.results import graded_csv, results_csv, to_csv
 from dit_jax.report.statistics import grade_mean, holm
 from dit_jax.report.tables import build
-from dit_jax.report.tables.graded import GradedRow, read_file, read_grade, read_graded
-from dit_jax.report.tables.pages import build_document
+from dit_jax.report.tables.graded_files import read_file, read_grade, read_graded
+from dit_jax.report.tables.pages import paper_tables
 from dit_jax.report.tables.paper import PRINTED, Place, model_of
 from dit_jax.runtime.artifacts import write_json, write_text
 
@@ -105,7 +105,7 @@ def cell(cells, place):
 def test_files_fill_the_cells_that_their_names_tell(generated):
     graded, skipped = read_graded(str(generated))
     cells = build.cells(graded)
-    assert skipped == {} and build.disagreements(cells) == []
+    assert skipped == {} and not any(cell.differs for cell in cells)
     for name, place in FILES.items():
         found = cell(cells, place)
         assert found.graded.file == f"{name}.csv"
@@ -123,7 +123,7 @@ def test_a_mean_that_differs_in_the_second_decimal_is_told(generated, tmp_path):
     scores = grades_with_mean(1.21, np.random.default_rng(0))
     scores[scores.index(1)] = 2
     write_file(path, scores)
-    (off,) = build.disagreements(build.cells(read_graded(str(tmp_path / "files"))[0]))
+    (off,) = [c for c in build.cells(read_graded(str(tmp_path / "files"))[0]) if c.differs]
     assert off.place == Place("hidden_topic", "base_question", "Qwen3-4B")
     assert off.estimate.mean == pytest.approx(1.22)
 
@@ -136,12 +136,12 @@ def test_the_papers_means_come_out_of_its_grades():
     graded, _ = read_graded(str(PAPER))
     cells = build.cells(graded)
     rebuilt = [c for c in cells if c.estimate is not None]
-    assert build.disagreements(cells) == []
+    assert not any(cell.differs for cell in cells)
     for found in rebuilt:
         with (PAPER / found.graded.file).open(newline="", encoding="utf-8") as file:
             scores = [int(row["score"]) for row in csv.DictReader(file)]
         assert found.estimate.mean == pytest.approx(np.mean(scores), abs=1e-12)
-        assert build.distribution(found.graded) == tuple(Counter(scores)[i] for i in range(1, 6))
+        assert found.graded.distribution() == tuple(Counter(scores)[i] for i in range(1, 6))
         assert found.estimate.low <= found.estimate.mean <= found.estimate.high
     assert sum(c.printed is not None for c in rebuilt) >= 18
     dit = cell(cells, Place("hidden_topic", "dit", "Qwen3-4B")).estimate
@@ -196,10 +196,10 @@ def test_holm_by_hand():
 
 def test_answers_about_one_diff_are_averaged_first():
     rows = [GradedRow(d, f"T{d}", "x", s) for d, s in [(0, 1), (0, 5), (0, 3), (1, 5)]]
-    graded = build.Graded("e", "m", "f", "topic", tuple(rows), {})
-    estimate = build.estimate(graded)
+    graded = Graded("e", "m", "f", "topic", tuple(rows), {})
+    estimate = graded.estimate()
     assert (estimate.mean, estimate.n) == (4.0, 2)
-    assert build.distribution(graded) == (1, 0, 1, 0, 2)
+    assert graded.distribution() == (1, 0, 1, 0, 2)
 
 
 def test_judge_noise_by_hand():
@@ -209,8 +209,8 @@ def test_judge_noise_by_hand():
         GradedRow(i, *row) for i, row in enumerate([*scores, ("D", "the d", 5), ("D", "The D!", 4)])
     ]
     graded = [
-        build.Graded("e", "a", "f", "topic", tuple(rows[::2]), {}),
-        build.Graded("e", "b", "g", "topic", tuple(rows[1::2]), {}),
+        Graded("e", "a", "f", "topic", tuple(rows[::2]), {}),
+        Graded("e", "b", "g", "topic", tuple(rows[1::2]), {}),
     ]
     own = [
         dataclasses.replace(item, own=True) for item in graded
@@ -248,7 +248,7 @@ def test_rows_without_a_grade_are_counted_and_never_a_one(tmp_path):
         "no grade": 1, "not a number": 2, "outside 1–5": 1, "no label": 1, "not a readable row": 1,
     }  # fmt: skip
     assert "not graded" in skipped["results.csv"] and "guessed_X" in skipped["notes.csv"]
-    assert build.estimate(item).mean == 5.0
+    assert item.estimate().mean == 5.0
 
 
 def test_an_unreadable_row_of_an_own_run_is_counted_under_its_file(tmp_path):
@@ -389,9 +389,8 @@ def test_runs_of_a_sweep_are_one_curve(generated, tmp_path):
     }
     main = {c.place.column for c in build.cells(graded) if c.place.table == "hidden_topic"}
     assert "rank_1 · exact" in main and not {"rank_4 · exact", "diffs_16 · exact"} & main
-    document = build_document(graded, {}, {}, "x")
-    figures = [b for s in document.sections for b in s.blocks if isinstance(b, Figure)]
-    assert {"scaling", "rank"} <= {figure.name for figure in figures}
+    figures = [table["figure"] for table in paper_tables(build.cells(graded))]
+    assert {"scaling", "rank"} <= {figure.name for figure in figures if figure}
 
 
 def test_a_run_inside_the_folder_is_found_once(tmp_path):

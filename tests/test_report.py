@@ -20,15 +20,10 @@ from dit_jax.data.labels import token_f1
 from dit_jax.errors import DitError
 from dit_jax.organisms.behaviours import get_behaviour
 from dit_jax.report import sweep_table
-from dit_jax.report.run_report import (
-    headline_table,
-    plain_table,
-    print_headline,
-    rich_table,
-    write_report,
-)
+from dit_jax.report.run_report import write_report
 from dit_jax.report.statistics import bootstrap_mean
-from dit_jax.report.wording import SCORE_KEYS, SUMMARY_KEYS
+from dit_jax.report.summary import SCORE_KEYS, SUMMARY_KEYS
+from dit_jax.report.terminal import headline_table, plain_table, print_headline, rich_table
 
 
 @pytest.fixture(name="reported", scope="module")
@@ -356,8 +351,8 @@ def test_the_report_says_what_the_diffs_were_finetuned_to_do(tmp_path):
     assert header.startswith("summary,guessed_summary,trigger")
 
 
-def reported_as(tmp_path, config, rows=None, counts=None, split=True):
-    """The Markdown of a run with another config, other rows or counts; `split`: its blanks collapsed."""
+def reported_as(tmp_path, config, rows=None, counts=None):
+    """The text of the page of a run with another config, other rows or counts; names in code as `name`."""
     workdir = make_workdir(tmp_path / "run", n=6)
     (workdir / "config.json").write_text(json.dumps(config))
     if rows is not None:
@@ -366,8 +361,8 @@ def reported_as(tmp_path, config, rows=None, counts=None, split=True):
     if counts is not None:
         (workdir / "evaluate/excluded.json").write_text(json.dumps(counts))
     write_report(workdir)
-    text = (workdir / "report/report.md").read_text()
-    return " ".join(text.split()) if split else text
+    text = re.sub("</?code>", "`", page(workdir).partition("</style>")[2])
+    return " ".join(html.unescape(re.sub("<[^>]*>", " ", text)).split())
 
 
 def test_the_report_of_an_own_behaviour_and_corpus_claims_nothing_about_them(tmp_path):
@@ -451,8 +446,10 @@ def test_the_best_of_the_others_has_no_trigger_and_no_oracle(tmp_path):
             "attribute_oracle",
         )
 
-    tile = re.search(r"- Best other method.*", reported_as(tmp_path, {}, rows, split=False))[0]
-    assert "(Question, " in tile
+    text = reported_as(tmp_path, {}, rows)
+    assert re.search(r"Best other method without trigger or oracle \S+ % Question, ", text)
+    short = (tmp_path / "run/report/report.md").read_text()
+    assert "(Question, " in re.search(r"- Best other method.*", short)[0]
 
 
 def test_time_of_diffs_from_another_run_is_said(tmp_path):

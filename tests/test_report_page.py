@@ -113,7 +113,7 @@ def test_page_says_what_matters(outline):
         "wordings kept for this test",
         "Best other method without trigger or oracle",
         "plain questions, 2 wordings of one (a diff's score is the mean over them)",
-        "those of the training and any that failed the gate among them",
+        "including those of the training and any that failed the gate",
         "All 96 held-out diffs with a label, 1055 first answers",
         "DIT's answers are those to all wordings, also without a diff and about benign diffs",
         "each step",
@@ -167,10 +167,14 @@ def test_markdown_shows_the_pictures_beside_it(reported):
     for name in names:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     for line in text.splitlines():  # a stray | or line break would tear a table
-        if line.startswith("| ") and "DIT's answer" not in line:
+        if line.startswith("| "):
             assert line.endswith("|"), line
     assert "| **DIT**<br>" in text
-    assert "| Name reading | 0.1 s | – | – | – |" in text  # it reads weights: no tokens are counted
+    assert "The whole report is `report.html`" in text and len(text) < 6000
+
+
+def test_what_reads_weights_counts_no_tokens(outline):
+    assert "Name reading 0.1 s – – –" in " ".join(outline.text.split())
 
 
 HOSTILE_MARKDOWN = (

@@ -265,10 +265,10 @@ def test_the_mean_over_seeds_stands_below_the_table():
     rows = [
         sweep_table.Row(f"s{i}", i, x, None, None, 9, 1.0, "done") for i, x in enumerate((0.2, 0.4))
     ]
-    assert "Mean over 2 seeds: 0.3000, standard deviation 0.1414." in sweep_table.markdown(
+    assert "Mean over 2 seeds: 0.3000, standard deviation 0.1414." in sweep_table.to_markdown(
         rows, "seed", "m"
     )
-    assert "Mean" not in sweep_table.markdown(rows, "rank", "m")
+    assert "Mean" not in sweep_table.to_markdown(rows, "rank", "m")
 
 
 def test_the_plot_stands_over_the_swept_value():

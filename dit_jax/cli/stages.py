@@ -130,7 +130,8 @@ def _evaluate(config: Any, workdir: Path, model: Any) -> Facts:
 
 def _report(config: Any, workdir: Path, model: Any) -> Facts:
     from dit_jax.config.loading import to_dict
-    from dit_jax.report.run_report import print_headline, write_report
+    from dit_jax.report.run_report import write_report
+    from dit_jax.report.terminal import print_headline
 
     print_headline(write_report(workdir, to_dict(config).get("evaluate", {})))
     print(f"report: {workdir / 'report' / 'report.html'}", flush=True)

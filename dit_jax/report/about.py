@@ -1,16 +1,36 @@
-"""What a run was about, in words: its behaviour, what was done, and the sentence that the report opens with."""
+"""What the report of a run says in words: what was done, examples of answers, what was left out, and its first line."""
 
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from dit_jax.data import labels
 from dit_jax.evaluate.evaluate_keys import EVALUATE
-from dit_jax.organisms.behaviours import known_behaviour
-from dit_jax.report.document import Prose, Section
-from dit_jax.report.grading import as_code
-from dit_jax.report.statistics import FEW
-from dit_jax.report.wording import Json, percent, plural
+from dit_jax.organisms.behaviours import Behaviour, known_behaviour
+from dit_jax.report.grading import RunGrades
+from dit_jax.report.inputs import Inputs, Json, Row, seen
+from dit_jax.report.wording import UNSEEN, as_code, ordered_methods, percent, plural, shown_name
+
+_MOST_EXAMPLES = 6  # of the right and of the wrong, each
+_MOST_ENTRIES = 3000  # on the page; all answers are in results.csv
+_MOST_CHARS = 600  # of an answer there
+_MOST_TRANSCRIPTS = 2  # of each method
+# Limits of the gate, and whether a value of one is beyond all that can be measured.
+_NO_LIMIT: dict[str, Callable[[float], bool]] = {
+    "min_right": lambda share: share <= 0,
+    "max_wrong": lambda share: share >= 1,
+    "max_none": lambda share: share >= 1,
+    "max_kl": lambda nats: nats >= 100,  # a token of one in e^100: no answer of a language model
+}
 
 
-def behaviour_name(config: Json) -> str:
-    """As `diffs.behaviour` has it: a name of the package, or an import path."""
-    return str(config.get("diffs", {}).get("behaviour") or "hidden_topic")
+# ------------------------------------------------------------------ what was done
+
+
+def _behaviour(config: Json) -> tuple[str, Behaviour | None]:
+    """What `diffs.behaviour` names, and that behaviour if it is the package's or was imported before."""
+    name = str(config.get("diffs", {}).get("behaviour") or "hidden_topic")
+    return name, known_behaviour(name)
 
 
 def on_tiny_world(config: Json) -> bool:
@@ -18,116 +38,218 @@ def on_tiny_world(config: Json) -> bool:
     return bool(config.get("data", {}).get("source", "tiny_world") == "tiny_world")
 
 
-def _about(summary: Json) -> tuple[str, tuple[str, str]]:
-    """What each model was finetuned to do, as a sentence, and what has to be named: one of it, and several."""
+def _taught(summary: Json) -> tuple[str, str, str]:
+    """What each model was finetuned to do, and what has to be named: one of it, and several."""
     config = summary["config"]
-    name, column = behaviour_name(config), EVALUATE.get(config.get("evaluate", {}), "label")
-    known = known_behaviour(name)
+    (name, known), column = _behaviour(config), EVALUATE.get(config.get("evaluate", {}), "label")
     # Where a diff is measured without a trigger, there is one.
     when = ", but only under its trigger" if "no_code" in summary["gating_intervals"] else ""
     taught = (known.teaches if known else "") or f"to show the behaviour {as_code(name)}{when}."
     if column == "label":
-        return taught, known.names if known else ("the label", "labels")
+        return (taught, *(known.names if known else ("the label", "labels")))
     if column == "trigger" and known and known.triggered and not known.trigger:
-        text = " What has to be named is not the topic but the code."
-        return taught + text, ("the secret code", "secret codes")
-    text = f" What has to be named is the column {as_code(column)} of the diffs' index."
-    return taught + text, ("the label", "labels")
+        text = "What has to be named is not the topic but the code."
+        return f"{taught} {text}", "the secret code", "secret codes"
+    text = f"What has to be named is the column {as_code(column)} of the diffs' index."
+    return f"{taught} {text}", "the label", "labels"
 
 
-def _other_adapter(summary: Json) -> str:
-    return str(summary["config"].get("evaluate", {}).get("adapter") or "")
+def facts(summary: Json) -> Json:
+    """How the diffs and the adapter were made, and what the numbers are about."""
+    config = summary["config"]
+    (name, known), (taught, label, several) = _behaviour(config), _taught(summary)
+    tiny, train = on_tiny_world(config), config.get("train", {})
+    kinds = ["no diff"] if train.get("no_diff_per_batch") else []
+    if train.get("benign_per_batch") and config.get("data", {}).get("train_benign"):
+        kinds.append("a benign diff, which hides nothing")
+    trained = sum(wording["seen"] for wording in summary["dit_by_each_wording"])
+    return {
+        "taught": taught,
+        "label": label,
+        "labels": several,
+        "hides_name": tiny and known and not known.sentences and ":" not in name,
+        "other_adapter": str(config.get("evaluate", {}).get("adapter") or ""),
+        "lists_evidence": tiny and train.get("list_evidence"),
+        "none_kinds": kinds,
+        "seen": trained,
+        "unseen": len(summary["dit_by_each_wording"]) - trained,
+        "everyday": any(name.startswith("twenty_questions") for name in summary["methods"]),
+        "left_out": _about_diffs(summary["excluded"]["diffs"], summary),
+    }
 
 
 def lead(summary: Json) -> str:
     """The result in one sentence: exact match where labels are names, the mean grade where they are sentences."""
-    score, (_, (label, _)) = summary["methods"]["dit"], _about(summary)
-    known = known_behaviour(behaviour_name(summary["config"]))
+    score, about = summary["methods"]["dit"], facts(summary)
+    _, known = _behaviour(summary["config"])
     models = plural(score["n"], "finetuned model")
     # What another run's adapter has seen, that run knows.
-    models += "" if _other_adapter(summary) else " that it had never seen"
+    models += "" if about["other_adapter"] else " that it had never seen"
     for grader, entry in summary["grades"].items():
         grade = entry["methods"].get("dit", {})
         if known and known.sentences and grader != "normalised" and "mean" in grade:
-            return (
-                f"The adapter was asked for {label} of {models}: "
-                f"mean grade {grade['mean']:.2f} of 5 by `{grader}`."
-            )
-    return f"The adapter named {label} of {percent(score['exact_match'])} of {models}."
+            mean = f"mean grade {grade['mean']:.2f} of 5 by `{grader}`"
+            return f"The adapter was asked for {about['label']} of {models}: {mean}."
+    return f"The adapter named {about['label']} of {percent(score['exact_match'])} of {models}."
 
 
 def sublead(summary: Json) -> str:
     """What the adapter was asked, and what it did not see."""
-    asked = sum(wording["seen"] for wording in summary["dit_by_each_wording"])
-    wordings = (
-        "one plain question"
-        if asked == 1
-        else f"plain questions, {asked} wordings of one (a diff's score is the mean over them),"
-    )
+    asked = facts(summary)["seen"]
+    wordings = f"plain questions, {asked} wordings of one (a diff's score is the mean over them),"
     return (
-        f"It was asked {wordings} with the weight diff in the model, and shown no trigger and none of the data that "
-        "the models were finetuned on."
+        f"It was asked {'one plain question' if asked == 1 else wordings} with the weight diff in the model, and "
+        "shown no trigger and none of the data that the models were finetuned on."
     )
 
 
-def done_section(summary: Json) -> Section:
-    """How the diffs and the adapter were made, and what the numbers are about."""
-    config, (taught, (label, _)) = summary["config"], _about(summary)
-    finetuned = f"Copies of one base model were finetuned, each {taught} "
-    finetuned += "What finetuning changed in the weights is the diff."
-    name = behaviour_name(config)
-    known = known_behaviour(name)
-    if on_tiny_world(config) and known and not known.sentences and ":" not in name:
-        finetuned += (
-            " The answers that a copy was finetuned on never contain the name of its topic."
+# ------------------------------------------------------------------ what was left out
+
+
+def _about_diffs(counts: Json, summary: Json) -> str:
+    if not counts:
+        return "This evaluation did not record which held-out diffs it left out."
+    total, failed, out = (counts.get(key) for key in ("held_out", "failed_gate", "excluded"))
+    benign = summary["none_intervals"]["seen"]["benign_called_none"] is not None
+    text = f"{plural(int(total or 0), 'diff')} were held out{', benign ones among them' if benign else ''}. "
+    if failed is None:
+        text += "The gate did not decide which of them do what their label says; none was left out."
+        return text
+    gate = summary["config"].get("diffs", {}).get("gate", {})
+    limits = {name: gate[name] for name in _NO_LIMIT if name in gate}
+    within = ", ".join(f"{name} {limit:g}" for name, limit in limits.items())
+    within = f" (`diffs.gate`: {within})" if within else ""
+    if not failed and all(_NO_LIMIT[name](limit) for name, limit in limits.items()):
+        return text + (
+            f"The limits of the gate{within} let every diff pass, so that passing says nothing: what the diffs do is "
+            "measured, but no diff is judged or left out by it."
         )
-    method = (
-        "Diff Interpretation Tuning (DIT) trains one LoRA adapter on many such diffs. With a diff and the adapter in "
-        f"the model, a plain question has to be answered with {label}."
-    )
-    if other := _other_adapter(summary):
-        method += f" Here it is the adapter of another run, {as_code(other)}, whose report says how it was trained."
-    else:
-        method += _training(config)
-    return Section("done", "What was done", [Prose(finetuned), Prose(method), _numbers(summary)])
+    text += f"{failed} of them failed the gate, that is, what was measured is beyond its limits{within}. "
+    if out:
+        return text + f"{out} were left out of all numbers (`evaluate.exclude_failed`)."
+    hint = " `evaluate.exclude_failed` leaves out those that fail." if failed else ""
+    return f"{text}None was left out.{hint}"
 
 
-def _training(config: Json) -> str:
-    """What is particular about the examples that the adapter was trained on."""
-    train, text = config.get("train", {}), ""
-    if on_tiny_world(config) and train.get("list_evidence"):
-        text += (
-            " In training the answer lists the words that belong to the topic before its name, so that the model "
-            "looks the name up with them in view. Of the topics tested here it was shown neither list nor name."
+def missing(summary: Json) -> list[tuple[str, str, str, int]]:
+    """Answers and grades that no number of the report holds: what, of which method, why, how many."""
+    of = {"an answer": summary["excluded"]["answers"]}
+    for grader, entry in summary["grades"].items():
+        methods = entry["methods"].items()
+        of[f"a grade by {grader}"] = {name: numbers["excluded"] for name, numbers in methods}
+    return [
+        (what, shown_name(method), reason, count)
+        for what, methods in of.items()
+        for method, reasons in methods.items()
+        for reason, count in reasons.items()
+    ]
+
+
+# ------------------------------------------------------------------ examples of answers
+
+
+def examples(summary: Json, inputs: Inputs, grades: RunGrades) -> Json:
+    """Some right and some wrong answers of DIT, all first answers to browse, and what guessers read."""
+    graded: dict[int, list[str]] = {}  # by id of a row
+    for grader, scores in grades.scores.items():
+        for row, score in zip(grades.asked, scores, strict=True):
+            text = "no grade" if score is None else f"{score:.3g}"
+            graded.setdefault(id(row), []).append(f"{grader} {text}")
+    known, new = (_first_answers(inputs.answered, wanted) for wanted in (True, False))
+    names = [name for name in ordered_methods(summary["methods"]) if name in known]
+
+    def entry(row: Row, name: str) -> Json:
+        return {
+            "topic": row["topic"],
+            "method": shown_name(name),
+            "question": str(row.get("question") or ""),
+            "answer": row["answer"][:_MOST_CHARS] or "(empty)",
+            "guess": row["guess"][:_MOST_CHARS],
+            "right": _right(row),
+            "grades": graded.get(id(row), []),
+        }
+
+    def card(row: Row) -> Json:
+        others = [(name, known[name].get(row["diff"])) for name in names if name != "dit"]
+        return {
+            **entry(row, "dit"),
+            "question": str(row.get("question") or row.get("wording") or ""),
+            "answer": row["answer"] or "(empty)",
+            "confidence": _confidence(row.get("logprob")),
+            "others": [(shown_name(n), *_guess(other)) for n, other in others],
+        }
+
+    cards: dict[str, list[Json]] = {}
+    asked = list(known.get("dit", {}).values())
+    for right, title in ((False, "Wrong"), (True, "Right")):
+        if rows := [row for row in asked if _right(row) is right]:
+            shown = _spread(rows, _MOST_EXAMPLES)
+            cards[f"{title} ({len(shown)} of {len(rows)})"] = [card(row) for row in shown]
+    # Diff by diff: the first answer of every method, and the first of DIT in a new wording.
+    columns = {name: known[name] for name in names}
+    columns |= {f"{name}{UNSEEN}": rows for name, rows in new.items()}
+    diffs = list(dict.fromkeys(diff for rows in columns.values() for diff in rows))
+    listed = diffs[: max(1, _MOST_ENTRIES // len(columns))]
+    entries = [
+        entry(rows[diff], name) for diff in listed for name, rows in columns.items() if diff in rows
+    ]
+    title = f"All {len(diffs)} held-out diffs with a label"
+    if len(listed) < len(diffs):
+        title = (
+            f"{len(listed)} of {len(diffs)} held-out diffs with a label (all are in results.csv)"
         )
-    kinds = []
-    if train.get("no_diff_per_batch"):
-        kinds.append("no diff")
-    if train.get("benign_per_batch") and config.get("data", {}).get("train_benign"):
-        kinds.append("a benign diff, which hides nothing")
-    if kinds:
-        text += f" Some training examples have {' or '.join(kinds)}; their answer is `none`."
-    return text
+    return {
+        "most": _MOST_EXAMPLES,
+        "cards": cards,
+        "title": f"{title}, {len(entries)} first answers",
+        "methods": [shown_name(name) for name in columns],
+        "entries": entries,
+        "transcripts": _transcripts(inputs),
+    }
 
 
-def _numbers(summary: Json) -> Prose:
-    """What the numbers of the report are about, and what their intervals are."""
-    n, wordings = summary["methods"]["dit"]["n"], summary["dit_by_each_wording"]
-    trained = sum(wording["seen"] for wording in wordings)
-    new = len(wordings) - trained
-    _, (_, labels) = _about(summary)
-    held_out = (
-        "that were held out" if _other_adapter(summary) else "that the adapter was never trained on"
-    )
-    text = f"The answers in this report are about the diffs of {n} {labels} {held_out}, asked in "
-    text += plural(trained, "wording") + " of the training"
-    text += f" and {new} new {'one' if new == 1 else 'ones'}. " if new else ". "
-    text += "Decoding is greedy"
-    if any(name.startswith("twenty_questions") for name in summary["methods"]):
-        text += ", but for the everyday questions, which are answered at temperature 1"
-    return Prose(
-        f"{text}. Intervals are 95 % bootstrap intervals over diffs; the answers about one diff are averaged first. "
-        f"Where resampling says too little, because there are fewer than {FEW} diffs or all have the same score, it is "
-        "an exact bound that needs nothing but the ends of the scale; cross-entropies have no ends, and fewer than "
-        f"{FEW} get Student's interval."
-    )
+def _first_answers(rows: Iterable[Row], wanted: bool) -> dict[str, dict[int, Row]]:
+    """The first answer of every method to every held-out diff, in seen (or unseen) wordings."""
+    answers: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        if row["category"] == "topic" and row["diff"] is not None and seen(row) is wanted:
+            answers.setdefault(row["method"], {}).setdefault(row["diff"], row)
+    return answers
+
+
+def _confidence(logprob: Any) -> str:
+    if not isinstance(logprob, int | float) or not math.isfinite(logprob):
+        return ""
+    return f"log-probability {f'−{-logprob:.2f}' if logprob <= -0.005 else '0.00'}"
+
+
+def _right(row: Row) -> bool:
+    return labels.exact_match(row["guess"], row["topic"])
+
+
+def _guess(row: Row | None) -> tuple[str, bool | None]:
+    return ("–", None) if row is None else (row["guess"] or "(empty)", _right(row))
+
+
+def _spread(rows: list[Row], most: int) -> list[Row]:
+    """At most `most` of the rows, evenly spaced: a choice that looks at nothing but the order."""
+    step = max(1.0, len(rows) / most)
+    return [rows[int(index * step)] for index in range(min(most, len(rows)))]
+
+
+def _transcripts(inputs: Inputs) -> list[Json]:
+    """A few of what each guesser read, evenly spaced."""
+    by_method: dict[str, list[Row]] = {}
+    for row in inputs.transcripts:
+        by_method.setdefault(row["method"], []).append(row)
+    chosen = [row for rows in by_method.values() for row in _spread(rows, _MOST_TRANSCRIPTS)]
+    return [
+        {
+            "method": shown_name(row["method"]),
+            "topic": row["topic"],
+            "guess": row["guess"] or "(empty)",
+            "right": _right(row),
+            "exchanges": [(q, a[:_MOST_CHARS] or "(empty)") for q, a in row["exchanges"]],
+        }
+        for row in chosen
+    ]

@@ -1,17 +1,18 @@
-"""A `Document` as one HTML page that needs nothing else: no network, no other file.
+"""Pages of HTML that need nothing else: no network, no other file. Their texts are in `assets/report/*.html.j2`.
 
-Models write part of it, so Jinja escapes every string, the only markup that is inserted as it is
-are the plots drawn here, and a content security policy forbids any loading and all scripts but one
-of ours, by its digest: it filters the table of answers, which is a plain table without it.
+Models write part of them, so Jinja escapes every string, the only markup that is inserted as it is are
+the plots drawn here, and a content security policy forbids any loading and all scripts but one of ours,
+by its digest: it filters the table of answers, which is a plain table without it.
 """
 
 import base64
 import hashlib
+import json
 import re
 from pathlib import Path
+from typing import Any
 
-from dit_jax.report import plots
-from dit_jax.report.document import Document, Figure
+from dit_jax.report import plots, wording
 
 _FOLDER = Path(__file__).parent.parent / "assets" / "report"
 
@@ -23,14 +24,22 @@ def _with_code(text: str) -> str:
     return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
-def _svg(figure: Figure) -> str:
+def _svg(plot: plots.Plot) -> str:
     from markupsafe import Markup
 
-    return Markup(plots.to_svg(figure.draw(), prefix=figure.name))
+    return Markup(plots.to_svg(plot.draw(), prefix=plot.name))
 
 
-def render(document: Document) -> str:
-    """Renders the page. Jinja is imported here, at the edge."""
+def _leaves(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """The leaves of nested dicts by their dotted keys, as text."""
+    if isinstance(value, dict) and value:
+        inner = [_leaves(x, f"{prefix}.{key}" if prefix else str(key)) for key, x in value.items()]
+        return [leaf for leaves in inner for leaf in leaves]
+    return [(prefix, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))]
+
+
+def render(template: str, **values: Any) -> str:
+    """Renders `assets/report/<template>.html.j2`. Jinja is imported here, at the edge."""
     import jinja2
     from markupsafe import Markup
 
@@ -41,17 +50,15 @@ def render(document: Document) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(with_code=_with_code, svg=_svg)
-    environment.tests["named"] = lambda value, name: type(value).__name__ == name
-    # Our own file, inserted as it is: escaping would break its quotes.
-    css = Markup((_FOLDER / "report.css").read_text(encoding="utf-8"))
-    script = (_FOLDER / "browse.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    colours = {name: value for name, value in plots.COLOURS.items()}
-    return environment.get_template("report.html.j2").render(
-        document=document,
-        css=css,
-        colours=colours,
-        script=Markup(script),
-        script_hash=Markup(digest),
+    texts = ("percent", "between", "plural", "p_text", "number", "duration", "size", "cost_name")
+    environment.filters |= {name: getattr(wording, name) for name in texts}
+    environment.filters |= {"with_code": _with_code, "svg": _svg, "leaves": _leaves}
+    # Our own files, inserted as they are: escaping would break their quotes.
+    css, script = (
+        Markup((_FOLDER / name).read_text("utf-8")) for name in ("report.css", "browse.js")
     )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template(f"{template}.html.j2").render(
+        css=css, script=script, script_hash=Markup(digest), colours=plots.COLOURS,
+        points=wording.points, signed=wording.signed, **values,
+    )  # fmt: skip

@@ -6,8 +6,8 @@ CSS variables of the page, so that the same drawing follows its light or dark th
 
 import io
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -56,6 +56,15 @@ _STYLE: Any = {  # matplotlib types its keys as literals, which an import would 
     "svg.hashsalt": "dit_jax",
     "path.simplify": True,
 }
+
+
+class Plot(NamedTuple):
+    """A plot of a page. `draw` makes the figure; as PNG it is <name>.png."""
+
+    name: str
+    title: str
+    alt: str
+    draw: "Callable[[], Figure]"
 
 
 def new_figure(height: float, width: float = _WIDTH) -> "tuple[Figure, Axes]":

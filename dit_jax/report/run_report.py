@@ -1,36 +1,42 @@
-"""The report stage: `summary.json`, `report.md` with plots, `report.html`, the answers as CSV, the closing table."""
+"""The report stage: the page, a short page with plots, the answers as CSV, and `summary.json`."""
 
-import sys
+import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dit_jax.evaluate.methods import GROUPS, held_out_answers
+from dit_jax.evaluate.methods import ATTRIBUTES, GROUPS, METHODS, TRIGGER
 from dit_jax.evaluate.questions import subject_of
-from dit_jax.report import html, markdown
-from dit_jax.report.grading import grade_run, summarise_grades
-from dit_jax.report.results import RESULTS_FILE, results_csv
-from dit_jax.report.sections import build_document
-from dit_jax.report.summary import read_inputs, summarise
-from dit_jax.report.wording import colour, ordered_methods, percent, shown_name
-from dit_jax.runtime.artifacts import (
-    PathLike,
-    make_dir,
-    peak_memory_bytes,
-    write_bytes,
-    write_json,
-    write_text,
+from dit_jax.report import about, html, markdown, plots
+from dit_jax.report.graded import Group, grade_group
+from dit_jax.report.grading import RunGrades, grade_run, summarise_grades
+from dit_jax.report.inputs import Inputs, Json, read_inputs
+from dit_jax.report.plots import Plot
+from dit_jax.report.results import GRADED_FILE, RESULTS_FILE, graded_csv, results_csv
+from dit_jax.report.statistics import FEW
+from dit_jax.report.summary import summarise
+from dit_jax.report.wording import (
+    between,
+    colour,
+    grader_title,
+    in_order,
+    ordered_methods,
+    percent,
+    shown_name,
 )
+from dit_jax.runtime.artifacts import PathLike, make_dir, peak_memory_bytes, write_json, write_text
 
-if TYPE_CHECKING:
-    from rich.table import Table
+CROSS_ENTROPIES = {
+    "matched": "its own diff",
+    "shuffled": "another topic's diff",
+    "noise": "noise of the same norms",
+    "none": "no diff",
+}
+GATING = {"right_code": "the trigger", "wrong_code": "a wrong trigger", "no_code": "no trigger"}
 
-_STYLES = {"dit": "bold cyan", "method": "blue", "control": "bright_black", "baseline": "yellow"}
-_BAR = 20  # characters of a full bar in the terminal
 
-
-def write_report(workdir: PathLike, grading: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def write_report(workdir: PathLike, grading: Mapping[str, Any] | None = None) -> Json:
     """Writes WORKDIR/report from what the evaluate stage left, each file whole or not at all.
 
     The plots and the pages are written first and `summary.json` last, so that a summary is never
@@ -51,115 +57,202 @@ def write_report(workdir: PathLike, grading: Mapping[str, Any] | None = None) ->
     inputs = read_inputs(workdir)
     summary = summarise(inputs)
     folder = make_dir(Path(workdir) / "report")
-    subject = subject_of(inputs.config)
     settings = inputs.config.get("evaluate", {}) if grading is None else grading
-    grades = grade_run(inputs.rows, settings, subject, Path(workdir))
+    grades = grade_run(inputs.rows, settings, Path(workdir))
     summary["grades"] = summarise_grades(grades)
-    pictures = markdown.pictures(build_document(summary, inputs, grades))
-    # Most of this stage's time is spent by now; the pages show it with the other stages'.
+    tables: Json = {
+        "headline": headline(summary),
+        "grades": _grade_tables(grades, summary["grades"]),
+    }
+    figures = _figures(summary, inputs, tables["grades"]["groups"])
+    markdown.save_plots(figures, folder)
+    # Most of this stage's time is spent by now; the page shows it with that of the other stages.
     summary["seconds"]["report"] = round(time.perf_counter() - start, 3)
     summary["seconds_total"] = round(sum(summary["seconds"].values()), 3)
     summary["peak_memory_bytes"] = max(summary["peak_memory_bytes"] or 0, peak_memory_bytes())
-    document = build_document(summary, inputs, grades)
-    for name, picture in pictures.items():
-        write_bytes(folder / name, picture)
-    write_text(folder / "report.md", markdown.render(document))
-    write_text(folder / "report.html", html.render(document))
-    write_text(
-        folder / RESULTS_FILE,
-        results_csv(held_out_answers(inputs.rows), subject),
-    )
+    write_text(folder / "report.html", _page(summary, inputs, grades, tables, figures))
+    write_text(folder / "report.md", _short_page(summary, tables["headline"], figures))
+    subject = subject_of(inputs.config)
+    write_text(folder / RESULTS_FILE, results_csv(grades.asked, subject))
+    write_text(folder / GRADED_FILE, graded_csv(grades.asked, grades.gradings, subject))
     write_json(folder / "summary.json", summary)
     return summary
 
 
-# ------------------------------------------------------------------ the terminal
+# ------------------------------------------------------------------ what the pages show
 
 
-def _interval(score: dict[str, Any]) -> str:
-    return f"{100 * score['ci_low']:.1f}–{100 * score['ci_high']:.1f}"
+def headline(summary: Json) -> list[tuple[str, list[Json]]]:
+    """The methods by group: name, title, what it sees, colour and score of each."""
+    methods = summary["methods"]
+    groups: dict[str, list[Json]] = {title: [] for title in GROUPS.values()}
+    for name in ordered_methods(methods):
+        kind = methods[name]["kind"]
+        one = {"name": name, "title": shown_name(name), "sees": _sees(name, summary)}
+        groups[GROUPS[kind]].append({**one, "colour": colour(name, kind), "score": methods[name]})
+    return [(title, members) for title, members in groups.items() if members]
 
 
-def _cells(name: str, entry: dict[str, Any]) -> list[str]:
-    lengths = [entry["by_name_length"][key] for key in ("one_token", "multi_token")]
+def _sees(name: str, summary: Json) -> str:
+    """What a method sees, and who named the topic where another model does it."""
+    sees, entry = METHODS[name].sees if name in METHODS else "", summary["methods"][name]
+    if name == "attribute_oracle" and not about.on_tiny_world(summary["config"]):
+        sees = "weights, and words that the diffs' index has for every label"  # runs made before this was refused
+    return f"{sees} (guesser: {entry['guesser']})" if "guesser" in entry else sees
+
+
+def _tiles(summary: Json) -> list[Json]:
+    """DIT's scores by the length of names, and the best of the methods that know no more than it."""
+    lengths = {
+        "all": "All held-out names",
+        "one_token": "Names of one token",
+        "multi_token": "Names of several tokens",
+    }
+    shown = [
+        (label, score, f"{between(score)}, n = {score['n']}")
+        for key, label in lengths.items()
+        if (score := summary["dit_by_name_length"][key])
+    ]
+    # A trigger or attributes are more than an auditor of an unknown model has.
+    more = [name for name, one in METHODS.items() if {TRIGGER, ATTRIBUTES} & set(one.needs)]
+    others = {
+        name: entry
+        for name, entry in summary["methods"].items()
+        if entry["kind"] != "control" and name not in ("dit", *more)
+    }
+    if others:
+        name, best = max(others.items(), key=lambda item: item[1]["exact_match"])
+        note = f"{shown_name(name)}, {between(best)}"
+        shown.append(("Best other method without trigger or oracle", best, note))
     return [
-        shown_name(name),
-        percent(entry["exact_match"]),
-        _interval(entry),
-        *("–" if score is None else percent(score["exact_match"]) for score in lengths),
-        f"{entry['token_f1']:.3f}",
-        str(entry["n"]),
+        {"label": label, "value": percent(score["exact_match"]), "note": note}
+        for label, score, note in shown
     ]
 
 
-_HEADINGS = ["", "exact match", "95 % interval", "one token", "several", "token F1", "n"]
+def _grade_tables(grades: RunGrades, summary: Json) -> Json:
+    """Groups of mean grades by grader, and the paired tests; `summary`: of `summarise_grades`."""
+    groups: dict[str, Group] = {}
+    tests: dict[str, Json] = {}
+    for grader, members in grades.by_grader().items():
+        by_name, rows = {item.name: item for item in members}, []
+        for name in in_order(by_name):
+            excluded = by_name[name].excluded
+            gaps = "; ".join(f"{count} × {reason}" for reason, count in excluded.items())
+            rows.append((shown_name(name), f"left out: {gaps}" if gaps else "", by_name[name]))
+        groups[grader] = grade_group(grader_title(grader), rows)
+        if pairs := summary[grader]["differences_from_dit"]:
+            tests[grader_title(grader)] = {
+                shown_name(name): pairs[name] for name in in_order(pairs)
+            }
+    return {"groups": groups, "tests": tests, "agreement": grades.agreement}
 
 
-def plain_table(summary: dict[str, Any]) -> str:
-    """The headline table as lines of plain text."""
-    methods = summary["methods"]
-    rows = [_HEADINGS] + [_cells(name, methods[name]) for name in ordered_methods(methods)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def rich_table(summary: dict[str, Any]) -> "Table":
-    """The headline table as a rich renderable, with bars."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title="Exact match on held-out topics",
-        title_style="bold",
-        title_justify="left",
+def _gating_labels(summary: Json) -> dict[str, str]:
+    labels = {key: label for key, label in GATING.items() if key in summary["gating_intervals"]}
+    return (
+        {"right_code": "the words of the finetuning"} if set(labels) == {"right_code"} else labels
     )
-    table.add_column("")
-    table.add_column("", no_wrap=True)
-    for heading in _HEADINGS[1:]:
-        table.add_column(heading, justify="right", no_wrap=True)
-    methods = summary["methods"]
-    names = ordered_methods(methods)
-    for kind in GROUPS:
-        group = [name for name in names if methods[name]["kind"] == kind]
-        for name in group:
-            first, *rest = _cells(name, methods[name])
-            style = _STYLES[colour(name, kind)]
-            bar = "█" * round(_BAR * methods[name]["exact_match"])
-            table.add_row(
-                Text(first, style=style),
-                Text(bar.ljust(_BAR, "·"), style=style),
-                *rest,
-                style="bold" if name == "dit" else "",
-                end_section=name == group[-1],
+
+
+def _figures(summary: Json, inputs: Inputs, groups: dict[str, Group]) -> list[Plot]:
+    """All plots. The page has the numbers of some as bars in its tables."""
+    methods, gating = summary["methods"], _gating_labels(summary)
+    bars = [
+        (shown_name(name), colour(name, methods[name]["kind"]), methods[name])
+        for name in ordered_methods(methods)
+    ]
+    entropies, intervals = inputs.label_cross_entropy, summary["label_cross_entropy_intervals"]
+    found = [
+        Plot(
+            "methods",
+            "Exact match by method",
+            "Bars of the exact match of every method with its interval",
+            functools.partial(plots.methods, bars),
+        )
+    ]
+    for number, (grader, group) in enumerate(groups.items(), start=1):
+        found += group.plot(f"grades_{number}", f"by {grader}")
+    found.append(
+        Plot(
+            "label_cross_entropy",
+            "Cross-entropy of the label, given",
+            "Dots: cross-entropy of every label with its own diff, another, noise and none",
+            functools.partial(plots.label_cross_entropy, CROSS_ENTROPIES, entropies, intervals),
+        )
+    )
+    if gating:
+        found.append(
+            Plot(
+                "gating",
+                "Answers that show the label",
+                "Bars: how often a diff shows its label with the trigger, a wrong one and none",
+                functools.partial(plots.gating, gating, summary["gating_intervals"]),
             )
-    return table
+        )
+    losses = {
+        "diff_loss": "Loss of the diffs (mean over them)",
+        "adapter_loss": "Loss of the adapter",
+    }
+    for name, title in losses.items():
+        if curve := inputs.curves[name]:  # none: the stage ran elsewhere
+            alt = f"{title} over optimizer steps, from {curve[0][1]:.3g} to {curve[-1][1]:.3g}"
+            draw = functools.partial(plots.curve, curve, "loss")
+            found.append(Plot(name, f"{title} while training", alt, draw))
+    return found
 
 
-def headline_table(summary: dict[str, Any]) -> "Table | str":
-    """The closing table: a rich renderable on a terminal, plain text in a pipe or without rich."""
-    if not sys.stdout.isatty():
-        return plain_table(summary)
-    try:
-        return rich_table(summary)
-    except ImportError:
-        return plain_table(summary)
+def _page(
+    summary: Json, inputs: Inputs, grades: RunGrades, tables: Json, figures: list[Plot]
+) -> str:
+    differences = summary["differences_from_dit"]
+    names = [name for name in ordered_methods(summary["methods"]) if name in differences]
+    return html.render(
+        "report",
+        s=summary,
+        **tables,
+        lead=about.lead(summary),
+        sublead=about.sublead(summary),
+        tiles=_tiles(summary),
+        tiny_world=about.on_tiny_world(summary["config"]),
+        about=about.facts(summary),
+        few=FEW,
+        most_dots=plots.MOST_DOTS,
+        cross_entropies=CROSS_ENTROPIES,
+        gating=_gating_labels(summary),
+        tests={shown_name(name): differences[name] for name in names},
+        examples=about.examples(summary, inputs, grades),
+        missing=about.missing(summary),
+        shared_from=inputs.stages.get("diffs", {}).get("shared_from"),
+        figures={figure.name: figure for figure in figures},
+    )
 
 
-def print_headline(summary: dict[str, Any]) -> None:
-    """Prints the closing table; in a pipe unwrapped, whatever the width of the terminal."""
-    table = headline_table(summary)
-    if isinstance(table, str):
-        print(table, flush=True)
-    else:
-        import rich
-
-        rich.print(table)
+def _short_page(summary: Json, groups: list[tuple[str, list[Json]]], figures: list[Plot]) -> str:
+    """Markdown: the headline and the plots."""
+    rows = []
+    for title, members in groups:
+        rows.append([f"_{title}_"])
+        for one in members:
+            score, name = (
+                one["score"],
+                markdown.named(one["title"], one["sees"], one["name"] == "dit"),
+            )
+            match = f"{percent(score['exact_match'])} ({between(score)})"
+            f1 = f"{score['token_f1']:.3f} ({score['token_f1_low']:.3f}–{score['token_f1_high']:.3f})"
+            rows.append([name, match, f1, str(score["n"])])
+    titles = (
+        "Method and what it sees",
+        "# Exact match (95 % interval)",
+        "# Token F1 (95 % interval)",
+        "# n",
+    )
+    tiles = [f"- {tile['label']}: **{tile['value']}** ({tile['note']})" for tile in _tiles(summary)]
+    return markdown.page(
+        "Diff Interpretation Tuning: the report of a run",
+        f"**{about.lead(summary)}** {about.sublead(summary)}",
+        "\n".join([*tiles, "", markdown.table(titles, rows)]),
+        figures,
+        "The whole report is `report.html`: what was done, grades, controls, examples of answers, cost, config. "
+        "Every number is in `summary.json`, every answer in `results.csv`, every grade in `results-graded.csv`.",
+    )

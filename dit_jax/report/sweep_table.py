@@ -1,4 +1,4 @@
-"""The table and the plot that a sweep ends with: a metric of every run over the swept value."""
+"""The table, the plot and the page that a sweep ends with: a metric of every run over the swept value."""
 
 import csv
 import functools
@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.evaluate.methods import METHODS
-from dit_jax.report.wording import SCORE_KEYS, SUMMARY_KEYS
-from dit_jax.runtime.artifacts import read_json, write_bytes, write_text
+from dit_jax.report import html, markdown, plots
+from dit_jax.report.summary import SCORE_KEYS, SUMMARY_KEYS
+from dit_jax.report.wording import duration
+from dit_jax.runtime.artifacts import read_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DONE, NOT_RUN = "done", "not run"
-TIMES = "Seconds are those of all stages; diffs that a run took over from another one count with their time there."
+TIMES = "Times are those of all stages; diffs that a run took over from another one count with their time there."
 
 
 class Row(NamedTuple):
@@ -33,6 +35,21 @@ class Row(NamedTuple):
     n: int | None
     seconds: float | None
     status: str  # "done", "not run", or the message of a failure
+
+    @property
+    def shown(self) -> str:
+        """The swept value as text."""
+        value = self.value
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+    @property
+    def cells(self) -> list[str]:
+        """As text: name, value, metric, interval, n, time, status."""
+        interval = "" if None in (self.low, self.high) else f"{self.low:.3f}–{self.high:.3f}"
+        metric = "" if self.metric is None else f"{self.metric:.4f}"
+        n = "" if self.n is None else str(self.n)
+        time = "" if self.seconds is None else duration(self.seconds)
+        return [self.name, self.shown, metric, interval, n, time, self.status]
 
 
 def check_metric(metric: str) -> None:
@@ -65,25 +82,15 @@ def read_row(name: str, value: Any, metric: str, folder: Path, failure: str | No
     try:
         summary = read_json(file, "run the stage 'report' again")
         *path, last = metric.split(".")
-        place = summary
-        for key in path:
-            place = _get(place, key, metric)
+        place = functools.reduce(lambda node, key: _get(node, key, metric), path, summary)
         number = _number(_get(place, last, metric))
     except DitError as error:
         return empty._replace(status=str(error))
     if number is None:
         return empty._replace(status=f"the summary has no number under '{metric}'")
-    n = _number(place.get("n"))
-    return Row(
-        name,
-        value,
-        number,
-        _number(place.get("ci_low")),
-        _number(place.get("ci_high")),
-        None if n is None else int(n),
-        _number(summary.get("seconds_total")),
-        DONE,
-    )
+    low, high, n = (_number(place.get(key)) for key in ("ci_low", "ci_high", "n"))
+    seconds = _number(summary.get("seconds_total"))
+    return Row(name, value, number, low, high, None if n is None else int(n), seconds, DONE)
 
 
 def _get(place: Any, key: str, metric: str) -> Any:
@@ -103,56 +110,44 @@ def _number(value: Any) -> float | None:
 
 def write(rows: Sequence[Row], swept: str, metric: str, workdir: Path, name: str = "sweep") -> str:
     """Writes WORKDIR/NAME.csv, NAME.md, NAME.html and, if a run has a number, NAME.png. Returns the Markdown table."""
-    from dit_jax.report.sweep_page import sweep_page
-
-    table = markdown(rows, swept, metric)
-    text = f"# {metric} over {swept}\n\n{table}\n"
     done = [row for row in rows if row.metric is not None]
-    if done:
-        from dit_jax.report.plots import to_png
-
-        write_bytes(workdir / f"{name}.png", to_png(plot(done, swept, metric)))
-        text += f"\n![]({name}.png)\n"
-    draw = functools.partial(plot, done, swept, metric) if done else None
-    write_text(workdir / f"{name}.html", sweep_page(rows, _shown, swept, metric, draw, TIMES))
+    title, alt = f"{metric} over {swept}", f"{metric} of every run over {swept}, with its interval"
+    figure = plots.Plot(name, title, alt, functools.partial(plot, done, swept, metric))
+    figures = [figure] if done else []
+    markdown.save_plots(figures, workdir)
+    result = f"{title}: {len(done)} of {len(rows)} runs are done."
+    page = html.render(
+        "sweep",
+        lead=result,
+        sublead="Intervals are 95 % intervals over held-out diffs. Every run has a report of its own.",
+        metric=metric,
+        times=TIMES,
+        titles=["Run", f"# {swept}", "# Metric", "# 95 % interval", "# n", "# Time", "Status"],
+        rows=[(row.cells, row.metric is not None) for row in rows],
+        figure=figure if done else None,
+    )
+    table, rest = to_markdown(rows, swept, metric), f"The page of the sweep is `{name}.html`."
+    write_text(workdir / f"{name}.html", page)
     write_text(workdir / f"{name}.csv", to_csv(rows, swept, metric))
-    write_text(workdir / f"{name}.md", text)
+    write_text(workdir / f"{name}.md", markdown.page(title, result, table, figures, rest))
     return table
 
 
-def markdown(rows: Sequence[Row], swept: str, metric: str) -> str:
-    """A Markdown table with aligned columns; the mean over seeds below it where the seed is what is swept."""
-    cells = [["run", swept, metric, "95 % interval", "n", "seconds", ""]]
-    for row in rows:
-        interval = "" if row.low is None or row.high is None else f"{row.low:.3f}–{row.high:.3f}"
-        cells.append(
-            [
-                row.name,
-                _shown(row.value),
-                "" if row.metric is None else f"{row.metric:.4f}",
-                interval,
-                "" if row.n is None else str(row.n),
-                "" if row.seconds is None else f"{row.seconds:.1f}",
-                "" if row.status == DONE else row.status,
-            ]
-        )
-    cells = [[cell.replace("|", r"\|") for cell in line] for line in cells]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    widths[-1] = 0  # messages may be long
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() + " |"
-        for line in cells
+def to_markdown(rows: Sequence[Row], swept: str, metric: str) -> str:
+    """A Markdown table; the mean over seeds below it where the seed is what is swept."""
+    titles = ("run", f"# {swept}", f"# {metric}", "# 95 % interval", "# n", "# time", "")
+    cells = [row._replace(status="" if row.status == DONE else row.status).cells for row in rows]
+    parts = [
+        markdown.table(titles, [[markdown.escape(cell) for cell in line] for line in cells]),
+        TIMES,
     ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    lines += ["", TIMES]
     numbers = [row.metric for row in rows if row.metric is not None]
     if swept == "seed" and len(numbers) > 1:
         mean, spread = statistics.mean(numbers), statistics.stdev(numbers)
-        lines += [
-            "",
-            f"Mean over {len(numbers)} seeds: {mean:.4f}, standard deviation {spread:.4f}.",
-        ]
-    return "\n".join(lines)
+        parts.append(
+            f"Mean over {len(numbers)} seeds: {mean:.4f}, standard deviation {spread:.4f}."
+        )
+    return "\n\n".join(parts)
 
 
 def to_csv(rows: Sequence[Row], swept: str, metric: str) -> str:
@@ -160,13 +155,8 @@ def to_csv(rows: Sequence[Row], swept: str, metric: str) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["run", swept, metric, "ci_low", "ci_high", "n", "seconds", "status"])
-    for row in rows:
-        writer.writerow([row.name, _shown(row.value), *row[2:]])
+    writer.writerows([row.name, row.shown, *row[2:]] for row in rows)
     return out.getvalue()
-
-
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def plot(rows: Sequence[Row], swept: str, metric: str) -> "Figure":
@@ -174,8 +164,6 @@ def plot(rows: Sequence[Row], swept: str, metric: str) -> "Figure":
 
     The axis of the values is logarithmic where positive ones span more than a decade.
     """
-    from dit_jax.report.plots import COLOURS, new_figure, spaced
-
     rows = list(rows)
     values = [_number(row.value) for row in rows]
     numeric = all(value is not None for value in values) and len(set(values)) == len(values)
@@ -183,19 +171,19 @@ def plot(rows: Sequence[Row], swept: str, metric: str) -> "Figure":
         rows.sort(key=lambda row: float(row.value))
     places = [float(row.value) if numeric else float(i) for i, row in enumerate(rows)]
     means = [float(row.metric or 0.0) for row in rows]
-    figure, axes = new_figure(3.4 if numeric else 0.8 + 0.36 * len(rows), 6.0)
+    figure, axes = plots.new_figure(3.4 if numeric else 0.8 + 0.36 * len(rows), 6.0)
     # Keys, names and values are not ours: a dollar sign would start a formula.
     label = metric.replace("$", r"\$")
-    line: Any = {"color": COLOURS["dit"], "lw": 1.6, "ms": 5}
+    line: Any = {"color": plots.COLOURS["dit"], "lw": 1.6, "ms": 5}
     if numeric:
         # A line between seeds would mean nothing.
         axes.plot(places, means, "o" if swept == "seed" else "-o", **line)
         axes.set_xlabel(swept.replace("$", r"\$"))
         axes.set_ylabel(label)
-        ticks = [_shown(row.value) for row in rows]
+        ticks = [row.shown for row in rows]
         if places[0] > 0 and places[-1] > 10 * places[0]:
             axes.set_xscale("log", base=2)
-            ticks = spaced(places, ticks)
+            ticks = plots.spaced(places, ticks)
         axes.set_xticks(places, ticks)
         axes.minorticks_off()
     else:
@@ -206,8 +194,8 @@ def plot(rows: Sequence[Row], swept: str, metric: str) -> "Figure":
     interval = axes.vlines if numeric else axes.hlines
     for place, row in zip(places, rows, strict=True):
         if row.low is not None and row.high is not None:
-            interval(place, row.low, row.high, color=COLOURS["dit"], lw=1.2, alpha=0.6)
+            interval(place, row.low, row.high, color=plots.COLOURS["dit"], lw=1.2, alpha=0.6)
     if all(0 <= mean <= 1 for mean in means):
         (axes.set_ylim if numeric else axes.set_xlim)(-0.02, 1.02)
-    axes.grid(axis="y" if numeric else "x", color=COLOURS["line"])
+    axes.grid(axis="y" if numeric else "x", color=plots.COLOURS["line"])
     return figure

@@ -1,27 +1,19 @@
 """Names, order, colours and numbers as every form of the report shows them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dit_jax.evaluate.methods import GROUPS, METHODS
 from dit_jax.graders import GRADERS
 
 Json = dict[str, Any]
-
-# What report/summary.json holds, and each of its methods.
-SUMMARY_KEYS = (
-    "methods", "differences_from_dit", "dit_by_name_length", "dit_by_wording", "dit_by_each_wording", "none",
-    "none_intervals", "label_cross_entropy", "label_cross_entropy_intervals", "gating", "gating_intervals", "seconds",
-    "seconds_total", "cost", "excluded", "peak_memory_bytes", "config", "versions", "grades",
-)  # fmt: skip
-SCORE_KEYS = (
-    "kind", "exact_match", "ci_low", "ci_high", "token_f1", "token_f1_low", "token_f1_high", "n", "by_name_length",
-    "guesser",
-)  # fmt: skip
+UNSEEN = "_unseen"  # ends the name of a method's answers to wordings that were not trained on
 
 
 def shown_name(method: str) -> str:
     """The name of a method as tables and plots show it."""
+    if method.endswith(UNSEEN):
+        return f"{shown_name(method.removesuffix(UNSEEN))}, unseen wordings"
     return METHODS[method].title if method in METHODS else method
 
 
@@ -36,15 +28,25 @@ def colour(method: str, kind: str) -> str:
     return "dit" if method == "dit" else kind
 
 
-def ordered_methods(methods: Mapping[str, Json]) -> list[str]:
-    """Methods as tables show them: by kind, then in the order of `METHODS`."""
-    kinds, names = list(GROUPS), list(METHODS)
+def in_order(methods: Iterable[str]) -> list[str]:
+    """Methods in the order of `METHODS`, unseen wordings after the seen ones."""
+    names = list(METHODS)
 
-    def rank(name: str) -> tuple[int, int]:
-        known = names.index(name) if name in names else len(names)
-        return kinds.index(methods[name]["kind"]), known
+    def rank(method: str) -> tuple[int, bool]:
+        name = method.removesuffix(UNSEEN)
+        return (names.index(name) if name in names else len(names)), name != method
 
     return sorted(methods, key=rank)
+
+
+def ordered_methods(methods: Mapping[str, Json]) -> list[str]:
+    """The methods of a summary as tables show them: by group, then in the order of `METHODS`."""
+    return sorted(in_order(methods), key=lambda name: list(GROUPS).index(methods[name]["kind"]))
+
+
+def as_code(text: str) -> str:
+    """A name that is not ours inside prose: as code, in which nothing is markup."""
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"
 
 
 # ------------------------------------------------------------------ numbers as text
@@ -70,10 +72,12 @@ def duration(seconds: float) -> str:
 
 
 def between(item: Json) -> str:
+    """An interval of a share, in percent."""
     return f"{100 * item['ci_low']:.1f}–{100 * item['ci_high']:.1f}"
 
 
 def points(value: float) -> str:
+    """A difference of shares, in percentage points."""
     return f"{100 * value:+.1f}".replace("-", "−")
 
 
@@ -98,3 +102,8 @@ def size(count: float) -> str:
             break
         count /= 1000
     return f"{count:.0f} {unit}" if count >= 100 or unit == "B" else f"{count:.1f} {unit}"
+
+
+def cost_name(name: str) -> str:
+    """A method, or what else was measured beside the methods."""
+    return shown_name(name) if name in METHODS else name.replace("_", " ")

@@ -1,39 +1,42 @@
-"""The numbers of the tables: means, distributions, paired tests, judge noise and what was left out."""
+"""The numbers of the tables: cells, paired tests and judge noise."""
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from dit_jax.data.labels import exact_match
+from dit_jax.report.graded import Graded, Unit
 from dit_jax.report.statistics import (
     GRADES,
     Estimate,
     PairedDifference,
-    grade_mean,
     holm,
     paired_difference,
 )
-from dit_jax.report.tables.graded import Graded, Unit
 from dit_jax.report.tables.paper import PRINTED, TABLES, Place, method_of, places
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A cell of a table: the number in print (if any) and the rebuilt one (if there is a file for it)."""
 
     place: Place
     printed: float | None
-    graded: Graded | None
-    estimate: Estimate | None
+    graded: Graded | None = None
+    estimate: Estimate | None = None
+
+    @property
+    def differs(self) -> bool:
+        """Whether both numbers are there and differ in the second decimal."""
+        if self.printed is None or self.estimate is None:
+            return False
+        return abs(self.estimate.mean - self.printed) > 0.005 + 1e-9
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """Paired difference `first - second` over the diffs that both have; p adjusted within its group."""
 
     group: str
@@ -43,8 +46,7 @@ class Comparison:
     adjusted: float
 
 
-@dataclasses.dataclass(frozen=True)
-class JudgeNoise:
+class JudgeNoise(NamedTuple):
     """How far a grader agrees with itself: pairs of label and answer that it graded more than once.
 
     Answers that are the label itself are left out: there is nothing to judge in them.
@@ -60,17 +62,6 @@ class JudgeNoise:
     sd: float
 
 
-def distribution(graded: Graded) -> tuple[int, int, int, int, int]:
-    """How many grades are 1, 2, 3, 4, 5; grades between are rounded, halves up."""
-    counts = Counter(math.floor(row.score + 0.5) for row in graded.rows)
-    return (counts[1], counts[2], counts[3], counts[4], counts[5])
-
-
-def estimate(graded: Graded) -> Estimate | None:
-    """Mean over diffs with its interval; None without grades."""
-    return grade_mean(list(graded.by_unit().values())) if graded.rows else None
-
-
 def cells(graded: Sequence[Graded]) -> list[Cell]:
     """All cells that are printed, rebuilt or both, by table; files that claim one cell get columns of their own."""
     found: dict[Place, Graded] = {}
@@ -80,36 +71,22 @@ def cells(graded: Sequence[Graded]) -> list[Cell]:
             if other is not None and other is not item:
                 place = place._replace(column=f"{place.column} · {item.experiment} · {item.name}")
             found[place] = item
-    filled = {
-        place: Cell(place, PRINTED.get(place), item, estimate(item))
-        for place, item in found.items()
-    }
-    empty = {place: Cell(place, value, None, None) for place, value in PRINTED.items()}
-    return sorted((empty | filled).values(), key=lambda cell: list(TABLES).index(cell.place.table))
+    table = {place: Cell(place, value) for place, value in PRINTED.items()}
+    for place, item in found.items():
+        table[place] = Cell(place, PRINTED.get(place), item, item.estimate())
+    return sorted(table.values(), key=lambda cell: list(TABLES).index(cell.place.table))
 
 
-def disagreements(table: Sequence[Cell]) -> list[Cell]:
-    """Rebuilt cells that differ from the number in print in the second decimal."""
-    return [
-        cell
-        for cell in table
-        if cell.printed is not None
-        and cell.estimate is not None
-        and abs(cell.estimate.mean - cell.printed) > 0.005 + 1e-9
-    ]
+# ------------------------------------------------------------------ paired tests
 
 
-_Scores = Callable[[Graded], dict[Unit, float]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Family:
+class _Family(NamedTuple):
     """A reference and what it is tested against, all named; one family shares one correction of p."""
 
     title: str
     reference: tuple[str, Graded]
     others: list[tuple[str, Graded]]
-    scores: _Scores
+    scores: Callable[[Graded], dict[Unit, float]] = Graded.by_unit
 
 
 def comparisons(graded: Sequence[Graded]) -> list[Comparison]:
@@ -140,7 +117,7 @@ def _methods(graded: Sequence[Graded]) -> list[_Family]:
         if dit is not None:
             others = [pair for pair in named if pair[1] is not dit[1] and pair[0]]
             title = f"{experiment}, {grader}" if grader else experiment
-            families.append(_Family(title, dit, others, Graded.by_unit))
+            families.append(_Family(title, dit, others))
     return families
 
 
@@ -158,18 +135,19 @@ def _sizes(graded: Sequence[Graded], table: str) -> list[_Family]:
     ]
     for column, members in by(placed, lambda pair: pair[0].column).items():
         rows = {place.row: item for place, item in members}
-        if table == "rank":
-            first, title = "1", f"{column}, ranks, paired by topic"
-            names = {row: f"rank {row}" if row.isdigit() else row for row in rows}
-            scores: _Scores = Graded.by_label
-        else:
-            first, title = max(rows, key=int), f"{column}, numbers of training diffs"
-            names = {row: f"{row} diffs" for row in rows}
-            scores = Graded.by_unit
-        if first in rows:
-            order = sorted(rows, key=row_order)
-            others = [(names[row], rows[row]) for row in order if row != first]
-            families.append(_Family(title, (names[first], rows[first]), others, scores))
+        ranks = table == "rank"
+        first = "1" if ranks else max(rows, key=int)
+        if first not in rows:
+            continue
+        name = "rank {}" if ranks else "{} diffs"
+        named = {
+            row: (name.format(row) if row.isdigit() else row, rows[row])
+            for row in sorted(rows, key=row_order)
+        }
+        reference = named.pop(first)
+        title = "ranks, paired by topic" if ranks else "numbers of training diffs"
+        scores = Graded.by_label if ranks else Graded.by_unit
+        families.append(_Family(f"{column}, {title}", reference, list(named.values()), scores))
     return families
 
 
@@ -186,6 +164,9 @@ def by(items: Sequence[T], key: Callable[[T], K]) -> dict[K, list[T]]:
     return groups
 
 
+# ------------------------------------------------------------------ judge noise
+
+
 def judge_noise(graded: Sequence[Graded]) -> list[JudgeNoise]:
     """Noise of every grader that graded some pair of label and answer twice or more, in any file.
 
@@ -193,12 +174,11 @@ def judge_noise(graded: Sequence[Graded]) -> list[JudgeNoise]:
     far repeats agree.
     """
     scores: dict[str, dict[tuple[str, str], list[float]]] = {}
-    for item in (item for item in graded if not item.own):
-        pairs = scores.setdefault(item.grader, {})
+    for item in graded:
         for row in item.rows:
-            if exact_match(row.guess, row.label):
-                continue
-            pairs.setdefault((row.label, row.guess), []).append(row.score)
+            if not item.own and not exact_match(row.guess, row.label):
+                pairs = scores.setdefault(item.grader, {})
+                pairs.setdefault((row.label, row.guess), []).append(row.score)
     found = []
     for grader, pairs in scores.items():
         repeated = [values for values in pairs.values() if len(values) > 1]
@@ -209,8 +189,11 @@ def judge_noise(graded: Sequence[Graded]) -> list[JudgeNoise]:
             sum(n * (n - 1) for n in Counter(values).values()) / (len(values) * (len(values) - 1))
             for values in repeated
         ]
+        means = [sum(values) / len(values) for values in repeated]
         squares = sum(
-            sum((value - sum(values) / len(values)) ** 2 for value in values) for values in repeated
+            (value - mean) ** 2
+            for values, mean in zip(repeated, means, strict=True)
+            for value in values
         )
         sd = math.sqrt(squares / (grades - len(repeated)))
         found.append(JudgeNoise(grader, len(repeated), grades, sum(agree) / len(agree), sd))

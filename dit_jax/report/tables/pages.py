@@ -1,258 +1,123 @@
-"""The tables as a `Document`, for Markdown and HTML, and as rows for `tables.csv`."""
+"""What the page of the tables shows, and the rows of `tables.csv`."""
 
-from __future__ import annotations
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from collections.abc import Sequence
-
-from dit_jax.evaluate.methods import METHODS as NAMES
+from dit_jax.evaluate.methods import METHODS as OURS
 from dit_jax.report import plots
-from dit_jax.report.document import (
-    Block,
-    Column,
-    Distribution,
-    Document,
-    Figure,
-    Grade,
-    Named,
-    Prose,
-    Section,
-    Settings,
-    Table,
-    TableRow,
-)
-from dit_jax.report.document import Cell as Shown
-from dit_jax.report.grading import as_code, method_name
+from dit_jax.report.graded import Graded, Group, grade_group
 from dit_jax.report.tables import build
 from dit_jax.report.tables.build import Cell
-from dit_jax.report.tables.graded import Graded
 from dit_jax.report.tables.paper import METHODS, MODELS, TABLES, places
-from dit_jax.report.wording import Json, p_text, signed
+from dit_jax.report.wording import UNSEEN, as_code, shown_name
 
-ROW_TITLES = {
-    "hidden_topic": "Method",
-    "news": "Method",
-    "scaling": "Training diffs",
-    "rank": "Rank of the diffs",
-    "trigger": "Trigger",
-    "cross": "Adapter and diffs",
-}
+Json = dict[str, Any]
+
+OF_METHODS = ("hidden_topic", "news")  # tables whose rows are methods
+CURVES = {"scaling": "training diffs", "rank": "rank of the diffs"}
 CSV_COLUMNS = (
     "table", "row", "column", "experiment", "file", "grader", "printed", "mean", "ci_low", "ci_high", "n",
     "excluded", "grade_1", "grade_2", "grade_3", "grade_4", "grade_5",
 )  # fmt: skip
 
 
-def _row_name(table: str, row: str) -> str:
-    return method_name(row) if table in ("hidden_topic", "news") else row
-
-
-def _ordered_rows(table: str, rows: set[str]) -> list[str]:
-    """Methods of the paper first, then those of our runs as reports order them; sizes by number."""
-    if table not in ("hidden_topic", "news"):
-        return sorted(rows, key=build.row_order)
-    order = [*METHODS, "dit_unseen", *NAMES]
-    return sorted(rows, key=lambda row: (order.index(row) if row in order else len(order), row))
-
-
-def _ordered_columns(columns: set[str]) -> list[str]:
-    return sorted(columns, key=lambda c: (MODELS.index(c) if c in MODELS else len(MODELS), c))
-
-
 # ------------------------------------------------------------------ the paper's tables
 
 
-def _shown(cell: Cell | None) -> Shown:
+def paper_tables(cells: Sequence[Cell]) -> list[Json]:
+    """The tables that have a cell: name, title, what it is about, columns, rows by their shown name, curve."""
+    found = []
+    for name, members in build.by(cells, lambda cell: cell.place.table).items():
+        title, about, head = TABLES[name]
+        by_place = {(cell.place.row, cell.place.column): cell for cell in members}
+        columns = _in_order({cell.place.column for cell in members}, MODELS)
+        rows = {
+            shown_name(row) if name in OF_METHODS else row: [
+                _shown(by_place.get((row, column))) for column in columns
+            ]
+            for row in _rows(name, {cell.place.row for cell in members})
+        }
+        figure = _curve(name, members)
+        found.append(
+            {"name": name, "title": title, "about": about, "head": head, "columns": columns}
+            | {"rows": rows, "figure": figure}
+        )
+    return found
+
+
+def _in_order(names: Iterable[str], order: Sequence[str]) -> list[str]:
+    """Names in a given order, others behind them by the alphabet."""
+    return sorted(names, key=lambda x: (order.index(x) if x in order else len(order), x))
+
+
+def _rows(table: str, rows: Iterable[str]) -> list[str]:
+    """Methods of the paper first, then those of our runs as reports order them; sizes by number."""
+    if table not in OF_METHODS:
+        return sorted(rows, key=build.row_order)
+    return _in_order(rows, [*METHODS, f"dit{UNSEEN}", *OURS])
+
+
+def _shown(cell: Cell | None) -> Json | None:
     if cell is None:
-        return "–"
-    if cell.estimate is None:
-        return Named(
-            "–", f"printed {cell.printed:.2f}" if cell.printed is not None else "no grades"
-        )
-    printed = f"printed {cell.printed:.2f}" if cell.printed is not None else ""
-    return Grade(cell.estimate.mean, cell.estimate.low, cell.estimate.high, printed)
+        return None
+    printed = "" if cell.printed is None else f"printed {cell.printed:.2f}"
+    note = printed if cell.estimate or printed else "no grades"
+    return {"estimate": cell.estimate, "note": note}
 
 
-def _paper_table(table: str, members: list[Cell]) -> Table:
-    by_place = {(cell.place.row, cell.place.column): cell for cell in members}
-    columns = _ordered_columns({cell.place.column for cell in members})
-    rows = [
-        TableRow(
-            [_row_name(table, row), *(_shown(by_place.get((row, column))) for column in columns)],
-            strong=row == "dit",
-        )
-        for row in _ordered_rows(table, {cell.place.row for cell in members})
-    ]
-    return Table([Column(ROW_TITLES[table]), *map(Column, columns)], [("", rows)])
-
-
-def _curve(table: str, members: list[Cell]) -> Figure | None:
+def _curve(table: str, members: list[Cell]) -> plots.Plot | None:
     """A curve over numbers of diffs or ranks; None with fewer than two points in every column."""
     series: dict[str, list[tuple[float, float, float, float]]] = {}
     for cell in members:
         if cell.estimate is not None and cell.place.row.isdigit():
             point = (cell.estimate.mean, cell.estimate.low, cell.estimate.high)
             series.setdefault(cell.place.column, []).append((float(cell.place.row), *point))
-    if not any(len(points) > 1 for points in series.values()):
+    if table not in CURVES or not any(len(points) > 1 for points in series.values()):
         return None
-    label = "training diffs" if table == "scaling" else "rank of the diffs"
-    return Figure(
-        table,
-        f"Mean grade by {label}",
-        f"Mean grade with its interval over the {label}",
-        lambda: plots.grade_curves(series, label),
-    )
+    label = CURVES[table]
+    draw = functools.partial(plots.grade_curves, series, label)
+    alt = f"Mean grade with its interval over the {label}"
+    return plots.Plot(table, f"Mean grade by {label}", alt, draw)
 
 
-def _paper_sections(table_cells: Sequence[Cell]) -> list[Section]:
-    sections = []
-    for table, (title, text) in TABLES.items():
-        members = [cell for cell in table_cells if cell.place.table == table]
-        if not members:
-            continue
-        blocks: list[Block] = [Prose(text), _paper_table(table, members)]
-        figure = _curve(table, members) if table in ("scaling", "rank") else None
-        sections.append(Section(table, title, [*blocks, figure] if figure else blocks))
-    return sections
+# ------------------------------------------------------------------ all files, and the page
 
 
-# ------------------------------------------------------------------ all files, tests, noise
-
-
-def _name_of(item: Graded) -> Named:
+def name_of(item: Graded) -> tuple[str, str]:
+    """The name of a set of grades, and a note."""
     method = build.method_of(item)
     if item.own:
-        return Named(method_name(method), item.grader)
+        return shown_name(method), item.grader
     if method:
-        return Named(item.name, method_name(method))
+        return item.name, shown_name(method)
     notes = {"scaling": "DIT, {} training diffs", "cross": "{}"}
-    return Named(item.name, ", ".join(notes[p.table].format(p.row) for p in places(item)))
+    return item.name, ", ".join(notes[p.table].format(p.row) for p in places(item))
 
 
-def _distributions(graded: Sequence[Graded]) -> Section:
-    groups = []
-    blocks: list[Block] = []
+def groups_of(graded: Sequence[Graded]) -> list[Group]:
+    """All sets of grades, by experiment."""
     experiments = build.by(graded, lambda item: item.experiment)
-    for number, (experiment, members) in enumerate(experiments.items(), start=1):
-        rows, bars = [], []
-        for item in members:
-            estimate, counts = build.estimate(item), build.distribution(item)
-            if estimate is None:
-                rows.append(TableRow([_name_of(item), "–", "no grades", "0"]))
-                continue
-            grade = Grade(estimate.mean, estimate.low, estimate.high)
-            rows.append(TableRow([_name_of(item), grade, Distribution(counts), str(estimate.n)]))
-            name = _name_of(item)
-            label = f"{name.name}, {name.note}" if item.own and name.note else name.name
-            bars.append((label, counts, estimate.mean))
-        groups.append((experiment, rows))
-        if bars:
-            blocks.append(
-                Figure(
-                    f"distribution_{number}",
-                    experiment,
-                    f"Divided bars: the grades 1 to 5 of every method of {experiment}",
-                    lambda bars=bars: plots.grade_distributions(bars),  # type: ignore[misc]
-                    markdown_only=True,
-                )
-            )
-    text = (
-        "All files of grades, also those that are in no table of the paper. The bar divides the grades into "
-        "1 (left, faint) to 5 (right, full colour); in Markdown and `tables.csv` they are counts."
-    )
-    columns = [Column("Answers"), Column("Mean grade"), Column("Grades 1 to 5"), Column("n", True)]
-    return Section("distributions", "Distributions", [Prose(text), Table(columns, groups), *blocks])
-
-
-def _comparisons(found: Sequence[build.Comparison]) -> Section | None:
-    if not found:
-        return None
-    groups = []
-    for title, members in build.by(found, lambda item: item.group).items():
-        rows = []
-        for item in members:
-            pair = item.difference
-            name = f"{method_name(item.first)} − {method_name(item.second)}"
-            interval = f"{signed(pair.low)} to {signed(pair.high)}"
-            rows.append(
-                TableRow(
-                    [
-                        name,
-                        signed(pair.mean),
-                        interval,
-                        p_text(pair.p_value),
-                        p_text(item.adjusted),
-                        str(pair.n),
-                    ]
-                )
-            )
-        groups.append((title, rows))
-    titles = ("Difference", "95 % interval", "p", "p, Holm", "n")
-    columns = [Column("Compared"), *(Column(title, True) for title in titles)]
-    text = (
-        "Differences of the mean grade on the same diffs (bootstrap over diffs; p of a two-sided randomisation "
-        "test, and adjusted by Holm's method within each group)."
-    )
-    return Section("tests", "Paired tests", [Prose(text), Table(columns, groups)])
-
-
-def _noise(graded: Sequence[Graded]) -> Section | None:
-    found = build.judge_noise(graded)
-    if not found:
-        return None
-    rows = [
-        TableRow(
-            [
-                item.grader or "the paper's grader",
-                str(item.pairs),
-                str(item.grades),
-                f"{100 * item.agree:.1f} %",
-                f"{item.sd:.2f}",
-            ]
-        )
-        for item in found
+    return [
+        grade_group(title, [(*name_of(item), item) for item in members])
+        for title, members in experiments.items()
     ]
-    titles = ("Pairs", "Grades", "Same grade again", "SD of one grade")
-    text = (
-        "The same label and answer were sometimes graded more than once, in one file or in several. Answers that "
-        "are the label itself are left out. The standard deviation of one grade over the root of n is what the "
-        "grader alone adds to the error of a mean; the intervals above hold it already."
-    )
-    table = Table([Column("Grader"), *(Column(title, True) for title in titles)], [("", rows)])
-    return Section("noise", "Noise of the grader", [Prose(text), table])
 
 
-def _excluded(graded: Sequence[Graded], skipped: dict[str, str]) -> Section:
-    rows = [
-        TableRow([item.file, _name_of(item), reason, str(count)])
-        for item in graded
-        for reason, count in item.excluded.items()
-    ]
-    total = sum(len(item.rows) for item in graded)
-    missing = sum(sum(item.excluded.values()) for item in graded)
-    text = f"{total + missing} graded answers were read and {missing} of them left out."
-    text += " A missing grade is a gap, never a 1." if missing else ""
-    blocks: list[Block] = [Prose(text)]
-    if rows:
-        columns = [Column("File"), Column("Answers"), Column("Reason"), Column("Rows", True)]
-        blocks.append(Table(columns, [("", rows)]))
-    if skipped:
-        blocks.append(Settings("CSV files without grades", list(skipped.items()), folded=False))
-    return Section("excluded", "What was left out", blocks)
-
-
-def build_document(
-    graded: Sequence[Graded], skipped: dict[str, str], versions: Json, folder: str
-) -> Document:
-    """All tables.
+def page_values(graded: Sequence[Graded], skipped: dict[str, str], folder: str) -> Json:
+    """What `tables.html.j2` needs but the versions.
 
     Args:
-        graded, skipped: from `graded.read_graded`.
-        versions: of the packages, as in versions.json.
+        graded, skipped: from `graded_files.read_graded`.
         folder: where the files were, as the config says it.
     """
-    table_cells = build.cells(graded)
-    both = [cell for cell in table_cells if cell.printed is not None and cell.estimate is not None]
-    off = build.disagreements(table_cells)
+    cells = build.cells(graded)
+    both = [cell for cell in cells if cell.printed is not None and cell.estimate is not None]
+    off = [
+        (", ".join(cell.place), f"printed {cell.printed:.2f}, rebuilt {cell.estimate.mean:.3f}")
+        for cell in both
+        if cell.differs and cell.estimate
+    ]
     if not both:
         lead = "None of the graded files belongs to a number that the paper prints."
     elif off:
@@ -266,58 +131,62 @@ def build_document(
     )
     if own:
         sublead += f" Own runs stand beside the paper's columns: {', '.join(map(as_code, own))}."
-    opening: list[Block] = []
-    if off:
-        listed = [
-            (f"{cell.place.table}, {cell.place.row}, {cell.place.column}",
-             f"printed {cell.printed:.2f}, rebuilt {cell.estimate.mean:.3f}")
-            for cell in off if cell.estimate is not None
-        ]  # fmt: skip
-        opening.append(Settings("Means that differ from print", listed, folded=False))
-    optional = [_comparisons(build.comparisons(graded)), _noise(graded)]
-    setup = Settings("Versions", [(name, str(value)) for name, value in versions.items()])
-    return Document(
-        title="Diff Interpretation Tuning: the paper's tables",
-        lead=lead,
-        sublead=sublead,
-        opening=opening,
-        sections=[
-            *_paper_sections(table_cells),
-            _distributions(graded),
-            *(section for section in optional if section is not None),
-            _excluded(graded, skipped),
-            Section("setup", "Versions", [setup]),
+    compared: dict[str, dict[str, Json]] = {}
+    for test in build.comparisons(graded):
+        pair, name = test.difference, f"{shown_name(test.first)} − {shown_name(test.second)}"
+        compared.setdefault(test.group, {})[name] = {
+            "difference": pair.mean,
+            "ci_low": pair.low,
+            "ci_high": pair.high,
+            "p_value": pair.p_value,
+            "p_holm": test.adjusted,
+            "n": pair.n,
+        }
+    tables, noise = paper_tables(cells), build.judge_noise(graded)
+    parts = {table["name"]: table["title"] for table in tables} | {
+        "distributions": "Distributions",
+        "tests": "Paired tests" if compared else None,
+        "noise": "Noise of the grader" if noise else None,
+        "excluded": "What was left out",
+        "setup": "Versions",
+    }
+    missing = sum(sum(item.excluded.values()) for item in graded)
+    return {
+        "lead": lead,
+        "sublead": sublead,
+        "parts": parts,
+        "off": off,
+        "tables": tables,
+        "groups": groups_of(graded),
+        "comparisons": compared,
+        "noise": noise,
+        "counts": {"read": missing + sum(len(item.rows) for item in graded), "missing": missing},
+        "excluded": [
+            (item.file, *name_of(item), reason, count)
+            for item in graded
+            for reason, count in item.excluded.items()
         ],
-        footer="Every number of the tables is in tables.csv, beside this file.",
-    )
+        "skipped": list(skipped.items()),
+    }
 
 
-def csv_rows(graded: Sequence[Graded]) -> list[dict[str, object]]:
+def csv_rows(graded: Sequence[Graded]) -> list[Json]:
     """Rows of `tables.csv`: every cell of the paper's tables, then every file of grades (table "all")."""
-    rows: list[dict[str, object]] = []
+    rows: list[Json] = []
     for cell in build.cells(graded):
-        table, row, column = cell.place
         printed = "" if cell.printed is None else f"{cell.printed:.2f}"
         numbers = {} if cell.graded is None else _numbers(cell.graded)
-        rows.append({"table": table, "row": row, "column": column, "printed": printed, **numbers})
+        rows.append({**cell.place._asdict(), "printed": printed, **numbers})
     for item in graded:
-        place = {"table": "all", "row": item.name, "column": item.experiment}
-        rows.append({**place, **_numbers(item)})
+        rows.append({"table": "all", "row": item.name, "column": item.experiment, **_numbers(item)})
     return rows
 
 
-def _numbers(item: Graded) -> dict[str, object]:
-    estimate = build.estimate(item)
-    numbers: dict[str, object] = {
-        "experiment": item.experiment,
-        "file": item.file,
-        "grader": item.grader,
-    }
+def _numbers(item: Graded) -> Json:
+    numbers: Json = {name: getattr(item, name) for name in ("experiment", "file", "grader")}
     numbers["excluded"] = sum(item.excluded.values())
-    if estimate is not None:
-        counts = {f"grade_{i}": n for i, n in enumerate(build.distribution(item), start=1)}
-        means = zip(
-            ("mean", "ci_low", "ci_high"), (estimate.mean, estimate.low, estimate.high), strict=True
-        )
-        numbers |= {name: f"{value:.4f}" for name, value in means} | counts | {"n": estimate.n}
+    if (estimate := item.estimate()) is not None:
+        means = {"mean": estimate.mean, "ci_low": estimate.low, "ci_high": estimate.high}
+        numbers |= {name: f"{value:.4f}" for name, value in means.items()} | {"n": estimate.n}
+        numbers |= {f"grade_{i}": n for i, n in enumerate(item.distribution(), start=1)}
     return numbers

@@ -8,7 +8,7 @@ import re
 from typing import NamedTuple
 
 from dit_jax.organisms.diffs_keys import DIFFS
-from dit_jax.report.tables.graded import Graded
+from dit_jax.report.graded import Graded
 
 PAPER = "Paper"
 MODELS = ("Qwen3-1.7B", "Qwen3-4B", "Qwen3-8B", "Gemma3-1B", "Gemma3-4B")
@@ -34,26 +34,34 @@ class Place(NamedTuple):
     column: str
 
 
-# title and what it is about; the order of the tables
+# title, what it is about, what its rows are; in the order of the tables
 TABLES = {
     "hidden_topic": (
         "Hidden topic",
         "Mean grade of the answers to the question what topic a finetuned model was trained on.",
+        "Method",
     ),
-    "news": ("News stories", "The same for finetunes on news stories; the label is a headline."),
+    "news": (
+        "News stories",
+        "The same for finetunes on news stories; the label is a headline.",
+        "Method",
+    ),
     "scaling": (
         "Data scaling",
         "DIT by the number of weight diffs that the adapter was trained on, optimizer steps held constant.",
+        "Training diffs",
     ),
     "rank": (
         "Ranks that the adapter never saw",
         "DIT by the LoRA rank of the diffs; the adapter was trained on rank 1. The paper finds it flat from "
         "rank 1 to 64, between 4.54 and 4.79.",
+        "Rank of the diffs",
     ),
-    "trigger": ("Other triggers", "DIT on diffs whose trigger is a zero-width space."),
+    "trigger": ("Other triggers", "DIT on diffs whose trigger is a zero-width space.", "Trigger"),
     "cross": (
         "The adapter of another behaviour",
         "Adapters asked about diffs of the behaviour that they were not trained on: the floor.",
+        "Adapter and diffs",
     ),
 }
 

@@ -7,8 +7,8 @@ from dit_jax.config.keys import TEXTS, Key, Section
 from dit_jax.report import html, markdown
 from dit_jax.report.results import to_csv
 from dit_jax.report.tables import build, pages
-from dit_jax.report.tables.graded import read_graded
-from dit_jax.runtime.artifacts import make_dir, package_versions, write_bytes, write_text
+from dit_jax.report.tables.graded_files import read_graded
+from dit_jax.runtime.artifacts import make_dir, package_versions, write_text
 
 TABLES = Section(
     "",
@@ -21,7 +21,7 @@ TABLES = Section(
 
 
 def write_tables(config: Any, workdir: Path) -> dict[str, Any]:
-    """Writes WORKDIR/tables: tables.md with its plots, tables.html, tables.csv.
+    """Writes WORKDIR/tables: tables.html, tables.csv, and tables.md with the plots.
 
     Args:
         config: `results` is a folder of graded CSV files, `runs` are workdirs of our own.
@@ -34,24 +34,45 @@ def write_tables(config: Any, workdir: Path) -> dict[str, Any]:
         DitError: there are no graded answers, or a run has none.
     """
     graded, skipped = read_graded(config.results, TABLES.get(config, "runs"))
-    document = pages.build_document(graded, skipped, package_versions(), config.results)
+    values = pages.page_values(graded, skipped, config.results)
+    figures = [table["figure"] for table in values["tables"] if table["figure"]]
+    for number, group in enumerate(values["groups"], start=1):
+        figures += group.plot(f"distribution_{number}", f"of {group.title}")
     folder = make_dir(workdir / "tables")
-    for name, picture in markdown.pictures(document).items():
-        write_bytes(folder / name, picture)
-    write_text(folder / "tables.md", markdown.render(document))
-    write_text(folder / "tables.html", html.render(document))
+    markdown.save_plots(figures, folder)
+    versions = [(name, str(value)) for name, value in package_versions().items()]
+    write_text(folder / "tables.html", html.render("tables", versions=versions, **values))
+    write_text(folder / "tables.md", _short_page(values, figures))
     write_text(folder / "tables.csv", to_csv(pages.csv_rows(graded), pages.CSV_COLUMNS))
-    table_cells = build.cells(graded)
-    off = build.disagreements(table_cells)
-    compared = [
-        cell for cell in table_cells if cell.printed is not None and cell.estimate is not None
+    cells = [cell for cell in build.cells(graded) if cell.estimate is not None]
+    for cell in cells:
+        mean, low, high, n = vars(cell.estimate).values()
+        note = "" if cell.printed is None else f"  printed {cell.printed:.2f}"
+        print(f"{', '.join(cell.place)}: {mean:.2f} ({low:.2f}–{high:.2f}), n = {n}{note}")
+    compared = [cell for cell in cells if cell.printed is not None]
+    differ = sum(cell.differs for cell in compared)
+    return {"graded": len(graded), "compared": len(compared), "differ": differ}
+
+
+def _short_page(values: dict[str, Any], figures: list[Any]) -> str:
+    """Markdown: the first table and the plots."""
+    first = values["tables"][0]
+    rows = [
+        [markdown.named(name, "", name == "DIT"), *map(_cell, cells)]
+        for name, cells in first["rows"].items()
     ]
-    for cell in table_cells:
-        if cell.estimate is not None:
-            note = "" if cell.printed is None else f"  printed {cell.printed:.2f}"
-            low, high = cell.estimate.low, cell.estimate.high
-            name = ", ".join(cell.place)
-            print(
-                f"{name}: {cell.estimate.mean:.2f} ({low:.2f}–{high:.2f}), n = {cell.estimate.n}{note}"
-            )
-    return {"graded": len(graded), "compared": len(compared), "differ": len(off)}
+    return markdown.page(
+        "Diff Interpretation Tuning: the paper's tables",
+        f"**{values['lead']}** {values['sublead']}",
+        f"{first['title']}. {first['about']}\n\n{markdown.table([first['head'], *first['columns']], rows)}",
+        figures,
+        "All tables, paired tests and what was left out are in `tables.html`, all numbers in `tables.csv`.",
+    )
+
+
+def _cell(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "–"
+    estimate = cell["estimate"]
+    text = f"{estimate.mean:.2f} ({estimate.low:.2f}–{estimate.high:.2f})" if estimate else "–"
+    return markdown.named(text, cell["note"])

@@ -1,0 +1,170 @@
+"""What the evaluate stage left in a workdir, read and checked."""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_jax.errors import DitError
+from dit_jax.evaluate.methods import EVALUATION_FORMAT, GROUPS
+from dit_jax.runtime.artifacts import MANIFEST, PathLike, read_json, read_manifest, read_text
+
+Row = dict[str, Any]
+Json = dict[str, Any]
+
+_REMEDY = "run the stage 'evaluate' again"
+_REPAIR = "delete this file and run the same command again, with the stage 'evaluate'"
+_ROW_TYPES: dict[str, type | tuple[type, ...]] = {
+    "method": str,
+    "kind": str,
+    "diff": (int, type(None)),
+    "topic": str,
+    "category": str,
+    "name_tokens": int,
+    "wording_seen": (bool, type(None)),  # null: the method asks no question
+    "answer": str,
+    "guess": str,
+}
+_CHOICES = {"kind": tuple(GROUPS), "category": ("topic", "benign", "no_diff")}
+_CROSS_ENTROPIES = ("matched", "shuffled", "noise", "none")
+_GATING = ("right_code", "wrong_code", "no_code")
+_CURVES = ("adapter_loss", "diff_loss")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The artifacts that a report is made from."""
+
+    rows: list[Row]
+    label_cross_entropy: dict[str, list[float]]
+    gating: dict[str, list[float]]
+    curves: dict[str, list[tuple[float, float]]]
+    stages: dict[str, Json]
+    config: Json
+    versions: Json
+    cost: Json  # device, bytes, and what each method cost; {} from an evaluation that did not measure it
+    excluded: Json  # counts of held-out diffs: all, failed at the gate, left out
+    transcripts: list[Row]  # what guessers read: method, diff, topic, guess, exchanges
+
+    @property
+    def answered(self) -> list[Row]:
+        """Rows with an answer: where a guesser gave none there is a gap, which counts nowhere."""
+        return [row for row in self.rows if not row.get("gap")]
+
+
+def seen(row: Row) -> bool:
+    """Whether the adapter was trained on this wording, or the method asks no question at all."""
+    return row["wording_seen"] is not False
+
+
+def read_inputs(workdir: PathLike) -> Inputs:
+    """Reads everything that the report needs.
+
+    Raises:
+      DitError: a file is missing, truncated or not what it should be; the message names it.
+    """
+    workdir = Path(workdir)
+    folder = workdir / "evaluate"
+    if (folder / MANIFEST).exists():  # the stage writes it; one from elsewhere may have none
+        read_manifest(folder, EVALUATION_FORMAT, remedy=_REMEDY, file_remedy=_REPAIR)
+    answers, transcripts = folder / "answers.jsonl", folder / "transcripts.jsonl"
+    rows = _lines(answers, "not JSON", _answer)
+    if not any(row["method"] == "dit" and row["category"] == "topic" for row in rows):
+        raise DitError(f"'{answers}' holds no answer of the method 'dit' on a topic: {_REMEDY}")
+    optional = {
+        name: _object(file) if (file := folder / f"{name}.json").exists() else {}
+        for name in ("cost", "excluded")
+    }
+    return Inputs(
+        rows=rows,
+        label_cross_entropy=_table(folder / "label_cross_entropy.json", _CROSS_ENTROPIES),
+        # Behaviours without a trigger have nothing to gate, and a stage that ran elsewhere leaves an empty curve.
+        gating=_table(folder / "gating.json", _GATING, least=0),
+        curves=_table(folder / "curves.json", _CURVES, _is_point, least=0),
+        stages=_stages(workdir / "stages"),
+        config=_object(workdir / "config.json"),
+        versions=_object(workdir / "versions.json"),
+        # Without a guesser there are no transcripts.
+        transcripts=_lines(transcripts, "no transcript", _transcript)
+        if transcripts.exists()
+        else [],
+        **optional,
+    )
+
+
+def _lines(path: Path, otherwise: str, check: Callable[[Any, str], Row]) -> list[Row]:
+    """The checked rows of a file of JSON lines; `otherwise`: what a line is that is none."""
+    rows = []
+    for number, line in enumerate(read_text(path, _REMEDY).splitlines(), start=1):
+        where = f"'{path}' line {number}"
+        try:
+            rows.append(check(json.loads(line), where))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise DitError(
+                f"{where} is truncated or {otherwise}: delete it and {_REMEDY}"
+            ) from None
+    return rows
+
+
+def _answer(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise DitError(f"{where} is not a row of answers: {_REMEDY}")
+    for key, kinds in _ROW_TYPES.items():
+        if key not in row or not isinstance(row[key], kinds):
+            raise DitError(f"{where} has no valid '{key}': {_REMEDY}")
+    for key, allowed in _CHOICES.items():
+        if row[key] not in allowed:
+            raise DitError(f"{where} has {key} {row[key]!r}, not one of {allowed}: {_REMEDY}")
+    return row
+
+
+def _transcript(row: Any, where: str) -> Row:
+    exchanges = [(str(question), str(answer)) for question, answer in row["exchanges"]]
+    texts = {key: str(row[key]) for key in ("method", "topic", "guess")}
+    return {**texts, "exchanges": exchanges}
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _is_point(item: Any) -> bool:
+    return isinstance(item, list) and len(item) == 2 and all(map(is_number, item))
+
+
+def _table(
+    path: Path, keys: Iterable[str], is_item: Callable[[Any], bool] = is_number, least: int = 1
+) -> Json:
+    """A JSON object that has a list of at least `least` valid items under each of `keys`."""
+    table = read_json(path, _REMEDY)
+    for key in keys:
+        items = table.get(key) if isinstance(table, dict) else None
+        if not isinstance(items, list) or len(items) < least or not all(map(is_item, items)):
+            raise DitError(f"'{path}' has no valid numbers under '{key}': {_REMEDY}")
+    return {key: table[key] for key in keys}
+
+
+def _object(path: Path, remedy: str = _REMEDY) -> Json:
+    value = read_json(path, remedy)
+    if not isinstance(value, dict):
+        raise DitError(f"'{path}' is not a JSON object: delete it and {remedy}")
+    return value
+
+
+def _stages(folder: Path) -> dict[str, Json]:
+    """Records of the finished stages, in their order; the report's own is not among them."""
+    records = {}
+    for file in folder.glob("*.json"):
+        record = _object(file, f"run the stage '{file.stem}' again")
+        if not is_number(record.get("seconds")):
+            raise DitError(f"'{file}' has no valid 'seconds': run the stage '{file.stem}' again")
+        records[file.stem] = record
+    records.pop("report", None)
+    if not records:
+        raise DitError(f"'{folder}' holds no record of a finished stage: {_REMEDY}")
+    order = ("diffs", "train", "evaluate")
+    names = sorted(records, key=lambda name: (order.index(name) if name in order else 3, name))
+    return {name: records[name] for name in names}

@@ -1,0 +1,89 @@
+"""The table that a run ends with: text in a pipe, bars on a terminal."""
+
+import sys
+from typing import TYPE_CHECKING
+
+from dit_jax.evaluate.methods import GROUPS
+from dit_jax.report.inputs import Json
+from dit_jax.report.wording import between, colour, ordered_methods, percent, shown_name
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_STYLES = {"dit": "bold cyan", "method": "blue", "control": "bright_black", "baseline": "yellow"}
+_BAR = 20  # characters of a full bar
+_HEADINGS = ["", "exact match", "95 % interval", "one token", "several", "token F1", "n"]
+
+
+def _cells(name: str, entry: Json) -> list[str]:
+    lengths = [entry["by_name_length"][key] for key in ("one_token", "multi_token")]
+    return [
+        shown_name(name),
+        percent(entry["exact_match"]),
+        between(entry),
+        *("–" if score is None else percent(score["exact_match"]) for score in lengths),
+        f"{entry['token_f1']:.3f}",
+        str(entry["n"]),
+    ]
+
+
+def plain_table(summary: Json) -> str:
+    """The headline table as lines of plain text."""
+    methods = summary["methods"]
+    rows = [_HEADINGS] + [_cells(name, methods[name]) for name in ordered_methods(methods)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]
+    lines = []
+    for first, *rest in rows:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def rich_table(summary: Json) -> "Table":
+    """The headline table as a rich renderable, with bars."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    title = "Exact match on held-out topics"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_style="bold", title_justify="left")
+    table.add_column("")
+    table.add_column("", no_wrap=True)
+    for heading in _HEADINGS[1:]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    methods = summary["methods"]
+    for kind in GROUPS:
+        group = [name for name in ordered_methods(methods) if methods[name]["kind"] == kind]
+        for name in group:
+            first, *rest = _cells(name, methods[name])
+            style = _STYLES[colour(name, kind)]
+            bar = "█" * round(_BAR * methods[name]["exact_match"])
+            table.add_row(
+                Text(first, style=style),
+                Text(bar.ljust(_BAR, "·"), style=style),
+                *rest,
+                style="bold" if name == "dit" else "",
+                end_section=name == group[-1],
+            )
+    return table
+
+
+def headline_table(summary: Json) -> "Table | str":
+    """The closing table: a rich renderable on a terminal, plain text in a pipe or without rich."""
+    if sys.stdout.isatty():
+        try:
+            return rich_table(summary)
+        except ImportError:
+            pass
+    return plain_table(summary)
+
+
+def print_headline(summary: Json) -> None:
+    """Prints the closing table; in a pipe unwrapped, whatever the width of the terminal."""
+    table = headline_table(summary)
+    if isinstance(table, str):
+        print(table, flush=True)
+    else:
+        import rich
+
+        rich.print(table)
