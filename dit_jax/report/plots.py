@@ -36,6 +36,9 @@ _KINDS = {
 }
 MOST_DOTS = 200  # enough to show the shape; the mean is over all of them
 _WIDTH = 4.8  # inches: legible at the width of a phone as well as in half a desktop page
+_BESIDE: Any = {  # a number at the end of a bar
+    "xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 9, "color": COLOURS["ink"],
+}  # fmt: skip
 _STYLE: Any = {  # matplotlib types its keys as literals, which an import would be needed for
     "font.size": 10,
     "axes.titlesize": 10,
@@ -80,6 +83,11 @@ def new_figure(height: float, width: float = _WIDTH) -> "tuple[Figure, Axes]":
     return figure, axes
 
 
+def _without_frame(axes: "Axes") -> None:
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.tick_params(length=0)
+
+
 def _horizontal_bars(
     labels: Sequence[str],
     intervals: Sequence[Json],
@@ -90,34 +98,21 @@ def _horizontal_bars(
     """Bars of rates with whiskers and their values, first on top."""
     figure, axes = new_figure(0.75 + 0.36 * len(labels), width)
     rows = np.arange(len(labels))
-    means = np.array([item["mean"] for item in intervals])
-    low = np.array([item["ci_low"] for item in intervals])
-    high = np.array([item["ci_high"] for item in intervals])
+    keys = ("mean", "ci_low", "ci_high")
+    means, low, high = (np.array([item[key] for item in intervals]) for key in keys)
     axes.barh(rows, means, height=0.62, color=list(colours))
-    axes.errorbar(
-        means,
-        rows,
-        xerr=np.clip(np.stack([means - low, high - means]), 0, None),
-        fmt="none",
-        ecolor=COLOURS["ink"],
-        elinewidth=1.1,
-        capsize=2.5,
-    )
+    errors = np.clip(np.stack([means - low, high - means]), 0, None)
+    whiskers: Json = {"fmt": "none", "ecolor": COLOURS["ink"], "elinewidth": 1.1, "capsize": 2.5}
+    axes.errorbar(means, rows, xerr=errors, **whiskers)
     for row, (mean, top) in enumerate(zip(means, high, strict=True)):
-        text = f"{100 * mean:.1f}"
-        axes.annotate(
-            text, (top, row), (5, 0), textcoords="offset points", va="center", fontsize=9,
-            color=COLOURS["ink"],
-        )  # fmt: skip
+        axes.annotate(f"{100 * mean:.1f}", (top, row), **_BESIDE)
     axes.set_yticks(rows, labels)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.1)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
     axes.set_xlabel(label)
     axes.grid(axis="x")
-    axes.spines["left"].set_visible(False)
-    axes.spines["bottom"].set_visible(False)
-    axes.tick_params(length=0)
+    _without_frame(axes)
     return figure
 
 
@@ -178,9 +173,7 @@ def label_cross_entropy(
     axes.set_xlim(left=0)
     axes.set_xlabel("nats per token of the label")
     axes.grid(axis="x")
-    axes.spines["left"].set_visible(False)
-    axes.spines["bottom"].set_visible(False)
-    axes.tick_params(length=0)
+    _without_frame(axes)
     return figure
 
 
@@ -197,19 +190,14 @@ def grade_distributions(entries: Sequence[tuple[str, Sequence[int], float]]) -> 
         )
         left += part
     for row, (_, _, mean) in enumerate(entries):
-        axes.annotate(
-            f"{mean:.2f}", (1, row), (5, 0), textcoords="offset points", va="center", fontsize=9,
-            color=COLOURS["ink"],
-        )  # fmt: skip
+        axes.annotate(f"{mean:.2f}", (1, row), **_BESIDE)
     # Names of files and graders are not ours: a dollar sign would start a formula.
     axes.set_yticks(rows, [name.replace("$", r"\$") for name, _, _ in entries])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.08)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25", "50", "75", "100 %"])
     axes.set_xlabel("share of the grades, and their mean")
-    axes.spines["left"].set_visible(False)
-    axes.spines["bottom"].set_visible(False)
-    axes.tick_params(length=0)
+    _without_frame(axes)
     figure.legend(
         title="grade", loc="outside upper right", ncols=5, frameon=False, fontsize=9,
         title_fontsize=9, handlelength=1, handleheight=1, labelcolor=COLOURS["ink"],
@@ -321,12 +309,8 @@ def to_svg(figure: "Figure", prefix: str) -> str:
 
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE):
-        figure.savefig(
-            buffer,
-            format="svg",
-            transparent=True,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
