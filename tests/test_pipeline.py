@@ -320,7 +320,7 @@ def test_a_training_that_diverges_says_so_and_keeps_nothing_of_it(copy, monkeypa
     monkeypatch.setattr(dit, "train_step", diverging)
     assert run(copy) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error == "error: adapter training diverged at step 3: lower train.learning_rate"
+    assert error == "error: adapter training diverged at step 0: lower train.learning_rate"
     assert not (copy / "adapter").exists() and not list((copy / "checkpoints").iterdir())
 
 

@@ -22,7 +22,8 @@ class Batcher(Generic[Item, Result]):
     """Runs `work(items)` in a thread on up to `size` waiting items of one key at a time.
 
     Args:
-        work: gives one result or exception per item; an exception that it raises goes to the whole batch.
+        work: gives one result or exception per item; where it raises one, it is called again for each
+            item alone, so that an error reaches only the item that causes it.
         size: the most items of a batch.
         window: seconds that the first item waits for others.
     """
@@ -66,14 +67,22 @@ class Batcher(Generic[Item, Result]):
         # The other calls of the batch need their results even if the one that works for them is cancelled.
         with anyio.CancelScope(shield=True):
             try:
-                results = await anyio.to_thread.run_sync(self._work, [call.item for call in batch])
-                for call, result in zip(batch, results, strict=True):
-                    if isinstance(result, Exception):
-                        call.error = result
-                    else:
-                        call.result = result
-            except Exception as error:
+                await self._work_for(batch)
+            except (
+                Exception
+            ):  # one of them is wrong: each alone, so that only this one gets the error
                 for call in batch:
-                    call.error = error
+                    try:
+                        await self._work_for([call])
+                    except Exception as error:
+                        call.error = error
             for call in batch:
                 call.done = True
+
+    async def _work_for(self, batch: Sequence[_Waiting[Item]]) -> None:
+        results = await anyio.to_thread.run_sync(self._work, [call.item for call in batch])
+        for call, result in zip(batch, results, strict=True):
+            if isinstance(result, Exception):
+                call.error = result
+            else:
+                call.result = result

@@ -21,6 +21,7 @@ from dit_jax.api import load_adapter, load_diffs, load_model
 from dit_jax.asking import Answer, answer_batch
 from dit_jax.deltas.tree import is_lora, layout
 from dit_jax.errors import DitError, did_you_mean
+from dit_jax.formats.files import short
 from dit_jax.inspection.batching import Batcher
 from dit_jax.inspection.one_line import one_line
 from dit_jax.models.delta_trees import Delta
@@ -164,6 +165,13 @@ class DitJaxAPI(ModelAPI):
                 "dit_jax models answer one user message, without a system message or earlier turns: "
                 f"this call has {', '.join(message.role for message in messages) or 'none'}"
             )
+        (message,) = messages
+        for part in () if isinstance(message.content, str) else message.content:
+            if part.type != "text":
+                raise DitError(
+                    f"dit_jax models read text: this message has a part of type {part.type!r}"
+                )
+        self.model.chat.prompt_ids(message.text)  # refused before it shares a batch
         settings = config.model_dump(exclude_none=True)
         if settings.get("num_choices") == 1:
             del settings["num_choices"]
@@ -180,16 +188,37 @@ class DitJaxAPI(ModelAPI):
                     f"unknown key {name!r} in extra_body: choose from {', '.join(_EXTRA)}"
                 )
         chosen = {**self.defaults, **extra}
+        tokens, seed = settings.get("max_tokens", MAX_TOKENS), settings.get("seed")
         temperature = float(settings.get("temperature", 0.0))
+        for name, value, fits, wanted in (
+            ("max_tokens", tokens, 1 <= tokens <= 2**20, "1 to 1048576"),
+            # jax would silently take another seed.
+            ("seed", seed, seed is None or 0 <= seed < 2**32, "0 to 4294967295"),
+            # Beyond these, float32 logits over the temperature are no numbers.
+            (
+                "temperature",
+                temperature,
+                temperature == 0 or 1e-6 <= temperature <= 1e6,
+                "0, or 1e-6 to 1e6",
+            ),
+            (
+                "forbid_repeats",
+                chosen["forbid_repeats"],
+                isinstance(chosen["forbid_repeats"], bool),
+                "true or false",
+            ),
+        ):
+            if not fits:
+                raise DitError(f"{name} is {short(value)}: give {wanted}")
         return Call(
-            messages[0].text,
+            message.text,
             str(chosen["diff"] or ""),
             _whole("index in extra_body", chosen["index"]),
             str(chosen["adapter"] or ""),
-            int(settings.get("max_tokens", MAX_TOKENS)),
+            tokens,
             temperature,
-            settings.get("seed") if temperature > 0 else None,
-            bool(chosen["forbid_repeats"]),
+            seed if temperature > 0 else None,
+            chosen["forbid_repeats"],
         )
 
     # ------------------------------------------------------------------ decoding, in a thread

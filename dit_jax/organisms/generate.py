@@ -265,11 +265,12 @@ def finetune_shard(
     trained = jax.tree.map(lambda x: x[:n], parallel.to_host(trained))
     check_finite(trained, [job.organisms[i] for i in members], members.start)
     ce, kl = (parallel.to_host(losses[name])[:n] for name in ("ce", "kl"))
+    check_finite([ce, kl], [job.organisms[i] for i in members], members.start)
     return Finetuned(trained, ce, kl, whole)
 
 
-def check_finite(deltas: Delta, organisms: Sequence[Organism], first: int) -> None:
-    """Raises DitError if one of n deltas, leaves [n, L, …], is not finite. Its number is counted from `first`."""
+def check_finite(deltas: Any, organisms: Sequence[Organism], first: int) -> None:
+    """Raises DitError if one of n deltas or their losses, leaves [n, …], is not finite; numbers count from `first`."""
     for leaf in jax.tree.leaves(deltas):
         sound = np.isfinite(leaf).reshape(len(organisms), -1).all(axis=1)
         if not sound.all():

@@ -227,14 +227,14 @@ def train_adapter(
                 # for the device.
                 for at, values in pending:
                     numbers = {name: float(value) for name, value in values.items()}
+                    if not np.isfinite([numbers["loss"], numbers["grad_norm"]]).all():
+                        curves.flush()
+                        raise DitError(
+                            f"adapter training diverged at step {at}: lower train.learning_rate"
+                        )
                     curves.write(at, {**numbers, **(meter.lap() if at == step else {})})
                 curves.flush()
-                loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
-                if not np.isfinite([loss, norm]).all():
-                    raise DitError(
-                        f"adapter training diverged at step {step}: lower train.learning_rate"
-                    )
-                progress.advance(len(pending), note=f"loss {loss:.3f}")
+                progress.advance(len(pending), note=f"loss {float(metrics['loss']):.3f}")
                 pending = []
             if saves:
                 checkpoints.save(step + 1, state, iterator.get_state())
