@@ -51,8 +51,14 @@ class Model:
         return self.chat_or_none
 
     def notes(self, system: str | None = None) -> list[str]:
-        """What a user may not expect of how prompts with this system message are made, a line each."""
-        return [] if self.chat_or_none is None else self.chat.tokenizer.notes(system)
+        """What a user may not expect of the model, and of prompts with this system message, a line each."""
+        notes = [] if self.chat_or_none is None else list(self.chat.tokenizer.notes(system))
+        if self.config.text_part:
+            notes.append(
+                f"{self.name} is a model of images and text: its text part is used, and all of its vision tower and "
+                "projector, in the base and in diffs, is ignored"
+            )
+        return notes
 
     @functools.cached_property
     def program_params(self) -> Params:

@@ -23,6 +23,14 @@ YARN = {
     "original_max_position_embeddings": 64,
 }
 
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
 # Name -> (the class of transformers, what its config says beside the common sizes).
 MODELS = {
     "llama": ("Llama", {"rope_theta": 3e5, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
@@ -76,11 +84,7 @@ def make(name: str, folder, **more):
     family, options = MODELS[name]
     options = {
         "vocab_size": VOCAB,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        **SIZES,
         "initializer_range": 0.2,
         **options,
         **more,

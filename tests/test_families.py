@@ -171,7 +171,8 @@ GEMMA_4B = {
 
 
 def test_a_multimodal_gemma_is_read_as_its_text_part():
-    assert parse_config(GEMMA_4B, "x") == NAMED_CONFIGS["gemma-3-4b"]
+    config = parse_config(GEMMA_4B, "x")
+    assert config == dataclasses.replace(NAMED_CONFIGS["gemma-3-4b"], text_part=True)
     wrong = {**GEMMA_4B, "text_config": 3}
     with pytest.raises(dit_jax.DitError, match="'text_config' must be an object"):
         parse_config(wrong, "x")

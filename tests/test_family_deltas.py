@@ -1,13 +1,17 @@
 """Weight diffs of every family: applied, trained, split over a mesh, and exchanged with PEFT and transformers."""
 
+import copy
 import dataclasses
 import functools
+import shutil
 
+import family_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from family_cases import FAMILY, VOCAB, assert_near, make, make_pairs, their_logits
+from safetensors.numpy import load_file, save_file
 
 import dit_jax
 from dit_jax.data.batch import Sample, pack, stack
@@ -17,6 +21,7 @@ from dit_jax.models.decode import generate
 from dit_jax.models.decoder import forward, unembed
 from dit_jax.models.delta_trees import map_modules
 from dit_jax.models.modules import bias_of, get_at, module_table
+from dit_jax.models.text_part import is_vision, text_name
 from dit_jax.optimize.optimizer import make_optimizer
 from dit_jax.organisms.finetune import finetune_many
 from dit_jax.runtime import parallel
@@ -378,3 +383,97 @@ def test_full_finetunes_and_merged_exports_of_every_family(pairs, name, tmp_path
     # Without the base's folder, config.json is written from the architecture alone.
     export.export_model(tmp_path / "alone", model.params, model.config, change)
     assert_near(dit_jax.load_model(tmp_path / "alone").logits(tokens), expected)
+
+
+# ------------------------------------------------------------------ the text part of a multimodal model
+
+
+@pytest.fixture(scope="module")
+def multimodal(tmp_path_factory):
+    """A tiny Gemma 3 with a vision tower: (transformers model, its folder)."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    options = family_cases.MODELS["gemma3"][1]
+    text = {**family_cases.SIZES, **options, "vocab_size": VOCAB, "initializer_range": 0.2}
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 8, "patch_size": 4, "model_type": "siglip_vision_model",
+    }  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=VOCAB - 1
+    )
+    torch.manual_seed(0)
+    theirs = transformers.Gemma3ForConditionalGeneration(config).eval().float()
+    folder = tmp_path_factory.mktemp("multimodal")
+    theirs.save_pretrained(folder)
+    return theirs, folder
+
+
+def renamed(folder, out, prefix):
+    """The folder with the names of transformers since 4.52 ("model.language_model.") or before it."""
+    shutil.copytree(folder, out)
+    file = out / "model.safetensors"
+    moved = {}
+    for name, tensor in load_file(file).items():
+        if is_vision(name):
+            moved[name.removeprefix("model.")] = tensor
+        else:
+            moved[text_name(name).replace("model.", prefix, 1)] = tensor
+    save_file(moved, file, metadata={"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_a_multimodal_folder_is_its_text_part(multimodal, prefix, tmp_path):
+    theirs, folder = multimodal
+    folder = renamed(folder, tmp_path / "base", prefix)
+    model = dit_jax.load_model(folder)
+    tokens = np.random.default_rng(0).integers(0, VOCAB - 1, (2, 40))
+    expected = their_logits(theirs, tokens)
+    assert_near(model.logits(tokens), expected)
+    (note,) = model.notes()
+    assert "its text part is used" in note and "vision tower" in note
+    # A finetune of it, its vision tower changed too.
+    file = shutil.copytree(folder, tmp_path / "tuned") / "model.safetensors"
+    rng = np.random.default_rng(1)
+    tuned = {
+        name: x + 0.05 * rng.standard_normal(x.shape).astype(x.dtype)
+        for name, x in load_file(file).items()
+    }
+    save_file(tuned, file, metadata={"format": "pt"})
+    diff = dit_jax.load_diff(tmp_path / "tuned", model)
+    assert_near(
+        model.logits(tokens, deltas=(diff,)),
+        np.asarray(dit_jax.load_model(tmp_path / "tuned").logits(tokens)),
+    )
+    # The merged export is a model of text alone.
+    export.export_model(
+        tmp_path / "merged", model.params, model.config, diff.delta, base_folder=folder
+    )
+    alone = dit_jax.load_model(tmp_path / "merged")
+    assert not alone.config.text_part
+    assert_near(alone.logits(tokens), np.asarray(model.logits(tokens, deltas=(diff,))))
+
+
+def test_peft_adapters_of_a_multimodal_model(multimodal, tmp_path):
+    peft = pytest.importorskip("peft")
+    import torch
+
+    theirs, folder = multimodal
+    model = dit_jax.load_model(folder)
+    tokens = np.random.default_rng(0).integers(0, VOCAB - 1, (2, 40))
+    wrapped = peft.get_peft_model(
+        copy.deepcopy(theirs), peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
+    ).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    wrapped.save_pretrained(tmp_path / "adapter")  # of the vision tower, too
+    expected = their_logits(wrapped, tokens)
+    delta = dit_jax.load_diff(tmp_path / "adapter", model).delta
+    assert_near(model.logits(tokens, deltas=(delta,)), expected)
+    export.write_fused_peft(tmp_path / "fused", model.config, str(folder), delta)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "fused").eval()
+    assert_near(their_logits(again, tokens), expected)

@@ -75,11 +75,12 @@ def export_model(
     with atomic_dir(folder, replace=replace) as temporary:
         dtype = _write_shards(temporary, merged_tensors(params, config, *deltas), shard_bytes)
         raw = hf_config(config)
-        if base_folder is not None:
+        if base_folder is not None and not config.text_part:
             raw = json.loads(
                 (pathlib.Path(base_folder) / "config.json").read_text(encoding="utf-8")
             )
             raw.pop("torch_dtype", None)
+        if base_folder is not None:
             for name in _COPIED:
                 if (pathlib.Path(base_folder) / name).is_file():
                     shutil.copyfile(pathlib.Path(base_folder) / name, temporary / name)

@@ -30,6 +30,7 @@ from dit_jax.formats.safetensors_file import SafetensorsFile
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import check_rank
 from dit_jax.models.modules import EMBEDDING, HEAD, Path, all_modules, locate, projections, set_at
+from dit_jax.models.text_part import is_vision
 from dit_jax.runtime.artifacts import atomic_dir
 
 CONFIG = "adapter_config.json"
@@ -68,6 +69,8 @@ def read_peft(folder: str | FilePath, config: DecoderConfig, base_params: Any = 
     source, tensors = _open(folder)
     by_module: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
+        if config.text_part and is_vision(name):
+            continue
         match = _TENSOR.fullmatch(name)
         if match is None:
             raise _unsupported_tensor(name, source)
@@ -241,6 +244,8 @@ def write_peft(
         if ranks[largest] < module["a"].shape[-1]:
             layers[largest] = get_factors(module, largest)
         name = all_modules(config)[path].name
+        if config.text_part:  # as the whole model has it
+            name = name.replace("model.", "model.language_model.", 1)
         factors |= {name.format(layer): f for layer, f in enumerate(layers)}
     used = {name: f for name, f in factors.items() if f.a.shape[1]}
     if not used:
@@ -263,7 +268,8 @@ def _make_config(used: dict[str, Factors], every: Iterable[str], base: str) -> d
     alphas = {name: _alpha(f.scale, ranks[name]) for name, f in used.items()}
     rank = _most_common(ranks.values())
     alpha = _most_common(alphas.values())
-    whole = set(used) == set(every)
+    # The last parts of names would be found in the vision tower of a multimodal model, too.
+    whole = set(used) == set(every) and not any(".language_model." in name for name in used)
     targets = sorted({name.rpartition(".")[2] for name in used} if whole else used)
     return {
         "peft_type": "LORA",

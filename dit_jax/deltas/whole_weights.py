@@ -23,6 +23,7 @@ from dit_jax.models.modules import (
     tensor_names,
     weight,
 )
+from dit_jax.models.text_part import is_vision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +118,8 @@ def _place(weights: Weights, config: DecoderConfig) -> dict[tuple[Path, int | No
     found: dict[tuple[Path, int | None], str] = {}
     biases = tuple(f".{projection}.bias" for projection in config.biases)
     for name, shape in weights.shapes.items():
+        if config.text_part and is_vision(name):
+            continue
         module = name.removesuffix(".weight")
         if module == name and not name.endswith(biases):
             raise DitError(f"'{source}' holds {short(name)}, which is no weight of this model")

@@ -41,6 +41,7 @@ class DecoderConfig:
         scale_embeddings: whether embeddings are multiplied by sqrt(hidden_size).
         hidden_act: of the MLP, "silu" or "gelu_pytorch_tanh".
         query_pre_attn_scalar: attention scores are divided by its square root; 0: by that of `head_dim`.
+        text_part: whether this is the text part of a multimodal model, which has other tensors too.
     """
 
     vocab_size: int
@@ -66,6 +67,7 @@ class DecoderConfig:
     scale_embeddings: bool = False
     hidden_act: str = "silu"
     query_pre_attn_scalar: float = 0.0
+    text_part: bool = False
 
     dtype: str = "float32"
     scan_layers: bool = True
@@ -104,6 +106,6 @@ ARCHITECTURE = (
     *(
         field.name
         for field in dataclasses.fields(DecoderConfig)
-        if field.name not in ("model_type", "dtype", "tie_word_embeddings", *COMPUTE)
+        if field.name not in ("model_type", "text_part", "dtype", "tie_word_embeddings", *COMPUTE)
     ),
 )

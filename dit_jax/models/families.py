@@ -311,7 +311,8 @@ def read_config(folder: str | pathlib.Path) -> DecoderConfig:
 def parse_config(raw: dict[str, Any], where: str) -> DecoderConfig:
     """The `DecoderConfig` of a `config.json`'s content. Raises DitError that names what is not supported."""
     kind = raw.get("model_type")
-    kind = _MULTIMODAL.get(kind, kind) if isinstance(kind, str) else kind
+    text_part = isinstance(kind, str) and kind in _MULTIMODAL
+    kind = _MULTIMODAL[str(kind)] if text_part else kind
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         known = ", ".join(f"{family.title} ({name!r})" for name, family in FAMILIES.items())
@@ -358,7 +359,7 @@ def parse_config(raw: dict[str, Any], where: str) -> DecoderConfig:
         "rope_scaling": scaling,
         "tie_word_embeddings": tied,
     }
-    return DecoderConfig(**{**fields, **common, "model_type": kind})
+    return DecoderConfig(**{**fields, **common, "model_type": kind, "text_part": text_part})
 
 
 def hf_config(config: DecoderConfig) -> dict[str, Any]:

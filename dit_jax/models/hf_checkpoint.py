@@ -17,6 +17,7 @@ from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.families import hf_config
 from dit_jax.models.gguf_checkpoint import GgufWeights, find_gguf
 from dit_jax.models.modules import Module, set_at, tensor_names, weight
+from dit_jax.models.text_part import TextPart
 
 TINY = "tiny_qwen3"  # the embedded model
 
@@ -90,6 +91,7 @@ def load_params(
     files: Any = (
         GgufWeights(folder) if folder.suffix.lower() == ".gguf" else SafetensorsFolder(folder)
     )
+    files = TextPart(files) if config.text_part else files
     _check(files.shapes(), files.dtypes(), names, config, str(folder))
 
     tensors: dict[Module, list[tuple[int | None, str]]] = {}
