@@ -393,7 +393,7 @@ def answers(shape):
     tokens = rng.integers(1, SMALL.vocab_size, (7, 9))
     mask = np.arange(9) >= rng.integers(0, 5, (7, 1))
     chat = types.SimpleNamespace(
-        prompts=lambda questions: (tokens, mask), eos_ids=(3,), pad_id=0, decode=str
+        prompts=lambda questions, system: (tokens, mask), eos_ids=(3,), pad_id=0, decode=str
     )
     model = Model(params_on(SMALL, mesh), SMALL, "test", chat, mesh)
     adapter = only(random_deltas(SMALL, 1, 8, rank=4))
@@ -422,7 +422,7 @@ def test_an_adapter_from_the_host_goes_to_the_device_once(monkeypatch):
 
     monkeypatch.setattr(asking.decode, "generate", decode)
     chat = types.SimpleNamespace(
-        prompts=lambda questions: (np.ones((4, 5), np.int32), np.ones((4, 5), bool)),
+        prompts=lambda questions, system: (np.ones((4, 5), np.int32), np.ones((4, 5), bool)),
         eos_ids=(3,), pad_id=0, decode=str,
     )  # fmt: skip
     model = Model(params_on(SMALL, None), SMALL, "test", chat)
