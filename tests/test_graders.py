@@ -65,7 +65,9 @@ def test_unknown_names_and_options_are_one_line():
         get_grader("simlarity")
     with pytest.raises(DitError, match="choose from exact, normalised"):
         get_grader("zzz")
-    with pytest.raises(DitError, match="grader 'judge': missing .*'model'"):
+    with pytest.raises(
+        DitError, match="grader 'judge': missing .*'model'; it needs a model folder"
+    ):
         get_grader("judge")
     with pytest.raises(DitError, match="grader 'calibrated': .*'kinds'"):
         get_grader("calibrated", kinds="news")

@@ -36,5 +36,7 @@ def get_grader(name: str, **options: Any) -> Grader:
     if name not in GRADERS:
         hint = did_you_mean(name, GRADERS, f": choose from {', '.join(GRADERS)}")
         raise DitError(f"unknown grader {name!r}{hint}")
-    grader: Grader = with_options(f"options of the grader {name!r}", GRADERS[name], **options)
+    make, what = GRADERS[name], f"options of the grader {name!r}"
+    hint = f"; it needs {make.needs}" if make.needs else ""
+    grader: Grader = with_options(what, make, hint=hint, **options)
     return grader

@@ -66,12 +66,14 @@ class Grader:
         raise NotImplementedError
 
 
-def with_options(what: str, make: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """make(*args, **options). Raises DitError, which starts with `what`: an unknown or a missing option."""
+def with_options(
+    what: str, make: Callable[..., Any], *args: Any, hint: str = "", **options: Any
+) -> Any:
+    """make(*args, **options). Raises DitError, "<what>: …<hint>": an unknown or a missing option."""
     try:
         inspect.signature(make).bind(*args, **options)
     except TypeError as error:
-        raise DitError(f"{what}: {error}") from None
+        raise DitError(f"{what}: {error}{hint}") from None
     return make(*args, **options)
 
 

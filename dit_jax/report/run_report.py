@@ -234,19 +234,12 @@ def _short_page(summary: Json, groups: list[tuple[str, list[Json]]], figures: li
     for title, members in groups:
         rows.append([f"_{title}_"])
         for one in members:
-            score, name = (
-                one["score"],
-                markdown.named(one["title"], one["sees"], one["name"] == "dit"),
-            )
+            score = one["score"]
+            name = markdown.named(one["title"], one["sees"], one["name"] == "dit")
             match = f"{percent(score['exact_match'])} ({between(score)})"
             f1 = f"{score['token_f1']:.3f} ({score['token_f1_low']:.3f}–{score['token_f1_high']:.3f})"
             rows.append([name, match, f1, str(score["n"])])
-    titles = (
-        "Method and what it sees",
-        "# Exact match (95 % interval)",
-        "# Token F1 (95 % interval)",
-        "# n",
-    )
+    titles = ("Method and what it sees", "# Exact match (95 %)", "# Token F1 (95 %)", "# n")
     tiles = [f"- {tile['label']}: **{tile['value']}** ({tile['note']})" for tile in _tiles(summary)]
     return markdown.page(
         "Diff Interpretation Tuning: the report of a run",
