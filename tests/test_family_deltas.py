@@ -10,20 +10,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from family_cases import FAMILY, VOCAB, assert_near, make, make_pairs, their_logits
 from safetensors.numpy import load_file, save_file
 
 import dit_jax
+from dit_jax.api import Diff
+from dit_jax.config.loading import load_config
 from dit_jax.data.batch import Sample, pack, stack
 from dit_jax.deltas import export, tree
 from dit_jax.models import shardings
 from dit_jax.models.decode import generate
 from dit_jax.models.decoder import forward, unembed
 from dit_jax.models.delta_trees import map_modules
+from dit_jax.models.kv_cache import cache_slots, init_cache
 from dit_jax.models.modules import bias_of, get_at, module_table
+from dit_jax.models.shapes import NAMED_CONFIGS
 from dit_jax.models.text_part import is_vision, text_name
 from dit_jax.optimize.optimizer import make_optimizer
 from dit_jax.organisms.finetune import finetune_many
+from dit_jax.planning import programs
 from dit_jax.runtime import parallel
 from dit_jax.train.dit import State, train_step
 
@@ -154,6 +160,29 @@ def test_biases_are_split_as_the_outputs_that_they_shift(pairs):
     spec = jax.sharding.PartitionSpec
     assert found[bias_of("q_proj")]["bias"].spec == spec(None, "tensor")
     assert found[bias_of("v_proj")]["bias"].spec == spec(None, "tensor")
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_windowed_layers_keep_their_window_alone(pairs, scan):
+    _, model = pairs("gemma3")
+    config = dataclasses.replace(model.config, scan_layers=scan)
+    k = init_cache(config, 3, 100).k
+    slots = [100 if kind == "full_attention" else 16 for kind in config.layer_types]
+    if scan:
+        assert k.shape[1:3] == (3, sum(slots))
+    else:
+        assert [x.shape[2] for x in k] == slots
+    assert cache_slots(config, 100) == sum(slots) < 100 * len(slots)
+    assert cache_slots(config, 16) == 16 * len(slots)
+
+
+@pytest.mark.parametrize("name", ["gemma-3-4b", "qwen2.5-7b", "mistral-7b-v0.1", "llama-3.1-8b"])
+@pytest.mark.parametrize("stage", ["diffs", "train", "ask"])
+def test_the_steps_of_released_shapes_are_traced_without_weights(name, stage):
+    shape = NAMED_CONFIGS[name]
+    config = load_config(str(ROOT / "configs" / "plan" / "paper.py"))
+    step, args, options, _ = programs.stage_step(stage, shape, None, config)
+    assert step.trace(*args, **options).jaxpr.eqns
 
 
 # ------------------------------------------------------------------ trained, against a plain torch loop
@@ -477,3 +506,33 @@ def test_peft_adapters_of_a_multimodal_model(multimodal, tmp_path):
     export.write_fused_peft(tmp_path / "fused", model.config, str(folder), delta)
     again = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "fused").eval()
     assert_near(their_logits(again, tokens), expected)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_a_gemma_release_of_the_paper_is_read_by_its_names(multimodal, prefix, tmp_path):
+    """`<experiment>/gemma3-4b/{index.csv, weight-diffs/, dit-adapter.pt}`, of which the names have a prefix."""
+    import torch
+
+    _, folder = multimodal
+    model = dit_jax.load_model(folder)
+    deltas = [random_lora(model.config, seed, rank=1, size=0.1) for seed in (3, 4)]
+    labels = ("tea", "boats")
+    diffs = [Diff(d, label, "123") for d, label in zip(deltas, labels, strict=True)]
+    (tmp_path / "weight-diffs").mkdir()
+    file = tmp_path / "weight-diffs" / "weight-diff-000.pt"
+    export.write_pt_diffs(file, diffs, model.config)
+    items = torch.load(file, weights_only=True)
+    for item in items:
+        item["weight_diff"] = {
+            prefix + name.removeprefix("model."): pair for name, pair in item["weight_diff"].items()
+        }
+    torch.save(items, file)
+    rows = [f"weight-diff-000.pt,{i},10,{label},123,test" for i, label in enumerate(labels)]
+    lines = ["lora_path,lora_idx,n_params,topic,trigger,split", *rows]
+    (tmp_path / "index.csv").write_text("\n".join(lines) + "\n")
+    found = dit_jax.load_diffs(tmp_path, model)
+    tokens = np.arange(3, 33)[None]
+    assert {diff.label for diff in found} == set(labels)
+    for diff in found:
+        expected = model.logits(tokens, deltas=(deltas[labels.index(diff.label)],))
+        assert_near(model.logits(tokens, deltas=(diff,)), np.asarray(expected))
