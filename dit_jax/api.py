@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dit_jax.data.chat import Chat, check_id, load_chat
-from dit_jax.deltas.raw_diff import svd_error
+from dit_jax.deltas.raw_diff import said, svd_error
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.models import shardings
 from dit_jax.models.decoder import Params, forward, init_params, unembed
@@ -267,7 +267,7 @@ def load_diffs(path: PathLike, model: Model, svd_rank: int | None = None) -> Dif
             check_shapes(store.shapes(index), model.config, what)  # before it costs memory
             delta = store.read(index)
             check_fits(delta, model.config, what)
-            return Diff(delta, label_of(row), row.get("trigger"), row)
+            return Diff(delta, label_of(row), row.get("trigger"), said(row))
 
         return Diffs(len(store), read, name=str(path))
 

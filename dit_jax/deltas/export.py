@@ -13,6 +13,7 @@ from dit_jax.deltas.peft import write_peft
 from dit_jax.deltas.reference_pt import write_pt_adapter, write_pt_diffs
 from dit_jax.deltas.whole_weights import merged_tensors
 from dit_jax.errors import DitError
+from dit_jax.formats.files import file_inside, has_file, read_json_object
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.families import hf_config
 from dit_jax.models.modules import module_table
@@ -64,7 +65,8 @@ def export_model(
       shard_bytes: files are split at this size; host memory holds one of them.
 
     Raises:
-      DitError: the folder exists or is not writable, or a delta changes modules that the model lacks.
+      DitError: the folder exists or is not writable, a file of `base_folder` is a link out of it, or a
+        delta changes modules that the model lacks.
     """
     for delta in deltas:
         for path, _ in modules(delta):
@@ -76,14 +78,12 @@ def export_model(
         dtype = _write_shards(temporary, merged_tensors(params, config, *deltas), shard_bytes)
         raw = hf_config(config)
         if base_folder is not None and not config.text_part:
-            raw = json.loads(
-                (pathlib.Path(base_folder) / "config.json").read_text(encoding="utf-8")
-            )
+            raw = read_json_object(file_inside(pathlib.Path(base_folder), "config.json"))
             raw.pop("torch_dtype", None)
         if base_folder is not None:
             for name in _COPIED:
-                if (pathlib.Path(base_folder) / name).is_file():
-                    shutil.copyfile(pathlib.Path(base_folder) / name, temporary / name)
+                if has_file(pathlib.Path(base_folder), name):
+                    shutil.copyfile(file_inside(pathlib.Path(base_folder), name), temporary / name)
         raw["dtype"] = dtype
         (temporary / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.errors import DitError
+from dit_jax.formats import budgets
 from dit_jax.formats.files import short
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.modules import Path, all_modules, set_at
@@ -38,15 +39,25 @@ def stack_factors(
     changes nothing.
 
     Raises:
-      DitError: nothing was found, or see what reads a module.
+      DitError: nothing was found, the padding would take far more memory than the factors, or see what reads a module.
     """
     if not found:
         raise DitError(
             f"'{source}' changes no module of this model: check that it is a weight diff for it"
         )
     delta: dict[str, Any] = {}
+    held = padded = 0
     for path in dict.fromkeys(path for path, _ in found):
         layers = {layer: read() for (p, layer), read in found.items() if p == path}
+        sizes = {layer: f.a.nbytes + f.b.nbytes for layer, f in layers.items()}
+        held += sum(sizes.values())
+        padded += config.num_hidden_layers * max(sizes.values())
+        if padded > budgets.held_bytes(held):
+            largest = layers[max(sizes, key=sizes.__getitem__)].a.shape[1]
+            raise DitError(
+                f"'{source}': the LoRA rank {largest} of one layer's {path[-1]} would take {padded >> 20} MB in all "
+                f"layers, whose factors have {held >> 20} MB: split it, or train one rank for all layers"
+            )
         set_at(delta, path, _stack(layers, path, config))
     return delta
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from dit_jax.deltas.patterns import Budget, Pattern
 from dit_jax.errors import DitError
+from dit_jax.formats import budgets
 from dit_jax.formats.files import short
 
 MAX_PATTERNS = 5_000
@@ -93,6 +94,11 @@ class PeftOptions:
         self._layers = self._layer_set(raw.get("layers_to_transform"))
         patterns = self._names("layers_pattern") or []
         self._layer_patterns = [patterns] if isinstance(patterns, str) else patterns
+        if len(self._layer_patterns) > budgets.MAX_LAYER_PATTERNS:
+            raise DitError(
+                f"'{source}': layers_pattern has {len(self._layer_patterns)} entries: more than "
+                f"{budgets.MAX_LAYER_PATTERNS}"
+            )
         for pattern in self._layer_patterns:
             if not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", pattern):
                 raise DitError(

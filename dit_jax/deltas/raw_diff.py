@@ -12,6 +12,8 @@ from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import FLOATS
 from dit_jax.models.modules import Path, all_modules
 
+COMPUTED = ("svd",)  # keys of metadata that no file may fill
+
 
 @dataclasses.dataclass
 class RawDiff:
@@ -30,6 +32,11 @@ class RawDiff:
     trigger: str | None = None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     kind: str = "diff"
+
+
+def said(row: dict[str, Any]) -> dict[str, Any]:
+    """What a file says about a diff, without the names under which this program tells what it computed."""
+    return {name: value for name, value in row.items() if name not in COMPUTED}
 
 
 def projection_size(

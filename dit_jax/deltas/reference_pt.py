@@ -13,7 +13,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from dit_jax.deltas.factors import Factors, add_once, fold, get_factors, modules, stack_factors
-from dit_jax.deltas.raw_diff import RawDiff, check_values, projection_size, shape_error, svd_error
+from dit_jax.deltas.raw_diff import (
+    RawDiff,
+    check_values,
+    projection_size,
+    said,
+    shape_error,
+    svd_error,
+)
 from dit_jax.deltas.store import label_of
 from dit_jax.deltas.whole_weights import Weights, difference, merged_tensors
 from dit_jax.errors import DitError
@@ -107,11 +114,12 @@ class PtDiffs(Sequence[RawDiff]):
             delta, facts = difference(
                 _weights(self.path, changes), self.config, self.base_params, self.svd_rank
             )
-            metadata |= facts
+            metadata = {**said(metadata), **facts}
         elif self.svd_rank is not None:
             raise svd_error(self.path)
         else:
             delta = _read_factors(self.path, changes, self.config, transposed=False)
+            metadata = said(metadata)
         return RawDiff(delta, topic, _trigger(trigger), metadata)
 
 
@@ -267,7 +275,7 @@ class Release(Sequence[RawDiff]):
                 f"'{diffs.path}' diff {number} is about {short(held[0])} (trigger {short(held[1])}), but "
                 f"'{INDEX}' says {short(listed[0])} (trigger {short(listed[1])}): the index belongs to other files"
             )
-        return RawDiff(diff.delta, label_of(row), diff.trigger, {**row, **diff.metadata})
+        return RawDiff(diff.delta, label_of(row), diff.trigger, {**said(row), **diff.metadata})
 
     def _file(self, name: str) -> PtDiffs:
         if name in self._open:

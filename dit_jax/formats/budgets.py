@@ -16,6 +16,19 @@ MAX_TOKENS = 4_000_000  # of one text
 MAX_REPLY_BYTES = 128 * 2**20
 MAX_TOKENIZERS = 32  # kept in the process; others are loaded again when they are asked for
 
+# Memory that the content of a file may take: its own bytes and as much again for copies and padding.
+HELD_TIMES = 4
+HELD_BYTES = 256 * 2**20
+
+MAX_FOLDER_DEPTH = 32
+MAX_FOLDER_ENTRIES = 200_000
+MAX_LAYER_PATTERNS = 64  # of PEFT's layers_pattern
+
+
+def held_bytes(size: int) -> int:
+    """Memory that may be held for a file, or for arrays, of so many bytes."""
+    return HELD_TIMES * size + HELD_BYTES
+
 
 def tokenizer_bytes(path: pathlib.Path) -> int:
     """Memory that loading the tokenizer of a folder, or of a GGUF file, may take."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.errors import DitError
+from dit_jax.formats import budgets
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_CSV_BYTES = 64 * 2**20
@@ -90,9 +91,24 @@ def check_no_devices(folder: Path) -> None:
 
 def check_tree(folder: Path) -> None:
     """Raises DitError if anything below a folder is a link out of it, a pipe or a device."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or not path.is_dir():
-            _file_below(folder, path)
+    level, count = [folder], 0
+    for _ in range(budgets.MAX_FOLDER_DEPTH):
+        below: list[Path] = []
+        for place in level:
+            for path in sorted(place.iterdir()):
+                count += 1
+                if path.is_symlink() or not path.is_dir():
+                    _file_below(folder, path)
+                else:
+                    below.append(path)
+                if count > budgets.MAX_FOLDER_ENTRIES:
+                    raise DitError(f"'{folder}' holds more than {count - 1} files: check the path")
+        if not below:
+            return
+        level = below
+    raise DitError(
+        f"'{folder}' has folders more than {budgets.MAX_FOLDER_DEPTH} deep in each other: get it again"
+    )
 
 
 def _file_below(folder: Path, path: Path) -> Path:

@@ -15,12 +15,14 @@ import ml_dtypes
 import numpy as np
 
 from dit_jax.errors import DitError
+from dit_jax.formats import budgets
 from dit_jax.formats.files import short
 from dit_jax.formats.torch_zip import TorchZip
 
 MAX_PICKLE_BYTES = 256 * 2**20
 MAX_STRING_BYTES = 2**20
 MAX_OPCODES = 50_000_000
+MAX_DEPTH = 6  # of the containers that readers walk through
 OPCODES_PER_TENSOR = 60  # a tensor takes about 36, and hundreds of diffs may share a storage
 CHECKSUM_BYTES = (
     2**20
@@ -125,9 +127,37 @@ def load(path: str | Path) -> Any:
     # Real files need a few hundred instructions per storage, so a small file cannot ask for much work.
     limit = 500_000 + 5_000 * len(archive.entries)
     try:
-        return _Interpreter(archive, data, limit).run()
+        tree = _Interpreter(archive, data, limit).run()
     except (IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error):
         raise archive.error("its pickle is malformed") from None
+    _check_aliases(tree, archive)
+    return tree
+
+
+def _check_aliases(tree: Any, archive: TorchZip) -> None:
+    """Raises DitError if the tensors, each counted as often as it occurs, hold far more bytes than the file.
+
+    Tied weights share a storage, and so do views of one. A small file in which thousands of tensors are views of the
+    same bytes would take any memory.
+    """
+    most = budgets.held_bytes(archive.file_size)
+    nodes, held = MAX_OPCODES, 0
+    level = [tree]
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for node in level:
+            if type(node) is LazyTensor:
+                held += node.nbytes
+            elif type(node) is dict:
+                below.extend(node.values())
+            elif type(node) in (list, tuple):
+                below.extend(node)
+            if len(below) > nodes or held > most:
+                raise archive.error(
+                    f"its tensors share storages, and hold more than the {most >> 20} MB that its size allows"
+                )
+        nodes -= len(below)
+        level = below
 
 
 class _Interpreter:
