@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import io
 import sys
 from collections.abc import Iterable, Iterator
 from typing import NoReturn
@@ -64,6 +65,9 @@ def exit_on_error() -> Iterator[None]:
       SystemExit: with status 2 after a DitError or lack of memory, and 130 after Ctrl-C. Other exceptions are bugs and
         keep their traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may not know a character
     try:
         yield
     except DitError as error:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from dit_jax.errors import printable
 from dit_jax.report.plots import Plot, to_png
 from dit_jax.runtime.artifacts import write_bytes
 
@@ -21,7 +22,7 @@ _ENTITY = re.compile(r"&(?=[#\w])")
 
 def escape(text: str) -> str:
     """Text that Markdown shows as it is, on one line: no markup, HTML, link or table cell in it."""
-    text = _SPECIAL.sub(r"\\\g<0>", " ".join(text.split()))
+    text = _SPECIAL.sub(r"\\\g<0>", printable(" ".join(text.split())))
     # Entities for HTML, for lenient parsers.
     return _ENTITY.sub("&amp;", text).replace("<", "&lt;").replace(">", "&gt;")
 
