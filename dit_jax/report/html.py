@@ -12,8 +12,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dit_jax.errors import printable
 from dit_jax.report import plots, wording
 
+# All but tabs and line breaks; spaces of other widths are fine.
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _FOLDER = Path(__file__).parent.parent / "assets" / "report"
 
 
@@ -22,6 +25,15 @@ def _with_code(text: str) -> str:
     from markupsafe import Markup, escape
 
     return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(text))))
+
+
+def _visible(value: Any) -> Any:
+    """A text with control and bidirectional characters escaped; markup and other values as they are."""
+    from markupsafe import Markup
+
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return _HIDDEN.sub(lambda found: printable(found[0]), value)
 
 
 def _svg(plot: plots.Plot) -> str:
@@ -46,6 +58,7 @@ def render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,
+        finalize=_visible,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
