@@ -20,7 +20,7 @@ from dit_jax.models.decoder import Params, forward, init_params, unembed
 from dit_jax.models.decoder_config import COMPUTE, DTYPES, DecoderConfig
 from dit_jax.models.delta_trees import Delta, Deltas, check_fits, check_modules, check_shapes
 from dit_jax.models.families import read_config
-from dit_jax.models.hf_checkpoint import find_folder, generation_eos, load_params
+from dit_jax.models.hf_checkpoint import find_folder, generation_eos, load_params, stored_config
 from dit_jax.models.layer_views import as_program_takes, keep_on_host
 from dit_jax.models.shapes import NAMED_CONFIGS
 from dit_jax.runtime import parallel
@@ -158,7 +158,8 @@ def load_model(
             params = jax.device_get(params)
         return Model(params, config, name, mesh=mesh)
     folder = find_folder(name)
-    config = dataclasses.replace(read_config(folder), dtype=dtype, **compute)
+    config = stored_config(folder, read_config(folder))
+    config = dataclasses.replace(config, dtype=dtype, **compute)
     config.check_platform(platform)
     place: Any = None if mesh is None else shardings.param_placer(config, mesh)
     if keep_on_host(config, mesh):

@@ -136,7 +136,7 @@ PROJECTION = random_lora(TINY, 1)["layers"]["mlp"]["up_proj"]
 NOT_OF_THE_MODEL = {
     "a misspelt module": (nested("layers.mlpp.up_proj", PROJECTION), "layers.mlpp.up_proj"),
     "without `layers`": (nested("mlp.up_proj", PROJECTION), "mlp.up_proj"),
-    "a head where it is tied": (nested("lm_head.w", np.zeros((32, 97))), "lm_head"),
+    "a head of another shape": (nested("lm_head.w", np.zeros((97, 32))), "lm_head has the shapes"),
     "a LoRA of a norm": (nested("layers.input_layernorm", PROJECTION), "layers.input_layernorm"),
     "too few layers": (
         nested("layers.mlp.up_proj", jax.tree.map(lambda x: x[:2], PROJECTION)),

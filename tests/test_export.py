@@ -129,9 +129,9 @@ def test_jax_arrays_are_written_like_numpy_arrays(tmp_path):
 
 def test_what_cannot_be_exported_is_refused(tmp_path):
     params = random_params()
-    with pytest.raises(DitError, match="changes lm_head, which this model does not have"):
-        head = {"lm_head": {"w": np.ones((32, 67))}}
-        export.export_model(tmp_path / "x", params, CONFIG, head)
+    with pytest.raises(DitError, match="changes extra, which this model does not have"):
+        extra = {"extra": {"w": np.ones((32, 67))}}
+        export.export_model(tmp_path / "x", params, CONFIG, extra)
     export.export_model(tmp_path / "x", params, CONFIG)
     with pytest.raises(DitError, match=re.escape("exists already")):
         export.export_model(tmp_path / "x", params, CONFIG)

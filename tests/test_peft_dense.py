@@ -72,6 +72,42 @@ DENSE = {
         "untied",
         {"trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [3]}},
     ),
+    "dora_on_both": ("untied", {"target_modules": ["lm_head", "embed_tokens"], "use_dora": True}),
+    # A delta that unties: PEFT changes one of a tied pair, or both apart.
+    "tied_head": ("tied", {"modules_to_save": ["lm_head"]}),
+    "tied_embedding": ("tied", {"modules_to_save": ["embed_tokens"]}),
+    "tied_head_and_embedding": ("tied", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "tied_lora_on_the_head": ("tied", {"target_modules": ["q_proj", "lm_head"]}),
+    "tied_lora_on_the_embedding": ("tied", {"target_modules": ["q_proj", "embed_tokens"]}),
+    "tied_lora_on_both": ("tied", {"target_modules": ["lm_head", "embed_tokens"]}),
+    "tied_dora_on_the_head": ("tied", {"target_modules": ["q_proj", "lm_head"], "use_dora": True}),
+    "tied_dora_on_the_embedding": (
+        "tied",
+        {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+    ),
+    "tied_rows_of_the_head": ("tied", {"trainable_token_indices": {"lm_head": [3, 4]}}),
+    "tied_rows_of_both": (
+        "tied",
+        {"trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [3]}},
+    ),
+    "tied_same_rows_of_both": (
+        "tied",
+        {"trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [1, 2]}},
+    ),
+    # ensure_weight_tying keeps them tied, and changes nothing where they are not trained.
+    **{
+        f"kept_tied_{name}": ("tied", {**options, "ensure_weight_tying": True})
+        for name, options in {
+            "plain": {},
+            "head": {"modules_to_save": ["lm_head"]},
+            "embedding": {"modules_to_save": ["embed_tokens"]},
+            "both": {"modules_to_save": ["embed_tokens", "lm_head"]},
+            "lora_on_the_head": {"target_modules": ["q_proj", "lm_head"]},
+            "lora_on_the_embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+            "lora_on_both": {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+            "rows": {"trainable_token_indices": [3, 1]},
+        }.items()
+    },
 }
 
 
@@ -85,18 +121,18 @@ def test_logits_are_those_of_peft(bases, tmp_path, case):
     assert np.abs(model.logits(TOKENS) - wanted).max() > 1e-2
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save changes .* ties"),
-        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save changes .* ties"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "target_modules changes .* ties"),
-    ],
-)
-def test_half_of_a_tied_pair_is_refused(bases, tmp_path, options, message):
-    make(bases, "tied", tmp_path, **options)
-    with pytest.raises(DitError, match=message):
-        dit_jax.load_adapter(tmp_path, bases["tied"][2])
+UNTIES = {"tied_head": {"lm_head"}, "tied_embedding": {"lm_head", "embed_tokens"}}
+
+
+@pytest.mark.parametrize("case", [name for name in DENSE if name.startswith(("tied", "kept_tied"))])
+def test_a_delta_unties_where_peft_does(bases, tmp_path, case):
+    make(bases, *DENSE[case][:1], tmp_path, **DENSE[case][1])
+    found = dit_jax.load_diff(tmp_path, bases["tied"][2]).delta
+    outside = set(found) - {"layers"}
+    if case.startswith("kept_tied") or case == "tied_same_rows_of_both":
+        assert "lm_head" not in outside
+    else:
+        assert outside == UNTIES.get(case, outside) and "lm_head" in outside
 
 
 def test_lora_factors_beside_dense_parts_keep_their_dtype(bases, tmp_path):
@@ -120,11 +156,6 @@ def check(bases, kind, folder, message):
     ("case", "changes", "message"),
     [
         ("dora", {"use_dora": False}, "use_dora is False, but the lora_magnitude_vector of"),
-        (
-            "head_and_embedding",
-            {"modules_to_save": ["lm_head"]},
-            "made for a base with a different",
-        ),
         (
             "head_and_embedding",
             {"modules_to_save": ["lm_head", "embed_tokens", "score"]},
@@ -181,40 +212,65 @@ def test_tensors_that_do_not_fit_are_refused(bases, tmp_path):
     check(bases, "untied", tmp_path, "lora_bias")
 
 
-def test_a_copy_of_another_base_is_refused(bases, tmp_path):
-    make(bases, "untied", tmp_path, target_modules=["q_proj", "embed_tokens"])
-    weights = tmp_path / peft.WEIGHTS
-    tensors = load_file(weights)
-    name = next(name for name in tensors if "base_layer" in name)
-    tensors[name] = tensors[name] + 1
-    save_file(tensors, weights)
-    check(bases, "untied", tmp_path, "a different 'model.embed_tokens': use that base")
+BROUGHT = "the adapter brings an embedding or head of its own, trained or of another base"
+
+
+def reload(bases, kind, folder):
+    """The logits of PEFT's reading of an adapter."""
+    path, model, _ = bases[kind]
+    base = type(model).from_pretrained(path)
+    return torch_logits(peft_library.PeftModel.from_pretrained(base, folder).eval(), TOKENS)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_copies_that_peft_saves_of_an_untrained_embedding_and_head_must_be_the_base(
-    bases, tmp_path, kind
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"target_modules": ["q_proj", "embed_tokens"]}, {"target_modules": ["q_proj", "lm_head"]},
+     {"target_modules": ["lm_head", "embed_tokens"]}, {"modules_to_save": ["lm_head"]}],
+    ids=["neither", "embedding", "head", "both", "saved head"],
+)  # fmt: skip
+def test_an_embedding_and_head_that_peft_saves_take_the_place_of_the_bases(
+    bases, tmp_path, kind, options
 ):
-    make(bases, kind, tmp_path / "plain")
-    path, model, _ = bases[kind]
+    """save_embedding_layers stores them whole. Untrained they are the base's; others PEFT writes into the base."""
+    make(bases, kind, tmp_path / "plain", **options)
+    path, model, ours = bases[kind]
     made = peft_library.PeftModel.from_pretrained(
         type(model).from_pretrained(path), tmp_path / "plain"
     )
     made.save_pretrained(tmp_path / "copies", save_embedding_layers=True)
     weights = tmp_path / "copies" / peft.WEIGHTS
     tensors = load_file(weights)
-    copies = [name for name in tensors if "lora_" not in name]
+    end = ".weight" if not options else (".base_layer.weight", ".weight")
+    saved = options.get("modules_to_save", [])
+    copies = [name for name in tensors if "lora_" not in name and name.endswith(end)]
+    copies = [name for name in copies if not any(x in name for x in saved)]
     assert copies
-    plain, found = (dit_jax.load_diff(tmp_path / x, bases[kind][2]) for x in ("plain", "copies"))
+    plain, found = (dit_jax.load_diff(tmp_path / x, ours) for x in ("plain", "copies"))
     assert_same(found.delta, plain.delta)
-    for name in copies:
-        save_file({**tensors, name: tensors[name] + 1}, weights)
-        check(
-            bases, kind, tmp_path / "copies", "made for a base with a different '.*': use that base"
-        )
-    save_file(tensors, weights)
+    assert "notes" not in found.metadata
+    before = reload(bases, kind, tmp_path / "copies")
+    for i, name in enumerate(copies):
+        tensors[name] = tensors[name] + np.float32(0.3 + i)
+        save_file(tensors, weights)
+        found = dit_jax.load_diff(tmp_path / "copies", ours)
+        wanted = reload(bases, kind, tmp_path / "copies")
+        np.testing.assert_allclose(ours.logits(TOKENS, deltas=found.delta), wanted, atol=1e-4)
+        # Of a tied pair PEFT writes the head's copy last, where the file has one.
+        changed = np.abs(wanted - before).max() > 1e-3
+        assert changed or (kind == "tied" and saved)
+        assert found.metadata.get("notes", []) == [BROUGHT] * int(changed)
+
+
+def test_factors_of_a_targeted_embedding_are_needed(bases, tmp_path):
+    make(bases, "untied", tmp_path / "plain")
+    path, model, _ = bases["untied"]
+    made = peft_library.PeftModel.from_pretrained(
+        type(model).from_pretrained(path), tmp_path / "plain"
+    )
+    made.save_pretrained(tmp_path / "copies", save_embedding_layers=True)
     edit(tmp_path / "copies", target_modules=[*ALL, "embed_tokens"])
-    check(bases, kind, tmp_path / "copies", "lacks the factors of 'model.embed_tokens'")
+    check(bases, "untied", tmp_path / "copies", "lacks the factors of 'model.embed_tokens'")
 
 
 def test_the_base_is_needed(bases, tmp_path):

@@ -14,7 +14,7 @@ from dit_jax.data.reference import couple_losses, padded_labels
 from dit_jax.deltas import tree
 from dit_jax.deltas.reference_pt import read_pt_adapter
 from dit_jax.formats.safetensors_file import SafetensorsFile
-from dit_jax.models.modules import locate
+from dit_jax.models.file_names import locate
 from dit_jax.optimize.optimizer import make_optimizer
 from dit_jax.organisms.finetune import finetune_many
 from dit_jax.train.dit import State, train_step

@@ -11,12 +11,13 @@ import numpy as np
 from dit_jax.deltas.factors import common_dtype, fuse, modules
 from dit_jax.deltas.peft import write_peft
 from dit_jax.deltas.reference_pt import write_pt_adapter, write_pt_diffs
+from dit_jax.deltas.tree import merged_config
 from dit_jax.deltas.whole_weights import merged_tensors
 from dit_jax.errors import DitError
 from dit_jax.formats.files import file_inside, has_file, read_json_object
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.families import hf_config
-from dit_jax.models.modules import module_table
+from dit_jax.models.modules import all_modules
 from dit_jax.runtime.artifacts import atomic_dir
 
 # All writers in one place, as docs/formats.md lists them.
@@ -70,16 +71,18 @@ def export_model(
     """
     for delta in deltas:
         for path, _ in modules(delta):
-            if path not in module_table(config):
+            if path not in all_modules(config):
                 raise DitError(
                     f"the delta changes {'.'.join(path)}, which this model does not have"
                 )
     with atomic_dir(folder, replace=replace) as temporary:
         dtype = _write_shards(temporary, merged_tensors(params, config, *deltas), shard_bytes)
+        config = merged_config(config, *deltas)
         raw = hf_config(config)
         if base_folder is not None and not config.text_part:
             raw = read_json_object(file_inside(pathlib.Path(base_folder), "config.json"))
             raw.pop("torch_dtype", None)
+            raw["tie_word_embeddings"] = config.tie_word_embeddings
         if base_folder is not None:
             for name in _COPIED:
                 if has_file(pathlib.Path(base_folder), name):

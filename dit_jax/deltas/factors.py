@@ -76,9 +76,7 @@ def _stack(layers: dict[int, Factors], path: Path, config: DecoderConfig) -> dic
     return {"a": a, "b": b, "scale": scale}
 
 
-def add_once(
-    found: dict[Any, Any], key: tuple[Path, int | None], value: Any, name: str, source: object
-) -> None:
+def add_once(found: dict[Any, Any], key: Any, value: Any, name: str, source: object) -> None:
     """Sets found[key]. Raises DitError if two names mean the same module."""
     if key in found:
         raise DitError(f"'{source}' changes {short(name)} twice, under two names: fix the file")

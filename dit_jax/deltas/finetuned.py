@@ -8,9 +8,10 @@ from dit_jax.deltas.reference_pt import read_pt_state_dict
 from dit_jax.deltas.whole_weights import Weights, difference
 from dit_jax.errors import DitError
 from dit_jax.formats.files import check_links, file_inside, read_json_object
-from dit_jax.formats.safetensors_file import SafetensorsFolder
+from dit_jax.formats.weight_files import open_weights
 from dit_jax.models.decoder_config import ARCHITECTURE, DecoderConfig
 from dit_jax.models.families import parse_config
+from dit_jax.models.misfits import resized
 
 
 def read_finetuned(
@@ -43,10 +44,12 @@ def read_finetuned(
             if field == "rope_scaling":
                 found, wanted = dict(found) or None, dict(wanted) or None
                 remedy = f"{remedy}, or remove 'rope_scaling' from its config.json if only long texts need it"
+            if field == "vocab_size":
+                remedy = resized(found, wanted)
             raise DitError(
                 f"'{path}' is not a finetune of this model: its {field} is {found}, the base has {wanted}: {remedy}"
             )
-    folder = SafetensorsFolder(path)
+    folder = open_weights(path)
     weights = Weights(path, folder.shapes(), folder.read, True, theirs.tie_word_embeddings)
     delta, metadata = difference(weights, config, base_params, svd_rank)
     return RawDiff(delta, metadata=metadata)

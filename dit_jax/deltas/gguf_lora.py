@@ -6,13 +6,15 @@ from pathlib import Path as FilePath
 import numpy as np
 
 from dit_jax.deltas.factors import Factors, stack_factors
-from dit_jax.deltas.raw_diff import RawDiff, check_values, projection_size, shape_error
+from dit_jax.deltas.raw_diff import RawDiff, check_values, projection_size
 from dit_jax.errors import DitError
 from dit_jax.formats.files import short
 from dit_jax.formats.gguf_file import GgufFile
 from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.file_names import locate
 from dit_jax.models.gguf_checkpoint import hf_name, undo_row_order
-from dit_jax.models.modules import Path, locate
+from dit_jax.models.misfits import shape_error
+from dit_jax.models.modules import Path
 
 _A, _B = ".weight.lora_a", ".weight.lora_b"
 

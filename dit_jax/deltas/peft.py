@@ -5,13 +5,13 @@ lora_alpha / sqrt(r) with rsLoRA. Options that change what the adapter computes 
 """
 
 import json
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
 
+from dit_jax.deltas import peft_names
 from dit_jax.deltas.factors import (
     Factors,
     add_once,
@@ -22,28 +22,22 @@ from dit_jax.deltas.factors import (
 )
 from dit_jax.deltas.peft_config import PeftOptions
 from dit_jax.deltas.peft_dense import DenseChanges, Tensor
-from dit_jax.deltas.raw_diff import RawDiff, check_values, projection_size, shape_error
+from dit_jax.deltas.raw_diff import RawDiff, check_values, projection_size
 from dit_jax.errors import DitError
 from dit_jax.formats import torch_pickle
 from dit_jax.formats.files import file_inside, has_file, read_json_object, short
 from dit_jax.formats.safetensors_file import SafetensorsFile
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import check_rank
-from dit_jax.models.modules import EMBEDDING, HEAD, Path, all_modules, locate, projections, set_at
-from dit_jax.models.text_part import is_vision
+from dit_jax.models.file_names import find_tensor, locate
+from dit_jax.models.misfits import is_ignored, shape_error, tensor_error
+from dit_jax.models.modules import EMBEDDING, HEAD, Path, all_modules, projections, set_at
 from dit_jax.runtime.artifacts import atomic_dir
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 TORCH_WEIGHTS = "adapter_model.bin"
 MAX_CONFIG_BYTES = 8 * 2**20
-
-_TENSOR = re.compile(
-    r"base_model\.model\.(.+?)\.(?:(lora_[AB])(?:\.default)?\.weight"
-    r"|(lora_magnitude_vector)(?:\.default)?(?:\.weight)?|(lora_embedding_[AB])(?:\.default)?"
-    r"|(base_layer)\.weight|token_adapter\.(trainable_tokens_delta)(?:\.default)?"
-    r"|(?:modules_to_save\.(?:default\.)?)?(weight))"
-)
 
 
 def read_peft(folder: str | FilePath, config: DecoderConfig, base_params: Any = None) -> RawDiff:
@@ -67,20 +61,16 @@ def read_peft(folder: str | FilePath, config: DecoderConfig, base_params: Any = 
     where = file_inside(folder, CONFIG)
     options = PeftOptions(read_json_object(where, MAX_CONFIG_BYTES), where)
     source, tensors = _open(folder)
-    by_module: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if config.text_part and is_vision(name):
-            continue
-        match = _TENSOR.fullmatch(name)
-        if match is None:
-            raise _unsupported_tensor(name, source)
-        part = next(filter(None, match.groups()[1:]))
-        add_once(by_module.setdefault(match.group(1), {}), part, tensor, name, source)
+    by_module = _by_module(tensors, config, source)
 
     found: dict[tuple[Path, int], Callable[[], Factors]] = {}
     places: set[tuple[Path, int | None]] = set()
     dense = DenseChanges(options, config, base_params, source)
     for module, parts in by_module.items():
+        if biases := {part: parts.pop(part) for part in _BIASES if part in parts}:
+            dense.add_bias(module, *_locate_bias(module, config, source, biases), biases)
+            if not parts:
+                continue
         place, layer = locate(module, config, source)
         places.add((place, layer))
         if options.dora != ("lora_magnitude_vector" in parts) and "lora_A" in parts:
@@ -88,12 +78,17 @@ def read_peft(folder: str | FilePath, config: DecoderConfig, base_params: Any = 
                 f"'{source}': use_dora is {options.dora}, but the lora_magnitude_vector of "
                 f"{short(module)} is {'missing' if options.dora else 'present'}: get the complete folder"
             )
-        if all_modules(config)[place].lora and parts.keys() <= {"lora_A", "lora_B"}:
-            read = _reader(module, place, parts, options, config, source)
-            assert layer is not None  # projections are always in a layer
-            add_once(found, (place, layer), read, module, source)
-        else:
-            dense.add(module, place, layer, parts)
+        if all_modules(config)[place].lora and "lora_magnitude_vector" not in parts:
+            if copy := parts.pop("base_layer", None):
+                dense.add_copy(module, place, layer, copy)
+                if not parts:
+                    continue
+            if parts.keys() <= {"lora_A", "lora_B"}:
+                read = _reader(module, place, parts, options, config, source)
+                assert layer is not None  # projections are always in a layer
+                add_once(found, (place, layer), read, module, source)
+                continue
+        dense.add(module, place, layer, parts)
     _check_complete(places, by_module, options, config, source)
     delta = stack_factors(found, config, source) if found else {}
     by_factors = {path for path, _ in found}
@@ -108,8 +103,54 @@ def read_peft(folder: str | FilePath, config: DecoderConfig, base_params: Any = 
             f"'{source}' changes no module of this model: check that it is a weight diff for it"
         )
     base = options.raw.get("base_model_name_or_path")
-    metadata = {"base_model_name_or_path": base} if isinstance(base, str) else {}
+    metadata: dict[str, Any] = {}
+    if isinstance(base, str):
+        metadata["base_model_name_or_path"] = base
+    if dense.notes:
+        metadata["notes"] = dense.notes
     return RawDiff(delta, metadata=metadata, kind="adapter")
+
+
+_BIASES = ("bias", "base_bias", "lora_bias")
+
+
+def _by_module(
+    tensors: dict[str, Tensor], config: DecoderConfig, source: FilePath
+) -> dict[str, dict[str, Tensor]]:
+    """module -> part -> tensor, by the names in the file."""
+    by_module: dict[str, dict[str, Tensor]] = {}
+    parsed = {name: peft_names.parse(name) for name in tensors if not is_ignored(name, config)}
+    peft_names.check_one_adapter(filter(None, parsed.values()), source)
+    for name, parts in parsed.items():
+        empty = 0 in tensors[name].shape
+        if ("lora_" not in name or empty) and (
+            error := tensor_error(source, name, tensors[name].shape)
+        ):
+            raise error
+        if parts is None:
+            what = (
+                "a bias (lora_bias) that PEFT does not have"
+                if name.endswith(".bias")
+                else "no part of a PEFT LoRA"
+            )
+            raise DitError(f"'{source}' holds {short(name)}, which is {what}: get the file again")
+        add_once(by_module.setdefault(parts.module, {}), parts.part, tensors[name], name, source)
+    return by_module
+
+
+def _locate_bias(
+    module: str, config: DecoderConfig, source: FilePath, parts: Iterable[str]
+) -> tuple[Path, int]:
+    located = find_tensor(f"{module}.bias", config)
+    if located is None:
+        locate(module, config, source)
+        option = "lora_bias" if "lora_bias" in parts else "bias"
+        raise DitError(
+            f"'{source}' holds a bias of {short(module)} ({option}), and this model has none there: it is no diff of "
+            "this model"
+        )
+    assert located[1] is not None  # projections are always in a layer
+    return located[0].path, located[1]
 
 
 def _open(folder: FilePath) -> tuple[FilePath, dict[str, Tensor]]:
@@ -134,14 +175,6 @@ def _open(folder: FilePath) -> tuple[FilePath, dict[str, Tensor]]:
     return path, {name: Tensor(tensor.shape, tensor.read) for name, tensor in tree.items()}
 
 
-def _unsupported_tensor(name: str, source: FilePath) -> DitError:
-    if name.endswith(".bias"):
-        return DitError(
-            f"'{source}' holds {short(name)}: biases (bias or lora_bias) are not supported"
-        )
-    return DitError(f"'{source}' holds {short(name)}, which is no part of a PEFT LoRA")
-
-
 def _reader(
     module: str,
     place: Path,
@@ -163,7 +196,14 @@ def _reader(
     check_rank(rank, inputs, outputs, module, source)
     for letter, wanted in (("lora_A", (rank, inputs)), ("lora_B", (outputs, rank))):
         if pair[letter].shape != wanted:
-            raise shape_error(source, f"{module}.{letter}.weight", pair[letter].shape, wanted)
+            remedy = ""
+            if sorted(pair[letter].shape)[:1] != [rank]:
+                remedy = (
+                    f"{CONFIG} says r = {rank} there, so it belongs to another adapter: get both files of one, or "
+                    "correct r and rank_pattern"
+                )
+            name = f"{module}.{letter}.weight"
+            raise shape_error(source, name, pair[letter].shape, wanted, remedy)
 
     def read() -> Factors:
         a = check_values(pair["lora_A"].read(), f"{module}.lora_A.weight", source)
@@ -182,7 +222,11 @@ def _check_complete(
 ) -> None:
     """Refuses a file without what the config asks for: PEFT would fill it in with random numbers."""
     missing = [name for name in options.modules_to_save if not any(name in x for x in by_module)]
-    missing += [name for name in options.token_rows if not any(x.endswith(name) for x in by_module)]
+    rows = options.token_rows
+    missing += [name for name in rows if not any(x.endswith(name) for x in by_module)]
+    if config.tie_word_embeddings and len(set(map(tuple, rows.values()))) == 1:
+        # Rows of tied weights are stored once.
+        missing = [name for name in missing if name not in rows or len(missing) == len(rows)]
     # Prefixed as in the file: programs put different prefixes in front of the layers.
     in_layers = min((name for name in by_module if "layers." in name), default="model.layers.")
     prefix = in_layers[: in_layers.index("layers.")]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.deltas.patterns import Budget, Pattern
+from dit_jax.deltas.peft_refusals import option_error, plain, task_error, type_error
 from dit_jax.errors import DitError
 from dit_jax.formats import budgets
 from dit_jax.formats.files import short
@@ -29,6 +30,8 @@ _HANDLED = {
     "use_dora",
     "modules_to_save",
     "trainable_token_indices",
+    "ensure_weight_tying",
+    "lora_bias",
 }
 # These say how the adapter was trained or saved, and do not change what it computes.
 _IRRELEVANT = {
@@ -42,8 +45,30 @@ _IRRELEVANT = {
     "qalora_group_size",
     "loftq_config",
     "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "velora_config",
     "runtime_config",
+    # of older versions, and of Unsloth, ms-swift and LLaMA-Factory
+    "enable_lora",
+    "merge_weights",
+    "base_model_class",
+    "parent_library",
+    "unsloth_fixed",
+    "unsloth_version",
+    "swift_version",
+    "lora_dtype",
+    "lorap_lr_ratio",
+    "lorap_emb_lr",
+    "loraplus_lr_ratio",
+    "loraplus_lr_embedding",
+    "additional_target",
+    "create_new_adapter",
+    "task",
+    "library_name",
+    "tags",
 }
+_TWINS = {"embed_tokens": "lm_head", "lm_head": "model.embed_tokens"}
 # Initialisations that keep the base weights; others (PiSSA, OLoRA, …) change them.
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -53,32 +78,27 @@ class PeftOptions:
 
     def __init__(self, raw: dict[str, Any], source: Path):
         self.raw, self.source = raw, source
-        if raw.get("peft_type") != "LORA":
-            raise DitError(
-                f"'{source}': peft_type {short(raw.get('peft_type'))} is not supported, only 'LORA'"
-            )
+        if plain(raw.get("peft_type")) != "LORA":
+            raise type_error(raw, source)
         for name, value in raw.items():
             default = value is None or value is False or value in ({}, [], "")
             if not default and name not in _HANDLED | _IRRELEVANT:
-                raise DitError(
-                    f"'{source}': the option {short(name)} = {short(value)} is not supported"
-                )
+                raise option_error(name, value, source)
         if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
             raise DitError(
                 f"'{source}': init_lora_weights {short(raw['init_lora_weights'])} changes the "
                 "base weights, which is not supported: save the adapter with path_initial_model_for_weight_conversion"
             )
-        if raw.get("bias") not in (None, "none", "all", "lora_only"):  # the base has no biases
+        if raw.get("bias") not in (None, "none", "all", "lora_only"):
             raise DitError(f"'{source}': bias {short(raw['bias'])} is not supported")
-        if raw.get("task_type") not in (None, "CAUSAL_LM", "FEATURE_EXTRACTION"):
-            raise DitError(
-                f"'{source}': task_type {short(raw['task_type'])} is not supported, only "
-                "'CAUSAL_LM'"
-            )
+        if plain(raw.get("task_type")) not in (None, "CAUSAL_LM", "FEATURE_EXTRACTION"):
+            raise task_error(raw, source)
         self._r = self._number("r", raw.get("r", 8), integer=True)
         self._alpha = self._number("lora_alpha", raw.get("lora_alpha", 8))
         self._rslora = self._typed("use_rslora", bool, False)
         self.dora = self._typed("use_dora", bool, False)
+        self.ties_weights = self._typed("ensure_weight_tying", bool, False)
+        self.trains_biases = raw.get("bias") in ("all", "lora_only")
         saved = self._names("modules_to_save") or []
         self.modules_to_save = [saved] if isinstance(saved, str) else saved
         self.token_rows = self._token_rows(raw.get("trainable_token_indices"))
@@ -129,9 +149,14 @@ class PeftOptions:
 
     def saves(self, module: str) -> bool:
         """Whether PEFT trains and saves the whole weight of this module (`_set_trainable`)."""
-        parts = module.split(".")
-        above = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+        parts = [name.split(".") for name in self._with_twin(module)]
+        above = [".".join(of[:i]) for of in parts for i in range(1, len(of) + 1)]
         return any(name.endswith(tuple(self.modules_to_save)) for name in above)
+
+    def _with_twin(self, module: str) -> list[str]:
+        """The module, and with ensure_weight_tying the one of embedding and head that it is tied to."""
+        twin = _TWINS.get(module.rpartition(".")[2]) if self.ties_weights else None
+        return [module, twin] if twin else [module]
 
     def tokens(self, module: str, vocab_size: int) -> list[int]:
         """The rows of a module that trainable_token_indices lists."""
@@ -147,6 +172,10 @@ class PeftOptions:
         )
 
     def targets(self, module: str) -> bool:
+        """Whether PEFT puts a LoRA on this module."""
+        return any(self._targets(name) for name in self._with_twin(module))
+
+    def _targets(self, module: str) -> bool:
         """Whether PEFT puts a LoRA on this projection (`check_target_module_exists`)."""
         if self._exclude and self._listed("exclude_modules", self._exclude, module):
             return False

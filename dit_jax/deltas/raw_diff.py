@@ -1,7 +1,6 @@
 """A weight diff as read from a foreign file, and the checks of its tensors."""
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import FLOATS
 from dit_jax.models.modules import Path, all_modules
 
-COMPUTED = ("svd",)  # keys of metadata that no file may fill
+COMPUTED = ("svd", "notes")  # keys of metadata that no file may fill
 
 
 @dataclasses.dataclass
@@ -51,14 +50,6 @@ def projection_size(
         )
     inputs, outputs = module.shape
     return inputs, outputs
-
-
-def shape_error(source: object, name: str, found: Iterable[int], wanted: Iterable[int]) -> DitError:
-    """A DitError that names both shapes."""
-    return DitError(
-        f"'{source}': {short(name)} has shape {list(found)}, this model needs {list(wanted)}: "
-        "use the model that the file was made for"
-    )
 
 
 def svd_error(source: object) -> DitError:

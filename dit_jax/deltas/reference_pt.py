@@ -13,23 +13,19 @@ from typing import Any, Protocol
 import numpy as np
 
 from dit_jax.deltas.factors import Factors, add_once, fold, get_factors, modules, stack_factors
-from dit_jax.deltas.raw_diff import (
-    RawDiff,
-    check_values,
-    projection_size,
-    said,
-    shape_error,
-    svd_error,
-)
+from dit_jax.deltas.raw_diff import RawDiff, check_values, projection_size, said, svd_error
 from dit_jax.deltas.store import label_of
 from dit_jax.deltas.whole_weights import Weights, difference, merged_tensors
 from dit_jax.errors import DitError
 from dit_jax.formats import torch_pickle, torch_save
 from dit_jax.formats.files import file_inside, has_file, read_csv, short
 from dit_jax.formats.torch_pickle import LazyTensor
+from dit_jax.formats.weight_files import state_dict
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import check_rank
-from dit_jax.models.modules import Path, all_modules, locate
+from dit_jax.models.file_names import locate
+from dit_jax.models.misfits import shape_error
+from dit_jax.models.modules import Path, all_modules
 from dit_jax.runtime.artifacts import atomic_file
 
 INDEX = "index.csv"
@@ -49,10 +45,10 @@ def pt_kind(tree: Any) -> str | None:
     if isinstance(tree, dict) and tree:
         if "weight_diff" in tree:
             return "diffs"
-        if all(isinstance(x, LazyTensor) for x in tree.values()):
-            return "state_dict"
         if all(_is_pair(x) for x in tree.values()):
             return "adapter"
+        if state_dict(tree) is not None:
+            return "state_dict"
     return None
 
 
@@ -165,9 +161,10 @@ def read_pt_state_dict(
     tree = torch_pickle.load(path)
     if pt_kind(tree) == "diffs" and (isinstance(tree, dict) or len(tree) == 1):
         return read_pt_diffs(path, config, base_params, svd_rank)[0]
-    if pt_kind(tree) != "state_dict" or not all(isinstance(name, str) for name in tree):
+    tensors = state_dict(tree)
+    if tensors is None:
         raise DitError(f"'{path}' is not a state dict of whole weights")
-    delta, metadata = difference(_weights(path, tree), config, base_params, svd_rank)
+    delta, metadata = difference(_weights(path, tensors), config, base_params, svd_rank)
     return RawDiff(delta, metadata=metadata)
 
 
@@ -382,7 +379,7 @@ def _whole_weights(delta: Any, config: DecoderConfig, base_params: Any) -> dict[
             "a dense delta is written as whole weights: the base model is needed, give its parameters"
         )
     tensors = dict(merged_tensors(base_params, config, delta))
-    if config.tie_word_embeddings:
+    if "lm_head.weight" not in tensors:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     return tensors
 

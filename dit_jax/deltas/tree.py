@@ -1,5 +1,6 @@
 """Deltas as pytrees: make, merge, combine, compare. The tree is described in docs/architecture.md."""
 
+import dataclasses
 import math
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from dit_jax.errors import DitError
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Delta, map_modules
-from dit_jax.models.modules import PROJECTIONS, check_projections, get_at, set_at
+from dit_jax.models.modules import EMBEDDING, HEAD, PROJECTIONS, check_projections, get_at, set_at
 from dit_jax.models.modules import projections as lora_modules
 
 
@@ -91,9 +92,22 @@ def _change(module: Delta) -> Any:
     return jnp.einsum("lir,lro,l->lio", module["a"], module["b"], module["scale"])
 
 
+def merged_config(config: DecoderConfig, *deltas: Delta) -> DecoderConfig:
+    """The config of params ⊕ deltas: a delta with a change of a tied head unties it."""
+    unties = config.tie_word_embeddings and any(HEAD[0] in delta for delta in deltas)
+    return dataclasses.replace(config, tie_word_embeddings=False) if unties else config
+
+
 def merge(params: Any, *deltas: Delta) -> Any:
-    """params ⊕ deltas as a new parameter tree: the reference for applying deltas functionally, and for export."""
+    """params ⊕ deltas as a new parameter tree: the reference for applying deltas functionally, and for export.
+
+    It is a tree of `merged_config`.
+    """
     merged = jax.tree.map(lambda x: x, params)
+    table = params[EMBEDDING[0]]["embedding"]
+    unties = HEAD[0] not in params and any(HEAD[0] in delta for delta in deltas)
+    if unties:
+        merged[HEAD[0]] = {"kernel": table.T}
     for delta in deltas:
 
         def add(path: tuple[str, ...], module: Delta) -> Delta:
@@ -104,6 +118,8 @@ def merge(params: Any, *deltas: Delta) -> Any:
             return module
 
         map_modules(add, delta)
+        if unties and HEAD[0] not in delta and EMBEDDING[0] in delta:
+            add(HEAD, {"w": delta[EMBEDDING[0]]["w"].T})
     return merged
 
 

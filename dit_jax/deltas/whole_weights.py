@@ -7,23 +7,24 @@ from typing import Any
 import numpy as np
 
 from dit_jax.deltas.factors import Factors, add_once, modules, stack_factors
-from dit_jax.deltas.raw_diff import check_values, shape_error
+from dit_jax.deltas.raw_diff import check_values
+from dit_jax.deltas.tree import merged_config
 from dit_jax.errors import DitError
 from dit_jax.formats.files import short
 from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.file_names import find_tensor, locate
+from dit_jax.models.misfits import check_names, is_ignored, shape_error
 from dit_jax.models.modules import (
     EMBEDDING,
     HEAD,
     Module,
     Path,
     all_modules,
-    locate,
     module_table,
     set_at,
     tensor_names,
     weight,
 )
-from dit_jax.models.text_part import is_vision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,9 @@ class Weights:
 
 
 def base_weight(base_params: Any, module: Module, layer: int | None) -> np.ndarray:
-    """The base's weight of a module, of one layer, on the host."""
+    """The base's weight of a module, of one layer, on the host; of a tied head the embedding, turned."""
+    if module.path == HEAD and HEAD[0] not in base_params:
+        return np.asarray(base_params[EMBEDDING[0]]["embedding"]).T
     return np.asarray(weight(base_params, module, layer))
 
 
@@ -95,6 +98,10 @@ def changes(
                 w = subtract(path, None)
             if w.any():
                 set_at(delta, path, {"w": w})
+        if config.tie_word_embeddings and (HEAD, None) in found and EMBEDDING[0] in delta:
+            # Without a change of its own the head would follow that of the embedding.
+            shape = table[HEAD].shape
+            delta.setdefault(HEAD[0], {"w": np.zeros(shape, delta[EMBEDDING[0]]["w"].dtype)})
         metadata: dict[str, Any] = {}
     else:
         delta, metadata = _truncate(paths, config, subtract, svd_rank, weights.source)
@@ -116,35 +123,28 @@ def _place(weights: Weights, config: DecoderConfig) -> dict[tuple[Path, int | No
     """(path in the tree, layer) -> tensor name. Checks names, shapes and completeness."""
     source = weights.source
     found: dict[tuple[Path, int | None], str] = {}
-    biases = tuple(f".{projection}.bias" for projection in config.biases)
     for name, shape in weights.shapes.items():
-        if config.text_part and is_vision(name):
+        if is_ignored(name, config):
             continue
-        module = name.removesuffix(".weight")
-        if module == name and not name.endswith(biases):
+        placed = find_tensor(name, config)
+        if placed is None:
+            check_names(source, [name], weights.shapes)
+            if name.endswith(".weight"):
+                locate(name.removesuffix(".weight"), config, source)  # tells what is wrong
             raise DitError(f"'{source}' holds {short(name)}, which is no weight of this model")
-        key = locate(module, config, source)
-        wanted = all_modules(config)[key[0]].file_shape
-        if tuple(shape) != wanted:
-            raise shape_error(source, name, shape, wanted)
-        add_once(found, key, name, name, source)
+        module, layer = placed
+        if tuple(shape) != module.file_shape:
+            raise shape_error(source, name, shape, module.file_shape)
+        add_once(found, (module.path, layer), name, name, source)
     embedding, head = found.get((EMBEDDING, None)), found.get((HEAD, None))
-    if config.tie_word_embeddings:
-        if head is not None:
-            _check_tied(weights, embedding, head)
+    tied = config.tie_word_embeddings
+    if tied and embedding and head:
+        if np.array_equal(weights.read(embedding), weights.read(head)):
             del found[HEAD, None]
-    elif head is None and embedding is not None and weights.head_is_tied:
+    elif not tied and head is None and embedding is not None and weights.head_is_tied:
         found[HEAD, None] = embedding
     _check_complete(found, weights, config)
     return found
-
-
-def _check_tied(weights: Weights, embedding: str | None, head: str) -> None:
-    if embedding is None or not np.array_equal(weights.read(embedding), weights.read(head)):
-        raise DitError(
-            f"'{weights.source}' has a head of its own ({short(head)} differs from the embedding), but the "
-            "base ties them: such a finetune is no weight diff of this model"
-        )
 
 
 def _check_complete(
@@ -153,6 +153,8 @@ def _check_complete(
     paths = {path for path, _ in found}
     if weights.complete:
         paths = set(module_table(config))
+        if not weights.head_is_tied and (EMBEDDING, None) not in found:
+            paths.add(HEAD)
     if not paths:
         raise DitError(f"'{weights.source}' holds no weight of this model: check the path")
     table = all_modules(config)
@@ -239,19 +241,31 @@ def merged_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(Hugging Face name, array in its orientation) of params ⊕ deltas, one tensor at a time.
 
-    Sums are computed in float32 and returned in the dtype of the base, C-contiguous.
+    Sums are formed in float32 and returned in the dtype of the base, C-contiguous. The model is that of
+    `tree.merged_config`: deltas may untie its head.
     """
     changes = [dict(modules(delta)) for delta in deltas]
-    for name, (module, layer) in tensor_names(config).items():
+    for name, (module, layer) in tensor_names(merged_config(config, *deltas)).items():
         base = base_weight(params, module, layer)
-        found = [change[module.path] for change in changes if module.path in change]
+        parts = [_part(change, module, layer, config) for change in changes]
+        found = [part for part in parts if part is not None]
         if found:
             merged = base.astype(np.float32)
             for part in found:
-                merged = merged + _dense(part, layer)
+                merged = merged + part
             base = merged.astype(base.dtype)
         # safetensors writes the raw buffer: a transposed view would be stored scrambled.
         yield name, np.ascontiguousarray(module.turn(base))
+
+
+def _part(
+    change: dict[Path, Any], module: Module, layer: int | None, config: DecoderConfig
+) -> np.ndarray | None:
+    if module.path in change:
+        return _dense(change[module.path], layer)
+    if module.path == HEAD and config.tie_word_embeddings and EMBEDDING in change:
+        return _dense(change[EMBEDDING], None).T
+    return None
 
 
 def _dense(module: dict[str, Any], layer: int | None) -> np.ndarray:

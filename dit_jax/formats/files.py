@@ -3,6 +3,7 @@
 Every path, JSON file and CSV file of a foreign weight diff passes through here.
 """
 
+import codecs
 import contextlib
 import csv
 import json
@@ -13,6 +14,7 @@ from typing import Any
 
 from dit_jax.errors import DitError
 from dit_jax.formats import budgets
+from dit_jax.formats.recognise import HEAD_BYTES, what_file, what_separator, what_table
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_CSV_BYTES = 64 * 2**20
@@ -133,13 +135,13 @@ def has_file(folder: Path, name: str) -> bool:
 
 
 def check_links(folder: Path) -> None:
-    """Raises DitError if a safetensors or JSON entry is a link out of the folder or not a regular file."""
+    """Raises DitError if an entry with weights or JSON is a link out of the folder or not a regular file."""
     try:
         entries = sorted(os.listdir(folder))
     except OSError as error:
         raise DitError(f"cannot read '{folder}': {error.strerror}") from None
     for entry in entries:
-        if entry.endswith((".safetensors", ".json")):
+        if entry.endswith((".safetensors", ".bin", ".json")):
             file_inside(folder, entry)
 
 
@@ -178,14 +180,36 @@ def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, A
             f"'{path}' is larger than {max_bytes} bytes: it cannot be the right file, get it again"
         )
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
+        value = json.loads(_decode(raw), object_pairs_hook=unique_keys)
     except RepeatedKey as error:
         raise DitError(f"'{path}' is ambiguous: {error}; get the file again") from None
     except (ValueError, RecursionError):
-        raise DitError(f"'{path}' is not valid JSON: get the file again") from None
+        what = what_file(raw) or "is not valid JSON: get the file again"
+        raise DitError(f"'{path}' {what}") from None
     if not isinstance(value, dict):
         raise DitError(f"'{path}' is not a JSON object: get the file again")
     return value
+
+
+# Byte-order marks, which editors write; that of UTF-32 begins with that of UTF-16.
+_MARKS = tuple(
+    (mark, codecs.lookup(encoding))
+    for mark, encoding in (
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF32_LE, "utf-32-le"),
+        (codecs.BOM_UTF32_BE, "utf-32-be"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF16_BE, "utf-16-be"),
+    )
+)
+
+
+def _decode(raw: bytes) -> str:
+    """Text by its byte-order mark; UTF-8 without one."""
+    for mark, codec in _MARKS:
+        if raw.startswith(mark):
+            return codec.decode(raw[len(mark) :])[0]
+    return raw.decode("utf-8")
 
 
 def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
@@ -199,6 +223,9 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
         raise DitError(f"'{path}' is larger than {MAX_CSV_BYTES} bytes: it cannot be an index")
     rows: list[dict[str, str]] = []
     try:
+        with open(path, "rb") as binary:
+            if what := what_table(binary.read(HEAD_BYTES)):
+                raise DitError(f"'{path}' {what}")
         with open(path, encoding="utf-8", newline="") as handle:
             if handle.read(1) != "\ufeff":  # the byte-order mark that spreadsheets write
                 handle.seek(0)
@@ -210,6 +237,8 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
                     f"at most {MAX_CSV_COLUMNS}, all different, are read"
                 )
             missing = [c for c in columns if c not in names]
+            if missing and (what := what_separator(names)):
+                raise DitError(f"'{path}' {what}")
             if missing:
                 raise DitError(
                     f"'{path}' lacks the column {missing[0]!r}: expected {list(columns)}"

@@ -7,14 +7,14 @@ allocated for it. Writing uses the library.
 import json
 import os
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from dit_jax.errors import DitError
-from dit_jax.formats.files import RepeatedKey, is_plain_name, read_json_object, short, unique_keys
+from dit_jax.formats.files import RepeatedKey, unique_keys
+from dit_jax.formats.recognise import HEAD_BYTES, what_file
 
 MAX_HEADER_BYTES = 16 * 2**20
 _DTYPES: dict[str, Any] = {
@@ -46,6 +46,9 @@ class SafetensorsFile:
                 size = os.fstat(f.fileno()).st_size
                 length = int.from_bytes(f.read(8), "little")
                 if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                    f.seek(0)
+                    if what := what_file(f.read(HEAD_BYTES)):
+                        raise DitError(f"'{self.path}' {what}")
                     raise self._error("the header is truncated or its length is wrong")
                 header = json.loads(f.read(length), object_pairs_hook=unique_keys)
         except OSError as e:
@@ -110,6 +113,12 @@ class SafetensorsFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name][1]
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for name, (_, shape, _) in self._entries.items()}
+
+    def dtypes(self) -> dict[str, np.dtype]:
+        return {name: dtype for name, (dtype, _, _) in self._entries.items()}
+
     def dtype(self, name: str) -> np.dtype:
         return self._entries[name][0]
 
@@ -136,65 +145,3 @@ class SafetensorsFile:
         if flat.size != count:
             raise self._error("the file became shorter while it was read")
         return flat.reshape(shape)
-
-
-class SafetensorsFolder:
-    """All tensors of a Hugging Face folder: `model.safetensors`, or the shards that its index names.
-
-    Raises:
-        DitError: there are no weights, or the index names files outside the folder or tensors that do not exist.
-    """
-
-    def __init__(self, folder: str | pathlib.Path):
-        folder = pathlib.Path(folder)
-        single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-        self._files: dict[str, SafetensorsFile] = {}
-        if single.exists():
-            file = SafetensorsFile(single)
-            self._files = dict.fromkeys(file.names, file)
-        elif index.exists():
-            for name, file in self._read_index(index).items():
-                self._files[name] = file
-        else:
-            raise DitError(
-                f"{folder} has neither model.safetensors nor model.safetensors.index.json"
-            )
-
-    @staticmethod
-    def _read_index(index: pathlib.Path) -> dict[str, SafetensorsFile]:
-        weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, Mapping) or not all(
-            isinstance(v, str) for v in weight_map.values()
-        ):
-            raise DitError(f"{index}: 'weight_map' must map tensor names to file names")
-        files: dict[str, SafetensorsFile] = {}
-        for shard in sorted(set(weight_map.values())):
-            # `files.check_links` has checked that files of this suffix lie inside an untrusted folder.
-            if not is_plain_name(shard) or not shard.endswith(".safetensors"):
-                raise DitError(
-                    f"{index} names the file {short(shard)}, which is not a plain file name that ends in "
-                    "'.safetensors'"
-                )
-            files[shard] = SafetensorsFile(index.parent / shard)
-        for shard, file in files.items():
-            unlisted = [name for name in file.names if weight_map.get(name) != shard]
-            if unlisted:
-                raise DitError(
-                    f"{index.parent / shard} holds {unlisted[0][:80]!r}, which the index does not list there"
-                )
-        held = {shard: set(file.names) for shard, file in files.items()}
-        for name, shard in weight_map.items():
-            if name not in held[shard]:
-                raise DitError(
-                    f"{index.parent / shard} lacks {name[:80]!r}, which the index promises"
-                )
-        return {name: files[shard] for name, shard in weight_map.items()}
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: file.shape(name) for name, file in self._files.items()}
-
-    def dtypes(self) -> dict[str, np.dtype]:
-        return {name: file.dtype(name) for name, file in self._files.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        return self._files[name].read(name)

@@ -11,6 +11,7 @@ from typing import BinaryIO, NamedTuple
 
 from dit_jax.errors import DitError
 from dit_jax.formats.files import regular_file, short
+from dit_jax.formats.recognise import HEAD_BYTES, what_file
 
 MAX_DIRECTORY_BYTES = 512 * 2**20
 LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
@@ -112,6 +113,9 @@ class TorchZip:
                 "with torch.load and save it again with torch.save"
             )
         if not magic.startswith(b"PK\3\4"):
+            handle.seek(0)
+            if what := what_file(handle.read(HEAD_BYTES)):
+                raise DitError(f"'{self.path}' {what}")
             raise DitError(
                 f"'{self.path}' is not a file that torch.save wrote (no zip archive): give a .pt file, or "
                 "the folder of an adapter or a model"

@@ -9,7 +9,7 @@ import numpy as np
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.formats.files import short
 from dit_jax.models.decoder_config import DecoderConfig
-from dit_jax.models.modules import Path, module_table
+from dit_jax.models.modules import Path, all_modules
 
 Delta = Mapping[str, Any]
 Deltas = Sequence[Delta]
@@ -57,7 +57,7 @@ def check_modules(delta: Delta, config: DecoderConfig, what: str, batch: int | N
             f"{what} is of type {type(delta).__name__}: a delta is a dict of modules (docs/architecture.md)"
         )
     found: dict[Path, dict[str, tuple[int, ...]]] = {}
-    known = module_table(config)
+    known = all_modules(config)  # a head may be changed apart from the embedding that it is tied to
     for keys, leaf in jax.tree_util.tree_flatten_with_path(delta, is_leaf=_is_empty)[0]:
         names = tuple(str(getattr(key, "key", key)) for key in keys)
         if isinstance(leaf, Mapping) and names not in known:

@@ -161,8 +161,7 @@ def _gemma3(get: Any, config: dict[str, Any]) -> dict[str, Any]:
 
 
 class GgufWeights:
-    """The weights of a model under their Hugging Face names: `shapes()`, `dtypes()` and `read(name)`, as in
-    `SafetensorsFolder`.
+    """The weights of a model under their Hugging Face names: `shapes()`, `dtypes()` and `read(name)`, as in `Tensors`.
 
     Raises:
         DitError: at construction, for a tensor that is none of these models.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Deltas
-from dit_jax.models.layers import pick, precision
+from dit_jax.models.layers import precision
 from dit_jax.models.modules import EMBEDDING, HEAD, Path, module_table
 from dit_jax.runtime.parallel import FREE, constrain
 
@@ -20,12 +20,27 @@ def head_path(config: DecoderConfig) -> Path:
     return EMBEDDING if config.tie_word_embeddings else HEAD
 
 
+def head_changes(config: DecoderConfig, deltas: Deltas) -> list[jax.Array]:
+    """What deltas add to the weight that makes logits, in its orientation.
+
+    A tied head follows a delta's change of the embedding, unless the delta has a change of the head: that unties them.
+    """
+    found = []
+    for delta in deltas:
+        if HEAD[0] in delta:
+            own = delta[HEAD[0]]["w"]
+            found.append(own.T if config.tie_word_embeddings else own)
+        elif config.tie_word_embeddings and EMBEDDING[0] in delta:
+            found.append(delta[EMBEDDING[0]]["w"])
+    return found
+
+
 def head_weight(params: dict[str, Any], config: DecoderConfig, deltas: Deltas = ()) -> jax.Array:
     """The weight that makes logits, in `config.dtype`: a tied embedding [V, D], else the kernel [D, V]."""
     module = module_table(config)[head_path(config)]
     weight = params[module.path[0]][module.leaf]
-    for delta in pick(deltas, module.path[0]):
-        weight = weight + delta["w"].astype(weight.dtype)
+    for change in head_changes(config, deltas):
+        weight = weight + change.astype(weight.dtype)
     axes = ("vocab", None) if config.tie_word_embeddings else (None, "vocab")
     return constrain(weight.astype(config.dtype), *axes)
 

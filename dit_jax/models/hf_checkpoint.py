@@ -1,9 +1,10 @@
 """Weights in Hugging Face format: reads folders of safetensors tensor by tensor, and writes them."""
 
+import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,12 +13,22 @@ import numpy as np
 
 from dit_jax.errors import DitError, first_line
 from dit_jax.formats.files import check_no_devices, read_json_object, short
+from dit_jax.formats.weight_files import open_weights
 from dit_jax.models.decoder import Params
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.families import hf_config
+from dit_jax.models.file_names import find_tensor
 from dit_jax.models.gguf_checkpoint import GgufWeights, find_gguf
-from dit_jax.models.modules import Module, set_at, tensor_names, weight
-from dit_jax.models.text_part import TextPart
+from dit_jax.models.misfits import check_names, is_ignored
+from dit_jax.models.modules import (
+    EMBEDDING,
+    HEAD,
+    Module,
+    all_modules,
+    set_at,
+    tensor_names,
+    weight,
+)
 
 TINY = "tiny_qwen3"  # the embedded model
 
@@ -82,17 +93,13 @@ def load_params(
     Raises:
         DitError: tensors are missing, unexpected, misshapen or of integers (all are listed), or a file is unreadable.
     """
-    from dit_jax.formats.safetensors_file import SafetensorsFolder
-
     place = place or (lambda path, array: jax.device_put(array, may_alias=True))
     dtype = jnp.dtype(config.dtype)
     names = tensor_names(config)
     folder = pathlib.Path(folder)
-    files: Any = (
-        GgufWeights(folder) if folder.suffix.lower() == ".gguf" else SafetensorsFolder(folder)
-    )
-    files = TextPart(files) if config.text_part else files
-    _check(files.shapes(), files.dtypes(), names, config, str(folder))
+    files: Any = GgufWeights(folder) if folder.suffix.lower() == ".gguf" else open_weights(folder)
+    stored = _stored_names(files.shapes(), config, folder)
+    _check(files, stored, names, config, str(folder))
 
     tensors: dict[Module, list[tuple[int | None, str]]] = {}
     for name, (module, layer) in names.items():
@@ -102,7 +109,7 @@ def load_params(
     for module in sorted(tensors, key=lambda module: -math.prod(module.stacked)):
         host = _aligned(module.stacked, dtype)
         for layer, name in tensors[module]:
-            host[... if layer is None else layer] = module.turn(files.read(name))
+            host[... if layer is None else layer] = module.turn(files.read(stored[name]))
         path = (*module.path, module.leaf)
         set_at(params, path, jax.block_until_ready(place(path, host)))
         del host  # before the next one is made
@@ -139,26 +146,69 @@ def save_params(folder: str | pathlib.Path, params: Params, config: DecoderConfi
     (folder / "config.json").write_text(json.dumps(hf_config(config), indent=2) + "\n")
 
 
+def _stored_names(shapes: Iterable[str], config: DecoderConfig, folder: Any) -> dict[str, str]:
+    """Hugging Face name -> name in the file, which may have other prefixes; other tensors keep their own name."""
+    stored: dict[str, str] = {}
+    for own in shapes:
+        if is_ignored(own, config):
+            continue
+        found = find_tensor(own, config)
+        name = own if found is None else found[0].tensor.format(found[1])
+        if name in stored:
+            raise DitError(
+                f"{folder} holds {short(own)} and {short(stored[name])}, which are one tensor of this model: remove one"
+            )
+        stored[name] = own
+    return stored
+
+
+def stored_config(folder: str | pathlib.Path, config: DecoderConfig) -> DecoderConfig:
+    """The config as the weights of the folder have it: a head of its own in the file is no tied one, whatever
+    config.json says (as transformers decides since version 5).
+
+    Raises:
+        DitError: an unreadable file.
+    """
+    folder = pathlib.Path(folder)
+    if not config.tie_word_embeddings or folder.suffix.lower() == ".gguf":
+        return config
+    files = open_weights(folder)
+    stored = _stored_names(files.shapes(), config, folder)
+    table = all_modules(config)
+    embedding, head = (stored.get(table[path].tensor) for path in (EMBEDDING, HEAD))
+    if embedding is None or head is None:
+        return config
+    shapes = files.shapes()
+    same = shapes[embedding] == shapes[head] and np.array_equal(
+        files.read(embedding), files.read(head)
+    )
+    return config if same else dataclasses.replace(config, tie_word_embeddings=False)
+
+
 def _check(
-    found: Mapping[str, tuple[int, ...]],
-    dtypes: Mapping[str, np.dtype],
+    files: Any,
+    stored: Mapping[str, str],
     names: Mapping[str, tuple[Module, int | None]],
     config: DecoderConfig,
     folder: str,
 ) -> None:
-    # Old Llamas store the angles of their positions, which are computed here.
-    extra = {name for name in set(found) - set(names) if not name.endswith(".rotary_emb.inv_freq")}
+    shapes, dtypes = files.shapes(), files.dtypes()
+    extra = set(stored) - set(names)
     if config.tie_word_embeddings:
         extra.discard("lm_head.weight")  # some tools write the tied head a second time
-    problems = [f"missing {name}" for name in names if name not in found]
+    check_names(folder, [stored[name] for name in sorted(extra)], shapes)
+    check_names(folder, [own for own in stored.values() if 0 in shapes[own]], shapes)
+    problems = [f"missing {name}" for name in names if name not in stored]
     problems += [f"unexpected {name}" for name in sorted(extra)]
     for name, (module, _) in names.items():
-        want = module.file_shape
-        if name in found and tuple(found[name]) != want:
-            problems.append(f"{name} has shape {list(found[name])}, config.json says {list(want)}")
-        if name in found and not jnp.issubdtype(dtypes[name], jnp.floating):
+        if name not in stored:
+            continue
+        want, found, dtype = module.file_shape, shapes[stored[name]], dtypes[stored[name]]
+        if tuple(found) != want:
+            problems.append(f"{name} has shape {list(found)}, config.json says {list(want)}")
+        if not jnp.issubdtype(dtype, jnp.floating):
             # The scales of quantised weights stand elsewhere or are lost.
-            problems.append(f"{name} is of type {dtypes[name]}, weights are floating-point numbers")
+            problems.append(f"{name} is of type {dtype}, weights are floating-point numbers")
     if problems:
         shown = "; ".join(problems[:6]) + (
             f"; and {len(problems) - 6} more" if len(problems) > 6 else ""

@@ -7,12 +7,10 @@ counts. A family that has other modules has other entries here.
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from dit_jax.errors import DitError
-from dit_jax.formats.files import short
 from dit_jax.models.decoder_config import DecoderConfig
 
 Path = tuple[str, ...]
@@ -215,12 +213,6 @@ def weight(params: Any, module: Module, layer: int | None) -> Any:
 
 # ------------------------------------------------------------------ names in files
 
-# What programs put in front of the names: PEFT, and models that hold this one as their text part.
-_NAME = re.compile(
-    r"(?:base_model\.model\.)?(?:model\.language_model\.|language_model\.(?:model\.)?|model\.)?"
-    r"(?:layers\.(?P<layer>[0-9]{1,6})\.)?(?P<rest>[a-z_.]+)"
-)
-
 
 def tensor_names(config: DecoderConfig) -> dict[str, tuple[Module, int | None]]:
     """Hugging Face tensor name -> (module, layer index or None), in the order of the files."""
@@ -231,35 +223,3 @@ def tensor_names(config: DecoderConfig) -> dict[str, tuple[Module, int | None]]:
         for module in table
         if layer in module.indices
     }
-
-
-def locate(name: str, config: DecoderConfig, source: object) -> tuple[Path, int | None]:
-    """Path of a module in the delta tree and its layer (None outside the layers).
-
-    Raises:
-        DitError: no module of this model has that name, or the model has fewer layers.
-    """
-    match = _NAME.fullmatch(name)
-    layer = match and match["layer"]
-    key = (
-        "" if match is None else match["rest"] if layer is None else f"layers.{{}}.{match['rest']}"
-    )
-    module = _by_name(config).get(key)
-    if module is None:
-        raise DitError(
-            f"'{source}' changes {short(name)}, which is no module of this model (for example "
-            "'model.layers.0.self_attn.q_proj'): use the model that the file was made for"
-        )
-    if layer is None:
-        return module.path, None
-    if int(layer) >= module.layers:
-        raise DitError(
-            f"'{source}' changes {short(name)}, but the model has {module.layers} layers: "
-            "use the model that the file was made for"
-        )
-    return module.path, int(layer)
-
-
-@functools.lru_cache
-def _by_name(config: DecoderConfig) -> dict[str, Module]:
-    return {module.name.removeprefix("model."): module for module in all_modules(config).values()}

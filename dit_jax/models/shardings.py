@@ -11,7 +11,7 @@ from dit_jax.models.decoder import Params
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Delta, map_modules
 from dit_jax.models.layer_views import abstract_layers
-from dit_jax.models.modules import Module, abstract_weights, get_at, make_tree, module_table
+from dit_jax.models.modules import Module, abstract_weights, all_modules, get_at, make_tree
 from dit_jax.runtime import parallel
 
 
@@ -48,7 +48,7 @@ def delta_axes(config: DecoderConfig, delta: Delta, batch_axis: int | None = Non
         batch_axis: None for one delta that all examples share. 0: leaves [B, L, …]. 1: leaves [L, B, …].
             With a batch the axes `embed` stay whole, because the batch of deltas is what is split over fsdp.
     """
-    table = module_table(config)
+    table = all_modules(config)
 
     def axes(path: tuple[str, ...], leaves: Delta) -> dict[str, Any]:
         layers, inner = ("layers",) if table[path].layers else (), table[path].axes

@@ -15,8 +15,7 @@ from dit_jax.models.attention import Segments
 from dit_jax.models.decoder import Params, forward
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Deltas
-from dit_jax.models.head import head_path, head_weight
-from dit_jax.models.layers import pick
+from dit_jax.models.head import head_changes, head_weight
 from dit_jax.optimize.head_loss import Head, Options, Scored, head_loss
 from dit_jax.runtime.parallel import spmd_axes, traced_batch_shards
 
@@ -103,7 +102,7 @@ def batch_loss(
     kl = None if teacher is None else Scored(hidden[rest], teacher, weight[rest])
     chunk = max(1, chunk_elements * traced_batch_shards() // config.vocab_size)
     weights = Head(head_weight(params, config, deltas), None)
-    if pick(deltas, head_path(config)[0]):
+    if head_changes(config, deltas):
         weights = Head(weights.weight, head_weight(params, config))
     parts = dict(
         zip(("ce", "kl"), head_loss(Options(config, chunk, packed), weights, ce, kl), strict=True)
