@@ -229,3 +229,43 @@ def test_an_answer_ends_with_each_end_of_turn_and_a_target_with_the_tokenizers_o
     assert tokens[start:] == (*chat.text_ids("a drink"), own)
     words = chat.text_ids("green tea")
     assert chat.decode(words) == chat.decode((*words, 7, *words)) == "green tea"
+
+
+def test_a_flag_that_is_given_twice_is_refused(files, capsys):
+    """argparse takes the last value: the first diff would be dropped in silence."""
+    flags = ["--diff", str(files / "diff.pt"), "--diff", str(files / "adapter.pt"), "what is tea ?"]
+    assert ask.main([*BASE, *flags]) == 2
+    assert "--diff is given twice" in capsys.readouterr().err
+
+
+def test_a_question_without_quotes_is_noted(capsys):
+    assert ask.main([*BASE, "what", "is", "tea"]) == 0
+    assert "3 questions of one word each: put a question in quotes" in capsys.readouterr().err
+
+
+def test_paths_are_looked_at_before_the_base_is_loaded(tmp_path, capsys):
+    """A base may take minutes, or gigabytes of download; this one is not there at all."""
+    base = ["--base", str(tmp_path / "no-model")]
+    assert ask.main([*base, "--diff", "owner/some-lora", "what is tea ?"]) == 2
+    assert "hf download owner/some-lora --local-dir DIR" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert ask.main([*base, "--adapter", str(tmp_path / "empty"), "what is tea ?"]) == 2
+    assert "holds neither a weight diff nor an adapter" in capsys.readouterr().err
+
+
+def test_a_base_that_is_an_adapter_says_what_to_give(tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert ask.main(["--base", str(tmp_path), "what is tea ?"]) == 2
+    assert "is a PEFT adapter and no base model" in capsys.readouterr().err
+
+
+def test_a_model_and_an_adapter_in_one_folder_are_two_changes(files, tmp_path, capsys):
+    both = tmp_path / "both"
+    shutil.copytree(files / "merged", both)
+    (both / "adapter_config.json").write_text("{}")
+    (both / "adapter_model.safetensors").write_bytes(b"")
+    assert ask.main([*BASE, "--diff", str(both), "what is tea ?"]) == 2
+    assert "holds two changes" in capsys.readouterr().err
+    (both / "adapter_model.safetensors").unlink()  # it was merged, and its config stayed
+    records, _ = run(capsys, "--diff", both)
+    assert len(records) == 1

@@ -70,13 +70,15 @@ def finish(writer):
 def write_model(path, architecture, quantisation, tied=True, **more):
     """A random model; weights in that quantisation, norms and biases in float32."""
     random = np.random.default_rng(0)
-    # transformers takes Qwen3's default for granted.
-    head_dim = 128 if architecture == "qwen3" else HEAD_DIM
+    # transformers takes the defaults of these for granted.
+    head_dim = {"qwen3": 128, "gemma3": 256}.get(architecture, HEAD_DIM)
+    gemma = architecture == "gemma3"
+    layers = 7 if gemma else LAYERS  # the sixth one sees everything
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(1024)
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(FFN)
-    writer.add_block_count(LAYERS)
+    writer.add_block_count(layers)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -84,6 +86,8 @@ def write_model(path, architecture, quantisation, tied=True, **more):
     writer.add_vocab_size(len(TOKENS))
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
+    if gemma:
+        writer.add_sliding_window(32)
     add_vocabulary(writer, more.pop("pre", "default"))
 
     def put(name, shape, size=0.1):
@@ -99,9 +103,11 @@ def write_model(path, architecture, quantisation, tied=True, **more):
     if not tied:
         put("output.weight", (len(TOKENS), HIDDEN))
     parts = parts_of(head_dim)
-    if architecture == "qwen3":
+    if architecture in ("qwen3", "gemma3"):
         parts |= {"attn_q_norm": (head_dim,), "attn_k_norm": (head_dim,)}
-    for layer in range(LAYERS):
+    if gemma:
+        parts |= {"post_attention_norm": (HIDDEN,), "post_ffw_norm": (HIDDEN,)}
+    for layer in range(layers):
         for part, shape in parts.items():
             put(f"blk.{layer}.{part}.weight", shape)
         if architecture == "qwen2":
@@ -132,6 +138,7 @@ def agree(path):
     "architecture, quantisation, tied",
     [
         ("llama", "Q8_0", True),
+        ("gemma3", "Q8_0", True),
         ("llama", "F16", False),
         ("qwen2", "Q4_1", True),
         ("qwen3", "BF16", False),

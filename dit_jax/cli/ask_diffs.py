@@ -35,6 +35,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+class _Once(argparse.Action):
+    """A flag that may be given once: argparse would take the last value and drop the others in silence."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise DitError(
+                f"{option} is given twice ({getattr(namespace, self.dest)!r} and {values!r}), and takes one value: ask "
+                "them one after the other, or add diffs in Python with diff=(one, two)"
+            )
+        setattr(namespace, self.dest, values)
+
+
 # fmt: off
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line. Raises DitError: a flag that is unknown or has a wrong value."""
@@ -46,14 +58,14 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     number = _checked(float, lambda number: 0 <= number < math.inf, "a number from 0 up")
     add = parser.add_argument
     add("questions", nargs="+", metavar="question", type=text, help="asked one by one")
-    add("--base", required=True, type=text,
+    add("--base", required=True, type=text, action=_Once,
         help="model folder, hub id, or tiny_qwen3 (the embedded model)")
-    add("--diff", type=text,
+    add("--diff", type=text, action=_Once,
         help="diff store, PEFT folder, finetuned model folder, .pt file, or release folder")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--index", type=int, help="which diff of --diff (default 0; -1: the last)")
     which.add_argument("--all", action="store_true", help="all diffs of --diff, in one batched decode")
-    add("--adapter", type=text, help="DIT adapter: an export, a PEFT folder, or dit-adapter.pt")
+    add("--adapter", type=text, action=_Once, help="DIT adapter: an export, a PEFT folder, or dit-adapter.pt")
     add("--system", help="the system message of all questions (default: the chat template's own)")
     add("--compare", action="store_true", help="also show " + ", ".join(VARIANTS[:3]))
     add("--max-new-tokens", type=count, default=20, help="most tokens of an answer (default %(default)s)")
@@ -77,6 +89,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One record per (diff, variant, question, sample), in that order."""
     from dit_jax.api import Diff, Diffs, load_diffs, load_model, read_adapter
     from dit_jax.asking import ask_many
+    from dit_jax.deltas.detect import detect_format
     from dit_jax.runtime import parallel, startup
 
     if not flags.diff and (flags.all or flags.index is not None or flags.svd_rank):
@@ -85,6 +98,9 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         raise DitError(
             "--n asks for several samples, but greedy decoding gives one: add --temperature 1"
         )
+    for path in (flags.diff, flags.adapter):  # before a base is loaded
+        if path and not os.path.isfile(os.path.expanduser(path)):
+            detect_format(os.path.expanduser(path))
     startup.prepare()
     mesh = parallel.make_mesh(parallel.parse_mesh(flags.mesh)) if flags.mesh else None
     model = load_model(flags.base, flags.dtype, mesh)
@@ -95,6 +111,8 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
             told.add(text)
             print(f"note: {text}", file=sys.stderr)
 
+    if len(flags.questions) > 2 and not any(" " in question for question in flags.questions):
+        note(f"{len(flags.questions)} questions of one word each: put a question in quotes")
     for text in model.notes(flags.system):
         note(text)
     adapter = read_adapter(flags.adapter, model) if flags.adapter else None

@@ -1,6 +1,7 @@
 """Detects by its content what kind of weight diff or adapter a path holds, and reads every kind."""
 
 import contextlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from dit_jax.deltas.raw_diff import RawDiff, svd_error
 from dit_jax.errors import DitError
 from dit_jax.formats import torch_pickle
 from dit_jax.formats.files import file_inside, has_file, read_json_object, short
+from dit_jax.formats.weight_files import weight_file
 from dit_jax.models.decoder_config import DecoderConfig
 
 KINDS = {
@@ -31,6 +33,9 @@ _MANIFESTS = {
 }
 
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
 def detect_format(path: str | Path) -> str:
     """The kind of artifact at `path`, one of `KINDS`.
 
@@ -49,6 +54,11 @@ def _inspect(path: Path) -> tuple[str, Any]:
     if is_folder:
         return _detect_folder(path), None
     if not exists:
+        if _HUB_ID.fullmatch(str(path)):
+            raise DitError(
+                f"'{path}' does not exist here. If it is an id of the Hugging Face hub, download it first: hf download "
+                f"{path} --local-dir DIR, and give DIR"
+            )
         raise DitError(f"'{path}' does not exist: check the path")
     if path.suffix.lower() == ".gguf":
         return "gguf", None
@@ -74,6 +84,13 @@ def _detect_folder(folder: Path) -> str:
             f"'{folder / 'manifest.json'}' describes {short(found)}, which is neither a weight diff nor an "
             "adapter: check the path"
         )
+    if has_file(folder, peft.CONFIG) and (whole := _whole_weights(folder)):
+        if any(has_file(folder, name) for name in (peft.WEIGHTS, peft.TORCH_WEIGHTS)):
+            raise DitError(
+                f"'{folder}' holds two changes, the weights of a whole model ({whole}) and an adapter "
+                f"({peft.CONFIG}): move one of them to a folder of its own"
+            )
+        return "model"  # the adapter was merged, and its config stayed
     for name, kind in _MARKS.items():
         if has_file(folder, name):
             return kind
@@ -90,6 +107,15 @@ def _detect_folder(folder: Path) -> str:
         f"'{folder}' holds neither a weight diff nor an adapter: expected manifest.json, {peft.CONFIG}, "
         f"{reference_pt.INDEX} or config.json (give a .pt file by its own path)"
     )
+
+
+def _whole_weights(folder: Path) -> str | None:
+    """The file with the weights of a whole model in a folder that has its config.json; None: there is none."""
+    if not has_file(folder, "config.json"):
+        return None
+    with contextlib.suppress(OSError):
+        return weight_file([entry.name for entry in folder.iterdir()])
+    return None
 
 
 class Lazy(Sequence[RawDiff]):

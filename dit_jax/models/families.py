@@ -304,6 +304,11 @@ def read_config(folder: str | pathlib.Path) -> DecoderConfig:
         return parse_config(gguf_config(folder), str(folder))
     path = folder / "config.json"
     if not path.exists():
+        if (folder / "adapter_config.json").exists():
+            raise DitError(
+                f"'{folder}' is a PEFT adapter and no base model: give the model that it was trained on as the base "
+                "(--base), and this folder as --diff or --adapter"
+            )
         raise DitError(f"{path} does not exist: a model is a folder in Hugging Face format")
     return parse_config(read_json_object(path), str(path))
 
