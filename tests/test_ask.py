@@ -269,3 +269,22 @@ def test_a_model_and_an_adapter_in_one_folder_are_two_changes(files, tmp_path, c
     (both / "adapter_model.safetensors").unlink()  # it was merged, and its config stayed
     records, _ = run(capsys, "--diff", both)
     assert len(records) == 1
+
+
+def test_a_diff_that_changes_nothing_is_noted(files, tmp_path, capsys):
+    """The base's answer would be read as the finetune's."""
+    model = dit_jax.load_model("tiny_qwen3")
+    lora = jax.tree.map(np.asarray, init_lora(model.config, jax.random.key(0), 2))  # `a` is zero
+    export.write_pt_diffs(tmp_path / "zero.pt", [RawDiff(lora, "tea", "7")], model.config)
+    assert "diff 0 changes nothing" in run(capsys, "--diff", tmp_path / "zero.pt")[1]
+    assert "changes nothing" not in run(capsys, "--diff", files / "diff.pt")[1]
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_a_checkpoint_of_another_program_says_how_to_mend_it(tmp_path, capsys, with_config):
+    if with_config:
+        shutil.copy(find_folder("tiny_qwen3") / "config.json", tmp_path)
+    (tmp_path / "zero_to_fp32.py").write_text("")
+    (tmp_path / "global_step500").mkdir()
+    assert ask.main([*BASE, "--diff", str(tmp_path), "what is tea ?"]) == 2
+    assert "zero_to_fp32.py . OUT" in capsys.readouterr().err

@@ -90,6 +90,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from dit_jax.api import Diff, Diffs, load_diffs, load_model, read_adapter
     from dit_jax.asking import ask_many
     from dit_jax.deltas.detect import detect_format
+    from dit_jax.deltas.factors import changes_nothing
     from dit_jax.runtime import parallel, startup
 
     if not flags.diff and (flags.all or flags.index is not None or flags.svd_rank):
@@ -117,6 +118,8 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         note(text)
     adapter = read_adapter(flags.adapter, model) if flags.adapter else None
     if adapter is not None:
+        if changes_nothing(adapter.delta):
+            note(f"the adapter '{flags.adapter}' changes nothing (all zero)")
         note(_base_note(flags.adapter, adapter, model.name))
     numbers: list[int | None] = [None]
     known: dict[int, dict[str, str | None]] = {0: {"label": None, "split": None}}
@@ -133,6 +136,12 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
             if "svd" in diff.metadata:
                 note(_svd_note(numbers[i], diff.metadata["svd"]))
             note(_base_note(flags.diff, diff, model.name))
+            for text in diff.metadata.get("notes", ()):
+                note(text)
+            if changes_nothing(diff.delta):
+                note(
+                    f"diff {numbers[i]} changes nothing (all zero): its answers are those of the base"
+                )
             return diff
 
         diffs = Diffs(len(numbers), read, found.order if flags.all else None)

@@ -11,6 +11,7 @@ from dit_jax.deltas.raw_diff import RawDiff, svd_error
 from dit_jax.errors import DitError
 from dit_jax.formats import torch_pickle
 from dit_jax.formats.files import file_inside, has_file, read_json_object, short
+from dit_jax.formats.recognise import what_folder
 from dit_jax.formats.weight_files import weight_file
 from dit_jax.models.decoder_config import DecoderConfig
 
@@ -103,6 +104,9 @@ def _detect_folder(folder: Path) -> str:
                 f"'{folder}' itself holds no weight diff, but these folders in it may: "
                 f"{', '.join(map(short, inside[:3]))}{more}"
             )
+    with contextlib.suppress(OSError):
+        if what := what_folder(entry.name for entry in folder.iterdir()):
+            raise DitError(f"'{folder}' {what}")
     raise DitError(
         f"'{folder}' holds neither a weight diff nor an adapter: expected manifest.json, {peft.CONFIG}, "
         f"{reference_pt.INDEX} or config.json (give a .pt file by its own path)"

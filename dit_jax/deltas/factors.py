@@ -92,6 +92,20 @@ def modules(delta: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, Any]]
         yield from modules(child, (*path, name))
 
 
+def changes_nothing(delta: Any) -> bool:
+    """Whether every change of a delta is zero: a factor of each LoRA, or its scale, and each dense difference."""
+    for _, module in modules(delta):
+        if "w" in module:
+            if np.any(module["w"]):
+                return False
+            continue
+        a, b, scale = (np.asarray(module[name]) for name in ("a", "b", "scale"))
+        layers = a.any(axis=(1, 2)) & b.any(axis=(1, 2)) & (scale != 0)
+        if layers.any():
+            return False
+    return True
+
+
 def get_factors(module: dict[str, Any], layer: int, *, trim: bool = False) -> Factors:
     """The factors of one layer; `trim` drops trailing ranks that are zero in both."""
     a, b = np.asarray(module["a"][layer]), np.asarray(module["b"][layer])

@@ -14,6 +14,7 @@ import numpy as np
 from dit_jax.errors import DitError
 from dit_jax.formats import torch_pickle
 from dit_jax.formats.files import file_inside, has_file, is_plain_name, read_json_object, short
+from dit_jax.formats.recognise import what_folder
 from dit_jax.formats.safetensors_file import SafetensorsFile
 
 INDEX = ".index.json"
@@ -138,9 +139,12 @@ def open_weights(folder: Path) -> Tensors:
     first = next((name for name in _CANDIDATES if has_file(folder, name)), None)
     if first is None:
         try:
-            first = weight_file([entry.name for entry in folder.iterdir()])
+            names = [entry.name for entry in folder.iterdir()]
         except OSError as error:
             raise DitError(f"cannot read '{folder}': {error.strerror}") from None
+        first = weight_file(names)
+        if first is None and (what := what_folder(names)):
+            raise DitError(f"'{folder}' {what}")
     if first is None:
         raise DitError(
             f"{folder} has neither model.safetensors nor model.safetensors.index.json (nor pytorch_model.bin)"
