@@ -75,17 +75,23 @@ def test_a_template_that_takes_long_is_one_line(base, short_limits, template):
 
 
 @pytest.mark.parametrize("template", LARGE.values(), ids=LARGE)
-def test_a_template_that_takes_memory_is_one_line(base, template):
+def test_a_template_that_takes_memory_is_one_line(base, template, most_memory):
     (base / "chat_template.jinja").write_text(template)
     with pytest.raises(DitError, match=r"the chat template of .* fails \(.*(memory|tokens|CPU)"):
         chat.load_chat(base).prompt_ids(QUESTION)
-    assert peak_of_children() < 1.5 * 2**30
+    assert peak_of_children() <= most_memory
 
 
 def peak_of_children():
-    """The most memory of any process that this one has waited for, bytes."""
+    """The most memory of any process that this one has waited for, bytes; other tests had children, too."""
     tokenizer_process._process.stop()
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
+@pytest.fixture
+def most_memory():
+    """What a child may have taken after the test: no more than 1.5 GiB, or than a child before it."""
+    return max(peak_of_children(), 1.5 * 2**30)
 
 
 def test_after_a_template_was_stopped_other_tokenizers_go_on(base, short_limits):
@@ -191,12 +197,14 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("changed", TOKENIZERS.values(), ids=TOKENIZERS)
-def test_a_tokenizer_that_panics_or_takes_too_much_is_one_line(base, short_limits, changed, capfd):
+def test_a_tokenizer_that_panics_or_takes_too_much_is_one_line(
+    base, short_limits, changed, capfd, most_memory
+):
     change(base / "tokenizer.json", **changed)
     with pytest.raises(DitError, match="tokenizer .*cannot be read|template of .* fails"):
         chat.load_chat(base).prompt_ids("What have you been trained on , banana !" * 30)
     assert capfd.readouterr() == ("", "")  # the library tells of a panic itself
-    assert peak_of_children() < 1.5 * 2**30
+    assert peak_of_children() <= most_memory
 
 
 NO_LENGTHS = ["many", -1, 0, [], {}]

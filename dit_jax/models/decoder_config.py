@@ -14,6 +14,8 @@ DTYPES = ("float32", "bfloat16")
 
 REMAT = ("none", "full", "dots")
 
+WINDOWED = "sliding_attention"  # of `layer_types`
+
 
 # The entries of a `rope_scaling`, sorted.
 Scaling = tuple[tuple[str, float | str], ...]

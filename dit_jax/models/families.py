@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 from dit_jax.errors import DitError
 from dit_jax.formats.files import read_json_object
-from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.decoder_config import WINDOWED, DecoderConfig
 from dit_jax.models.gguf_checkpoint import gguf_config
-from dit_jax.models.layer_kinds import WINDOWED
 from dit_jax.models.other_families import EXPERTS, what_it_is
 from dit_jax.models.rope import read_rope
 

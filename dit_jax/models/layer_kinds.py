@@ -7,9 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dit_jax.models.decoder_config import DecoderConfig, Scaling
-
-WINDOWED = "sliding_attention"
+from dit_jax.models.decoder_config import WINDOWED, DecoderConfig, Scaling
 
 # Which kind a layer is: static where layers are unrolled or all alike, else an int32 that the scan brings.
 Kind = int | jax.Array
