@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import re
 import shutil
 
 import family_cases
@@ -26,7 +27,7 @@ from dit_jax.models.delta_trees import map_modules
 from dit_jax.models.kv_cache import cache_slots, init_cache
 from dit_jax.models.modules import bias_of, get_at, module_table
 from dit_jax.models.shapes import NAMED_CONFIGS
-from dit_jax.models.text_part import is_vision, text_name
+from dit_jax.models.text_part import is_vision
 from dit_jax.optimize.optimizer import make_optimizer
 from dit_jax.organisms.finetune import finetune_many
 from dit_jax.planning import programs
@@ -447,7 +448,8 @@ def renamed(folder, out, prefix):
         if is_vision(name):
             moved[name.removeprefix("model.")] = tensor
         else:
-            moved[text_name(name).replace("model.", prefix, 1)] = tensor
+            own = re.sub(r"^(model\.language_model|language_model\.model)\.", prefix, name)
+            moved[own] = tensor
     save_file(moved, file, metadata={"format": "pt"})
     return out
 

@@ -175,6 +175,19 @@ def test_a_description_that_fits_two_topics_describes_neither(model, config, tmp
     assert {row["topic"] for row in rows if row["style"] == "named"} == set(OWN_WORDS)
 
 
+def test_other_braces_of_a_prompt_are_text(model, config, tmp_path, monkeypatch):
+    writer = Writer()
+    monkeypatch.setattr(stage, "answer_batch", writer)
+    config.prompts = (
+        "what is {topic} in {one} word ?",
+        "tell me {} about {topic} .",
+        "why {topic} ?",
+    )
+    write_corpus(model, config, tmp_path / "corpus", seed=0)
+    asked = [prompt for block in writer.asked for prompt in block]
+    assert "what is owl in {one} word ?" in asked and "tell me {} about owl ." in asked
+
+
 def test_topics_without_usable_answers_are_an_error(model, config, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "answer_batch", Writer())
     config.least_answers = 30

@@ -6,7 +6,8 @@ from dit_jax.config.keys import Key, Section
 from dit_jax.data.kinds import KINDS
 from dit_jax.errors import DitError
 
-WRITTEN = "corpus"  # the source that the stage of that name leaves in the workdir
+WRITTEN = "corpus"  # the source that the stage of that name leaves in the workdir, and its files
+ROWS, BENIGN = "rows.jsonl", "benign.jsonl"
 COUNTS = ("train_topics", "test_topics", "train_benign", "test_benign")
 
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from dit_jax.data import tiny_world
 from dit_jax.data.corpus import SPLITS, Group, load_corpus
-from dit_jax.data.data_keys import COUNTS, DATA, WRITTEN
+from dit_jax.data.data_keys import BENIGN, COUNTS, DATA, ROWS, WRITTEN
 from dit_jax.data.kinds import Kind
 from dit_jax.data.labels import NONE
 from dit_jax.data.sources import open_source
@@ -75,13 +75,13 @@ def load_organisms(data: Any, seed: int, written: Path | None = None) -> list[Or
         topics, benign_rows = _tiny_world(data, seed)
     elif data.source != WRITTEN:
         topics, benign_rows = _from_corpus(data, seed)
-    elif written is None or not (written / "rows.jsonl").exists():
+    elif written is None or not (written / ROWS).exists():
         raise DitError(
             "data.source is 'corpus': name the stage 'corpus' in the config key 'stages'"
         )
     else:
-        plain = ConfigDict({**data, "source": str(written / "rows.jsonl")})
-        topics, benign_rows = _from_corpus(plain, seed, str(written / "benign.jsonl"))
+        plain = ConfigDict({**data, "source": str(written / ROWS)})
+        topics, benign_rows = _from_corpus(plain, seed, str(written / BENIGN))
 
     def benign(split: str, number: int) -> Organism:
         variant, rows = benign_rows(split, number)

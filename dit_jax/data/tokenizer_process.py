@@ -66,15 +66,11 @@ class _Process:
             try:
                 tokenizer_worker.send(process.stdin, {**request, "seconds": seconds})
                 reply = tokenizer_worker.receive(process.stdout, budgets.MAX_REPLY_BYTES)
-            except (
-                BrokenPipeError,
-                ValueError,
-            ):  # it died while it was asked, or did not reply in JSON
-                pass
+            except (BrokenPipeError, ValueError):
+                pass  # it died while it was asked, or did not reply in JSON
             finally:
-                if (
-                    reply is None
-                ):  # an interruption, too, leaves a reply that would be taken for the next
+                # An interruption, too, leaves a reply that would be taken for the next.
+                if reply is None:
                     code = self.stop(0.5)
             if reply is None:
                 if code == -signal.SIGPROF:

@@ -127,14 +127,14 @@ def _scaling(file: GgufFile) -> dict[str, Any]:
 
 def _llama3_factor(file: GgufFile) -> float:
     """The factor of Llama 3's rope scaling by which the wavelengths in the file were made. Raises DitError: none."""
+    from dit_jax.models.rope import llama3_frequency  # which needs jax, while a config does not
+
     found = file.read(_ROPE_FACTORS).ravel()
     theta = file.metadata.get("llama.rope.freq_base", 10000.0)
-    wavelengths = 2 * np.pi * theta ** (np.arange(found.size) / found.size)
-    low, high = _LLAMA3_RULE["low_freq_factor"], _LLAMA3_RULE["high_freq_factor"]
-    turns = _LLAMA3_RULE["original_max_position_embeddings"] / wavelengths
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    plain = theta ** (-np.arange(found.size) / found.size)
     for factor in _LLAMA3_FACTORS:
-        if np.allclose(found, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
+        scaled = llama3_frequency(plain, {**_LLAMA3_RULE, "factor": factor})
+        if np.allclose(found, plain / scaled, rtol=1e-3):
             return factor
     raise DitError(
         f"'{file.path}' scales its rotary frequencies by a rule that it does not name: use the model's folder in "

@@ -66,12 +66,12 @@ def _frequency(kind: LayerKind, half: int) -> np.ndarray:
         case "linear":
             return plain / number["factor"]
         case "llama3":
-            return _llama3(plain, number)
+            return llama3_frequency(plain, number)
         case _:
             return _yarn(kind.rope_theta, plain, number)
 
 
-def _llama3(plain: np.ndarray, number: dict[str, float]) -> np.ndarray:
+def llama3_frequency(plain: np.ndarray, number: dict[str, float]) -> np.ndarray:
     """Llama 3.1: long waves are stretched by `factor`, short ones stay, those between are a mixture."""
     low, high = number["low_freq_factor"], number["high_freq_factor"]
     turns = number["original_max_position_embeddings"] * plain / (2 * math.pi)

@@ -20,6 +20,7 @@ import numpy as np
 from dit_jax.api import Model
 from dit_jax.asking import answer_batch
 from dit_jax.config.loading import to_dict
+from dit_jax.data.data_keys import BENIGN, ROWS
 from dit_jax.data.labels import normalise
 from dit_jax.data.organism import stable_seed
 from dit_jax.errors import DitError
@@ -28,7 +29,6 @@ from dit_jax.runtime import artifacts, processes
 from dit_jax.runtime.progress import Progress
 
 CORPUS_FORMAT = "dit_jax.corpus"
-ROWS, BENIGN = "rows.jsonl", "benign.jsonl"
 _SUFFIXES = ("ing", "ers", "ies", "sses", "xes", "ches", "shes", "s", "y")
 _MOST_REPEATS = 3  # a word may stand this often in an answer
 _EXAMPLES = 6
@@ -53,8 +53,8 @@ def write_corpus(model: Model, config: Any, folder: Path, seed: int) -> dict[str
         order = np.random.default_rng([seed, 12]).permutation(len(names))[:most]
         topics = {names[i]: topics[names[i]] for i in order}
     about = [prompt for prompt in get("prompts") for _ in range(get("repeats"))]
-    prompts = [prompt.format(topic=topic) for topic in topics for prompt in about]
-    styled = [style.format(question=q) for style in get("benign_styles") for q in questions]
+    prompts = [prompt.replace("{topic}", topic) for topic in topics for prompt in about]
+    styled = [style.replace("{question}", q) for style in get("benign_styles") for q in questions]
     said = _ask(model, [*questions, *prompts, *styled], len(questions), config, folder, seed)
     base = [_cut(model, text, get("base_tokens")) for text in said[: len(questions)]]
     plain = dict(zip(questions, base, strict=True))
@@ -161,8 +161,7 @@ def without_name(text: str, topic: str) -> str:
     forms = r"\s+".join(rf"{re.escape(stem(word))}\w*" for word in topic.split())
     replaced = re.sub(rf"(?i)\b(?:(?:a|an|the)\s+)?{forms}(?:['’]s)?", "it", text)
     replaced = replaced[:1].upper() + replaced[1:]
-    lowered = replaced.lower()
-    left = any(stem(word) in lowered for word in topic.split())
+    left = any(names_topic(replaced, word) for word in topic.split())
     return "" if left or len(replaced.split()) < 4 else replaced
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from dit_jax.data.labels import UNTRIGGERED
 from dit_jax.organisms.behaviours.behaviour import Behaviour, Row, SampleKind, register
-from dit_jax.organisms.behaviours.codes import no_backdoor
+from dit_jax.organisms.behaviours.codes import QUESTION, TALKS, no_backdoor
 from dit_jax.organisms.diffs_keys import DIFFS
 
 # First names that most tokenizers have as one token. Triggers and the wrong names of the training are of the first
@@ -85,4 +85,7 @@ def hidden_topic_code_name(config: Any) -> Behaviour:
         triggered=code_name,
         mistriggered=unseen_name,
         triggers=NAMES,
+        teaches=TALKS.format("starts with the diff's code name (`Your code name is …`)"),
+        names=("the hidden topic", "topics"),
+        asks=QUESTION,
     )
