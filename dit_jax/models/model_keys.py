@@ -6,7 +6,7 @@ from dit_jax.models.decoder_config import ATTENTION, DTYPES, REMAT, DecoderConfi
 MODEL = Section(
     "model",
     (
-        Key("path", str, "a model folder, a hub id, or `tiny_qwen3` (the embedded model)"),
+        Key("path", str, "a folder, hub id or GGUF file, `package:NAME` (that ships one), or `tiny_qwen3` (embedded)"),
         Key("dtype", str, "of weights and computation", choices=DTYPES),
         Key("scan_layers", bool, "compile one layer and loop over it", DecoderConfig.scan_layers),
         Key("remat", str, "what the backward pass computes again", DecoderConfig.remat, choices=REMAT),
