@@ -11,8 +11,8 @@ from dit_jax.errors import DitError
 from dit_jax.formats.files import read_json_object
 from dit_jax.models.decoder_config import WINDOWED, DecoderConfig
 from dit_jax.models.gguf_checkpoint import gguf_config
-from dit_jax.models.other_families import EXPERTS, what_it_is
 from dit_jax.models.rope_config import read_rope
+from dit_jax.models.unsupported_families import EXPERTS, what_it_is
 
 MAX_LAYERS = 1_000
 
