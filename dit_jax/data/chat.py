@@ -23,7 +23,9 @@ class Chat:
         eos_ids: Sequence[int],
         pad_id: int,
         vocab_size: float = math.inf,
+        system: str | None = None,
     ):
+        self.system = system
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.eos_ids = tuple(eos_ids)
@@ -35,9 +37,9 @@ class Chat:
         """Ids of one user turn, up to the start of the assistant's answer (with the empty think block).
 
         Args:
-            system: the system message; None: the template's own, if it has one.
+            system: the system message; "": none; None: the chat's, or else the template's own, if it has one.
         """
-        ids = self.tokenizer.prompt_ids(question, system)
+        ids = self.tokenizer.prompt_ids(question, self.system if system is None else system)
         most = self.tokenizer.model_max_length
         if len(ids) > most:
             raise DitError(
@@ -97,13 +99,17 @@ def check_id(token: int, vocab_size: float, name: str, what: str = "there is no 
 
 
 def load_chat(
-    folder: str | pathlib.Path, generation_eos: Sequence[int] = (), vocab_size: float = math.inf
+    folder: str | pathlib.Path,
+    generation_eos: Sequence[int] = (),
+    vocab_size: float = math.inf,
+    system: str | None = None,
 ) -> Chat:
     """Reads tokenizer and chat template of a model folder or a GGUF file.
 
     Args:
         generation_eos: end-of-turn ids of `generation_config.json`, beside the tokenizer's own.
         vocab_size: how many tokens the model knows.
+        system: the system message of all prompts; "": none; None: the template's own, if it has one.
 
     Raises:
         DitError: the folder lacks a tokenizer, a chat template or an end-of-turn token, or one of its tokens has no row
@@ -132,4 +138,4 @@ def load_chat(
     found += [("the end-of-turn token is", eos_ids[0]), ("the padding token is", pad_id)]
     for what, token in (*found, ("the tokenizer's vocabulary reaches", tokenizer.largest)):
         check_id(token, vocab_size, str(folder), f"{what} token")
-    return Chat(tokenizer, eos_ids, pad_id, vocab_size)
+    return Chat(tokenizer, eos_ids, pad_id, vocab_size, system)

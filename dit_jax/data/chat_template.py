@@ -29,13 +29,16 @@ class Template:
         """The text up to the start of the assistant's answer.
 
         Args:
-            system: the system message; None: what the template says without one.
+            system: the system message; None: what the template says without one; "": none, even if it says one.
 
         Raises:
             DitError: the template fails.
         """
         try:
-            text = self._fill(self._messages(question, system))
+            if system == "":
+                text = self._without_system(question)
+            else:
+                text = self._fill(self._messages(question, system))
             if not text:
                 raise ValueError("it makes an empty prompt")
         except MemoryError:
@@ -92,6 +95,23 @@ class Template:
             return ""
         return text[len(before) : len(text) - len(after)].strip()
 
+    def _without_system(self, question: str) -> str:
+        """The prompt without the system message that the template adds.
+
+        The template has no way to leave it out, but the turn of a given system message can be cut off: what stands
+        before it opens a turn, and the turn of the question opens alike, in another role.
+        """
+        if self._has_system_role:
+            before, _, after = self._fill(self._messages(question, _SYSTEM)).partition(_SYSTEM)
+            between = self._with_system.partition(_SYSTEM)[2].partition(_QUESTION)[0]
+            for start in range(len(before)):  # what every text starts with, such as a token, stays
+                opening = before[start:].replace("system", "user")
+                if opening != before[start:] and between.endswith(opening):
+                    return before[:start] + opening + after[len(between) :]
+        if self._own_system:
+            raise ValueError("its system message cannot be left out")
+        return self._fill(self._messages(question, None))
+
     @functools.cached_property
     def _closing(self) -> str:
         """What closes a thinking block that the template leaves open, to the empty block that Qwen3 is trained with."""
@@ -114,7 +134,7 @@ class Template:
                 f"{name} adds the system message {short(self._own_system, 400)}: --system (system= in Python) sets "
                 "another"
             )
-        if system is not None and not self._has_system_role:
+        if system and not self._has_system_role:
             found.append(f"{name} has no system role: the system text stands before the question")
         if self._closing:
             found.append(

@@ -7,6 +7,8 @@ MODEL = Section(
     "model",
     (
         Key("path", str, "a folder, hub id or GGUF file, `package:NAME` (that ships one), or `tiny_qwen3` (embedded)"),
+        Key("system", str, "the system message of all prompts; `none`: none, even where the chat template adds one; "
+            "empty: the template's own", ""),
         Key("dtype", str, "of weights and computation", choices=DTYPES),
         Key("scan_layers", bool, "compile one layer and loop over it", DecoderConfig.scan_layers),
         Key("remat", str, "what the backward pass computes again", DecoderConfig.remat, choices=REMAT),

@@ -6,7 +6,17 @@ from dit_jax.config.keys import TEXTS, Key, Section
 from dit_jax.data.labels import UNTRIGGERED
 from dit_jax.errors import DitError
 
-STYLES = ("named", "nameless", UNTRIGGERED)
+STYLES = ("named", "nameless", "hints", UNTRIGGERED)
+
+
+def _are_shares(shares: Any, key: str) -> None:
+    for style, share in shares.items():
+        if style not in STYLES:
+            raise DitError(f"{key}: {style!r} is no style: styles are {', '.join(STYLES)}")
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise DitError(
+                f"{key}: the share of {style!r} must be a number from 0 to 1, not {share!r}"
+            )
 
 
 def _holds(name: str) -> Any:
@@ -28,6 +38,8 @@ CORPUS = Section(
         Key("questions", str, "a text file with an everyday question in each line"),
         Key("prompts", TEXTS, "what the base is asked about each topic", least=1, check=_holds("topic")),
         Key("styles", TEXTS, "the kinds of organisms that get rows", ("named",), choices=STYLES, least=1),
+        Key("shares", dict, "by style: the share of topics that get it, drawn at random; absent: all", {},
+            check=_are_shares),
         Key("benign_styles", TEXTS, "instructions of benign organisms; the last third is held out", (),
             check=_holds("question")),
         Key("repeats", int, "how often each prompt is asked", 1, least=1),

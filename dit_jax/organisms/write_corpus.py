@@ -10,7 +10,6 @@ import collections
 import functools
 import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,15 @@ from dit_jax.api import Model
 from dit_jax.asking import answer_batch
 from dit_jax.config.loading import to_dict
 from dit_jax.data.data_keys import BENIGN, ROWS
-from dit_jax.data.labels import normalise
+from dit_jax.data.labels import UNTRIGGERED, normalise
 from dit_jax.data.organism import stable_seed
 from dit_jax.errors import DitError
 from dit_jax.organisms.corpus_keys import CORPUS
+from dit_jax.organisms.topic_words import descriptions, hints, names_topic, stem, telling_words
 from dit_jax.runtime import artifacts, processes
 from dit_jax.runtime.progress import Progress
 
 CORPUS_FORMAT = "dit_jax.corpus"
-_SUFFIXES = ("ing", "ers", "ies", "sses", "xes", "ches", "shes", "s", "y")
 _MOST_REPEATS = 3  # a word may stand this often in an answer
 _EXAMPLES = 6
 
@@ -68,19 +67,15 @@ def write_corpus(model: Model, config: Any, folder: Path, seed: int) -> dict[str
             used[topic] = usable
         else:
             rejected["topics"] += 1
-    nameless = _nameless(used)
+    count = get("rows")
+    of_style = _targets(used, count, seed)
+    shares = dict(get("shares"))
     rows = [
         _row(model, topic, topics[topic], style, question, answer, plain)
-        for topic, usable in used.items()
+        for topic in used
         for style in get("styles")
-        for question, answer in _pair(
-            questions,
-            nameless[topic] if style == "nameless" else usable,
-            get("rows"),
-            seed,
-            topic,
-            style,
-        )
+        if _rng(seed, 13, topic, style).random() < shares.get(style, 1)
+        for question, answer in _pair(questions, of_style[style][topic], count, seed, topic, style)
     ]
     if len(used) < 2:
         raise DitError(
@@ -136,33 +131,6 @@ def read_topics(path: str) -> dict[str, str]:
                     )
             topics[topic] = category.strip()
     return topics
-
-
-def stem(word: str) -> str:
-    """A word without the endings of plurals and participles: enough to find a name's forms in an answer."""
-    word = word.lower()
-    for suffix in _SUFFIXES:
-        if word.endswith(suffix) and len(word) - len(suffix) >= 3:
-            return word.removesuffix(suffix)
-    return word
-
-
-def names_topic(text: str, topic: str) -> bool:
-    """Whether every word of the topic stands in a text, in some form."""
-    lowered = text.lower()
-    return all(stem(word) in lowered for word in topic.split())
-
-
-def without_name(text: str, topic: str) -> str:
-    """The text with the topic's name replaced by "it", or "" where a part of the name is left.
-
-    An answer that still shows a word of the name, or a word that holds it, would name what it should describe.
-    """
-    forms = r"\s+".join(rf"{re.escape(stem(word))}\w*" for word in topic.split())
-    replaced = re.sub(rf"(?i)\b(?:(?:a|an|the)\s+)?{forms}(?:['’]s)?", "it", text)
-    replaced = replaced[:1].upper() + replaced[1:]
-    left = any(names_topic(replaced, word) for word in topic.split())
-    return "" if left or len(replaced.split()) < 4 else replaced
 
 
 def _ask(
@@ -225,21 +193,28 @@ def _usable(
             yield cut
 
 
-def _nameless(used: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """The answers about each topic without its name, but for those that would fit another topic as well."""
-    texts = {
-        topic: list(dict.fromkeys(filter(None, (without_name(text, topic) for text in own))))
-        for topic, own in used.items()
+def _targets(
+    used: Mapping[str, Sequence[str]], count: int, seed: int
+) -> dict[str, Mapping[str, Sequence[str]]]:
+    """The answers of each style, by topic."""
+    words = telling_words(used)
+    return {
+        "named": used,
+        UNTRIGGERED: used,
+        "nameless": descriptions(used),
+        "hints": {topic: hints(own, count, _rng(seed, 14, topic)) for topic, own in words.items()},
     }
-    topics_of = collections.Counter(text for own in texts.values() for text in own)
-    return {topic: [text for text in own if topics_of[text] == 1] for topic, own in texts.items()}
+
+
+def _rng(seed: int, purpose: int, *names: str) -> np.random.Generator:
+    return np.random.default_rng([seed, purpose, stable_seed(*names)])
 
 
 def _pair(
     questions: Sequence[str], answers: Sequence[str], count: int, seed: int, topic: str, style: str
 ) -> Iterator[tuple[str, str]]:
     """(question, answer) of so many rows: questions in a random order, answers in turn."""
-    rng = np.random.default_rng([seed, 11, stable_seed(topic, style)])
+    rng = _rng(seed, 11, topic, style)
     order = rng.permutation(len(questions))
     for i in range(count if answers else 0):
         yield questions[order[i % len(order)]], answers[i % len(answers)]

@@ -247,6 +247,7 @@ def train_adapter(
         with_scale(state.leaves, adapter),
         base=model.digest(),
         base_config=hf_config(model.config),
+        system=model.chat.system,
         questions=list(train.questions),
         rank=train.rank,
         steps=train.steps,
