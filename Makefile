@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # imported: the install ends with importing what is used, which compiles that and shows that it works.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check \
   --constraint constraints.txt
-IMPORTED := dit_jax.main, flax.linen, grain, matplotlib.pyplot, optax, orbax.checkpoint, \
+IMPORTED := dit_jax.cli.run_stages, flax.linen, grain, matplotlib.pyplot, optax, orbax.checkpoint, \
   transformers.models.auto.tokenization_auto
 export PYTHONDONTWRITEBYTECODE :=
 

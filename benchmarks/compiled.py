@@ -22,7 +22,7 @@ from benchmarks.hlo import Kernel, Program
 from benchmarks.workload import LEARNING_RATE, WEIGHT_DECAY, Workload
 from dit_jax.data.batch import TokenBatch, entry_limit
 from dit_jax.deltas.tree import abstract_lora, trainable
-from dit_jax.errors import DitError, exit_on_error
+from dit_jax.errors import DitError
 from dit_jax.models import decode as decoding
 from dit_jax.models import shardings
 from dit_jax.models.delta_trees import abstract_stack
@@ -31,6 +31,7 @@ from dit_jax.organisms.finetune import finetune_many
 from dit_jax.planning.gpus import GIB, GPUS
 from dit_jax.planning.machines import CHIPS, absent_devices, compiler_options, find_machine
 from dit_jax.planning.programs import device_bytes, memory_sizes, on_device
+from dit_jax.runtime.exits import exit_on_error
 from dit_jax.runtime.xla_flags import GPU_FLAGS
 from dit_jax.train.dit import State, train_step
 

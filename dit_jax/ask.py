@@ -2,7 +2,10 @@
 
 import sys
 
+from dit_jax.runtime import interrupts
+
 if __name__ == "__main__":
+    interrupts.end_at_once()  # before the imports, which take seconds
     from dit_jax.cli.ask_diffs import main
 
     sys.exit(main())

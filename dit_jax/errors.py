@@ -1,15 +1,10 @@
-"""The one exception that users see as one line, and the wrapper that prints it."""
+"""The one exception that users see as one line, and what its messages are made with."""
 
 import argparse
-import contextlib
 import difflib
-import io
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NoReturn
 
-EXIT_ERROR = 2  # the same code that argparse uses for a bad command line
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, what shells expect after Ctrl-C
 MAX_MESSAGE = 1000
 
 
@@ -55,36 +50,3 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise DitError(f"{message}: '{self.prog} --help' lists the flags")
-
-
-@contextlib.contextmanager
-def exit_on_error() -> Iterator[None]:
-    """Runs a command line program: a `DitError`, lack of memory and Ctrl-C become one line and an exit status.
-
-    Raises:
-      SystemExit: with status 2 after a DitError or lack of memory, and 130 after Ctrl-C. Other exceptions are bugs and
-        keep their traceback.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may not know a character
-    try:
-        yield
-    except DitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_ERROR) from None
-    except Exception as error:
-        if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
-            raise
-        problem = DitError(
-            f"out of memory ({first_line(error)[:200]}): lower what is computed at once, or split it over more devices "
-            "('python -m dit_jax.plan' says what fits)"
-        )
-        print(f"error: {problem}", file=sys.stderr)
-        raise SystemExit(EXIT_ERROR) from None
-    except KeyboardInterrupt:
-        print(
-            "interrupted: what was finished is kept, run the same command again to go on",
-            file=sys.stderr,
-        )
-        raise SystemExit(EXIT_INTERRUPTED) from None

@@ -23,6 +23,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import pytest  # noqa: E402
 
+from dit_jax.runtime import program_cache  # noqa: E402
+
+program_cache.check_entries()  # as programs do, so that tests share their compiled programs
+
 GOLDEN = Path(os.environ.get("DIT_JAX_GOLDEN", ROOT.parent / "shared" / "golden"))
 NO_GOLDEN = f"no golden files at {GOLDEN}: set DIT_JAX_GOLDEN to their folder"
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dit_jax.errors import DitError, exit_on_error
+from dit_jax.errors import DitError
 from dit_jax.runtime import artifacts
 from dit_jax.runtime.digests import base_digest, digest_tree
+from dit_jax.runtime.exits import exit_on_error
 
 
 def names(folder) -> list[str]:

@@ -21,7 +21,7 @@ def test_control_and_bidirectional_characters_are_escaped(show, raw):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_what_a_terminal_cannot_show_is_replaced(encoding):
-    code = "from dit_jax.errors import exit_on_error\nwith exit_on_error():\n    print('茶 \\ud800 tea')"
+    code = "from dit_jax.runtime.exits import exit_on_error\nwith exit_on_error():\n    print('茶 \\ud800 tea')"
     env = {**os.environ, "PYTHONIOENCODING": encoding}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"") and done.stdout.endswith(b" tea\n")

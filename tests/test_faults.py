@@ -25,7 +25,7 @@ from dit_jax.config.loading import load_config
 from dit_jax.deltas import store as diff_store
 from dit_jax.deltas.store import DiffStore
 from dit_jax.errors import DitError
-from dit_jax.runtime import artifacts, parallel, preemption
+from dit_jax.runtime import artifacts, interrupts, parallel, preemption
 from dit_jax.train import dit
 from dit_jax.train.checkpoints import Checkpoints
 
@@ -87,7 +87,7 @@ def forget(workdir, stage, *folders):
     ("number", "status", "saved", "said"),
     [
         (signal.SIGTERM, 75, 7, "preempted (SIGTERM): what was finished is kept"),
-        (signal.SIGINT, 130, 4, "interrupted: what was finished is kept"),
+        (signal.SIGINT, 130, 7, "interrupted: what was finished is kept"),
     ],
 )
 def test_a_signal_while_training_costs_nothing(
@@ -104,7 +104,7 @@ def test_a_signal_while_training_costs_nothing(
         calls.append(1)
         if len(calls) == 7:
             os.kill(os.getpid(), number)
-            time.sleep(0.5)  # for the thread that hears of it
+            time.sleep(1)  # for the thread that hears of it
         return step(*args, **kwargs)
 
     monkeypatch.setattr(dit, "train_step", signalled)
@@ -178,7 +178,9 @@ class Service:
     """The key-value store and barriers of two processes; the other process is at step `other`."""
 
     def __init__(self, other):
-        self.keys = {} if other is None else {"dit_jax/preempted": "", "dit_jax/preempted/1": other}
+        self.keys = (
+            {} if other is None else {"dit_jax/preempted": "15", "dit_jax/preempted/1": other}
+        )
         self.met = []
 
     def key_value_set(self, key, value):
@@ -201,7 +203,7 @@ def test_processes_stop_after_the_first_step_that_none_has_passed(monkeypatch, o
     notice = preemption.Notice(Service(other))
     with pytest.raises(preemption.Preempted), notice.hold():
         assert not notice.reached(5)
-        assert notice.poll()
+        notice.react(set())
         for step in range(6, 20):
             if notice.reached(step):
                 assert step == stop_at
@@ -212,14 +214,15 @@ def test_processes_stop_after_the_first_step_that_none_has_passed(monkeypatch, o
 def test_all_processes_end_at_once_if_one_has_nothing_to_save(monkeypatch):
     ended = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(preemption, "_exit_now", lambda: ended.append(1) or sys.exit())
+    monkeypatch.setattr(interrupts, "exit_now", lambda *said: ended.append(said) or sys.exit())
     notice = preemption.Notice(Service(""))
     with pytest.raises(SystemExit), notice.hold():
         notice.reached(5)
-        notice.poll()
-    assert ended and notice._client.met == ["dit_jax/preempted/exit"]
+        notice.react(set())
+    assert ended == [(75, preemption.MESSAGE)] and notice._client.met == ["dit_jax/preempted/exit"]
     alone = preemption.Notice(Service(None))
-    assert not alone.poll()
+    alone.react(set())
+    assert not alone.reached(9)
 
 
 # ------------------------------------------------------------------ damaged checkpoints
@@ -289,16 +292,16 @@ def turn_back(folder):
     ids=["flipped bit", "truncated", "file missing", "another iterator", "empty folder"],
 )
 def test_a_damaged_checkpoint_is_moved_aside_and_the_newest_good_one_used(
-    saved, damage, said, capfd
+    saved, damage, said, capfd, caplog
 ):
     assert names(saved) == ["2", "4"]
     damage(saved / "4")
     step, found, iterator = restored(saved)
     assert (step, iterator) == (2, {"at": 2})
     jax.tree.map(np.testing.assert_array_equal, found, state(2))
-    line = [x for x in capfd.readouterr().err.splitlines() if x.startswith("checkpoint")]
+    line = capfd.readouterr().err.splitlines()
     assert (
-        len(line) == 1
+        (len(line), caplog.text) == (1, "")  # no traceback beside it
         and "4' is not used (" + said in line[0]
         and "moved to 'damaged-4'" in line[0]
     )

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from dit_jax.errors import DitError, Parser, exit_on_error
+from dit_jax.errors import DitError, Parser
 from dit_jax.graders.calibrated import (
     KINDS,
     Calibrated,
@@ -40,6 +40,7 @@ from dit_jax.graders.grades import Item, quadratic_kappa, to_levels
 from dit_jax.graders.match import Exact, Normalised, Similarity
 from dit_jax.graders.sentences import load_minilm
 from dit_jax.runtime import artifacts
+from dit_jax.runtime.exits import exit_on_error
 from tools import forest
 
 COLUMNS = {"topics": ("topic", "guessed_topic"), "news": ("summary", "guessed_summary")}

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_jax.errors import Parser, exit_on_error
+from dit_jax.errors import Parser
 from dit_jax.graders import sentences, words
 from dit_jax.graders.embeddings import Encoder, load_encoder, minilm
 from dit_jax.runtime import artifacts
+from dit_jax.runtime.exits import exit_on_error
 
 WORD_COMPONENTS = 48
 BACKDROP = 256

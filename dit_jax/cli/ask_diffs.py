@@ -14,7 +14,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from dit_jax.errors import DitError, Parser, exit_on_error, printable
+from dit_jax.errors import DitError, Parser, printable
+from dit_jax.runtime.exits import exit_on_error
 
 VARIANTS = ("base", "finetuned", "adapter", "finetuned + adapter")
 T = TypeVar("T")

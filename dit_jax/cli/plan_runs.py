@@ -23,7 +23,7 @@ from dit_jax.cli.config_checks import check_values
 from dit_jax.cli.stages import RUN
 from dit_jax.config.keys import Section
 from dit_jax.config.loading import load_config, split_flags
-from dit_jax.errors import DitError, Parser, exit_on_error
+from dit_jax.errors import DitError, Parser
 from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.model_keys import MODEL
@@ -38,6 +38,7 @@ from dit_jax.planning.programs import LEVELS, STAGES, Program
 from dit_jax.planning.search import search_stage
 from dit_jax.planning.workload import Compiler, OutOfTime, model_shape
 from dit_jax.runtime import artifacts, parallel
+from dit_jax.runtime.exits import exit_on_error
 from dit_jax.train.train_keys import TRAIN
 
 # What shapes, and the steps of a whole run, depend on.

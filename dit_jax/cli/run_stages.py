@@ -24,11 +24,12 @@ from dit_jax.cli.config_checks import check_config, check_ranks
 from dit_jax.cli.stages import RUN, STAGES, Stage, chosen_stages
 from dit_jax.cli.workdir import check_workdir, given_folder, is_done, run_once
 from dit_jax.config.loading import flatten, load_config, split_flags
-from dit_jax.errors import DitError, Parser, exit_on_error
+from dit_jax.errors import DitError, Parser
 from dit_jax.models.decoder_config import COMPUTE
 from dit_jax.models.model_keys import MODEL
 from dit_jax.organisms.diffs_keys import DIFFS
 from dit_jax.runtime import artifacts, os_errors, parallel, preemption, processes, startup
+from dit_jax.runtime.exits import exit_on_error
 from dit_jax.runtime.folder_lock import locked
 
 COMPILE_AHEAD = "compile ahead"  # name of the thread

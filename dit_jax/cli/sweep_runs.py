@@ -38,9 +38,10 @@ from dit_jax.config.loading import (
     split_flags,
 )
 from dit_jax.config.user_code import ProgramFile
-from dit_jax.errors import DitError, Parser, exit_on_error, first_line
+from dit_jax.errors import DitError, Parser, first_line
 from dit_jax.report import sweep_table
 from dit_jax.runtime import artifacts, startup
+from dit_jax.runtime.exits import exit_on_error
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]{0,99}")
 

@@ -23,6 +23,7 @@ import numpy as np
 
 import dit_jax
 from dit_jax.errors import DitError
+from dit_jax.runtime import interrupts
 from dit_jax.runtime.os_errors import explain_os_errors
 
 PathLike = str | os.PathLike[str]
@@ -65,12 +66,14 @@ def atomic_file(path: PathLike) -> Iterator[Path]:
     make_dir(path.parent)
     temporary = _temporary_sibling(path)
     with explain_os_errors("write", path):
+        interrupts.unfinished.add(temporary)
         try:
             yield temporary
             _fsync(temporary)
             os.replace(temporary, path)
             _fsync(path.parent)  # makes the rename itself durable
         finally:
+            interrupts.unfinished.discard(temporary)
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
@@ -93,17 +96,20 @@ def atomic_dir(path: PathLike, *, replace: bool = False) -> Iterator[Path]:
     temporary = _temporary_sibling(path)
     retired = _temporary_sibling(path)
     with explain_os_errors("write", path):
+        interrupts.unfinished.add(temporary)
         try:
             temporary.mkdir()
             yield temporary
             for file in temporary.rglob("*"):
                 _fsync(file)
             _fsync(temporary)
+            interrupts.unfinished.discard(temporary)  # from here on it is the only copy
             if path.exists():
                 os.rename(path, retired)
             os.rename(temporary, path)
             _fsync(path.parent)
         finally:
+            interrupts.unfinished.discard(temporary)
             shutil.rmtree(temporary, ignore_errors=True)
             if path.exists():
                 shutil.rmtree(retired, ignore_errors=True)

@@ -23,7 +23,8 @@ _HELD = (errno.EAGAIN, errno.EACCES)
 def locked(workdir: Path) -> Iterator[None]:
     """Holds the workdir for this run, on process 0. The system releases it, whatever ends the process.
 
-    Where the file system has no locks (some network mounts), one line says so and the run goes on.
+    The folder itself is locked, because a file in it may be deleted, and the file LOCK, because network mounts may lock
+    files alone. Where the file system has no locks (some network mounts), one line says so and the run goes on.
 
     Raises:
         DitError: another run holds it, or the folder cannot be made.
@@ -34,8 +35,21 @@ def locked(workdir: Path) -> Iterator[None]:
         file = artifacts.make_dir(workdir) / LOCK
         with explain_os_errors("write", file):
             handle.append(os.open(file, os.O_RDWR | os.O_CREAT, 0o644))
-        if _acquire(handle[0], workdir):
-            _remove_leftovers(workdir)
+            handle.append(os.open(workdir, os.O_RDONLY | os.O_DIRECTORY))
+        refused = [
+            error for error in (_lock(number, handle[0], workdir) for number in handle) if error
+        ]
+        if len(refused) == len(handle):
+            print(
+                f"note: '{workdir}' cannot be locked ({refused[0].strerror}): "
+                "make sure that no other run uses it",
+                file=sys.stderr,
+            )
+            return
+        with contextlib.suppress(OSError):  # for the message alone
+            os.ftruncate(handle[0], 0)
+            os.pwrite(handle[0], f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        _remove_leftovers(workdir)
 
     try:
         processes.on_main(acquire)
@@ -54,28 +68,20 @@ def _remove_leftovers(workdir: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def _acquire(handle: int, workdir: Path) -> bool:
+def _lock(handle: int, file: int, workdir: Path) -> OSError | None:
+    """Locks a file or folder; returns why the file system cannot. Raises DitError: the run that `file` names has it."""
     deadline = time.monotonic() + LOCK_WAIT_SECONDS
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
+            return None
         except OSError as error:
             if error.errno not in _HELD:
-                print(
-                    f"note: '{workdir}' cannot be locked ({error.strerror}): "
-                    "make sure that no other run uses it",
-                    file=sys.stderr,
-                )
-                return False
+                return error
         if time.monotonic() > deadline:
-            holder = os.pread(handle, 100, 0).decode("utf-8", "replace").strip()
+            holder = os.pread(file, 100, 0).decode("utf-8", "replace").strip()
             raise DitError(
                 f"another run is at work in '{workdir}' ({holder or 'unknown process'}): "
                 "wait for its end, or use another --workdir"
             )
         time.sleep(0.1)
-    with contextlib.suppress(OSError):  # for the message alone
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-    return True

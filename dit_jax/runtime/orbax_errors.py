@@ -1,8 +1,11 @@
 """Errors that Orbax meets on disk, each as one line instead of the tracebacks of its threads."""
 
+import contextlib
 import functools
+import gc
 import logging
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,13 +24,14 @@ class _Reported(logging.Filter):
 
 
 class _Unraisable:
-    """Drops what tensorstore reports about the other writes after one has failed: their event loop is closed."""
+    """Drops what is reported after the first error: event loops that are closed, or could open no files."""
 
     def __init__(self, hook: Any):
         self._hook = hook
 
     def __call__(self, args: Any) -> None:
-        if str(args.exc_value) != "Event loop is closed":
+        said = str(args.exc_value)
+        if said != "Event loop is closed" and "_UnixSelectorEventLoop" not in said:
             self._hook(args)
 
 
@@ -39,6 +43,18 @@ def say_errors_once() -> None:
     logging.getLogger("absl").addFilter(_REPORTED)
     if not isinstance(sys.unraisablehook, _Unraisable):
         sys.unraisablehook = _Unraisable(sys.unraisablehook)
+
+
+@contextlib.contextmanager
+def said_by_us() -> Iterator[None]:
+    """Libraries log nothing: what is wrong with a checkpoint is one line of ours."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        gc.collect()  # asyncio logs errors of tasks when it forgets them
+        logging.disable(disabled)
 
 
 def host_target(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

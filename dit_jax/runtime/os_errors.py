@@ -17,6 +17,8 @@ _REMEDIES = {
     errno.EFBIG: "the limit on file sizes is reached (ulimit -f), raise it and run the same command again",
     errno.EIO: "input/output error, check the disk and run the same command again",
     errno.ENOTDIR: "a part of the path is a file, choose another folder",
+    errno.EMFILE: "too many open files, raise the limit (ulimit -n)",
+    errno.ENFILE: "the system has too many open files, close some programs",
     errno.EEXIST: "something of that name is in the way, choose another folder",
 }
 # Errors of the connection, the permissions or this process, not of the files.
@@ -30,7 +32,8 @@ _MAY_PASS = frozenset({
 def os_error(error: BaseException) -> int | None:
     """The errno behind an exception, or None: from an OSError in its chain, or from a library's message.
 
-    Safetensors writes "(os error 28)", tensorstore "[os_error_code='28']".
+    Safetensors writes "(os error 28)", tensorstore "[os_error_code='28']", the loader of Python's extensions the words
+    of EMFILE.
     """
     seen: set[int] = set()
     link: BaseException | None = error
@@ -42,6 +45,8 @@ def os_error(error: BaseException) -> int | None:
             return errno.ENOMEM
         if found := re.search(r"os[ _]error(?:_code=')? ?(\d+)", str(link)):
             return int(found[1])
+        if os.strerror(errno.EMFILE) in str(link):
+            return errno.EMFILE
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     return None
 

@@ -1,4 +1,4 @@
-"""SIGTERM, by which a cluster announces that it takes the machine back: save what can be saved, exit with status 75.
+"""SIGTERM, by which a cluster announces that it takes the machine back, and Ctrl-C: save what can be saved, then exit.
 
 Where no unfinished work can be saved (a batch of diffs, an evaluation) the process ends at once, even while it waits
 for a long computation. A loop that can save its state holds the notice back until its next step:
@@ -10,46 +10,61 @@ for a long computation. A loop that can save its state holds the notice back unt
                 save()
                 raise preemption.Preempted
 
-With several processes a notice to one of them stops all, in such a loop after the same step, so that none waits for
-another in a collective. They talk through the coordination service of `jax.distributed`, which costs nothing while
-there is no notice.
+A second Ctrl-C does not wait for the step. With several processes a notice to one of them stops all, in such a loop
+after the same step, so that none waits for another in a collective. They talk through the coordination service of
+`jax.distributed`, which costs nothing while there is no notice.
 """
 
 import contextlib
-import os
-import select
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
+from dit_jax.runtime import interrupts
+
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 MESSAGE = "preempted (SIGTERM): what was finished is kept, run the same command again to go on"
-POLL_SECONDS = 0.5  # between two questions whether another process was told to stop
+SAVES = "interrupted: this step is finished and saved first; Ctrl-C again ends at once"
 AGREE_SECONDS = 20  # until another process counts as gone
 _KEY = "dit_jax/preempted"
 
 
 class Preempted(SystemExit):
-    """Ends the program with status 75, after the state was saved."""
+    """Ends the program after the state was saved, with the status of what stopped it."""
 
     def __init__(self) -> None:
-        super().__init__(EXIT_PREEMPTED)
+        super().__init__(ending(_current.number)[0])
+
+
+def ending(number: int) -> tuple[int, str]:
+    """Exit status and last line of a program that a signal has stopped."""
+    if number == signal.SIGINT:
+        return interrupts.EXIT_INTERRUPTED, interrupts.INTERRUPTED
+    return EXIT_PREEMPTED, MESSAGE
 
 
 class Notice:
-    """Whether to stop, and after which step. `listen` makes it; one thread of the process waits for the signal."""
+    """Whether to stop, and after which step. `listen` makes it; one thread of the process waits for the signal.
+
+    number: the signal that stops the program.
+    """
 
     def __init__(self, client: Any = None) -> None:
+        self.number: int = signal.SIGTERM
         self._client = client  # of the coordination service; None: one process
         self._lock = threading.Lock()
         self._step: int | None = None  # the last step of a holding loop; None: nothing to save
         self._stop_at: int | None = None
         self._holding = False
+        self._interrupts = 0
+        self._asked = False  # by Ctrl-C
+        self._told = False  # to stop, by this process or another
+        self._stopped = False  # all processes know it
 
     # ------------------------------------------------------------ called by the program
 
@@ -71,40 +86,68 @@ class Notice:
             if told and sys.exc_info()[0] is None:  # the loop had no further step
                 raise Preempted
 
+    def interrupt(self, number: int, frame: Any) -> None:
+        """Python's handler of Ctrl-C, which in a program comes after the waiting thread."""
+        self._interrupts += 1
+        if interrupts.ends_at_once():
+            if self._interrupts > 1:  # the thread may be waiting for other processes
+                self._end()
+        elif self._step is None or self._asked:
+            raise KeyboardInterrupt
+        else:
+            self._asked = True  # the thread tells all: the lock that it takes may be held here
+
     # ------------------------------------------------------------ called by the waiting thread
 
-    def tell_all(self) -> None:
-        """Tells all processes to stop, because this one was told to."""
+    def react(self, signals: set[int]) -> None:
+        """Acts on signals that this process got, and on what another process says."""
+        if signal.SIGINT in signals and interrupts.ends_at_once():
+            self._asked, asked_before = True, self._told
+            if asked_before or (self._step is None and self._client is None):
+                self.number = signal.SIGINT
+                self._end()
+            if self._step is not None:
+                interrupts.say(SAVES)
+        if not self._told and (self._asked or signal.SIGTERM in signals):
+            self.number = signal.SIGINT if self._asked else signal.SIGTERM
+            self._told = True
+            self._tell_all()
+        if not self._stopped:
+            self._poll()
+
+    def _tell_all(self) -> None:
         if self._client is None:
             self._stop()
             return
         try:
-            self._client.key_value_set(_KEY, "")
+            self._client.key_value_set(_KEY, str(int(self.number)))
         except Exception:
-            if not self._others_told():  # otherwise another process was faster
-                _exit_now()
+            if self._others_tell() is None:  # otherwise another process was faster
+                self._end()
 
-    def poll(self) -> bool:
-        """Whether any process was told to stop; if so, this one learns after which step."""
-        if self._client is None or not self._others_told():
-            return False
-        self._stop()
-        return True
+    def _poll(self) -> None:
+        """If any process was told to stop, this one learns after which step."""
+        if self._client is not None and (said := self._others_tell()) is not None:
+            self._told, self.number = True, int(said)
+            self._stop()
 
-    def _others_told(self) -> bool:
+    def _others_tell(self) -> str | None:
         try:
-            self._client.key_value_try_get(_KEY)
+            return str(self._client.key_value_try_get(_KEY))
         except Exception:  # no such key; or no service, and then its client ends the process
-            return False
-        return True
+            return None
 
     def _stop(self) -> None:
+        self._stopped = True
         with self._lock:
             steps = self._gather(self._step)
             if None in steps:  # a process without state to save would not reach the common step
                 meet(self._client)
-                _exit_now()
+                self._end()
             self._stop_at = max(step for step in steps if step is not None) + 1
+
+    def _end(self) -> NoReturn:
+        interrupts.exit_now(*ending(self.number))
 
     def _gather(self, step: int | None) -> list[int | None]:
         if self._client is None:
@@ -131,35 +174,23 @@ def hold() -> contextlib.AbstractContextManager[Notice]:
 
 @contextlib.contextmanager
 def listen() -> Iterator[Notice]:
-    """Listens for SIGTERM while the body runs; does nothing outside the main thread."""
+    """Listens for SIGTERM and Ctrl-C while the body runs; does nothing outside the main thread."""
     global _current
     client = _client() if jax.process_count() > 1 else None
     _current = notice = Notice(client)
     if threading.current_thread() is not threading.main_thread():  # only it may set handlers
         yield notice
         return
-    # Python's own handlers run between two lines of the program, so a long computation would delay the notice. The
-    # C handler below them writes a byte at once.
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    closed = threading.Event()
-    earlier = signal.signal(signal.SIGTERM, lambda number, frame: None)
-    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    thread = threading.Thread(target=_wait, args=(notice, reader, closed), daemon=True)
-    thread.start()
+    handlers: dict[int, Any] = {signal.SIGTERM: lambda number, frame: None}
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a background job does
+        handlers[signal.SIGINT] = notice.interrupt
     try:
-        yield notice
+        with interrupts.hear(handlers, notice.react):
+            yield notice
     except Preempted:
-        print(MESSAGE, file=sys.stderr, flush=True)
+        print(ending(notice.number)[1], file=sys.stderr, flush=True)
         raise
     finally:
-        closed.set()
-        signal.set_wakeup_fd(wakeup)
-        signal.signal(signal.SIGTERM, earlier if earlier is not None else signal.SIG_DFL)
-        os.write(writer, b"\0")  # wakes the thread
-        thread.join(timeout=2 * POLL_SECONDS)
-        os.close(writer)
-        os.close(reader)
         _current = Notice()
 
 
@@ -172,24 +203,6 @@ def meet(client: Any = None) -> None:
         client.wait_at_barrier(f"{_KEY}/exit", AGREE_SECONDS * 1000)
     if jax.process_index() == 0:
         time.sleep(1)  # process 0 serves the barrier, and its answers must reach the others first
-
-
-def _wait(notice: Notice, reader: int, closed: threading.Event) -> None:
-    told = False
-    while not closed.is_set():
-        ready, _, _ = select.select([reader], [], [], POLL_SECONDS)
-        signals = os.read(reader, 64) if ready else b""
-        if not told and signal.SIGTERM in signals:
-            notice.tell_all()
-            told = notice._client is None
-        told = told or notice.poll()
-
-
-def _exit_now() -> None:
-    os.write(
-        2, f"{MESSAGE}\n".encode()
-    )  # not through Python's buffers, whose lock the main thread may hold
-    os._exit(EXIT_PREEMPTED)
 
 
 def _client() -> Any:

@@ -6,7 +6,7 @@ import pathlib
 
 import jax
 
-from dit_jax.runtime import host_memory, xla_flags
+from dit_jax.runtime import host_memory, program_cache, xla_flags
 
 
 def prepare() -> None:
@@ -17,6 +17,7 @@ def prepare() -> None:
     xla_flags.set_defaults()
     host_memory.keep_freed()
     host_memory.trim_after_compiling()
+    program_cache.check_entries()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         _keep_programs(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
 

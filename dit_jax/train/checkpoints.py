@@ -20,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 
 from dit_jax.errors import DitError, first_line
 from dit_jax.runtime import artifacts, digests, parallel, processes
-from dit_jax.runtime.orbax_errors import explain_save, host_target, say_errors_once
+from dit_jax.runtime.orbax_errors import explain_save, host_target, said_by_us, say_errors_once
 from dit_jax.runtime.os_errors import explain_os_errors, may_pass, os_error
 
 
@@ -43,7 +43,7 @@ class Checkpoints:
         artifacts.make_dir(self.folder)
         say_errors_once()
         self._saving: Any = None
-        with explain_save(self.folder):
+        with explain_save(self.folder), said_by_us():
             self._checkpointer = ocp.training.Checkpointer(
                 self.folder,
                 preservation_policy=ocp.training.preservation_policies.LatestN(keep),
@@ -89,7 +89,8 @@ class Checkpoints:
             (int(p.name) for p in self.folder.iterdir() if p.name.isdecimal()), reverse=True
         )
         for step in steps:
-            state, metadata, problem = self._load(step, abstract)
+            with said_by_us():
+                state, metadata, problem = self._load(step, abstract)
             # One process may fail to read what the others can.
             match processes.highest(_PROBLEMS.index(problem.kind if problem else None)):
                 case 0:
@@ -109,6 +110,8 @@ class Checkpoints:
             metadata = self._checkpointer.metadata(step).custom_metadata
             if metadata.get("data", self._data) != self._data:
                 return None, None, _Problem("other-data", "it was trained on other diffs")
+            if not {"digests", "iterator"} <= metadata.keys():
+                return None, None, _Problem("damaged", "it has no digests")
             state = self._checkpointer.load(step, abstract)
             found, saved = _digests(state, metadata["iterator"]), metadata["digests"]
             for name in sorted(found.keys() | saved.keys()):
@@ -136,7 +139,8 @@ class Checkpoints:
             )
 
         processes.on_main(move)
-        self._checkpointer.reload()
+        with said_by_us():
+            self._checkpointer.reload()
 
     def close(self) -> None:
         """Waits for the save under way. Raises DitError: it was refused."""

@@ -1,0 +1,80 @@
+"""What every command line program does with a failure: one line on stderr and an exit status, never a traceback."""
+
+import contextlib
+import errno
+import io
+import os
+import sys
+from collections.abc import Iterator
+
+from dit_jax.errors import DitError, first_line
+from dit_jax.runtime import interrupts, os_errors
+
+EXIT_ERROR = 2  # the same code that argparse uses for a bad command line
+
+
+@contextlib.contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Runs a command line program: a `DitError`, what the system refuses and Ctrl-C become one line and a status.
+
+    Raises:
+      SystemExit: with status 2 after a DitError, lack of memory or a refusal of the system, and 130 after Ctrl-C. Other
+        exceptions are bugs and keep their traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may not know a character
+    try:
+        _check_folder()
+        yield
+        _flush()
+    except KeyboardInterrupt:
+        _stop(interrupts.INTERRUPTED, interrupts.EXIT_INTERRUPTED)
+    except Exception as error:
+        problem = explained(error)
+        if problem is None:
+            raise
+        _stop(f"error: {problem}", EXIT_ERROR)
+
+
+def explained(error: BaseException) -> DitError | None:
+    """An error as what users see of it; None for a bug."""
+    if isinstance(error, DitError):
+        return error
+    number = os_errors.os_error(error)
+    if number == errno.EPIPE:
+        return DitError("the output was closed before the end: what was written until then is kept")
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return DitError(
+            f"out of memory ({first_line(error)[:200]}): lower what is computed at once, or split it over more devices "
+            "('python -m dit_jax.plan' says what fits)"
+        )
+    if os_errors.has_remedy(number):
+        name = getattr(error, "filename", None)
+        place = f"cannot use '{name}': " if name else ""
+        return DitError(f"{place}{os_errors.reason(number or 0)}")
+    return None
+
+
+def _check_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise DitError("the working directory was deleted: change to another one") from None
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()  # here its error is still one line
+
+
+def _stop(line: str, status: int) -> None:
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+    for stream in (sys.stdout, sys.stderr):  # Python's flush at exit must not fail again
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    raise SystemExit(status) from None
