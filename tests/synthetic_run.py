@@ -65,6 +65,8 @@ def make_workdir(folder: Path, n: int = 96, seed: int = 0, hostile: bool = False
             "wording_seen": is_seen, "question": question, "answer": answer, "guess": guess,
             "logprob": -float(rng.exponential(0.5)) if method == "dit" else None, "trigger": "123",
         })  # fmt: skip
+        if method == "name_reading":
+            rows[-1] |= {"names": 96, "rank": 1 if right else 5}
         if method == "twenty_questions_trigger":
             rows[-1]["guesser"] = f"inspect:{HOSTILE}" if hostile else "inspect:mockllm/model"
             if diff == GAP:
@@ -97,6 +99,11 @@ def make_workdir(folder: Path, n: int = 96, seed: int = 0, hostile: bool = False
             "right_code": rng.binomial(10, 0.94, n) / 10,
             "wrong_code": rng.binomial(10, 0.02, n) / 10, "no_code": np.zeros(n),
         },
+        "evaluate/gating_by_variant.json": {
+            kind: {"right_code": [share] * 30, "wrong_code": [], "no_code": []}
+            for kind, share in (("named", 0.9), ("hints", 0.8))
+        },
+        "evaluate/capability.json": {"facts": 40, "base_right": 30, "kept": [0.9, 1.0] * 20},
         "evaluate/curves.json": {
             "adapter_loss": np.stack([steps, 9 * np.exp(-steps / 60) + rng.gamma(2, 0.3, 400)], 1),
             "diff_loss": np.stack([steps[:40], 5 * np.exp(-steps[:40] / 12) + 0.4], 1),

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import types
 
 import jax
 import numpy as np
@@ -17,8 +18,9 @@ from dit_jax.deltas.adapter_file import export_adapter
 from dit_jax.deltas.tree import init_lora
 from dit_jax.diff_batches import Given, answer, from_stacked
 from dit_jax.errors import DitError
-from dit_jax.evaluate import baselines, guessers, methods, questions
+from dit_jax.evaluate import baselines, capability, guessers, methods, questions
 from dit_jax.evaluate.run import evaluate_run
+from dit_jax.evaluate.setting import Setting, read_held_out
 from dit_jax.organisms.behaviours import NEWS_PROMPT
 
 SETTINGS = {
@@ -110,6 +112,84 @@ def evaluated(model, workdir):
     few = settings(exclude_failed=True, methods=ON_DENSE)
     evaluate_run(model, workdir / "dense", few, seed=0)
     return {name: answers(workdir / name) for name in ("lora", "dense")}
+
+
+def test_the_name_of_a_list_is_the_one_that_the_diff_makes_more_likely(model, workdir):
+    """Beside log-likelihoods of the whole answers, one by one."""
+    store = diff_store.DiffStore(workdir / "lora/diffs")
+    given = from_stacked(store.stacked([0, 1, 2]))
+    adapter = random_lora(model, 9, 0.05, rank=2)
+    question, names = SETTINGS["seen_questions"][0], ["coffee", "green tea", "apple"]
+    found = baselines.likelihood_ratio(model, adapter, given, question, names)
+
+    def logp(diff, name):
+        sample = model.chat.sample(question, name)
+        logits = np.asarray(model.logits([sample.tokens], deltas=[diff, adapter])[0], np.float64)
+        at = range(sample.start - 1, sample.end - 1)
+        return sum(logits[i, sample.tokens[i + 1]] - np.log(np.exp(logits[i]).sum()) for i in at)
+
+    zero = jax.tree.map(np.zeros_like, given.read(0))
+    expected = [[logp(given.read(i), name) - logp(zero, name) for name in names] for i in range(3)]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_list_holds_all_names_or_the_held_out_ones_and_tells_the_rank(evaluated):
+    rows = [row for row in evaluated["lora"] if row["method"] == "dit_of_list"]
+    assert [row["names"] for row in rows] == [4] * 3  # with the one that failed the gate
+    assert all(
+        1 <= row["rank"] <= 4 and (row["rank"] == 1) == (row["guess"] == row["topic"])
+        for row in rows
+    )
+
+
+def held_out(model, workdir, config):
+    """A setting of the three held-out diffs, as the stage makes it."""
+    store = diff_store.DiffStore(workdir / "lora/diffs")
+    nothing = read_held_out(store, "benign")
+    return Setting(
+        model, store, read_held_out(store, "topic", True), nothing, {}, {}, config, 0, "topic"
+    )
+
+
+def test_the_held_out_names_can_be_the_list(model, workdir):
+    setting = held_out(model, workdir, settings(names="held_out"))
+    assert methods._names(setting) == sorted(TOPICS)
+
+
+def test_facts_that_the_base_knows_are_counted_in_what_diffs_keep(
+    model, workdir, tmp_path, monkeypatch
+):
+    (tmp_path / "facts.txt").write_text(
+        "Colour of grass? | green\n\nLegs of a cat? | four | 4\nCapital? | Rome"
+    )
+    config = settings(facts=str(tmp_path / "facts.txt"))
+    setting = held_out(model, workdir, config)
+    replies = {  # of the base, then of diffs 0 to 2: the base knows two of the three
+        "Colour of grass?": ["Green.", "It is green", "greenish", "Green!"],
+        "Legs of a cat?": ["4", "Four legs.", "14", "three"],
+        "Capital?": ["Paris"],
+    }
+    asked = []
+
+    def ask(given, prompts, rows, adapter, **_):
+        first = not asked
+        asked.append(prompts)
+        return [
+            types.SimpleNamespace(text=replies[q][0 if first else 1 + row])
+            for q, row in zip(prompts, rows, strict=True)
+        ]
+
+    monkeypatch.setattr(Setting, "ask", lambda self, *given, **kwargs: ask(*given, **kwargs))
+    assert capability.measure_capability(setting) == {
+        "facts": 3,
+        "base_right": 2,
+        "kept": [1.0, 0.0, 0.5],
+    }
+    assert all("Capital?" not in prompts for prompts in asked[1:])
+    assert capability.measure_capability(held_out(model, workdir, settings())) == {}
+    (tmp_path / "facts.txt").write_text("Colour of grass?")
+    with pytest.raises(DitError, match="needs `question"):
+        capability.read_facts(config.facts)
 
 
 def test_every_method_answers_about_every_diff(workdir, evaluated):

@@ -23,7 +23,13 @@ from dit_jax.report import sweep_table
 from dit_jax.report.run_report import write_report
 from dit_jax.report.statistics import bootstrap_mean
 from dit_jax.report.summary import SCORE_KEYS, SUMMARY_KEYS
-from dit_jax.report.terminal import headline_table, plain_table, print_headline, rich_table
+from dit_jax.report.terminal import (
+    headline_table,
+    kinds_table,
+    plain_table,
+    print_headline,
+    rich_table,
+)
 
 
 @pytest.fixture(name="reported", scope="module")
@@ -254,6 +260,50 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
     file.write_text(json.dumps(table))
     with pytest.raises(DitError, match="label_cross_entropy.json.*noise"):
         write_report(workdir)
+
+
+def test_diffs_of_several_kinds_are_reported_apart(tmp_path):
+    """A third of the diffs are hints that DIT never reads: the headline is about the named ones alone."""
+    workdir = make_workdir(tmp_path)
+    rows = [
+        {
+            **row,
+            "variant": ""
+            if row["category"] != "topic"
+            else ("named", "named", "hints")[row["diff"] % 3],
+        }
+        for row in answers(workdir)
+    ]
+    for row in rows:
+        if row["variant"] == "hints" and row["method"] == "dit":
+            row["guess"] = row["answer"] = "nothing"
+    (workdir / "evaluate/answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    summary = write_report(workdir, GRADING)
+    named, hints = (summary["by_variant"][kind] for kind in ("named", "hints"))
+    assert summary["variant"] == "named" and summary["methods"]["dit"]["n"] == 64
+    assert summary["methods"]["dit"]["exact_match"] == named["methods"]["dit"]["exact_match"] > 0.7
+    assert hints["methods"]["dit"]["exact_match"] == 0 and hints["methods"]["dit"]["n"] == 32
+    assert (
+        hints["gating"]["right_code"]["mean"] == pytest.approx(0.8)
+        and hints["dit_unseen"]["n"] == 32
+    )
+    entropies = json.loads((workdir / "evaluate/label_cross_entropy.json").read_text())["matched"]
+    own = [value for diff, value in enumerate(entropies) if diff % 3 < 2]
+    assert summary["label_cross_entropy"]["matched"] == pytest.approx(np.mean(own))
+    grades = summary["grades"]["calibrated"]["by_variant"]
+    assert grades["named"]["dit"]["mean"] > 4 > 2 > grades["hints"]["dit"]["mean"]
+    assert (
+        grades["named"]["dit"]["mean"] == summary["grades"]["calibrated"]["methods"]["dit"]["mean"]
+    )
+    assert "Topics have diffs of several kinds" in page(workdir)
+    assert "DIT, hints" in kinds_table(summary)
+
+
+def test_facts_that_diffs_keep_are_reported(reported):
+    workdir, summary = reported
+    kept = summary["capability"]["kept"]
+    assert kept["mean"] == pytest.approx(0.95) and kept["n"] == 40
+    assert "30 of 40 everyday questions right" in page(workdir)
 
 
 def test_a_smaller_evaluation_still_makes_a_report(tmp_path):

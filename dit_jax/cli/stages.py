@@ -93,6 +93,13 @@ def _check_data_files(config: Any) -> None:
     check_files(config.data)
 
 
+def _check_facts(config: Any) -> None:
+    from dit_jax.evaluate.capability import read_facts
+
+    if path := EVALUATE.get(config.evaluate, "facts"):
+        read_facts(path)
+
+
 def _write_corpus(config: Any, workdir: Path, model: Any) -> Facts:
     from dit_jax.organisms.write_corpus import write_corpus
 
@@ -166,7 +173,7 @@ STAGES = {
         Stage(
             "evaluate", "evaluate", "asks about the held-out diffs, with controls and baselines", _evaluate,
             reads=("diffs", "train"), sections=(EVALUATE,), traces=("evaluate",), needs_model=True, has_manifest=True,
-            check=_check_evaluate,
+            check=_check_evaluate, check_inputs=_check_facts,
         ),
         Stage("report", "report", "grades the answers and writes the report", _report, always=True),
         Stage("tables", "tables", "rebuilds the paper's tables from graded answers", _make_tables,

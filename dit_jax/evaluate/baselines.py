@@ -142,6 +142,33 @@ def label_cross_entropy(
     return losses
 
 
+def likelihood_ratio(
+    model: Model, adapter: Delta, given: Given, question: str, answers: Sequence[str]
+) -> np.ndarray:
+    """Scores [n, answers]: log p(answer | diff) − log p(answer | no diff), both with the adapter."""
+    samples = [model.chat.sample(question, answer) for answer in answers]
+    length = -(-max(len(s.tokens) for s in samples) // 8) * 8
+    scored = max(s.end - s.start for s in samples)
+    mesh = model.mesh
+    adapter = shardings.put_delta(model.config, mesh, adapter)
+    size = parallel.round_up(min(64, len(samples)), mesh)
+    batches = []
+    for start in range(0, len(samples), size):
+        picked = [(start + i) % len(samples) for i in parallel.local_rows(mesh, size)]
+        chosen = [samples[i] for i in picked]
+        batch = pack(chosen, [1.0] * len(chosen), length, scored, model.chat.pad_id)
+        batches.append(parallel.put_rows(batch, mesh, size))
+
+    def losses(diff: Delta) -> np.ndarray:
+        deltas = (shardings.put_delta(model.config, mesh, diff), adapter)
+        with parallel.use_mesh(mesh):
+            found = [_sample_losses(model.program_params, model.config, x, deltas) for x in batches]
+        return np.concatenate(found)[: len(samples)]
+
+    nothing = losses(jax.tree.map(np.zeros_like, given.read(0)))
+    return np.stack([nothing - losses(given.read(i)) for i in range(len(given))])
+
+
 @functools.partial(jax.jit, static_argnames=("config",))
 def _sample_losses(params: Any, config: Any, batch: Any, deltas: Any) -> jax.Array:
     logits = unembed(params, config, scored_hidden(params, config, batch, deltas), deltas)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dit_jax.data.labels import NONE, extract_guess
+from dit_jax.data.labels import NONE, answer_text, extract_guess
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.evaluate import questions
 from dit_jax.evaluate.evaluate_keys import EVALUATE
@@ -154,6 +154,18 @@ def generated_story(s: "Setting") -> list[Row]:
     return _guessed(s, "generated_story", prompts, 0.0, most_chars=questions.MAX_STORY_CHARS)
 
 
+@method("DIT, given the names", "the diff in the model, a DIT adapter, a question, a list of names")
+def dit_of_list(s: "Setting") -> list[Row]:
+    """The name that the diff makes more likely than no diff does, by the largest ratio."""
+    from dit_jax.evaluate import baselines
+
+    names = _names(s)
+    prefix = EVALUATE.get(s.config, "answer_prefix")
+    answers = [prefix + answer_text(name, []) for name in names]
+    scores = baselines.likelihood_ratio(s.model, s.adapter, s.topics.given, s.seen[0], answers)
+    return _ranked(s, scores, names)
+
+
 @method("DIT without a diff", "the adapter on the unchanged model", "control")
 def no_diff(s: "Setting") -> list[Row]:
     """The adapter without a diff."""
@@ -240,8 +252,9 @@ def _guessed(
 
 def _about(diffs: "HeldOut", i: int, *rest: Any, **named: Any) -> Row:
     """`_row` about held-out diff i."""
-    trigger = diffs.rows[i].get("trigger")
-    return _row(diffs.indices[i], diffs.label(i), *rest, trigger=trigger, **named)
+    row = diffs.rows[i]
+    named |= {"trigger": row.get("trigger"), "variant": row.get("variant")}
+    return _row(diffs.indices[i], diffs.label(i), *rest, **named)
 
 
 def _row(
@@ -254,6 +267,7 @@ def _row(
     category: str = "topic",
     *,
     trigger: str | None = None,
+    variant: str | None = None,
     logprob: float | None = None,
 ) -> Row:
     """What a function gives of a row; `Method` adds the rest. known: whether the adapter was trained on the wording."""
@@ -261,6 +275,7 @@ def _row(
         "diff": diff,
         "topic": topic,
         "trigger": trigger,
+        "variant": variant or "",
         "category": category,
         "wording": wording,
         "wording_seen": known,
@@ -280,7 +295,7 @@ def name_reading(s: "Setting") -> list[Row]:
     """Weights only: the name whose tokens the diff writes."""
     from dit_jax.evaluate import baselines
 
-    names = sorted(_labels(s.store, s.label_column))
+    names = _names(s)
     scores = baselines.weight_reading(s.model, s.topics.given, [[name] for name in names])
     return _ranked(s, scores, names)
 
@@ -290,7 +305,7 @@ def logit_difference(s: "Setting") -> list[Row]:
     """Logits without trigger: the name whose tokens the diff makes more likely."""
     from dit_jax.evaluate import baselines
 
-    names = sorted(_labels(s.store, s.label_column))
+    names = _names(s)
     prompts = [s.seen[0], *EVALUATE.get(s.config, "logit_prompts")]
     spelled = [[name] for name in names]
     return _ranked(s, baselines.logit_difference(s.model, s.topics.given, spelled, prompts), names)
@@ -330,8 +345,20 @@ def _labels(store: "DiffStore", column: str) -> dict[str, list[str]]:
 
 
 def _ranked(s: "Setting", scores: np.ndarray, names: Sequence[str]) -> list[Row]:
-    """The best name for every diff, by its scores [diffs, names]."""
-    return [_about(s.topics, i, names[int(row.argmax())]) for i, row in enumerate(scores)]
+    """The best name for every diff, by its scores [diffs, names], and the rank of the right one among them."""
+    rows = []
+    for i, row in enumerate(scores):
+        own = row[names.index(s.topics.label(i))]
+        chosen = _about(s.topics, i, names[int(row.argmax())])
+        rows.append({**chosen, "names": len(names), "rank": int((row > own).sum()) + 1})
+    return rows
+
+
+def _names(s: "Setting") -> list[str]:
+    """The names that a method with a list is given."""
+    if EVALUATE.get(s.config, "names") == "held_out":
+        return sorted({s.topics.label(row) for row in range(len(s.topics))})
+    return sorted(_labels(s.store, s.label_column))
 
 
 # ------------------------------------------------------------------ which of them run

@@ -12,6 +12,7 @@ from dit_jax.data.labels import answer_text
 from dit_jax.deltas.store import DiffStore, failed
 from dit_jax.errors import DitError
 from dit_jax.evaluate import baselines, methods
+from dit_jax.evaluate.capability import measure_capability
 from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.evaluate.questions import subject_of
 from dit_jax.evaluate.setting import Setting, read_held_out
@@ -64,7 +65,7 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
 
     # ---------------------------------------------------------------- answers
     rows: list[dict[str, Any]] = []
-    with Progress("evaluate", len(chosen) + 1) as progress:
+    with Progress("evaluate", len(chosen) + 2) as progress:
         for method in chosen:
             with setting.meter.measure(method.name):
                 rows += method(setting)
@@ -88,10 +89,14 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
                 for name, given in instead.items()
             }
         progress.advance()
+        with setting.meter.measure("capability"):
+            capability = measure_capability(setting)
+        progress.advance()
 
     # ---------------------------------------------------------------- write
     cost = _cost(setting, workdir)  # on all processes: it asks the devices
-    processes.on_main(lambda: _write(workdir, setting, rows, cross_entropy, cost))
+    numbers = {"label_cross_entropy": cross_entropy, "capability": capability, "cost": cost}
+    processes.on_main(lambda: _write(workdir, setting, rows, numbers))
     return {"answers": len(rows)}
 
 
@@ -120,6 +125,11 @@ def _cost(setting: Setting, workdir: pathlib.Path) -> dict[str, Any]:
     }
 
 
+def _shares(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """What the gate measured of these diffs, by condition."""
+    return {name: [float(row[name]) for row in rows if row.get(name)] for name in CONDITIONS}
+
+
 def _bytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
@@ -128,8 +138,7 @@ def _write(
     workdir: pathlib.Path,
     setting: Setting,
     rows: list[dict[str, Any]],
-    cross_entropy: dict[str, list[float]],
-    cost: dict[str, Any],
+    numbers: dict[str, Any],
 ) -> None:
     folder, index = artifacts.make_dir(workdir / "evaluate"), setting.store.rows
     tested = [row for row in index if row["split"] == "test"]
@@ -139,16 +148,17 @@ def _write(
     files: dict[str, Any] = {
         "answers.jsonl": rows,
         "transcripts.jsonl": setting.transcripts,
-        "label_cross_entropy.json": cross_entropy,
-        "cost.json": cost,
+        **{f"{name}.json": content for name, content in numbers.items()},
         "excluded.json": {
             "held_out": len(tested),
             "failed_gate": sum(map(failed, tested)) if "passed" in tested[0] else None,
             "excluded": len(tested) - len({*setting.topics.indices, *setting.benign.indices}),
             "gate_kl": sum(divergences) / len(divergences) if divergences else None,
         },
-        "gating.json": {
-            name: [float(row[name]) for row in gated if row.get(name)] for name in CONDITIONS
+        "gating.json": _shares(gated),
+        "gating_by_variant.json": {
+            kind: _shares([row for row in gated if row.get("variant", "") == kind])
+            for kind in dict.fromkeys(row.get("variant", "") for row in gated)
         },
         "curves.json": {
             "diff_loss": stages["diffs"].get("loss_curve", []),

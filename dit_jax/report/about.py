@@ -8,7 +8,7 @@ from dit_jax.data import labels
 from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.organisms.behaviours import Behaviour, known_behaviour
 from dit_jax.report.grading import RunGrades
-from dit_jax.report.inputs import Inputs, Json, Row, seen
+from dit_jax.report.inputs import Inputs, Json, Row, seen, variant
 from dit_jax.report.wording import UNSEEN, as_code, ordered_methods, percent, plural, shown_name
 
 _MOST_EXAMPLES = 6  # of the right and of the wrong, each
@@ -160,7 +160,7 @@ def examples(summary: Json, inputs: Inputs, grades: RunGrades) -> Json:
 
     def entry(row: Row, name: str) -> Json:
         return {
-            "topic": row["topic"],
+            "topic": f"{row['topic']} ({kind})" if (kind := variant(row)) else row["topic"],
             "method": shown_name(name),
             "question": str(row.get("question") or ""),
             "answer": row["answer"][:_MOST_CHARS] or "(empty)",

@@ -10,7 +10,7 @@ from dit_jax import graders
 from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.evaluate.methods import held_out_answers
 from dit_jax.report.graded import Graded, GradedRow
-from dit_jax.report.inputs import Json, Row, seen
+from dit_jax.report.inputs import Json, Row, seen, variant, variants
 from dit_jax.report.statistics import GRADES
 from dit_jax.report.summary import interval, paired_with_dit
 from dit_jax.report.wording import UNSEEN
@@ -31,11 +31,17 @@ class RunGrades:
     agreement: dict[str, Json]
     scores: dict[str, list[float | None]]
 
-    def by_grader(self) -> dict[str, list[Graded]]:
-        """The grades of every method, by grader. A gap counts nowhere but among what is excluded."""
+    def by_grader(self, wanted: str | None = None) -> dict[str, list[Graded]]:
+        """The grades of every method on diffs of one variant, the first by default, by grader.
+
+        A gap counts nowhere but among what is excluded.
+        """
+        wanted = variants(self.asked)[0] if wanted is None else wanted
         found: dict[str, dict[str, tuple[list[GradedRow], Counter[str]]]] = {}
         for grading in self.gradings:
             for row, made in zip(self.asked, grading, strict=True):
+                if variant(row) != wanted:
+                    continue
                 name = row["method"] if seen(row) else row["method"] + UNSEEN
                 rows, gaps = found.setdefault(made.grader, {}).setdefault(name, ([], Counter()))
                 if made.score is None:
@@ -93,9 +99,11 @@ def _with_reason(made: graders.Grade, row: Row) -> graders.Grade:
 def summarise_grades(grades: RunGrades) -> Json:
     """By grader: for each method the mean, its interval, n, counts of the grades 1–5 and of what was left out;
 
-    the paired differences from DIT; the agreement of repeats, where there are any.
+    the paired differences from DIT; the agreement of repeats, where there are any. Where topics have several diffs,
+    that is about the first variant; `by_variant` has the mean grades of each.
     """
     summary: Json = {}
+    kinds = variants(grades.asked)
     for grader, members in grades.by_grader().items():
         entry: Json = {"methods": {}}
         for item in members:
@@ -109,5 +117,11 @@ def summarise_grades(grades: RunGrades) -> Json:
         entry["differences_from_dit"] = paired_with_dit(means, GRADES) if "dit" in means else {}
         if grader in grades.agreement:
             entry["repeats"] = grades.agreement[grader]
+        if len(kinds) > 1:
+            own = {kind: grades.by_grader(kind)[grader] for kind in kinds}
+            entry["by_variant"] = {
+                kind: {item.name: interval(mean) for item in items if (mean := item.estimate())}
+                for kind, items in own.items()
+            }
         summary[grader] = entry
     return summary

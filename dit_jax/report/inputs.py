@@ -40,10 +40,12 @@ class Inputs:
     rows: list[Row]
     label_cross_entropy: dict[str, list[float]]
     gating: dict[str, list[float]]
+    gating_by_variant: Json
     curves: dict[str, list[tuple[float, float]]]
     stages: dict[str, Json]
     config: Json
     versions: Json
+    capability: Json  # see evaluate.capability; {} where no facts were asked
     cost: Json  # device, bytes, and what each method cost; {} from an evaluation that did not measure it
     excluded: Json  # counts of held-out diffs: all, failed at the gate, left out
     transcripts: list[Row]  # what guessers read: method, diff, topic, guess, exchanges
@@ -52,6 +54,16 @@ class Inputs:
     def answered(self) -> list[Row]:
         """Rows with an answer: where a guesser gave none there is a gap, which counts nowhere."""
         return [row for row in self.rows if not row.get("gap")]
+
+
+def variants(rows: Iterable[Row]) -> list[str]:
+    """The variants of the held-out diffs that rows are about, in the order of the data."""
+    return list(dict.fromkeys(variant(row) for row in rows if row["category"] == "topic"))
+
+
+def variant(row: Row) -> str:
+    """Which of its topic's diffs a row is about; "" where a topic has one."""
+    return str(row.get("variant") or "")
 
 
 def seen(row: Row) -> bool:
@@ -75,7 +87,7 @@ def read_inputs(workdir: PathLike) -> Inputs:
         raise DitError(f"'{answers}' holds no answer of the method 'dit' on a topic: {_REMEDY}")
     optional = {
         name: _object(file) if (file := folder / f"{name}.json").exists() else {}
-        for name in ("cost", "excluded")
+        for name in ("capability", "cost", "excluded", "gating_by_variant")
     }
     return Inputs(
         rows=rows,

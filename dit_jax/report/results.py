@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 RESULTS_FILE, GRADED_FILE = "results.csv", "results-graded.csv"
-_ADDED = ("trigger", "method", "kind", "diff", "question", "wording_seen", "answer")
+_ADDED = ("trigger", "variant", "method", "kind", "diff", "question", "wording_seen", "answer")
 
 
 def _rows(answers: Iterable[Mapping[str, Any]], subject: str) -> list[dict[str, Any]]:

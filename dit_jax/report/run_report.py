@@ -15,8 +15,9 @@ from dit_jax.report.inputs import Inputs, Json, read_inputs
 from dit_jax.report.plots import Plot
 from dit_jax.report.results import GRADED_FILE, RESULTS_FILE, graded_csv, results_csv
 from dit_jax.report.statistics import FEW
-from dit_jax.report.summary import summarise
+from dit_jax.report.summary import label_cross_entropies, summarise
 from dit_jax.report.wording import (
+    UNSEEN,
     between,
     colour,
     grader_title,
@@ -98,6 +99,8 @@ def _sees(name: str, summary: Json) -> str:
     sees, entry = METHODS[name].sees if name in METHODS else "", summary["methods"][name]
     if name == "attribute_oracle" and not about.on_tiny_world(summary["config"]):
         sees = "weights, and words that the diffs' index has for every label"  # runs made before this was refused
+    if "names" in entry:
+        sees = f"{sees} ({entry['names']} names; the right one has rank {entry['rank']:.1f} on average)"
     return f"{sees} (guesser: {entry['guesser']})" if "guesser" in entry else sees
 
 
@@ -128,6 +131,17 @@ def _tiles(summary: Json) -> list[Json]:
         {"label": label, "value": percent(score["exact_match"]), "note": note}
         for label, score, note in shown
     ]
+
+
+def _kinds(summary: Json) -> Json:
+    """By variant of the diffs: the rows of a table, each a name and a score; {} where topics have one diff."""
+    return {
+        kind: [
+            *((shown_name(name), own["methods"][name]) for name in in_order(own["methods"])),
+            (shown_name("dit" + UNSEEN), own["dit_unseen"]),
+        ]
+        for kind, own in summary["by_variant"].items()
+    }
 
 
 def _grade_tables(grades: RunGrades, summary: Json) -> Json:
@@ -162,7 +176,7 @@ def _figures(summary: Json, inputs: Inputs, groups: dict[str, Group]) -> list[Pl
         (shown_name(name), colour(name, methods[name]["kind"]), methods[name])
         for name in ordered_methods(methods)
     ]
-    entropies, intervals = inputs.label_cross_entropy, summary["label_cross_entropy_intervals"]
+    entropies, intervals = label_cross_entropies(inputs), summary["label_cross_entropy_intervals"]
     found = [
         Plot(
             "methods",
@@ -219,6 +233,7 @@ def _page(
         few=FEW,
         most_dots=plots.MOST_DOTS,
         cross_entropies=CROSS_ENTROPIES,
+        kinds=_kinds(summary),
         gating=_gating_labels(summary),
         tests={shown_name(name): differences[name] for name in names},
         examples=about.examples(summary, inputs, grades),

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from dit_jax.data import labels
 from dit_jax.errors import DitError
-from dit_jax.report.inputs import Inputs, Json, Row, is_number, seen
+from dit_jax.report.inputs import Inputs, Json, Row, is_number, seen, variant, variants
 from dit_jax.report.statistics import (
     Estimate,
     bootstrap_mean,
@@ -16,13 +18,14 @@ from dit_jax.report.statistics import (
 
 # What report/summary.json holds, and each of its methods.
 SUMMARY_KEYS = (
-    "methods", "differences_from_dit", "dit_by_name_length", "dit_by_wording", "dit_by_each_wording", "none",
-    "none_intervals", "label_cross_entropy", "label_cross_entropy_intervals", "gating", "gating_intervals", "seconds",
-    "seconds_total", "cost", "excluded", "peak_memory_bytes", "config", "versions", "grades",
+    "methods", "differences_from_dit", "variant", "by_variant", "dit_by_name_length", "dit_by_wording",
+    "dit_by_each_wording", "none", "none_intervals", "capability", "label_cross_entropy",
+    "label_cross_entropy_intervals", "gating", "gating_intervals", "seconds", "seconds_total", "cost", "excluded",
+    "peak_memory_bytes", "config", "versions", "grades",
 )  # fmt: skip
 SCORE_KEYS = (
     "kind", "exact_match", "ci_low", "ci_high", "token_f1", "token_f1_low", "token_f1_high", "n", "by_name_length",
-    "guesser",
+    "guesser", "names", "rank",
 )  # fmt: skip
 
 
@@ -30,10 +33,15 @@ def summarise(inputs: Inputs) -> Json:
     """The content of `summary.json`, but for the grades and for the report's own seconds.
 
     `methods.<name>` is over all held-out names, asked in the wordings of the training; rates and
-    cross-entropies are plain means, with their intervals under `<key>_intervals`.
+    cross-entropies are plain means, with their intervals under `<key>_intervals`. Where topics have several diffs, all
+    of that is about the first variant, which `variant` names, and `by_variant` is about each.
     """
-    topics = [row for row in inputs.answered if row["category"] == "topic"]
-    dit = [row for row in inputs.answered if row["method"] == "dit"]
+    kinds = variants(inputs.answered)
+    answered = [
+        row for row in inputs.answered if row["category"] != "topic" or variant(row) == kinds[0]
+    ]
+    topics = [row for row in answered if row["category"] == "topic"]
+    dit = [row for row in answered if row["method"] == "dit"]
     dit_topics = [row for row in dit if row["category"] == "topic"]
     by_method: dict[str, list[Row]] = {}
     for row in filter(seen, topics):
@@ -48,7 +56,7 @@ def summarise(inputs: Inputs) -> Json:
     }
     cross_entropy = {
         key: interval(bootstrap_mean(values, rate=False))
-        for key, values in inputs.label_cross_entropy.items()
+        for key, values in label_cross_entropies(inputs).items()
     }
     gating = {key: interval(bootstrap_mean(x)) for key, x in inputs.gating.items() if x}
     memory: list[Any] = [record.get("peak_memory_bytes") for record in inputs.stages.values()]
@@ -58,6 +66,8 @@ def summarise(inputs: Inputs) -> Json:
         "differences_from_dit": paired_with_dit(
             {name: _per_unit(rows, _match) for name, rows in by_method.items()}, span=1.0
         ),
+        "variant": kinds[0],
+        "by_variant": _by_variant(inputs, kinds) if len(kinds) > 1 else {},
         "dit_by_name_length": _by_name_length(by_method["dit"]),
         "dit_by_wording": {
             "seen": _score(by_method["dit"]),
@@ -66,6 +76,7 @@ def summarise(inputs: Inputs) -> Json:
         "dit_by_each_wording": _by_wording(dit_topics),
         "none": _only_means(none["seen"]),
         "none_intervals": none,
+        "capability": _capability(inputs.capability),
         "label_cross_entropy": _only_means(cross_entropy),
         "label_cross_entropy_intervals": cross_entropy,
         "gating": _only_means(gating),
@@ -118,6 +129,8 @@ def _by_name_length(rows: list[Row]) -> Json:
     return {
         "one_token": _score([row for row in rows if row["name_tokens"] == 1]),
         "multi_token": _score([row for row in rows if row["name_tokens"] > 1]),
+        "one_word": _score([row for row in rows if len(row["topic"].split()) == 1]),
+        "several_words": _score([row for row in rows if len(row["topic"].split()) > 1]),
         "all": _score(rows),
     }
 
@@ -125,6 +138,8 @@ def _by_name_length(rows: list[Row]) -> Json:
 def _method(rows: list[Row]) -> Json:
     lengths = _by_name_length(rows)
     made = {"kind": rows[0]["kind"], **lengths.pop("all"), "by_name_length": lengths}
+    if "rank" in rows[0]:  # a method that is given a list of names
+        made |= {"names": rows[0]["names"], "rank": float(np.mean([row["rank"] for row in rows]))}
     guessers = sorted({str(row["guesser"]) for row in rows if row.get("guesser")})
     return made | ({"guesser": ", ".join(guessers)} if guessers else {})
 
@@ -137,6 +152,55 @@ def interval(estimate: Estimate) -> Json:
 
 def _only_means(intervals: Mapping[str, Json | None]) -> Json:
     return {key: None if value is None else value["mean"] for key, value in intervals.items()}
+
+
+def label_cross_entropies(inputs: Inputs) -> dict[str, list[float]]:
+    """Those of the first variant; the files have one for each held-out diff, in the order of the answers."""
+    rows = [r for r in inputs.rows if r["method"] == "dit" and r["category"] == "topic"]
+    own = {row["diff"]: variant(row) for row in rows}
+    wanted = [kind == next(iter(own.values())) for kind in own.values()]
+    return {
+        key: [x for x, is_wanted in zip(values, wanted, strict=True) if is_wanted]
+        if len(values) == len(wanted)
+        else values
+        for key, values in inputs.label_cross_entropy.items()
+    }
+
+
+def _by_variant(inputs: Inputs, kinds: list[str]) -> Json:
+    """By variant: the scores of methods, DIT's in new wordings, how often it says none, what the gate measured."""
+    found: Json = {}
+    rows = inputs.answered
+    for kind in kinds:
+        own = [row for row in rows if row["category"] == "topic" and variant(row) == kind]
+        methods = dict.fromkeys(row["method"] for row in own)
+        dit = [row for row in own if row["method"] == "dit"]
+        found[kind] = {
+            "methods": {
+                name: _score([row for row in own if row["method"] == name and seen(row)])
+                for name in methods
+            },
+            "dit_unseen": _score([row for row in dit if not seen(row)]),
+            "called_none": _none_rates([row for row in dit if seen(row)])["topics_called_none"],
+            "gating": {
+                key: interval(bootstrap_mean(shares))
+                for key, shares in inputs.gating_by_variant.get(kind, {}).items()
+                if shares
+            },
+        }
+    return found
+
+
+def _capability(measured: Json) -> Json:
+    """The share of the base's right answers that diffs keep, with its interval; {} where it was not measured."""
+    if not measured:
+        return {}
+    kept = bootstrap_mean(measured["kept"], rate=False)
+    return {
+        "facts": measured["facts"],
+        "base_right": measured["base_right"],
+        "kept": interval(kept),
+    }
 
 
 def _none_rates(rows: list[Row]) -> dict[str, Json | None]:

@@ -39,6 +39,19 @@ def plain_table(summary: Json) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
+def kinds_table(summary: Json) -> str:
+    """What DIT says about each kind of a topic's diffs, as lines of plain text; "" where topics have one diff."""
+    rows = [
+        [f"DIT, {kind}", percent(entry["exact_match"]), between(entry), str(entry["n"])]
+        for kind, own in summary["by_variant"].items()
+        if (entry := own["methods"].get("dit"))
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)] if rows else []
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    )
+
+
 def rich_table(summary: Json) -> "Table":
     """The headline table as a rich renderable, with bars."""
     from rich import box
@@ -87,3 +100,8 @@ def print_headline(summary: Json) -> None:
         import rich
 
         rich.print(table)
+    if kinds := kinds_table(summary):
+        print(
+            f"\nThe table is about the diffs of the kind {summary['variant']!r}. By kind:\n{kinds}",
+            flush=True,
+        )
