@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from dit_jax.api import Diff, Model, check_ids, check_model, deltas_of
-from dit_jax.data.chat import Chat
+from dit_jax.data.chat import Chat, Prompt
 from dit_jax.deltas.tree import is_lora, layout, per_example
 from dit_jax.errors import DitError
 from dit_jax.models import decode, shardings
@@ -163,7 +163,7 @@ def ask_many(
 
 def answer_batch(
     model: Model,
-    questions: str | Sequence[str],
+    questions: str | Sequence[str | Prompt],
     *,
     deltas: Any = (),
     stacked: Sequence[Delta] = (),
@@ -173,7 +173,7 @@ def answer_batch(
     """Answers many questions in batches of one compiled program.
 
     Args:
-        questions: a string is one question.
+        questions: a string is one question. A `Prompt` has its own system message, earlier turns or prefill.
         deltas: applied to every question, what `deltas_of` takes, all added.
         stacked: LoRAs [n, L, …] of which question i gets number rows[i]; several such trees are added.
         max_new_tokens: how long an answer may be; default 20.
@@ -204,7 +204,7 @@ def _placed(model: Model, deltas: Sequence[Delta]) -> tuple[Delta, ...]:
 
 def _answer(
     model: Model,
-    questions: Sequence[str],
+    questions: Sequence[str | Prompt],
     shared: Sequence[Delta],
     stacked: Sequence[Delta] = (),
     rows: Sequence[int] | None = None,
@@ -233,7 +233,8 @@ def _answer(
             raise DitError(f"{name} is {value!r}: give {wanted}")
     if not questions:
         return []
-    for text, what in (*((q, "a question") for q in questions), (system or "", "system")):
+    asked = [q.question if isinstance(q, Prompt) else q for q in questions]
+    for text, what in (*((q, "a question") for q in asked), (system or "", "system")):
         if not isinstance(text, str):
             raise DitError(f"{what} is of type {type(text).__name__}: give texts")
     mesh = model.mesh

@@ -3,9 +3,11 @@
 import shutil
 
 import pytest
+import transformers
 
 import dit_jax
-from dit_jax.data.chat import load_chat
+from dit_jax.data.chat import Prompt, load_chat
+from dit_jax.errors import DitError
 from dit_jax.models.hf_checkpoint import find_folder
 
 QUESTION = "What is tea ?"
@@ -172,3 +174,47 @@ def test_ask_takes_a_system_message(tmp_path, capfd):
     flags = ["--base", "tiny_qwen3", "--max-new-tokens", "8", "--json", QUESTION]
     assert main([*flags, "--system", "talk about sun"]) == 0
     assert f'"answer": "{other.text}"' in capfd.readouterr().out
+
+
+CONVERSATION = Prompt(
+    "And milk ?", "Be short.", (("user", QUESTION), ("assistant", "A drink.")), "It is "
+)
+
+
+@pytest.mark.parametrize("template", [TURNS, ADDS_SYSTEM, IN_USER_TURN, DATED])
+def test_a_conversation_is_what_transformers_makes_of_it(chat_of, tmp_path, template):
+    chat = chat_of(template)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
+    messages = [{"role": "system", "content": CONVERSATION.system}]
+    messages += [{"role": role, "content": text} for role, text in CONVERSATION.history]
+    messages += [{"role": "user", "content": CONVERSATION.question}]
+    for prefill in ("", "It is"):
+        asked = CONVERSATION._replace(prefill=prefill)
+        start = [{"role": "assistant", "content": prefill}] if prefill else []
+        expected = tokenizer.apply_chat_template(
+            messages + start,
+            add_generation_prompt=not prefill,
+            continue_final_message=bool(prefill),
+            date_string="26 Jul 2024",
+            tokenize=False,
+        )
+        assert chat.tokenizer.prompt(**asked._asdict()) == expected
+        assert list(chat.prompt_ids(asked)) == tokenizer.encode(expected, add_special_tokens=False)
+
+
+def test_a_system_message_goes_where_the_template_lets_it_go(chat_of):
+    chat = chat_of(IGNORES_SYSTEM + TURNS)
+    text = chat.tokenizer.prompt(**CONVERSATION._asdict())
+    assert text.startswith(f"<|im_start|>user\nBe short.\n\n{QUESTION}<|im_end|>")
+    assert text.endswith("<|im_start|>assistant\nIt is ") and text.count("Be short.") == 1
+    none = chat_of(ADDS_SYSTEM).tokenizer.prompt(**CONVERSATION._replace(system="")._asdict())
+    assert none.startswith(f"<|im_start|>user\n{QUESTION}") and "Be" not in none
+    own = load_chat(find_folder("tiny_qwen3"), system="Be odd.")
+    assert own.prompt_ids(QUESTION) == own.prompt_ids(Prompt(QUESTION, "Be odd."), "Be even.")
+
+
+def test_a_template_that_refuses_a_conversation_is_not_broken(chat_of):
+    alone = "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}" + TURNS
+    chat = chat_of(alone)
+    with pytest.raises(DitError, match=r"refuses this conversation \(one turn\)"):
+        chat.prompt_ids(CONVERSATION)

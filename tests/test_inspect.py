@@ -15,6 +15,8 @@ import pytest
 from conftest import ROOT
 
 import dit_jax
+from dit_jax.asking import answer_batch
+from dit_jax.data.chat import Prompt
 from dit_jax.deltas import store as diff_store
 from dit_jax.deltas.adapter_file import export_adapter
 from dit_jax.deltas.tree import init_lora, noise_like
@@ -22,8 +24,15 @@ from dit_jax.errors import DitError
 
 pytest.importorskip("inspect_ai")
 from inspect_ai.log import read_eval_log
-from inspect_ai.model import ChatMessageSystem, ChatMessageUser, GenerateConfig
+from inspect_ai.model import (
+    ChatMessageAssistant,
+    ChatMessageSystem,
+    ChatMessageTool,
+    ChatMessageUser,
+    GenerateConfig,
+)
 from inspect_ai.scorer import Target
+from inspect_ai.tool import ToolCall, ToolInfo
 
 from dit_jax.inspection import provider as provider_module
 from dit_jax.inspection import tasks
@@ -154,9 +163,6 @@ def test_other_mistakes_are_refused_by_name(api, run):
     for index in (9, -5):
         with pytest.raises(DitError, match=f"holds 4 diffs: there is no diff {index}"):
             gather(call(api, extra_body={"index": index}))
-    turns = [ChatMessageSystem(content="be brief"), ChatMessageUser(content=QUESTION)]
-    with pytest.raises(DitError, match="system"):
-        gather(api.generate(turns, [], "auto", GenerateConfig()))
     with pytest.raises(DitError, match="-M adaptor of dit_jax: did you mean 'adapter'"):
         DitJaxAPI("tiny_qwen3", adaptor=str(run / "adapter"))
     with pytest.raises(DitError, match="nowhere"):
@@ -166,6 +172,79 @@ def test_other_mistakes_are_refused_by_name(api, run):
             DitJaxAPI("tiny_qwen3", **{name: value})
     with pytest.raises(DitError, match="index in extra_body is .x.: give a whole number"):
         gather(call(api, extra_body={"index": "x"}))
+
+
+def turns(text):
+    """ "u one | a two" as messages; s, u, a, t are their roles."""
+    kinds = {"s": ChatMessageSystem, "u": ChatMessageUser, "a": ChatMessageAssistant}
+    kinds["t"] = ChatMessageTool
+    return [kinds[turn[0]](content=turn[2:]) for turn in text.split(" | ") if turn]
+
+
+def say(api, messages):
+    return gather(api.generate(messages, [], "auto", GenerateConfig(max_tokens=6)))[0]
+
+
+def test_system_message_earlier_turns_and_the_start_of_the_answer_are_read(api, model, run):
+    diff = dit_jax.load_diff(run / "diffs", model, 0)
+    adapter = dit_jax.load_adapter(run / "adapter", model)
+    cases = {
+        "s be brief | u what is tea ?": Prompt("what is tea ?", "be brief"),
+        "u hello | a tea | u why ?": Prompt(
+            "why ?", None, (("user", "hello"), ("assistant", "tea"))
+        ),
+        "u what is tea ? | a it is": Prompt("what is tea ?", prefill="it is"),
+        "s  | u what ?": Prompt("what ?", ""),
+    }
+    for text, prompt in cases.items():
+        (expected,) = answer_batch(
+            model, [prompt], deltas=[diff, adapter], max_new_tokens=6, batch_size=4
+        )
+        output = say(api, turns(text))
+        assert output.completion == expected.text
+        assert output.usage.input_tokens == len(model.chat.prompt_ids(prompt))
+    prompts = [model.chat.prompt_ids(prompt) for prompt in cases.values()]
+    assert len(set(prompts)) == len(cases)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "messages none"),
+        ("s be brief", "messages system"),
+        ("a tea", "messages assistant"),
+        ("a tea | u why ?", "messages assistant, user"),
+        ("u one | s two | u three", "messages user, system, user"),
+        ("u one | a two | a three", "messages user, assistant, assistant"),
+        ("u one | u two", "messages user, user"),
+        ("u one | t two", "earlier tool calls"),
+    ],
+)
+def test_conversations_that_no_template_knows_are_refused_by_name(api, text, said):
+    with pytest.raises(DitError, match=said):
+        say(api, turns(text))
+
+
+def test_tools_are_refused_by_name(api):
+    called = ToolCall(id="1", function="search", arguments={})
+    messages = [
+        *turns("u one"),
+        ChatMessageAssistant(content="", tool_calls=[called]),
+        *turns("u x"),
+    ]
+    with pytest.raises(DitError, match="earlier tool calls"):
+        say(api, messages)
+    tool = ToolInfo(name="search", description="x")
+    with pytest.raises(DitError, match="do not call tools"):
+        gather(api.generate(turns("u one"), [tool], "auto", GenerateConfig()))
+
+
+def test_what_a_user_may_not_expect_of_a_model_is_logged_once(monkeypatch, caplog):
+    monkeypatch.setattr(dit_jax.api.Model, "notes", lambda self: ["it says \x1b[2J"])
+    api = DitJaxAPI("tiny_qwen3", batch_size=4)
+    for _ in range(2):
+        say(api, turns("u one"))
+    assert caplog.text.count("note: it says \\x1b[2J") == 1
 
 
 def test_one_failing_call_does_not_take_the_others_along(api):
@@ -284,6 +363,48 @@ def install(folder: Path) -> dict[str, str]:
         json.dumps({"url": ROOT.as_uri(), "dir_info": {"editable": True}})
     )
     return {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "XLA_FLAGS": "", "NO_COLOR": "1"}
+
+
+MULTI_TURN = """
+from inspect_ai import Task, task
+from inspect_ai.dataset import Sample
+from inspect_ai.model import ChatMessageAssistant, ChatMessageUser, GenerateConfig
+from inspect_ai.scorer import includes
+from inspect_ai.solver import generate, solver, system_message
+
+@solver
+def follow_up():
+    async def solve(state, generate):
+        state.messages.append(ChatMessageUser(content="why ?"))
+        state.messages.append(ChatMessageAssistant(content="it is"))
+        return await generate(state)
+    return solve
+
+@task
+def interview():
+    samples = [Sample(input=f"what is {x} ?", target="x") for x in ("tea", "milk", "a violin")]
+    plan = [system_message("be brief"), generate(), follow_up()]
+    return Task(dataset=samples, solver=plan, scorer=includes(), config=GenerateConfig(max_tokens=5))
+"""
+
+
+def test_inspect_eval_of_a_task_of_several_turns(model, tmp_path):
+    (tmp_path / "interview.py").write_text(MULTI_TURN)
+    done = inspect(
+        install(tmp_path), tmp_path, "eval", "interview.py", "--model", "dit_jax/tiny_qwen3",
+        "-M", "batch_size=4", "--log-dir", tmp_path / "logs", "--display", "plain",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
+    (log,) = map(read_eval_log, map(str, (tmp_path / "logs").iterdir()))
+    assert log.status == "success" and len(log.samples) == 3
+    for sample in log.samples:
+        first = Prompt(sample.input, "be brief")
+        (answer,) = answer_batch(model, [first], max_new_tokens=5, batch_size=4)
+        assert sample.messages[2].text == answer.text
+        history = (("user", sample.input), ("assistant", answer.text))
+        last = Prompt("why ?", "be brief", history, "it is")
+        (answer,) = answer_batch(model, [last], max_new_tokens=5, batch_size=4)
+        assert sample.output.completion == answer.text
 
 
 def inspect(environment, folder, *words):

@@ -5,6 +5,7 @@ import itertools
 import math
 import pathlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +13,20 @@ from dit_jax.data.batch import Sample
 from dit_jax.data.tokenizer_process import Tokenizer
 from dit_jax.errors import DitError
 from dit_jax.formats.files import short
+
+
+class Prompt(NamedTuple):
+    """A question with what stands around it.
+
+    system: the system message; "": none; None: the chat's, or else the template's own, if it has one.
+    history: (role, text) of the turns before the question, "user" and "assistant" by turns.
+    prefill: the start of the answer.
+    """
+
+    question: str
+    system: str | None = None
+    history: tuple[tuple[str, str], ...] = ()
+    prefill: str = ""
 
 
 class Chat:
@@ -33,13 +48,15 @@ class Chat:
         self.prompt_ids = functools.lru_cache(maxsize=65536)(self._prompt_ids)
         self.text_ids = functools.lru_cache(maxsize=65536)(self._text_ids)
 
-    def _prompt_ids(self, question: str, system: str | None = None) -> tuple[int, ...]:
-        """Ids of one user turn, up to the start of the assistant's answer (with the empty think block).
+    def _prompt_ids(self, question: str | Prompt, system: str | None = None) -> tuple[int, ...]:
+        """Ids up to the start of the assistant's answer (with the empty think block), or to the end of its prefill.
 
         Args:
-            system: the system message; "": none; None: the chat's, or else the template's own, if it has one.
+            system: that of a prompt without its own.
         """
-        ids = self.tokenizer.prompt_ids(question, self.system if system is None else system)
+        asked = question if isinstance(question, Prompt) else Prompt(question)
+        said = next((x for x in (asked.system, system, self.system) if x is not None), None)
+        ids = self.tokenizer.prompt_ids(**asked._replace(system=said)._asdict())
         most = self.tokenizer.model_max_length
         if len(ids) > most:
             raise DitError(
@@ -72,7 +89,7 @@ class Chat:
         return Sample(tokens, len(prompt), len(tokens))
 
     def prompts(
-        self, questions: Sequence[str], system: str | None = None
+        self, questions: Sequence[str | Prompt], system: str | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Left-padded ids and mask [B, T]; T is a multiple of 32, so that few programs are compiled."""
         rows = [self.prompt_ids(question, system) for question in questions]

@@ -4,6 +4,7 @@ A template is a program of the model's authors. What it does is found by filling
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from dit_jax.errors import DitError, first_line
@@ -25,37 +26,50 @@ class Template:
         self._tokenizer = tokenizer
         self._name = repr(tokenizer.name_or_path)
 
-    def prompt(self, question: str, system: str | None = None) -> str:
-        """The text up to the start of the assistant's answer.
+    def prompt(
+        self,
+        question: str,
+        system: str | None = None,
+        history: Sequence[tuple[str, str]] = (),
+        prefill: str = "",
+    ) -> str:
+        """The text up to the start of the assistant's answer, or to the end of its `prefill`.
 
         Args:
             system: the system message; None: what the template says without one; "": none, even if it says one.
+            history: (role, text) of the turns before the question, the first of them the user's.
 
         Raises:
-            DitError: the template fails.
+            DitError: the template fails, or refuses the conversation.
         """
+        turns = [_message(role, text) for role, text in (*history, ("user", question))]
         try:
             if system == "":
-                text = self._without_system(question)
+                text = self._without_system(turns)
             else:
-                text = self._fill(self._messages(question, system))
+                text = self._fill(self._messages(turns, system))
             if not text:
                 raise ValueError("it makes an empty prompt")
         except MemoryError:
             raise  # as wherever the limit on memory is met
         except Exception as e:  # a template is a program and can fail in any way
+            if history and self._plain:
+                raise DitError(
+                    f"the chat template of {self._name} refuses this conversation ({first_line(e)}): give turns of "
+                    "user and assistant by turns"
+                ) from None
             raise DitError(
                 f"the chat template of {self._name} fails ({first_line(e)}): get the "
                 "model's chat_template.jinja again"
             ) from None
-        return text + self._closing
+        return text + self._closing + prefill
 
-    def _messages(self, question: str, system: str | None) -> list[dict[str, str]]:
-        if system is not None and not self._has_system_role:
-            question = f"{system}\n\n{question}"
-        elif system is not None:
-            return [_message("system", system), _message("user", question)]
-        return [_message("user", question)]
+    def _messages(self, turns: list[dict[str, str]], system: str | None) -> list[dict[str, str]]:
+        if system is None:
+            return turns
+        if self._has_system_role:
+            return [_message("system", system), *turns]
+        return [_message(turns[0]["role"], f"{system}\n\n{turns[0]['content']}"), *turns[1:]]
 
     def _fill(self, messages: list[dict[str, str]], answered: bool = False) -> str:
         text: str = self._tokenizer.apply_chat_template(
@@ -95,14 +109,14 @@ class Template:
             return ""
         return text[len(before) : len(text) - len(after)].strip()
 
-    def _without_system(self, question: str) -> str:
+    def _without_system(self, turns: list[dict[str, str]]) -> str:
         """The prompt without the system message that the template adds.
 
         The template has no way to leave it out, but the turn of a given system message can be cut off: what stands
         before it opens a turn, and the turn of the question opens alike, in another role.
         """
         if self._has_system_role:
-            before, _, after = self._fill(self._messages(question, _SYSTEM)).partition(_SYSTEM)
+            before, _, after = self._fill(self._messages(turns, _SYSTEM)).partition(_SYSTEM)
             between = self._with_system.partition(_SYSTEM)[2].partition(_QUESTION)[0]
             for start in range(len(before)):  # what every text starts with, such as a token, stays
                 opening = before[start:].replace("system", "user")
@@ -110,7 +124,7 @@ class Template:
                     return before[:start] + opening + after[len(between) :]
         if self._own_system:
             raise ValueError("its system message cannot be left out")
-        return self._fill(self._messages(question, None))
+        return self._fill(turns)
 
     @functools.cached_property
     def _closing(self) -> str:

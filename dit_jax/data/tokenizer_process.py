@@ -136,13 +136,13 @@ class Tokenizer:
                 "get tokenizer_config.json again"
             )
 
-    def prompt(self, question: str, system: str | None = None) -> str:
+    def prompt(self, question: str, system: str | None = None, **turns: Any) -> str:
         """The text of a prompt (`chat_template.Template`). Raises DitError."""
-        return self._fill("prompt", question, system)["text"]
+        return self._fill("prompt", question, system, **turns)["text"]
 
-    def prompt_ids(self, question: str, system: str | None = None) -> list[int]:
-        """The ids of a prompt. Raises DitError."""
-        return self._fill("prompt_ids", question, system)["ids"]
+    def prompt_ids(self, question: str, system: str | None = None, **turns: Any) -> list[int]:
+        """The ids of a prompt (`chat_template.Template`). Raises DitError."""
+        return self._fill("prompt_ids", question, system, **turns)["ids"]
 
     def after_answer_ids(self) -> list[int]:
         """The ids of what the template writes after an answer. Raises DitError."""
@@ -175,10 +175,18 @@ class Tokenizer:
         request = {"do": "load", "tokenizer": self._number, "path": os.path.abspath(self._path)}
         return _process.ask(request, budgets.LOADING_SECONDS)
 
-    def _fill(self, do: str, question: str, system: str | None) -> dict[str, Any]:
-        request = {"do": do, "question": question, "system": system}
+    def _fill(
+        self,
+        do: str,
+        question: str,
+        system: str | None,
+        history: Sequence[tuple[str, str]] = (),
+        prefill: str = "",
+    ) -> dict[str, Any]:
+        prompt = {"question": question, "system": system, "history": history, "prefill": prefill}
+        texts = (question, system or "", prefill, *(text for _, text in history))
         try:
-            return self._ask(request, len(question) + len(system or ""))
+            return self._ask({"do": do, "prompt": prompt}, sum(map(len, texts)))
         except Failure as error:
             raise DitError(
                 f"the chat template of {self.name_or_path!r} fails ({error}): get the model's chat_template.jinja again"

@@ -81,13 +81,13 @@ def _answer(request: dict[str, Any], tokenizers: dict[int, tuple[Any, Template]]
         text = tokenizer.decode(request["ids"], skip_special_tokens=request["skip_special_tokens"])
         return {"text": text}
     if do == "notes":
-        return {"notes": template.notes(request["system"])}
+        return {"notes": template.notes(request["prompt"]["system"])}
     if do == "encode":
         text = request["text"]
     elif do == "after_answer_ids":
         text = template.after_answer().lstrip()
     else:
-        text = template.prompt(request["question"], request["system"])
+        text = template.prompt(**request["prompt"])
     if do == "prompt":
         return {"text": text}
     # Not verbose: too many tokens are an error of the one who asks.

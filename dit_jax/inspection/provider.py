@@ -1,6 +1,7 @@
 """The Inspect provider `dit_jax/MODEL`: base ⊕ diff ⊕ adapter as a chat model that decodes calls in batches."""
 
 import functools
+import logging
 import operator
 import secrets
 from collections.abc import Sequence
@@ -19,14 +20,16 @@ from inspect_ai.tool import ToolChoice, ToolInfo
 
 from dit_jax.api import load_adapter, load_diffs, load_model
 from dit_jax.asking import Answer, answer_batch
+from dit_jax.data.chat import Prompt
 from dit_jax.deltas.tree import is_lora, layout
-from dit_jax.errors import DitError, did_you_mean
+from dit_jax.errors import DitError, did_you_mean, printable
 from dit_jax.formats.files import short
 from dit_jax.inspection.batching import Batcher
 from dit_jax.inspection.one_line import one_line
 from dit_jax.models.delta_trees import Delta
 
 MAX_TOKENS = 256
+_log = logging.getLogger(__name__)
 # Settings of a call that this provider follows, and those that do not change what is decoded. Any other setting is
 # refused, so that none is silently dropped.
 _FOLLOWED = {"max_tokens", "temperature", "seed", "extra_body"}
@@ -34,6 +37,7 @@ _NO_EFFECT = {
     "max_retries", "timeout", "attempt_timeout", "stream_idle_timeout", "max_connections",
     "adaptive_connections", "max_tool_output", "internal_tools", "parallel_tool_calls", "cache",
     "cache_prompt", "batch", "reasoning_history", "fail_on_refusal",
+    "system_message",  # Inspect has put it before the messages
 }  # fmt: skip
 _ARGUMENTS = ("diff", "index", "adapter", "dtype", "forbid_repeats", "batch_size", "window")
 _EXTRA = ("diff", "index", "adapter", "forbid_repeats")
@@ -42,7 +46,7 @@ _EXTRA = ("diff", "index", "adapter", "forbid_repeats")
 class Call(NamedTuple):
     """One call. Calls that agree from `adapter` on can share a batch."""
 
-    question: str
+    prompt: Prompt
     diff: str
     diff_index: int
     adapter: str
@@ -97,6 +101,8 @@ class DitJaxAPI(ModelAPI):
         if not isinstance(window, int | float) or not window >= 0:
             raise DitError(f"model argument window is {window!r}: give seconds, from 0 up")
         self.model = load_model(model_name, dtype)
+        for note in self.model.notes():
+            _log.warning("note: %s", printable(note))
         self.batch_size = batch_size
         self.defaults: dict[str, Any] = {
             "diff": str(diff or ""),
@@ -124,6 +130,12 @@ class DitJaxAPI(ModelAPI):
     def collapse_user_messages(self) -> bool:
         return True
 
+    def collapse_assistant_messages(self) -> bool:
+        return True
+
+    def collapse_system_messages(self) -> bool:
+        return True
+
     async def count_text_tokens(self, text: str) -> int:
         return len(self.model.chat.text_ids(text))
 
@@ -134,12 +146,12 @@ class DitJaxAPI(ModelAPI):
         tool_choice: ToolChoice,
         config: GenerateConfig,
     ) -> ModelOutput:
-        """One answer. Raises DitError: the call has tools, several turns or a setting that is not followed."""
+        """One answer. Raises DitError: the call has tools, no text, or a setting that is not followed."""
         call = self._read_call(input, tools, config)
         # The rows of a sampled batch share one key. A call with a seed goes alone, so as not to depend on others.
         alone = call.temperature > 0 and call.seed is not None
         answer: Answer = await self._batcher(object() if alone else call[3:], call)
-        used = len(self.model.chat.prompt_ids(call.question))
+        used = len(self.model.chat.prompt_ids(call.prompt))
         stopped = answer.generated > len(answer.tokens)  # the end of turn is not among the tokens
         output = ModelOutput.from_content(
             self.model_name, answer.text, "stop" if stopped else "max_tokens"
@@ -160,18 +172,8 @@ class DitJaxAPI(ModelAPI):
     ) -> Call:
         if tools:
             raise DitError("dit_jax models do not call tools: use a task without tools")
-        if [message.role for message in messages] != ["user"]:
-            raise DitError(
-                "dit_jax models answer one user message, without a system message or earlier turns: "
-                f"this call has {', '.join(message.role for message in messages) or 'none'}"
-            )
-        (message,) = messages
-        for part in () if isinstance(message.content, str) else message.content:
-            if part.type != "text":
-                raise DitError(
-                    f"dit_jax models read text: this message has a part of type {part.type!r}"
-                )
-        self.model.chat.prompt_ids(message.text)  # refused before it shares a batch
+        prompt = _read_prompt(messages)
+        self.model.chat.prompt_ids(prompt)  # refused before it shares a batch
         settings = config.model_dump(exclude_none=True)
         if settings.get("num_choices") == 1:
             del settings["num_choices"]
@@ -211,7 +213,7 @@ class DitJaxAPI(ModelAPI):
             if not fits:
                 raise DitError(f"{name} is {short(value)}: give {wanted}")
         return Call(
-            message.text,
+            prompt,
             str(chosen["diff"] or ""),
             _whole("index in extra_body", chosen["index"]),
             str(chosen["adapter"] or ""),
@@ -263,7 +265,7 @@ class DitJaxAPI(ModelAPI):
             seed = secrets.randbits(31) if first.temperature > 0 else 0
         found = answer_batch(
             self.model,
-            [calls[i].question for i in members],
+            [calls[i].prompt for i in members],
             deltas=[*deltas, self._adapter(first.adapter)] if first.adapter else deltas,
             stacked=stacked,
             max_new_tokens=first.max_tokens,
@@ -285,6 +287,31 @@ class DitJaxAPI(ModelAPI):
             diffs = self._open(path)
             self._kept[path, index] = diffs[diffs.number(index)].delta
         return self._kept[path, index]
+
+
+def _read_prompt(messages: Sequence[ChatMessage]) -> Prompt:
+    """What is asked. Raises DitError: a message is no text, or the turns are in no order that chat templates know."""
+    turns: list[tuple[str, str]] = []
+    for message in messages:
+        if message.role == "tool" or getattr(message, "tool_calls", None):
+            raise DitError("dit_jax models do not call tools: this call has earlier tool calls")
+        for part in () if isinstance(message.content, str) else message.content:
+            if part.type != "text":
+                raise DitError(
+                    f"dit_jax models read text: this message has a part of type {part.type!r}"
+                )
+        turns.append((message.role, message.text))
+    roles = ", ".join(role for role, _ in turns) or "none"
+    system = turns.pop(0)[1] if turns[:1] and turns[0][0] == "system" else None
+    prefill = turns.pop()[1] if turns[-1:] and turns[-1][0] == "assistant" else ""
+    # The question is the user's last turn.
+    expected = ["user", "assistant"] * (len(turns) // 2) + ["user"]
+    if [role for role, _ in turns] != expected:
+        raise DitError(
+            "dit_jax models take a system message first, then turns of user and assistant, and last the start of the "
+            f"answer: this call has the messages {roles}"
+        )
+    return Prompt(turns[-1][1], system, tuple(turns[:-1]), prefill)
 
 
 def _whole(name: str, value: Any) -> int:
