@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dit_jax.models.layer_kinds import Window
+from dit_jax.models.products import product
 from dit_jax.runtime.parallel import per_device, splits
 
 # (tokens, queries) of each segment of a row.
@@ -171,7 +172,7 @@ def _xla_attention(
     # The floor is finite: a padding query sees nothing, and -inf everywhere would turn its row into NaN.
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v)
+    out = product("BKGTS,BSKH->BTKGH", weights, v)
     return out.reshape(batch, queries, heads, head_dim)
 
 
@@ -196,8 +197,8 @@ def _half_backward(
 ) -> tuple[jax.Array, jax.Array]:
     q, k = saved
     gradient = gradient.astype(q.dtype)
-    of_q = jnp.einsum("BKGTS,BSKH->BTKGH", gradient, k)
-    return of_q, jnp.einsum("BKGTS,BTKGH->BSKH", gradient, q)
+    of_q = product("BKGTS,BSKH->BTKGH", gradient, k)
+    return of_q, product("BKGTS,BTKGH->BSKH", gradient, q)
 
 
 _half_scores.defvjp(_half_forward, _half_backward)

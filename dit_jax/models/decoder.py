@@ -21,8 +21,9 @@ from dit_jax.models.delta_trees import Deltas, check_modules
 from dit_jax.models.kv_cache import Cache, cached_masks, view
 from dit_jax.models.layer_kinds import Layer, layer_kinds, scanned, window_over
 from dit_jax.models.layer_views import cut_layers
-from dit_jax.models.layers import PROJECTION, make_norm, pick, precision, ready
+from dit_jax.models.layers import PROJECTION, make_norm, pick, ready
 from dit_jax.models.modules import EMBEDDING, HEAD, Module, module_table
+from dit_jax.models.products import precision
 from dit_jax.runtime.parallel import FREE, constrain
 
 Params = dict[str, Any]

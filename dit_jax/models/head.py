@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Deltas
-from dit_jax.models.layers import precision
 from dit_jax.models.modules import EMBEDDING, HEAD, Path, module_table
+from dit_jax.models.products import precision
 from dit_jax.runtime.parallel import FREE, constrain
 
 CHUNK = 1024  # vocabulary entries per product of `to_hidden` on a CPU

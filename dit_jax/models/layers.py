@@ -3,7 +3,6 @@
 Einsum letters: B batch, T length, D d_model, N heads, K kv heads, H head_dim, F ffn, L layers, R rank.
 """
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Delta, Deltas
 from dit_jax.models.modules import Module
+from dit_jax.models.products import precision, product
 from dit_jax.runtime.parallel import FREE, constrain
 
 # The name of what remat "dots" keeps: the outputs of `Linear`, and of a LoRA's first factor.
@@ -51,13 +51,6 @@ def ready(deltas: Deltas, dtype: Any) -> Deltas:
         return {name: one(x) if isinstance(x, Mapping) else x for name, x in node.items()}
 
     return tuple(one(delta) for delta in deltas)
-
-
-def precision(dtype: Any) -> contextlib.AbstractContextManager[None]:
-    """Makes float32 products exact: by default GPUs and TPUs round their factors to TF32 or bfloat16."""
-    if jnp.dtype(dtype) == jnp.float32:
-        return jax.default_matmul_precision("float32")
-    return contextlib.nullcontext()
 
 
 class RMSNorm(nn.Module):
@@ -115,7 +108,7 @@ class Linear(nn.Module):
                 y = y + lora(x, delta, (inner, outer), units)
             elif delta["w"].ndim == 3:  # [B, in, out]: one for each example
                 w = constrain(delta["w"].astype(self.dtype), FREE, inner, outer, units=units)
-                y = y + jnp.einsum("BTD,BDF->BTF", x, w)
+                y = y + product("BTD,BDF->BTF", x, w)
         return checkpoint_name(constrain(y, FREE, FREE, outer, units=units), PROJECTION)
 
 
@@ -143,15 +136,16 @@ def lora(x: jax.Array, delta: Lora, axes: tuple[str | None, str | None], units: 
     b = constrain(b, *batch, None, axes[1], units=units)
     if scale is None:
         xa = checkpoint_name(_down(x.reshape(-1, x.shape[-1]), a), PROJECTION)
-        return (xa @ b).reshape(*x.shape[:-1], b.shape[-1])
+        return product("TR,RF->TF", xa, b).reshape(*x.shape[:-1], b.shape[-1])
     xa = checkpoint_name(_down(x, a) * scale[:, None, None], PROJECTION)
-    return jnp.einsum("BTR,BRF->BTF", xa, b)
+    return product("BTR,BRF->BTF", xa, b)
 
 
 @jax.custom_vjp
 def _down(x: jax.Array, a: jax.Array) -> jax.Array:
     """x a: [T, D] x [D, R], or the same with a batch in front."""
-    return x @ a
+    batch = "B" * (x.ndim - 2)
+    return product(f"{batch}TD,{batch}DR->{batch}TR", x, a)
 
 
 def _down_forward(x: jax.Array, a: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -162,11 +156,13 @@ def _down_backward(
     saved: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, a = saved
+    batch = "B" * (x.ndim - 2)
     # A custom rule does not inherit the precision of the forward pass.
     with precision(x.dtype):
         # [R, D] and then transposed is five times as fast on a CPU as [D, R], into which XLA would turn it.
-        of_a = jax.lax.optimization_barrier(gradient.mT @ x).mT
-        return gradient @ a.mT, of_a
+        of_a = product(f"{batch}RT,{batch}TD->{batch}RD", gradient.mT, x)
+        of_a = jax.lax.optimization_barrier(of_a).mT
+        return product(f"{batch}TR,{batch}RD->{batch}TD", gradient, a.mT), of_a
 
 
 _down.defvjp(_down_forward, _down_backward)
@@ -174,5 +170,5 @@ _down.defvjp(_down_forward, _down_backward)
 
 def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     # One 2-D product: weight gradients of 3-D products are several times slower on a CPU.
-    y = x.reshape(-1, x.shape[-1]) @ kernel
+    y = product("TD,DF->TF", x.reshape(-1, x.shape[-1]), kernel)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
