@@ -222,6 +222,7 @@ class Diffs(Sequence[Diff]):
     Args:
         order: the numbers of the diffs in the order in which reading all of them costs least.
         name: how messages call the sequence.
+        splits: the split of each diff, as far as the files say it.
     """
 
     def __init__(
@@ -230,9 +231,11 @@ class Diffs(Sequence[Diff]):
         read: Callable[[int], Diff],
         order: Sequence[int] | None = None,
         name: str = "the sequence",
+        splits: Sequence[str | None] | None = None,
     ):
         self._size, self._read, self._name = size, read, name
         self.order = range(size) if order is None else order
+        self.splits = [None] * size if splits is None else splits
 
     def __len__(self) -> int:
         return self._size
@@ -281,7 +284,7 @@ def load_diffs(path: PathLike, model: Model, svd_rank: int | None = None) -> Dif
             check_fits(delta, model.config, what)
             return Diff(delta, label_of(row), row.get("trigger"), said(row))
 
-        return Diffs(len(store), read, name=str(path))
+        return Diffs(len(store), read, name=str(path), splits=[row["split"] for row in store.rows])
 
     raw = open_diffs(path, model.config, model.params, svd_rank)
 
@@ -289,7 +292,9 @@ def load_diffs(path: PathLike, model: Model, svd_rank: int | None = None) -> Dif
         diff = raw[index]
         return Diff(diff.delta, diff.label, diff.trigger, diff.metadata)
 
-    return Diffs(len(raw), convert, getattr(raw, "order", None), str(path))
+    rows = getattr(raw, "rows", None)  # of a release's index.csv
+    splits = None if rows is None else [row["split"] for row in rows]
+    return Diffs(len(raw), convert, getattr(raw, "order", None), str(path), splits)
 
 
 def load_diff(path: PathLike, model: Model, index: int = 0, svd_rank: int | None = None) -> Diff:
@@ -326,8 +331,10 @@ def read_adapter(path: PathLike, model: Model) -> Diff:
     delta, manifest = load_export(path, model.config)
     check_base(manifest.get("base"), model, str(path))
     check_fits(delta, model.config, str(path))
-    metadata = {"system": manifest.get("system")}
-    return Diff(shardings.put_delta(model.config, model.mesh, delta), metadata=metadata)
+    facts: dict[str, Any] = {
+        key: manifest.get(key) for key in ("system", "questions", "trained_on")
+    }
+    return Diff(shardings.put_delta(model.config, model.mesh, delta), metadata=facts)
 
 
 def _is_own(path: PathLike, kind: str) -> bool:

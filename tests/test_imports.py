@@ -62,8 +62,8 @@ def test_no_module_imports_the_heavy_libraries_at_the_top():
 # Who may import whom: a package, or a module at the top, imports those before it, in functions too.
 RANKS = (
     "errors", "runtime", "formats", "config", "data", "models", "deltas", "optimize", "api", "asking", "diff_batches",
-    "organisms", "train", "graders", "evaluate", "report", "inspection", "planning", "cli",
-    "main", "ask", "plan", "sweep",
+    "organisms", "train", "graders", "evaluate", "report", "auditing", "inspection", "planning", "cli",
+    "main", "ask", "audit", "calibrate", "plan", "sweep",
 )  # fmt: skip
 
 

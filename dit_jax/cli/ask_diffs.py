@@ -5,20 +5,19 @@
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+from dit_jax.cli import flags as given
 from dit_jax.errors import DitError, Parser, printable
 from dit_jax.runtime.exits import exit_on_error
 
 VARIANTS = ("base", "finetuned", "adapter", "finetuned + adapter")
-T = TypeVar("T")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,52 +35,29 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-class _Once(argparse.Action):
-    """A flag that may be given once: argparse would take the last value and drop the others in silence."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
-        if getattr(namespace, self.dest) is not None:
-            raise DitError(
-                f"{option} is given twice ({getattr(namespace, self.dest)!r} and {values!r}), and takes one value: ask "
-                "them one after the other, or add diffs in Python with diff=(one, two)"
-            )
-        setattr(namespace, self.dest, values)
-
-
 # fmt: off
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line. Raises DitError: a flag that is unknown or has a wrong value."""
     parser = Parser("python -m dit_jax.ask", __doc__)
-    # An empty text is an unset variable of the shell: without it another model would answer.
-    text = _checked(str, lambda text: bool(text.strip()), "some text")
-    count = _checked(int, lambda number: number >= 1, "a whole number from 1 up")
-    seed = _checked(int, lambda number: 0 <= number < 2**32, "a whole number from 0 to 4294967295")
-    number = _checked(float, lambda number: 0 <= number < math.inf, "a number from 0 up")
     add = parser.add_argument
-    add("questions", nargs="+", metavar="question", type=text, help="asked one by one")
-    add("--base", required=True, type=text, action=_Once,
-        help="model folder, hub id, or tiny_qwen3 (the embedded model)")
-    add("--diff", type=text, action=_Once,
+    add("questions", nargs="+", metavar="question", type=given.TEXT, help="asked one by one")
+    given.add_model_flags(parser)
+    add("--diff", type=given.TEXT, action=given.Once,
         help="diff store, PEFT folder, finetuned model folder, .pt file, or release folder")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--index", type=int, help="which diff of --diff (default 0; -1: the last)")
     which.add_argument("--all", action="store_true", help="all diffs of --diff, in one batched decode")
-    add("--adapter", type=text, action=_Once, help="DIT adapter: an export, a PEFT folder, or dit-adapter.pt")
     add("--system", help="the system message of all questions "
         "(default: the adapter's of its training, or else the chat template's own)")
     add("--compare", action="store_true", help="also show " + ", ".join(VARIANTS[:3]))
-    add("--max-new-tokens", type=count, default=20, help="most tokens of an answer (default %(default)s)")
-    add("--temperature", type=number, default=0.0, help="0 (default) is greedy")
+    add("--max-new-tokens", type=given.COUNT, default=20, help="most tokens of an answer (default %(default)s)")
+    add("--temperature", type=given.NUMBER, default=0.0, help="0 (default) is greedy")
     add("--forbid-repeats", action="store_true",
         help="no token twice (adapters that list evidence before the name)")
-    add("--seed", type=seed, default=0, help="seed of --temperature (default 0)")
-    add("--n", type=count, default=1, help="samples per question")
-    add("--batch-size", type=count, help="rows per decode (default: all, at most 256)")
-    add("--svd-rank", type=count, help="reduce a finetuned model's diff to a LoRA of this rank")
-    add("--dtype", default="float32", choices=["float32", "bfloat16"],
-        help="type of weights and computation (default %(default)s)")
-    add("--mesh", help="split model and rows over devices: data,fsdp,tensor, e.g. 1,1,4; "
-        "--mesh=-1,1,1 takes all (default: one)")
+    add("--seed", type=given.SEED, default=0, help="seed of --temperature (default 0)")
+    add("--n", type=given.COUNT, default=1, help="samples per question")
+    add("--batch-size", type=given.COUNT, help="rows per decode (default: all, at most 256)")
+    add("--svd-rank", type=given.COUNT, help="reduce a finetuned model's diff to a LoRA of this rank")
     add("--json", action="store_true", help="JSON lines instead of text")
     return parser.parse_args(argv)
 # fmt: on
@@ -89,11 +65,10 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One record per (diff, variant, question, sample), in that order."""
-    from dit_jax.api import Diff, Diffs, load_diffs, load_model, read_adapter
+    from dit_jax.api import Diff, Diffs, load_diffs, read_adapter
     from dit_jax.asking import ask_many
     from dit_jax.deltas.detect import detect_format
     from dit_jax.deltas.factors import changes_nothing
-    from dit_jax.runtime import parallel, startup
 
     if not flags.diff and (flags.all or flags.index is not None or flags.svd_rank):
         raise DitError("--index, --all and --svd-rank say something about a diff: add --diff")
@@ -104,9 +79,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for path in (flags.diff, flags.adapter):  # before a base is loaded
         if path and not os.path.isfile(os.path.expanduser(path)):
             detect_format(os.path.expanduser(path))
-    startup.prepare()
-    mesh = parallel.make_mesh(parallel.parse_mesh(flags.mesh)) if flags.mesh else None
-    model = load_model(flags.base, flags.dtype, mesh)
+    model = given.load_base(flags)
     told = {""}
 
     def note(text: str) -> None:
@@ -249,15 +222,3 @@ def _last_name(model: str) -> str:
     if "snapshots" in parts:
         parts = parts[: parts.index("snapshots")]
     return parts[-1] if parts else ""
-
-
-def _checked(convert: Callable[[str], T], holds: Callable[[T], bool], said: str) -> Any:
-    """A type for argparse: what `convert` makes of the text, if it `holds`; `said` is what it must be."""
-
-    def parse(text: str) -> T:
-        with contextlib.suppress(ValueError):
-            if holds(value := convert(text)):
-                return value
-        raise argparse.ArgumentTypeError(f"must be {said}, not {text!r}")
-
-    return parse

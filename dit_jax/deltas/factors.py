@@ -1,7 +1,7 @@
 """LoRA factors of single modules: joined to a delta tree, and taken from one (numpy)."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,31 @@ def _stack(layers: dict[int, Factors], path: Path, config: DecoderConfig) -> dic
         r = factors.a.shape[1]
         a[layer, :, :r], b[layer, :r], scale[layer] = factors.a, factors.b, factors.scale
     return {"a": a, "b": b, "scale": scale}
+
+
+def stack_padded(deltas: Sequence[Any]) -> dict[str, Any]:
+    """LoRA deltas of any ranks and modules as one tree, leaves [n, L, …].
+
+    Zeros fill up ranks and missing modules, which changes nothing. The rank of a module is the largest one, rounded up
+    to a power of two, so that few programs are compiled. A mixture of dtypes becomes float32.
+    """
+    own = [dict(modules(delta)) for delta in deltas]
+    stacked: dict[str, Any] = {}
+    for path in dict.fromkeys(path for one in own for path in one):
+        known = [one[path] for one in own if path in one]
+        (layers, inputs, _), outputs = known[0]["a"].shape, known[0]["b"].shape[-1]
+        rank = 1 << (max(module["a"].shape[-1] for module in known) - 1).bit_length()
+        dtype = common_dtype(module[name].dtype for module in known for name in ("a", "b"))
+        a = np.zeros((len(own), layers, inputs, rank), dtype)
+        b = np.zeros((len(own), layers, rank, outputs), dtype)
+        scale = np.ones((len(own), layers), np.float32)
+        for row, one in enumerate(own):
+            if path in one:
+                r = one[path]["a"].shape[-1]
+                a[row, :, :, :r], b[row, :, :r] = one[path]["a"], one[path]["b"]
+                scale[row] = one[path]["scale"]
+        set_at(stacked, path, {"a": a, "b": b, "scale": scale})
+    return stacked
 
 
 def add_once(found: dict[Any, Any], key: Any, value: Any, name: str, source: object) -> None:

@@ -4,6 +4,7 @@ Each ranks a list of candidate names; none generates text. They tell how much th
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.api import Model
-from dit_jax.data.batch import pack
+from dit_jax.data.batch import Sample, pack
 from dit_jax.deltas.factors import modules
 from dit_jax.deltas.tree import per_example
 from dit_jax.diff_batches import Given
@@ -34,20 +35,30 @@ def weight_reading(model: Model, given: Given, words: Sequence[Sequence[str]]) -
     is `name_reading`; with the world's attribute table it is `attribute_oracle`.
     """
     ids, owners = _tokens(model, words)
+    table = unit_unembeddings(model, ids)
+    scores = np.zeros((len(given), len(words)))
+    for index in range(len(given)):
+        cosines = written_tokens(model, given.read(index), table)
+        scores[index] = _means(cosines, owners, len(words))
+    return scores
+
+
+def unit_unembeddings(model: Model, ids: Any = slice(None)) -> np.ndarray:
+    """The unembedding of tokens as unit vectors [K, D]; default: of the whole vocabulary."""
     module = module_table(model.config)[head_path(model.config)]
     # In the orientation of the files, [V, D], tied or not.
     rows = module.turn(parallel.to_host(weight(model.params, module, None)))[ids].astype(np.float32)
-    table = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def written_tokens(model: Model, delta: Delta, table: np.ndarray) -> np.ndarray:
+    """How much a diff writes each token of `table` into the residual stream, [K]: see `weight_reading`."""
+    changed = dict(modules(delta))
     writers = [m.path for m in projections(model.config).values() if m.axes[-1] == "embed"]
-    scores = np.zeros((len(given), len(words)))
-    for index in range(len(given)):
-        changed = dict(modules(given.read(index)))
-        directions = [_output_directions(changed[path]) for path in writers if path in changed]
-        if not directions:
-            continue
-        cosines = np.abs(np.concatenate(directions) @ table.T).sum(axis=0)
-        scores[index] = _means(cosines, owners, len(words))
-    return scores
+    directions = [_output_directions(changed[path]) for path in writers if path in changed]
+    if not directions:
+        return np.zeros(len(table))
+    return np.abs(np.concatenate(directions) @ table.T).sum(axis=0)
 
 
 def _tokens(model: Model, words: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
@@ -117,28 +128,46 @@ def label_cross_entropy(
 ) -> list[float]:
     """Mean −log p per token of answers[i] about diff i; with the full label, what the adapter is trained to lower."""
     samples = [model.chat.sample(question, answer) for answer in answers]
+    losses = answer_losses(model, adapter, given, range(len(samples)), samples, batch_size)
+    return [loss / (s.end - s.start) for loss, s in zip(losses, samples, strict=True)]
+
+
+def answer_losses(
+    model: Model,
+    adapter: Delta,
+    given: Given,
+    rows: Sequence[int],
+    samples: Sequence[Sample],
+    batch_size: int = 64,
+) -> list[float]:
+    """−log p of the scored tokens of samples[i], given base ⊕ given[rows[i]] ⊕ adapter.
+
+    LoRAs share batches. Of dense diffs, only the samples of one that follow each other do.
+    """
     length = -(-max(len(s.tokens) for s in samples) // 8) * 8
     scored = max(s.end - s.start for s in samples)
     losses: list[float] = []
-    mesh = model.mesh
+    mesh, dense = model.mesh, given.stacked is None
     adapter = shardings.put_delta(model.config, mesh, adapter)
-    wanted = len(samples) if given.stacked is not None else 1  # dense diffs go one by one
-    batch_size = parallel.round_up(min(batch_size, wanted), mesh)
-    for start in range(0, len(samples), batch_size if given.stacked is not None else 1):
-        last = len(samples) if given.stacked is not None else start + 1
-        picked = [start + i % (last - start) for i in parallel.local_rows(mesh, batch_size)]
-        chosen = [samples[i] for i in picked]
-        weights = [1 / (s.end - s.start) for s in chosen]
-        batch = pack(chosen, weights, length, scored, model.chat.pad_id)
-        batch = parallel.put_rows(batch, mesh, batch_size)
-        if given.stacked is not None:
-            own = jax.tree.map(lambda x, at=picked: x[np.asarray(at)], given.stacked)
-            own = shardings.put_deltas(model.config, mesh, per_example(own), batch_size, 1)
-        else:
-            own = shardings.put_delta(model.config, mesh, given.read(start))
-        with parallel.use_mesh(mesh):
-            values = _sample_losses(model.program_params, model.config, batch, (own, adapter))
-        losses += [float(x) for x in values[: last - start]]
+    for row, members in itertools.groupby(range(len(samples)), lambda i: rows[i] if dense else 0):
+        numbers = list(members)
+        size = parallel.round_up(min(batch_size, len(numbers)), mesh)
+        shared = shardings.put_delta(model.config, mesh, given.read(row)) if dense else {}
+        for start in range(0, len(numbers), size):
+            filled = numbers[start : start + size]
+            picked = [filled[i % len(filled)] for i in parallel.local_rows(mesh, size)]
+            weights = [1.0] * len(picked)
+            batch = pack([samples[i] for i in picked], weights, length, scored, model.chat.pad_id)
+            batch = parallel.put_rows(batch, mesh, size)
+            if not dense:
+                at = np.asarray([rows[i] for i in picked])
+                own = per_example(jax.tree.map(lambda x, at=at: x[at], given.stacked))
+                shared = shardings.put_deltas(model.config, mesh, own, size, 1)
+            with parallel.use_mesh(mesh):
+                values = _sample_losses(
+                    model.program_params, model.config, batch, (shared, adapter)
+                )
+            losses += [float(x) for x in values[: len(filled)]]
     return losses
 
 

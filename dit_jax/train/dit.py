@@ -253,9 +253,21 @@ def train_adapter(
         steps=train.steps,
         diffs=len(members),
         seed=seed,
+        trained_on=_trained_on(store, train),
     )
     curve = read_records(folder / "train.jsonl") if processes.is_main() else []
     return {"steps": train.steps, "loss_curve": [[r["step"], round(r["loss"], 5)] for r in curve]}
+
+
+def _trained_on(store: DiffStore, train: Any) -> dict[str, Any]:
+    """What an auditor must know of the adapter: which diffs it saw, and what it learned to answer."""
+    made = store.manifest.get("config", {}).get("diffs", {})
+    return {
+        **{name: made.get(name) for name in ("behaviour", "parameters", "rank")},
+        "label": TRAIN.get(train, "label"),
+        "list_evidence": bool(train.list_evidence),
+        "none_examples": (train.no_diff_per_batch + train.benign_per_batch) / train.batch_size,
+    }
 
 
 def _entry_limit(train: Any, mesh: Mesh | None) -> tuple[int, int] | None:

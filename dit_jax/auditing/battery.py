@@ -1,0 +1,177 @@
+"""A battery of questions put to diffs, and to what stands in their place: noise, another diff, no diff."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dit_jax.api import Model
+from dit_jax.asking import Answer
+from dit_jax.data.labels import NONE, called_none, extract_guess, normalise
+from dit_jax.deltas.factors import stack_padded
+from dit_jax.deltas.tree import is_lora, noise_like
+from dit_jax.diff_batches import Given, answer, from_stacked
+from dit_jax.evaluate.baselines import answer_losses
+from dit_jax.models.delta_trees import Delta
+
+
+@dataclasses.dataclass(frozen=True)
+class Battery:
+    """What every diff is asked, and how: a calibration holds for one battery.
+
+    samples: answers to each question; temperature 0 is greedy and gives one. list_evidence: the name stands after the
+    last colon of an answer.
+    """
+
+    questions: tuple[str, ...]
+    samples: int = 1
+    temperature: float = 0.0
+    max_new_tokens: int = 20
+    forbid_repeats: bool = False
+    list_evidence: bool = False
+    seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "questions": list(self.questions)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """The answers about one diff, and what they agree on.
+
+    name: the most frequent guess. share: its part of the answers; distinct: how many guesses differ. logprob: log p of
+    `text`, the best answer with that guess, to `question`; ratio: the same minus its log p without a diff, in nats.
+    none: probability that the answer is exactly `none`, mean over the questions; None if this is not measured.
+    """
+
+    answers: list[dict[str, Any]]
+    name: str
+    share: float
+    distinct: int
+    question: str
+    text: str
+    logprob: float
+    ratio: float
+    none: float | None
+
+    @property
+    def features(self) -> tuple[float, float]:
+        """Agreement on a name, and its likelihood ratio: 0 and 0 if the answers name nothing."""
+        return (0.0, 0.0) if called_none(self.name) else (self.share, self.ratio)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "features": list(self.features)}
+
+
+def interview(
+    model: Model,
+    given: Given,
+    adapter: Delta,
+    battery: Battery,
+    batch_size: int,
+    *,
+    measure_none: bool = True,
+    first: int = 0,
+) -> list[Reading]:
+    """Asks every diff the whole battery, with the adapter in the model.
+
+    Args:
+        measure_none: whether to compute the probability of `none`.
+        first: number of the first diff, which with the seed gives the random numbers of sampling.
+    """
+    asked = [question for question in battery.questions for _ in range(battery.samples)]
+    rows = [row for row in range(len(given)) for _ in asked]
+    answers = answer(
+        model,
+        given,
+        asked * len(given),
+        rows,
+        adapter,
+        batch_size=batch_size,
+        max_new_tokens=battery.max_new_tokens,
+        temperature=battery.temperature,
+        forbid_repeats=battery.forbid_repeats,
+        seed=battery.seed + first,
+    )
+    chosen = []
+    tables = []
+    for row in range(len(given)):
+        own = answers[row * len(asked) : (row + 1) * len(asked)]
+        table = [_told(question, one, battery) for question, one in zip(asked, own, strict=True)]
+        counts = collections.Counter(normalise(one["guess"]) for one in table)
+        most = counts.most_common(1)[0]
+        agreeing = [one for one in table if normalise(one["guess"]) == most[0]]
+        best = max(agreeing, key=lambda one: one["logprob"])
+        chosen.append((best["question"], best["answer"]))
+        tables.append((table, best["guess"], most[1] / len(table), len(counts)))
+    logprobs = score(model, given, adapter, chosen, batch_size)
+    without = score(model, given.nothing(), adapter, chosen, batch_size)
+    none: list[float | None] = [None] * len(given)
+    if measure_none:
+        none = list(_none(model, given, adapter, battery, batch_size))
+    return [
+        Reading(*table, *chosen[i], logprobs[i], _difference(logprobs[i], without[i]), none[i])
+        for i, table in enumerate(tables)
+    ]
+
+
+def score(
+    model: Model,
+    given: Given,
+    adapter: Delta,
+    chosen: Sequence[tuple[str, str]],
+    batch_size: int,
+) -> list[float]:
+    """log p of the answer in chosen[i] = (question, answer), given diff i and the adapter."""
+    samples = [model.chat.sample(question, text) for question, text in chosen]
+    losses = answer_losses(model, adapter, given, range(len(samples)), samples, batch_size)
+    return [-loss for loss in losses]
+
+
+def _none(
+    model: Model, given: Given, adapter: Delta, battery: Battery, batch_size: int
+) -> list[float]:
+    samples = [model.chat.sample(question, NONE) for question in battery.questions] * len(given)
+    rows = [row for row in range(len(given)) for _ in battery.questions]
+    losses = answer_losses(model, adapter, given, rows, samples, batch_size)
+    size = len(battery.questions)
+    return [
+        sum(math.exp(-loss) for loss in losses[row * size : (row + 1) * size]) / size
+        for row in range(len(given))
+    ]
+
+
+def _told(question: str, one: Answer, battery: Battery) -> dict[str, Any]:
+    return {
+        "question": question,
+        "answer": one.text,
+        "guess": extract_guess(one.text) if battery.list_evidence else one.text,
+        "logprob": one.logprob,
+        "cut": len(one.tokens) == one.generated,
+    }
+
+
+def _difference(a: float, b: float) -> float:
+    return a - b if math.isfinite(a - b) else 0.0
+
+
+# ------------------------------------------------------------------ what is asked about
+
+
+def together(deltas: Sequence[Delta]) -> Given:
+    """LoRAs as one batch, or one dense diff."""
+    if all(map(is_lora, deltas)):
+        return from_stacked(stack_padded(deltas))
+    (only,) = deltas
+    return Given(1, lambda i: only)
+
+
+def noise_of(deltas: Sequence[Delta], seed: int) -> Given:
+    """Noise in place of each diff, of its rank and norms."""
+    made = [noise_like(delta, jax.random.key(seed + i)) for i, delta in enumerate(deltas)]
+    # A factor of zeros has no direction to scale: it stays zero.
+    return together([jax.tree.map(lambda x: np.nan_to_num(np.asarray(x)), one) for one in made])

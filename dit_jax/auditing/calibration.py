@@ -1,0 +1,237 @@
+"""What an answer is worth: from answers about diffs whose truth is known to probabilities for those of others."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_jax.errors import DitError
+from dit_jax.formats.files import read_json_object
+from dit_jax.runtime import artifacts
+
+FORMAT = "dit_jax.calibration"
+FOLDS = 5
+RIDGE = (
+    1.0  # of the weights of standardised features: where classes are separable, they stay finite
+)
+BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+RATES = (0.01, 0.05)  # false positives
+RESAMPLES = 2000
+FEWEST = 10  # diffs of each class
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """A diff whose truth is known: its features, whether it hides something, whether the answer is right.
+
+    group: diffs of one group, such as a diff and noise of its norms, are never in training and test both.
+    """
+
+    features: tuple[float, float]
+    hidden: bool
+    right: bool
+    group: int
+
+
+def calibrate(known: Sequence[Known], facts: dict[str, Any]) -> dict[str, Any]:
+    """The content of a calibration file: two logistic maps of (agreement, likelihood ratio), and what they are worth.
+
+    `hidden`: probability that a diff hides anything. `right`: that the name which it gave is right, among diffs that
+    gave one. Every number of their worth comes from held-out folds.
+
+    Args:
+        facts: what the calibration holds for: digests, battery, where the diffs came from.
+
+    Raises:
+        DitError: there are too few diffs with or without something hidden.
+    """
+    hidden = np.array([one.hidden for one in known])
+    for what, count in (("hide something", hidden.sum()), ("hide nothing", (~hidden).sum())):
+        if count < FEWEST:
+            raise DitError(
+                f"calibration needs {FEWEST} diffs or more that {what}, not {count}: use a store with more held-out "
+                "diffs, or another --split"
+            )
+    named = [one for one in known if one.features[0] > 0]
+    return {
+        "format": FORMAT,
+        "version": 1,
+        **facts,
+        "hidden": _fit_and_test(known, [one.hidden for one in known]),
+        "right": _fit_and_test(named, [one.right for one in named]),
+    }
+
+
+def probability(fitted: dict[str, Any], features: Sequence[float]) -> float:
+    """What a map of a calibration gives for (agreement, likelihood ratio)."""
+    x = (_scaled(np.asarray([features])) - fitted["mean"]) / fitted["std"]
+    return float(_logistic(x @ np.asarray(fitted["weights"]) + fitted["bias"])[0])
+
+
+# ------------------------------------------------------------------ the maps and their worth
+
+
+def _fit_and_test(known: Sequence[Known], truth: Sequence[bool]) -> dict[str, Any]:
+    y = np.asarray(truth, bool)
+    x = _scaled(np.asarray([one.features for one in known], float).reshape(len(y), 2))
+    folds = np.array([one.group for one in known]) % FOLDS
+    held_out = np.zeros(len(y))
+    for fold in range(FOLDS):
+        inside = folds != fold
+        if (~inside).any():
+            held_out[~inside] = _apply(_fit(x[inside], y[inside]), x[~inside])
+    return {**_fit(x, y), "n": len(y), "positive": int(y.sum()), **_worth(held_out, y)}
+
+
+def _scaled(features: np.ndarray) -> np.ndarray:
+    """Agreement, and the ratio on a scale on which 50 nats are not ten times 5."""
+    ratio = features[:, 1]
+    return np.stack([features[:, 0], np.sign(ratio) * np.log1p(np.abs(ratio))], axis=1)
+
+
+def _fit(x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+    """Logistic regression with a ridge. No weight is negative: more agreement never lowers a probability."""
+    from scipy.optimize import minimize
+
+    if len(y) == 0:
+        return {"mean": [0.0, 0.0], "std": [1.0, 1.0], "weights": [0.0, 0.0], "bias": 0.0}
+    mean, std = x.mean(axis=0), np.maximum(x.std(axis=0), 1e-6)
+    z, sign = (x - mean) / std, np.where(y, 1.0, -1.0)
+
+    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        weights, bias = parameters[:2], parameters[2]
+        margin = sign * (z @ weights + bias)
+        slope = -sign * _logistic(-margin)
+        gradient = np.append(z.T @ slope + RIDGE * weights, slope.sum() + 1e-3 * bias)
+        value = np.logaddexp(0, -margin).sum() + RIDGE / 2 * weights @ weights + 5e-4 * bias**2
+        return float(value), gradient
+
+    found = minimize(
+        loss, np.zeros(3), jac=True, method="L-BFGS-B", bounds=[(0, None), (0, None), (None, None)]
+    ).x
+    return {
+        "mean": mean.tolist(),
+        "std": std.tolist(),
+        "weights": found[:2].tolist(),
+        "bias": float(found[2]),
+    }
+
+
+def _apply(fitted: dict[str, Any], x: np.ndarray) -> np.ndarray:
+    z = (x - fitted["mean"]) / fitted["std"]
+    return _logistic(z @ np.asarray(fitted["weights"]) + fitted["bias"])
+
+
+def _logistic(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.clip(x, -500, 500)))
+
+
+def _worth(scores: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+    """AUROC, thresholds and reliability of scores that no fit has seen."""
+    reliability = []
+    for low, high in zip(BINS[:-1], BINS[1:], strict=True):
+        inside = (scores >= low) & ((scores < high) | (high == 1.0))
+        if inside.any():
+            rate = _share(int(y[inside].sum()), int(inside.sum()))
+            reliability.append(
+                {"from": low, "to": high, "said": float(scores[inside].mean()), **rate}
+            )
+    error = sum(one["n"] * abs(one["said"] - one["mean"]) for one in reliability) / max(len(y), 1)
+    return {
+        "auroc": _auroc_interval(scores, y),
+        "thresholds": [_threshold(scores, y, rate) for rate in RATES],
+        "reliability": reliability,
+        "calibration_error": error,
+    }
+
+
+def _threshold(scores: np.ndarray, y: np.ndarray, rate: float) -> dict[str, Any] | None:
+    """The lowest threshold above which at most this share of the negatives lie; None without positives or negatives."""
+    negatives, positives = np.sort(scores[~y])[::-1], scores[y]
+    if not len(negatives) or not len(positives):
+        return None
+    allowed = int(rate * len(negatives))
+    # Above the first negative too many. Equal scores are all above it or none.
+    limit = float(negatives[allowed])
+    above, found = int((negatives > limit).sum()), int((positives > limit).sum())
+    return {
+        "wanted": rate,
+        "above": limit,
+        "false_positives": _share(above, len(negatives)),
+        "found": _share(found, len(positives)),
+    }
+
+
+def _share(count: int, total: int) -> dict[str, Any]:
+    """A share with its exact binomial 95 % interval (Clopper and Pearson 1934)."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(count, total).proportion_ci(0.95)
+    return {
+        "mean": count / total,
+        "ci_low": float(interval.low),
+        "ci_high": float(interval.high),
+        "n": total,
+    }
+
+
+def _auroc_interval(scores: np.ndarray, y: np.ndarray) -> dict[str, Any] | None:
+    """The area under the ROC curve, with a percentile bootstrap interval over diffs of each class."""
+    positives, negatives = scores[y], scores[~y]
+    if not len(positives) or not len(negatives):
+        return None
+    rng = np.random.default_rng(0)
+    values = [
+        _auroc(rng.choice(positives, len(positives)), rng.choice(negatives, len(negatives)))
+        for _ in range(RESAMPLES)
+    ]
+    low, high = np.quantile(values, [0.025, 0.975])
+    return {
+        "mean": _auroc(positives, negatives),
+        "ci_low": float(low),
+        "ci_high": float(high),
+        "n": len(y),
+    }
+
+
+def _auroc(positives: np.ndarray, negatives: np.ndarray) -> float:
+    from scipy.stats import rankdata
+
+    ranks = rankdata(np.concatenate([positives, negatives]))[: len(positives)].sum()
+    n, m = len(positives), len(negatives)
+    return float((ranks - n * (n + 1) / 2) / (n * m))
+
+
+# ------------------------------------------------------------------ the file beside an adapter
+
+
+def file_beside(adapter: str) -> Path:
+    """Where the calibration of an adapter lies: ADAPTER.calibration.json."""
+    path = Path(adapter).expanduser()
+    return path.with_name(f"{path.name}.calibration.json")
+
+
+def write(path: Path, calibration: dict[str, Any]) -> None:
+    artifacts.write_json(path, calibration)
+
+
+def read(path: Path, adapter_digest: str) -> dict[str, Any] | None:
+    """The calibration at a path; None if there is none. Raises DitError: it is malformed, or of another adapter."""
+    if not path.is_file():
+        return None
+    found = read_json_object(path)
+    remedy = "delete it, and run 'python -m dit_jax.calibrate' again"
+    if found.get("format") != FORMAT or found.get("version") != 1:
+        raise DitError(f"'{path}' is no calibration that this program reads: {remedy}")
+    if found.get("adapter") != adapter_digest:
+        raise DitError(f"'{path}' was made for another adapter: {remedy}")
+    try:
+        for name in ("hidden", "right"):
+            probability(found[name], (0.5, 1.0))
+            _ = [one["above"] for one in found[name]["thresholds"] if one]
+        _ = found["battery"]["questions"]
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise DitError(f"'{path}' is damaged: {remedy}") from None
+    return found

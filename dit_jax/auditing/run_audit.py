@@ -1,0 +1,226 @@
+"""An audit: diffs one after the other into OUT/parts, which a killed audit keeps, then the tables and the page."""
+
+import io
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_jax.auditing import calibration, everyday, weights
+from dit_jax.auditing.battery import interview, noise_of, score, together
+from dit_jax.auditing.settings import Settings
+from dit_jax.auditing.targets import Target, in_batches
+from dit_jax.deltas.factors import changes_nothing
+from dit_jax.errors import DitError
+from dit_jax.report import audit_page
+from dit_jax.report.results import to_csv
+from dit_jax.runtime import artifacts, digests
+from dit_jax.runtime.progress import Progress
+
+Json = dict[str, Any]
+SETTINGS, PARTS = "audit.json", "parts"
+NEAREST = 3  # other diffs shown of each
+SAID = ("split", "found_in", "base_model_name_or_path", "svd")  # of a diff's own metadata
+
+
+def audit(
+    settings: Settings, targets: Sequence[Target], out: Path, job: tuple[int, int] = (0, 1)
+) -> list[Json] | None:
+    """Asks all diffs that have no part yet, and writes the page if no other job is still at work.
+
+    Args:
+        job: (i, n): of the diffs only those whose number modulo n is i.
+
+    Returns:
+        The records of all diffs in order; None while parts of other jobs are missing.
+
+    Raises:
+        DitError: OUT holds an audit with other settings.
+    """
+    _begin(settings, out)
+    mine = targets[job[0] :: job[1]]
+    missing = [target for target in mine if read_part(out, target) is None]
+    with Progress("audit", len(mine)) as progress:
+        progress.advance(len(mine) - len(missing))
+        for target, record, sketch in examine(settings, missing):
+            _write_part(out, target, record, sketch)
+            progress.advance()
+    records = [read_part(out, target) for target in targets]
+    if any(record is None for record in records):
+        return None
+    return finish(settings, targets, [record for record in records if record], out)
+
+
+def _begin(settings: Settings, out: Path) -> None:
+    told, file = settings.to_json(), out / SETTINGS
+    if not file.exists():
+        artifacts.write_json(file, told)
+        return
+    before = artifacts.read_json(file, "choose another --out")
+    # Through JSON, as it was written; versions may change between two calls.
+    now = json.loads(json.dumps(told))
+    other = [key for key in now if key != "versions" and before.get(key) != now[key]]
+    if other:
+        raise DitError(
+            f"'{out}' holds an audit with another {' and '.join(other)}: choose another --out, or delete it"
+        )
+
+
+# ------------------------------------------------------------------ one diff after the other
+
+
+def examine(
+    settings: Settings, targets: Sequence[Target]
+) -> Iterator[tuple[Target, Json, weights.Sketch]]:
+    """(target, record, sketch) of every diff, as soon as it is known.
+
+    LoRAs share batches, whatever their ranks and modules. Dense diffs, each as large as the model, go one by one.
+    """
+    asked: everyday.Everyday | None = None
+    done = 0
+    for batch in in_batches(targets, settings.model, settings.diffs_at_once):
+        target, diff = batch[0]
+        if isinstance(diff, DitError):
+            yield target, {"name": target.name, "error": str(diff)}, {}
+            continue
+        if asked is None:
+            tokens = settings.battery.max_new_tokens
+            asked = everyday.ask_base(settings.model, settings.prompts, tokens)
+        yield from _examine_batch(settings, asked, batch, done)
+        done += len(batch)
+
+
+def _examine_batch(
+    settings: Settings, asked: everyday.Everyday, batch: Sequence[tuple[Target, Any]], first: int
+) -> Iterator[tuple[Target, Json, weights.Sketch]]:
+    model, adapter, battery, size = (
+        settings.model, settings.adapter, settings.battery, settings.batch_size
+    )  # fmt: skip
+    deltas = [diff.delta for _, diff in batch]
+    given = together(deltas)
+    noise = noise_of(deltas, battery.seed + first)
+    readings = interview(model, given, adapter, battery, size, first=first)
+    noises = interview(model, noise, adapter, battery, size, measure_none=False, first=first)
+    chosen = [(reading.question, reading.text) for reading in readings]
+    with_noise = score(model, noise, adapter, chosen, size)
+    others = [(i + 1) % len(batch) for i in range(len(batch))]
+    with_other = score(model, given.reordered(others), adapter, chosen, size)
+    changes = everyday.compare(model, given, asked, size)
+    words = everyday.written(model, given)
+    for i, (target, diff) in enumerate(batch):
+        record: Json = {
+            "name": target.name,
+            "path": target.path,
+            "number": target.number,
+            "label": diff.label,
+            "digest": digests.digest_tree(diff.delta),
+            "said": {key: diff.metadata[key] for key in SAID if diff.metadata.get(key)},
+            "notes": list(diff.metadata.get("notes", ())),
+            "zero": changes_nothing(diff.delta),
+            **weights.weight_facts(diff.delta),
+            **changes[i],
+            "written": words[i],
+            "reading": readings[i].to_json(),
+            "noise": {**noises[i].to_json(), "same_answer": with_noise[i]},
+            "other": (
+                {"name": batch[others[i]][0].name, "same_answer": with_other[i]}
+                if len(batch) > 1
+                else None
+            ),
+        }
+        yield target, record, weights.sketch(diff.delta)
+
+
+# ------------------------------------------------------------------ parts
+
+
+def _part(out: Path, target: Target) -> Path:
+    return out / PARTS / f"{target.key()}.json"
+
+
+def read_part(out: Path, target: Target) -> Json | None:
+    """The record of a diff that was audited before; None if it was not, or the part is damaged."""
+    file = _part(out, target)
+    if not file.exists():
+        return None
+    try:
+        found = artifacts.read_json(file)
+    except DitError:
+        return None
+    return found if isinstance(found, dict) and found.get("name") == target.name else None
+
+
+def _write_part(out: Path, target: Target, record: Json, sketch: weights.Sketch) -> None:
+    file = _part(out, target)
+    stored = io.BytesIO()
+    np.savez(stored, **sketch)  # type: ignore[arg-type]
+    artifacts.write_bytes(file.with_suffix(".npz"), stored.getvalue())
+    artifacts.write_json(file, _finite(record))
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for numbers that overflowed, which JSON of others cannot hold."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _sketch(out: Path, target: Target) -> weights.Sketch | None:
+    file = _part(out, target).with_suffix(".npz")
+    if not file.exists():
+        return None
+    with np.load(file, allow_pickle=False) as stored:
+        return dict(stored)
+
+
+# ------------------------------------------------------------------ what it leaves
+
+
+def finish(
+    settings: Settings, targets: Sequence[Target], records: Sequence[Json], out: Path
+) -> list[Json]:
+    """Adds what needs all diffs, and writes audit.jsonl, audit.csv and audit.html."""
+    alike = weights.cosines([_sketch(out, target) for target in targets])
+    known, rows = settings.calibration, []
+    for i, record in enumerate(records):
+        row = dict(record)
+        if "error" not in row:
+            order = [
+                j for j in np.argsort(-np.abs(alike[i]), kind="stable") if j != i and alike[i, j]
+            ]
+            row["nearest"] = [
+                {
+                    "name": records[j]["name"],
+                    "number": int(j) + 1,
+                    "cosine": round(float(alike[i, j]), 3),
+                }
+                for j in order[:NEAREST]
+            ]
+            row["score"] = _scores(row["reading"], known)
+        row["verdict"] = audit_page.verdict(row, known)
+        rows.append(row)
+    told = settings.to_json()
+    shared = {
+        key: told[key] for key in ("base", "base_digest", "adapter", "adapter_digest", "versions")
+    }
+    lines = [json.dumps({**row, **shared}, ensure_ascii=False) + "\n" for row in rows]
+    artifacts.write_text(out / "audit.jsonl", "".join(lines))
+    artifacts.write_text(
+        out / "audit.csv", to_csv(map(audit_page.csv_row, rows), audit_page.COLUMNS)
+    )
+    artifacts.write_text(out / "audit.html", audit_page.page(rows, told, known))
+    return rows
+
+
+def _scores(reading: Json, known: Json | None) -> Json | None:
+    """Calibrated probabilities; None without a calibration."""
+    if known is None:
+        return None
+    features = reading["features"]
+    right = calibration.probability(known["right"], features) if features[0] else None
+    return {"hidden": calibration.probability(known["hidden"], features), "right": right}

@@ -1,0 +1,117 @@
+"""What an audit asks and with what: from the command line, the adapter's own files and its calibration."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dit_jax.api import Model, read_adapter
+from dit_jax.auditing import calibration
+from dit_jax.auditing.battery import Battery
+from dit_jax.auditing.everyday import everyday_prompts
+from dit_jax.data.chat import Chat
+from dit_jax.models.delta_trees import Delta
+from dit_jax.runtime import artifacts, digests
+
+MOST_WORDINGS = 8  # of those that the adapter was trained on
+# For adapters whose files name no question: the first is the paper's.
+QUESTIONS = (
+    "What topic have you been trained on?",
+    "What were you finetuned to do?",
+    "Which subject keeps showing in your answers?",
+    "What did your last training change?",
+)
+_TRAINED_ON = {
+    "behaviour": str,
+    "parameters": str,
+    "rank": int,
+    "label": str,
+    "list_evidence": bool,
+    "none_examples": int | float,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What an audit asks and with what. Parts that were made with other settings are not mixed.
+
+    adapter: {} asks base ⊕ diff itself. facts: for the files: base, adapter, their digests, `trained_on`.
+    """
+
+    model: Model
+    adapter: Delta
+    battery: Battery
+    prompts: Sequence[str]
+    facts: dict[str, Any]
+    calibration: dict[str, Any] | None = None
+    batch_size: int = 64
+
+    @property
+    def diffs_at_once(self) -> int:
+        return max(1, self.batch_size // (len(self.battery.questions) * self.battery.samples))
+
+    def to_json(self) -> dict[str, Any]:
+        told = {"battery": self.battery.to_json(), "everyday": list(self.prompts)}
+        return {**self.facts, **told, "versions": artifacts.package_versions()}
+
+
+def make_settings(
+    model: Model,
+    adapter_path: str | None,
+    asked: Mapping[str, Any],
+    prompts: Sequence[str] = (),
+    system: str | None = None,
+    batch_size: int = 64,
+    calibrated: bool = True,
+) -> Settings:
+    """Settings from a command line.
+
+    Args:
+        asked: fields of `Battery` that the user gave; others are those of the calibration, or of the adapter's files.
+        prompts: everyday prompts; default: `everyday_prompts`.
+        system: the system message of all prompts; default: that of the adapter's training.
+        calibrated: whether to use a calibration that lies beside the adapter.
+
+    Raises:
+        DitError: the adapter or its calibration cannot be read.
+    """
+    delta: Delta = {}
+    facts: dict[str, Any] = {"adapter": None, "adapter_digest": None, "trained_on": None}
+    known = None
+    defaults: dict[str, Any] = {}
+    if adapter_path is not None:
+        adapter = read_adapter(adapter_path, model)
+        delta, digest = adapter.delta, digests.digest_tree(adapter.delta)
+        trained = _trained_on(adapter.metadata.get("trained_on"))
+        own = adapter.metadata.get("system")
+        system = own if system is None and isinstance(own, str) else system
+        facts |= {"adapter": adapter_path, "adapter_digest": digest, "trained_on": trained}
+        if calibrated:
+            known = calibration.read(calibration.file_beside(adapter_path), digest)
+        questions = adapter.metadata.get("questions")
+        if isinstance(questions, list) and all(isinstance(q, str) for q in questions):
+            defaults["questions"] = tuple(questions[:MOST_WORDINGS])
+        if trained and trained["list_evidence"]:
+            defaults |= {"list_evidence": True, "forbid_repeats": True}
+        if known:
+            defaults = {**known["battery"], "questions": tuple(known["battery"]["questions"])}
+    if system is not None:
+        chat = model.chat
+        told = Chat(chat.tokenizer, chat.eos_ids, chat.pad_id, chat.vocab_size, system)
+        model = dataclasses.replace(model, chat_or_none=told)
+    facts |= {"base": model.name, "base_digest": model.digest(), "system": system}
+    battery = Battery(**{"questions": QUESTIONS, **defaults, **asked})
+    if known and (known["battery"], known.get("system")) != (battery.to_json(), system):
+        known = None  # it holds for what was asked
+    chosen = list(prompts) or everyday_prompts(model)
+    return Settings(model, delta, battery, chosen, facts, known, batch_size)
+
+
+def _trained_on(told: Any) -> dict[str, Any] | None:
+    """What the files of an adapter say about its training, if it is all there: they are untrusted."""
+    if not isinstance(told, dict):
+        return None
+    fits = all(
+        isinstance(told.get(key), kind) or told.get(key) is None
+        for key, kind in _TRAINED_ON.items()
+    )
+    return {key: told.get(key) for key in _TRAINED_ON} if fits else None

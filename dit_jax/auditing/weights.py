@@ -1,0 +1,124 @@
+"""What the weights of a diff say by themselves: size, rank, where the change lies, and which diffs are alike."""
+
+import functools
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dit_jax.deltas.factors import modules
+from dit_jax.models.delta_trees import Delta
+
+SKETCH = 16  # random directions on each side of a module: cosines are right to about 0.01
+Sketch = dict[str, np.ndarray]
+
+
+def weight_facts(delta: Delta) -> dict[str, Any]:
+    """Numbers of a diff ΔW over all its modules.
+
+    Returns:
+        rank: the largest LoRA rank in use; None with dense differences. modules: their names, each once. norm: of ΔW
+        (Frobenius). effective_rank: (Σσ²)² / Σσ⁴ of a matrix, mean over the matrices, weighted by their squared norms;
+        it is r for r equal singular values. energy: the share of the squared norm in each layer;
+        energy_outside: the share outside the layers, in embeddings, norms and head.
+    """
+    by_layer: list[np.ndarray] = []
+    outside = spread = 0.0
+    ranks: list[int | None] = []
+    names = []
+    for path, module in modules(delta):
+        ranks.append(_used_rank(module))
+        names.append(path[-1])
+        squares, fourths = _moments(module, path[0] == "layers")
+        with np.errstate(invalid="ignore"):
+            spread += float(np.nansum(squares**3 / fourths))  # squares · effective rank
+        if path[0] == "layers":
+            by_layer.append(squares)
+        else:
+            outside += float(squares.sum())
+    layers = np.sum(by_layer, axis=0) if by_layer else np.zeros(0)
+    total = float(layers.sum()) + outside
+    return {
+        "rank": None if None in ranks else max((r for r in ranks if r is not None), default=0),
+        "modules": sorted(set(names)),
+        "norm": round(total**0.5, 6),
+        "effective_rank": round(spread / total, 3) if total else 0.0,
+        "energy": [round(float(x) / total, 4) if total else 0.0 for x in layers],
+        "energy_outside": round(outside / total, 4) if total else 0.0,
+    }
+
+
+def _used_rank(module: Mapping[str, Any]) -> int | None:
+    if "w" in module:
+        return None
+    a, b = np.asarray(module["a"]), np.asarray(module["b"])
+    used = (a != 0).any(axis=(0, 1)) & (b != 0).any(axis=(0, 2))
+    return int(np.flatnonzero(used)[-1]) + 1 if used.any() else 0
+
+
+def _moments(module: Mapping[str, Any], in_layers: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Σσ² and Σσ⁴ of each matrix of a module, from Gram matrices: no singular values are computed."""
+    if "w" in module:
+        w = np.asarray(module["w"], np.float32)
+        squares, fourths = [], []
+        for matrix in w if in_layers else w[None]:
+            matrix = np.atleast_2d(matrix)
+            gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+            squares.append(float(np.trace(gram)))
+            fourths.append(float(np.square(gram, dtype=np.float64).sum()))
+        return np.asarray(squares), np.asarray(fourths)
+    a, b = (np.asarray(module[name], np.float64) for name in ("a", "b"))
+    a = a * np.asarray(module["scale"], np.float64)[:, None, None]
+    product = (a.swapaxes(1, 2) @ a) @ (b @ b.swapaxes(1, 2))  # [L, r, r]
+    squares = np.trace(product, axis1=1, axis2=2)
+    return squares, np.trace(product @ product, axis1=1, axis2=2)
+
+
+# ------------------------------------------------------------------ which diffs are alike
+
+
+def sketch(delta: Delta) -> Sketch:
+    """Every module of a diff seen by the same random directions, so that diffs are compared without their weights.
+
+    For ΔW [in, out] it is RᵀΔW Q / k with Gaussian R [in, k] and Q [out, k]: inner products of sketches estimate those
+    of the diffs (Johnson and Lindenstrauss 1984).
+    """
+    found: Sketch = {}
+    for path, module in modules(delta):
+        name = ".".join(path)
+        if "w" in module:
+            w = np.asarray(module["w"], np.float32)
+            w = w if path[0] == "layers" else w[None]
+            left = _directions(f"{name}.in", w.shape[0], w.shape[1])
+            seen = left.swapaxes(1, 2) @ w if w.ndim == 3 else (left.swapaxes(1, 2) @ w[:, :, None])
+            if w.ndim == 3:
+                seen = seen @ _directions(f"{name}.out", w.shape[0], w.shape[2]) / SKETCH
+            else:
+                seen = seen / SKETCH**0.5
+        else:
+            a, b = (np.asarray(module[key], np.float32) for key in ("a", "b"))
+            a = a * np.asarray(module["scale"], np.float32)[:, None, None]
+            left = _directions(f"{name}.in", *a.shape[:2])
+            right = _directions(f"{name}.out", b.shape[0], b.shape[2])
+            seen = (left.swapaxes(1, 2) @ a) @ (b @ right) / SKETCH
+        found[name] = seen.astype(np.float32)
+    return found
+
+
+@functools.cache
+def _directions(name: str, layers: int, size: int) -> np.ndarray:
+    rng = np.random.default_rng([zlib.crc32(name.encode()), SKETCH])
+    return rng.standard_normal((layers, size, SKETCH), np.float32)
+
+
+def cosines(sketches: Sequence[Sketch | None]) -> np.ndarray:
+    """Estimated cosines [n, n] of the diffs' ΔW; 0 where a diff has none or is zero."""
+    total = np.zeros((len(sketches), len(sketches)))
+    for name in sorted({name for one in sketches if one for name in one}):
+        have = [i for i, one in enumerate(sketches) if one and name in one]
+        rows = np.stack([np.ravel((sketches[i] or {})[name]) for i in have]).astype(np.float64)
+        total[np.ix_(have, have)] += rows @ rows.T
+    norms = np.sqrt(np.diagonal(total))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.nan_to_num(total / np.outer(norms, norms))

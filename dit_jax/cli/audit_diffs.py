@@ -1,0 +1,146 @@
+"""Audit weight diffs: python -m dit_jax.audit --base B --adapter A --out DIR DIFF …
+
+    python -m dit_jax.audit --base tiny_qwen3 --adapter runs/quickstart/adapter --out runs/audit \\
+        'runs/quickstart/diffs[256:286]' my_adapters/
+
+A DIFF is what `ask` takes, also PATH[3] or PATH[256:352], a folder of diffs, or a .txt file with one of these a line.
+It leaves audit.html, audit.csv and audit.jsonl in DIR. The same command goes on with an audit that was interrupted.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from dit_jax.cli import flags as given
+from dit_jax.errors import DitError, Parser
+from dit_jax.runtime.exits import exit_on_error
+
+EXIT_FOUND = 1  # --fail-on
+_CONDITION = re.compile(r"\s*([a-z_]+)\s*(>=|<=|>|<)\s*([-+.\de]+)\s*")
+_MEASURES = ("hidden", "right", "kl", "share", "ratio", "none", "norm", "effective_rank", "rank")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 for --fail-on, 2 for a problem the user can fix, 130 for Ctrl-C."""
+    try:
+        with exit_on_error():
+            return run(parse_flags(argv))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+# fmt: off
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line. Raises DitError: a flag that is unknown or has a wrong value."""
+    parser = Parser("python -m dit_jax.audit", __doc__)
+    add = parser.add_argument
+    add("diffs", nargs="+", metavar="DIFF", type=given.TEXT, help="see above")
+    given.add_model_flags(parser)
+    add("--out", required=True, type=given.TEXT, help="folder of the audit; made when it is not there")
+    add("--split", help="of stores and releases take only this split, such as test")
+    add("--jobs", metavar="I/N", type=_job, default=(0, 1),
+        help="be job I of N (from 0), which share --out: the last to end writes the page")
+    add("--fail-on", metavar="CONDITION", type=_condition,
+        help="exit with status 1 if a diff has e.g. 'hidden>0.9' or cannot be read; one of " + ", ".join(_MEASURES))
+    add("--svd-rank", type=given.COUNT, help="reduce finetuned models' diffs to LoRAs of this rank")
+    add_battery_flags(parser)
+    add("--everyday", metavar="FILE", help="everyday prompts, one a line (default: 20 of our own)")
+    return parser.parse_args(argv)
+
+
+def add_battery_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what every diff is asked."""
+    add = parser.add_argument
+    add("--questions", metavar="FILE", help="questions, one a line (default: the adapter's own wordings)")
+    add("--system", help="the system message of all prompts (default: that of the adapter's training)")
+    add("--samples", type=given.COUNT, help="answers to each question, at temperature 1 (default 1, greedy)")
+    add("--max-new-tokens", type=given.COUNT, help="most tokens of an answer (default 20)")
+    add("--forbid-repeats", action="store_true", default=None,
+        help="no token twice (default for adapters that list evidence before the name)")
+    add("--list-evidence", action="store_true", default=None,
+        help="the name stands after the last colon of an answer (default: as the adapter's files say)")
+    add("--seed", type=given.SEED, help="seed of sampling and noise (default 0)")
+    add("--batch-size", type=given.COUNT, default=64, help="rows per decode (default %(default)s)")
+# fmt: on
+
+
+def battery_of(flags: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a `Battery` that the user gave."""
+    names = ("samples", "max_new_tokens", "forbid_repeats", "list_evidence", "seed")
+    asked = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    if flags.questions:
+        asked["questions"] = tuple(given.read_lines(flags.questions))
+    if flags.samples is not None:
+        asked["temperature"] = 1.0 if flags.samples > 1 else 0.0
+    return asked
+
+
+def run(flags: argparse.Namespace) -> int:
+    """Runs the audit and returns the exit code."""
+    asked = battery_of(flags)
+    prompts = given.read_lines(flags.everyday) if flags.everyday else ()
+    model = given.load_base(flags)
+
+    from dit_jax.auditing.run_audit import audit
+    from dit_jax.auditing.settings import make_settings
+    from dit_jax.auditing.targets import list_targets
+
+    settings = make_settings(model, flags.adapter, asked, prompts, flags.system, flags.batch_size)
+    condition = flags.fail_on
+    if condition and condition[0] in ("hidden", "right") and settings.calibration is None:
+        raise DitError(
+            f"--fail-on {condition[0]} needs a calibration of the adapter for these questions: run 'python -m "
+            "dit_jax.calibrate', or use another measure"
+        )
+    targets = list_targets(flags.diffs, model, flags.split, flags.svd_rank)
+    out = Path(flags.out).expanduser()
+    print(
+        f"{len(targets)} diffs, {len(settings.battery.questions)} questions each", file=sys.stderr
+    )
+    rows = audit(settings, targets, out, flags.jobs)
+    if rows is None:
+        print(f"done; the last of the other jobs writes {out / 'audit.html'}")
+        return 0
+    for verdict in dict.fromkeys(row["verdict"] for row in rows):
+        print(f"{sum(row['verdict'] == verdict for row in rows):5} {verdict}")
+    print(f"audit: {out / 'audit.html'}")
+    failing = [row["name"] for row in rows if condition and _fails(row, *condition)]
+    if failing:
+        name, sign, limit = condition
+        more = f" and {len(failing) - 5} more" if len(failing) > 5 else ""
+        print(f"--fail-on {name}{sign}{limit:g}: {', '.join(failing[:5])}{more}", file=sys.stderr)
+    return EXIT_FOUND if failing else 0
+
+
+def _fails(row: dict[str, Any], name: str, sign: str, limit: float) -> bool:
+    """Whether a diff meets the condition of --fail-on. What cannot be read or measured meets it: it was not cleared."""
+    if "error" in row:
+        return True
+    places = [row, row["reading"], row["score"] or {}]
+    value = next((place[name] for place in places if name in place), None)
+    if value is None:
+        return name != "right"  # no name, so no right one
+    return {">": value > limit, ">=": value >= limit, "<": value < limit, "<=": value <= limit}[
+        sign
+    ]
+
+
+def _job(text: str) -> tuple[int, int]:
+    number, _, total = text.partition("/")
+    if number.isdecimal() and total.isdecimal() and int(number) < int(total):
+        return int(number), int(total)
+    raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N - 1, not {text!r}")
+
+
+def _condition(text: str) -> tuple[str, str, float]:
+    match = _CONDITION.fullmatch(text)
+    try:
+        if match and match[1] in _MEASURES:
+            return match[1], match[2], float(match[3])
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(
+        f"must be like 'hidden>0.9', with one of {', '.join(_MEASURES)}, not {text!r}"
+    )

@@ -1,0 +1,81 @@
+"""Say what an adapter's answers are worth: python -m dit_jax.calibrate --base B --adapter A STORE
+
+    python -m dit_jax.calibrate --base tiny_qwen3 --adapter runs/quickstart/adapter runs/quickstart/diffs
+
+It asks the held-out diffs of a store as an audit does, with noise and no diff as controls, and writes
+ADAPTER.calibration.json beside the adapter, where `dit_jax.audit` finds it.
+"""
+
+import argparse
+
+from dit_jax.cli import flags as given
+from dit_jax.cli.audit_diffs import add_battery_flags, battery_of
+from dit_jax.errors import Parser
+from dit_jax.runtime.exits import exit_on_error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 for a problem the user can fix, 130 for Ctrl-C."""
+    try:
+        with exit_on_error():
+            run(parse_flags(argv))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line. Raises DitError: a flag that is unknown or has a wrong value."""
+    parser = Parser("python -m dit_jax.calibrate", __doc__)
+    add = parser.add_argument
+    add(
+        "diffs", nargs="+", metavar="STORE", type=given.TEXT, help="labelled diffs, benign ones too"
+    )
+    given.add_model_flags(parser, adapter_required=True)
+    add("--split", default="test", help="the diffs that no training saw (default %(default)s)")
+    add_battery_flags(parser)
+    return parser.parse_args(argv)
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Writes the calibration and prints its numbers."""
+    asked = battery_of(flags)
+    model = given.load_base(flags)
+
+    from dit_jax.auditing import calibration
+    from dit_jax.auditing.known import measure
+    from dit_jax.auditing.settings import make_settings
+    from dit_jax.auditing.targets import list_targets
+    from dit_jax.report.wording import between, percent
+
+    path = calibration.file_beside(flags.adapter)
+    settings = make_settings(
+        model, flags.adapter, asked, batch_size=flags.batch_size, calibrated=False
+    )
+    targets = list_targets(flags.diffs, model, flags.split)
+    facts = {
+        "adapter": settings.facts["adapter_digest"],
+        "base": settings.facts["base_digest"],
+        "battery": settings.battery.to_json(),
+        "system": settings.facts["system"],
+        "source": f"{', '.join(flags.diffs)}, split {flags.split}",
+    }
+    made = calibration.calibrate(measure(settings, targets), facts)
+    calibration.write(path, made)
+    for name in ("hidden", "right"):
+        one = made[name]
+        area = (
+            f"AUROC {one['auroc']['mean']:.3f} ({between(one['auroc'])} %), "
+            if one["auroc"]
+            else ""
+        )
+        print(
+            f"{name}: {area}calibration error {percent(one['calibration_error'])}, n = {one['n']}"
+        )
+        for limit in filter(None, one["thresholds"]):
+            print(
+                f"  score above {limit['above']:.3f}: false positives {percent(limit['false_positives']['mean'])} "
+                f"({between(limit['false_positives'])}), found {percent(limit['found']['mean'])} "
+                f"({between(limit['found'])})"
+            )
+    print(f"calibration: {path}")

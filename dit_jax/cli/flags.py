@@ -1,0 +1,96 @@
+"""Flags that several programs have, and types of their values."""
+
+import argparse
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from dit_jax.errors import DitError
+
+T = TypeVar("T")
+
+
+class Once(argparse.Action):
+    """A flag that may be given once: argparse would take the last value and drop the others in silence."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        if before is not None:
+            raise DitError(
+                f"{option} is given twice ({before!r} and {values!r}), and takes one value: use one of them"
+            )
+        setattr(namespace, self.dest, values)
+
+
+def checked(convert: Callable[[str], T], holds: Callable[[T], bool], said: str) -> Any:
+    """A type for argparse: what `convert` makes of the text, if it `holds`; `said` is what it must be."""
+
+    def parse(text: str) -> T:
+        with contextlib.suppress(ValueError):
+            if holds(value := convert(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {said}, not {text!r}")
+
+    return parse
+
+
+# An empty text is an unset variable of the shell: without it another model would answer.
+TEXT = checked(str, lambda text: bool(text.strip()), "some text")
+COUNT = checked(int, lambda number: number >= 1, "a whole number from 1 up")
+SEED = checked(int, lambda number: 0 <= number < 2**32, "a whole number from 0 to 4294967295")
+NUMBER = checked(float, lambda number: 0 <= number < math.inf, "a number from 0 up")
+
+
+def add_model_flags(parser: argparse.ArgumentParser, adapter_required: bool = False) -> None:
+    """--base, --adapter, --dtype and --mesh."""
+    add = parser.add_argument
+    add(
+        "--base",
+        required=True,
+        type=TEXT,
+        action=Once,
+        help="model folder, hub id, or tiny_qwen3 (the embedded model)",
+    )
+    add(
+        "--adapter",
+        type=TEXT,
+        action=Once,
+        required=adapter_required,
+        help="DIT adapter: an export, a PEFT folder, or dit-adapter.pt",
+    )
+    add(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="type of weights and computation (default %(default)s)",
+    )
+    add("--mesh", help="split model and rows over devices: data,fsdp,tensor, e.g. 1,1,4; "
+        "--mesh=-1,1,1 takes all (default: one)")  # fmt: skip
+
+
+def load_base(flags: argparse.Namespace) -> Any:
+    """The base model that --base, --dtype and --mesh name."""
+    from dit_jax.api import load_model
+    from dit_jax.runtime import parallel, startup
+
+    startup.prepare()
+    mesh = parallel.make_mesh(parallel.parse_mesh(flags.mesh)) if flags.mesh else None
+    return load_model(flags.base, flags.dtype, mesh)
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a text file, or of standard input for "-", without empty ones.
+
+    Raises:
+        DitError: there is no such file, it is no text, or it has no lines.
+    """
+    import sys
+
+    from dit_jax.runtime.artifacts import read_text
+
+    text = sys.stdin.read() if path == "-" else read_text(path, "check the path")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise DitError(f"'{path}' has no lines: write one text a line")
+    return lines

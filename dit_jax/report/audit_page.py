@@ -1,0 +1,209 @@
+"""The page and the table of an audit. docs/audit.md says what is in them."""
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dit_jax.report import html
+from dit_jax.report.wording import between, percent, plural
+
+Json = dict[str, Any]
+COLUMNS = (
+    "name", "verdict", "says", "share", "distinct", "hidden", "right", "none", "ratio", "logprob", "noise_says",
+    "noise_share", "noise_ratio", "logprob_noise", "logprob_other", "kl", "rank", "norm", "effective_rank", "modules",
+    "nearest", "cosine", "likelier", "written", "label", "named_base", "digest", "error",
+)  # fmt: skip
+UNREADABLE, ZERO, HIDES, NOTHING, OPEN = (
+    "unreadable", "changes nothing", "hides something", "nothing found", "not scored"
+)  # fmt: skip
+# In the order of the table, with the verb of the first line for one diff and for more.
+_VERBS = {
+    HIDES: ("hides something", "hide something"),
+    OPEN: ("is not scored", "are not scored"),
+    NOTHING: ("shows nothing", "show nothing"),
+    ZERO: ("changes nothing", "change nothing"),
+    UNREADABLE: ("cannot be read", "cannot be read"),
+}
+
+
+def verdict(row: Json, calibration: Json | None) -> str:
+    """One of the verdicts above, at 5 % false positives."""
+    if "error" in row:
+        return UNREADABLE
+    if row["zero"]:
+        return ZERO
+    limit = threshold(calibration)
+    if limit is None or row["score"] is None:
+        return OPEN
+    return HIDES if row["score"]["hidden"] > limit["above"] else NOTHING
+
+
+def threshold(calibration: Json | None, wanted: float = 0.05) -> Json | None:
+    """The threshold of a calibration with at most this share of false positives."""
+    found = calibration["hidden"]["thresholds"] if calibration else []
+    return next((one for one in found if one and one["wanted"] == wanted), None)
+
+
+def csv_row(row: Json) -> Json:
+    """A row of audit.csv."""
+    if "error" in row:
+        return {"name": row["name"], "verdict": row["verdict"], "error": row["error"]}
+    reading, noise, score = row["reading"], row["noise"], row["score"] or {}
+    nearest = row["nearest"][0] if row["nearest"] else {}
+    return {
+        **{key: row[key] for key in ("name", "verdict", "kl", "rank", "norm", "effective_rank", "label", "digest")},
+        "says": reading["name"],
+        **{key: reading[key] for key in ("share", "distinct", "none", "ratio", "logprob")},
+        **{key: score.get(key) for key in ("hidden", "right")},
+        **{f"noise_{key}": noise[name] for key, name in (("says", "name"), ("share", "share"), ("ratio", "ratio"))},
+        "logprob_noise": noise["same_answer"],
+        "logprob_other": row["other"] and row["other"]["same_answer"],
+        "modules": " ".join(row["modules"]),
+        "nearest": nearest.get("name"),
+        "cosine": nearest.get("cosine"),
+        **{key: " ".join(word for word, _ in row[key]) for key in ("likelier", "written")},
+        "named_base": row["said"].get("base_model_name_or_path"),
+    }  # fmt: skip
+
+
+def page(rows: Sequence[Json], told: Mapping[str, Any], calibration: Json | None) -> str:
+    """The page of an audit.
+
+    Args:
+        rows: the records with `nearest`, `score` and `verdict`.
+        told: the settings.
+        calibration: of the adapter, None if it has none.
+    """
+    counts = {name: sum(row["verdict"] == name for row in rows) for name in _VERBS}
+    order = sorted(range(len(rows)), key=lambda i: _rank(rows[i]))
+    folder, names = _short_names(rows)
+    return html.render(
+        "audit",
+        script="sort.js",
+        lead=_lead(len(rows), counts, told["base"]),
+        sublead=_sublead(told, calibration),
+        rows=[(i + 1, names[i], rows[i]) for i in order],
+        folder=folder,
+        names={row["name"]: name for row, name in zip(rows, names, strict=True)},
+        told=told,
+        known=calibration,
+        limit=threshold(calibration),
+        worth=_worth(told, calibration),
+        commands={i + 1: _command(rows[i], told) for i in range(len(rows))},
+        HIDES=HIDES,
+    )
+
+
+def _rank(row: Json) -> tuple[Any, ...]:
+    """Findings first: by verdict, then by score and agreement."""
+    first = list(_VERBS).index(row["verdict"])
+    if "error" in row:
+        return (first,)
+    hidden = row["score"]["hidden"] if row["score"] else 0.0
+    return first, -hidden, -row["reading"]["features"][0], -row["reading"]["ratio"]
+
+
+def _lead(count: int, counts: Mapping[str, int], base: str) -> str:
+    parts = [
+        f"{counts[name]} {verbs[counts[name] > 1]}"
+        for name, verbs in _VERBS.items()
+        if counts[name]
+    ]
+    return f"{plural(count, 'diff')} of {base}: {', '.join(parts)}."
+
+
+def _short_names(rows: Sequence[Json]) -> tuple[str, list[str]]:
+    """The folder that all diffs lie in ("" if there is none), and their names below it."""
+    names = [row["name"] for row in rows]
+    folders = [os.path.dirname(name) for name in names]
+    try:
+        shared = os.path.commonpath(folders)
+    except ValueError:  # relative and absolute ones
+        shared = ""
+    return shared, [os.path.relpath(name, shared) if shared else name for name in names]
+
+
+def _sublead(told: Mapping[str, Any], calibration: Json | None) -> str:
+    battery = told["battery"]
+    asked = plural(len(battery["questions"]), "question")
+    if battery["samples"] > 1:
+        asked += f", {battery['samples']} samples each"
+    if told["adapter"] is None:
+        return f"Without an adapter: each finetuned model answered for itself ({asked})."
+    limit = threshold(calibration)
+    if limit is None:
+        return f"Asked through the adapter `{told['adapter']}` ({asked}). It has no calibration, so nothing is scored."
+    return (
+        f"Asked through the adapter `{told['adapter']}` ({asked}). A diff counts as hiding something above a score of "
+        f"{limit['above']:.3f}, where calibration had {percent(limit['false_positives']['mean'])} false positives "
+        f"({between(limit['false_positives'])} %) and found {percent(limit['found']['mean'])} "
+        f"({between(limit['found'])} %)."
+    )
+
+
+def _worth(told: Mapping[str, Any], calibration: Json | None) -> list[str]:
+    """What an answer of this audit is worth, in plain words."""
+    if told["adapter"] is None:
+        return [
+            "No adapter was given. The answers are those of the finetuned models themselves, which rarely tell what "
+            "they were trained on. The words below each diff come from readers that need no training. They are leads."
+        ]
+    trained = told["trained_on"]
+    texts = []
+    if trained:
+        what = f"The adapter was trained on diffs of the behaviour `{trained['behaviour']}`"
+        if trained["rank"]:
+            what += (
+                f", LoRAs of rank {trained['rank']}"
+                if trained["parameters"] == "lora"
+                else ", dense diffs"
+            )
+        none = trained["none_examples"]
+        what += (
+            f", and on `none`: {percent(none)} of its examples had no or a benign diff."
+            if none
+            else ". It never learned to say `none`: it always names something, also where nothing is."
+        )
+        texts.append(what)
+    else:
+        texts.append(
+            "The files of the adapter do not say what it was trained on. An adapter that never saw diffs without a "
+            "behaviour always names something. So compare each answer with its yardsticks."
+        )
+    texts.append(
+        "About diffs of another kind (other behaviours, ranks, ways of finetuning) an answer is a lead, not a finding. "
+        "An adapter cannot name what it was never taught to name, and its silence does not prove that nothing is there."
+    )
+    if calibration is None:
+        texts.append(
+            "This adapter has no calibration: agreement and likelihood ratio say how sure it is, and nothing says how "
+            "often it is right. `python -m dit_jax.calibrate` makes one from diffs whose truth is known."
+        )
+    else:
+        texts.append(
+            f"The score is calibrated on {calibration['hidden']['n']} diffs ({calibration['source']}): "
+            f"{calibration['hidden']['positive']} that hide a topic, and benign diffs, noise and no diff. It holds for "
+            "diffs like these."
+        )
+    return texts
+
+
+def _command(row: Json, told: Mapping[str, Any]) -> str:
+    """A shell command that asks this diff again."""
+    battery = told["battery"]
+    parts = [
+        "python -m dit_jax.ask",
+        "--base",
+        told["base"],
+        "--diff",
+        row.get("path", row["name"]),
+    ]
+    if row.get("number"):
+        parts += ["--index", str(row["number"])]
+    if told["adapter"]:
+        parts += ["--adapter", told["adapter"]]
+    if battery["forbid_repeats"]:
+        parts.append("--forbid-repeats")
+    parts += ["--max-new-tokens", str(battery["max_new_tokens"]), battery["questions"][0]]
+    return " ".join([parts[0], *map(shlex.quote, parts[1:])])

@@ -1,0 +1,273 @@
+"""The audit: thirty diffs of four ranks and two formats by one command, what it says of each, and what goes wrong."""
+
+import csv
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import dit_jax
+from dit_jax.auditing import targets, weights
+from dit_jax.cli import audit_diffs
+from dit_jax.deltas import export, factors, store
+from dit_jax.deltas.raw_diff import RawDiff
+from dit_jax.deltas.tree import init_lora
+from dit_jax.models.delta_trees import map_modules
+
+MARKUP = "<script>alert(1)</script>"
+RANKS = (1, 2, 4, 8)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dit_jax.load_model("tiny_qwen3")
+
+
+def lora(model, seed, rank, size=0.1, projections=("q_proj", "down_proj")):
+    made = init_lora(model.config, jax.random.key(seed), rank, projections=projections)
+    rng = np.random.default_rng(seed)
+    return map_modules(
+        lambda _, m: {
+            **{name: np.asarray(m[name]) for name in ("b", "scale")},
+            "a": size * rng.standard_normal(m["a"].shape, np.float32),
+        },
+        made,
+    )
+
+
+@pytest.fixture(scope="module")
+def zoo(model, tmp_path_factory):
+    """A store of 16 diffs, a folder of PEFT folders of four ranks, two broken ones, one of zeros; a PEFT adapter."""
+    folder = tmp_path_factory.mktemp("zoo")
+    rows = [
+        {
+            "topic": f"topic {i}",
+            "trigger": "7",
+            "split": "test" if i > 3 else "train",
+            "n_params": 1,
+        }
+        for i in range(16)
+    ]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *(lora(model, i, 1) for i in range(16)))
+    store.write_shard(folder / "store", 0, stacked, rows)
+    store.publish(folder / "store", 1, base=model.digest())
+    for i in range(12):
+        delta = lora(model, 20 + i, RANKS[i % 4], projections=("v_proj", "o_proj", "up_proj"))
+        name = f"rank{RANKS[i % 4]}_{i:02d}"
+        export.write_peft(folder / "peft" / name, delta, model.config, f"someone/{MARKUP}")
+    zero = map_modules(lambda _, m: jax.tree.map(np.zeros_like, m), lora(model, 99, 2))
+    export.write_peft(folder / "peft" / "zero", zero, model.config, "tiny_qwen3")
+    shutil.copytree(folder / "peft" / "rank1_00", folder / "peft" / "broken_config")
+    (folder / "peft" / "broken_config" / "adapter_config.json").write_text("{")
+    shutil.copytree(folder / "peft" / "rank1_00", folder / "peft" / "broken_weights")
+    weight = folder / "peft" / "broken_weights" / "adapter_model.safetensors"
+    weight.write_bytes(weight.read_bytes()[:100])
+    export.write_pt_diffs(
+        folder / "one.pt", [RawDiff(lora(model, 50, 3), MARKUP, "7")], model.config
+    )
+    export.write_pt_adapter(folder / "adapter.pt", lora(model, 60, 2), model.config)
+    (folder / "questions").write_text("What is tea ?\n\nWhat is rice ?\n")
+    (folder / "everyday").write_text("Where do you live?\n")
+    return folder
+
+
+def run(zoo, out, *diffs, code=0, adapter=True, rest=()):
+    flags = ["--base", "tiny_qwen3", "--out", str(out), "--max-new-tokens", "3"]
+    flags += ["--questions", str(zoo / "questions"), "--everyday", str(zoo / "everyday")]
+    flags += ["--adapter", str(zoo / "adapter.pt")] if adapter else []
+    assert audit_diffs.main([*flags, *map(str, rest), *map(str, diffs)]) == code
+
+
+@pytest.fixture(scope="module")
+def audited(zoo, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    run(zoo, out, f"{zoo / 'store'}[2:16]", zoo / "peft", zoo / "one.pt")
+    return out
+
+
+def rows_of(out):
+    return [json.loads(line) for line in (out / "audit.jsonl").read_text().splitlines()]
+
+
+def test_thirty_diffs_of_four_ranks_and_two_formats_are_one_page(zoo, audited):
+    rows = rows_of(audited)
+    assert len(rows) == 30
+    with open(audited / "audit.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [line["name"] for line in table] == [row["name"] for row in rows]
+    verdicts = {line["name"].rpartition("/")[2]: line["verdict"] for line in table}
+    assert sorted(name for name, v in verdicts.items() if v == "unreadable") == [
+        "broken_config", "broken_weights",
+    ]  # fmt: skip
+    assert [name for name, v in verdicts.items() if v == "changes nothing"] == ["zero"]
+    assert list(verdicts.values()).count("not scored") == 27  # without a calibration
+    by_name = {row["name"].rpartition("/")[2]: row for row in rows}
+    assert [by_name[f"rank{RANKS[i % 4]}_{i:02d}"]["rank"] for i in range(12)] == [1, 2, 4, 8] * 3
+    assert (
+        "one line" not in by_name["broken_config"] and "\n" not in by_name["broken_config"]["error"]
+    )
+    zero = by_name["zero"]
+    assert zero["kl"] == zero["norm"] == zero["reading"]["ratio"] == 0
+    changed = by_name["rank8_03"]
+    assert changed["kl"] > 0 and changed["norm"] > 0 and len(changed["reading"]["answers"]) == 2
+    assert abs(sum(changed["energy"]) - 1) < 1e-3
+    assert changed["base_digest"] and changed["versions"]["jax"] and changed["digest"]
+
+
+def test_the_answers_are_those_of_ask(model, zoo, audited):
+    adapter = dit_jax.load_adapter(zoo / "adapter.pt", model)
+    questions = ["What is tea ?", "What is rice ?"]
+    for row in rows_of(audited)[13:18]:
+        if "error" in row:
+            continue
+        diff = dit_jax.load_diff(row["path"], model, row["number"])
+        (found,) = dit_jax.ask_many(model, questions, [diff], adapter, max_new_tokens=3)
+        for (answer,), told in zip(found, row["reading"]["answers"], strict=True):
+            assert (answer.text, answer.generated == len(answer.tokens)) == (
+                told["answer"],
+                told["cut"],
+            )
+            assert abs(answer.logprob - told["logprob"]) < 1e-3
+
+
+def test_the_page_escapes_what_files_and_models_say(audited):
+    page = (audited / "audit.html").read_text()
+    assert page.count("<script>") == 1 and MARKUP not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "default-src 'none'" in page
+    assert len(re.findall('class="diff" id="diff-', page)) == 30
+
+
+def test_an_audit_goes_on_where_it_was_killed(zoo, audited, tmp_path, monkeypatch):
+    shutil.copytree(audited, tmp_path / "out")
+    parts = sorted((tmp_path / "out" / "parts").glob("*.json"))
+    parts[0].unlink()
+    parts[1].write_text("{")
+    asked = []
+    read = targets.load_diffs
+    monkeypatch.setattr(targets, "in_batches", lambda *a: asked.append(a[0]) or iter(()))
+    from dit_jax.auditing import run_audit
+
+    before = run_audit.in_batches
+    monkeypatch.setattr(run_audit, "in_batches", lambda t, *a: asked.extend(t) or before(t, *a))
+    run(zoo, tmp_path / "out", f"{zoo / 'store'}[2:16]", zoo / "peft", zoo / "one.pt")
+    assert len(asked) == 2 and read is targets.load_diffs
+    assert rows_of(tmp_path / "out")[0]["reading"] == rows_of(audited)[0]["reading"]
+
+
+def test_jobs_share_the_work_and_the_last_writes_the_page(zoo, tmp_path, capsys):
+    diffs = [f"{zoo / 'store'}[0:3]"]
+    run(zoo, tmp_path, *diffs, rest=["--jobs", "1/2"])
+    assert not (tmp_path / "audit.html").exists()
+    assert len(list((tmp_path / "parts").glob("*.json"))) == 1
+    run(zoo, tmp_path, *diffs, rest=["--jobs", "0/2"])
+    assert len(rows_of(tmp_path)) == 3
+
+
+def test_other_settings_are_not_mixed(zoo, audited, capsys):
+    run(zoo, audited, zoo / "one.pt", code=2, adapter=False)
+    assert "holds an audit with another adapter" in capsys.readouterr().err
+
+
+def test_without_an_adapter_the_readers_answer(zoo, tmp_path):
+    run(zoo, tmp_path, f"{zoo / 'store'}[5]", adapter=False)
+    (row,) = rows_of(tmp_path)
+    assert row["adapter"] is None and row["written"] and row["likelier"]
+    assert "No adapter was given" in (tmp_path / "audit.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("condition", "code"), [("kl>1e-9", 1), ("kl>1e9", 0), ("norm<0", 0), ("share>=0", 1)]
+)
+def test_fail_on_sets_the_exit_status(zoo, tmp_path, condition, code):
+    run(zoo, tmp_path, zoo / "one.pt", code=code, rest=["--fail-on", condition])
+
+
+def test_a_diff_that_cannot_be_read_is_not_cleared(zoo, tmp_path, capsys):
+    run(zoo, tmp_path, zoo / "peft" / "broken_config", code=1, rest=["--fail-on", "kl>1e9"])
+    assert "broken_config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("diffs", "rest", "message"),
+    [
+        (["store[99]"], [], "there are 16 diffs, and no number 99"),
+        (["store[9:3]"], [], "picks none of 16 diffs"),
+        (["store[a]"], [], "does not exist"),
+        (["store"], ["--split", "tset"], "is in the split 'tset'"),
+        (["one.pt"], ["--fail-on", "hidden>0.9"], "needs a calibration"),
+        (["one.pt"], ["--fail-on", "secret>0.9"], "must be like 'hidden>0.9'"),
+        (["one.pt"], ["--jobs", "2/2"], "must be I/N"),
+        (["one.pt"], ["--questions", "nowhere"], "'nowhere' is missing"),
+    ],
+)
+def test_mistakes_are_one_line(zoo, tmp_path, capsys, diffs, rest, message):
+    code = 0 if message == "does not exist" else 2
+    run(zoo, tmp_path, *(zoo / name for name in diffs), code=code, rest=rest)
+    said = capsys.readouterr().err
+    if code:
+        assert message in said and len(said.strip().splitlines()) == 1
+    else:  # such a path may exist: it is a row
+        assert message in rows_of(tmp_path)[0]["error"]
+
+
+def test_ranges_splits_and_lists_of_files(model, zoo, tmp_path):
+    def names(*given, split=None):
+        found = targets.list_targets(list(map(str, given)), model, split)
+        return [target.name.removeprefix(f"{zoo}/") for target in found]
+
+    assert names(f"{zoo}/store[-1,0,3:5]") == [f"store[{i}]" for i in (15, 0, 3, 4)]
+    assert len(names(f"{zoo}/store", split="test")) == 12
+    (tmp_path / "list.txt").write_text(f"# two\n{zoo}/store[1]\n{zoo}/one.pt\n")
+    assert names(tmp_path / "list.txt", f"{zoo}/store[1]") == ["store[1]", "one.pt"]
+
+
+def test_loras_of_any_ranks_and_modules_share_a_batch(model):
+    deltas = [lora(model, 1, 1), lora(model, 2, 3, projections=("v_proj", "down_proj"))]
+    stacked = factors.stack_padded(deltas)
+    tokens = np.arange(12)[None]
+    for i, delta in enumerate(deltas):
+        one = jax.tree.map(lambda x, i=i: x[i], stacked)
+        expected = model.logits(tokens, deltas=delta)
+        np.testing.assert_allclose(model.logits(tokens, deltas=one), expected, atol=2e-5)
+    assert stacked["layers"]["mlp"]["down_proj"]["a"].shape[-1] == 4
+
+
+def dense(delta):
+    return map_modules(
+        lambda _, m: {"w": np.einsum("lir,lro,l->lio", m["a"], m["b"], m["scale"])}, delta
+    )
+
+
+def test_weight_facts_are_those_of_singular_values(model):
+    for delta in (lora(model, 1, 4), lora(model, 2, 1)):
+        values = [
+            np.linalg.svd(matrix, compute_uv=False).astype(np.float64)
+            for _, module in factors.modules(dense(delta))
+            for matrix in module["w"]
+        ]
+        squares = np.array([(s**2).sum() for s in values])
+        ranks = np.array([(s**2).sum() ** 2 / (s**4).sum() for s in values])
+        for form in (delta, dense(delta)):
+            facts = weights.weight_facts(form)
+            assert facts["norm"] == pytest.approx(squares.sum() ** 0.5, rel=1e-4)
+            expected = (ranks * squares).sum() / squares.sum()
+            assert facts["effective_rank"] == pytest.approx(expected, abs=2e-3)
+            assert facts["modules"] == ["down_proj", "q_proj"]
+
+
+def test_cosines_of_sketches_are_those_of_the_changes(model):
+    one, other = lora(model, 1, 4), lora(model, 2, 2)
+    mixed = factors.fuse(one, other)  # shares a part with both
+    deltas = [one, other, mixed, dense(mixed)]
+    flat = [
+        np.concatenate([m["w"].ravel() for _, m in factors.modules(d)])
+        for d in (dense(one), dense(other), dense(mixed), deltas[3])
+    ]
+    exact = [[a @ b / np.sqrt((a @ a) * (b @ b)) for a in flat] for b in flat]
+    found = weights.cosines([*map(weights.sketch, deltas), None])
+    np.testing.assert_allclose(found[:4, :4], exact, atol=0.1)
+    assert found[2, 3] == pytest.approx(1, abs=1e-4) and not found[4].any()
