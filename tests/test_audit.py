@@ -141,30 +141,31 @@ def test_the_page_escapes_what_files_and_models_say(audited):
     assert len(re.findall('class="diff" id="diff-', page)) == 30
 
 
-def test_an_audit_goes_on_where_it_was_killed(zoo, audited, tmp_path, monkeypatch):
-    shutil.copytree(audited, tmp_path / "out")
-    parts = sorted((tmp_path / "out" / "parts").glob("*.json"))
-    parts[0].unlink()
-    parts[1].write_text("{")
-    asked = []
-    read = targets.load_diffs
-    monkeypatch.setattr(targets, "in_batches", lambda *a: asked.append(a[0]) or iter(()))
-    from dit_jax.auditing import run_audit
-
-    before = run_audit.in_batches
-    monkeypatch.setattr(run_audit, "in_batches", lambda t, *a: asked.extend(t) or before(t, *a))
-    run(zoo, tmp_path / "out", f"{zoo / 'store'}[2:16]", zoo / "peft", zoo / "one.pt")
-    assert len(asked) == 2 and read is targets.load_diffs
-    assert rows_of(tmp_path / "out")[0]["reading"] == rows_of(audited)[0]["reading"]
-
-
-def test_jobs_share_the_work_and_the_last_writes_the_page(zoo, tmp_path, capsys):
-    diffs = [f"{zoo / 'store'}[0:3]"]
-    run(zoo, tmp_path, *diffs, rest=["--jobs", "1/2"])
-    assert not (tmp_path / "audit.html").exists()
-    assert len(list((tmp_path / "parts").glob("*.json"))) == 1
-    run(zoo, tmp_path, *diffs, rest=["--jobs", "0/2"])
-    assert len(rows_of(tmp_path)) == 3
+def test_an_audit_goes_on_where_it_was_killed_and_jobs_share_it(zoo, audited, tmp_path, capsys):
+    out, given = tmp_path / "out", (f"{zoo / 'store'}[2:16]", zoo / "peft", zoo / "one.pt")
+    shutil.copytree(audited, out)
+    rows, files = rows_of(out), {}
+    for part in (out / "parts").glob("*.json"):
+        files[json.loads(part.read_text())["name"]] = part
+    files[rows[0]["name"]].unlink()
+    files[rows[3]["name"]].write_text("{")
+    kept = {name: file.stat().st_mtime_ns for name, file in files.items() if file.exists()}
+    (out / "audit.html").unlink()
+    run(zoo, out, *given, rest=["--jobs", "0/2"])
+    assert (
+        not (out / "audit.html").exists()
+        and "the last of the other jobs" in capsys.readouterr().out
+    )
+    assert {name for name, old in kept.items() if files[name].stat().st_mtime_ns != old} == set()
+    run(zoo, out, *given, rest=["--jobs", "1/2"])
+    changed = {name for name, old in kept.items() if files[name].stat().st_mtime_ns != old}
+    assert changed == {rows[3]["name"]} and (out / "audit.html").exists()
+    for new, old in zip(rows_of(out), rows, strict=True):
+        for key in ("name", "digest", "norm", "error", "verdict"):
+            assert new.get(key) == old.get(key)
+        if "error" not in new:
+            answers = [[one["answer"] for one in row["reading"]["answers"]] for row in (new, old)]
+            assert answers[0] == answers[1]
 
 
 def test_other_settings_are_not_mixed(zoo, audited, capsys):
@@ -179,16 +180,15 @@ def test_without_an_adapter_the_readers_answer(zoo, tmp_path):
     assert "No adapter was given" in (tmp_path / "audit.html").read_text()
 
 
-@pytest.mark.parametrize(
-    ("condition", "code"), [("kl>1e-9", 1), ("kl>1e9", 0), ("norm<0", 0), ("share>=0", 1)]
-)
-def test_fail_on_sets_the_exit_status(zoo, tmp_path, condition, code):
-    run(zoo, tmp_path, zoo / "one.pt", code=code, rest=["--fail-on", condition])
-
-
-def test_a_diff_that_cannot_be_read_is_not_cleared(zoo, tmp_path, capsys):
-    run(zoo, tmp_path, zoo / "peft" / "broken_config", code=1, rest=["--fail-on", "kl>1e9"])
-    assert "broken_config" in capsys.readouterr().err
+def test_fail_on_sets_the_exit_status_and_what_cannot_be_read_is_not_cleared(
+    zoo, audited, tmp_path, capsys
+):
+    audited = shutil.copytree(audited, tmp_path / "out")
+    good, broken = zoo / "one.pt", zoo / "peft" / "broken_config"
+    for condition, code in {"kl>1e-9": 1, "kl>1e9": 0, "norm<0": 0, "share>=0": 1}.items():
+        run(zoo, audited, good, code=code, rest=["--fail-on", condition])
+        run(zoo, audited, good, broken, code=1, rest=["--fail-on", condition])
+        assert "broken_config" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

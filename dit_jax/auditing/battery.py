@@ -6,17 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from dit_jax.api import Model
 from dit_jax.asking import Answer
 from dit_jax.data.labels import NONE, called_none, extract_guess, normalise
 from dit_jax.deltas.factors import stack_padded
-from dit_jax.deltas.tree import is_lora, noise_like
+from dit_jax.deltas.tree import is_lora
 from dit_jax.diff_batches import Given, answer, from_stacked
 from dit_jax.evaluate.baselines import answer_losses
-from dit_jax.models.delta_trees import Delta
+from dit_jax.models.delta_trees import Delta, map_modules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +170,24 @@ def together(deltas: Sequence[Delta]) -> Given:
 
 
 def noise_of(deltas: Sequence[Delta], seed: int) -> Given:
-    """Noise in place of each diff, of its rank and norms."""
-    made = [noise_like(delta, jax.random.key(seed + i)) for i, delta in enumerate(deltas)]
-    # A factor of zeros has no direction to scale: it stays zero.
-    return together([jax.tree.map(lambda x: np.nan_to_num(np.asarray(x)), one) for one in made])
+    """Noise in place of each diff: of its rank, and with the norm of each factor in each layer."""
+
+    def replaced(delta: Delta, rng: np.random.Generator) -> Delta:
+        def replace(path: tuple[str, ...], module: Delta) -> Delta:
+            made = dict(module)
+            for name in sorted(set(module) - {"scale"}):
+                leaf = np.asarray(module[name])
+                axes = tuple(range(1 if path[0] == "layers" else 0, leaf.ndim))
+                noise = rng.standard_normal(leaf.shape, np.float32)
+                squares = (
+                    np.square(x, dtype=np.float32).sum(axes, keepdims=True) for x in (leaf, noise)
+                )
+                made[name] = (noise * np.sqrt(np.divide(*squares))).astype(leaf.dtype)
+            return made
+
+        return map_modules(replace, delta)
+
+    # In numpy: as jax, each rank would compile programs of its own.
+    return together(
+        [replaced(one, np.random.default_rng([seed, i])) for i, one in enumerate(deltas)]
+    )

@@ -142,16 +142,19 @@ def answer_losses(
 ) -> list[float]:
     """−log p of the scored tokens of samples[i], given base ⊕ given[rows[i]] ⊕ adapter.
 
-    LoRAs share batches. Of dense diffs, only the samples of one that follow each other do.
+    LoRAs share batches. Of dense diffs, only the samples of one that follow each other do. Sizes are rounded up, so
+    that few programs are compiled.
     """
-    length = -(-max(len(s.tokens) for s in samples) // 8) * 8
-    scored = max(s.end - s.start for s in samples)
+    length, scored = (
+        -(-max(sizes) // 8) * 8
+        for sizes in zip(*((len(s.tokens), s.end - s.start) for s in samples), strict=True)
+    )
     losses: list[float] = []
     mesh, dense = model.mesh, given.stacked is None
     adapter = shardings.put_delta(model.config, mesh, adapter)
     for row, members in itertools.groupby(range(len(samples)), lambda i: rows[i] if dense else 0):
         numbers = list(members)
-        size = parallel.round_up(min(batch_size, len(numbers)), mesh)
+        size = parallel.round_up(min(batch_size, 1 << (len(numbers) - 1).bit_length()), mesh)
         shared = shardings.put_delta(model.config, mesh, given.read(row)) if dense else {}
         for start in range(0, len(numbers), size):
             filled = numbers[start : start + size]
