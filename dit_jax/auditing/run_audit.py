@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.auditing import calibration, everyday, weights
+from dit_jax.auditing import calibration, side_by_side, weights
 from dit_jax.auditing.battery import interview, noise_of, score, together
 from dit_jax.auditing.settings import Settings
 from dit_jax.auditing.targets import Target, in_batches
@@ -79,7 +79,7 @@ def examine(
 
     LoRAs share batches, whatever their ranks and modules. Dense diffs, each as large as the model, go one by one.
     """
-    asked: everyday.Everyday | None = None
+    asked: side_by_side.Everyday | None = None
     done = 0
     for batch in in_batches(targets, settings.model, settings.diffs_at_once):
         target, diff = batch[0]
@@ -88,13 +88,16 @@ def examine(
             continue
         if asked is None:
             tokens = settings.battery.max_new_tokens
-            asked = everyday.ask_base(settings.model, settings.prompts, tokens)
+            asked = side_by_side.ask_base(settings.model, settings.prompts, tokens)
         yield from _examine_batch(settings, asked, batch, done)
         done += len(batch)
 
 
 def _examine_batch(
-    settings: Settings, asked: everyday.Everyday, batch: Sequence[tuple[Target, Any]], first: int
+    settings: Settings,
+    asked: side_by_side.Everyday,
+    batch: Sequence[tuple[Target, Any]],
+    first: int,
 ) -> Iterator[tuple[Target, Json, weights.Sketch]]:
     model, adapter, battery, size = (
         settings.model, settings.adapter, settings.battery, settings.batch_size
@@ -108,8 +111,8 @@ def _examine_batch(
     with_noise = score(model, noise, adapter, chosen, size)
     others = [(i + 1) % len(batch) for i in range(len(batch))]
     with_other = score(model, given.reordered(others), adapter, chosen, size)
-    changes = everyday.compare(model, given, asked, size)
-    words = everyday.written(model, given)
+    changes = side_by_side.compare(model, given, asked, size)
+    words = side_by_side.written(model, given)
     for i, (target, diff) in enumerate(batch):
         record: Json = {
             "name": target.name,
