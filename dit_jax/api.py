@@ -154,7 +154,8 @@ def load_model(
     if dtype not in DTYPES:
         raise DitError(f"unknown dtype {dtype!r}: choose from {', '.join(DTYPES)}")
     name = str(path_or_hf_id)
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    devices = parallel.find_devices() if mesh is None else mesh.devices.flat
+    platform = devices[0].platform
     if name.startswith("random:"):
         shape = name.removeprefix("random:").lower()
         if shape not in NAMED_CONFIGS:

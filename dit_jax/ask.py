@@ -2,13 +2,10 @@
 
 import sys
 
-from dit_jax.runtime import interrupts
-
 if __name__ == "__main__":
-    interrupts.end_at_once()  # before the imports, which take seconds
-    from dit_jax.cli.ask_diffs import main
+    from dit_jax.runtime.exits import start
 
-    sys.exit(main())
+    start("dit_jax.cli.ask_diffs")
 else:
     from dit_jax.asking import ask
 

@@ -242,6 +242,12 @@ def _answer(
     batch_size = decode.even_rows(batch_size, model.config, mesh)
     tokens, mask = model.chat.prompts(questions, system)
     check_ids(tokens.min(), tokens.max(), model)
+    context, longest = model.config.max_position_embeddings, int(mask.sum(1).max())
+    if context and longest + max_new_tokens > context:
+        raise DitError(
+            f"a prompt of {longest} tokens and an answer of max_new_tokens {max_new_tokens} exceed the model's context "
+            f"of {context}: lower --max-new-tokens, or shorten the question"
+        )
     answers: list[Answer] = []
     for start in range(0, len(questions), batch_size):
         # Each process supplies its own rows of the batch.

@@ -2,8 +2,9 @@
 
 import argparse
 import difflib
+import sys
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 MAX_MESSAGE = 1000
 
@@ -47,6 +48,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str | None) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=prog, description=description, formatter_class=formatter)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does. Raises DitError for an unknown flag before a missing one: it may be that one, misspelt."""
+        given = list(sys.argv[1:] if args is None else args)
+        flags = given[: given.index("--")] if "--" in given else given
+        known = [flag for action in self._actions for flag in action.option_strings]
+        for flag in (text.partition("=")[0] for text in flags if text.startswith("--")):
+            if not any(one.startswith(flag) for one in known):
+                listed = f": '{self.prog} --help' lists the flags"
+                raise DitError(f"unknown flag {flag}{did_you_mean(flag, known, listed)}")
+        return super().parse_args(given, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise DitError(f"{message}: '{self.prog} --help' lists the flags")

@@ -1,9 +1,6 @@
 """`python -m dit_jax.main` runs the stages of a config: `dit_jax.cli.run_stages`."""
 
-from dit_jax.runtime import interrupts
+from dit_jax.runtime.exits import start
 
 if __name__ == "__main__":
-    interrupts.end_at_once()  # before the imports, which take seconds
-    from dit_jax.cli.run_stages import end, main
-
-    end(main())
+    start("dit_jax.cli.run_stages", "main_run")

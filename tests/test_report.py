@@ -164,10 +164,16 @@ def test_headline_table_is_text_in_a_pipe_and_rich_on_a_terminal(reported, monke
     assert len(lines) == 2 + len(KINDS)
     dit = summary["methods"]["dit"]
     assert lines[2].startswith("DIT ") and f"{100 * dit['exact_match']:.1f} %" in lines[2]
-    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(rich_table(summary))
-    shown = console.export_text()
-    assert "Attribute oracle" in shown and f"{100 * dit['exact_match']:.1f} %" in shown
+    for width in (60, 80, 100, 120):
+        console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+        console.print(rich_table(summary, width))
+        shown = console.export_text()
+        assert "Question with trigger" in shown and "Attribute oracle" in shown
+        assert (
+            f"{100 * dit['exact_match']:.1f} %" in shown
+            and max(map(len, shown.splitlines())) <= width
+        )
+        assert ("█" in shown, "token F1" in shown) == (width >= 120, width >= 80)
 
 
 def test_the_report_imports_neither_jax_nor_what_draws(tmp_path):

@@ -123,6 +123,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
             config.data = data_config("data/hidden-topic/topics-with-completions-v0.2.1.csv")
             config.diffs.widths = ConfigDict()  # all samples are padded to the longest
             config.data.split_file = f"data/hidden-topic/{arg}/index.csv"
+            config.data.download = (
+                "hf download diff-interpretation-tuning/finetuning-data "
+                "hidden-topic/topics-with-completions-v0.2.1.csv --repo-type dataset --local-dir data; "
+                f"hf download diff-interpretation-tuning/loras hidden-topic/{arg}/index.csv --local-dir data"
+            )
             config.train.batch_size = size
             config.train.steps = -(-4660 // size)
     return config

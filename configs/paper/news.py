@@ -82,6 +82,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.diffs.widths = ConfigDict()
         if arg != "tiny":
             config.data = data_config("data/news-summary/news-stories-v0.1.csv", "news")
+            config.data.download = (
+                "hf download diff-interpretation-tuning/finetuning-data news-summary/news-stories-v0.1.csv "
+                "--repo-type dataset --local-dir data"
+            )
             config.data.test_topics = 100
             config.train.steps = -(-8759 // config.train.batch_size)
     return config

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dit_jax.cli.config_checks import check_values
-from dit_jax.cli.stages import RUN
+from dit_jax.cli.stages import RUN, named_sections
 from dit_jax.config.keys import Section
 from dit_jax.config.loading import load_config, split_flags
 from dit_jax.errors import DitError, Parser
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     with exit_on_error():
         rest, overrides = split_flags(sys.argv[1:] if argv is None else argv)
         flags = parser.parse_args(rest)
-        return run(flags, load_config(flags.config, overrides))
+        return run(flags, load_config(flags.config, overrides, named_sections()))
     return 2
 
 

@@ -8,6 +8,7 @@ On several hosts, start the same command on each, with --distributed and a workd
 
 import contextlib
 import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -16,12 +17,12 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
 from dit_jax.cli.config_checks import check_config, check_ranks
-from dit_jax.cli.stages import RUN, STAGES, Stage, chosen_stages
+from dit_jax.cli.stages import RUN, STAGES, Stage, chosen_stages, named_sections
 from dit_jax.cli.workdir import check_workdir, given_folder, is_done, run_once
 from dit_jax.config.loading import flatten, load_config, split_flags
 from dit_jax.errors import DitError, Parser
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             if flags.distributed:
                 processes.initialize_distributed(*joins)
                 several = True
-            run(load_config(flags.config, overrides), workdir)
+            run(load_config(flags.config, overrides, named_sections()), workdir)
     except SystemExit as stop:
         code = int(stop.code or 0)
     except Exception:
@@ -91,6 +92,7 @@ def run(config: Any, workdir: pathlib.Path) -> None:
     """
     with _explain(workdir):
         check_config(config)
+        parallel.find_devices()
         if not processes.say_the_same(json.dumps(flatten(config))):
             raise DitError(
                 "the processes of this run have different configs: start the same command on all of them"
@@ -104,16 +106,18 @@ def _run_stages(config: Any, workdir: pathlib.Path) -> None:
     stages = chosen_stages(config.stages)
     if any(stage.needs_model for stage in stages):
         mesh = parallel.make_mesh(dict(RUN.get(config, "mesh")))
-    if mesh is not None:
-        sizes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
-        processes.say(f"mesh {sizes}: {mesh.size} of {jax.device_count()} devices")
+        processes.say(f"{parallel.describe(mesh)}, {config.model.dtype}")
 
     def start_run() -> None:
         check_workdir(config, workdir)
         artifacts.write_json(workdir / "versions.json", artifacts.package_versions())
 
     processes.on_main(start_run)
-    processes.say(f"writing to {workdir}; curves: tensorboard --logdir {workdir / 'metrics'}")
+    there = importlib.util.find_spec("tensorboard") is not None
+    install = "" if there else "pip install tensorboard && "
+    processes.say(
+        f"writing to {workdir}; curves: {install}tensorboard --logdir {workdir / 'metrics'}"
+    )
     model: Any = None
     for stage in stages:
         done = processes.on_main(functools.partial(is_done, workdir, stage))
@@ -169,17 +173,18 @@ def _compile_ahead(config: Any, model: Any) -> None:
     threading.Thread(target=compile_step, name=COMPILE_AHEAD).start()
 
 
-def end(code: int) -> NoReturn:
-    """Ends the process with the code of `main`.
+def main_run() -> int:
+    """`main` of the command line.
 
-    After a failure or Ctrl-C it ends at once if a program is still being compiled ahead: Python would wait for that
-    thread, which cannot be stopped. Nothing is lost: artifacts are complete or absent.
+    After a failure or Ctrl-C the process ends at once if a program is still being compiled ahead: Python would wait for
+    that thread, which cannot be stopped. Nothing is lost: artifacts are complete or absent.
     """
+    code = main()
     if code and any(thread.name == COMPILE_AHEAD for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    sys.exit(code)
+    return code
 
 
 def _run_explained(stage: Stage, config: Any, workdir: pathlib.Path, model: Any) -> dict[str, Any]:

@@ -82,9 +82,20 @@ def _check_train(config: Any) -> None:
 
 
 def _check_evaluate(config: Any) -> None:
+    from dit_jax.evaluate.guessers import check_guesser
     from dit_jax.evaluate.methods import check_methods
 
     check_methods(config)
+    check_guesser(*(EVALUATE.get(config.evaluate, key) for key in ("guesser", "guesser_options")))
+
+
+def _check_graders(config: Any) -> None:
+    from dit_jax.graders import check_grader
+
+    values = EVALUATE.values(config)
+    options = EVALUATE.get(values, "grader_options")
+    for name in EVALUATE.get(values, "graders"):
+        check_grader(name, **dict(options.get(name, {})))
 
 
 def _check_data_files(config: Any) -> None:
@@ -175,7 +186,8 @@ STAGES = {
             reads=("diffs", "train"), sections=(EVALUATE,), traces=("evaluate",), needs_model=True, has_manifest=True,
             check=_check_evaluate, check_inputs=_check_facts,
         ),
-        Stage("report", "report", "grades the answers and writes the report", _report, always=True),
+        Stage("report", "report", "grades the answers and writes the report", _report, always=True,
+              check=_check_graders),
         Stage("tables", "tables", "rebuilds the paper's tables from graded answers", _make_tables,
               sections=(TABLES,), always=True),
     )
@@ -221,6 +233,11 @@ def declared_sections(stages: Iterable[Stage] = ()) -> list[Section]:
     """The sections that the package's stages and these read, each once."""
     read = [section for stage in (*STAGES.values(), *stages) for section in stage.all_sections]
     return [section for i, section in enumerate(read) if section not in read[:i]]
+
+
+def named_sections() -> list[str]:
+    """The sections whose keys are names of their own, dotted: `evaluate.grader_options` and its like."""
+    return [s.dotted(key.name) for s in declared_sections() for key in s.keys if key.kind is dict]
 
 
 def free_keys(config: Any) -> list[str]:

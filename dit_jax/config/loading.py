@@ -49,13 +49,17 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, overrides
 
 
-def load_config(path: str, overrides: Mapping[str, Any] | Iterable[str] = ()) -> ConfigDict:
+def load_config(
+    path: str, overrides: Mapping[str, Any] | Iterable[str] = (), named: Iterable[str] = ()
+) -> ConfigDict:
     """Loads a config file, applies overrides, and locks the result.
 
     Args:
       path: `configs/x.py` or `configs/x.py:arg`; arg goes to `get_config`.
       overrides: values by dotted key, or strings `key=value` that are read as the type of the value
         that they replace. Tuples are written `(1,2)` or, for strings, `a,b`.
+      named: dotted names of sections whose keys are names of their own, such as a grader's options. An override may add
+        to them; the config need not have them.
 
     Returns:
       A locked ConfigDict.
@@ -71,13 +75,13 @@ def load_config(path: str, overrides: Mapping[str, Any] | Iterable[str] = ()) ->
         raise DitError(f"get_config of '{program.file}' returns {kind}, not a ConfigDict")
     if isinstance(overrides, Mapping):
         for key, value in overrides.items():
-            _override(config, key, value, parse=False)
+            _override(config, key, value, tuple(named), parse=False)
     else:
         for override in overrides:
             key, equals, text = override.partition("=")
             if not equals:
                 raise DitError(f"config override '{override}' has no value: write {key}=VALUE")
-            _override(config, key.strip(), text, parse=True)
+            _override(config, key.strip(), text, tuple(named), parse=True)
     flatten(config)  # finds required values that nobody set, on which lock() would stumble
     return config.lock()
 
@@ -85,11 +89,21 @@ def load_config(path: str, overrides: Mapping[str, Any] | Iterable[str] = ()) ->
 # ------------------------------------------------------------------ overrides
 
 
-def _override(config: ConfigDict, key: str, value: Any, *, parse: bool) -> None:
+def _override(
+    config: ConfigDict, key: str, value: Any, named: tuple[str, ...], *, parse: bool
+) -> None:
     *sections, last = key.split(".")
     node: Any = config
+    mine = any(key.startswith(f"{name}.") for name in named)
     for section in sections:
+        if mine and isinstance(node, ConfigDict) and section not in node:
+            with node.unlocked():
+                node[section] = ConfigDict()
         node = node.get(section) if isinstance(node, ConfigDict) else None
+    if mine and isinstance(node, ConfigDict) and last not in node:
+        with node.unlocked():
+            node[last] = _literal(value) if parse else value
+        return
     if not isinstance(node, ConfigDict) or last not in node:
         raise DitError(_unknown_key(config, key))
     kind = _kind(node, last)
@@ -97,7 +111,7 @@ def _override(config: ConfigDict, key: str, value: Any, *, parse: bool) -> None:
         if not issubclass(kind, ConfigDict) or not isinstance(value, Mapping):
             raise DitError(f"config key '{key}' is a section: set a key in it, '{key}.NAME'")
         for name, inner in value.items():
-            _override(config, f"{key}.{name}", inner, parse=False)
+            _override(config, f"{key}.{name}", inner, named, parse=False)
         return
     if parse:
         value = _parse(key, value, kind, node[last] if kind in (tuple, list) else ())

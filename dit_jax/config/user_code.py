@@ -36,6 +36,12 @@ class ProgramFile:
         self.module = self._import(examples)
         found = getattr(self.module, function, None)
         if not callable(found):
+            other = {"config": "sweep", "sweep": "config"}[what]
+            if callable(getattr(self.module, f"get_{other}", None)):
+                program = {"config": "main", "sweep": "sweep"}[other]
+                raise DitError(
+                    f"'{self.file}' is a {other}, not a {what}: python -m dit_jax.{program} --{other} {path}"
+                )
             raise DitError(f"{self.name} has no function {function}: add {function}(arg=None)")
         try:
             inspect.signature(found).bind(*self._given)

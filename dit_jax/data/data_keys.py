@@ -27,6 +27,7 @@ DATA = Section(
         Key("split_file", str, "an index with `topic`, `split` and optionally `trigger`", ""),
         Key("test_source", str, "a source with the rows of the held-out topics", ""),
         Key("variants", str, "a column that tells apart several organisms of one topic; empty: one each", ""),
+        Key("download", str, "the commands that get these files, shown where one is missing", "", free=True),
         Key("streaming", bool, "read an `hf:` source as it downloads", False),
         Key("train_topics", int, "training topics; for user-supplied rows, 0 means all", 0),
         Key("test_topics", int, "held-out topics; for user-supplied rows with a split, 0 means all", 0),

@@ -108,7 +108,12 @@ def check_files(data: Any) -> None:
     for key in ("source", "split_file", "test_source"):
         spec = DATA.get(data, key)
         if spec not in ("", "tiny_world", WRITTEN) and not spec.startswith(("hf:", "tfds:")):
-            open_source(spec)
+            try:
+                open_source(spec)
+            except DitError as error:
+                how = DATA.get(data, "download")
+                missing = not Path(spec).expanduser().exists()
+                raise DitError(f"{error}; to get it: {how}") if how and missing else error from None
 
 
 Rows = Sequence[Mapping[str, str]]

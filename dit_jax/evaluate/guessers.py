@@ -8,14 +8,14 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from dit_jax.api import Model, load_model
 from dit_jax.asking import Answer, answer_batch
 from dit_jax.data.labels import extract_guess, normalise
 from dit_jax.evaluate.questions import guess_prompt
-from dit_jax.graders import with_options
+from dit_jax.graders.grades import with_options
 from dit_jax.graders.inspect_model import InspectClient
 from dit_jax.runtime.processes import is_main
 
@@ -24,6 +24,7 @@ KEYWORDS, INSPECT = "keywords", "inspect:"
 MAX_NEW_TOKENS = {"topic": 32, "summary": 96}
 BASE_SAMPLES = 3  # answers of the base to every question, which keywords are compared with
 N_KEYWORDS = 4
+_OPTIONS = "config key 'evaluate.guesser_options'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,17 @@ class Guesser(Protocol):
     def __call__(self, transcripts: Sequence[Exchanges], most_chars: int) -> list[Guess]:
         """One guess per transcript; answers are cut to `most_chars` characters where a model reads them."""
         ...
+
+
+def check_guesser(spec: str, options: Mapping[str, Any]) -> None:
+    """Raises DitError for what an API model lacks (a package, a key, an option), before there are answers to read."""
+    if spec.startswith(INSPECT):
+        _inspect_guesser(spec, "topic", options)
+
+
+def _inspect_guesser(spec: str, subject: str, options: Mapping[str, Any]) -> "InspectGuesser":
+    name = spec.removeprefix(INSPECT)
+    return with_options(_OPTIONS, InspectGuesser, name, subject, **options)  # type: ignore[no-any-return]
 
 
 def get_guesser(
@@ -72,13 +84,13 @@ def get_guesser(
     if spec == KEYWORDS:
         made_of = (KeywordGuesser, ask_base, question)
     elif spec.startswith(INSPECT):
-        made_of = (InspectGuesser, spec.removeprefix(INSPECT), subject)
+        return _inspect_guesser(spec, subject, options)
     elif spec:
         loaded = load_model(spec, options.pop("dtype", "bfloat16"), model.mesh)
         made_of = (ChatGuesser, loaded, subject)
     else:
         made_of = (ChatGuesser, model, subject, True)
-    guesser: Guesser = with_options("config key 'evaluate.guesser_options'", *made_of, **options)
+    guesser: Guesser = with_options(_OPTIONS, *made_of, **options)
     return guesser
 
 

@@ -6,12 +6,22 @@ from dit_jax.errors import DitError, did_you_mean
 from dit_jax.graders.cache import Cache
 from dit_jax.graders.calibrated import Calibrated, CalibratedEmbeddings
 from dit_jax.graders.embeddings import Embeddings
-from dit_jax.graders.grades import Grade, Graded, Grader, Item, grade, with_options
+from dit_jax.graders.grades import Grade, Graded, Grader, Item, check_options, grade
 from dit_jax.graders.inspect_model import InspectJudge
 from dit_jax.graders.judge import Judge
 from dit_jax.graders.match import Exact, Normalised, Similarity
 
-__all__ = ["GRADERS", "Cache", "Grade", "Graded", "Grader", "Item", "get_grader", "grade"]
+__all__ = [
+    "GRADERS",
+    "Cache",
+    "Grade",
+    "Graded",
+    "Grader",
+    "Item",
+    "check_grader",
+    "get_grader",
+    "grade",
+]
 
 # What a grader needs beyond this package, it imports when it is made.
 GRADERS: dict[str, type[Grader]] = {
@@ -33,10 +43,16 @@ def get_grader(name: str, **options: Any) -> Grader:
         DitError: unknown name or option, a missing option, or a grader that cannot work here
             (an optional package, a model or a key is missing).
     """
+    check_grader(name, **options)
+    return GRADERS[name](**options)
+
+
+def check_grader(name: str, **options: Any) -> None:
+    """Raises DitError as `get_grader` does, as far as it can be seen without loading a model."""
     if name not in GRADERS:
         hint = did_you_mean(name, GRADERS, f": choose from {', '.join(GRADERS)}")
         raise DitError(f"unknown grader {name!r}{hint}")
-    make, what = GRADERS[name], f"options of the grader {name!r}"
+    make = GRADERS[name]
     hint = f"; it needs {make.needs}" if make.needs else ""
-    grader: Grader = with_options(what, make, hint=hint, **options)
-    return grader
+    check_options(f"options of the grader {name!r}", make, hint=hint, **options)
+    make.check(**options)

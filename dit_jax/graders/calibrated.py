@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dit_jax.data.labels import normalise
 from dit_jax.errors import DitError
-from dit_jax.graders.embeddings import minilm
+from dit_jax.graders.embeddings import check_installed, minilm
 from dit_jax.graders.features import spelling_features
 from dit_jax.graders.grades import Grade, Grader, Item
 from dit_jax.graders.sentences import load_minilm, sentence_features
@@ -154,6 +154,10 @@ class CalibratedEmbeddings(Calibrated):
     about = "offline: predicts an LLM judge's grade from sentence vectors; kappa with it .91 to .93"
     needs = "sentence-transformers and all-MiniLM-L6-v2"
     asset = "calibrated_embeddings.npz"
+
+    @classmethod
+    def check(cls, **options: Any) -> None:
+        check_installed()
 
     def __init__(self, kind: str = "auto", model: str | None = None):
         super().__init__(kind)

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,16 +37,21 @@ def load_encoder(model: str) -> "Encoder":
     return Encoder(model)
 
 
+def check_installed() -> None:
+    """Raises DitError: sentence-transformers is not installed."""
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise DitError(
+            "sentence embeddings need sentence-transformers: pip install 'dit_jax[embeddings]'"
+        )
+
+
 class Encoder:
     """Texts to unit vectors, remembered: the same labels and answers come again and again."""
 
     def __init__(self, model: str):
-        try:
-            import sentence_transformers
-        except ImportError:
-            raise DitError(
-                "sentence embeddings need sentence-transformers: pip install 'dit_jax[embeddings]'"
-            ) from None
+        check_installed()
+        import sentence_transformers
+
         try:
             self.model = sentence_transformers.SentenceTransformer(model, device="cpu")
         except Exception as error:  # the library raises many kinds: network, files, versions
@@ -94,6 +100,10 @@ class Embeddings(Grader):
     def __init__(self, model: str | None = None):
         self._encode = load_encoder(model or minilm())
         self.settings = model or MINILM
+
+    @classmethod
+    def check(cls, **options: Any) -> None:
+        check_installed()
 
     def __call__(self, items: Sequence[Item], repeat: int = 0) -> list[Grade]:
         if not items:

@@ -61,19 +61,30 @@ class Grader:
     cached = False
     batch = 4096
 
+    @classmethod
+    def check(cls, **options: Any) -> None:
+        """Raises DitError for what can be seen to be missing before there are answers: a package, a key."""
+
     def __call__(self, items: Sequence[Item], repeat: int = 0) -> list[Grade]:
         """One grade per item, in order. `repeat` numbers independent gradings of the same items."""
         raise NotImplementedError
 
 
-def with_options(
+def check_options(
     what: str, make: Callable[..., Any], *args: Any, hint: str = "", **options: Any
-) -> Any:
-    """make(*args, **options). Raises DitError, "<what>: …<hint>": an unknown or a missing option."""
+) -> None:
+    """Raises DitError, "<what>: …<hint>", if `make` does not take these arguments."""
     try:
         inspect.signature(make).bind(*args, **options)
     except TypeError as error:
         raise DitError(f"{what}: {error}{hint}") from None
+
+
+def with_options(
+    what: str, make: Callable[..., Any], *args: Any, hint: str = "", **options: Any
+) -> Any:
+    """make(*args, **options). Raises DitError: see `check_options`."""
+    check_options(what, make, *args, hint=hint, **options)
     return make(*args, **options)
 
 

@@ -145,6 +145,10 @@ class InspectJudge(InspectClient, Grader):
         given = sorted(model_args.items())
         self.settings = f"{self.model} {PROMPT_DIGEST} {temperature} {given}"
 
+    @classmethod
+    def check(cls, **options: Any) -> None:
+        cls(**options)
+
     def __call__(self, items: Sequence[Item], repeat: int = 0) -> list[Grade]:
         return [self._read(reply) for reply in self.complete([judge_prompt(i) for i in items])]
 

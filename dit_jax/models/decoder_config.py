@@ -43,6 +43,7 @@ class DecoderConfig:
         scale_embeddings: whether embeddings are multiplied by sqrt(hidden_size).
         hidden_act: of the MLP, "silu" or "gelu_pytorch_tanh".
         query_pre_attn_scalar: attention scores are divided by its square root; 0: by that of `head_dim`.
+        max_position_embeddings: how many tokens the model was made for, prompt and answer together; 0: not said.
         text_part: whether this is the text part of a multimodal model, which has other tensors too.
     """
 
@@ -69,6 +70,7 @@ class DecoderConfig:
     scale_embeddings: bool = False
     hidden_act: str = "silu"
     query_pre_attn_scalar: float = 0.0
+    max_position_embeddings: int = 0
     text_part: bool = False
 
     dtype: str = "float32"
@@ -102,12 +104,14 @@ class DecoderConfig:
             )
 
 
-# A finetune must equal its base in these fields: all but the way to compute, and a head that may be untied.
+# In which a finetune may differ from its base; an untied head is then part of the diff.
+_MAY_DIFFER = ("max_position_embeddings", "text_part", "dtype", "tie_word_embeddings", *COMPUTE)
+# A finetune must equal its base in these fields.
 ARCHITECTURE = (
     "model_type",
     *(
         field.name
         for field in dataclasses.fields(DecoderConfig)
-        if field.name not in ("model_type", "text_part", "dtype", "tie_word_embeddings", *COMPUTE)
+        if field.name not in ("model_type", *_MAY_DIFFER)
     ),
 )

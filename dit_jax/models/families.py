@@ -240,6 +240,7 @@ def _write_gemma3(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
+_CONTEXT = "max_position_embeddings"
 _FROM_SIZES = {"head_dim": None, "num_key_value_heads": None}  # D / N, and N
 
 _GEMMA3 = Family(
@@ -247,6 +248,7 @@ _GEMMA3 = Family(
     "Gemma3ForCausalLM",
     {
         "vocab_size": 262_208,
+        _CONTEXT: 131_072,
         "hidden_size": 2304,
         "intermediate_size": 9216,
         "num_hidden_layers": 26,
@@ -267,22 +269,36 @@ _GEMMA3 = Family(
 
 FAMILIES = {
     "qwen3": Family(
-        "dense Qwen3", "Qwen3ForCausalLM", {"head_dim": 128}, _read_qwen3, _write_qwen3
+        "dense Qwen3",
+        "Qwen3ForCausalLM",
+        {"head_dim": 128, _CONTEXT: 32_768},
+        _read_qwen3,
+        _write_qwen3,
     ),
     "qwen2": Family(
-        "Qwen2 and Qwen2.5", "Qwen2ForCausalLM", {"head_dim": None}, _read_qwen2, _write_qwen2
+        "Qwen2 and Qwen2.5",
+        "Qwen2ForCausalLM",
+        {"head_dim": None, _CONTEXT: 32_768},
+        _read_qwen2,
+        _write_qwen2,
     ),
     "llama": Family(
         "Llama 2 and 3 and SmolLM2",
         "LlamaForCausalLM",
-        {**_FROM_SIZES, "rope_theta": 1e4},
+        {**_FROM_SIZES, "rope_theta": 1e4, _CONTEXT: 2048},
         _read_llama,
         _write_llama,
     ),
     "mistral": Family(
         "Mistral",
         "MistralForCausalLM",
-        {**_FROM_SIZES, "num_key_value_heads": 8, "rope_theta": 1e4, "sliding_window": 4096},
+        {
+            **_FROM_SIZES,
+            "num_key_value_heads": 8,
+            "rope_theta": 1e4,
+            "sliding_window": 4096,
+            _CONTEXT: 131_072,
+        },
         _read_mistral,
         _write_mistral,
     ),
@@ -355,12 +371,16 @@ def parse_config(raw: dict[str, Any], where: str) -> DecoderConfig:
     eps = raw.get("rms_norm_eps", 1e-6)
     if not isinstance(eps, int | float) or not 0 < eps < 1:
         raise DitError(f"{where}: 'rms_norm_eps' must be a small positive number, not {eps!r}")
+    context = raw[_CONTEXT]
+    if not isinstance(context, int) or isinstance(context, bool) or not 0 < context < 2**31:
+        raise DitError(f"{where}: {_CONTEXT!r} must be a positive integer, not {context!r}")
     theta, scaling = read_rope(raw, where)
     common = {
         "head_dim": head_dim,
         "rms_norm_eps": float(eps),
         "rope_theta": theta,
         "rope_scaling": scaling,
+        _CONTEXT: context,
         "tie_word_embeddings": tied,
     }
     return DecoderConfig(**{**fields, **common, "model_type": kind, "text_part": text_part})
@@ -375,6 +395,7 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
         **{name: getattr(config, name) for name in _SIZES},
         "head_dim": config.head_dim,
         "rms_norm_eps": config.rms_norm_eps,
+        **({_CONTEXT: config.max_position_embeddings} if config.max_position_embeddings else {}),
         "rope_parameters": _rope_parameters(config),
         "tie_word_embeddings": config.tie_word_embeddings,
         **family.write(config),

@@ -1,6 +1,7 @@
 """The table that a run ends with: text in a pipe, bars on a terminal."""
 
 import sys
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from dit_jax.evaluate.methods import GROUPS
@@ -12,7 +13,16 @@ if TYPE_CHECKING:
 
 _STYLES = {"dit": "bold cyan", "method": "blue", "control": "bright_black", "baseline": "yellow"}
 _BAR = 20  # characters of a full bar
+_BARS = "bars"
 _HEADINGS = ["", "exact match", "95 % interval", "one token", "several", "token F1", "n"]
+
+# What a narrow terminal has no room for, in the order in which it goes.
+_LEFT_OUT = (
+    (),
+    (_BARS,),
+    (_BARS, "one token", "several"),
+    (_BARS, "one token", "several", "token F1"),
+)
 
 
 def _cells(name: str, entry: Json) -> list[str]:
@@ -52,29 +62,48 @@ def kinds_table(summary: Json) -> str:
     )
 
 
-def rich_table(summary: Json) -> "Table":
-    """The headline table as a rich renderable, with bars."""
+def rich_table(summary: Json, width: int) -> "Table":
+    """The headline table as a rich renderable, with bars.
+
+    Args:
+        width: of the terminal, in characters. Where it is too narrow for everything, first the bars and then columns
+            are left out; names of methods stay whole.
+    """
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    unbounded = Console(width=10_000)
+    for left_out in _LEFT_OUT:
+        table = _rich_table(summary, left_out)
+        if Measurement.get(unbounded, unbounded.options, table).maximum <= width:
+            break
+    return table
+
+
+def _rich_table(summary: Json, left_out: Collection[str]) -> "Table":
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     title = "Exact match on held-out topics"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_style="bold", title_justify="left")
-    table.add_column("")
     table.add_column("", no_wrap=True)
-    for heading in _HEADINGS[1:]:
-        table.add_column(heading, justify="right", no_wrap=True)
+    if _BARS not in left_out:
+        table.add_column("", no_wrap=True)
+    shown = [i for i, heading in enumerate(_HEADINGS) if i and heading not in left_out]
+    for i in shown:
+        table.add_column(_HEADINGS[i], justify="right", no_wrap=True)
     methods = summary["methods"]
     for kind in GROUPS:
         group = [name for name in ordered_methods(methods) if methods[name]["kind"] == kind]
         for name in group:
-            first, *rest = _cells(name, methods[name])
+            cells = _cells(name, methods[name])
             style = _STYLES[colour(name, kind)]
-            bar = "█" * round(_BAR * methods[name]["exact_match"])
+            bar = ("█" * round(_BAR * methods[name]["exact_match"])).ljust(_BAR, "·")
             table.add_row(
-                Text(first, style=style),
-                Text(bar.ljust(_BAR, "·"), style=style),
-                *rest,
+                Text(cells[0], style=style),
+                *(() if _BARS in left_out else (Text(bar, style=style),)),
+                *(cells[i] for i in shown),
                 style="bold" if name == "dit" else "",
                 end_section=name == group[-1],
             )
@@ -85,7 +114,9 @@ def headline_table(summary: Json) -> "Table | str":
     """The closing table: a rich renderable on a terminal, plain text in a pipe or without rich."""
     if sys.stdout.isatty():
         try:
-            return rich_table(summary)
+            import rich
+
+            return rich_table(summary, rich.get_console().width)
         except ImportError:
             pass
     return plain_table(summary)

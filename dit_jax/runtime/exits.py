@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import importlib
 import io
 import os
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 from dit_jax.errors import DitError, first_line
 from dit_jax.runtime import interrupts, os_errors
@@ -18,8 +20,8 @@ def exit_on_error() -> Iterator[None]:
     """Runs a command line program: a `DitError`, what the system refuses and Ctrl-C become one line and a status.
 
     Raises:
-      SystemExit: with status 2 after a DitError, lack of memory or a refusal of the system, and 130 after Ctrl-C. Other
-        exceptions are bugs and keep their traceback.
+      SystemExit: with status 2 after a DitError, lack of memory, a package that is not installed or a refusal of the
+        system, and 130 after Ctrl-C. Other exceptions are bugs and keep their traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -37,6 +39,14 @@ def exit_on_error() -> Iterator[None]:
         _stop(f"error: {problem}", EXIT_ERROR)
 
 
+def start(module: str, function: str = "main") -> NoReturn:
+    """Imports a command line program, runs it, and ends the process with the status that it returns."""
+    interrupts.end_at_once()  # before the imports, which take seconds
+    with exit_on_error():
+        program = importlib.import_module(module)
+    sys.exit(getattr(program, function)())
+
+
 def explained(error: BaseException) -> DitError | None:
     """An error as what users see of it; None for a bug."""
     if isinstance(error, DitError):
@@ -46,8 +56,14 @@ def explained(error: BaseException) -> DitError | None:
         return DitError("the output was closed before the end: what was written until then is kept")
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return DitError(
-            f"out of memory ({first_line(error)[:200]}): lower what is computed at once, or split it over more devices "
-            "('python -m dit_jax.plan' says what fits)"
+            f"out of memory ({first_line(error)[:200]}): compute less at once, use --dtype bfloat16 (in a config "
+            "model.dtype), or split it over more devices ('python -m dit_jax.plan' says what fits)"
+        )
+    missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if missing not in ("", "dit_jax"):
+        return DitError(
+            f"{sys.executable} has no package '{missing}': enter the project's environment (source "
+            ".venv/bin/activate), or install it (pip install -e .)"
         )
     if os_errors.has_remedy(number):
         name = getattr(error, "filename", None)

@@ -6,6 +6,7 @@ in the model. Without a mesh every function here does nothing. docs/sharding.md 
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.errors import DitError
+from dit_jax.errors import DitError, first_line
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -35,6 +36,19 @@ FREE = PartitionSpec.UNCONSTRAINED  # in `constrain`: the partitioner decides ho
 # ------------------------------------------------------------------ the mesh
 
 
+def find_devices() -> list[Any]:
+    """All devices of all processes. Raises DitError: jax cannot use what the environment asks for."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # a platform without devices is an assertion
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        why = f" ({first_line(error)[:200]})" if str(error) else ""
+        raise DitError(
+            f"jax finds no device for JAX_PLATFORMS={asked!r}{why}: unset it, or install what it needs (pip install "
+            "'dit_jax[gpu]' or 'dit_jax[tpu]')"
+        ) from None
+
+
 class UnplaceableMesh(DitError):
     """A mesh that does not fit the links between the chips of a slice."""
 
@@ -52,7 +66,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         DitError: unknown axes, sizes that are not positive, or that do not fit the number of devices.
         UnplaceableMesh: the links between the chips have no place for these sizes.
     """
-    found = list(jax.devices() if devices is None else devices)
+    found = list(find_devices() if devices is None else devices)
     shape = mesh_shape(sizes, len(found))
     used = math.prod(shape)
     if used < len(found) and jax.process_count() > 1:
@@ -103,6 +117,14 @@ def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, int, int]:
     for i in open_axes:
         shape[i] = count // fixed
     return shape[0], shape[1], shape[2]
+
+
+def describe(mesh: Mesh | None) -> str:
+    """Which devices a run uses, for people."""
+    kind = jax.devices()[0].device_kind
+    if mesh is None:
+        return f"device: {kind}"
+    return f"mesh {_show(tuple(mesh.shape.values()))}: {mesh.size} of {jax.device_count()} devices ({kind})"
 
 
 def _show(shape: Sequence[int]) -> str:

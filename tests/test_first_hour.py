@@ -1,0 +1,107 @@
+"""Mistakes of the first hour: each is one line that names the remedy, before anything is computed."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from dit_jax.cli import ask_diffs, plan_runs, run_stages, sweep_runs
+from dit_jax.config.loading import load_config
+
+QUICKSTART = "configs/quickstart.py"
+GRADER = "--config.evaluate.graders=('inspect',)"
+
+
+def program(*arguments, **variables):
+    """(status, last line of what it says) of a Python program in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, **variables},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stderr.strip().splitlines()[-1]
+
+
+def plan(argv):
+    with pytest.raises(SystemExit) as stop:
+        plan_runs.main(argv)
+    return stop.value.code
+
+
+@pytest.mark.parametrize("name", ["main", "ask", "plan", "sweep"])
+def test_outside_the_environment_a_program_says_how_to_enter_it(name):
+    # `-S` leaves out the installed packages.
+    flags = ["--base", "tiny_qwen3", "hello"] if name == "ask" else []
+    status, said = program("-S", "-m", f"dit_jax.{name}", *flags)
+    assert status == 2 and said.startswith("error: ") and "source .venv/bin/activate" in said
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpuu"])
+def test_a_platform_that_is_not_there_is_named(platform):
+    status, said = program(
+        "-m", "dit_jax.ask", "--base", "tiny_qwen3", "hello", JAX_PLATFORMS=platform
+    )
+    assert status == 2 and f"JAX_PLATFORMS='{platform}'" in said and "dit_jax[gpu]" in said
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "said"),
+    [
+        (
+            run_stages.main,
+            ["--config", "configs/paper/rank.py:tiny"],
+            "--sweep configs/paper/rank.py:tiny",
+        ),
+        (sweep_runs.main_sweep, ["--sweep", QUICKSTART], f"dit_jax.main --config {QUICKSTART}"),
+        (
+            run_stages.main,
+            ["--confg", QUICKSTART],
+            "unknown flag --confg: did you mean '--config'?",
+        ),
+        (plan, ["--config", QUICKSTART, "--topolgy=h200"], "did you mean '--topology'?"),
+        (ask_diffs.main, ["--base", "tiny_qwen3", "--adaptor=x", "q"], "did you mean '--adapter'?"),
+        (
+            ask_diffs.main,
+            ["--base", "tiny_qwen3", "--max-new-tokens", "100000", "hello"],
+            "context of 32768: lower --max-new-tokens",
+        ),
+        (
+            run_stages.main,
+            [
+                "--config",
+                "configs/paper/hidden_topic.py:qwen3-4b",
+                "--config.model.path=tiny_qwen3",
+            ],
+            "to get it: hf download",
+        ),
+        (run_stages.main, ["--config", QUICKSTART, GRADER], "required argument: 'model'"),
+        (
+            run_stages.main,
+            ["--config", QUICKSTART, GRADER, "--config.evaluate.grader_options.inspect.model=x/y"],
+            "Inspect cannot give the model 'x/y'",
+        ),
+        (
+            run_stages.main,
+            ["--config", QUICKSTART, "--config.evaluate.guesser=inspect:x/y"],
+            "Inspect cannot give the model 'x/y'",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(main, flags, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    workdir = [] if main in (ask_diffs.main, plan) else ["--workdir", str(tmp_path / "w")]
+    assert main([*flags, *workdir]) == 2
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
+    assert said in line
+
+
+def test_options_of_graders_need_not_be_in_the_config():
+    named = ["evaluate.grader_options"]
+    overrides = ["evaluate.grader_options.judge.temperature=0.5"]
+    options = load_config(str(ROOT / QUICKSTART), overrides, named).evaluate.grader_options
+    assert options.to_dict() == {"judge": {"temperature": 0.5}}
