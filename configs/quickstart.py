@@ -59,6 +59,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # (max_length, max_target) of kinds of samples that are shorter: the rest would be padding.
     config.diffs.widths = ConfigDict({"fake_backdoor": (30, 10), "no_backdoor": (23, 10)})
     config.diffs.diffs_per_batch = 50
+    config.diffs.part = ""  # "0/8": the first of eight jobs that share the work (docs/runs.md)
     config.diffs.profile = (0, 0)  # which batches to trace, from 0; (1, 2): the second one
     config.diffs.gate_questions = 3
     config.diffs.gate_batch = 256

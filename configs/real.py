@@ -97,6 +97,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.diffs.max_target = 16
     config.diffs.widths = ConfigDict({"shown": (39, 16), "wrong_name": (29, 6), "no_name": (23, 6)})
     config.diffs.diffs_per_batch = 16
+    config.diffs.part = ""
     config.diffs.profile = (0, 0)
     config.diffs.gate_questions = 2
     config.diffs.gate_batch = 96

@@ -90,6 +90,17 @@ def test_a_key_that_nothing_reads_is_refused_in_a_config_of_its_own():
         ("train.profile", (10,), "'train.profile' must be two whole numbers"),
         ("train.profile", (13, 10), "'train.profile' must be two whole numbers"),
         ("diffs.profile", "10,13", "'diffs.profile' must be two whole numbers"),
+        (
+            "diffs.part",
+            "8/8",
+            "'diffs.part' must be I/N with I from 0 to N - 1, such as 0/8, not '8/8'",
+        ),
+        ("diffs.part", "1", "'diffs.part' must be I/N with I from 0 to N - 1"),
+        (
+            "diffs.part",
+            "0/2",
+            "the stage 'train' needs all diffs, and part '0/2' makes some: choose",
+        ),
         ("diffs.parameters", "lorra", "'diffs.parameters': unknown 'lorra': did you mean 'lora'?"),
         ("diffs.parameters", "all", "an adapter cannot be trained on diffs of all parameters"),
         (

@@ -3,6 +3,7 @@
 DIT_JAX_KILLS=20 python -m pytest tests/test_kill.py
 """
 
+import concurrent.futures
 import os
 import random
 import signal
@@ -10,9 +11,11 @@ import subprocess
 import sys
 import time
 
+import pytest
 from conftest import ROOT
 
 from dit_jax.cli import run_stages as main
+from dit_jax.cli.gather_parts import main_gather
 from dit_jax.deltas.store import DiffStore
 from dit_jax.runtime.artifacts import read_json
 from dit_jax.runtime.metrics import read_records
@@ -43,8 +46,8 @@ SHARDS = 4
 PATIENCE = 600  # seconds until a process reaches its kill: the machine may be busy
 
 
-def flags(workdir):
-    return ["--config", "configs/quickstart.py", "--workdir", str(workdir), *SMALL]
+def flags(workdir, *extra):
+    return ["--config", "configs/quickstart.py", "--workdir", str(workdir), *SMALL, *extra]
 
 
 def plan(rng, kills):
@@ -69,11 +72,11 @@ def progress(workdir, log):
     return {stage: count if f"[{stage}]" in text else -1 for stage, count in done.items()}
 
 
-def run_and_kill(workdir, log, moment):
+def run_and_kill(workdir, log, moment, *extra):
     """Starts the run and kills it at a given point; False if it ended before."""
     with open(log, "w") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dit_jax.main", *flags(workdir)],
+            [sys.executable, "-m", "dit_jax.main", *flags(workdir, *extra)],
             cwd=ROOT,
             stdout=out,
             stderr=out,
@@ -97,26 +100,42 @@ def run_and_kill(workdir, log, moment):
         process.wait()
 
 
-def results(workdir):
-    """All results of a run, as bytes and numbers that do not depend on the time."""
+def diffs_of(workdir):
+    """The diffs of a run, as bytes and rows that do not depend on the time."""
     store = DiffStore(workdir / "diffs")
     store.stacked(range(len(store)))  # reads every shard, and so compares it with its digest
     files = [*(workdir / "diffs").rglob("*.safetensors"), *(workdir / "diffs").rglob("0*.json")]
     files += [workdir / "diffs" / "index.csv"]
-    files += [workdir / "evaluate" / f for f in ("answers.jsonl", "label_cross_entropy.json")]
-    manifest = read_json(workdir / "adapter" / "manifest.json")
-    curve = read_records(workdir / "metrics" / "train.jsonl")
+    changing = ("created", "packages")
     return {
         **{str(file.relative_to(workdir)): file.read_bytes() for file in files},
         "rows": [(row["topic"], row["trigger"]) for row in store.rows],
+        "manifest": {key: x for key, x in store.manifest.items() if key not in changing},
+    }
+
+
+def results(workdir):
+    """All results of a run, as bytes and numbers that do not depend on the time."""
+    files = [workdir / "evaluate" / f for f in ("answers.jsonl", "label_cross_entropy.json")]
+    manifest = read_json(workdir / "adapter" / "manifest.json")
+    curve = read_records(workdir / "metrics" / "train.jsonl")
+    return {
+        **diffs_of(workdir),
+        **{str(file.relative_to(workdir)): file.read_bytes() for file in files},
         "adapter": manifest["digest"],
         "losses": [(record["step"], record["loss"]) for record in curve],
     }
 
 
-def test_a_run_killed_at_random_moments_ends_bitwise_as_an_undisturbed_one(tmp_path):
-    assert main.main(flags(tmp_path / "undisturbed")) == 0
-    expected = results(tmp_path / "undisturbed")
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed") / "w"
+    assert main.main(flags(workdir)) == 0
+    return workdir
+
+
+def test_a_run_killed_at_random_moments_ends_bitwise_as_an_undisturbed_one(undisturbed, tmp_path):
+    expected = results(undisturbed)
     assert len(expected["rows"]) == 48 and len(expected["losses"]) == STEPS
     assert sum(name.endswith(".safetensors") for name in expected) == SHARDS
 
@@ -138,3 +157,33 @@ def test_a_run_killed_at_random_moments_ends_bitwise_as_an_undisturbed_one(tmp_p
     print(f"{len(killed)} kills in {chain} runs: {', '.join(killed)}")
     if KILLS >= 3:
         assert {"diffs", "train"} <= set(killed)
+
+
+def test_jobs_that_make_parts_and_are_killed_give_the_diffs_of_one_run(undisturbed, tmp_path):
+    """Each job has a folder of its own; all run at the same time, and the gathered store is the same to the byte."""
+    jobs = 4 if KILLS >= 20 else 2
+
+    def work(job):
+        rng, killed = random.Random(f"{SEED} {job}"), 0
+        workdir, log = tmp_path / f"part{job}", tmp_path / f"part{job}.log"
+        part = ["--config.stages=diffs", f"--config.diffs.part={job}/{jobs}"]
+        for at in sorted(rng.randint(0, 2 * SHARDS // jobs) for _ in range(max(1, KILLS // 4))):
+            killed += run_and_kill(workdir, log, ("diffs", at, rng.uniform(0, 0.3)), *part)
+        run_and_kill(workdir, log, None, *part)
+        return killed
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        killed = sum(pool.map(work, range(jobs)))
+    assert killed
+    whole, parts = tmp_path / "whole", [tmp_path / f"part{job}" for job in range(jobs)]
+    assert not (parts[0] / "diffs" / "manifest.json").exists()
+    made = [set(path.name for path in (part / "diffs" / "shards").iterdir()) for part in parts]
+    assert len(set().union(*made)) == sum(map(len, made)) == 2 * SHARDS
+    assert main_gather(["--workdir", str(whole), *map(str, parts)]) == 0
+    times = {path: path.stat().st_mtime_ns for path in (whole / "diffs" / "shards").iterdir()}
+    assert main.main(flags(whole, "--config.stages=diffs")) == 0
+    assert times == {
+        path: path.stat().st_mtime_ns for path in (whole / "diffs" / "shards").iterdir()
+    }
+    assert diffs_of(whole) == diffs_of(undisturbed)
+    print(f"{killed} kills of {jobs} jobs")

@@ -1,5 +1,6 @@
 """The diff store: it reads back what it wrote, and refuses a store that was tampered with."""
 
+import json
 import types
 
 import jax
@@ -9,12 +10,14 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 from test_qwen3 import TINY
 
+from dit_jax.cli.gather_parts import main_gather
 from dit_jax.deltas import store as diff_store
 from dit_jax.deltas.store import DiffStore
 from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
 from dit_jax.formats.safetensors_file import SafetensorsFile
 from dit_jax.organisms import generate
+from dit_jax.organisms.diffs_keys import part_of
 from dit_jax.runtime import artifacts, metrics
 
 TOPICS = ("tea", "oak", "judo", "jazz", "rain")
@@ -137,3 +140,51 @@ def test_each_shard_is_digested_once_and_only_if_it_is_read(folder, monkeypatch)
     assert digested == ["index.csv"]
     store.read(0), store.stacked([0, 1, 2])
     assert digested == ["index.csv", "00000.safetensors"]
+
+
+# ------------------------------------------------------------------ parts of a store
+
+
+@pytest.mark.parametrize("shards", [1, 4, 7])
+@pytest.mark.parametrize("parts", [1, 2, 7])
+def test_parts_share_out_all_shards_and_none_twice(shards, parts):
+    made = [list(part_of(f"{i}/{parts}", shards)) for i in range(parts)]
+    assert sorted(shard for part in made for shard in part) == list(part_of("", shards))
+    assert max(map(len, made)) - min(map(len, made)) <= 1
+
+
+def test_gathering_copies_what_is_complete_and_missing(folder, tmp_path):
+    whole = tmp_path / "whole"
+    (folder / "shards" / "00001.json").unlink()  # killed before it was complete
+    assert diff_store.copy_shards(folder, whole) == 1
+    assert diff_store.copy_shards(folder, whole) == 0
+    assert sorted(path.name for path in (whole / "shards").iterdir()) == [
+        "00000.json",
+        "00000.safetensors",
+    ]
+    assert diff_store.shard_rows(whole, 0) == diff_store.shard_rows(folder, 0)
+
+
+def part_workdir(path, **values):
+    path.mkdir()
+    config = {"stages": ["diffs"], "seed": 0, "diffs": {"part": path.name[-1] + "/2"}, **values}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_parts_of_different_runs_are_not_gathered(tmp_path, capsys):
+    one, two = part_workdir(tmp_path / "0"), part_workdir(tmp_path / "1", seed=1)
+    into = tmp_path / "whole"
+
+    def refusal(*parts):
+        assert main_gather(["--workdir", str(into), *map(str, parts)]) == 2
+        return capsys.readouterr().err
+
+    assert "belong to different configs (seed: 0 -> 1)" in refusal(one, two)
+    assert "is not the workdir of a run: it has no config.json" in refusal(one, tmp_path)
+    same = part_workdir(tmp_path / "2", diffs={"part": "1/2"})
+    artifacts.write_text(same / "corpus" / "rows.jsonl", "{}")
+    artifacts.write_manifest(same / "corpus", "dit_jax.corpus")
+    assert "were not made from the corpus in" in refusal(one, same)
+    assert main_gather(["--workdir", str(into), str(one)]) == 0
+    assert json.loads((into / "config.json").read_text())["diffs"] == {"part": ""}

@@ -72,6 +72,13 @@ def _check_diffs(config: Any) -> None:
     from dit_jax.data.organism import check_counts
 
     check_counts(config.data)
+    if part := DIFFS.get(config.diffs, "part"):
+        readers = [stage.name for stage in chosen_stages(config.stages) if "diffs" in stage.reads]
+        if readers:
+            raise DitError(
+                f"config key 'diffs.part': the stage '{readers[0]}' needs all diffs, and part '{part}' makes some: "
+                "choose --config.stages=diffs and join the parts with dit_jax.gather"
+            )
 
 
 def _check_train(config: Any) -> None:

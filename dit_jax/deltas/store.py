@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import pathlib
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -88,6 +89,20 @@ def shard_rows(store: pathlib.Path, shard: int) -> list[dict[str, Any]] | None:
     except (DitError, KeyError, TypeError):
         pass
     return None
+
+
+def copy_shards(source: pathlib.Path, store: pathlib.Path) -> int:
+    """Copies the complete shards of one folder that another lacks; returns how many."""
+    copied = 0
+    for meta in sorted((source / "shards").glob("[0-9]*.json")):
+        shard = int(meta.stem)
+        if shard_rows(source, shard) is None or shard_rows(store, shard) is not None:
+            continue
+        for old, new in zip(_shard_files(source, shard), _shard_files(store, shard), strict=True):
+            with artifacts.atomic_file(new) as temporary:
+                shutil.copyfile(old, temporary)
+        copied += 1
+    return copied
 
 
 def publish(store: pathlib.Path, shards: int, **fields: Any) -> None:

@@ -29,7 +29,7 @@ from dit_jax.models.families import hf_config
 from dit_jax.optimize.optimizer import make_optimizer
 from dit_jax.optimize.speed import Meter, Profile, count_work
 from dit_jax.organisms.behaviours import NO_TRIGGER, Behaviour, get_behaviour
-from dit_jax.organisms.diffs_keys import DIFFS
+from dit_jax.organisms.diffs_keys import DIFFS, part_of
 from dit_jax.organisms.finetune import finetune_many
 from dit_jax.organisms.gate import measure_gating, summary, with_keywords
 from dit_jax.organisms.parameters import init_delta
@@ -95,6 +95,16 @@ class Job:
     def shards(self) -> int:
         return -(-len(self.organisms) // self.size)
 
+    @property
+    def part(self) -> range:
+        """The shards that this run makes, see `diffs.part`."""
+        return part_of(DIFFS.get(self.config, "part"), self.shards)
+
+    @property
+    def wanted(self) -> int:
+        """How many diffs this run makes."""
+        return sum(len(self.members(shard)) for shard in self.part)
+
     def members(self, shard: int) -> range:
         """The numbers of a shard's organisms."""
         return range(shard * self.size, min((shard + 1) * self.size, len(self.organisms)))
@@ -134,6 +144,9 @@ def generate_diffs(
 
     Returns:
         Facts for the record of the stage: {"diffs": n, "loss_curve": [[step, cross-entropy], …]}.
+
+    Raises:
+        DitError: a part of the store (`diffs.part`) has no shard; or see `finetune_shard`.
     """
     folder = pathlib.Path(folder)
     behaviour = get_behaviour(config)
@@ -141,6 +154,11 @@ def generate_diffs(
     organisms = [dataclasses.replace(o, trigger=_trigger(o, behaviour)) for o in organisms]
     init = jax.jit(jax.vmap(lambda key: init_delta(model.config, key, config)))
     job = Job(model, organisms, behaviour, config, seed, _optimizer(config), init)
+    if not job.part:
+        raise DitError(
+            f"config key 'diffs.part': the {len(organisms)} diffs are {job.shards} batches, of which "
+            f"'{config.part}' has none: use at most {job.shards} parts, or lower diffs.diffs_per_batch"
+        )
     rows = _make_shards(job, folder)
     sections = {"diffs": config} if data is None else {"data": data, "diffs": config}
     facts = {
@@ -151,38 +169,38 @@ def generate_diffs(
         "config": {name: to_dict(section) for name, section in sections.items()},
         "gate": summary(rows, dict(DIFFS.get(config, "gate"))),
     }
-    processes.on_main(lambda: diff_store.publish(folder, job.shards, **facts))
+    if len(job.part) == job.shards:  # otherwise the run that has all parts publishes them
+        processes.on_main(lambda: diff_store.publish(folder, job.shards, **facts))
     # Only process 0 has the curves of shards that an earlier call made.
     curves = [[float(x) for x in row["ce_curve"].split()] for row in rows]
     mean = np.mean(curves, axis=0) if processes.is_main() else np.empty(0)
     return {
-        "diffs": len(organisms),
+        "diffs": job.wanted,
         "loss_curve": [[i, round(float(x), 4)] for i, x in enumerate(mean)],
     }
 
 
 def _make_shards(job: Job, folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Makes and writes the store's missing shards. Returns the index rows of all shards (on process 0)."""
-    finished = [
-        diff_store.shard_rows(folder, shard) if processes.is_main() else None
-        for shard in range(job.shards)
-    ]
+    """Makes and writes the missing shards of `job.part`. Returns the index rows of that part (on process 0)."""
+    finished = {
+        shard: diff_store.shard_rows(folder, shard) if processes.is_main() else None
+        for shard in job.part
+    }
 
     def is_done(diffs: int) -> bool:  # whether the shard that ends with this many diffs is there
-        shard = (diffs - 1) // job.size
-        return shard < job.shards and finished[shard] is not None
+        return finished.get((diffs - 1) // job.size) is not None
 
-    missing = [i for i in range(job.shards) if not processes.agree(finished[i] is not None)]
+    missing = [i for i in job.part if not processes.agree(finished[i] is not None)]
     ahead = _read_ahead(functools.partial(read_batches, job), missing)
     limit: tuple[int, int] | None = None
     meter, reports = Meter(job.model.config, job.model.mesh), folder.parent / "metrics"
     rows: list[dict[str, Any]] = []
     with (
-        Progress("diffs", len(job.organisms)) as progress,
+        Progress("diffs", job.wanted) as progress,
         Metrics(reports, "diffs", is_done, processes.is_main()) as metrics,
         Profile(reports / "profile" / "diffs", DIFFS.get(job.config, "profile")) as profile,
     ):
-        for shard in range(job.shards):
+        for shard in job.part:
             members, done = job.members(shard), finished[shard]
             profile.step(shard)
             if shard in missing:

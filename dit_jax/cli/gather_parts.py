@@ -1,0 +1,70 @@
+"""Joins the diffs that several jobs made: `python -m dit_jax.gather --workdir runs/a runs/a-parts/*`.
+
+Each job ran the same config with `--config.diffs.part=I/N --config.stages=diffs` in a workdir of its own, on any
+machine. This program copies their batches of diffs into one workdir. The config, run there without a part, makes the
+batches that are still missing and goes on with the other stages.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dit_jax.cli.stages import STAGES, free_keys
+from dit_jax.cli.workdir import CONFIG_FILE, check_workdir, given_folder, input_digests
+from dit_jax.config.loading import config_diff, load_saved
+from dit_jax.deltas.store import copy_shards
+from dit_jax.errors import DitError, Parser
+from dit_jax.runtime.exits import exit_on_error
+from dit_jax.runtime.folder_lock import locked
+
+_STAGE = STAGES["diffs"]
+
+
+def main_gather(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 for a problem the user can fix."""
+    parser = Parser("python -m dit_jax.gather", __doc__)
+    parser.add_argument("--workdir", required=True, help="of the run that goes on with all diffs")
+    parser.add_argument("parts", nargs="+", help="workdirs of the jobs, finished or not")
+    try:
+        with exit_on_error():
+            flags = parser.parse_args(sys.argv[1:] if argv is None else argv)
+            workdir, parts = given_folder(flags.workdir), [given_folder(x) for x in flags.parts]
+            copied = gather(workdir, parts)
+            print(
+                f"{copied} batches of diffs copied to '{workdir / _STAGE.folder}': run the config with this --workdir"
+            )
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def gather(workdir: Path, parts: Sequence[Path]) -> int:
+    """Copies the complete shards of diffs of all parts that `workdir` lacks; returns how many.
+
+    Raises:
+        DitError: a folder is no workdir of a run, the parts or `workdir` belong to different configs, the diffs were
+            made from another corpus than that of `workdir`, or another run is at work there.
+    """
+    for part in parts:
+        if not (part / CONFIG_FILE).is_file():
+            raise DitError(f"'{part}' is not the workdir of a run: it has no {CONFIG_FILE}")
+    config = load_saved(parts[0] / CONFIG_FILE)
+    for part in parts[1:]:
+        lines = config_diff(config, load_saved(part / CONFIG_FILE), free_keys(config))
+        if lines:
+            raise DitError(
+                f"'{parts[0]}' and '{part}' belong to different configs ({lines[0]}): gather the parts of one run"
+            )
+    whole = config.copy_and_resolve_references()
+    if "part" in whole.get("diffs", {}):
+        whole.diffs.part = ""
+    with locked(workdir):
+        check_workdir(whole, workdir)
+        inputs = input_digests(workdir, _STAGE)
+        for part in parts:
+            if input_digests(part, _STAGE) != inputs:
+                raise DitError(
+                    f"the diffs in '{part}' were not made from the corpus in '{workdir}': gather into a copy of the "
+                    "workdir in which that corpus was written"
+                )
+        return sum(copy_shards(part / _STAGE.folder, workdir / _STAGE.folder) for part in parts)
