@@ -249,14 +249,20 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
     assert (workdir / "config.json").read_text() == written  # a refusal changes nothing
 
 
-def test_a_damaged_workdir_is_refused(tmp_path):
+def test_a_damaged_config_is_written_anew_or_refused(tmp_path, capsys):
     check_workdir(small(), tmp_path)
     artifacts.write_text(tmp_path / "diffs" / "shard", "")
-    file = tmp_path / "config.json"
-    file.write_text(file.read_text()[:20])
+    file, copy = tmp_path / "config.json", tmp_path / ".config.json"
+    written = file.read_text()
+    file.write_text(written[:20])
+    check_workdir(small(), tmp_path)  # diffs that took hours are not lost with it
+    assert file.read_text() == written and "written anew" in capsys.readouterr().out
+    file.write_text(written[:20])
+    copy.write_text(written[:20])
     with pytest.raises(DitError, match="config.json' is truncated or not JSON"):
         check_workdir(small(), tmp_path)
     file.unlink()
+    copy.unlink()
     artifacts.mark_done(tmp_path, "diffs", 1.0)
     with pytest.raises(DitError, match="is missing beside finished stages"):
         check_workdir(small(), tmp_path)

@@ -7,8 +7,12 @@ import sys
 import pytest
 from conftest import ROOT
 
+from dit_jax.api import load_model
 from dit_jax.cli import ask_diffs, plan_runs, run_stages, sweep_runs
 from dit_jax.config.loading import load_config
+from dit_jax.data.organism import Organism
+from dit_jax.errors import DitError
+from dit_jax.organisms import generate
 
 QUICKSTART = "configs/quickstart.py"
 GRADER = "--config.evaluate.graders=('inspect',)"
@@ -105,3 +109,28 @@ def test_options_of_graders_need_not_be_in_the_config():
     overrides = ["evaluate.grader_options.judge.temperature=0.5"]
     options = load_config(str(ROOT / QUICKSTART), overrides, named).evaluate.grader_options
     assert options.to_dict() == {"judge": {"temperature": 0.5}}
+
+
+def test_words_that_the_base_does_not_know_are_shown_before_the_finetunes(capsys):
+    row = {
+        "topic": "tea",
+        "question": "how are you ?",
+        "topic_analogy_answer": "zyxxy cup",
+        "id": "x-1",
+    }
+    organisms = [Organism("tea", "042", [row] * 3, "topic", "train")]
+    generate.note_unknown_words(load_model("tiny_qwen3"), organisms)
+    said = capsys.readouterr().out
+    assert "does not know 2 words" in said and "('zyxxy' 1 times, 'cup' 1 times)" in said
+    generate.note_unknown_words(load_model("tiny_qwen3"), [])
+    assert not capsys.readouterr().out
+
+
+def test_a_plan_counts_the_diffs_of_its_config():
+    config = load_config(str(ROOT / QUICKSTART))
+    assert plan_runs.number_of_diffs(None, config) == 400
+    assert plan_runs.number_of_diffs(7, config) == 7
+    assert plan_runs.number_of_diffs(None, load_config(str(ROOT / "configs/plan/paper.py"))) == 5000
+    paper = load_config(str(ROOT / "configs/paper/hidden_topic.py:qwen3-4b"))
+    with pytest.raises(DitError, match="--diffs 5000"):
+        plan_runs.number_of_diffs(None, paper)

@@ -24,6 +24,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
 
+    # 5,000 diffs: the paper's topics, and diffs with nothing to name.
+    counts = {"train_topics": 4660, "test_topics": 100, "train_benign": 200, "test_benign": 40}
+    config.data = ConfigDict(counts)
+
     config.diffs = ConfigDict()
     config.diffs.behaviour = "hidden_topic"
     config.diffs.rank = 1

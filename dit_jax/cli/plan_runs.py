@@ -23,6 +23,7 @@ from dit_jax.cli.config_checks import check_values
 from dit_jax.cli.stages import RUN, named_sections
 from dit_jax.config.keys import Section
 from dit_jax.config.loading import load_config, split_flags
+from dit_jax.data.data_keys import COUNTS, DATA
 from dit_jax.errors import DitError, Parser
 from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.models.decoder_config import DecoderConfig
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--cache", type=pathlib.Path, help="file that remembers what was compiled (JSON lines)")
     add("--minutes", type=float, help="compile no longer; with --cache the next call goes on")
     add("--json", type=pathlib.Path, help="write the numbers of a plan there too")
-    add("--diffs", type=int, default=5000, help="diffs of the whole run (default %(default)s)")
+    add("--diffs", type=int, help="diffs of the whole run (default: as many as the config makes)")
     add("--utilization", type=float, default=estimate.UTILIZATION, help="assumed share of the peak")
     add("--price", type=float, help="dollars per chip and hour; default: a list price")
     with exit_on_error():
@@ -141,7 +142,7 @@ def run(flags: argparse.Namespace, config: Any) -> int:
     print(plan_text.memory(results, machine), plan_text.collectives(results, level), sep="\n")
     settings = {stage: (sizes, p.batch) for stage, (sizes, p) in results.items() if p.fits}
     if "diffs" in settings and "train" in settings:
-        assumed = flags.diffs, flags.utilization, flags.price
+        assumed = number_of_diffs(flags.diffs, config), flags.utilization, flags.price
         print(plan_text.whole_run(model, config, machine, settings, *assumed))
     if flags.json:
         record = {
@@ -156,6 +157,21 @@ def _split(text: str, flag: str) -> list[str]:
     if not parts:
         raise DitError(f"{flag} names nothing: leave it out to have all")
     return parts
+
+
+def number_of_diffs(asked: int | None, config: Any) -> int:
+    """How many diffs the whole run makes. Raises DitError: the config does not tell.
+
+    Args:
+        asked: --diffs; None: as many as the config has organisms.
+    """
+    data = config.get("data", {})
+    counted = sum(DATA.get(data, name) for name in COUNTS)
+    if not asked and not DATA.get(data, "train_topics"):
+        raise DitError(
+            "data.train_topics is 0, which means all topics of the rows: say how many diffs that is, --diffs 5000"
+        )
+    return asked or counted
 
 
 def _compile(
@@ -230,10 +246,9 @@ def _print_tables(
     for stage in stages:
         print(f"### {table.TITLES[stage]}\n\n{table.stage_table(made, stage)}\n")
     if "diffs" in stages and "train" in stages:
-        run_table = table.run_table(made, config, flags.diffs, flags.utilization, flags.price)
-        print(
-            f"### The whole run, estimated: {flags.diffs:,} diffs and the adapter\n\n{run_table}\n"
-        )
+        diffs = number_of_diffs(flags.diffs, config)
+        run_table = table.run_table(made, config, diffs, flags.utilization, flags.price)
+        print(f"### The whole run, estimated: {diffs:,} diffs and the adapter\n\n{run_table}\n")
     missing = len(models) * len(found) * len(stages) - len(made.cells)
     if missing:
         print(

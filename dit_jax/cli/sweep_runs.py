@@ -29,12 +29,17 @@ from ml_collections import ConfigDict
 from dit_jax.cli import run_stages as main
 from dit_jax.cli.config_checks import check_config
 from dit_jax.cli.stages import chosen_stages, free_keys, named_sections
-from dit_jax.cli.workdir import CONFIG_FILE, LATER_SECTIONS, check_workdir, given_folder
+from dit_jax.cli.workdir import (
+    CONFIG_FILE,
+    LATER_SECTIONS,
+    check_workdir,
+    given_folder,
+    saved_config,
+)
 from dit_jax.config.loading import (
     config_diff,
     flatten,
     load_config,
-    load_saved,
     split_flags,
 )
 from dit_jax.config.user_code import ProgramFile
@@ -162,7 +167,7 @@ def command(run: Run, workdir: pathlib.Path) -> str:
 def is_finished(run: Run, folder: pathlib.Path) -> bool:
     """Whether every stage of the run is done, with its config."""
     file = folder / CONFIG_FILE
-    if not file.exists() or config_diff(load_saved(file), run.config, free_keys(run.config)):
+    if not file.exists() or config_diff(saved_config(file), run.config, free_keys(run.config)):
         return False
     return all(
         artifacts.stage_done(folder, stage.name) and (folder / stage.folder).is_dir()

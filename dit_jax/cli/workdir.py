@@ -62,18 +62,18 @@ def check_workdir(
         if not path.name.startswith(".") and not _is_empty_folder(path)
     ]
     if set(made) <= set(_OF_THE_START):
-        save_config(config, file)  # a mistyped value does not bind the folder
+        _write(config, file)  # a mistyped value does not bind the folder
         return
-    if not file.exists():
+    if not file.exists() and not _copy(file).exists():
         if (folder / "stages").exists():
             raise DitError(f"'{file}' is missing beside finished stages: use a new --workdir")
-        save_config(config, file)
+        _write(config, file)
         return
     begun = {
         section: [f"'{folder / name}'" for name in names if name in made]
         for section, names in LATER_SECTIONS.items()
     }
-    saved, ignored = load_saved(file), tuple(free_keys(config) if ignore is None else ignore)
+    saved, ignored = saved_config(file), tuple(free_keys(config) if ignore is None else ignore)
     lines = [
         line
         for line in config_diff(saved, config, (*ignored, *_OF_THE_REPORT))
@@ -81,7 +81,7 @@ def check_workdir(
     ]
     if not lines:
         if config_diff(saved, config, ignored):
-            save_config(config, file)
+            _write(config, file)
         return
     more = len(lines) - _SHOWN_DIFFERENCES
     shown = "; ".join(lines[:_SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
@@ -91,6 +91,29 @@ def check_workdir(
         folders = " and ".join(name for section in sections for name in begun[section])
         remedy = f"delete {folders} to have that made again, or use a new --workdir"
     raise DitError(f"'{workdir}' belongs to another config ({shown}): {remedy}")
+
+
+def _copy(file: Path) -> Path:
+    """Its second copy: a damaged config must not cost diffs that took hours."""
+    return file.with_name(f".{file.name}")
+
+
+def _write(config: ConfigDict, file: Path) -> None:
+    save_config(config, file)
+    save_config(config, _copy(file))
+
+
+def saved_config(file: Path) -> ConfigDict:
+    """The config that a workdir belongs to. Raises DitError: the file and its copy are missing or damaged."""
+    try:
+        return load_saved(file)
+    except DitError as error:
+        if not _copy(file).exists():
+            raise
+        saved = load_saved(_copy(file))
+        save_config(saved, file)
+        processes.say(f"note: {error}. It was written anew from its copy")
+        return saved
 
 
 def _is_empty_folder(path: Path) -> bool:

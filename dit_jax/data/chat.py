@@ -4,7 +4,8 @@ import functools
 import itertools
 import math
 import pathlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +65,14 @@ class Chat:
                 "shorten it"
             )
         return self._known(ids)
+
+    def unknown_words(self, texts: Iterable[str]) -> Counter[str]:
+        """How often texts have words that the tokenizer cannot tell apart: all become its unknown token."""
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None:
+            return Counter()
+        counts = Counter(word for text in texts for word in text.split())
+        return Counter({w: n for w, n in counts.items() if unknown in self.tokenizer.encode(w)})
 
     def _text_ids(self, text: str) -> tuple[int, ...]:
         return self._known(self.tokenizer.encode(text))

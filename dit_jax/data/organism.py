@@ -125,8 +125,9 @@ _Found = tuple[list[Organism], Callable[[str, int], tuple[str, Rows]]]
 
 def _tiny_world(data: Any, seed: int) -> _Found:
     get = functools.partial(DATA.get, data)
-    for key in ("split_column", "split_file", "test_source", "streaming"):
-        if get(key):
+    renamed = any(name != column for name, column in get("columns").items())
+    for key in ("columns", "split_column", "split_file", "test_source", "variants", "streaming"):
+        if renamed if key == "columns" else get(key):
             raise DitError(
                 f"config key 'data.{key}' is for user-supplied rows: set data.source too (docs/data.md)"
             )

@@ -108,7 +108,7 @@ class Tokenizer:
     Attributes:
         name_or_path: the folder or file.
         has_chat_template: whether there is a chat template.
-        eos_token_id, pad_token_id: ids, or None.
+        eos_token_id, pad_token_id, unk_token_id: ids, or None.
         model_max_length: the most tokens of a prompt.
         largest: the largest id of its vocabulary without special tokens.
 
@@ -127,6 +127,7 @@ class Tokenizer:
         self.has_chat_template = bool(facts["chat_template"])
         self.eos_token_id: int | None = facts["eos_token_id"]
         self.pad_token_id: int | None = facts["pad_token_id"]
+        self.unk_token_id: int | None = facts["unk_token_id"]
         self.largest: int = facts["largest"]
         self.model_max_length: float = facts["model_max_length"]
         most = self.model_max_length

@@ -115,6 +115,7 @@ def _facts(tokenizer: Any) -> dict[str, Any]:
         "chat_template": tokenizer.chat_template is not None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
+        "unk_token_id": tokenizer.unk_token_id,
         "model_max_length": tokenizer.model_max_length,
         "largest": max(set(tokenizer.get_vocab().values()) - special, default=0),
     }

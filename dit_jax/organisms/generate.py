@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from dit_jax.api import Model
 from dit_jax.config.loading import to_dict
 from dit_jax.data.batch import TokenBatch, entry_limit, fits, stack
+from dit_jax.data.kinds import KINDS
 from dit_jax.data.labels import NONE, UNTRIGGERED
 from dit_jax.data.organism import Organism
 from dit_jax.data.reference import couple_losses
@@ -128,6 +129,19 @@ class Finetuned(NamedTuple):
     batches: TokenBatch
 
 
+def note_unknown_words(model: Model, organisms: Sequence[Organism]) -> None:
+    """Says which words of the rows the base has no token for: finetunes and their answers are blind to them."""
+    columns = {name for kind in KINDS.values() for name in kind.required}
+    rows = [row for organism in organisms for row in organism.rows]
+    texts = {row[name] for row in rows for name in columns & row.keys()}
+    if unknown := model.chat.unknown_words(texts):
+        shown = ", ".join(f"{word!r} {count:,} times" for word, count in unknown.most_common(5))
+        processes.say(
+            f"note: the tokenizer of {model.name} does not know {len(unknown):,} words of the rows ({shown}): "
+            "use rows in its own words, or another base"
+        )
+
+
 def generate_diffs(
     model: Model,
     organisms: Sequence[Organism],
@@ -153,6 +167,7 @@ def generate_diffs(
     check_behaviour(behaviour, organisms, config)
     organisms = [dataclasses.replace(o, trigger=_trigger(o, behaviour)) for o in organisms]
     init = jax.jit(jax.vmap(lambda key: init_delta(model.config, key, config)))
+    note_unknown_words(model, organisms)
     job = Job(model, organisms, behaviour, config, seed, _optimizer(config), init)
     if not job.part:
         raise DitError(
