@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
-import os
+import itertools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dit_jax.data.chat import Chat, check_id, load_chat
-from dit_jax.deltas.raw_diff import said, svd_error
+from dit_jax.deltas.raw_diff import said
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.models import shardings
 from dit_jax.models.decoder import Params, forward, init_params, unembed
@@ -25,6 +25,9 @@ from dit_jax.models.layer_views import as_program_takes, keep_on_host
 from dit_jax.models.shapes import NAMED_CONFIGS
 from dit_jax.runtime import parallel
 from dit_jax.runtime.digests import base_digest
+
+if TYPE_CHECKING:
+    from dit_jax.deltas.detect import Found
 
 PathLike = str | pathlib.Path
 
@@ -255,50 +258,83 @@ class Diffs(Sequence[Diff]):
         return index % self._size
 
 
-def load_diffs(path: PathLike, model: Model, svd_rank: int | None = None) -> Diffs:
+def load_diffs(path: "PathLike | Found", model: Model, svd_rank: int | None = None) -> Diffs:
     """A lazy sequence of the weight diffs at `path`, in any known format (docs/formats.md).
 
     Nothing in the files is executed. The content tells the format: a diff store, a PEFT folder, a finetuned model
-    folder (the diff is M' − M over all parameters), a reference `.pt` file, or a folder of those with index.csv.
+    folder (the diff is M' − M over all parameters), an adapter of mlx-lm, a reference `.pt` file, a folder of those
+    with index.csv, or a folder of any of these.
 
     Args:
-        svd_rank: reduce a finetuned model's dense diff to a LoRA of this rank (metadata says what that keeps).
+        path: a path or a hub id (`formats.hub`), or what `detect.look_for_diffs` found there.
+        svd_rank: reduce each diff to a LoRA of this rank (metadata says what that keeps).
 
     Raises:
         DitError: there is nothing readable, or the diffs belong to another base model.
     """
-    from dit_jax.deltas.detect import open_diffs
+    from dit_jax.deltas.detect import list_diffs, look, open_diffs
     from dit_jax.deltas.store import DiffStore, label_of
+    from dit_jax.deltas.truncation import check_svd_rank, truncate_delta
 
     check_model(model)
-    path = os.path.expanduser(path)
-    if _is_own(path, "diff_store"):
-        if svd_rank is not None:
-            raise svd_error(path)
+    if svd_rank is not None:
+        check_svd_rank(svd_rank, model.config)
+    found = look(path)
+    path = str(found.path)
+
+    def reduced(diff: Diff) -> Diff:
+        if svd_rank is None or "svd" in diff.metadata:
+            return diff
+        delta, facts = truncate_delta(diff.delta, svd_rank, model.config, path)
+        return dataclasses.replace(diff, delta=delta, metadata={**diff.metadata, **facts})
+
+    if found.kind == "folder":
+        return _joined(
+            path, [(n, load_diffs(p, model, svd_rank)) for n, p in list_diffs(found.path)]
+        )
+    if found.kind == "diff_store":
         store = DiffStore(path)
-        check_base(store.manifest.get("base"), model, str(path))
+        check_base(store.manifest.get("base"), model, path)
 
         def read(index: int) -> Diff:
             row, what = store.rows[index], f"{path}, diff {index}"
             check_shapes(store.shapes(index), model.config, what)  # before it costs memory
             delta = store.read(index)
             check_fits(delta, model.config, what)
-            return Diff(delta, label_of(row), row.get("trigger"), said(row))
+            return reduced(Diff(delta, label_of(row), row.get("trigger"), said(row)))
 
-        return Diffs(len(store), read, name=str(path), splits=[row["split"] for row in store.rows])
+        return Diffs(len(store), read, name=path, splits=[row["split"] for row in store.rows])
 
-    raw = open_diffs(path, model.config, model.params, svd_rank)
+    raw = open_diffs(found, model.config, model.params, svd_rank)
 
     def convert(index: int) -> Diff:
         diff = raw[index]
-        return Diff(diff.delta, diff.label, diff.trigger, diff.metadata)
+        return reduced(Diff(diff.delta, diff.label, diff.trigger, diff.metadata))
 
     rows = getattr(raw, "rows", None)  # of a release's index.csv
     splits = None if rows is None else [row["split"] for row in rows]
-    return Diffs(len(raw), convert, getattr(raw, "order", None), str(path), splits)
+    return Diffs(len(raw), convert, getattr(raw, "order", None), path, splits)
 
 
-def load_diff(path: PathLike, model: Model, index: int = 0, svd_rank: int | None = None) -> Diff:
+def _joined(path: str, parts: Sequence[tuple[str, Diffs]]) -> Diffs:
+    """The diffs of a folder one after the other; metadata["found_in"] is each one's file or folder."""
+    places = [(name, diffs, i) for name, diffs in parts for i in range(len(diffs))]
+    starts = itertools.accumulate((len(diffs) for _, diffs in parts), initial=0)
+
+    def read(index: int) -> Diff:
+        name, diffs, i = places[index]
+        return dataclasses.replace(diffs[i], metadata={**diffs[i].metadata, "found_in": name})
+
+    order = [
+        start + i for start, (_, diffs) in zip(starts, parts, strict=False) for i in diffs.order
+    ]
+    splits = [split for _, diffs in parts for split in diffs.splits]
+    return Diffs(len(places), read, order, path, splits)
+
+
+def load_diff(
+    path: "PathLike | Found", model: Model, index: int = 0, svd_rank: int | None = None
+) -> Diff:
     """Weight diff number `index` of `load_diffs`; a negative one counts from the end.
 
     Raises:
@@ -308,7 +344,7 @@ def load_diff(path: PathLike, model: Model, index: int = 0, svd_rank: int | None
     return diffs[diffs.number(index)]
 
 
-def load_adapter(path: PathLike, model: Model) -> Delta:
+def load_adapter(path: "PathLike | Found", model: Model) -> Delta:
     """The delta of a DIT adapter: our export, a PEFT folder, or the reference's dit-adapter.pt.
 
     Raises:
@@ -317,14 +353,15 @@ def load_adapter(path: PathLike, model: Model) -> Delta:
     return read_adapter(path, model).delta
 
 
-def read_adapter(path: PathLike, model: Model) -> Diff:
+def read_adapter(path: "PathLike | Found", model: Model) -> Diff:
     """Like `load_adapter`, with further facts from the files in `metadata`."""
-    from dit_jax.deltas.detect import open_adapter
+    from dit_jax.deltas.detect import look, open_adapter
 
     check_model(model)
-    path = os.path.expanduser(path)
-    if not _is_own(path, "adapter"):
-        raw = open_adapter(path, model.config, model.params)
+    found = look(path)
+    path = str(found.path)
+    if found.kind != "adapter":
+        raw = open_adapter(found, model.config, model.params)
         delta = shardings.put_delta(model.config, model.mesh, raw.delta)
         return Diff(delta, metadata=raw.metadata)
     from dit_jax.deltas.adapter_file import load_adapter as load_export
@@ -336,13 +373,6 @@ def read_adapter(path: PathLike, model: Model) -> Diff:
         key: manifest.get(key) for key in ("system", "questions", "trained_on")
     }
     return Diff(shardings.put_delta(model.config, model.mesh, delta), metadata=facts)
-
-
-def _is_own(path: PathLike, kind: str) -> bool:
-    """Whether `path` is a folder of our own format `kind`. No file is opened: a large one takes seconds to parse."""
-    from dit_jax.deltas.detect import detect_format
-
-    return os.path.isdir(path) and detect_format(path) == kind
 
 
 def check_model(model: Any) -> None:

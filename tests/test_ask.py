@@ -90,7 +90,10 @@ def test_a_truncated_finetune_says_what_it_keeps(files, capsys):
         (["--seed", "abc"], "must be a whole number from 0 to 4294967295, not 'abc'"),
         (["--n", "0"], "must be a whole number from 1 up, not '0'"),
         (["--temperature", "nan"], "must be a number from 0 up, not 'nan'"),
-        (["--diff", "diff.pt", "--svd-rank", "2"], "holds no whole weights"),
+        (
+            ["--diff", "diff.pt", "--svd-rank", "999"],
+            "rank of the SVD must be from 1 to 128, not 999",
+        ),
         (["--diff", "diff.pt", "--index", "1"], "diff.pt holds 1 diffs: there is no diff 1"),
         (["--diff", "diff.pt", "--index", "-2"], "diff.pt holds 1 diffs: there is no diff -2"),
         (
@@ -98,7 +101,10 @@ def test_a_truncated_finetune_says_what_it_keeps(files, capsys):
             "rank of the SVD must be from 1 to 128, not 999",
         ),
         (["What is tea ? " * 300], "reads, 512: shorten it"),
-        (["--diff", "adapter.pt", "--svd-rank", "2"], "holds no whole weights"),
+        (
+            ["--adapter", "diff.pt"],
+            "is a .pt file of weight diffs, not an adapter: give it as the diff",
+        ),
     ],
 )
 def test_flags_that_would_say_nothing_are_errors(files, capsys, flags, message):
@@ -158,16 +164,6 @@ def test_a_run_given_as_a_diff_is_told_from_its_parts(tmp_path, capsys):
     for flag in ("--diff", "--adapter"):
         assert ask.main([*BASE, flag, str(tmp_path), "What is tea ?"]) == 2
         assert f"is a run: give '{tmp_path / 'diffs'}' as the diffs, or" in capsys.readouterr().err
-
-
-def test_a_folder_of_checkpoints_says_which_it_holds(files, tmp_path, capsys):
-    for step in (1, 2, 3, 4):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "adapter_config.json").write_text("{}")
-    (tmp_path / "runs").mkdir()
-    assert ask.main([*BASE, "--diff", str(tmp_path), "What is tea ?"]) == 2
-    said = "these folders in it may: 'checkpoint-1', 'checkpoint-2', 'checkpoint-3' and 1 more"
-    assert said in capsys.readouterr().err
 
 
 def test_a_release_is_read_file_by_file_and_answered_in_its_order(
@@ -246,11 +242,61 @@ def test_a_question_without_quotes_is_noted(capsys):
 def test_paths_are_looked_at_before_the_base_is_loaded(tmp_path, capsys):
     """A base may take minutes, or gigabytes of download; this one is not there at all."""
     base = ["--base", str(tmp_path / "no-model")]
-    assert ask.main([*base, "--diff", "owner/some-lora", "what is tea ?"]) == 2
-    assert "hf download owner/some-lora --local-dir DIR" in capsys.readouterr().err
-    (tmp_path / "empty").mkdir()
-    assert ask.main([*base, "--adapter", str(tmp_path / "empty"), "what is tea ?"]) == 2
-    assert "holds neither a weight diff nor an adapter" in capsys.readouterr().err
+    adapter, shards = tmp_path / "adapter", tmp_path / "shards"
+    for name in ("empty", "adapter", "shards"):
+        (tmp_path / name).mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    shutil.copy(find_folder("tiny_qwen3") / "config.json", shards)
+    shutil.copy(
+        find_folder("tiny_qwen3") / "model.safetensors", shards / "model-00001-of-00002.safetensors"
+    )
+    for flags, message in (
+        (("--adapter", tmp_path / "empty"), "holds neither a weight diff nor an adapter"),
+        (("--diff", tmp_path / "none"), "none' does not exist: check the path"),
+        (("--diff", adapter), "peft_type 'IA3' is not supported"),
+        (("--adapter", adapter), "peft_type 'IA3' is not supported"),
+        (("--diff", shards), "lacks the shard 'model-00002-of-00002.safetensors'"),
+        (("--adapter", shards), "is a model folder, not an adapter: give it as the diff"),
+    ):
+        assert ask.main([*base, *map(str, flags), "what is tea ?"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_diffs_of_a_folder_are_asked_in_one_batch(files, tmp_path, capsys):
+    model = dit_jax.load_model("tiny_qwen3")
+    folder = tmp_path / "loras"
+    for name, seed in (("run10", 10), ("run2", 2), ("group/run1", 1)):
+        delta = jax.tree.map(np.asarray, init_lora(model.config, jax.random.key(seed), 2))
+        export.write_peft(folder / name, delta, model.config, "tiny_qwen3")
+    shutil.copy(files / "diff.pt", folder)
+    (folder / "README.md").write_text("")
+    records, _ = run(capsys, "--diff", folder, "--all")
+    assert [record["path"] for record in records] == ["diff.pt", "group/run1", "run2", "run10"]
+    assert [record["label"] for record in records] == ["tea", None, None, None]
+    (record,), _ = run(capsys, "--diff", folder, "--index", "3")
+    assert record["path"] == "run10"
+    assert ask.main([*BASE, "--diff", str(folder), "What is tea ?"]) == 2
+    assert "holds 4 diffs: ask all with --all, choose one with --index" in capsys.readouterr().err
+    assert ask.main([*BASE, "--diff", str(folder / "group"), "What is tea ?"]) == 0
+    assert "diff 0 (run1): What is tea ?" in capsys.readouterr().out
+    # A part that is broken is told by its name.
+    (folder / "run2" / "adapter_config.json").write_text("{")
+    assert ask.main([*BASE, "--diff", str(folder), "--all", "What is tea ?"]) == 2
+    assert "run2/adapter_config.json' is not valid JSON" in capsys.readouterr().err
+
+
+def test_a_folder_of_one_training_is_no_folder_of_diffs(tmp_path, capsys):
+    for step in (100, 50):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "adapter_config.json").write_text("{}")
+    assert ask.main([*BASE, "--diff", str(tmp_path), "--all", "What is tea ?"]) == 2
+    message = "2 checkpoints of one training ('checkpoint-50', 'checkpoint-100'): give one of them, the last is"
+    said = capsys.readouterr().err
+    assert message in said and "checkpoint-100'\n" in said
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint-7").symlink_to(find_folder("tiny_qwen3"))
+    assert ask.main([*BASE, "--diff", str(tmp_path), "What is tea ?"]) == 2
+    assert "checkpoint-7' is a link out of its folder" in capsys.readouterr().err
 
 
 def test_a_base_that_is_an_adapter_says_what_to_give(tmp_path, capsys):

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from format_cases import (
@@ -23,10 +24,12 @@ from format_cases import (
 )
 from safetensors.numpy import load_file, save_file
 
-from dit_jax.deltas import detect, export
+import dit_jax
+from dit_jax.deltas import detect, export, store
 from dit_jax.deltas.factors import modules
 from dit_jax.deltas.finetuned import read_finetuned
-from dit_jax.deltas.whole_weights import best_rank
+from dit_jax.deltas.raw_diff import RawDiff
+from dit_jax.deltas.truncation import best_rank, truncate_delta
 from dit_jax.errors import DitError
 from dit_jax.formats import torch_save
 
@@ -43,8 +46,6 @@ class Pair:
         model = perturb(hf_model(self.base, config))
         model.save_pretrained(self.finetuned)
         self.model, self.logits = model, torch_logits(model, TOKENS)
-        import dit_jax
-
         self.params = dit_jax.load_model(self.base).params
 
 
@@ -257,6 +258,51 @@ def test_a_finetune_of_low_rank_is_recovered(tied, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(tied.base, dtype=torch.float32)
     wanted = merged_logits(model, TOKENS, lora)
     np.testing.assert_allclose(merged_logits(model, TOKENS, diff.delta), wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 9])
+def test_a_lora_is_reduced_as_its_product_is(rank):
+    """Truncation by the factors is that of the dense product, and so are the shares."""
+    lora = random_lora(UNTIED, rank=3, scale=0.7)
+    dense = {"layers": {}}
+    for (_, part, name), module in modules(lora):
+        w = 0.7 * np.einsum("lir,lro->lio", module["a"], module["b"])
+        dense["layers"].setdefault(part, {})[name] = {"w": w.astype(np.float32)}
+    found, facts = truncate_delta(lora, rank, UNTIED, "x")
+    wanted, other = truncate_delta(dense, rank, UNTIED, "x")
+    for (path, a), (_, b) in zip(modules(found), modules(wanted), strict=True):
+        assert a["a"].shape[-1] == min(rank, 3) and a["a"].dtype == np.float32, path
+        np.testing.assert_allclose(a["a"] @ a["b"], b["a"] @ b["b"], atol=2e-5)
+    np.testing.assert_allclose(
+        facts["svd"]["captured_energy_per_layer"],
+        other["svd"]["captured_energy_per_layer"],
+        rtol=1e-5,
+    )
+    assert (facts["svd"]["captured_energy"] > 1 - 1e-6) == (rank >= 3)
+    zero = {
+        "layers": {"mlp": {"up_proj": {**lora["layers"]["mlp"]["up_proj"], "scale": np.zeros(3)}}}
+    }
+    delta, facts = truncate_delta(zero, rank, UNTIED, "x")
+    assert delta == {} and facts["svd"]["captured_energy"] == 1
+
+
+def test_every_kind_of_diff_is_reduced(tied, tmp_path):
+    """Store, .pt, PEFT: the rank counts for all of them."""
+    model = dit_jax.load_model(tied.base)
+    lora = random_lora(rank=3)
+    export.write_peft(tmp_path / "peft", lora, CONFIG, "x")
+    export.write_pt_diffs(tmp_path / "x.pt", [RawDiff(lora, "tea", "7")], CONFIG)
+    rows = [{"topic": "tea", "trigger": "1", "split": "test"}]
+    store.write_shard(tmp_path / "store", 0, jax.tree.map(lambda x: x[None], lora), rows)
+    store.publish(tmp_path / "store", 1, base=model.digest())
+    wanted, _ = truncate_delta(lora, 2, CONFIG, "x")
+    for name in ("peft", "x.pt", "store"):
+        diff = dit_jax.load_diff(tmp_path / name, model, svd_rank=2)
+        assert diff.metadata["svd"]["rank"] == 2 and diff.metadata["svd"]["captured_energy"] < 1
+        found = dict(modules(diff.delta))
+        for path, module in modules(wanted):
+            product = found[path]["a"] @ found[path]["b"]
+            np.testing.assert_allclose(product, module["a"] @ module["b"], atol=1e-5)
 
 
 def test_a_whole_state_dict_of_another_model_is_refused(tmp_path):

@@ -51,7 +51,7 @@ def test_the_local_judge_grades_with_the_digit_it_says(monkeypatch):
 
 
 def test_a_judge_without_a_model_or_tokenizer_is_refused():
-    with pytest.raises(DitError, match="no model folder"):
+    with pytest.raises(DitError, match="'nowhere' does not exist"):
         get_grader("judge", model="nowhere")
     with pytest.raises(DitError, match="temperature -1"):
         get_grader("judge", model="tiny_qwen3", temperature=-1)

@@ -60,6 +60,32 @@ def config(source, **values):
     return data
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", b"topic;question\na;b\n", "separates its columns by a semicolon ';': separate them by commas"),
+        ("x.csv", b"topic\tquestion\na\tb\n", "separates its columns by a tab"),
+        ("x.csv", b"topic|question\na|b\n", "separates its columns by a bar"),
+        ("x.tsv", b"topic,question\na,b\n", "separates its columns by a comma"),
+        ("x.csv", b"sep=;\ntopic;question\n", "begins with a line 'sep=' of Excel"),
+        ("x.csv", b"sep=,\ntopic,question\n", "begins with a line 'sep=' of Excel"),
+        ("x.csv", "topic,question\n".encode("utf-16"), "is UTF-16 or UTF-32 text: save it as UTF-8 ('iconv"),
+        ("x.csv", "topic,question\n".encode("utf-16-le"), "is UTF-16 or UTF-32 text"),
+        ("x.csv", "topic,question\n".encode("utf-32"), "is UTF-16 or UTF-32 text"),
+        ("x.jsonl", '{"topic": "a"}\n'.encode("utf-16"), "is UTF-16 or UTF-32 text"),
+        ("x.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "run 'git lfs pull'"),
+        ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "run 'git lfs pull'"),
+        ("x.csv", b"<!DOCTYPE html><html></html>", "is a web page"),
+        ("x.csv", b"\x1f\x8b\x08\0\0", "is compressed: unpack it first"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_table_say_what_they_are(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DitError) as error:
+        open_source(str(tmp_path / name))
+    assert message in str(error.value)
+
+
 def error(data) -> str:
     with pytest.raises(DitError) as caught:
         load_corpus(data, 0)

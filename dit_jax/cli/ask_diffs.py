@@ -43,7 +43,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("questions", nargs="+", metavar="question", type=given.TEXT, help="asked one by one")
     given.add_model_flags(parser)
     add("--diff", type=given.TEXT, action=given.Once,
-        help="diff store, PEFT folder, finetuned model folder, .pt file, or release folder")
+        help="diff store, PEFT folder, finetuned model, .pt file, release folder, a folder of these, or a hub id")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--index", type=int, help="which diff of --diff (default 0; -1: the last)")
     which.add_argument("--all", action="store_true", help="all diffs of --diff, in one batched decode")
@@ -57,7 +57,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=given.SEED, default=0, help="seed of --temperature (default 0)")
     add("--n", type=given.COUNT, default=1, help="samples per question")
     add("--batch-size", type=given.COUNT, help="rows per decode (default: all, at most 256)")
-    add("--svd-rank", type=given.COUNT, help="reduce a finetuned model's diff to a LoRA of this rank")
+    add("--svd-rank", type=given.COUNT, help="reduce a diff to a LoRA of this rank")
     add("--json", action="store_true", help="JSON lines instead of text")
     return parser.parse_args(argv)
 # fmt: on
@@ -67,7 +67,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One record per (diff, variant, question, sample), in that order."""
     from dit_jax.api import Diff, Diffs, load_diffs, read_adapter
     from dit_jax.asking import ask_many
-    from dit_jax.deltas.detect import detect_format
+    from dit_jax.deltas.detect import look_for_adapter, look_for_diffs
     from dit_jax.deltas.factors import changes_nothing
 
     if not flags.diff and (flags.all or flags.index is not None or flags.svd_rank):
@@ -76,9 +76,9 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         raise DitError(
             "--n asks for several samples, but greedy decoding gives one: add --temperature 1"
         )
-    for path in (flags.diff, flags.adapter):  # before a base is loaded
-        if path and not os.path.isfile(os.path.expanduser(path)):
-            detect_format(os.path.expanduser(path))
+    # Before a base is loaded: that may take minutes.
+    diff_found = look_for_diffs(flags.diff) if flags.diff else None
+    adapter_found = look_for_adapter(flags.adapter) if flags.adapter else None
     model = given.load_base(flags)
     told = {""}
 
@@ -89,7 +89,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     if len(flags.questions) > 2 and not any(" " in question for question in flags.questions):
         note(f"{len(flags.questions)} questions of one word each: put a question in quotes")
-    adapter = read_adapter(flags.adapter, model) if flags.adapter else None
+    adapter = read_adapter(adapter_found, model) if adapter_found else None
     system = flags.system
     if system is None and adapter is not None:
         system = _trained_with(flags.adapter, adapter)
@@ -102,8 +102,13 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     numbers: list[int | None] = [None]
     known: dict[int, dict[str, str | None]] = {0: {"label": None, "split": None}}
     diffs: Sequence[Diff] = [Diff({})]
-    if flags.diff:
-        found = load_diffs(flags.diff, model, flags.svd_rank)
+    if diff_found:
+        found = load_diffs(diff_found, model, flags.svd_rank)
+        if diff_found.kind == "folder" and len(found) > 1 and not flags.all and flags.index is None:
+            raise DitError(
+                f"'{flags.diff}' holds {len(found)} diffs: ask all with --all, choose one with --index, or give its "
+                "own path"
+            )
         chosen = range(len(found)) if flags.all else [found.number(flags.index or 0)]
         numbers = list(chosen)
 
@@ -111,6 +116,8 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
             diff = found[chosen[i]]
             split = diff.metadata.get("split")
             known[i] = {"label": diff.label, "split": split if isinstance(split, str) else None}
+            if "found_in" in diff.metadata:
+                known[i]["path"] = diff.metadata["found_in"]
             if "svd" in diff.metadata:
                 note(_svd_note(numbers[i], diff.metadata["svd"]))
             note(_base_note(flags.diff, diff, model.name))
@@ -177,7 +184,11 @@ def _as_text(record: dict[str, Any], flags: argparse.Namespace) -> str:
     first = record["sample"] == 0 and (not flags.compare or record["variant"] == "base")
     if first:
         about = "" if record["diff"] is None else f"diff {record['diff']}"
-        told = [record["label"] and f"label: {record['label']}", record["split"]]
+        told = [
+            record.get("path"),
+            record["label"] and f"label: {record['label']}",
+            record["split"],
+        ]
         if any(told):
             about += f" ({printable(', '.join(filter(None, told)))})"
         lines.append(f"{about + ': ' if about else ''}{record['question']}")
@@ -219,6 +230,7 @@ def _trained_with(path: str, adapter: Any) -> str | None:
 def _last_name(model: str) -> str:
     """The name of a model without its owner and folders, also of a snapshot in the Hugging Face cache."""
     parts = [part for part in re.split(r"[/\\]|--", model.lower()) if part]
+    parts[-1:] = [part.partition("@")[0] for part in parts[-1:]]  # of a hub id
     if "snapshots" in parts:
         parts = parts[: parts.index("snapshots")]
     return parts[-1] if parts else ""

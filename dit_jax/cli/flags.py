@@ -57,7 +57,7 @@ def add_model_flags(parser: argparse.ArgumentParser, adapter_required: bool = Fa
         type=TEXT,
         action=Once,
         required=adapter_required,
-        help="DIT adapter: an export, a PEFT folder, or dit-adapter.pt",
+        help="DIT adapter: an export, a PEFT folder, dit-adapter.pt, or a hub id",
     )
     add(
         "--dtype",

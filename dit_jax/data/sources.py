@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.errors import DitError, did_you_mean, first_line
+from dit_jax.formats.recognise import HEAD_BYTES, what_separator, what_table
 
 MAX_FIELD = 2**24  # characters of one CSV field: a stray quote must not swallow a file of gigabytes
 
@@ -120,6 +121,8 @@ def _csv(path: Path) -> Source:
     _, header, problem = next(lines(), (1, [], "the file is empty"))
     if problem:
         raise DitError(f"'{path}' line 1: {problem}: write a header line first")
+    if what := what_separator(header):
+        raise DitError(f"'{path}' {what}")
     repeated = [name for i, name in enumerate(header) if name in header[:i]]
     if repeated:
         raise DitError(f"'{path}' has two columns '{repeated[0]}': rename one in its first line")
@@ -166,7 +169,12 @@ def _json_lines(path: Path) -> Source:
 
 
 def _open(path: Path) -> Any:
+    """A text file, whose undecodable bytes become lone surrogates. Raises DitError: no text, or not UTF-8 at all."""
     try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+        if head and (what := what_table(head)):
+            raise DitError(f"'{path}' {what}")
         return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
     except OSError as error:
         raise DitError(f"cannot read '{path}': {error.strerror}") from error

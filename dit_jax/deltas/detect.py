@@ -1,75 +1,135 @@
 """Detects by its content what kind of weight diff or adapter a path holds, and reads every kind."""
 
 import contextlib
+import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dit_jax.deltas import finetuned, gguf_lora, peft, reference_pt
-from dit_jax.deltas.raw_diff import RawDiff, svd_error
+from dit_jax.deltas import finetuned, gguf_lora, mlx, peft, reference_pt
+from dit_jax.deltas.raw_diff import RawDiff
 from dit_jax.errors import DitError
-from dit_jax.formats import torch_pickle
+from dit_jax.formats import budgets, torch_pickle
 from dit_jax.formats.files import file_inside, has_file, read_json_object, short
-from dit_jax.formats.recognise import what_folder
-from dit_jax.formats.weight_files import weight_file
+from dit_jax.formats.hub import find
+from dit_jax.formats.recognise import what_checkpoint, what_folder
+from dit_jax.formats.weight_files import open_weights, weight_file
 from dit_jax.models.decoder_config import DecoderConfig
 
 KINDS = {
     "diff_store": "a diff store",
     "adapter": "an exported DIT adapter",
     "peft": "a PEFT adapter folder",
+    "mlx": "an adapter folder of mlx-lm",
     "model": "a model folder",
     "release": "a folder of .pt files with an index.csv",
     "pt_diffs": "a .pt file of weight diffs",
     "pt_adapter": "a .pt file of an adapter",
     "pt_state_dict": "a .pt file of whole weights",
     "gguf": "a GGUF file",
+    "folder": "a folder of several weight diffs",
 }
+_ADAPTERS = ("adapter", "peft", "mlx", "pt_adapter", "gguf")  # what may be the adapter that answers
 # The files that mark a foreign folder, in this order: a PEFT folder may hold the base's config as well.
 _MARKS = {peft.CONFIG: "peft", reference_pt.INDEX: "release", "config.json": "model"}
+_MARKED = (*_MARKS, "manifest.json")
 _MANIFESTS = {
     "dit_jax.diff_store": "diff_store",
     "dit_jax.adapter": "adapter",
 }
 
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a path holds, before a base model is there to read it with.
+
+    Attributes:
+      path: the path, of a hub id that of its snapshot.
+      kind: one of `KINDS`.
+      tree: the content of a `.pt` file, which may take seconds to parse.
+    """
+
+    path: Path
+    kind: str
+    tree: Any = None
 
 
 def detect_format(path: str | Path) -> str:
-    """The kind of artifact at `path`, one of `KINDS`.
+    """The kind of artifact at `path`, one of `KINDS`; see `look`."""
+    return look(path).kind
+
+
+def look(path: str | Path | Found) -> Found:
+    """What is at a path or hub id.
 
     Raises:
       DitError: nothing is there, the kind is unknown, or the file is damaged.
     """
-    return _inspect(Path(path))[0]
-
-
-def _inspect(path: Path) -> tuple[str, Any]:
-    """The kind of artifact at `path`, and the content of a `.pt` file, which may take seconds to parse."""
-    try:
-        is_folder, exists = path.is_dir(), path.exists()
-    except (OSError, ValueError):  # the path is too long, or holds a NUL
-        raise DitError(f"'{path}' is not a usable path: check it") from None
-    if is_folder:
-        return _detect_folder(path), None
-    if not exists:
-        if _HUB_ID.fullmatch(str(path)):
-            raise DitError(
-                f"'{path}' does not exist here. If it is an id of the Hugging Face hub, download it first: hf download "
-                f"{path} --local-dir DIR, and give DIR"
-            )
-        raise DitError(f"'{path}' does not exist: check the path")
+    if isinstance(path, Found):
+        return path
+    path = find(path)
+    if path.is_dir():
+        return Found(path, _detect_folder(path))
     if path.suffix.lower() == ".gguf":
-        return "gguf", None
+        return Found(path, "gguf")
     tree = torch_pickle.load(path)
     kind = reference_pt.pt_kind(tree)
     if kind is None:
         raise DitError(
             f"'{path}' is a torch file, but holds neither weight diffs nor weights: check the path"
         )
-    return f"pt_{kind}", tree
+    return Found(path, f"pt_{kind}", tree)
+
+
+def look_for_diffs(path: str | Path) -> Found:
+    """`look` for a path that should hold weight diffs. What shows without a base model is checked now.
+
+    Raises:
+      DitError: see `look`; it is an adapter of this program, files are missing, or options are not supported.
+    """
+    found = look(path)
+    if found.kind == "adapter":
+        raise _no_diff(found)
+    _check_files(found)
+    return found
+
+
+def look_for_adapter(path: str | Path) -> Found:
+    """`look_for_diffs` for a path that should hold an adapter."""
+    found = look(path)
+    if found.kind not in _ADAPTERS:
+        raise _no_adapter(found)
+    _check_files(found)
+    return found
+
+
+def _check_files(found: Found) -> None:
+    if found.kind == "peft":
+        peft.open_peft(found.path)
+    elif found.kind == "mlx":
+        mlx.open_mlx(found.path)
+    elif found.kind == "model":
+        finetuned.read_own_config(found.path)
+        open_weights(found.path)
+
+
+def _no_diff(found: Found) -> DitError:
+    return DitError(
+        f"'{found.path}' is {KINDS[found.kind]}, not a weight diff: give it as the adapter"
+    )
+
+
+def _no_adapter(found: Found) -> DitError:
+    if found.kind == "folder":
+        names = _some(name for name, _ in list_diffs(found.path))
+        return DitError(
+            f"'{found.path}' itself holds no adapter, but these in it may be one: {names}"
+        )
+    return DitError(
+        f"'{found.path}' is {KINDS[found.kind]}, not an adapter: give it as the diff, and as the adapter a PEFT "
+        "folder, dit-adapter.pt or an exported adapter"
+    )
 
 
 def _detect_folder(folder: Path) -> str:
@@ -86,27 +146,24 @@ def _detect_folder(folder: Path) -> str:
             "adapter: check the path"
         )
     if has_file(folder, peft.CONFIG) and (whole := _whole_weights(folder)):
-        if any(has_file(folder, name) for name in (peft.WEIGHTS, peft.TORCH_WEIGHTS)):
+        if peft.has_weights(folder) or has_file(folder, mlx.WEIGHTS):
             raise DitError(
                 f"'{folder}' holds two changes, the weights of a whole model ({whole}) and an adapter "
                 f"({peft.CONFIG}): move one of them to a folder of its own"
             )
         return "model"  # the adapter was merged, and its config stayed
+    if mlx.is_mlx(folder):
+        return "mlx"
     for name, kind in _MARKS.items():
         if has_file(folder, name):
             return kind
-    # Trainers leave checkpoints in a folder, and PEFT leaves adapters whose name is not "default".
+    names: list[str] = []
     with contextlib.suppress(OSError):
-        inside = sorted(x.name for x in folder.iterdir() if any(has_file(x, y) for y in _MARKS))
-        if inside:
-            more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
-            raise DitError(
-                f"'{folder}' itself holds no weight diff, but these folders in it may: "
-                f"{', '.join(map(short, inside[:3]))}{more}"
-            )
-    with contextlib.suppress(OSError):
-        if what := what_folder(entry.name for entry in folder.iterdir()):
-            raise DitError(f"'{folder}' {what}")
+        names = [entry.name for entry in folder.iterdir()]
+    if not (what := what_checkpoint(names)) and list_diffs(folder):
+        return "folder"
+    if what := what or what_folder(names):
+        raise DitError(f"'{folder}' {what}")
     raise DitError(
         f"'{folder}' holds neither a weight diff nor an adapter: expected manifest.json, {peft.CONFIG}, "
         f"{reference_pt.INDEX} or config.json (give a .pt file by its own path)"
@@ -139,8 +196,75 @@ class Lazy(Sequence[RawDiff]):
         return self._read()
 
 
+def list_diffs(folder: Path) -> list[tuple[str, Path]]:
+    """(name relative to the folder, path) of the diffs below a folder that is none itself, in natural order.
+
+    These are folders with the mark of a known format, at most three deep, and `.pt` and `.gguf` files in the folder.
+    None of them is opened. Folders inside a diff, hidden ones, and adapters of this program are left out.
+
+    Raises:
+      DitError: a link leads out of the folder, or all are checkpoints of one training.
+    """
+    root = folder.resolve()
+    found: list[tuple[str, Path]] = []
+
+    def walk(place: Path, depth: int) -> None:
+        entries = sorted(place.iterdir(), key=lambda path: _natural(path.name))
+        if len(entries) > budgets.MAX_FOLDER_ENTRIES:
+            raise DitError(f"'{place}' holds more than {budgets.MAX_FOLDER_ENTRIES} files")
+        for path in entries:
+            if path.name.startswith("."):
+                continue
+            is_folder = path.is_dir()
+            if is_folder and path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise DitError(
+                    f"'{path}' is a link out of its folder: give what it leads to by its own path"
+                )
+            if is_folder and any(has_file(path, name) for name in _MARKED):
+                if _own_kind(path) != "adapter":
+                    found.append((path.relative_to(folder).as_posix(), path))
+            elif is_folder and depth < 3:
+                walk(path, depth + 1)
+            elif not is_folder and depth == 1 and path.suffix.lower() in (".pt", ".gguf"):
+                found.append((path.name, path))
+
+    with contextlib.suppress(OSError):
+        walk(folder, 1)
+    if len(found) > 1 and all(re.fullmatch(r"checkpoint-\d+", name) for name, _ in found):
+        raise DitError(
+            f"'{folder}' holds {len(found)} checkpoints of one training ({_some(name for name, _ in found)}): give "
+            f"one of them, the last is '{found[-1][1]}'"
+        )
+    return found
+
+
+def _own_kind(folder: Path) -> str | None:
+    """The kind of a folder of this program by its manifest; None: it is another's, or damaged, which reading tells."""
+    with contextlib.suppress(DitError):
+        if has_file(folder, "manifest.json"):
+            said = read_json_object(file_inside(folder, "manifest.json")).get("format")
+            return _MANIFESTS.get(said) if isinstance(said, str) else None
+    return None
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts run2 before run10."""
+    return [
+        (int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d{1,15})", name)
+    ]
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(short, names[:3])) + more
+
+
 def open_diffs(
-    path: str | Path, config: DecoderConfig, base_params: Any = None, svd_rank: int | None = None
+    path: str | Path | Found,
+    config: DecoderConfig,
+    base_params: Any = None,
+    svd_rank: int | None = None,
 ) -> Sequence[RawDiff]:
     """The weight diffs of a foreign format as a lazy sequence.
 
@@ -148,47 +272,41 @@ def open_diffs(
       path: a PEFT folder, model folder, release folder with an index.csv, or `.pt` file.
       config: architecture of the base model.
       base_params: its parameters, which diffs that are whole weights need.
-      svd_rank: reduces whole weights to a LoRA of this rank, see `finetuned.read_finetuned`.
+      svd_rank: reduces whole weights, and nothing else, to a LoRA of this rank, see `finetuned.read_finetuned`.
 
     Raises:
       DitError: see `detect_format` and the readers. `dit_jax.deltas.store` reads diff stores.
     """
-    path = Path(path)
-    kind, tree = _inspect(path)
-    if svd_rank is not None and kind in ("peft", "pt_adapter", "gguf"):
-        raise svd_error(path)
+    found = look(path)
+    path, kind = found.path, found.kind
     if kind == "pt_diffs":
-        return reference_pt.PtDiffs(path, config, base_params, svd_rank, tree)
+        return reference_pt.PtDiffs(path, config, base_params, svd_rank, found.tree)
     if kind == "release":
         return reference_pt.read_release(path, config, base_params, svd_rank)
-    if kind == "peft":
-        return Lazy(lambda: peft.read_peft(path, config, base_params))
     if kind in ("model", "pt_state_dict"):
         return Lazy(lambda: finetuned.read_finetuned(path, config, base_params, svd_rank))
-    if kind == "gguf":
-        return Lazy(lambda: gguf_lora.read_gguf_lora(path, config))
-    if kind == "pt_adapter":
-        return Lazy(lambda: reference_pt.read_pt_adapter(path, config))
-    raise DitError(f"'{path}' is {KINDS[kind]}, not a weight diff: give it as the adapter")
+    if kind in _ADAPTERS and kind != "adapter":
+        return Lazy(lambda: open_adapter(found, config, base_params))
+    raise _no_diff(found)
 
 
-def open_adapter(path: str | Path, config: DecoderConfig, base_params: Any = None) -> RawDiff:
-    """The adapter in a foreign format: a PEFT folder, or a `.pt` file {module: (A, B)}.
+def open_adapter(
+    path: str | Path | Found, config: DecoderConfig, base_params: Any = None
+) -> RawDiff:
+    """The adapter in a foreign format: a folder of PEFT or mlx-lm, a GGUF LoRA, or a `.pt` file {module: (A, B)}.
 
-    PEFT folders that change whole weights need `base_params`.
+    Folders that change whole weights need `base_params`.
 
     Raises:
       DitError: the path holds another format, or see the readers.
     """
-    path = Path(path)
-    kind = detect_format(path)
-    if kind == "peft":
-        return peft.read_peft(path, config, base_params)
-    if kind == "gguf":
-        return gguf_lora.read_gguf_lora(path, config)
-    if kind == "pt_adapter":
-        return reference_pt.read_pt_adapter(path, config)
-    raise DitError(
-        f"'{path}' is {KINDS[kind]}, not an adapter: give a PEFT folder, dit-adapter.pt or an "
-        "exported adapter"
-    )
+    found = look(path)
+    if found.kind == "peft":
+        return peft.read_peft(found.path, config, base_params)
+    if found.kind == "mlx":
+        return mlx.read_mlx(found.path, config, base_params)
+    if found.kind == "gguf":
+        return gguf_lora.read_gguf_lora(found.path, config)
+    if found.kind == "pt_adapter":
+        return reference_pt.read_pt_adapter(found.path, config, found.tree)
+    raise _no_adapter(found)

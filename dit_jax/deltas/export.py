@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.deltas.factors import common_dtype, fuse, modules
+from dit_jax.deltas.mlx import write_mlx
 from dit_jax.deltas.peft import write_peft
 from dit_jax.deltas.reference_pt import write_pt_adapter, write_pt_diffs
 from dit_jax.deltas.tree import merged_config
@@ -26,6 +27,7 @@ __all__ = [
     "fuse",
     "merged_tensors",
     "write_fused_peft",
+    "write_mlx",
     "write_peft",
     "write_pt_adapter",
     "write_pt_diffs",

@@ -34,9 +34,7 @@ def read_finetuned(
     path = pathlib.Path(path)
     if path.is_file():
         return read_pt_state_dict(path, config, base_params, svd_rank)
-    check_links(path)
-    where = file_inside(path, "config.json")
-    theirs = parse_config(read_json_object(where), str(where))
+    theirs = read_own_config(path)
     for field in ARCHITECTURE:
         found, wanted = getattr(theirs, field), getattr(config, field)
         if found != wanted:
@@ -50,6 +48,13 @@ def read_finetuned(
                 f"'{path}' is not a finetune of this model: its {field} is {found}, the base has {wanted}: {remedy}"
             )
     folder = open_weights(path)
-    weights = Weights(path, folder.shapes(), folder.read, True, theirs.tie_word_embeddings)
+    weights = Weights(path, folder.shapes(), folder.read, "nothing", theirs.tie_word_embeddings)
     delta, metadata = difference(weights, config, base_params, svd_rank)
     return RawDiff(delta, metadata=metadata)
+
+
+def read_own_config(folder: pathlib.Path) -> DecoderConfig:
+    """The architecture of a finetuned model. Raises DitError: see `parse_config` and `check_links`."""
+    check_links(folder)
+    where = file_inside(folder, "config.json")
+    return parse_config(read_json_object(where), str(where))

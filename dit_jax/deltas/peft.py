@@ -57,10 +57,28 @@ def read_peft(folder: str | FilePath, config: DecoderConfig, base_params: Any = 
       DitError: files are missing or malformed, options are not supported, tensors do not fit the model or the config,
         or tensors that the config asks for are missing.
     """
-    folder = FilePath(folder)
+    return read_tensors(*open_peft(FilePath(folder)), config, base_params)
+
+
+def open_peft(folder: FilePath) -> tuple[PeftOptions, FilePath, dict[str, Tensor]]:
+    """The options, the file with the tensors, and these, of which no values are read yet.
+
+    Raises:
+      DitError: files are missing or malformed, or options are not supported.
+    """
     where = file_inside(folder, CONFIG)
     options = PeftOptions(read_json_object(where, MAX_CONFIG_BYTES), where)
-    source, tensors = _open(folder)
+    return options, *_open(folder)
+
+
+def read_tensors(
+    options: PeftOptions,
+    source: FilePath,
+    tensors: dict[str, Tensor],
+    config: DecoderConfig,
+    base_params: Any,
+) -> RawDiff:
+    """The delta of tensors with PEFT's names; see `read_peft`."""
     by_module = _by_module(tensors, config, source)
 
     found: dict[tuple[Path, int], Callable[[], Factors]] = {}
@@ -151,6 +169,11 @@ def _locate_bias(
         )
     assert located[1] is not None  # projections are always in a layer
     return located[0].path, located[1]
+
+
+def has_weights(folder: FilePath) -> bool:
+    """Whether a folder has a file with the tensors of an adapter."""
+    return has_file(folder, WEIGHTS) or has_file(folder, TORCH_WEIGHTS)
 
 
 def _open(folder: FilePath) -> tuple[FilePath, dict[str, Tensor]]:

@@ -129,14 +129,10 @@ class DenseChanges:
         self._tie()
         if not self._new:
             return {}
-        new = dict(self._new)
-        for place in {place for place, layer in self._new if layer is not None}:
-            for layer in self._modules[place].indices:  # the layers without a change
-                new.setdefault((place, layer), lambda at=(place, layer): self._base(*at))  # type: ignore[misc]
-        names = {key: self._modules[key[0]].tensor.format(key[1]) for key in new}
-        named = {names[key]: read for key, read in new.items()}
-        shapes = {names[key]: self._modules[key[0]].file_shape for key in new}
-        weights = Weights(self.source, shapes, lambda name: named[name](), complete=False)
+        names = {key: self._modules[key[0]].tensor.format(key[1]) for key in self._new}
+        named = {names[key]: read for key, read in self._new.items()}
+        shapes = {names[key]: self._modules[key[0]].file_shape for key in self._new}
+        weights = Weights(self.source, shapes, lambda name: named[name](), missing="layers")
         return changes(weights, self.config, self.base_params)[0]
 
     def _put(self, key: Key, read: Read, module: str) -> None:

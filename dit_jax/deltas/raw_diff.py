@@ -11,7 +11,7 @@ from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import FLOATS
 from dit_jax.models.modules import Path, all_modules
 
-COMPUTED = ("svd", "notes")  # keys of metadata that no file may fill
+COMPUTED = ("svd", "notes", "found_in")  # keys of metadata that no file may fill
 
 
 @dataclasses.dataclass
@@ -50,13 +50,6 @@ def projection_size(
         )
     inputs, outputs = module.shape
     return inputs, outputs
-
-
-def svd_error(source: object) -> DitError:
-    """A DitError for a truncated SVD of something other than whole weights."""
-    return DitError(
-        f"'{source}' holds no whole weights: the rank of an SVD is for finetuned models only, drop it"
-    )
 
 
 def check_values(array: np.ndarray, name: str, source: object) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dit_jax.deltas.factors import Factors, add_once, fold, get_factors, modules, stack_factors
-from dit_jax.deltas.raw_diff import RawDiff, check_values, projection_size, said, svd_error
+from dit_jax.deltas.raw_diff import RawDiff, check_values, projection_size, said
 from dit_jax.deltas.store import label_of
 from dit_jax.deltas.whole_weights import Weights, difference, merged_tensors
 from dit_jax.errors import DitError
@@ -111,8 +111,6 @@ class PtDiffs(Sequence[RawDiff]):
                 _weights(self.path, changes), self.config, self.base_params, self.svd_rank
             )
             metadata = {**said(metadata), **facts}
-        elif self.svd_rank is not None:
-            raise svd_error(self.path)
         else:
             delta = _read_factors(self.path, changes, self.config, transposed=False)
             metadata = said(metadata)
@@ -139,13 +137,13 @@ def read_pt_diffs(
     return PtDiffs(FilePath(path), config, base_params, svd_rank)
 
 
-def read_pt_adapter(path: str | FilePath, config: DecoderConfig) -> RawDiff:
-    """The adapter in a `.pt` file, {module: (A [out, r], B [r, in])}, scale 1/r.
+def read_pt_adapter(path: str | FilePath, config: DecoderConfig, tree: Any = None) -> RawDiff:
+    """The adapter in a `.pt` file, {module: (A [out, r], B [r, in])}, scale 1/r. `tree`: its content, if it is known.
 
     Raises:
       DitError: the file does not hold an adapter, or one of another model.
     """
-    tree = _load(path, "adapter", "an adapter")
+    tree = _load(path, "adapter", "an adapter") if tree is None else tree
     if not all(isinstance(name, str) for name in tree):
         raise DitError(f"'{path}' is not a dict of modules: give another file")
     return RawDiff(_read_factors(path, tree, config, transposed=True), kind="adapter")
@@ -170,7 +168,7 @@ def read_pt_state_dict(
 
 def _weights(path: str | FilePath, tensors: dict[str, LazyTensor]) -> Weights:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    return Weights(path, shapes, lambda name: tensors[name].read(), complete=False)
+    return Weights(path, shapes, lambda name: tensors[name].read(), missing="kinds")
 
 
 def _read_factors(

@@ -1,14 +1,15 @@
-"""From whole weights to deltas (the difference to the base, dense or as a truncated SVD), and back (base ⊕ delta)."""
+"""From whole weights to deltas (the difference to the base), and back (base ⊕ delta)."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from dit_jax.deltas.factors import Factors, add_once, modules, stack_factors
+from dit_jax.deltas.factors import add_once, modules
 from dit_jax.deltas.raw_diff import check_values
 from dit_jax.deltas.tree import merged_config
+from dit_jax.deltas.truncation import check_svd_rank, truncate
 from dit_jax.errors import DitError
 from dit_jax.formats.files import short
 from dit_jax.models.decoder_config import DecoderConfig
@@ -31,13 +32,14 @@ from dit_jax.models.modules import (
 class Weights:
     """Whole weights of a finetuned model: shapes by Hugging Face name, and a function that reads one tensor.
 
-    `complete`: whether a missing tensor is an error; otherwise it is unchanged.
+    missing: what may be missing, and is unchanged then: nothing, a weight in all layers ("kinds"), or also in some
+      ("layers").
     """
 
     source: object
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
-    complete: bool
+    missing: Literal["nothing", "kinds", "layers"]
     head_is_tied: bool = False
 
 
@@ -72,9 +74,8 @@ def changes(
             f"'{weights.source}' holds whole weights: the base model is needed to read it"
         )
     table = all_modules(config)
-    most = max(min(module.shape) for module in table.values() if module.lora)
-    if svd_rank is not None and not 1 <= svd_rank <= most:
-        raise DitError(f"the rank of the SVD must be from 1 to {most}, not {svd_rank}")
+    if svd_rank is not None:
+        check_svd_rank(svd_rank, config)
     found = _place(weights, config)
 
     def subtract(path: Path, layer: int | None) -> np.ndarray:
@@ -93,7 +94,8 @@ def changes(
         delta: dict[str, Any] = {}
         for path in paths:
             if table[path].layers:
-                w = _stack_changes(path, config, subtract)
+                layers = {layer for at, layer in found if at == path}
+                w = _stack_changes(layers, config, lambda layer, path=path: subtract(path, layer))  # type: ignore[misc]
             else:
                 w = subtract(path, None)
             if w.any():
@@ -104,18 +106,22 @@ def changes(
             delta.setdefault(HEAD[0], {"w": np.zeros(shape, delta[EMBEDDING[0]]["w"].dtype)})
         metadata: dict[str, Any] = {}
     else:
-        delta, metadata = _truncate(paths, config, subtract, svd_rank, weights.source)
+        delta, metadata = truncate(paths, subtract, svd_rank, config, weights.source)
     return delta, metadata
 
 
 def _stack_changes(
-    path: Path, config: DecoderConfig, subtract: Callable[[Path, int | None], np.ndarray]
+    layers: set[int | None], config: DecoderConfig, subtract: Callable[[int | None], np.ndarray]
 ) -> np.ndarray:
-    first = subtract(path, 0)
-    w = np.empty((config.num_hidden_layers, *first.shape), first.dtype)
-    w[0] = first
-    for layer in range(1, config.num_hidden_layers):
-        w[layer] = subtract(path, layer)
+    """The changes of all layers [L, in, out], zero where a layer does not change."""
+    w: np.ndarray | None = None
+    for layer in range(config.num_hidden_layers):
+        if layer in layers:
+            change = subtract(layer)
+            if w is None:
+                w = np.zeros((config.num_hidden_layers, *change.shape), change.dtype)
+            w[layer] = change
+    assert w is not None  # a module in `found` has a layer
     return w
 
 
@@ -151,12 +157,14 @@ def _check_complete(
     found: dict[tuple[Path, int | None], str], weights: Weights, config: DecoderConfig
 ) -> None:
     paths = {path for path, _ in found}
-    if weights.complete:
+    if weights.missing == "nothing":
         paths = set(module_table(config))
         if not weights.head_is_tied and (EMBEDDING, None) not in found:
             paths.add(HEAD)
     if not paths:
         raise DitError(f"'{weights.source}' holds no weight of this model: check the path")
+    if weights.missing == "layers":
+        return
     table = all_modules(config)
     missing = [
         table[path].tensor.format(layer)
@@ -169,71 +177,6 @@ def _check_complete(
         raise DitError(
             f"'{weights.source}' lacks {', '.join(missing[:3])}{more}: get the complete model"
         )
-
-
-def best_rank(change: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """The best approximation a @ b of a matrix [in, out], with a: [in, r] and b: [r, out], and its energy.
-
-    It comes from the eigenvectors of the smaller Gram matrix in float64. The factors are float32. Energy is the squared
-    Frobenius norm.
-    """
-    wide = change.astype(np.float64)
-    rank = min(rank, *wide.shape)
-    tall = wide.shape[0] > wide.shape[1]
-    values, vectors = np.linalg.eigh(wide.T @ wide if tall else wide @ wide.T)
-    top = vectors[:, ::-1][:, :rank]
-    a, b = (wide @ top, top.T) if tall else (top, top.T @ wide)
-    energy = float(np.clip(values[::-1][:rank], 0, None).sum())
-    return a.astype(np.float32), np.ascontiguousarray(b, np.float32), energy
-
-
-def _truncate(
-    paths: list[Path],
-    config: DecoderConfig,
-    subtract: Callable[[Path, int | None], np.ndarray],
-    rank: int,
-    source: object,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A LoRA delta on the projections, and the share of the squared norm that it keeps."""
-    table, layers = all_modules(config), config.num_hidden_layers
-    total, kept = (
-        np.zeros(layers + 1),
-        np.zeros(layers + 1),
-    )  # the last entry is for modules outside the layers
-    per_module: dict[str, list[float]] = {}
-    delta: dict[str, Any] = {}
-    for path in paths:
-        factors: dict[tuple[Path, int], Callable[[], Factors]] = {}
-        shares = []
-        for layer in table[path].indices:
-            change = subtract(path, layer)
-            slot = layers if layer is None else layer
-            energy = float(np.square(change, dtype=np.float64).sum())
-            total[slot] += energy
-            captured = 0.0
-            if energy and layer is not None and table[path].lora:
-                a, b, captured = best_rank(change, rank)
-                kept[slot] += captured
-                factors[path, layer] = lambda a=a, b=b: Factors(a, b, 1.0)  # type: ignore[misc]
-            shares.append(_share(captured, energy))
-        per_module[".".join(path)] = shares
-        if factors:
-            tree = stack_factors(factors, config, source)
-            set_at(delta, path, dict(modules(tree))[path])
-    report = {
-        "rank": rank,
-        "captured_energy": _share(kept.sum(), total.sum()),
-        "captured_energy_per_layer": [
-            _share(k, t) for k, t in zip(kept[:-1], total[:-1], strict=True)
-        ],
-        "captured_energy_per_module": per_module,
-    }
-    return delta, {"svd": report}
-
-
-def _share(part: float, whole: float) -> float:
-    """part / whole, or 1 where there is nothing to capture."""
-    return min(1.0, float(part) / float(whole)) if whole else 1.0
 
 
 def merged_tensors(

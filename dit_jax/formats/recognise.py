@@ -33,9 +33,11 @@ def what_file(head: bytes) -> str:
 
 def what_table(head: bytes) -> str:
     """Why a text file is no table in UTF-8, with the remedy, by its first bytes; "" if they do not tell."""
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:HEAD_BYTES]:
+    marked = head.startswith((b"\xff\xfe", b"\xfe\xff"))
+    what = "" if marked else what_file(head)
+    if marked or (not what and b"\0" in head[:HEAD_BYTES]):
         return "is UTF-16 or UTF-32 text: save it as UTF-8 ('iconv -f utf-16 -t utf-8 OLD > NEW')"
-    return what_file(head)
+    return what
 
 
 def what_separator(header: Sequence[str]) -> str:
@@ -107,22 +109,31 @@ _FOLDERS: tuple[tuple[str, str], ...] = (
 )
 
 
+def what_checkpoint(names: Iterable[str]) -> str:
+    """Which program's checkpoint a folder with entries of these names is, with the remedy; "" if they do not tell."""
+    names = sorted(names)
+    kinds = (said for pattern, said in _FOLDERS if any(re.fullmatch(pattern, n) for n in names))
+    return next(kinds, "")
+
+
 def what_folder(names: Iterable[str]) -> str:
     """What a folder with entries of these names is, with the remedy; "" if they do not tell."""
     names = sorted(names)
-    for pattern, said in _FOLDERS:
-        if any(re.fullmatch(pattern, name) for name in names):
-            return said
-    return _other_weights(names)
+    return what_checkpoint(names) or _other_weights(names)
+
+
+def is_trainer_state(name: str) -> bool:
+    """Whether a file of this name is what trainers keep beside the weights."""
+    return re.fullmatch(_TRAINERS, name) is not None
 
 
 def _other_weights(names: Collection[str]) -> str:
     """Weights under a name of their own, and folders that hold everything but weights."""
     weights = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth"))]
-    weights = [name for name in weights if not re.fullmatch(_TRAINERS, name)]
+    weights = [name for name in weights if not is_trainer_state(name)]
     if weights:
         return f"holds {weights[0]!r}, which is no name of a model's weights: give that file itself, which is read"
-    if any(re.fullmatch(_TRAINERS, name) or name == "trainer_state.json" for name in names):
+    if any(is_trainer_state(name) or name == "trainer_state.json" for name in names):
         return "holds the state of a trainer and no weights: get the complete checkpoint"
     if "tokenizer.json" in names or "tokenizer_config.json" in names:
         return "holds a tokenizer and no weights: get the complete folder"

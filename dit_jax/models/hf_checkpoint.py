@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.errors import DitError, first_line
+from dit_jax.errors import DitError
 from dit_jax.formats.files import check_no_devices, read_json_object, short
+from dit_jax.formats.hub import find
 from dit_jax.formats.weight_files import open_weights
 from dit_jax.models.decoder import Params
 from dit_jax.models.decoder_config import DecoderConfig
@@ -45,26 +46,13 @@ def find_folder(name: str) -> pathlib.Path:
         return pathlib.Path(__file__).parents[1] / "assets" / TINY
     if name.startswith(PACKAGE):
         return _packaged(name.removeprefix(PACKAGE))
-    folder = pathlib.Path(name).expanduser()
+    folder = find(name, base=True)
     if (file := find_gguf(folder)) is not None:
         return file
-    if folder.is_dir():
-        check_no_devices(folder)
-        return folder
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise DitError(
-            f"there is no model folder {name!r}: give a folder in Hugging Face format, a GGUF file, a hub id or "
-            f"{TINY!r}"
-        )
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.jinja"]
-    try:
-        return pathlib.Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as e:  # network, authorisation, spelling: the library raises many kinds
-        raise DitError(
-            f"{name!r} is no folder here, and the hub does not give it: {first_line(e)}"
-        ) from None
+    if not folder.is_dir():
+        raise DitError(f"'{name}' is a file and no model folder: give the folder that holds it")
+    check_no_devices(folder)
+    return folder
 
 
 def _packaged(name: str) -> pathlib.Path:

@@ -1,0 +1,332 @@
+"""Hub ids: what they name, what is fetched, and what is said where there is nothing; from a cache and from a stand-in
+of the hub on the loopback.
+"""
+
+import hashlib
+import http.server
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import urllib.parse
+
+import jax
+import numpy as np
+import pytest
+
+import dit_jax
+from dit_jax.cli import ask_diffs as ask
+from dit_jax.deltas import adapter_file, export
+from dit_jax.deltas.tree import init_lora
+from dit_jax.errors import DitError
+from dit_jax.formats.hub import HubId, find, parse_hub_id
+from dit_jax.models.hf_checkpoint import find_folder
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+OLD = "89abcdef0123456789abcdef0123456789abcdef"
+TINY = find_folder("tiny_qwen3")
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    {
+        "owner/name": HubId("owner/name", None, ""),
+        "hf://owner/name": HubId("owner/name", None, ""),
+        "owner/name@v1.0": HubId("owner/name", "v1.0", ""),
+        "owner/name/a/b": HubId("owner/name", None, "a/b"),
+        "owner/name@v1/a": HubId("owner/name", "v1", "a"),
+        "owner/name/a@v1": HubId("owner/name", "v1", "a"),
+        "owner/name/a/x.pt": HubId("owner/name", None, "a/x.pt"),
+        "hf://owner/name@refs/pr/3/a": HubId("owner/name", "refs/pr/3", "a"),
+        "owner/name@refs%2Fpr%2F3": HubId("owner/name", "refs/pr/3", ""),
+        "https://huggingface.co/owner/name": HubId("owner/name", None, ""),
+        "https://huggingface.co/owner/name/tree/main/a": HubId("owner/name", "main", "a"),
+        "owner/name/tree/main": HubId("owner/name", None, "tree/main"),
+        "owner": None,
+        "owner/name@a/b@c": None,
+        "owner/name/../../etc": None,
+        "owner/name//a": None,
+        "/owner/name": None,
+        "./owner/name": None,
+        "../owner": None,
+        "~/owner": None,
+        "owner/na me": None,
+        "owner/name@": None,
+    }.items(),
+)
+def test_what_a_hub_id_names(text, wanted):
+    assert parse_hub_id(text) == wanted
+
+
+def lora(seed=1):
+    delta = jax.tree.map(np.asarray, init_lora(model().config, jax.random.key(seed), 2))
+    for part in delta["layers"].values():
+        for module in part.values():
+            module["a"] = np.full_like(module["a"], 0.1)
+    return delta
+
+
+def model():
+    return dit_jax.load_model("tiny_qwen3")
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """The files of a repository: an adapter, and more in folders."""
+    folder = tmp_path_factory.mktemp("repository") / "files"
+    export.write_peft(folder, lora(), model().config, "somebody/tiny_qwen3")
+    export.write_peft(folder / "more" / "second", lora(2), model().config, "somebody/tiny_qwen3")
+    export.write_pt_adapter(folder / "more" / "third.pt", lora(3), model().config)
+    adapter_file.export_adapter(folder / "own", lora(4), base=model().digest())
+    (folder / "optimizer.pt").write_bytes(b"state")
+    (folder / "README.md").write_text("# adapter")
+    (folder / "run.py").write_text("raise SystemExit('this ran')")
+    return folder
+
+
+def in_cache(cache, files, repo="owner/name", revision="main", sha=SHA):
+    """Puts files into a cache as huggingface_hub does: blobs, links to them, and the commit of a revision."""
+    storage = cache / f"models--{repo.replace('/', '--')}"
+    for path in sorted(files.rglob("*")):
+        if path.is_file():
+            blob = storage / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+            blob.parent.mkdir(parents=True, exist_ok=True)
+            blob.write_bytes(path.read_bytes())
+            link = storage / "snapshots" / sha / path.relative_to(files)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    (storage / "refs").mkdir(exist_ok=True)
+    (storage / "refs" / revision).write_text(sha)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "cache"
+
+
+def test_diffs_and_adapters_are_read_from_the_cache(repository, cache):
+    in_cache(cache, repository)
+    in_cache(cache, repository / "more" / "second", revision="v2", sha=OLD)
+    base, tokens = model(), [[5, 6, 7]]
+
+    def logits(delta):
+        return np.asarray(base.logits(tokens, deltas=delta))
+
+    def same(found, seed):
+        np.testing.assert_allclose(logits(found), logits(lora(seed)), atol=1e-5)
+
+    same(dit_jax.load_diff("owner/name", base), 1)
+    same(dit_jax.load_diff("owner/name@v2", base), 2)
+    same(dit_jax.load_diff(f"hf://owner/name@{OLD}", base), 2)
+    same(dit_jax.load_diff("owner/name/more/second", base), 2)
+    same(dit_jax.load_adapter("owner/name/more/third.pt@main", base), 3)
+    same(dit_jax.load_adapter("owner/name@main/own", base), 4)
+    folder = dit_jax.load_diffs("owner/name/more", base)
+    assert [diff.metadata["found_in"] for diff in folder] == ["second", "third.pt"]
+
+
+def test_a_base_is_read_from_the_cache(cache, capsys):
+    in_cache(cache, TINY, "owner/base")
+    assert dit_jax.load_model("owner/base@main").digest() == model().digest()
+    assert ask.main(["--base", "owner/base", "--max-new-tokens", "2", "What is tea ?"]) == 0
+
+
+def test_links_of_a_cache_lead_to_its_own_blobs_only(repository, cache, tmp_path):
+    in_cache(cache, repository)
+    weights = cache / "models--owner--name" / "snapshots" / SHA / "adapter_model.safetensors"
+    (tmp_path / "elsewhere").write_bytes(weights.read_bytes())
+    weights.unlink()
+    weights.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DitError, match="is a link out of its folder"):
+        dit_jax.load_diff("owner/name", model())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    {
+        "owner/none": "'owner/none' does not exist here, and the cache of the hub lacks it, and HF_HUB_OFFLINE",
+        "owner/name@v9": "'owner/name@v9' does not exist here, and the cache of the hub lacks it",
+        "owner/name/none": "the cache has nothing of 'none'",
+        "/none/here": "'/none/here' does not exist: check the path",
+        "none": "'none' does not exist: check the path (a hub id is OWNER/NAME",
+        "here/loras": "'here/loras' does not exist: check the path",
+        "loras/*": "patterns are not expanded here: give one path, or the folder",
+        "a" * 5000: "is not a usable path",
+    }.items(),
+)
+def test_what_is_neither_a_path_nor_a_hub_id_is_told(
+    repository, cache, tmp_path, monkeypatch, text, message
+):
+    in_cache(cache, repository)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for base in (False, True):
+        with pytest.raises(DitError) as error:
+            find(text, base=base)
+        assert message in str(error.value)
+
+
+def test_hub_ids_are_looked_at_before_the_base(repository, cache, tmp_path, capsys):
+    in_cache(cache, repository)
+    nowhere = ["--base", str(tmp_path / "no-model")]
+    assert ask.main([*nowhere, "--diff", "owner/none", "What ?"]) == 2
+    assert "'owner/none' does not exist here" in capsys.readouterr().err
+    assert ask.main([*nowhere, "--adapter", "owner/name/more", "What ?"]) == 2
+    assert "itself holds no adapter, but these in it may be one: 'second', 'third.pt'" in (
+        capsys.readouterr().err
+    )
+    assert ask.main([*nowhere, "--diff", "owner/name", "What ?"]) == 2
+    assert "no-model' does not exist" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ a stand-in of the hub
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The parts of the hub's interface that huggingface_hub uses to fetch a repository of small files."""
+
+    repos: dict[str, pathlib.Path] = {}
+    fetched: list[str] = []
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        parts = urllib.parse.unquote(urllib.parse.urlparse(self.path).path).strip("/").split("/")
+        repo = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
+        folder = self.repos.get(repo)
+        if folder is None:
+            return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+        if parts[0] == "api":
+            kind, revision = (*parts[4:6], "main")[:2] if len(parts) > 4 else ("revision", "main")
+            if revision not in ("main", SHA):
+                return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
+            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            names = [path.relative_to(folder).as_posix() for path in files]
+            tree = [
+                {"type": "file", "path": n, "size": f.stat().st_size, "oid": "0" * 40}
+                for n, f in zip(names, files, strict=True)
+            ]
+            info = {"id": repo, "sha": SHA, "siblings": [{"rfilename": name} for name in names]}
+            return self.answer(200, json.dumps(tree if kind == "tree" else info).encode())
+        name = "/".join(parts[4:])
+        data = (folder / name).read_bytes()
+        if self.command == "GET":
+            self.fetched.append(name)
+        etag = hashlib.sha256(data).hexdigest()
+        return self.answer(200, data, {"ETag": f'"{etag}"', "X-Repo-Commit": SHA})
+
+    def answer(self, status, data, headers=()):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **dict(headers)}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(repository, tmp_path):
+    """A running stand-in, and a function that finds ids there in a process of its own: {id: path or message}."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Hub.repos, Hub.fetched = {"owner/name": repository}, []
+    program = (
+        "import json, sys\n"
+        "from dit_jax.errors import DitError\n"
+        "from dit_jax.formats.hub import find\n"
+        "found = {}\n"
+        "for text in sys.argv[2:]:\n"
+        "    try: found[text] = str(find(text, base=sys.argv[1] == 'base'))\n"
+        "    except DitError as error: found[text] = f'error: {error}'\n"
+        "print(json.dumps(found))\n"
+    )
+
+    def find_all(kind, *texts, **environment):
+        env = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+            **environment,
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", program, kind, *texts],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    yield find_all
+    server.shutdown()
+    server.server_close()
+
+
+def below(folder):
+    return sorted(
+        p.relative_to(folder).as_posix() for p in pathlib.Path(folder).rglob("*") if p.is_file()
+    )
+
+
+def test_only_what_is_read_is_fetched_from_the_hub(hub, repository, tmp_path):
+    top = ["adapter_config.json", "adapter_model.safetensors"]
+    ids = (
+        "owner/name",
+        "owner/name@main/more/second",
+        "owner/name/more/third.pt",
+        "owner/name/own",
+    )
+    first = hub("diff", ids[0])[ids[0]]
+    assert below(first) == top and sorted(Hub.fetched) == top
+    found = hub("diff", *ids[1:])
+    assert below(found[ids[1]]) == top
+    assert pathlib.Path(found[ids[2]]).read_bytes() == (repository / "more/third.pt").read_bytes()
+    assert below(found[ids[3]]) == below(repository / "own")
+    assert not any(name.endswith((".py", ".md", "optimizer.pt")) for name in Hub.fetched)
+    # Without the hub, the cache gives the same.
+    fetched = len(Hub.fetched)
+    offline = hub("diff", *ids, HF_HUB_OFFLINE="1")
+    assert offline == {**found, ids[0]: first}
+    unreachable = hub("diff", ids[0], HF_ENDPOINT="http://127.0.0.1:9")
+    assert unreachable == {ids[0]: first} and len(Hub.fetched) == fetched
+
+
+def test_what_the_hub_does_not_have_is_told(hub, tmp_path):
+    for name, files in {
+        "owner/original": ["consolidated.00.pth", "params.json"],
+        "owner/gguf": ["a-Q4.gguf", "a-Q8.gguf", "README.md"],
+        "owner/images": ["README.md"],
+        "owner/twice": ["config.json", "model.safetensors", "pytorch_model.bin", "onnx/model.bin"],
+    }.items():
+        Hub.repos[name] = tmp_path / name
+        for file in files:
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_bytes(b"{}")
+    found = hub(
+        "base", "owner/none", "owner/name@v9", "owner/name/moer", *Hub.repos, "owner/gguf/a-Q4.gguf"
+    )
+    for text, message in {
+        "owner/none": "does not exist here, and the hub has no such model, or it is private: check the path or",
+        "owner/name@v9": "the hub has no such revision of it: check what follows the @",
+        "owner/name/moer": "owner/name holds no 'moer', but 'README.md', 'adapter_config.json'",
+        "owner/original": "holds weights in the original format of Meta or Mistral",
+        "owner/gguf": "holds 2 GGUF files ('a-Q4.gguf', 'a-Q8.gguf'): name one of them, owner/gguf/a-Q4.gguf",
+        "owner/images": "holds no weights that are read: check the id",
+    }.items():
+        assert message in found[text]
+    assert below(found["owner/twice"]) == ["config.json", "model.safetensors"]
+    assert found["owner/gguf/a-Q4.gguf"].endswith("a-Q4.gguf")
