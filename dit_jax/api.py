@@ -20,7 +20,13 @@ from dit_jax.models.decoder import Params, forward, init_params, unembed
 from dit_jax.models.decoder_config import COMPUTE, DTYPES, DecoderConfig
 from dit_jax.models.delta_trees import Delta, Deltas, check_fits, check_modules, check_shapes
 from dit_jax.models.families import read_config
-from dit_jax.models.hf_checkpoint import find_folder, generation_eos, load_params, stored_config
+from dit_jax.models.hf_checkpoint import (
+    find_folder,
+    generation_eos,
+    load_params,
+    open_checkpoint,
+    stored_config,
+)
 from dit_jax.models.layer_views import as_program_takes, keep_on_host
 from dit_jax.models.shapes import NAMED_CONFIGS
 from dit_jax.runtime import parallel
@@ -171,7 +177,8 @@ def load_model(
             params = jax.device_get(params)
         return Model(params, config, name, mesh=mesh)
     folder = find_folder(name)
-    config = stored_config(folder, read_config(folder))
+    config, files = read_config(folder), open_checkpoint(folder)
+    config = stored_config(files, config, folder)
     config = dataclasses.replace(config, dtype=dtype, **compute)
     config.check_platform(platform)
     place: Any = None if mesh is None else shardings.param_placer(config, mesh)
@@ -181,7 +188,7 @@ def load_model(
     chat = None
     if has_chat:
         chat = load_chat(folder, generation_eos(folder), config.vocab_size, system)
-    params = load_params(folder, config, place)
+    params = load_params(folder, config, place, files)
     return Model(params, config, name, chat, mesh)
 
 

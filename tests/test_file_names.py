@@ -1,6 +1,7 @@
 """Files as other programs leave them: wrapped names, torch weights in folders, and what tells of other misfits."""
 
 import json
+import os
 import re
 import shutil
 
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import dit_jax
-from dit_jax.deltas import export, peft
+from dit_jax.deltas import detect, export, peft
+from dit_jax.deltas.factors import modules
 from dit_jax.deltas.finetuned import read_finetuned
 from dit_jax.errors import DitError
 from dit_jax.formats import torch_save
@@ -228,7 +230,7 @@ def test_shards_outside_the_folder_are_refused(exports, tmp_path, params):
 # ------------------------------------------------------------------ what misfits say
 
 EXTRA = {
-    "classifier": ({"score.weight": np.ones((1, 32), np.float32)}, ["score", "classifier", "model.safetensors"]),
+    "classifier": ({"score.weight": np.ones((1, 32), np.float32)}, ["score", "classifier", "give body.pt"]),
     "value head": ({"v_head.summary.weight": np.ones((1, 32), np.float32)}, ["v_head", "value model", "python -c"]),
     "compiled reward model": ({"_orig_mod.reward_head.weight": np.ones((1, 32), np.float32)}, ["reward"]),
     "LoRA": ({"model.layers.0.mlp.up_proj.lora_A.weight": np.ones((2, 32), np.float32)}, ["adapter_config.json"]),
@@ -250,6 +252,90 @@ def test_a_tensor_says_what_its_file_is(exports, tmp_path, params, case):
         file = tmp_path / what / "model.safetensors"
         save_file({**load_file(file), **tensors}, file)
         refused(lambda read=read, what=what: read(tmp_path / what), *words)
+
+
+def test_the_body_of_a_classifier_is_compared_by_the_command_that_is_told(
+    exports, tmp_path, params
+):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    wanted = dict(modules(read_finetuned(exports / "finetune", UNTIED, params).delta))
+    score = {"score.weight": np.ones((1, 32), np.float32)}
+
+    def command(read):
+        with pytest.raises(DitError, match="no causal language model") as caught:
+            read()
+        return re.search(r'python -c "(.*)"', str(caught.value))[1]
+
+    shutil.copytree(exports / "finetune", tmp_path / "full")
+    tensors = load_file(tmp_path / "full" / "model.safetensors")
+    tensors.pop("lm_head.weight")
+    save_file({**tensors, **score}, tmp_path / "full" / "model.safetensors", {"format": "pt"})
+    code = command(lambda: read_finetuned(tmp_path / "full", UNTIED, params))
+    exec(code.replace("'body.pt'", repr(str(tmp_path / "body.pt"))), {})
+    assert torch.load(tmp_path / "body.pt")
+    found = dict(modules(read_finetuned(tmp_path / "body.pt", UNTIED, params).delta))
+    assert found.keys() == wanted.keys()
+    for path in found:
+        np.testing.assert_array_equal(found[path]["w"], wanted[path]["w"])
+
+    shutil.copytree(exports / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / peft.WEIGHTS
+    save_file({**load_file(file), **score}, file)
+    exec(command(lambda: peft.read_peft(tmp_path / "adapter", UNTIED)), {})
+    assert_same(peft.read_peft(tmp_path / "adapter", UNTIED).delta, LORA)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0", "F4_E2M1"])
+def test_floats_of_eight_bits_are_quantised_weights(exports, tmp_path, params, dtype):
+    shutil.copytree(exports / "finetune", tmp_path / "x")
+    file = tmp_path / "x" / "model.safetensors"
+    header = json.dumps(
+        {"x.weight": {"dtype": dtype, "shape": [4], "data_offsets": [0, 4]}}
+    ).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    refused(
+        lambda: read_finetuned(tmp_path / "x", UNTIED, params), dtype, "quantised", "dequantize"
+    )
+    refused(lambda: dit_jax.load_model(tmp_path / "x"), dtype, "quantised", "dequantize")
+
+
+def test_a_file_of_a_folder_stands_for_the_folder(exports):
+    """People complete paths with the tab key."""
+    model = dit_jax.load_model(exports / "base")
+    wanted = dit_jax.load_diff(exports / "finetune", model).delta
+    for name in ("model.safetensors", "config.json"):
+        assert_same(dit_jax.load_diff(exports / "finetune" / name, model).delta, wanted)
+    for name in (peft.WEIGHTS, peft.CONFIG):
+        assert_same(dit_jax.load_diff(exports / "adapter" / name, model).delta, LORA)
+        assert detect.look_for_adapter(exports / "adapter" / name).path == exports / "adapter"
+
+
+def test_whole_weights_in_a_file_by_itself(exports, tmp_path, params):
+    wanted = read_finetuned(exports / "finetune", UNTIED, params).delta
+    for name in ("merged.safetensors", "model.safetensors"):
+        shutil.copy(exports / "finetune" / "model.safetensors", tmp_path / name)
+        found = detect.open_diffs(tmp_path / name, UNTIED, params)[0]
+        assert_same(found.delta, wanted)
+    shutil.copy(exports / "adapter" / peft.WEIGHTS, tmp_path / peft.WEIGHTS)
+    refused(lambda: detect.open_diffs(tmp_path / peft.WEIGHTS, UNTIED, params)[0],
+            "a factor of a LoRA: its scale is in adapter_config.json")  # fmt: skip
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    refused(lambda: detect.open_diffs(tmp_path / "pipe.safetensors", UNTIED, params)[0],
+            "is not a regular file")  # fmt: skip
+
+
+def test_an_adapter_without_its_config_says_what_lacks(exports, tmp_path):
+    for name in (peft.WEIGHTS, peft.TORCH_WEIGHTS, "adapters.safetensors"):
+        folder = tmp_path / name.replace(".", "")
+        folder.mkdir()
+        shutil.copy(exports / "adapter" / peft.WEIGHTS, folder / name)
+        refused(
+            lambda folder=folder: detect.look(folder), name, "no adapter_config.json, which has"
+        )
+    shutil.copytree(exports / "adapter", tmp_path / "x")
+    save_file({}, tmp_path / "x" / peft.WEIGHTS)
+    refused(lambda: peft.read_peft(tmp_path / "x", UNTIED), "holds no tensors")
 
 
 def test_empty_factors_say_what_saved_them(exports, tmp_path):

@@ -7,17 +7,16 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from dit_jax.api import Diff, Model, deltas_of, load_diffs
-from dit_jax.deltas.detect import detect_format
+from dit_jax.deltas.detect import list_diffs, look
 from dit_jax.deltas.tree import is_lora
 from dit_jax.errors import DitError
 from dit_jax.runtime.os_errors import explain_os_errors
 
 _PICKED = re.compile(r"(?P<path>.+)\[(?P<picked>[-\d:,\s]+)\]")
 _PART = re.compile(r"(-?\d+)|(-?\d+)?:(-?\d+)?")
-FILES = (".pt", ".pth", ".bin", ".gguf", ".safetensors")  # files of a folder that may be diffs
-MAX_DEPTH = 4  # how deep folders in a folder are searched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +75,9 @@ def _of(text: str, model: Model, split: str | None, svd_rank: int | None) -> Ite
             if line.strip() and not line.startswith("#"):
                 yield from _of(line.strip(), model, split, svd_rank)
         return
-    for one in [path] if picked else _paths(path):
+    for one, part in [(path, path)] if picked else _parts(path):
         try:
-            diffs = load_diffs(one, model, svd_rank)
+            diffs = load_diffs(part, model, svd_rank)
         except DitError as problem:
             yield Target(one, one, problem=str(problem))
             continue
@@ -108,24 +107,15 @@ def _numbers(picked: str, size: int, text: str) -> list[int]:
     return numbers
 
 
-def _paths(path: str, depth: int = 0) -> list[str]:
-    """The path itself, or all diffs in a folder of diffs."""
-    place = Path(os.path.expanduser(path))
+def _parts(path: str) -> list[tuple[str, Any]]:
+    """(name, what `load_diffs` takes) of the path itself, or of each diff in a folder of diffs."""
     try:
-        detect_format(place)
-        return [path]
+        found = look(path)
+        if found.kind != "folder":
+            return [(path, found)]
+        return [(os.path.join(path, name), part) for name, part in list_diffs(found.path)]
     except DitError:
-        if not place.is_dir() or depth == MAX_DEPTH:
-            return [path]  # `load_diffs` says what is wrong
-    with explain_os_errors("read", place):
-        inside = sorted(x for x in place.iterdir() if x.suffix.lower() in FILES or x.is_dir())
-    found = [
-        name
-        for x in inside
-        if x.name[0] != "."
-        for name in _paths(os.path.join(path, x.name), depth + 1)
-    ]
-    return found or [path]
+        return [(path, path)]  # `load_diffs` says what is wrong
 
 
 def in_batches(

@@ -13,9 +13,10 @@ from dit_jax.errors import DitError
 from dit_jax.formats import budgets, torch_pickle
 from dit_jax.formats.files import file_inside, has_file, read_json_object, short
 from dit_jax.formats.hub import find
-from dit_jax.formats.recognise import what_checkpoint, what_folder
+from dit_jax.formats.recognise import is_trainer_state, what_checkpoint, what_folder
 from dit_jax.formats.weight_files import open_weights, weight_file
 from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.runtime.os_errors import explain_os_errors
 
 KINDS = {
     "diff_store": "a diff store",
@@ -26,18 +27,26 @@ KINDS = {
     "release": "a folder of .pt files with an index.csv",
     "pt_diffs": "a .pt file of weight diffs",
     "pt_adapter": "a .pt file of an adapter",
-    "pt_state_dict": "a .pt file of whole weights",
+    "pt_state_dict": "a file of whole weights",
     "gguf": "a GGUF file",
     "folder": "a folder of several weight diffs",
 }
 _ADAPTERS = ("adapter", "peft", "mlx", "pt_adapter", "gguf")  # what may be the adapter that answers
 # The files that mark a foreign folder, in this order: a PEFT folder may hold the base's config as well.
 _MARKS = {peft.CONFIG: "peft", reference_pt.INDEX: "release", "config.json": "model"}
-_MARKED = (*_MARKS, "manifest.json")
 _MANIFESTS = {
     "dit_jax.diff_store": "diff_store",
     "dit_jax.adapter": "adapter",
 }
+
+MAX_DEPTH = 4  # how deep folders of diffs are searched
+_SUFFIXES = (".pt", ".pth", ".bin", ".gguf", ".safetensors")
+# Files of a folder that is read as a whole.
+_PART = re.compile(
+    r"config\.json|adapter_config\.json|adapter_model\.(safetensors|bin)|adapters\.safetensors|index\.csv"
+    r"|manifest\.json|(model|pytorch_model)(-\d{1,6}-of-\d{1,6})?\.(safetensors|bin)(\.index\.json)?",
+    re.ASCII,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +78,15 @@ def look(path: str | Path | Found) -> Found:
     if isinstance(path, Found):
         return path
     path = find(path)
+    marks = (*_MARKS, "manifest.json")
+    if _PART.fullmatch(path.name) and any(has_file(path.parent, name) for name in marks):
+        path = path.parent  # a file that means nothing without the others
     if path.is_dir():
         return Found(path, _detect_folder(path))
     if path.suffix.lower() == ".gguf":
         return Found(path, "gguf")
+    if path.suffix.lower() == ".safetensors":
+        return Found(path, "pt_state_dict")
     tree = torch_pickle.load(path)
     kind = reference_pt.pt_kind(tree)
     if kind is None:
@@ -157,10 +171,10 @@ def _detect_folder(folder: Path) -> str:
     for name, kind in _MARKS.items():
         if has_file(folder, name):
             return kind
-    names: list[str] = []
-    with contextlib.suppress(OSError):
+    with explain_os_errors("read", folder):
         names = [entry.name for entry in folder.iterdir()]
-    if not (what := what_checkpoint(names)) and list_diffs(folder):
+    what = what_checkpoint(names)
+    if not what and not any(map(_PART.fullmatch, names)) and list_diffs(folder):
         return "folder"
     if what := what or what_folder(names):
         raise DitError(f"'{folder}' {what}")
@@ -199,8 +213,9 @@ class Lazy(Sequence[RawDiff]):
 def list_diffs(folder: Path) -> list[tuple[str, Path]]:
     """(name relative to the folder, path) of the diffs below a folder that is none itself, in natural order.
 
-    These are folders with the mark of a known format, at most three deep, and `.pt` and `.gguf` files in the folder.
-    None of them is opened. Folders inside a diff, hidden ones, and adapters of this program are left out.
+    These are folders with files of a model, an adapter or a checkpoint, up to four deep, and files that may hold
+    weights. None of them is opened, so reading one may fail. Hidden folders, states of trainers and adapters of this
+    program are left out.
 
     Raises:
       DitError: a link leads out of the folder, or all are checkpoints of one training.
@@ -209,27 +224,27 @@ def list_diffs(folder: Path) -> list[tuple[str, Path]]:
     found: list[tuple[str, Path]] = []
 
     def walk(place: Path, depth: int) -> None:
-        entries = sorted(place.iterdir(), key=lambda path: _natural(path.name))
-        if len(entries) > budgets.MAX_FOLDER_ENTRIES:
-            raise DitError(f"'{place}' holds more than {budgets.MAX_FOLDER_ENTRIES} files")
+        with explain_os_errors("read", place):
+            entries = sorted(place.iterdir(), key=lambda path: _natural(path.name))
         for path in entries:
-            if path.name.startswith("."):
+            if path.name.startswith(".") or len(found) > budgets.MAX_FOLDER_ENTRIES:
                 continue
-            is_folder = path.is_dir()
-            if is_folder and path.is_symlink() and not path.resolve().is_relative_to(root):
-                raise DitError(
-                    f"'{path}' is a link out of its folder: give what it leads to by its own path"
-                )
-            if is_folder and any(has_file(path, name) for name in _MARKED):
-                if _own_kind(path) != "adapter":
-                    found.append((path.relative_to(folder).as_posix(), path))
-            elif is_folder and depth < 3:
-                walk(path, depth + 1)
-            elif not is_folder and depth == 1 and path.suffix.lower() in (".pt", ".gguf"):
-                found.append((path.name, path))
+            if path.is_dir():
+                if path.is_symlink() and not path.resolve().is_relative_to(root):
+                    raise DitError(
+                        f"'{path}' is a link out of its folder: give what it leads to by its own path"
+                    )
+                with explain_os_errors("read", path):
+                    names = [entry.name for entry in path.iterdir()]
+                if any(map(_PART.fullmatch, names)) or what_checkpoint(names):
+                    if _own_kind(path) != "adapter":
+                        found.append((path.relative_to(folder).as_posix(), path))
+                elif depth < MAX_DEPTH:
+                    walk(path, depth + 1)
+            elif path.suffix.lower() in _SUFFIXES and not is_trainer_state(path.name):
+                found.append((path.relative_to(folder).as_posix(), path))
 
-    with contextlib.suppress(OSError):
-        walk(folder, 1)
+    walk(folder, 1)
     if len(found) > 1 and all(re.fullmatch(r"checkpoint-\d+", name) for name, _ in found):
         raise DitError(
             f"'{folder}' holds {len(found)} checkpoints of one training ({_some(name for name, _ in found)}): give "

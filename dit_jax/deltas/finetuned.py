@@ -7,7 +7,8 @@ from dit_jax.deltas.raw_diff import RawDiff
 from dit_jax.deltas.reference_pt import read_pt_state_dict
 from dit_jax.deltas.whole_weights import Weights, difference
 from dit_jax.errors import DitError
-from dit_jax.formats.files import check_links, file_inside, read_json_object
+from dit_jax.formats.files import check_links, file_inside, read_json_object, regular_file
+from dit_jax.formats.safetensors_file import SafetensorsFile
 from dit_jax.formats.weight_files import open_weights
 from dit_jax.models.decoder_config import ARCHITECTURE, DecoderConfig
 from dit_jax.models.families import parse_config
@@ -20,7 +21,7 @@ def read_finetuned(
     """The difference between a finetuned model and the base.
 
     Args:
-      path: a folder in Hugging Face format (one file or shards), or a `.pt` file with a state dict.
+      path: a folder in Hugging Face format (one file or shards), or a file with a state dict, `.pt` or `.safetensors`.
       config: architecture of the base.
       base_params: parameters of the base (docs/architecture.md), numpy or jax arrays.
       svd_rank: None for the dense difference of all parameters, in the dtype of the base. Otherwise the rank of its
@@ -32,6 +33,11 @@ def read_finetuned(
         equal the base.
     """
     path = pathlib.Path(path)
+    if path.suffix.lower() == ".safetensors":
+        file = SafetensorsFile(regular_file(path))
+        weights = Weights(path, file.shapes(), file.read, missing="kinds")
+        delta, metadata = difference(weights, config, base_params, svd_rank)
+        return RawDiff(delta, metadata=metadata)
     if path.is_file():
         return read_pt_state_dict(path, config, base_params, svd_rank)
     theirs = read_own_config(path)

@@ -88,8 +88,7 @@ def read_mlx(folder: str | Path, config: DecoderConfig, base_params: Any = None)
     base = raw.get("model")
     metadata = {"base_model_name_or_path": base} if isinstance(base, str) else {}
     if kind == "full":
-        shapes = {name: file.shape(name) for name in file.names}
-        weights = Weights(source, shapes, file.read, missing="layers")
+        weights = Weights(source, file.shapes(), file.read, missing="layers")
         delta, facts = difference(weights, config, base_params)
         return RawDiff(delta, metadata={**metadata, **facts}, kind="adapter")
     options, notes = _options(raw, kind, folder / CONFIG)

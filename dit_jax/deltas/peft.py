@@ -136,6 +136,8 @@ def _by_module(
     tensors: dict[str, Tensor], config: DecoderConfig, source: FilePath
 ) -> dict[str, dict[str, Tensor]]:
     """module -> part -> tensor, by the names in the file."""
+    if not tensors:
+        raise DitError(f"'{source}' holds no tensors: save the adapter again")
     by_module: dict[str, dict[str, Tensor]] = {}
     parsed = {name: peft_names.parse(name) for name in tensors if not is_ignored(name, config)}
     peft_names.check_one_adapter(filter(None, parsed.values()), source)

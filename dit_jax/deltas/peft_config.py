@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.deltas.patterns import Budget, Pattern
-from dit_jax.deltas.peft_refusals import option_error, plain, task_error, type_error
+from dit_jax.deltas.peft_refusals import merge_command, option_error, plain, task_error, type_error
 from dit_jax.errors import DitError
 from dit_jax.formats import budgets
 from dit_jax.formats.files import short
@@ -87,7 +87,8 @@ class PeftOptions:
         if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
             raise DitError(
                 f"'{source}': init_lora_weights {short(raw['init_lora_weights'])} changes the "
-                "base weights, which is not supported: save the adapter with path_initial_model_for_weight_conversion"
+                "base weights, which is not supported: save the adapter with path_initial_model_for_weight_conversion, "
+                f"or {merge_command(source.parent)}"
             )
         if raw.get("bias") not in (None, "none", "all", "lora_only"):
             raise DitError(f"'{source}': bias {short(raw['bias'])} is not supported")
@@ -229,7 +230,9 @@ class PeftOptions:
         return self._regexes[pattern]
 
     def _error(self, name: str, value: Any, wanted: str) -> DitError:
-        return DitError(f"'{self.source}': {name} is {short(value)} instead of {wanted}")
+        return DitError(
+            f"'{self.source}': {name} is {short(value)} instead of {wanted}: get the file again, or correct it"
+        )
 
     def _number(self, name: str, value: Any, *, integer: bool = False) -> float:
         if type(value) is int and integer and 1 <= value <= 2**20:

@@ -3,6 +3,10 @@
 import re
 from collections.abc import Collection, Iterable, Sequence
 
+QUANTISED = (
+    "its weights are quantised. Save them dequantised, with transformers 'model.dequantize().save_pretrained(OUT)', "
+    "with MLX 'mlx_lm.convert --dequantize', or give the model that was quantised"
+)
 HEAD_BYTES = 512  # of a file, enough for `what_file`
 
 
@@ -129,6 +133,9 @@ def is_trainer_state(name: str) -> bool:
 
 def _other_weights(names: Collection[str]) -> str:
     """Weights under a name of their own, and folders that hold everything but weights."""
+    adapter = next((name for name in names if re.fullmatch(_ADAPTERS, name)), None)
+    if adapter is not None and "adapter_config.json" not in names:
+        return f"holds {adapter!r} and no adapter_config.json, which has its scale: get the complete folder"
     weights = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth"))]
     weights = [name for name in weights if not is_trainer_state(name)]
     if weights:
@@ -140,4 +147,5 @@ def _other_weights(names: Collection[str]) -> str:
     return ""
 
 
+_ADAPTERS = r"adapter_model\.(safetensors|bin)|adapters\.safetensors"
 _TRAINERS = r"(optimizer|scheduler|training_args|rng_state(_\d+)?|scaler|random_states_\d+)\.(pt|pth|bin|pkl)"

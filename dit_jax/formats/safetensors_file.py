@@ -7,6 +7,7 @@ allocated for it. Writing uses the library.
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 import ml_dtypes
@@ -14,7 +15,7 @@ import numpy as np
 
 from dit_jax.errors import DitError
 from dit_jax.formats.files import RepeatedKey, unique_keys
-from dit_jax.formats.recognise import HEAD_BYTES, what_file
+from dit_jax.formats.recognise import HEAD_BYTES, QUANTISED, what_file
 
 MAX_HEADER_BYTES = 16 * 2**20
 _DTYPES: dict[str, Any] = {
@@ -73,6 +74,10 @@ class SafetensorsFile:
                 dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
             except (TypeError, KeyError, ValueError):
                 raise self._error(f"the entry of tensor {name[:80]!r} is malformed") from None
+            if isinstance(dtype, str) and re.fullmatch(r"(F8|F6|F4)_\w{1,16}", dtype):
+                raise DitError(
+                    f"'{self.path}': tensor {name[:80]!r} has the dtype {dtype}: {QUANTISED}"
+                )
             if not isinstance(dtype, str) or dtype not in _DTYPES:
                 raise self._error(
                     f"tensor {name[:80]!r} has the unsupported dtype {str(dtype)[:20]!r}"

@@ -180,11 +180,13 @@ def _open_shards(folder: Path, weight_map: dict[str, str], index: str) -> Tensor
         unlisted = [name for name in shapes if weight_map.get(name) != shard]
         if unlisted:
             raise DitError(
-                f"{folder / shard} holds {unlisted[0][:80]!r}, which the index does not list there"
+                f"'{folder / shard}' holds {short(unlisted[0])}, which the index does not list there: get both again"
             )
     for name, shard in weight_map.items():
         if name not in held[shard]:
-            raise DitError(f"{folder / shard} lacks {name[:80]!r}, which the index promises")
+            raise DitError(
+                f"'{folder / shard}' lacks {short(name)}, which the index promises: get both again"
+            )
     return Shards({name: files[shard] for name, shard in weight_map.items()})
 
 

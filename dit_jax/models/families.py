@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from dit_jax.errors import DitError
 from dit_jax.formats.files import read_json_object
+from dit_jax.formats.recognise import QUANTISED
 from dit_jax.models.decoder_config import WINDOWED, DecoderConfig
 from dit_jax.models.gguf_checkpoint import gguf_config
 from dit_jax.models.rope_config import read_rope
@@ -344,11 +345,11 @@ def parse_config(raw: dict[str, Any], where: str) -> DecoderConfig:
     for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
         if raw.get(key):
             raise DitError(f"{where}: {key} {raw[key]!r} is not supported")
-    for key in ("quantization_config", *EXPERTS, "layer_scales"):
+    if raw.get("quantization_config"):
+        raise DitError(f"{where} has a 'quantization_config': {QUANTISED}")
+    for key in (*EXPERTS, "layer_scales"):
         if raw.get(key):
-            raise DitError(
-                f"{where}: {key!r} is not supported: use a dense model with plain weights"
-            )
+            raise DitError(f"{where}: {key!r} is not supported: use a dense model")
     fields: dict[str, Any] = {}
     for key in _SIZES:
         value = raw.get(key)

@@ -15,7 +15,7 @@ import numpy as np
 from dit_jax.errors import DitError
 from dit_jax.formats.files import check_no_devices, read_json_object, short
 from dit_jax.formats.hub import find
-from dit_jax.formats.weight_files import open_weights
+from dit_jax.formats.weight_files import Tensors, open_weights
 from dit_jax.models.decoder import Params
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.families import hf_config
@@ -84,10 +84,17 @@ def generation_eos(folder: pathlib.Path) -> list[int]:
     return found
 
 
+def open_checkpoint(folder: str | pathlib.Path) -> Tensors:
+    """The tensors of a folder in Hugging Face format, or of a GGUF file. Raises DitError: see `open_weights`."""
+    folder = pathlib.Path(folder)
+    return GgufWeights(folder) if folder.suffix.lower() == ".gguf" else open_weights(folder)
+
+
 def load_params(
     folder: str | pathlib.Path,
     config: DecoderConfig,
     place: Callable[[tuple[str, ...], np.ndarray], Any] | None = None,
+    files: Tensors | None = None,
 ) -> Params:
     """Reads the weights of a Hugging Face folder in `config.dtype`, one stacked leaf at a time.
 
@@ -95,6 +102,7 @@ def load_params(
         place: called with (path, host array) for every leaf; returns the array to keep (on a device, sharded, …).
             By default this is an array on jax's default device, on a CPU the host array itself. Besides the kept
             arrays, host memory holds one leaf at most.
+        files: what `open_checkpoint` returned of the folder, if it is open.
 
     Raises:
         DitError: tensors are missing, unexpected, misshapen or of integers (all are listed), or a file is unreadable.
@@ -102,8 +110,7 @@ def load_params(
     place = place or (lambda path, array: jax.device_put(array, may_alias=True))
     dtype = jnp.dtype(config.dtype)
     names = tensor_names(config)
-    folder = pathlib.Path(folder)
-    files: Any = GgufWeights(folder) if folder.suffix.lower() == ".gguf" else open_weights(folder)
+    files = files or open_checkpoint(folder)
     stored = _stored_names(files.shapes(), config, folder)
     _check(files, stored, names, config, str(folder))
 
@@ -168,17 +175,17 @@ def _stored_names(shapes: Iterable[str], config: DecoderConfig, folder: Any) -> 
     return stored
 
 
-def stored_config(folder: str | pathlib.Path, config: DecoderConfig) -> DecoderConfig:
-    """The config as the weights of the folder have it: a head of its own in the file is no tied one, whatever
+def stored_config(
+    files: Tensors, config: DecoderConfig, folder: str | pathlib.Path
+) -> DecoderConfig:
+    """The config as the weights of a checkpoint have it: a head of its own in the file is no tied one, whatever
     config.json says (as transformers decides since version 5).
 
     Raises:
         DitError: an unreadable file.
     """
-    folder = pathlib.Path(folder)
-    if not config.tie_word_embeddings or folder.suffix.lower() == ".gguf":
+    if not config.tie_word_embeddings or isinstance(files, GgufWeights):
         return config
-    files = open_weights(folder)
     stored = _stored_names(files.shapes(), config, folder)
     table = all_modules(config)
     embedding, head = (stored.get(table[path].tensor) for path in (EMBEDDING, HEAD))

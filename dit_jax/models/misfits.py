@@ -3,9 +3,11 @@
 import re
 from collections.abc import Iterable, Mapping
 from math import prod
+from pathlib import Path
 
 from dit_jax.errors import DitError
 from dit_jax.formats.files import short
+from dit_jax.formats.recognise import QUANTISED
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.file_names import unwrap
 from dit_jax.models.text_part import is_vision
@@ -46,9 +48,7 @@ def tensor_error(source: object, name: str, shape: Iterable[int] = ()) -> DitErr
     if head := _OTHER_HEADS.search(name):
         return DitError(
             f"'{source}' holds {short(name)}, the head of a classifier, reward or value model, which is no causal "
-            "language model: without that head its body can be compared with the base. To remove it: python -c "
-            f"\"import safetensors.torch as s; f = 'model.safetensors'; s.save_file({{k: v for k, v in "
-            f"s.load_file(f).items() if '{head[2]}.' not in k}}, f, {{'format': 'pt'}})\""
+            f"language model. {_without_head(Path(str(source)), head[2])}"
         )
     if "lora_" in name:
         return DitError(
@@ -56,11 +56,26 @@ def tensor_error(source: object, name: str, shape: Iterable[int] = ()) -> DitErr
             "folder that has both (the file is called adapter_model.safetensors or .bin there)"
         )
     if _QUANTISED.search(name):
-        return DitError(
-            f"'{source}' holds {short(name)}: its weights are quantised. Save them dequantised: with transformers "
-            "'model.dequantize().save_pretrained(OUT)', with MLX 'mlx_lm.convert --dequantize'"
-        )
+        return DitError(f"'{source}' holds {short(name)}: {QUANTISED}")
     return None
+
+
+def _without_head(source: Path, head: str) -> str:
+    """How the rest of a file or folder becomes a diff: the head takes no part in text."""
+    keep = f"{{k: v for k, v in s.load_file('{source}').items() if '{head}.' not in k}}"
+    if source.suffix == ".safetensors":
+        return (
+            'Without that head the rest can be read: python -c "import safetensors.torch as s; '
+            f"s.save_file({keep}, '{source}', {{'format': 'pt'}})\""
+        )
+    if source.is_dir():
+        return (
+            'Without that head its body can be compared with the base: python -c "import torch, transformers as t; '
+            f"torch.save(t.AutoModel.from_pretrained('{source}').state_dict(), 'body.pt')\", and give body.pt"
+        )
+    return (
+        "Without that head its body can be compared with the base: remove its tensors from the file"
+    )
 
 
 def shape_error(
