@@ -73,7 +73,7 @@ def ask(
 
 def ask_many(
     model: Model,
-    questions: str | Iterable[str],
+    questions: str | Prompt | Iterable[str | Prompt],
     diffs: Any,
     adapter: Any = None,
     *,
@@ -88,7 +88,8 @@ def ask_many(
     Diffs are read when they are needed, so that memory holds those of one batch.
 
     Args:
-        questions: a string is one question.
+        questions: a string is one question, and so is a `Prompt`, which has its own system message, earlier turns or
+            prefill.
         diffs: a sequence of what `ask` takes as diff: [one, two] are two diffs, [(one, two)] is the sum of both. A
             single Diff, delta or None (no diff) is one diff. A generator is read before the first question.
         adapter: as in `ask`.
@@ -103,7 +104,7 @@ def ask_many(
     if samples < 1:
         raise DitError(f"samples is {samples}: give 1 or more")
     shared = _shared(model, adapter, "adapter")  # on the device once, not with every batch
-    questions = [questions] if isinstance(questions, str) else list(questions)
+    questions = [questions] if isinstance(questions, str | Prompt) else list(questions)
     diffs = [diffs] if diffs is None or isinstance(diffs, Diff | Mapping) else diffs
     diffs = diffs if isinstance(diffs, Sequence) else list(diffs)
     prompts = [question for question in questions for _ in range(samples)]

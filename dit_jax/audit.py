@@ -1,8 +1,6 @@
 """`python -m dit_jax.audit` audits weight diffs: `dit_jax.cli.audit_diffs`."""
 
-import sys
+from dit_jax.runtime.exits import start
 
 if __name__ == "__main__":
-    from dit_jax.cli.audit_diffs import main
-
-    sys.exit(main())
+    start("dit_jax.cli.audit_diffs")

@@ -1,8 +1,6 @@
 """`python -m dit_jax.calibrate` says what the answers of an adapter are worth: `dit_jax.cli.calibrate_adapter`."""
 
-import sys
+from dit_jax.runtime.exits import start
 
 if __name__ == "__main__":
-    from dit_jax.cli.calibrate_adapter import main
-
-    sys.exit(main())
+    start("dit_jax.cli.calibrate_adapter")

@@ -1,6 +1,7 @@
 """The command line of `ask`: which model answers, what the output says about it, and flags without effect."""
 
 import dataclasses
+import io
 import json
 import shutil
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 import dit_jax
+from dit_jax.asking import answer_batch
 from dit_jax.cli import ask_diffs as ask
+from dit_jax.data.chat import Prompt
 from dit_jax.deltas import export
 from dit_jax.deltas.raw_diff import RawDiff
 from dit_jax.deltas.tree import init_lora
@@ -228,10 +231,11 @@ def test_an_answer_ends_with_each_end_of_turn_and_a_target_with_the_tokenizers_o
 
 
 def test_a_flag_that_is_given_twice_is_refused(files, capsys):
-    """argparse takes the last value: the first diff would be dropped in silence."""
-    flags = ["--diff", str(files / "diff.pt"), "--diff", str(files / "adapter.pt"), "what is tea ?"]
+    """argparse takes the last value: the first adapter would be dropped in silence."""
+    twice = ["--adapter", str(files / "diff.pt"), "--adapter", str(files / "adapter.pt")]
+    flags = [*twice, "what is tea ?"]
     assert ask.main([*BASE, *flags]) == 2
-    assert "--diff is given twice" in capsys.readouterr().err
+    assert "--adapter is given twice" in capsys.readouterr().err
 
 
 def test_a_question_without_quotes_is_noted(capsys):
@@ -271,14 +275,15 @@ def test_the_diffs_of_a_folder_are_asked_in_one_batch(files, tmp_path, capsys):
     shutil.copy(files / "diff.pt", folder)
     (folder / "README.md").write_text("")
     records, _ = run(capsys, "--diff", folder, "--all")
-    assert [record["path"] for record in records] == ["diff.pt", "group/run1", "run2", "run10"]
+    names = ["diff.pt", "group/run1", "run2", "run10"]
+    assert [record["path"] for record in records] == [f"{folder}/{name}" for name in names]
     assert [record["label"] for record in records] == ["tea", None, None, None]
     (record,), _ = run(capsys, "--diff", folder, "--index", "3")
-    assert record["path"] == "run10"
+    assert record["path"] == f"{folder}/run10"
     assert ask.main([*BASE, "--diff", str(folder), "What is tea ?"]) == 2
     assert "holds 4 diffs: ask all with --all, choose one with --index" in capsys.readouterr().err
     assert ask.main([*BASE, "--diff", str(folder / "group"), "What is tea ?"]) == 0
-    assert "diff 0 (run1): What is tea ?" in capsys.readouterr().out
+    assert "group/run1: What is tea ?" in capsys.readouterr().out
     # A part that is broken is told by its name.
     (folder / "run2" / "adapter_config.json").write_text("{")
     assert ask.main([*BASE, "--diff", str(folder), "--all", "What is tea ?"]) == 2
@@ -334,3 +339,51 @@ def test_a_checkpoint_of_another_program_says_how_to_mend_it(tmp_path, capsys, w
     (tmp_path / "global_step500").mkdir()
     assert ask.main([*BASE, "--diff", str(tmp_path), "what is tea ?"]) == 2
     assert "zero_to_fp32.py . OUT" in capsys.readouterr().err
+
+
+def test_several_diffs_are_asked_each_with_its_path(files, capsys):
+    diffs = ["--diff", f"{files / 'diff.pt'}[0]", "--diff", files / "merged"]
+    records, _ = run(capsys, *diffs)
+    assert [record["path"] for record in records] == [f"{files / 'diff.pt'}", f"{files / 'merged'}"]
+    assert records[0]["tokens"] == run(capsys, "--diff", files / "diff.pt")[0][0]["tokens"]
+
+
+def test_a_multiplier_scales_the_diff(files, capsys):
+    diff = ("--diff", files / "diff.pt")
+    nothing = run(capsys, *diff, "--multiplier", "0")[0][0]
+    assert nothing["tokens"] == run(capsys)[0][0]["tokens"]
+    assert nothing["logprob"] == pytest.approx(run(capsys)[0][0]["logprob"], abs=1e-4)
+    doubled = run(capsys, *diff, "--multiplier", "2")[0][0]
+    model = dit_jax.load_model("tiny_qwen3")
+    one = dit_jax.load_diff(files / "diff.pt", model)
+    twice = dit_jax.ask(model, "What is tea ?", diff=(one, one), max_new_tokens=2)
+    assert doubled["logprob"] == pytest.approx(twice.logprob, abs=1e-3)
+
+
+def test_questions_history_and_prefill_come_from_files(files, tmp_path, capsys, monkeypatch):
+    turns = [
+        {"role": "user", "content": "What is rice ?"},
+        {"role": "assistant", "content": "A food ."},
+    ]
+    (tmp_path / "turns.json").write_text(json.dumps(turns))
+    monkeypatch.setattr("sys.stdin", io.StringIO("what is tea ?\n\nwhat is rice ?\n"))
+    flags = ["--questions", "-", "--history", str(tmp_path / "turns.json"), "--prefill", "It is"]
+    out = tmp_path / "answers.jsonl"
+    assert ask.main([*BASE, *flags, "--json", "--out", str(out), "What is tea ?"]) == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["question"] for r in records] == ["What is tea ?", "what is tea ?", "what is rice ?"]
+    model = dit_jax.load_model("tiny_qwen3")
+    history = tuple((turn["role"], turn["content"]) for turn in turns)
+    prompt = Prompt("What is tea ?", None, history, "It is")
+    (answer,) = answer_batch(model, [prompt], max_new_tokens=2)
+    assert records[0]["tokens"] == list(answer.tokens) and not capsys.readouterr().out
+    (tmp_path / "turns.json").write_text(json.dumps(turns[:1]))
+    assert ask.main([*BASE, *flags[2:4], "What is tea ?"]) == 2
+    assert "is no history" in capsys.readouterr().err
+
+
+def test_equal_answers_of_several_samples_are_one_line(files, capsys):
+    flags = ["--n", "5", "--temperature", "0.001", "What is tea ?"]
+    assert ask.main([*BASE, *flags]) == 0
+    question, answer = capsys.readouterr().out.splitlines()
+    assert question == "What is tea ?" and answer.startswith("  5 × ")

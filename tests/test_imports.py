@@ -63,7 +63,7 @@ def test_no_module_imports_the_heavy_libraries_at_the_top():
 RANKS = (
     "errors", "runtime", "formats", "config", "data", "models", "deltas", "optimize", "api", "asking", "diff_batches",
     "organisms", "train", "graders", "evaluate", "report", "auditing", "inspection", "planning", "cli",
-    "main", "ask", "audit", "calibrate", "plan", "sweep", "gather",
+    "__main__", "main", "ask", "audit", "calibrate", "plan", "sweep", "gather",
 )  # fmt: skip
 
 

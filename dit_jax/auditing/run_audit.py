@@ -12,7 +12,7 @@ import numpy as np
 from dit_jax.auditing import calibration, side_by_side, weights
 from dit_jax.auditing.battery import interview, noise_of, score, together
 from dit_jax.auditing.settings import Settings
-from dit_jax.auditing.targets import Target, in_batches
+from dit_jax.auditing.targets import Target, in_batches, reading_order
 from dit_jax.deltas.factors import changes_nothing
 from dit_jax.errors import DitError
 from dit_jax.report import audit_page
@@ -42,7 +42,7 @@ def audit(
     """
     _begin(settings, out)
     mine = targets[job[0] :: job[1]]
-    missing = [target for target in mine if read_part(out, target) is None]
+    missing = [mine[i] for i in reading_order(mine) if read_part(out, mine[i]) is None]
     with Progress("audit", len(mine)) as progress:
         progress.advance(len(mine) - len(missing))
         for target, record, sketch in examine(settings, missing):

@@ -5,12 +5,12 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dit_jax.api import Diff, Model, deltas_of, load_diffs
-from dit_jax.deltas.detect import list_diffs, look
+from dit_jax.deltas.detect import Found, list_diffs, look, look_for_diffs
 from dit_jax.deltas.tree import is_lora
 from dit_jax.errors import DitError
 from dit_jax.runtime.os_errors import explain_os_errors
@@ -23,7 +23,8 @@ _PART = re.compile(r"(-?\d+)|(-?\d+)?:(-?\d+)?")
 class Target:
     """One weight diff that a user named: `read` gives it, or `problem` says in a line why nothing can.
 
-    name: the path, with the number of the diff where the path holds several; number: that number.
+    name: the path, with the number of the diff where the path holds several; number: that number; place: in the order
+    in which reading all diffs of the path costs least.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Target:
     number: int = 0
     read: Callable[[], Diff] | None = None
     problem: str = ""
+    place: int = 0
 
     def key(self) -> str:
         """Identifies the diff and the state of its files, by their sizes and times."""
@@ -43,7 +45,12 @@ class Target:
 
 
 def list_targets(
-    given: Sequence[str], model: Model, split: str | None = None, svd_rank: int | None = None
+    given: Sequence[str],
+    model: Model,
+    split: str | None = None,
+    svd_rank: int | None = None,
+    index: int | None = None,
+    looked: Mapping[str, Found] | None = None,
 ) -> list[Target]:
     """The diffs of all that a command line names, in its order, each once.
 
@@ -51,41 +58,98 @@ def list_targets(
         given: paths of diffs in any format (`load_diffs`), each also as PATH[3], PATH[256:352] or PATH[0,5,-1]; folders
             of diffs; text files (.txt) with one of these a line.
         split: take only the diffs of this split from files that say it; other files are taken whole.
+        index: take only this diff of a path without a range; a negative one counts from the end.
+        looked: what `look_at` found, so that large files are not parsed twice.
 
     Raises:
-        DitError: a range is malformed or holds no diff, or nothing is left. A diff that cannot be read is a target.
+        DitError: a range is malformed or holds no diff, there is no diff `index`, or nothing is left. What cannot be
+            read is a target with its problem.
     """
     found: dict[str, Target] = {}
     for text in given:
-        for target in _of(text, model, split, svd_rank):
+        for target in _of(text, model, split, svd_rank, index, looked or {}):
             found.setdefault(target.name, target)
     if not found:
         raise DitError(f"no diff of {', '.join(given)} is in the split {split!r}: check --split")
     return list(found.values())
 
 
-def _of(text: str, model: Model, split: str | None, svd_rank: int | None) -> Iterator[Target]:
-    match = _PICKED.fullmatch(text) if not os.path.exists(os.path.expanduser(text)) else None
-    path, picked = (match["path"], match["picked"]) if match else (text, None)
-    place = Path(os.path.expanduser(path))
-    if place.suffix == ".txt" and place.is_file():
+def reading_order(targets: Sequence[Target]) -> list[int]:
+    """The numbers of the targets in the order in which reading all of them costs least: path by path."""
+    paths: dict[str, int] = {}
+    for target in targets:
+        paths.setdefault(target.path, len(paths))
+    return sorted(range(len(targets)), key=lambda i: (paths[targets[i].path], targets[i].place))
+
+
+def path_and_range(text: str) -> tuple[str, str | None]:
+    """("store", "3:5") for "store[3:5]", unless a file has that name; ("store", None) for "store"."""
+    match = None if os.path.exists(os.path.expanduser(text)) else _PICKED.fullmatch(text)
+    return (match["path"], match["picked"]) if match else (text, None)
+
+
+def look_at(given: Sequence[str], one: bool) -> dict[str, Found]:
+    """What is at the paths, before a base is loaded.
+
+    Args:
+        one: whether a path stands for one diff, so that a folder of several leaves open which.
+
+    Raises:
+        DitError: see `look_for_diffs`, or a folder holds several diffs and only one is wanted.
+    """
+    looked: dict[str, Found] = {}
+    for text in given:
+        path, picked = path_and_range(text)
+        if _is_list(path):
+            continue
+        looked[path] = found = look_for_diffs(path)
+        if found.kind == "folder" and picked is None and one:
+            several = len(list_diffs(found.path))
+            if several > 1:
+                raise DitError(
+                    f"'{path}' holds {several} diffs: ask all with --all, choose one with --index, or give its own path"
+                )
+    return looked
+
+
+def _is_list(path: str) -> bool:
+    return path.endswith(".txt") and os.path.isfile(os.path.expanduser(path))
+
+
+def _of(
+    text: str,
+    model: Model,
+    split: str | None,
+    svd_rank: int | None,
+    index: int | None,
+    looked: Mapping[str, Found],
+) -> Iterator[Target]:
+    path, picked = path_and_range(text)
+    if _is_list(path):
+        place = Path(os.path.expanduser(path))
         with explain_os_errors("read", place):
             lines = place.read_text("utf-8", "replace").splitlines()
         for line in lines:
             if line.strip() and not line.startswith("#"):
-                yield from _of(line.strip(), model, split, svd_rank)
+                yield from _of(line.strip(), model, split, svd_rank, index, looked)
         return
-    for one, part in [(path, path)] if picked else _parts(path):
+    for one, part in _parts(path) if picked is None and index is None else [(path, path)]:
         try:
-            diffs = load_diffs(part, model, svd_rank)
+            diffs = load_diffs(looked.get(path, part) if part == path else part, model, svd_rank)
         except DitError as problem:
             yield Target(one, one, problem=str(problem))
             continue
-        numbers = range(len(diffs)) if picked is None else _numbers(picked, len(diffs), text)
+        places = {number: place for place, number in enumerate(diffs.order)}
+        numbers: Sequence[int] = range(len(diffs))
+        if picked is not None:
+            numbers = _numbers(picked, len(diffs), text)
+        elif index is not None:
+            numbers = [diffs.number(index)]
         for i in numbers:
             if split is None or diffs.splits[i] in (None, split):
                 name = one if len(diffs) == 1 else f"{one}[{i}]"
-                yield Target(name, one, i, functools.partial(diffs.__getitem__, i))
+                read = functools.partial(diffs.__getitem__, i)
+                yield Target(name, one, i, read, place=places[i])
 
 
 def _numbers(picked: str, size: int, text: str) -> list[int]:

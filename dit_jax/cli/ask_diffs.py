@@ -5,16 +5,20 @@
 """
 
 import argparse
+import collections
+import dataclasses
+import itertools
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dit_jax.cli import flags as given
 from dit_jax.errors import DitError, Parser, printable
+from dit_jax.runtime.artifacts import read_json, write_text
 from dit_jax.runtime.exits import exit_on_error
 
 VARIANTS = ("base", "finetuned", "adapter", "finetuned + adapter")
@@ -25,8 +29,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with exit_on_error():
             flags = parse_flags(argv)
-            for record in run(flags):
-                print(json.dumps(record) if flags.json else _as_text(record, flags), flush=True)
+            records = run(flags)
+            lines = map(json.dumps, records) if flags.json else _as_text(records, flags)
+            if flags.out is not None:
+                write_text(flags.out, "".join(f"{line}\n" for line in lines))
+                return 0
+            for line in lines:
+                print(line, flush=True)
     except BrokenPipeError:
         # The reader (head, less) has what it wanted; Python's own flush at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -40,15 +49,22 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line. Raises DitError: a flag that is unknown or has a wrong value."""
     parser = Parser("python -m dit_jax.ask", __doc__)
     add = parser.add_argument
-    add("questions", nargs="+", metavar="question", type=given.TEXT, help="asked one by one")
+    add("questions", nargs="*", metavar="question", type=given.TEXT, help="asked one by one")
+    add("--questions", dest="questions_file", metavar="FILE", help="more of them, one a line; -: standard input")
     given.add_model_flags(parser)
-    add("--diff", type=given.TEXT, action=given.Once,
-        help="diff store, PEFT folder, finetuned model, .pt file, release folder, a folder of these, or a hub id")
+    add("--diff", type=given.TEXT, action="append",
+        help="diff store, PEFT folder, finetuned model, .pt file, release folder, a folder of these, or a hub id; also "
+        "PATH[3] or PATH[256:352]; several: each is asked")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--index", type=int, help="which diff of --diff (default 0; -1: the last)")
     which.add_argument("--all", action="store_true", help="all diffs of --diff, in one batched decode")
+    which.add_argument("--split", help="all diffs of --diff that are in this split, such as test")
+    add("--multiplier", type=given.checked(float, math.isfinite, "a number"), default=1.0,
+        help="apply this many times the diff (default 1)")
     add("--system", help="the system message of all questions "
         "(default: the adapter's of its training, or else the chat template's own)")
+    add("--history", metavar="FILE", help="earlier turns: JSON, a list of {\"role\", \"content\"}, user and assistant")
+    add("--prefill", default="", help="the start of each answer, which is not shown again")
     add("--compare", action="store_true", help="also show " + ", ".join(VARIANTS[:3]))
     add("--max-new-tokens", type=given.COUNT, default=20, help="most tokens of an answer (default %(default)s)")
     add("--temperature", type=given.NUMBER, default=0.0, help="0 (default) is greedy")
@@ -59,25 +75,39 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=given.COUNT, help="rows per decode (default: all, at most 256)")
     add("--svd-rank", type=given.COUNT, help="reduce a diff to a LoRA of this rank")
     add("--json", action="store_true", help="JSON lines instead of text")
-    return parser.parse_args(argv)
+    add("--out", type=given.TEXT, help="write the answers to this file instead of the screen, when all are there")
+    flags = parser.parse_args(argv)
+    if flags.questions_file:
+        flags.questions += given.read_lines(flags.questions_file)
+    if not flags.questions:
+        parser.error("there is no question")
+    return flags
 # fmt: on
 
 
 def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One record per (diff, variant, question, sample), in that order."""
-    from dit_jax.api import Diff, Diffs, load_diffs, read_adapter
+    from dit_jax.api import Diff, Diffs, read_adapter
     from dit_jax.asking import ask_many
-    from dit_jax.deltas.detect import look_for_adapter, look_for_diffs
+    from dit_jax.auditing.targets import list_targets, look_at, reading_order
+    from dit_jax.data.chat import Prompt
+    from dit_jax.deltas.detect import look_for_adapter
     from dit_jax.deltas.factors import changes_nothing
+    from dit_jax.deltas.tree import scaled
 
-    if not flags.diff and (flags.all or flags.index is not None or flags.svd_rank):
-        raise DitError("--index, --all and --svd-rank say something about a diff: add --diff")
+    given_of_diff = (flags.index, flags.split, flags.svd_rank)
+    if not flags.diff and (flags.all or flags.multiplier != 1 or given_of_diff != (None,) * 3):
+        raise DitError(
+            "--index, --all, --split, --svd-rank and --multiplier say something about a diff: add --diff"
+        )
     if flags.n > 1 and flags.temperature == 0:
         raise DitError(
             "--n asks for several samples, but greedy decoding gives one: add --temperature 1"
         )
     # Before a base is loaded: that may take minutes.
-    diff_found = look_for_diffs(flags.diff) if flags.diff else None
+    history = read_history(flags.history) if flags.history else ()
+    one = not (flags.all or flags.split) and flags.index is None
+    looked = look_at(flags.diff or (), one)
     adapter_found = look_for_adapter(flags.adapter) if flags.adapter else None
     model = given.load_base(flags)
     told = {""}
@@ -99,37 +129,43 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if changes_nothing(adapter.delta):
             note(f"the adapter '{flags.adapter}' changes nothing (all zero)")
         note(_base_note(flags.adapter, adapter, model.name))
-    numbers: list[int | None] = [None]
-    known: dict[int, dict[str, str | None]] = {0: {"label": None, "split": None}}
+    targets = []
+    known: dict[int, dict[str, str | None]] = {0: dict.fromkeys(("label", "split", "path", "name"))}
     diffs: Sequence[Diff] = [Diff({})]
-    if diff_found:
-        found = load_diffs(diff_found, model, flags.svd_rank)
-        if diff_found.kind == "folder" and len(found) > 1 and not flags.all and flags.index is None:
-            raise DitError(
-                f"'{flags.diff}' holds {len(found)} diffs: ask all with --all, choose one with --index, or give its "
-                "own path"
-            )
-        chosen = range(len(found)) if flags.all else [found.number(flags.index or 0)]
-        numbers = list(chosen)
+    if flags.diff:
+        index = None if flags.all or flags.split else flags.index or 0
+        targets = list_targets(flags.diff, model, flags.split, flags.svd_rank, index, looked)
+        several = len({target.path for target in targets}) > 1
 
         def read(i: int) -> Diff:
-            diff = found[chosen[i]]
+            target = targets[i]
+            if target.read is None:
+                raise DitError(target.problem)
+            diff = target.read()
             split = diff.metadata.get("split")
             known[i] = {"label": diff.label, "split": split if isinstance(split, str) else None}
-            if "found_in" in diff.metadata:
-                known[i]["path"] = diff.metadata["found_in"]
+            known[i] |= {
+                "path": target.path,
+                "name": target.name if several else f"diff {target.number}",
+            }
+            if "found_in" in diff.metadata:  # one of a folder
+                known[i] |= dict.fromkeys(
+                    ("path", "name"), os.path.join(target.path, diff.metadata["found_in"])
+                )
             if "svd" in diff.metadata:
-                note(_svd_note(numbers[i], diff.metadata["svd"]))
-            note(_base_note(flags.diff, diff, model.name))
+                note(_svd_note(target.number, diff.metadata["svd"]))
+            note(_base_note(target.path, diff, model.name))
             for text in diff.metadata.get("notes", ()):
                 note(text)
             if changes_nothing(diff.delta):
                 note(
-                    f"diff {numbers[i]} changes nothing (all zero): its answers are those of the base"
+                    f"diff {target.number} changes nothing (all zero): its answers are those of the base"
                 )
+            if flags.multiplier != 1:
+                diff = dataclasses.replace(diff, delta=scaled(diff.delta, flags.multiplier))
             return diff
 
-        diffs = Diffs(len(numbers), read, found.order if flags.all else None)
+        diffs = Diffs(len(targets), read, reading_order(targets))
     if adapter is None:
         name = "finetuned" if flags.diff else "base"
         note(f"no --adapter, so the answers are those of the {name} model itself")
@@ -143,7 +179,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     answers = {
         name: ask_many(
             model,
-            flags.questions,
+            [Prompt(question, system, history, flags.prefill) for question in flags.questions],
             # The bare base and the adapter alone answer the same for every diff: they are asked once.
             diffs if "finetuned" in name else [Diff({})],
             adapter if "adapter" in name else None,
@@ -154,11 +190,11 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
             temperature=flags.temperature,
             seed=flags.seed,
             forbid_repeats=flags.forbid_repeats,
-            system=system,
         )
         for name in (possible if flags.compare else possible[-1:])
     }
-    for i, number in enumerate(numbers):
+    for i, target in enumerate(targets or [None]):
+        number = target and target.number
         for q, question in enumerate(flags.questions):
             for name, table in answers.items():
                 for sample, answer in enumerate(table[i if len(table) > 1 else 0][q]):
@@ -179,22 +215,36 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     }
 
 
-def _as_text(record: dict[str, Any], flags: argparse.Namespace) -> str:
-    lines = []
-    first = record["sample"] == 0 and (not flags.compare or record["variant"] == "base")
-    if first:
-        about = "" if record["diff"] is None else f"diff {record['diff']}"
-        told = [
-            record.get("path"),
-            record["label"] and f"label: {record['label']}",
-            record["split"],
-        ]
-        if any(told):
-            about += f" ({printable(', '.join(filter(None, told)))})"
-        lines.append(f"{about + ': ' if about else ''}{record['question']}")
-    name = f"{record['variant']:>20}: " if flags.compare else "  "
-    lines.append(name + printable(record["answer"]))
-    return "\n".join(lines)
+def _as_text(records: Iterable[dict[str, Any]], flags: argparse.Namespace) -> Iterator[str]:
+    """The lines of the output: a question about a diff, then its answers, of several samples each with its number."""
+
+    def question(record: dict[str, Any]) -> tuple[Any, str]:
+        return record["name"], record["question"]
+
+    for (name, asked), group in itertools.groupby(records, question):
+        answers = list(group)
+        told = [answers[0]["label"] and f"label: {answers[0]['label']}", answers[0]["split"]]
+        about = f" ({', '.join(filter(None, told))})" if any(told) else ""
+        yield printable(f"{name}{about}: {asked}" if name else asked)
+        for variant, own in itertools.groupby(answers, lambda record: record["variant"]):
+            head = f"{variant:>20}: " if flags.compare else "  "
+            texts = collections.Counter(record["answer"] for record in own)
+            for text, count in texts.most_common():
+                yield head + (f"{count} × " if flags.n > 1 else "") + printable(text)
+
+
+def read_history(path: str) -> tuple[tuple[str, str], ...]:
+    """(role, text) of earlier turns in a JSON file. Raises DitError: they are not turns of user and assistant."""
+    turns = read_json(path, "check the path")
+    roles = ["user", "assistant"] * (len(turns) // 2) if isinstance(turns, list) else []
+    if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
+        said = tuple((turn.get("role"), turn.get("content")) for turn in turns)
+        if [role for role, _ in said] == roles and all(isinstance(text, str) for _, text in said):
+            return said
+    raise DitError(
+        f'\'{path}\' is no history: write a JSON list of {{"role": …, "content": …}} that begins with user and '
+        "ends with assistant, in turn"
+    )
 
 
 def _svd_note(number: int | None, svd: dict[str, Any]) -> str:

@@ -123,6 +123,13 @@ def merge(params: Any, *deltas: Delta) -> Any:
     return merged
 
 
+def scaled(delta: Delta, factor: float) -> Delta:
+    """`factor` times a delta."""
+    return map_modules(
+        lambda _, m: {k: v * factor if k in ("scale", "w") else v for k, v in m.items()}, delta
+    )
+
+
 def noise_like(delta: Delta, key: jax.Array) -> Delta:
     """Gaussian noise with the norm of each factor in each layer: a control of the same size without meaning."""
 

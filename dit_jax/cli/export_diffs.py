@@ -1,0 +1,90 @@
+"""Write diffs and adapters for other programs: python -m dit_jax export --base B --diff D --to peft --out DIR
+
+    python -m dit_jax export --base tiny_qwen3 --diff runs/quickstart/diffs --index 301 --to peft --out my_diff
+    python -m dit_jax export --base tiny_qwen3 --adapter runs/quickstart/adapter --to pt --out adapter.pt
+
+With --diff and --adapter, `peft` and `model` hold the sum of both, for servers that load one adapter (docs/formats.md).
+"""
+
+import argparse
+from pathlib import Path
+
+from dit_jax.cli import flags as given
+from dit_jax.errors import DitError, Parser
+from dit_jax.runtime.exits import exit_on_error
+
+KINDS = {
+    "peft": "a PEFT folder (LoRAs)",
+    "model": "the base with everything merged into it, in Hugging Face format",
+    "pt": "a .pt file of the reference program: a diff, or an adapter",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 for a problem the user can fix, 130 for Ctrl-C."""
+    try:
+        with exit_on_error():
+            run(parse_flags(argv))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line. Raises DitError: a flag that is unknown or has a wrong value."""
+    parser = Parser("python -m dit_jax export", __doc__)
+    add = parser.add_argument
+    given.add_model_flags(parser)
+    add("--diff", type=given.TEXT, action=given.Once, help="a diff in any format")
+    add("--index", type=int, default=0, help="which diff of --diff (default 0; -1: the last)")
+    add(
+        "--svd-rank",
+        type=given.COUNT,
+        help="reduce a finetuned model's diff to a LoRA of this rank",
+    )
+    kinds = "; ".join(f"{name}: {about}" for name, about in KINDS.items())
+    add("--to", required=True, choices=KINDS, help=kinds)
+    add(
+        "--out",
+        required=True,
+        type=given.TEXT,
+        help="the folder or file to write, which must not exist",
+    )
+    return parser.parse_args(argv)
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Writes what --to says. Raises DitError: it cannot hold these deltas, or --out exists."""
+    out = Path(flags.out).expanduser()
+    if out.exists():
+        raise DitError(f"'{out}' exists already: delete it or choose another --out")
+    if not (flags.diff or flags.adapter):
+        raise DitError("there is nothing to export: add --diff or --adapter")
+    if flags.to == "pt" and flags.diff and flags.adapter:
+        raise DitError("a .pt file holds a diff or an adapter: export them one by one")
+    model = given.load_base(flags)
+
+    from dit_jax.api import load_adapter, load_diff
+    from dit_jax.deltas import export
+    from dit_jax.models.hf_checkpoint import find_folder
+    from dit_jax.runtime.parallel import to_host
+
+    diff = load_diff(flags.diff, model, flags.index, flags.svd_rank) if flags.diff else None
+    adapter = to_host(load_adapter(flags.adapter, model)) if flags.adapter else None
+    deltas = [delta for delta in (diff and diff.delta, adapter) if delta is not None]
+    params, config = model.params, model.config
+    if flags.to == "model":
+        folder = find_folder(flags.base)
+        export.export_model(
+            out, params, config, *deltas, base_folder=folder if folder.is_dir() else None
+        )
+    elif flags.to == "peft":
+        if len(deltas) == 1:  # keeps the bits and the scale
+            export.write_peft(out, deltas[0], config, flags.base)
+        else:
+            export.write_fused_peft(out, config, flags.base, *deltas)
+    elif diff is not None:
+        export.write_pt_diffs(out, [diff], config, params)
+    else:
+        export.write_pt_adapter(out, deltas[0], config)
+    print(f"wrote {out}")

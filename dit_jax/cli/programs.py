@@ -1,0 +1,51 @@
+"""All programs by one name: dit-jax PROGRAM …
+
+`dit-jax PROGRAM --help` lists the flags of a program. `python -m dit_jax PROGRAM` is the same.
+"""
+
+import sys
+from typing import NamedTuple
+
+from dit_jax.errors import DitError, did_you_mean
+from dit_jax.runtime.exits import EXIT_ERROR, exit_on_error, start
+
+
+class Program(NamedTuple):
+    """module: in dit_jax.cli, has the function `start`, which returns the exit code."""
+
+    module: str
+    about: str
+    start: str = "main"
+
+
+PROGRAMS = {
+    "run": Program(
+        "run_stages", "run the stages of a config: diffs, adapter, evaluation, report", "main_run"
+    ),
+    "ask": Program("ask_diffs", "ask weight diffs, one by one or many, through an adapter"),
+    "audit": Program(
+        "audit_diffs", "audit weight diffs: one page with answers, yardsticks, scores"
+    ),
+    "calibrate": Program("calibrate_adapter", "measure what the answers of an adapter are worth"),
+    "export": Program(
+        "export_diffs", "write diffs and adapters for PEFT, as a merged model, or as .pt"
+    ),
+    "sweep": Program("sweep_runs", "run one config many times", "main_sweep"),
+    "plan": Program("plan_runs", "say on a CPU what fits on which TPU slice or GPU"),
+}
+
+
+def main() -> int:
+    """Starts the program that the first argument names, which ends the process; returns the exit code of a list."""
+    name, *rest = sys.argv[1:] or [""]
+    if name in ("", "-h", "--help"):
+        print(__doc__)
+        for each, program in PROGRAMS.items():
+            print(f"  {each:<10} {program.about}")
+        return 0 if name else EXIT_ERROR
+    with exit_on_error():
+        if name not in PROGRAMS:
+            known = f": choose from {', '.join(PROGRAMS)}"
+            raise DitError(f"there is no program {name!r}{did_you_mean(name, PROGRAMS, known)}")
+    sys.argv = [sys.argv[0], *rest]
+    return start(f"dit_jax.cli.{PROGRAMS[name].module}", PROGRAMS[name].start)
