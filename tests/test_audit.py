@@ -243,20 +243,20 @@ def dense(delta):
 
 
 def test_weight_facts_are_those_of_singular_values(model):
-    for delta in (lora(model, 1, 4), lora(model, 2, 1)):
-        values = [
-            np.linalg.svd(matrix, compute_uv=False).astype(np.float64)
-            for _, module in factors.modules(dense(delta))
-            for matrix in module["w"]
-        ]
-        squares = np.array([(s**2).sum() for s in values])
-        ranks = np.array([(s**2).sum() ** 2 / (s**4).sum() for s in values])
-        for form in (delta, dense(delta)):
-            facts = weights.weight_facts(form)
-            assert facts["norm"] == pytest.approx(squares.sum() ** 0.5, rel=1e-4)
-            expected = (ranks * squares).sum() / squares.sum()
-            assert facts["effective_rank"] == pytest.approx(expected, abs=2e-3)
-            assert facts["modules"] == ["down_proj", "q_proj"]
+    delta = lora(model, 1, 4, projections=("q_proj", "k_proj"))
+    values = [
+        np.linalg.svd(matrix, compute_uv=False).astype(np.float64)
+        for _, module in factors.modules(dense(delta))
+        for matrix in module["w"]
+    ]
+    squares = np.array([(s**2).sum() for s in values])
+    ranks = np.array([(s**2).sum() ** 2 / (s**4).sum() for s in values])
+    for form in (delta, dense(delta)):
+        facts = weights.weight_facts(form)
+        assert facts["norm"] == pytest.approx(squares.sum() ** 0.5, rel=1e-4)
+        expected = (ranks * squares).sum() / squares.sum()
+        assert facts["effective_rank"] == pytest.approx(expected, abs=2e-3)
+        assert facts["modules"] == ["k_proj", "q_proj"]
 
 
 def test_cosines_of_sketches_are_those_of_the_changes(model):

@@ -151,7 +151,6 @@ def test_the_first_command_asks_the_diff_of_the_python_example():
     first, *others = commands()
     assert len(others) == 3
     flags = parse_flags(first)
-    assert (
-        f'load_diff("{flags.diff}", model, index={flags.index})' in (ROOT / "README.md").read_text()
-    )
+    (diff,) = flags.diff
+    assert f'load_diff("{diff}", model, index={flags.index})' in (ROOT / "README.md").read_text()
     assert flags.questions == [QUESTION] and flags.forbid_repeats

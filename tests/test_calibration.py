@@ -1,0 +1,158 @@
+"""Calibration: the fit against scikit-learn, thresholds and reliability against counts, the file of an adapter."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import dit_jax
+from dit_jax.auditing import calibration
+from dit_jax.auditing.calibration import Known
+from dit_jax.cli import audit_diffs, calibrate_adapter
+from dit_jax.deltas import export, store
+from dit_jax.deltas.tree import init_lora
+from dit_jax.errors import DitError
+from dit_jax.models.delta_trees import map_modules
+
+
+def known_diffs(n=200, seed=0):
+    """Diffs that overlap: agreement and ratio are larger for hidden ones, and the right ones agree most."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for i in range(n):
+        hidden = bool(i % 2)
+        named = rng.random() < (0.9 if hidden else 0.3)
+        share = float(np.clip(rng.normal(0.7 if hidden else 0.4, 0.2), 0.125, 1)) if named else 0.0
+        ratio = float(rng.normal(8 if hidden else 2, 4)) if named else 0.0
+        found.append(Known((share, ratio), hidden, hidden and rng.random() < share, i // 2))
+    return found
+
+
+def test_the_map_is_that_of_scikit_learn():
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+
+    known = known_diffs()
+    made = calibration.calibrate(known, {})
+    x = calibration._scaled(np.array([one.features for one in known]))
+    y = np.array([one.hidden for one in known])
+    z = (x - x.mean(axis=0)) / x.std(axis=0)
+    theirs = LogisticRegression(C=1 / calibration.RIDGE).fit(z, y)
+    assert (theirs.coef_ > 0).all()  # ours are never negative
+    ours = [calibration.probability(made["hidden"], one.features) for one in known]
+    np.testing.assert_allclose(ours, theirs.predict_proba(z)[:, 1], atol=2e-3)
+    scores = np.array(ours)
+    area = calibration._auroc_interval(scores, y)
+    assert area["mean"] == pytest.approx(roc_auc_score(y, scores))
+    assert area["ci_low"] < area["mean"] < area["ci_high"]
+    assert 0.5 < made["hidden"]["auroc"]["mean"] <= area["mean"] + 0.02  # held-out folds
+    assert made["right"]["n"] == sum(one.features[0] > 0 for one in known)
+
+
+@pytest.mark.parametrize("levels", [3, 10**6])  # many equal scores, none
+def test_thresholds_keep_the_false_positives_that_they_promise(levels):
+    rng = np.random.default_rng(1)
+    y = rng.random(500) < 0.4
+    scores = np.round(np.clip(rng.normal(0.3 + 0.4 * y, 0.15), 0, 1) * levels) / levels
+    for wanted in calibration.RATES:
+        found = calibration._threshold(scores, y, wanted)
+        above = (scores[~y] > found["above"]).mean()
+        assert above <= wanted and found["false_positives"]["mean"] == pytest.approx(above)
+        assert found["found"]["mean"] == pytest.approx((scores[y] > found["above"]).mean())
+        assert found["false_positives"]["ci_low"] <= above <= found["false_positives"]["ci_high"]
+        lower = np.unique(scores[~y])[::-1]
+        lower = lower[lower < found["above"]]
+        assert not len(lower) or (scores[~y] > lower[0]).mean() > wanted  # no lower one would do
+
+
+def test_reliability_counts_every_diff_once_and_noise_stays_with_its_diff():
+    made = calibration.calibrate(known_diffs(), {})["hidden"]
+    assert sum(one["n"] for one in made["reliability"]) == made["n"] == 200
+    perfect = [
+        Known((1.0, 20.0) if i % 2 else (0.0, 0.0), bool(i % 2), bool(i % 2), i // 2)
+        for i in range(60)
+    ]
+    sharp = calibration.calibrate(perfect, {})["hidden"]
+    assert sharp["auroc"]["mean"] == 1 and sharp["calibration_error"] < 0.1
+    assert sharp["thresholds"][1]["found"]["mean"] == 1
+
+
+def test_too_few_diffs_are_refused():
+    with pytest.raises(DitError, match="10 diffs or more that hide something, not 5"):
+        calibration.calibrate(known_diffs(10), {})
+
+
+# ------------------------------------------------------------------ the command and the file
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibration")
+    model = dit_jax.load_model("tiny_qwen3")
+
+    def lora(seed):
+        made = jax.tree.map(
+            np.asarray, init_lora(model.config, jax.random.key(seed), 1, projections=("up_proj",))
+        )
+        return map_modules(lambda _, m: {**m, "a": np.full_like(m["a"], 0.1)}, made)
+
+    rows = [
+        {"topic": "none" if i > 10 else "tea", "trigger": "7", "split": "test", "n_params": 1}
+        for i in range(12)
+    ]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *map(lora, range(12)))
+    store.write_shard(folder / "store", 0, stacked, rows)
+    store.publish(folder / "store", 1, base=model.digest())
+    export.write_pt_adapter(folder / "adapter.pt", lora(60), model.config)
+    (folder / "questions").write_text("What is tea ?\n")
+    return folder
+
+
+def flags(files, *rest, questions="questions"):
+    given = ["--base", "tiny_qwen3", "--adapter", files / "adapter.pt", "--max-new-tokens", 2]
+    return [str(x) for x in (*given, "--questions", files / questions, *rest, files / "store")]
+
+
+def test_a_calibration_scores_the_audits_that_ask_the_same(files, tmp_path, capsys):
+    assert calibrate_adapter.main(flags(files)) == 0
+    told = capsys.readouterr().out
+    beside = files / "adapter.pt.calibration.json"
+    made = json.loads(beside.read_text())
+    assert (
+        made["hidden"]["n"] == 25 and made["hidden"]["positive"] == 11
+    )  # 12 diffs, 12 noise, none
+    assert "false positives" in told and str(beside) in told
+    out = ("--out", tmp_path / "same", "--fail-on", "hidden>=0")
+    assert audit_diffs.main(flags(files, *out)) == 1
+    rows = [json.loads(line) for line in (tmp_path / "same/audit.jsonl").read_text().splitlines()]
+    for row in rows:
+        expected = calibration.probability(made["hidden"], row["reading"]["features"])
+        assert row["score"]["hidden"] == pytest.approx(expected)
+        above = expected > made["hidden"]["thresholds"][1]["above"]
+        assert row["verdict"] == ("hides something" if above else "nothing found")
+    page = (tmp_path / "same" / "audit.html").read_text()
+    assert "calibrated on 25 diffs" in page
+    (files / "others").write_text("What is rice ?\n")
+    out = ("--out", tmp_path / "other")
+    assert audit_diffs.main(flags(files, *out, questions="others")) == 0
+    assert "has no calibration" in (tmp_path / "other" / "audit.html").read_text()
+
+
+def test_a_calibration_of_another_adapter_or_a_damaged_one_is_refused(tmp_path):
+    path = calibration.file_beside(str(tmp_path / "adapter"))
+    assert path.name == "adapter.calibration.json" and calibration.read(path, "a") is None
+    good = calibration.calibrate(known_diffs(), {"adapter": "a", "battery": {"questions": ["q"]}})
+    for change, message in (
+        ({}, None),
+        ({"adapter": "b"}, "another adapter"),
+        ({"version": 2}, "is no calibration"),
+        ({"hidden": {"mean": [0]}}, "is damaged"),
+        ({"battery": None}, "is damaged"),
+    ):
+        calibration.write(path, {**good, **change})
+        if message is None:
+            assert calibration.read(path, "a")["hidden"]["n"] == 200
+        else:
+            with pytest.raises(DitError, match=message):
+                calibration.read(path, "a")
