@@ -31,7 +31,9 @@ PROGRAMS = {
         "export_diffs", "write diffs and adapters for PEFT, as a merged model, or as .pt"
     ),
     "sweep": Program("sweep_runs", "run one config many times", "main_sweep"),
-    "gather": Program("gather_parts", "join the parts of a store that several jobs made"),
+    "gather": Program(
+        "gather_parts", "join the parts of a store that several jobs made", "main_gather"
+    ),
     "plan": Program("plan_runs", "say on a CPU what fits on which TPU slice or GPU"),
 }
 
