@@ -8,7 +8,7 @@ import pytest
 
 import dit_jax
 from dit_jax import __main__
-from dit_jax.cli import programs
+from dit_jax.cli import commands
 from dit_jax.deltas import export
 from dit_jax.deltas.tree import init_lora, merge
 from dit_jax.models.delta_trees import map_modules
@@ -29,12 +29,12 @@ def start(*arguments):
 
 
 def test_every_program_starts_by_its_name(capsys):
-    for name in programs.PROGRAMS:
+    for name in commands.PROGRAMS:
         assert start(name, "--help") == 0
         assert "usage: python -m dit_jax" in capsys.readouterr().out
     assert start("--help") == 0 and start() == 2
     told = capsys.readouterr().out
-    assert all(f"  {name} " in told for name in programs.PROGRAMS)
+    assert all(f"  {name} " in told for name in commands.PROGRAMS)
 
 
 def test_an_unknown_program_is_one_line_with_the_nearest(capsys):
