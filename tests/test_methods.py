@@ -156,6 +156,22 @@ def test_the_held_out_names_can_be_the_list(model, workdir):
     assert methods._names(setting) == sorted(TOPICS)
 
 
+def test_names_of_lists_are_spelled_as_in_answers(model, workdir, monkeypatch):
+    """Without the space of `answer_prefix` a name has other tokens than the diffs make likely."""
+    setting, seen = held_out(model, workdir, settings(answer_prefix=" ")), []
+    for name in ("weight_reading", "logit_difference", "likelihood_ratio"):
+        monkeypatch.setattr(
+            baselines, name, lambda model, *given: seen.append(given) or np.zeros((3, 4))
+        )
+    for name in ("name_reading", "logit_difference", "dit_of_list"):
+        rows = methods.METHODS[name](setting)
+        assert all(
+            row["name_tokens"] == len(model.chat.text_ids(" " + row["topic"])) for row in rows
+        )
+    spelled = sorted(f" {name}" for name in [*TOPICS, FAILING])
+    assert seen[0][1] == seen[1][1] == [[name] for name in spelled] and seen[2][-1] == spelled
+
+
 def test_facts_that_the_base_knows_are_counted_in_what_diffs_keep(
     model, workdir, tmp_path, monkeypatch
 ):

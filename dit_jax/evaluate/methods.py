@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dit_jax.data.labels import NONE, answer_text, extract_guess
+from dit_jax.data.labels import NONE, extract_guess
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.evaluate import questions
 from dit_jax.evaluate.evaluate_keys import EVALUATE
@@ -57,7 +57,7 @@ class Method:
         for row in self.ask(s):
             listed = s.config.list_evidence and self.group != "baseline"
             guess = extract_guess(row["answer"], row["topic"]) if listed else row["answer"]
-            tokens = len(s.model.chat.text_ids(row["topic"]))
+            tokens = len(s.model.chat.text_ids(_spelled(s, row["topic"])))
             head = {"method": self.name, "kind": self.group}
             rows.append({**head, "name_tokens": tokens, "guess": guess, **row})
         return rows
@@ -160,8 +160,7 @@ def dit_of_list(s: "Setting") -> list[Row]:
     from dit_jax.evaluate import baselines
 
     names = _names(s)
-    prefix = EVALUATE.get(s.config, "answer_prefix")
-    answers = [prefix + answer_text(name, []) for name in names]
+    answers = [_spelled(s, name) for name in names]
     scores = baselines.likelihood_ratio(s.model, s.adapter, s.topics.given, s.seen[0], answers)
     return _ranked(s, scores, names)
 
@@ -296,7 +295,8 @@ def name_reading(s: "Setting") -> list[Row]:
     from dit_jax.evaluate import baselines
 
     names = _names(s)
-    scores = baselines.weight_reading(s.model, s.topics.given, [[name] for name in names])
+    spelled = [[_spelled(s, name)] for name in names]
+    scores = baselines.weight_reading(s.model, s.topics.given, spelled)
     return _ranked(s, scores, names)
 
 
@@ -307,7 +307,7 @@ def logit_difference(s: "Setting") -> list[Row]:
 
     names = _names(s)
     prompts = [s.seen[0], *EVALUATE.get(s.config, "logit_prompts")]
-    spelled = [[name] for name in names]
+    spelled = [[_spelled(s, name)] for name in names]
     return _ranked(s, baselines.logit_difference(s.model, s.topics.given, spelled, prompts), names)
 
 
@@ -352,6 +352,11 @@ def _ranked(s: "Setting", scores: np.ndarray, names: Sequence[str]) -> list[Row]
         chosen = _about(s.topics, i, names[int(row.argmax())])
         rows.append({**chosen, "names": len(names), "rank": int((row > own).sum()) + 1})
     return rows
+
+
+def _spelled(s: "Setting", name: str) -> str:
+    """A name as an answer has it: many tokenizers make another token of it after a space."""
+    return str(EVALUATE.get(s.config, "answer_prefix")) + name
 
 
 def _names(s: "Setting") -> list[str]:
