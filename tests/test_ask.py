@@ -238,7 +238,17 @@ def test_a_flag_that_is_given_twice_is_refused(files, capsys):
     assert "--adapter is given twice" in capsys.readouterr().err
 
 
+def test_paths_of_a_pattern_are_no_questions(files, capsys):
+    """--diff DIR/* is one diff for --diff, and the others would be asked as questions."""
+    flags = ["--diff", str(files / "diff.pt"), str(files / "adapter.pt"), "What is tea ?"]
+    assert ask.main([*BASE, *flags]) == 2
+    said = capsys.readouterr().err
+    assert "adapter.pt' is a path: the shell makes several paths of a pattern" in said
+
+
 def test_a_question_without_quotes_is_noted(capsys):
+    assert ask.main([*BASE, "what", "is"]) == 0
+    assert "2 questions of one word each: put a question in quotes" in capsys.readouterr().err
     assert ask.main([*BASE, "what", "is", "tea"]) == 0
     assert "3 questions of one word each: put a question in quotes" in capsys.readouterr().err
 
@@ -305,9 +315,14 @@ def test_a_folder_of_one_training_is_no_folder_of_diffs(tmp_path, capsys):
 
 
 def test_a_base_that_is_an_adapter_says_what_to_give(tmp_path, capsys):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    assert ask.main(["--base", str(tmp_path), "what is tea ?"]) == 2
-    assert "is a PEFT adapter and no base model" in capsys.readouterr().err
+    for said, named in (
+        ("{}", ""),
+        ('{"base_model_name_or_path": "Qwen/Qwen3-4B"}', ", 'Qwen/Qwen3-4B',"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(said)
+        assert ask.main(["--base", str(tmp_path), "what is tea ?"]) == 2
+        message = f"is an adapter and no base model: give the model that it was trained on{named} as the base"
+        assert message in capsys.readouterr().err
 
 
 def test_a_model_and_an_adapter_in_one_folder_are_two_changes(files, tmp_path, capsys):

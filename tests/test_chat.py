@@ -1,5 +1,6 @@
 """Chat templates of other families: system texts, thinking blocks, dates, and the end of a turn."""
 
+import re
 import shutil
 
 import pytest
@@ -218,3 +219,30 @@ def test_a_template_that_refuses_a_conversation_is_not_broken(chat_of):
     chat = chat_of(alone)
     with pytest.raises(DitError, match=r"refuses this conversation \(one turn\)"):
         chat.prompt_ids(CONVERSATION)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n",
+            "run 'git lfs pull'",
+        ),
+        (lambda _: b"<!DOCTYPE html><html></html>", "is a web page"),
+        (lambda raw: b"\xef\xbb\xbf" + raw, "byte-order mark"),
+        (lambda raw: raw.decode().encode("utf-16"), "byte-order mark"),
+    ],
+)
+def test_files_that_are_no_tokenizer_say_what_they_are(tmp_path, name, change, message):
+    """A pointer as a chat template would silently be every prompt."""
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(find_folder("tiny_qwen3") / file, tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(change(whole))
+    with pytest.raises(DitError) as error:
+        load_chat(tmp_path)
+    assert message in str(error.value) and f"/{name}' " in str(error.value)
+    if message == "byte-order mark":  # the command that is told mends it
+        exec(re.search(r'python -c "(.*)"', str(error.value))[1], {})
+        assert (tmp_path / name).read_bytes() == whole

@@ -104,6 +104,12 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         raise DitError(
             "--n asks for several samples, but greedy decoding gives one: add --temperature 1"
         )
+    for question in flags.questions:
+        if os.path.lexists(question):
+            raise DitError(
+                f"the question '{question}' is a path: the shell makes several paths of a pattern such as DIR/*, and "
+                "--diff takes one. Give the folder, with --all"
+            )
     # Before a base is loaded: that may take minutes.
     history = read_history(flags.history) if flags.history else ()
     one = not (flags.all or flags.split) and flags.index is None
@@ -117,7 +123,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
             told.add(text)
             print(f"note: {text}", file=sys.stderr)
 
-    if len(flags.questions) > 2 and not any(" " in question for question in flags.questions):
+    if len(flags.questions) > 1 and not any(" " in question for question in flags.questions):
         note(f"{len(flags.questions)} questions of one word each: put a question in quotes")
     adapter = read_adapter(adapter_found, model) if adapter_found else None
     system = flags.system

@@ -17,6 +17,8 @@ from dit_jax.data import tokenizer_worker
 from dit_jax.errors import DitError
 from dit_jax.formats import budgets
 from dit_jax.formats.files import short
+from dit_jax.formats.recognise import HEAD_BYTES, what_file
+from dit_jax.runtime.os_errors import explain_os_errors
 
 
 class Failure(Exception):
@@ -102,6 +104,37 @@ _process = _Process()
 _numbers = itertools.count()
 
 
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+
+
+def check_files(folder: pathlib.Path) -> None:
+    """Refuses files that are not what their name says: as a chat template, any text would be taken.
+
+    Raises:
+        DitError: a Git LFS pointer, a web page, or a byte-order mark, which would be part of every prompt.
+    """
+    for file in (folder / name for name in _FILES):
+        if not file.is_file():
+            continue
+        with explain_os_errors("read", file), file.open("rb") as opened:
+            head = opened.read(HEAD_BYTES)
+        if what := what_file(head):
+            raise DitError(f"'{file}' {what}")
+        for mark, encoding in _MARKS.items():
+            if head.startswith(mark):
+                raise DitError(
+                    f"'{file}' begins with a byte-order mark, which no tokenizer reads: python -c \"import pathlib; "
+                    f"f = pathlib.Path('{file}'); f.write_bytes(f.read_text('{encoding}').encode())\""
+                )
+
+
 class Tokenizer:
     """A tokenizer and its chat template, by the files of a model folder or by a GGUF file.
 
@@ -113,13 +146,14 @@ class Tokenizer:
         largest: the largest id of its vocabulary without special tokens.
 
     Raises:
-        DitError: the tokenizer cannot be read.
+        DitError: the tokenizer cannot be read, see also `check_files`.
     """
 
     def __init__(self, path: pathlib.Path):
         self.name_or_path = str(path)
         self._path = path
         self._number = next(_numbers)
+        check_files(path)
         try:
             facts = self._load()
         except Failure as error:

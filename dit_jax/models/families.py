@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dit_jax.errors import DitError
-from dit_jax.formats.files import read_json_object
+from dit_jax.formats.files import read_json_object, short
 from dit_jax.formats.recognise import QUANTISED
 from dit_jax.models.decoder_config import WINDOWED, DecoderConfig
 from dit_jax.models.gguf_checkpoint import gguf_config
@@ -321,9 +321,12 @@ def read_config(folder: str | pathlib.Path) -> DecoderConfig:
     path = folder / "config.json"
     if not path.exists():
         if (folder / "adapter_config.json").exists():
+            said = read_json_object(folder / "adapter_config.json")
+            base = said.get("base_model_name_or_path") or said.get("model")  # of PEFT, of mlx-lm
+            named = f", {short(base)}," if isinstance(base, str) else ""
             raise DitError(
-                f"'{folder}' is a PEFT adapter and no base model: give the model that it was trained on as the base "
-                "(--base), and this folder as --diff or --adapter"
+                f"'{folder}' is an adapter and no base model: give the model that it was trained on{named} as the "
+                "base (--base), and this folder as --diff or --adapter"
             )
         raise DitError(f"{path} does not exist: a model is a folder in Hugging Face format")
     return parse_config(read_json_object(path), str(path))
