@@ -352,8 +352,9 @@ def test_a_checkpoint_of_another_program_says_how_to_mend_it(tmp_path, capsys, w
         shutil.copy(find_folder("tiny_qwen3") / "config.json", tmp_path)
     (tmp_path / "zero_to_fp32.py").write_text("")
     (tmp_path / "global_step500").mkdir()
-    assert ask.main([*BASE, "--diff", str(tmp_path), "what is tea ?"]) == 2
-    assert "zero_to_fp32.py . OUT" in capsys.readouterr().err
+    for flags in ([*BASE, "--diff", str(tmp_path)], ["--base", str(tmp_path)]):
+        assert ask.main([*flags, "what is tea ?"]) == 2
+        assert "zero_to_fp32.py . OUT" in capsys.readouterr().err
 
 
 def test_several_diffs_are_asked_each_with_its_path(files, capsys):

@@ -62,9 +62,10 @@ def test_what_is_exported_gives_the_same_logits(files, tmp_path):
     both = model.logits(tokens, deltas=[diff, adapter])
     given = ["export", "--base", "tiny_qwen3", "--diff", folder / "diff.pt"]
     added = ["--adapter", folder / "adapter"]
-    assert start(*given, *added, "--to", "peft", "--out", tmp_path / "fused") == 0
-    fused = dit_jax.load_diff(tmp_path / "fused", model)
-    np.testing.assert_allclose(model.logits(tokens, deltas=fused), both, atol=1e-4)
+    for kind in ("peft", "mlx"):
+        assert start(*given, *added, "--to", kind, "--out", tmp_path / kind) == 0
+        fused = dit_jax.load_diff(tmp_path / kind, model)
+        np.testing.assert_allclose(model.logits(tokens, deltas=fused), both, atol=1e-4)
     assert start(*given, *added, "--to", "model", "--out", tmp_path / "merged") == 0
     merged = dit_jax.load_model(tmp_path / "merged")
     np.testing.assert_allclose(merged.logits(tokens), both, atol=1e-4)

@@ -107,8 +107,8 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for question in flags.questions:
         if os.path.lexists(question):
             raise DitError(
-                f"the question '{question}' is a path: the shell makes several paths of a pattern such as DIR/*, and "
-                "--diff takes one. Give the folder, with --all"
+                f"the question '{question}' is a path: the shell makes several paths of a pattern such as DIR/*, of "
+                "which --diff takes the first. Give the folder, with --all"
             )
     # Before a base is loaded: that may take minutes.
     history = read_history(flags.history) if flags.history else ()

@@ -3,7 +3,8 @@
     python -m dit_jax export --base tiny_qwen3 --diff runs/quickstart/diffs --index 301 --to peft --out my_diff
     python -m dit_jax export --base tiny_qwen3 --adapter runs/quickstart/adapter --to pt --out adapter.pt
 
-With --diff and --adapter, `peft` and `model` hold the sum of both, for servers that load one adapter (docs/formats.md).
+With --diff and --adapter, `peft`, `mlx` and `model` hold the sum of both, for servers that load one adapter
+(docs/formats.md).
 """
 
 import argparse
@@ -15,6 +16,7 @@ from dit_jax.runtime.exits import exit_on_error
 
 KINDS = {
     "peft": "a PEFT folder (LoRAs)",
+    "mlx": "an adapter folder of mlx-lm (LoRAs)",
     "model": "the base with everything merged into it, in Hugging Face format",
     "pt": "a .pt file of the reference program: a diff, or an adapter",
 }
@@ -40,7 +42,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--svd-rank",
         type=given.COUNT,
-        help="reduce a finetuned model's diff to a LoRA of this rank",
+        help="reduce the diff to a LoRA of this rank",
     )
     kinds = "; ".join(f"{name}: {about}" for name, about in KINDS.items())
     add("--to", required=True, choices=KINDS, help=kinds)
@@ -83,6 +85,9 @@ def run(flags: argparse.Namespace) -> None:
             export.write_peft(out, deltas[0], config, flags.base)
         else:
             export.write_fused_peft(out, config, flags.base, *deltas)
+    elif flags.to == "mlx":
+        delta = deltas[0] if len(deltas) == 1 else export.fuse(*deltas)
+        export.write_mlx(out, delta, config, flags.base)
     elif diff is not None:
         export.write_pt_diffs(out, [diff], config, params)
     else:

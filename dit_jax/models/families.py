@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 from dit_jax.errors import DitError
 from dit_jax.formats.files import read_json_object, short
-from dit_jax.formats.recognise import QUANTISED
+from dit_jax.formats.recognise import QUANTISED, what_checkpoint
 from dit_jax.models.decoder_config import WINDOWED, DecoderConfig
 from dit_jax.models.gguf_checkpoint import gguf_config
 from dit_jax.models.rope_config import read_rope
 from dit_jax.models.unsupported_families import EXPERTS, what_it_is
+from dit_jax.runtime.os_errors import explain_os_errors
 
 MAX_LAYERS = 1_000
 
@@ -328,6 +329,10 @@ def read_config(folder: str | pathlib.Path) -> DecoderConfig:
                 f"'{folder}' is an adapter and no base model: give the model that it was trained on{named} as the "
                 "base (--base), and this folder as --diff or --adapter"
             )
+        with explain_os_errors("read", folder):
+            what = what_checkpoint(entry.name for entry in folder.iterdir())
+        if what:
+            raise DitError(f"'{folder}' {what}")
         raise DitError(f"{path} does not exist: a model is a folder in Hugging Face format")
     return parse_config(read_json_object(path), str(path))
 
