@@ -133,6 +133,23 @@ def test_the_answers_are_those_of_ask(model, zoo, audited):
             assert abs(answer.logprob - told["logprob"]) < 1e-3
 
 
+def test_a_finetuned_model_is_read_as_its_lora_is(model, zoo, tmp_path):
+    """Dense diffs, each as large as the model, go one by one through the same questions."""
+    delta = lora(model, 50, 3)
+    export.export_model(tmp_path / "merged", model.params, model.config, delta)
+    run(zoo, tmp_path / "out", zoo / "one.pt", tmp_path / "merged")
+    one, whole = rows_of(tmp_path / "out")
+    assert (one["rank"], whole["rank"]) == (3, None) and whole["other"] is None
+    assert one["nearest"][0]["name"] == whole["name"] and one["nearest"][0]["cosine"] > 0.99
+    for key in ("norm", "kl"):
+        assert whole[key] == pytest.approx(one[key], rel=1e-2)
+    for key in ("logprob", "ratio", "none"):
+        assert whole["reading"][key] == pytest.approx(one["reading"][key], abs=1e-2)
+    answers = [[a["answer"] for a in row["reading"]["answers"]] for row in (one, whole)]
+    assert answers[0] == answers[1]
+    assert whole["noise"]["same_answer"] != one["noise"]["same_answer"]
+
+
 def test_the_page_escapes_what_files_and_models_say(audited):
     page = (audited / "audit.html").read_text()
     assert page.count("<script>") == 1 and MARKUP not in page
