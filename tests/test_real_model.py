@@ -8,7 +8,7 @@ import pytest
 import dit_jax
 from dit_jax.config.loading import load_config
 from dit_jax.data.organism import load_organisms
-from dit_jax.deltas.store import DiffStore
+from dit_jax.deltas import store as diff_store
 from dit_jax.organisms.generate import generate_diffs
 from dit_jax.organisms.topic_words import names_topic
 from dit_jax.organisms.write_corpus import write_corpus
@@ -57,8 +57,8 @@ def test_the_chain_runs_on_a_real_model(config, tmp_path):
     )
 
     generate_diffs(model, organisms, config.diffs, tmp_path / "diffs", 0)
-    store = DiffStore(tmp_path / "diffs")
-    curves = [[float(x) for x in row["ce_curve"].split()] for row in store.rows]
+    made = diff_store.shard_rows(tmp_path / "diffs", 0)
+    curves = [[float(x) for x in row[diff_store.CURVE].split()] for row in made]
     assert len(curves) == 3 and np.mean([curve[-1] < curve[0] for curve in curves]) == 1
 
     train_adapter(model, tmp_path / "diffs", config.train, tmp_path, 0)

@@ -30,7 +30,12 @@ def folder(tmp_path):
     for shard, members in enumerate((range(3), range(3, 5))):
         stacked = jax.tree.map(lambda *x: np.stack(x), *(diff(i) for i in members))
         rows = [
-            {"topic": TOPICS[i], "trigger": f"{i:03d}", "split": "train" if i < 3 else "test"}
+            {
+                "topic": TOPICS[i],
+                "trigger": f"{i:03d}",
+                "split": "train" if i < 3 else "test",
+                diff_store.CURVE: "2.0 1.0",
+            }
             for i in members
         ]
         diff_store.write_shard(folder, shard, stacked, rows)
@@ -50,6 +55,7 @@ def test_diffs_are_read_back_one_by_one_and_stacked(folder):
     store = DiffStore(folder)
     assert [row["topic"] for row in store.rows] == list(TOPICS)
     assert store.indices(split="test") == [3, 4]
+    assert diff_store.CURVE not in store.rows[0]
     for i in range(5):
         assert_same(store.read(i), diff(i))
     picked = store.stacked([4, 0, 3])

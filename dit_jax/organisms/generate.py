@@ -187,7 +187,7 @@ def generate_diffs(
     if len(job.part) == job.shards:  # otherwise the run that has all parts publishes them
         processes.on_main(lambda: diff_store.publish(folder, job.shards, **facts))
     # Only process 0 has the curves of shards that an earlier call made.
-    curves = [[float(x) for x in row["ce_curve"].split()] for row in rows]
+    curves = [[float(x) for x in row[diff_store.CURVE].split()] for row in rows]
     mean = np.mean(curves, axis=0) if processes.is_main() else np.empty(0)
     return {
         "diffs": job.wanted,
@@ -335,7 +335,7 @@ def index_rows(job: Job, shard: int, made: Finetuned) -> list[dict[str, Any]]:
             **gating[row],
             "final_ce": round(float(made.ce[row, -5:].mean()), 4),
             "final_kl": round(float(made.kl[row, -5:].mean()), 5),
-            "ce_curve": " ".join(f"{x:.3f}" for x in made.ce[row]),
+            diff_store.CURVE: " ".join(f"{x:.3f}" for x in made.ce[row]),
         }
         for row, organism in enumerate(group)
     ]
