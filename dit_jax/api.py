@@ -265,7 +265,9 @@ class Diffs(Sequence[Diff]):
         return index % self._size
 
 
-def load_diffs(path: "PathLike | Found", model: Model, svd_rank: int | None = None) -> Diffs:
+def load_diffs(
+    path: "PathLike | Found", model: Model, svd_rank: int | None = None, align: bool = False
+) -> Diffs:
     """A lazy sequence of the weight diffs at `path`, in any known format (docs/formats.md).
 
     Nothing in the files is executed. The content tells the format: a diff store, a PEFT folder, a finetuned model
@@ -275,6 +277,7 @@ def load_diffs(path: "PathLike | Found", model: Model, svd_rank: int | None = No
     Args:
         path: a path or a hub id (`formats.hub`), or what `detect.look_for_diffs` found there.
         svd_rank: reduce each diff to a LoRA of this rank (metadata says what that keeps).
+        align: undo rewritings of a finetuned model that leave its function as it is (metadata says which).
 
     Raises:
         DitError: there is nothing readable, or the diffs belong to another base model.
@@ -297,7 +300,7 @@ def load_diffs(path: "PathLike | Found", model: Model, svd_rank: int | None = No
 
     if found.kind == "folder":
         return _joined(
-            path, [(n, load_diffs(p, model, svd_rank)) for n, p in list_diffs(found.path)]
+            path, [(n, load_diffs(p, model, svd_rank, align)) for n, p in list_diffs(found.path)]
         )
     if found.kind == "diff_store":
         store = DiffStore(path)
@@ -312,7 +315,7 @@ def load_diffs(path: "PathLike | Found", model: Model, svd_rank: int | None = No
 
         return Diffs(len(store), read, name=path, splits=[row["split"] for row in store.rows])
 
-    raw = open_diffs(found, model.config, model.params, svd_rank)
+    raw = open_diffs(found, model.config, model.params, svd_rank, align)
 
     def convert(index: int) -> Diff:
         diff = raw[index]
@@ -340,14 +343,18 @@ def _joined(path: str, parts: Sequence[tuple[str, Diffs]]) -> Diffs:
 
 
 def load_diff(
-    path: "PathLike | Found", model: Model, index: int = 0, svd_rank: int | None = None
+    path: "PathLike | Found",
+    model: Model,
+    index: int = 0,
+    svd_rank: int | None = None,
+    align: bool = False,
 ) -> Diff:
     """Weight diff number `index` of `load_diffs`; a negative one counts from the end.
 
     Raises:
         DitError: there is no such diff, or see `load_diffs`.
     """
-    diffs = load_diffs(path, model, svd_rank)
+    diffs = load_diffs(path, model, svd_rank, align)
     return diffs[diffs.number(index)]
 
 

@@ -48,9 +48,9 @@ def list_targets(
     given: Sequence[str],
     model: Model,
     split: str | None = None,
-    svd_rank: int | None = None,
     index: int | None = None,
     looked: Mapping[str, Found] | None = None,
+    **how: Any,
 ) -> list[Target]:
     """The diffs of all that a command line names, in its order, each once.
 
@@ -60,6 +60,7 @@ def list_targets(
         split: take only the diffs of this split from files that say it; other files are taken whole.
         index: take only this diff of a path without a range; a negative one counts from the end.
         looked: what `look_at` found, so that large files are not parsed twice.
+        **how: `svd_rank` and `align` of `load_diffs`.
 
     Raises:
         DitError: a range is malformed or holds no diff, there is no diff `index`, or nothing is left. What cannot be
@@ -67,7 +68,7 @@ def list_targets(
     """
     found: dict[str, Target] = {}
     for text in given:
-        for target in _of(text, model, split, svd_rank, index, looked or {}):
+        for target in _of(text, model, split, index, looked or {}, how):
             found.setdefault(target.name, target)
     if not found:
         raise DitError(f"no diff of {', '.join(given)} is in the split {split!r}: check --split")
@@ -120,9 +121,9 @@ def _of(
     text: str,
     model: Model,
     split: str | None,
-    svd_rank: int | None,
     index: int | None,
     looked: Mapping[str, Found],
+    how: Mapping[str, Any],
 ) -> Iterator[Target]:
     path, picked = path_and_range(text)
     if _is_list(path):
@@ -131,11 +132,11 @@ def _of(
             lines = place.read_text("utf-8", "replace").splitlines()
         for line in lines:
             if line.strip() and not line.startswith("#"):
-                yield from _of(line.strip(), model, split, svd_rank, index, looked)
+                yield from _of(line.strip(), model, split, index, looked, how)
         return
     for one, part in _parts(path) if picked is None and index is None else [(path, path)]:
         try:
-            diffs = load_diffs(looked.get(path, part) if part == path else part, model, svd_rank)
+            diffs = load_diffs(looked.get(path, part) if part == path else part, model, **how)
         except DitError as problem:
             yield Target(one, one, problem=str(problem))
             continue

@@ -74,6 +74,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--n", type=given.COUNT, default=1, help="samples per question")
     add("--batch-size", type=given.COUNT, help="rows per decode (default: all, at most 256)")
     add("--svd-rank", type=given.COUNT, help="reduce a diff to a LoRA of this rank")
+    add("--align", action="store_true", help="undo rewritings of a finetuned model that leave its function as it is")
     add("--json", action="store_true", help="JSON lines instead of text")
     add("--out", type=given.TEXT, help="write the answers to this file instead of the screen, when all are there")
     flags = parser.parse_args(argv)
@@ -140,7 +141,15 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     diffs: Sequence[Diff] = [Diff({})]
     if flags.diff:
         index = None if flags.all or flags.split else flags.index or 0
-        targets = list_targets(flags.diff, model, flags.split, flags.svd_rank, index, looked)
+        targets = list_targets(
+            flags.diff,
+            model,
+            flags.split,
+            index,
+            looked,
+            svd_rank=flags.svd_rank,
+            align=flags.align,
+        )
         several = len({target.path for target in targets}) > 1
 
         def read(i: int) -> Diff:

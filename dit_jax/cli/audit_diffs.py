@@ -44,6 +44,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         help="be job I of N (from 0), which share --out: the last to end writes the page")
     add("--fail-on", metavar="CONDITION", type=_condition,
         help="exit with status 1 if a diff has e.g. 'hidden>0.9' or cannot be read; one of " + ", ".join(_MEASURES))
+    add("--align", action="store_true", help="undo rewritings of finetuned models that leave their function as it is")
     add("--svd-rank", type=given.COUNT, help="reduce finetuned models' diffs to LoRAs of this rank")
     add_battery_flags(parser)
     add("--everyday", metavar="FILE", help="everyday prompts, one a line (default: 20 of our own)")
@@ -94,7 +95,9 @@ def run(flags: argparse.Namespace) -> int:
             f"--fail-on {condition[0]} needs a calibration of the adapter for these questions: run 'python -m "
             "dit_jax.calibrate', or use another measure"
         )
-    targets = list_targets(flags.diffs, model, flags.split, flags.svd_rank)
+    targets = list_targets(
+        flags.diffs, model, flags.split, svd_rank=flags.svd_rank, align=flags.align
+    )
     out = Path(flags.out).expanduser()
     print(
         f"{len(targets)} diffs, {len(settings.battery.questions)} questions each", file=sys.stderr

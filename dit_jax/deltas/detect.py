@@ -280,6 +280,7 @@ def open_diffs(
     config: DecoderConfig,
     base_params: Any = None,
     svd_rank: int | None = None,
+    align: bool = False,
 ) -> Sequence[RawDiff]:
     """The weight diffs of a foreign format as a lazy sequence.
 
@@ -288,6 +289,7 @@ def open_diffs(
       config: architecture of the base model.
       base_params: its parameters, which diffs that are whole weights need.
       svd_rank: reduces whole weights, and nothing else, to a LoRA of this rank, see `finetuned.read_finetuned`.
+      align: of finetuned models, see there; factors need none, since their product counts.
 
     Raises:
       DitError: see `detect_format` and the readers. `dit_jax.deltas.store` reads diff stores.
@@ -299,7 +301,7 @@ def open_diffs(
     if kind == "release":
         return reference_pt.read_release(path, config, base_params, svd_rank)
     if kind in ("model", "pt_state_dict"):
-        return Lazy(lambda: finetuned.read_finetuned(path, config, base_params, svd_rank))
+        return Lazy(lambda: finetuned.read_finetuned(path, config, base_params, svd_rank, align))
     if kind in _ADAPTERS and kind != "adapter":
         return Lazy(lambda: open_adapter(found, config, base_params))
     raise _no_diff(found)

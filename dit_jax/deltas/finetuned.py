@@ -16,7 +16,11 @@ from dit_jax.models.misfits import resized
 
 
 def read_finetuned(
-    path: str | pathlib.Path, config: DecoderConfig, base_params: Any, svd_rank: int | None = None
+    path: str | pathlib.Path,
+    config: DecoderConfig,
+    base_params: Any,
+    svd_rank: int | None = None,
+    align: bool = False,
 ) -> RawDiff:
     """The difference between a finetuned model and the base.
 
@@ -27,6 +31,8 @@ def read_finetuned(
       svd_rank: None for the dense difference of all parameters, in the dtype of the base. Otherwise the rank of its
         best approximation on the projections, a LoRA in float32; `metadata["svd"]` has the share of the squared norm
         that this keeps.
+      align: undo rewritings of the model that leave its function as it is, see `alignment`; `metadata["aligned"]` says
+        which were found.
 
     Raises:
       DitError: the architecture is another one, tensors are missing, unknown or misshapen, hold NaN or infinity, or all
@@ -36,9 +42,12 @@ def read_finetuned(
     if path.suffix.lower() == ".safetensors":
         file = SafetensorsFile(regular_file(path))
         weights = Weights(path, file.shapes(), file.read, missing="kinds")
-        delta, metadata = difference(weights, config, base_params, svd_rank)
-        return RawDiff(delta, metadata=metadata)
+        return _read(weights, config, base_params, svd_rank, align)
     if path.is_file():
+        if align:
+            raise DitError(
+                f"'{path}' cannot be aligned: save it as a model folder or a .safetensors file first"
+            )
         return read_pt_state_dict(path, config, base_params, svd_rank)
     theirs = read_own_config(path)
     for field in ARCHITECTURE:
@@ -55,8 +64,19 @@ def read_finetuned(
             )
     folder = open_weights(path)
     weights = Weights(path, folder.shapes(), folder.read, "nothing", theirs.tie_word_embeddings)
+    return _read(weights, config, base_params, svd_rank, align)
+
+
+def _read(
+    weights: Weights, config: DecoderConfig, base_params: Any, svd_rank: int | None, align: bool
+) -> RawDiff:
+    facts = {}
+    if align:
+        from dit_jax.deltas.alignment import aligned  # which needs the decoder
+
+        weights, facts["aligned"] = aligned(weights, config, base_params)
     delta, metadata = difference(weights, config, base_params, svd_rank)
-    return RawDiff(delta, metadata=metadata)
+    return RawDiff(delta, metadata={**metadata, **facts})
 
 
 def read_own_config(folder: pathlib.Path) -> DecoderConfig:

@@ -76,7 +76,7 @@ def changes(
     table = all_modules(config)
     if svd_rank is not None:
         check_svd_rank(svd_rank, config)
-    found = _place(weights, config)
+    found = place(weights, config)
 
     def subtract(path: Path, layer: int | None) -> np.ndarray:
         name = found[path, layer]
@@ -125,7 +125,7 @@ def _stack_changes(
     return w
 
 
-def _place(weights: Weights, config: DecoderConfig) -> dict[tuple[Path, int | None], str]:
+def place(weights: Weights, config: DecoderConfig) -> dict[tuple[Path, int | None], str]:
     """(path in the tree, layer) -> tensor name. Checks names, shapes and completeness."""
     source = weights.source
     found: dict[tuple[Path, int | None], str] = {}
