@@ -297,6 +297,8 @@ def test_the_shipped_sweeps_are_valid(monkeypatch):
     assert len({run.config.train.steps for run in scaling.runs}) == 1
     seeds = sweep.load_sweep("configs/sweeps/seeds.py")
     assert [run.config.seed for run in seeds.runs] == [0, 1, 2]
+    real = sweep.load_sweep("configs/sweeps/real_scaling.py")
+    assert [run.config.train.max_diffs for run in real.runs] == [0, 72, 36]
     for shipped in (ROOT / "configs" / "sweeps").glob("*.py"):
         assert f"--sweep configs/sweeps/{shipped.name}" in shipped.read_text()
 

@@ -1,6 +1,5 @@
 """How many training diffs an adapter needs on a real language model, at a constant number of adapter steps.
 
-    make real VARIANT=small                    # makes the model's package and the first run's environment
     python -m dit_jax.sweep --sweep configs/sweeps/real_scaling.py --workdir runs/real_scaling
 
 The first run makes the corpus and all diffs; the others take its diffs, and train and evaluate an adapter each, about
@@ -17,7 +16,7 @@ METRIC = "methods.dit.exact_match"
 TABLE = "real_scaling"
 
 
-def get_sweep(arg: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def get_sweep() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "real_small", {}  # all 144 training diffs
     for count in (72, 36):
         yield (
