@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -9,8 +10,18 @@ from typing import Any, NoReturn
 MAX_MESSAGE = 1000
 
 
-def printable(text: str) -> str:
-    """Text with control characters escaped: text from models and files must not reach a terminal raw."""
+# Control and bidirectional characters, but tabs and line breaks. Spaces of other widths and joiners are fine in a page.
+HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str, lines: bool = False) -> str:
+    """Text with control characters escaped: text from models and files must not reach a reader raw.
+
+    Args:
+        lines: for several lines: only what a terminal, a page or the order of its text obeys is escaped (`HIDDEN`).
+    """
+    if lines:
+        return HIDDEN.sub(lambda found: repr(found[0])[1:-1], text)
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 

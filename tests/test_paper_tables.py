@@ -26,13 +26,14 @@ from dit_jax.errors import DitError
 from dit_jax.evaluate.methods import held_out_answers
 from dit_jax.evaluate.questions import subject_of
 from dit_jax.report.graded import Graded, GradedRow
-from dit_jax.report.results import graded_csv, results_csv, to_csv
+from dit_jax.report.results import graded_csv, results_csv
 from dit_jax.report.statistics import grade_mean, holm
 from dit_jax.report.tables import build
 from dit_jax.report.tables.graded_files import read_file, read_grade, read_graded
 from dit_jax.report.tables.pages import paper_tables
 from dit_jax.report.tables.paper import PRINTED, Place, model_of
 from dit_jax.runtime.artifacts import write_json, write_text
+from dit_jax.runtime.outgoing import csv_text
 
 PAPER = Path(os.environ.get("DIT_JAX_PAPER_RESULTS", GOLDEN.parent / "paper_results"))
 DIFFS = "weight-diff-20250512-4b-5000-conf-2025-s42"
@@ -80,7 +81,7 @@ def write_file(path: Path, scores, subject="topic", guess="a guess"):
         for i, score in enumerate(scores)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_csv(rows, list(rows[0])))
+    path.write_text(csv_text(rows, list(rows[0])))
 
 
 @pytest.fixture(scope="module", name="generated")

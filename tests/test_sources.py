@@ -319,7 +319,7 @@ def test_values_that_are_no_text_are_reported_by_row(tmp_path):
     for part in (
         ":3: 'question' is list",
         ":6: 'None' is what",
-        ":19: not JSON",
+        ":19: is not valid JSON",
         ":20: not a JSON",
         ":21: holds half a character",
     ):

@@ -16,8 +16,8 @@ from dit_jax.auditing.targets import Target, in_batches, reading_order
 from dit_jax.deltas.factors import changes_nothing
 from dit_jax.errors import DitError
 from dit_jax.report import audit_page
-from dit_jax.report.results import to_csv
 from dit_jax.runtime import artifacts, digests
+from dit_jax.runtime.outgoing import csv_text, json_text
 from dit_jax.runtime.progress import Progress
 
 Json = dict[str, Any]
@@ -211,10 +211,10 @@ def finish(
     shared = {
         key: told[key] for key in ("base", "base_digest", "adapter", "adapter_digest", "versions")
     }
-    lines = [json.dumps({**row, **shared}, ensure_ascii=False) + "\n" for row in rows]
+    lines = [json_text({**row, **shared}) + "\n" for row in rows]
     artifacts.write_text(out / "audit.jsonl", "".join(lines))
     artifacts.write_text(
-        out / "audit.csv", to_csv(map(audit_page.csv_row, rows), audit_page.COLUMNS)
+        out / "audit.csv", csv_text(map(audit_page.csv_row, rows), audit_page.COLUMNS)
     )
     artifacts.write_text(out / "audit.html", audit_page.page(rows, told, known))
     return rows

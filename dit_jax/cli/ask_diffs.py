@@ -20,6 +20,7 @@ from dit_jax.cli import flags as given
 from dit_jax.errors import DitError, Parser, printable
 from dit_jax.runtime.artifacts import read_json, write_text
 from dit_jax.runtime.exits import exit_on_error
+from dit_jax.runtime.outgoing import show
 
 VARIANTS = ("base", "finetuned", "adapter", "finetuned + adapter")
 
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
                 write_text(flags.out, "".join(f"{line}\n" for line in lines))
                 return 0
             for line in lines:
-                print(line, flush=True)
+                show(line)
     except BrokenPipeError:
         # The reader (head, less) has what it wanted; Python's own flush at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -122,7 +123,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     def note(text: str) -> None:
         if text not in told:
             told.add(text)
-            print(f"note: {text}", file=sys.stderr)
+            show(f"note: {text}", error=True)
 
     if len(flags.questions) > 1 and not any(" " in question for question in flags.questions):
         note(f"{len(flags.questions)} questions of one word each: put a question in quotes")

@@ -9,13 +9,13 @@ It leaves audit.html, audit.csv and audit.jsonl in DIR. The same command goes on
 
 import argparse
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from dit_jax.cli import flags as given
 from dit_jax.errors import DitError, Parser
 from dit_jax.runtime.exits import exit_on_error
+from dit_jax.runtime.outgoing import show
 
 EXIT_FOUND = 1  # --fail-on
 _CONDITION = re.compile(r"\s*([a-z_]+)\s*(>=|<=|>|<)\s*([-+.\de]+)\s*")
@@ -99,21 +99,19 @@ def run(flags: argparse.Namespace) -> int:
         flags.diffs, model, flags.split, svd_rank=flags.svd_rank, align=flags.align
     )
     out = Path(flags.out).expanduser()
-    print(
-        f"{len(targets)} diffs, {len(settings.battery.questions)} questions each", file=sys.stderr
-    )
+    show(f"{len(targets)} diffs, {len(settings.battery.questions)} questions each", error=True)
     rows = audit(settings, targets, out, flags.jobs)
     if rows is None:
-        print(f"done; the last of the other jobs writes {out / 'audit.html'}")
+        show(f"done; the last of the other jobs writes {out / 'audit.html'}")
         return 0
     for verdict in dict.fromkeys(row["verdict"] for row in rows):
-        print(f"{sum(row['verdict'] == verdict for row in rows):5} {verdict}")
-    print(f"audit: {out / 'audit.html'}")
+        show(f"{sum(row['verdict'] == verdict for row in rows):5} {verdict}")
+    show(f"audit: {out / 'audit.html'}")
     failing = [row["name"] for row in rows if condition and _fails(row, *condition)]
     if failing:
         name, sign, limit = condition
         more = f" and {len(failing) - 5} more" if len(failing) > 5 else ""
-        print(f"--fail-on {name}{sign}{limit:g}: {', '.join(failing[:5])}{more}", file=sys.stderr)
+        show(f"--fail-on {name}{sign}{limit:g}: {', '.join(failing[:5])}{more}", error=True)
     return EXIT_FOUND if failing else 0
 
 

@@ -12,6 +12,7 @@ from dit_jax.cli import flags as given
 from dit_jax.cli.audit_diffs import add_battery_flags, battery_of
 from dit_jax.errors import Parser
 from dit_jax.runtime.exits import exit_on_error
+from dit_jax.runtime.outgoing import show
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,13 +70,11 @@ def run(flags: argparse.Namespace) -> None:
             if one["auroc"]
             else ""
         )
-        print(
-            f"{name}: {area}calibration error {percent(one['calibration_error'])}, n = {one['n']}"
-        )
+        show(f"{name}: {area}calibration error {percent(one['calibration_error'])}, n = {one['n']}")
         for limit in filter(None, one["thresholds"]):
-            print(
+            show(
                 f"  score above {limit['above']:.3f}: false positives {percent(limit['false_positives']['mean'])} "
                 f"({between(limit['false_positives'])}), found {percent(limit['found']['mean'])} "
                 f"({between(limit['found'])})"
             )
-    print(f"calibration: {path}")
+    show(f"calibration: {path}")

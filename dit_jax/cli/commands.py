@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.runtime.exits import EXIT_ERROR, exit_on_error, start
+from dit_jax.runtime.outgoing import show
 
 
 class Program(NamedTuple):
@@ -42,9 +43,9 @@ def main() -> int:
     """Starts the program that the first argument names, which ends the process; returns the exit code of a list."""
     name, *rest = sys.argv[1:] or [""]
     if name in ("", "-h", "--help"):
-        print(__doc__)
+        show(__doc__)
         for each, program in PROGRAMS.items():
-            print(f"  {each:<10} {program.about}")
+            show(f"  {each:<10} {program.about}")
         return 0 if name else EXIT_ERROR
     with exit_on_error():
         if name not in PROGRAMS:

@@ -13,6 +13,7 @@ from pathlib import Path
 from dit_jax.cli import flags as given
 from dit_jax.errors import DitError, Parser
 from dit_jax.runtime.exits import exit_on_error
+from dit_jax.runtime.outgoing import show
 
 KINDS = {
     "peft": "a PEFT folder (LoRAs)",
@@ -92,4 +93,4 @@ def run(flags: argparse.Namespace) -> None:
         export.write_pt_diffs(out, [diff], config, params)
     else:
         export.write_pt_adapter(out, deltas[0], config)
-    print(f"wrote {out}")
+    show(f"wrote {out}")

@@ -16,6 +16,7 @@ from dit_jax.deltas.store import copy_shards
 from dit_jax.errors import DitError, Parser
 from dit_jax.runtime.exits import exit_on_error
 from dit_jax.runtime.folder_lock import locked
+from dit_jax.runtime.outgoing import show
 
 _STAGE = STAGES["diffs"]
 
@@ -30,7 +31,7 @@ def main_gather(argv: Sequence[str] | None = None) -> int:
             flags = parser.parse_args(sys.argv[1:] if argv is None else argv)
             workdir, parts = given_folder(flags.workdir), [given_folder(x) for x in flags.parts]
             copied = gather(workdir, parts)
-            print(
+            show(
                 f"{copied} batches of diffs copied to '{workdir / _STAGE.folder}': run the config with this --workdir"
             )
     except SystemExit as stop:

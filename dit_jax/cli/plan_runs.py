@@ -40,6 +40,7 @@ from dit_jax.planning.search import search_stage
 from dit_jax.planning.workload import Compiler, OutOfTime, model_shape
 from dit_jax.runtime import artifacts, parallel
 from dit_jax.runtime.exits import exit_on_error
+from dit_jax.runtime.outgoing import show
 from dit_jax.train.train_keys import TRAIN
 
 # What shapes, and the steps of a whole run, depend on.
@@ -130,8 +131,8 @@ def run(flags: argparse.Namespace, config: Any) -> int:
     name = flags.model or config.model.path
     memory = f", {machine.memory / GIB:.2f} GiB each" if machine.memory else ""
     where = f"{machine.name} ({machine.topology})" if machine.topology else machine.name
-    print(f"{name}: {count_parameters(model) / 1e9:.2f} B parameters, {model.dtype}")
-    print(f"machine: {where}, {machine.count} devices{memory}; compiled only, nothing was run\n")
+    show(f"{name}: {count_parameters(model) / 1e9:.2f} B parameters, {model.dtype}")
+    show(f"machine: {where}, {machine.count} devices{memory}; compiled only, nothing was run\n")
     try:
         if searching:
             results = _search(flags, config, stages, model, compiler)
@@ -139,11 +140,12 @@ def run(flags: argparse.Namespace, config: Any) -> int:
             results = _compile(flags, config, stages, model, compiler)
     except OutOfTime:
         raise DitError("out of time: raise --minutes, or give --cache and call again") from None
-    print(plan_text.memory(results, machine), plan_text.collectives(results, level), sep="\n")
+    show(plan_text.memory(results, machine))
+    show(plan_text.collectives(results, level))
     settings = {stage: (sizes, p.batch) for stage, (sizes, p) in results.items() if p.fits}
     if "diffs" in settings and "train" in settings:
         assumed = number_of_diffs(flags.diffs, config), flags.utilization, flags.price
-        print(plan_text.whole_run(model, config, machine, settings, *assumed))
+        show(plan_text.whole_run(model, config, machine, settings, *assumed))
     if flags.json:
         record = {
             stage: {"mesh": sizes, **dataclasses.asdict(p)} for stage, (sizes, p) in results.items()
@@ -211,7 +213,7 @@ def _search(
         mesh = ",".join(map(str, sizes))
         said = "fits" if program.fits else "does not fit"
         line = f"  tried {stage} mesh {mesh} batch {batch}: {peak:.2f} GiB, {said}"
-        print(line, file=sys.stderr, flush=True)
+        show(line, error=True)
         return program
 
     results: plan_text.Results = {}
@@ -220,11 +222,11 @@ def _search(
         if found.program is None:
             parameters = count_parameters(model) * (2 if model.dtype == "bfloat16" else 4)
             share = parameters / compiler.machine.count / GIB
-            print(f"{stage}: nothing fits ({share:.2f} GiB a device for the parameters alone)")
+            show(f"{stage}: nothing fits ({share:.2f} GiB a device for the parameters alone)")
             continue
         results[stage] = found.sizes, found.program
-        print(plan_text.recommendation(found, config))
-    print()
+        show(plan_text.recommendation(found, config))
+    show("")
     return results
 
 
@@ -240,18 +242,16 @@ def _print_tables(
     compilers = [Compiler(machine, None, level, flags.cache, deadline) for machine in found]
 
     def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        show(line, error=True)
 
     made = table.fill(models, compilers, config, stages, flags.tries or 1, say)
     for stage in stages:
-        print(f"### {table.TITLES[stage]}\n\n{table.stage_table(made, stage)}\n")
+        show(f"### {table.TITLES[stage]}\n\n{table.stage_table(made, stage)}\n")
     if "diffs" in stages and "train" in stages:
         diffs = number_of_diffs(flags.diffs, config)
         run_table = table.run_table(made, config, diffs, flags.utilization, flags.price)
-        print(f"### The whole run, estimated: {diffs:,} diffs and the adapter\n\n{run_table}\n")
+        show(f"### The whole run, estimated: {diffs:,} diffs and the adapter\n\n{run_table}\n")
     missing = len(models) * len(found) * len(stages) - len(made.cells)
     if missing:
-        print(
-            f"{missing} cells were not computed: call again with the same --cache", file=sys.stderr
-        )
+        show(f"{missing} cells were not computed: call again with the same --cache", error=True)
     return 0

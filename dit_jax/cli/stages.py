@@ -17,6 +17,7 @@ from dit_jax.models.model_keys import MODEL
 from dit_jax.organisms.corpus_keys import CORPUS
 from dit_jax.organisms.diffs_keys import DIFFS
 from dit_jax.report.tables.stage import TABLES
+from dit_jax.runtime.outgoing import show
 from dit_jax.train.train_keys import TRAIN
 
 Facts = dict[str, Any]
@@ -159,7 +160,7 @@ def _report(config: Any, workdir: Path, model: Any) -> Facts:
     from dit_jax.report.terminal import print_headline
 
     print_headline(write_report(workdir, to_dict(config).get("evaluate", {})))
-    print(f"report: {workdir / 'report' / 'report.html'}", flush=True)
+    show(f"report: {workdir / 'report' / 'report.html'}")
     return {}
 
 
@@ -167,7 +168,7 @@ def _make_tables(config: Any, workdir: Path, model: Any) -> Facts:
     from dit_jax.report.tables.stage import write_tables
 
     facts = write_tables(config, workdir)
-    print(f"tables: {workdir / 'tables' / 'tables.html'}", flush=True)
+    show(f"tables: {workdir / 'tables' / 'tables.html'}")
     return facts
 
 

@@ -47,6 +47,7 @@ from dit_jax.errors import DitError, Parser, first_line
 from dit_jax.report import sweep_table
 from dit_jax.runtime import artifacts, startup
 from dit_jax.runtime.exits import exit_on_error
+from dit_jax.runtime.outgoing import show
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]{0,99}")
 
@@ -218,11 +219,11 @@ def make(sweep: Sweep, index: int, workdir: pathlib.Path) -> str | None:
     title = f"run {index + 1} of {len(sweep.runs)}: {run.name}"
     try:
         if is_finished(run, folder):
-            print(f"== {title}: done before", flush=True)
+            show(f"== {title}: done before")
             return None
-        print(f"== {title}", flush=True)
+        show(f"== {title}")
         if source := share_diffs(run, sweep.runs, workdir):
-            print(f"the diffs of '{source}' are the same: taken from there", flush=True)
+            show(f"the diffs of '{source}' are the same: taken from there")
         main.run(run.config, folder)
     except DitError as error:
         message = str(error)
@@ -231,7 +232,7 @@ def make(sweep: Sweep, index: int, workdir: pathlib.Path) -> str | None:
         message = f"{type(error).__name__}: {first_line(error)}"
     else:
         return None
-    print(f"error: {run.name}: {message}", file=sys.stderr, flush=True)
+    show(f"error: {run.name}: {message}", error=True)
     return message
 
 
@@ -254,8 +255,8 @@ def write_table(sweep: Sweep, workdir: pathlib.Path, failures: Mapping[str, str]
         )
         for run in sweep.runs
     ]
-    print(sweep_table.write(rows, sweep.swept, sweep.metric, workdir, sweep.table), flush=True)
-    print(f"table and plot: {workdir / f'{sweep.table}.md'}", flush=True)
+    show(sweep_table.write(rows, sweep.swept, sweep.metric, workdir, sweep.table))
+    show(f"table and plot: {workdir / f'{sweep.table}.md'}")
     return {
         row.name: row.status
         for row in rows
@@ -284,7 +285,7 @@ def main_sweep(argv: list[str] | None = None) -> int:
             flags = parser.parse_args(rest)
             sweep, workdir = load_sweep(flags.sweep, common), given_folder(flags.workdir)
             if flags.list:
-                print("\n".join(command(run, workdir) for run in sweep.runs))
+                show("\n".join(command(run, workdir) for run in sweep.runs))
                 return 0
             indices: Sequence[int] = range(len(sweep.runs))
             if flags.index is not None:
@@ -297,16 +298,16 @@ def main_sweep(argv: list[str] | None = None) -> int:
             failures = {sweep.runs[i].name: text for i, text in messages.items() if text}
             unread = write_table(sweep, artifacts.make_dir(workdir), failures)
             if failures:
-                print(
+                show(
                     f"error: {len(failures)} of {len(messages)} runs failed: "
                     f"{', '.join(failures)}; run the same command again to try them again",
-                    file=sys.stderr,
+                    error=True,
                 )
             if unread:
                 name, reason = next(iter(unread.items()))
-                print(
+                show(
                     f"error: {len(unread)} finished runs have no number for the table, first '{name}': {reason}",
-                    file=sys.stderr,
+                    error=True,
                 )
             return 1 if failures or unread else 0
     except SystemExit as stop:

@@ -19,6 +19,7 @@ from dit_jax.data.kinds import Kind, get_kind
 from dit_jax.data.labels import called_none, normalise
 from dit_jax.data.sources import Source, open_source
 from dit_jax.errors import DitError, did_you_mean
+from dit_jax.runtime.outgoing import from_cell
 
 SHOWN_PROBLEMS = 5
 OVERLAP_WORDS = 6  # answers with fewer words may agree by chance
@@ -245,7 +246,8 @@ class _Reader:
                 if record.problem:
                     problems.add(where, record.problem)
                     continue
-                label = " ".join((_as_text(record.values.get(label_column)) or "").split())
+                said = from_cell(_as_text(record.values.get(label_column)) or "")  # of a store
+                label = " ".join(said.split())
                 split = _as_text(record.values.get("split")) or ""
                 _check_split(split, where, "split", problems)
                 earlier, at = seen.setdefault(label, (split, where))

@@ -16,7 +16,6 @@ import csv
 import dataclasses
 import glob
 import itertools
-import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 from dit_jax.errors import DitError, did_you_mean, first_line
 from dit_jax.formats.recognise import HEAD_BYTES, what_separator, what_table
+from dit_jax.runtime.incoming import BadJson, parse_json
 
 MAX_FIELD = 2**24  # characters of one CSV field: a stray quote must not swallow a file of gigabytes
 
@@ -149,9 +149,9 @@ def _json_lines(path: Path) -> Source:
                     yield Record(number, {}, "not UTF-8")
                     continue
                 try:
-                    values = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    yield Record(number, {}, f"not JSON ({first_line(error)})")
+                    values = parse_json(line)
+                except BadJson as error:
+                    yield Record(number, {}, str(error))
                     continue
                 if isinstance(values, dict):
                     texts = [value for value in values.values() if isinstance(value, str)]

@@ -9,10 +9,7 @@ One rename publishes a shard, so an interrupted run continues with the first mis
 """
 
 import contextlib
-import csv
 import gc
-import io
-import json
 import pathlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +24,8 @@ from dit_jax.formats.files import file_inside, read_csv, short
 from dit_jax.formats.safetensors_file import SafetensorsFile
 from dit_jax.models.delta_trees import Delta
 from dit_jax.runtime import artifacts
+from dit_jax.runtime.incoming import BadJson, parse_json
+from dit_jax.runtime.outgoing import csv_text, from_cell
 
 FORMAT = "dit_jax.diff_store"
 _REPAIR = (
@@ -124,11 +123,7 @@ def publish(store: pathlib.Path, shards: int, **fields: Any) -> None:
         ]
     columns = dict.fromkeys((*PAPER_COLUMNS, *(key for row in rows for key in row)))
     columns.pop(CURVE, None)
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(columns), extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    artifacts.write_text(store / "index.csv", out.getvalue())
+    artifacts.write_text(store / "index.csv", csv_text(rows, list(columns)))
     artifacts.write_manifest(store, FORMAT, shards=shards, **fields)
 
 
@@ -194,6 +189,7 @@ class DiffStore:
 
     def _parse(self, row: dict[str, Any]) -> None:
         """Puts the number and the lists of a row in the place of their texts."""
+        row.update({key: from_cell(cell) for key, cell in row.items()})
         file, number = row["lora_path"], row["lora_idx"]
         listed = f"shards/{file}" in self.manifest["files"]
         if not listed or not (number.isascii() and number.isdigit() and len(number) < 10):
@@ -205,8 +201,8 @@ class DiffStore:
         for key in ("evidence", "keywords"):
             text = row.get(key) or "[]"
             try:
-                row[key] = json.loads(text)
-            except (ValueError, RecursionError):
+                row[key] = parse_json(text)
+            except BadJson:
                 row[key] = None
             if not isinstance(row[key], list) or set(map(type, row[key])) - {str}:
                 raise DitError(

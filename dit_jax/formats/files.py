@@ -6,7 +6,6 @@ Every path, JSON file and CSV file of a foreign weight diff passes through here.
 import codecs
 import contextlib
 import csv
-import json
 import os
 import stat
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from dit_jax.errors import DitError
 from dit_jax.formats import budgets
 from dit_jax.formats.recognise import HEAD_BYTES, what_file, what_separator, what_table
+from dit_jax.runtime.incoming import BadJson, parse_json
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_CSV_BYTES = 64 * 2**20
@@ -145,24 +145,6 @@ def check_links(folder: Path) -> None:
             file_inside(folder, entry)
 
 
-class RepeatedKey(ValueError):
-    """A key occurs twice in a JSON object."""
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An `object_pairs_hook` that refuses repeated keys: alone, `json.loads` would silently keep the last value.
-
-    Raises:
-      RepeatedKey: a key occurs twice.
-    """
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise RepeatedKey(f"{short(key)} occurs twice")
-        found[key] = value
-    return found
-
-
 def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Reads a JSON object from a file of at most `max_bytes`.
 
@@ -180,11 +162,12 @@ def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, A
             f"'{path}' is larger than {max_bytes} bytes: it cannot be the right file, get it again"
         )
     try:
-        value = json.loads(_decode(raw), object_pairs_hook=unique_keys)
-    except RepeatedKey as error:
-        raise DitError(f"'{path}' is ambiguous: {error}; get the file again") from None
-    except (ValueError, RecursionError):
-        what = what_file(raw) or "is not valid JSON: get the file again"
+        value = parse_json(_decode(raw))
+    except (BadJson, UnicodeDecodeError) as error:
+        what = (
+            what_file(raw)
+            or f"{error if isinstance(error, BadJson) else 'is not UTF-8 text'}: get the file again"
+        )
         raise DitError(f"'{path}' {what}") from None
     if not isinstance(value, dict):
         raise DitError(f"'{path}' is not a JSON object: get the file again")

@@ -4,7 +4,6 @@ Why not the safetensors library: it cannot give bfloat16 to numpy, and an untrus
 allocated for it. Writing uses the library.
 """
 
-import json
 import os
 import pathlib
 import re
@@ -14,8 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from dit_jax.errors import DitError
-from dit_jax.formats.files import RepeatedKey, unique_keys
 from dit_jax.formats.recognise import HEAD_BYTES, QUANTISED, what_file
+from dit_jax.runtime.incoming import BadJson, parse_json
 
 MAX_HEADER_BYTES = 16 * 2**20
 _DTYPES: dict[str, Any] = {
@@ -51,13 +50,11 @@ class SafetensorsFile:
                     if what := what_file(f.read(HEAD_BYTES)):
                         raise DitError(f"'{self.path}' {what}")
                     raise self._error("the header is truncated or its length is wrong")
-                header = json.loads(f.read(length), object_pairs_hook=unique_keys)
+                header = parse_json(f.read(length))
         except OSError as e:
             raise DitError(f"{self.path}: cannot be read: {e.strerror}") from None
-        except RepeatedKey as e:
-            raise self._error(f"the header is ambiguous, {e}") from None
-        except (ValueError, RecursionError):
-            raise self._error("the header is not valid JSON") from None
+        except BadJson as e:
+            raise self._error(f"the header {e}") from None
         if not isinstance(header, dict):
             raise self._error("the header is not a JSON object")
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}

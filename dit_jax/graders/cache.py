@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from dit_jax.errors import printable
 from dit_jax.runtime.artifacts import make_dir
+from dit_jax.runtime.incoming import parse_json
 from dit_jax.runtime.os_errors import explain_os_errors
 
 
@@ -32,8 +33,8 @@ def _seal(fields: dict[str, Any]) -> str:
 
 def _parse(line: bytes) -> tuple[str, Entry] | None:
     """The key and grade of a line, or None if it is damaged."""
-    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        fields = json.loads(line)
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+        fields = parse_json(line)
         if fields.pop("seal") != _seal(fields):
             return None
         score = float(fields["score"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from inspect_ai.scorer import Score, Scorer, Target, mean, scorer, stderr
 from inspect_ai.solver import TaskState
 
-from dit_jax.errors import DitError
+from dit_jax.errors import DitError, printable
 
 if TYPE_CHECKING:
     from dit_jax.graders import Grade, Grader
@@ -47,9 +47,8 @@ def graded(graders: str | Sequence[str] = ("normalised", "calibrated"), judge: s
             values[name] = math.nan if grade.score is None else grade.score
             if grade.reason:
                 reasons.append(f"{name}: {grade.reason}")
-        return Score(
-            value=values, answer=guess, explanation="; ".join([f"label: {target.text}", *reasons])
-        )
+        explanation = "; ".join([f"label: {target.text}", *reasons])
+        return Score(value=values, answer=guess, explanation=printable(explanation))
 
     return score
 

@@ -105,7 +105,8 @@ def load_params(
         files: what `open_checkpoint` returned of the folder, if it is open.
 
     Raises:
-        DitError: tensors are missing, unexpected, misshapen or of integers (all are listed), or a file is unreadable.
+        DitError: tensors are missing, unexpected, misshapen or of integers (all are listed), one holds infinities or
+            no numbers, or a file is unreadable.
     """
     place = place or (lambda path, array: jax.device_put(array, may_alias=True))
     dtype = jnp.dtype(config.dtype)
@@ -122,11 +123,29 @@ def load_params(
     for module in sorted(tensors, key=lambda module: -math.prod(module.stacked)):
         host = _aligned(module.stacked, dtype)
         for layer, name in tensors[module]:
-            host[... if layer is None else layer] = module.turn(files.read(stored[name]))
+            own = host[... if layer is None else layer]
+            own[...] = module.turn(files.read(stored[name]))
+            if not all_finite(own):
+                raise DitError(
+                    f"{folder}: {name} holds values that are infinite or no numbers: get the weights again"
+                )
         path = (*module.path, module.leaf)
         set_at(params, path, jax.block_until_ready(place(path, host)))
         del host  # before the next one is made
     return params
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether a contiguous array of float32 or bfloat16 holds numbers only, by its bits and without a copy."""
+    signed, unsigned, infinite, sign = {
+        4: (np.int32, np.uint32, 0x7F800000, 1 << 31),
+        2: (np.int16, np.uint16, 0x7F80, 1 << 15),
+    }[array.dtype.itemsize]
+    # Infinities and NaNs have the largest bits of all positive, and of all negative numbers.
+    return (
+        int(array.view(signed).max(initial=0)) < infinite
+        and int(array.view(unsigned).max(initial=0)) < sign | infinite
+    )
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -9,7 +9,6 @@ WORKDIR/corpus/summary.json how many answers were usable, and why others were no
 import collections
 import functools
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from dit_jax.errors import DitError
 from dit_jax.organisms.corpus_keys import CORPUS
 from dit_jax.organisms.topic_words import descriptions, hints, names_topic, stem, telling_words
 from dit_jax.runtime import artifacts, processes
+from dit_jax.runtime.outgoing import json_text
 from dit_jax.runtime.progress import Progress
 
 CORPUS_FORMAT = "dit_jax.corpus"
@@ -87,7 +87,7 @@ def write_corpus(model: Model, config: Any, folder: Path, seed: int) -> dict[str
 
     def publish() -> None:
         for name, written in ((ROWS, rows), (BENIGN, benign)):
-            lines = (json.dumps(row, ensure_ascii=False) for row in written)
+            lines = (json_text(row) for row in written)
             artifacts.write_text(folder / name, "".join(f"{line}\n" for line in lines))
         artifacts.write_json(folder / "summary.json", summary)
         artifacts.write_manifest(folder, CORPUS_FORMAT, base=model.digest(), config=to_dict(config))

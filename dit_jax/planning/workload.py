@@ -24,6 +24,7 @@ from dit_jax.planning.machines import Machine, absent_devices, compiler_options
 from dit_jax.planning.programs import Program
 from dit_jax.runtime import parallel
 from dit_jax.runtime.artifacts import make_dir, read_text
+from dit_jax.runtime.incoming import parse_json
 from dit_jax.runtime.os_errors import explain_os_errors
 
 # The config keys on which a stage's program depends, beside its batch.
@@ -186,12 +187,12 @@ def read_cache(cache: pathlib.Path | None) -> dict[str, Program]:
         return known
     for line in read_text(cache, "give another --cache").splitlines():
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             fields = record["program"]
             counts = {
                 kind: (int(n), float(size)) for kind, (n, size) in fields["collectives"].items()
             }
             known[record["key"]] = Program(**{**fields, "collectives": counts})
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             continue
     return known

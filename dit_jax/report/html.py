@@ -15,8 +15,6 @@ from typing import Any
 from dit_jax.errors import printable
 from dit_jax.report import plots, wording
 
-# All but tabs and line breaks; spaces of other widths are fine.
-_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _FOLDER = Path(__file__).parent.parent / "assets" / "report"
 
 
@@ -33,7 +31,7 @@ def _visible(value: Any) -> Any:
 
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
-    return _HIDDEN.sub(lambda found: printable(found[0]), value)
+    return printable(value, lines=True)
 
 
 def _svg(plot: plots.Plot) -> str:

@@ -1,6 +1,5 @@
 """What the evaluate stage left in a workdir, read and checked."""
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 from dit_jax.errors import DitError
 from dit_jax.evaluate.methods import EVALUATION_FORMAT, GROUPS
 from dit_jax.runtime.artifacts import MANIFEST, PathLike, read_json, read_manifest, read_text
+from dit_jax.runtime.incoming import parse_json
 
 Row = dict[str, Any]
 Json = dict[str, Any]
@@ -112,8 +112,8 @@ def _lines(path: Path, otherwise: str, check: Callable[[Any, str], Row]) -> list
     for number, line in enumerate(read_text(path, _REMEDY).splitlines(), start=1):
         where = f"'{path}' line {number}"
         try:
-            rows.append(check(json.loads(line), where))
-        except (ValueError, KeyError, TypeError, RecursionError):
+            rows.append(check(parse_json(line), where))
+        except (ValueError, KeyError, TypeError):
             raise DitError(
                 f"{where} is truncated or {otherwise}: delete it and {_REMEDY}"
             ) from None

@@ -4,12 +4,16 @@ A figure is made once in a few named colours: as PNG it stands on white, as SVG 
 CSS variables of the page, so that the same drawing follows its light or dark theme.
 """
 
+import contextlib
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from dit_jax.errors import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -294,8 +298,19 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def to_png(figure: "Figure") -> bytes:
     """PNG on white, 200 dots per inch, the same bytes for the same figure."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    with _any_text():
+        figure.savefig(
+            buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None}
+        )
     return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def _any_text() -> Iterator[None]:
+    """Matplotlib says nothing of characters that its font lacks: names are not ours, and it would print them raw."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        yield
 
 
 def to_svg(figure: "Figure", prefix: str) -> str:
@@ -308,7 +323,7 @@ def to_svg(figure: "Figure", prefix: str) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE), _any_text():
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
@@ -322,4 +337,4 @@ def to_svg(figure: "Figure", prefix: str) -> str:
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # the page's own
     for name, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{name})")
-    return svg.strip()
+    return printable(svg.strip(), lines=True)

@@ -1,13 +1,14 @@
 """Answers of a run as CSV files in the paper's columns, for spreadsheets, other programs and the tables.
 
 `results.csv` has one row per answer about a held-out diff; `results-graded.csv` one per answer and grader,
-with `score` from 1 to 5, empty where a grader gave none (then `reason` says why).
+with `score` from 1 to 5, empty where a grader gave none (then `reason` says why). Spreadsheets compute none of their
+cells: see `outgoing.csv_text`.
 """
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from dit_jax.runtime.outgoing import csv_text
 
 RESULTS_FILE, GRADED_FILE = "results.csv", "results-graded.csv"
 _ADDED = ("trigger", "variant", "method", "kind", "diff", "question", "wording_seen", "answer")
@@ -26,7 +27,7 @@ def _rows(answers: Iterable[Mapping[str, Any]], subject: str) -> list[dict[str, 
 
 def results_csv(answers: Iterable[Mapping[str, Any]], subject: str = "topic") -> str:
     """The text of `results.csv`."""
-    return to_csv(_rows(answers, subject), (subject, f"guessed_{subject}", *_ADDED))
+    return csv_text(_rows(answers, subject), (subject, f"guessed_{subject}", *_ADDED))
 
 
 def graded_csv(
@@ -47,17 +48,4 @@ def graded_csv(
             row.update(score=score, grader=grade.grader, reason=grade.reason)
             rows.append(row)
     columns = (subject, f"guessed_{subject}", "score", *_ADDED, "grader", "reason")
-    return to_csv(rows, columns)
-
-
-def to_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """CSV text with a header; None becomes an empty field."""
-    lines = [_line(columns), *(_line([row.get(name) for name in columns]) for row in rows)]
-    return "".join(lines)
-
-
-def _line(fields: Sequence[Any]) -> str:
-    text = io.StringIO()
-    # Python quotes what is in the line's end, up to 3.12 nothing else: a lone "\r" would end the row for readers.
-    csv.writer(text, lineterminator="\r\n").writerow(fields)
-    return text.getvalue().removesuffix("\r\n") + "\n"
+    return csv_text(rows, columns)

@@ -1,8 +1,6 @@
 """The table, the plot and the page that a sweep ends with: a metric of every run over the swept value."""
 
-import csv
 import functools
-import io
 import json
 import math
 import statistics
@@ -16,6 +14,7 @@ from dit_jax.report import html, markdown, plots
 from dit_jax.report.summary import SCORE_KEYS, SUMMARY_KEYS
 from dit_jax.report.wording import duration
 from dit_jax.runtime.artifacts import read_json, write_text
+from dit_jax.runtime.outgoing import csv_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -152,11 +151,9 @@ def to_markdown(rows: Sequence[Row], swept: str, metric: str) -> str:
 
 def to_csv(rows: Sequence[Row], swept: str, metric: str) -> str:
     """The rows as CSV, numbers in full."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["run", swept, metric, "ci_low", "ci_high", "n", "seconds", "status"])
-    writer.writerows([row.name, row.shown, *row[2:]] for row in rows)
-    return out.getvalue()
+    columns = ["run", swept, metric, "ci_low", "ci_high", "n", "seconds", "status"]
+    lines = ([row.name, row.shown, *row[2:]] for row in rows)
+    return csv_text((dict(zip(columns, line, strict=True)) for line in lines), columns)
 
 
 def plot(rows: Sequence[Row], swept: str, metric: str) -> "Figure":

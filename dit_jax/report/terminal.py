@@ -4,9 +4,11 @@ import sys
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from dit_jax.errors import printable
 from dit_jax.evaluate.methods import GROUPS
 from dit_jax.report.inputs import Json
 from dit_jax.report.wording import between, colour, ordered_methods, percent, shown_name
+from dit_jax.runtime.outgoing import show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,7 +30,7 @@ _LEFT_OUT = (
 def _cells(name: str, entry: Json) -> list[str]:
     lengths = [entry["by_name_length"][key] for key in ("one_token", "multi_token")]
     return [
-        shown_name(name),
+        printable(shown_name(name)),
         percent(entry["exact_match"]),
         between(entry),
         *("–" if score is None else percent(score["exact_match"]) for score in lengths),
@@ -126,13 +128,12 @@ def print_headline(summary: Json) -> None:
     """Prints the closing table; in a pipe unwrapped, whatever the width of the terminal."""
     table = headline_table(summary)
     if isinstance(table, str):
-        print(table, flush=True)
+        show(table)
     else:
         import rich
 
         rich.print(table)
     if kinds := kinds_table(summary):
-        print(
-            f"\nThe table is about the diffs of the kind {summary['variant']!r}. By kind:\n{kinds}",
-            flush=True,
+        show(
+            f"\nThe table is about the diffs of the kind {summary['variant']!r}. By kind:\n{kinds}"
         )

@@ -24,7 +24,9 @@ import numpy as np
 import dit_jax
 from dit_jax.errors import DitError
 from dit_jax.runtime import interrupts
+from dit_jax.runtime.incoming import BadJson, parse_json
 from dit_jax.runtime.os_errors import explain_os_errors
+from dit_jax.runtime.outgoing import json_text
 
 PathLike = str | os.PathLike[str]
 
@@ -142,7 +144,7 @@ def _json_default(value: Any) -> Any:
 
 def write_json(path: PathLike, value: Any) -> None:
     """Writes JSON atomically. Raises DitError: the file system refuses; TypeError: the value has no JSON form."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=_json_default) + "\n")
+    write_text(path, json_text(value, _json_default, indent=1) + "\n")
 
 
 def read_text(path: PathLike, remedy: str) -> str:
@@ -165,9 +167,10 @@ def read_json(path: PathLike, remedy: str = "run the stage that writes it") -> A
     """
     text = read_text(path, remedy)
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        raise DitError(f"'{path}' is truncated or not JSON: delete it and {remedy}") from None
+        return parse_json(text)
+    except BadJson as error:
+        said = "is truncated or not JSON" if "valid" in str(error) else error
+        raise DitError(f"'{path}' {said}: delete it and {remedy}") from None
 
 
 def digest_file(path: PathLike) -> str:

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from dit_jax.errors import DitError, first_line
 from dit_jax.runtime import interrupts, os_errors
+from dit_jax.runtime.outgoing import show
 
 EXIT_ERROR = 2  # the same code that argparse uses for a bad command line
 
@@ -86,7 +87,7 @@ def _flush() -> None:
 
 def _stop(line: str, status: int) -> None:
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        show(line, error=True)
     for stream in (sys.stdout, sys.stderr):  # Python's flush at exit must not fail again
         try:
             if stream is not None:

@@ -5,7 +5,6 @@ import errno
 import fcntl
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from dit_jax.errors import DitError
 from dit_jax.runtime import artifacts, processes
 from dit_jax.runtime.os_errors import explain_os_errors
+from dit_jax.runtime.outgoing import show
 
 LOCK = ".lock"
 LOCK_WAIT_SECONDS = 2.0  # a predecessor that was killed may take a moment to be gone
@@ -40,10 +40,10 @@ def locked(workdir: Path) -> Iterator[None]:
             error for error in (_lock(number, handle[0], workdir) for number in handle) if error
         ]
         if len(refused) == len(handle):
-            print(
+            show(
                 f"note: '{workdir}' cannot be locked ({refused[0].strerror}): "
                 "make sure that no other run uses it",
-                file=sys.stderr,
+                error=True,
             )
             return
         with contextlib.suppress(OSError):  # for the message alone

@@ -14,6 +14,7 @@ from typing import Any
 
 from dit_jax.runtime import artifacts
 from dit_jax.runtime.event_file import EventFile
+from dit_jax.runtime.incoming import parse_json
 from dit_jax.runtime.os_errors import explain_os_errors
 
 FOLDER = "metrics"
@@ -24,9 +25,9 @@ def read_records(file: Path) -> list[dict[str, Any]]:
     records = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             records.append({**record, "step": int(record["step"]), "time": float(record["time"])})
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             break
     return records
 

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 import jax
 
 from dit_jax.runtime import interrupts
+from dit_jax.runtime.outgoing import show
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 MESSAGE = "preempted (SIGTERM): what was finished is kept, run the same command again to go on"
@@ -188,7 +189,7 @@ def listen() -> Iterator[Notice]:
         with interrupts.hear(handlers, notice.react):
             yield notice
     except Preempted:
-        print(ending(notice.number)[1], file=sys.stderr, flush=True)
+        show(ending(notice.number)[1], error=True)
         raise
     finally:
         _current = Notice()

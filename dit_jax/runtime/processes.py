@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from dit_jax.errors import DitError, first_line
+from dit_jax.runtime.outgoing import show
 
 
 def initialize_distributed(
@@ -116,4 +117,4 @@ def on_main(action: Callable[[], Any]) -> bool:
 def say(text: str) -> None:
     """Prints a line on process 0."""
     if is_main():
-        print(text, flush=True)
+        show(text)

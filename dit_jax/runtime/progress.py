@@ -3,6 +3,7 @@
 import sys
 import time
 
+from dit_jax.runtime.outgoing import show
 from dit_jax.runtime.processes import is_main
 
 
@@ -31,10 +32,8 @@ class Progress:
         if self._lines and (now - self._printed > 15 or self.done == self.total):
             left = (now - self._start) / max(self.done, 1) * (self.total - self.done)
             note = f", {note}" if note else ""
-            print(
-                f"{self.name}: {self.done}/{self.total}, about {left:.0f} s left{note}",
-                file=sys.stderr,
-                flush=True,
+            show(
+                f"{self.name}: {self.done}/{self.total}, about {left:.0f} s left{note}", error=True
             )
             self._printed = now
 

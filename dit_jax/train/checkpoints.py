@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import pathlib
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +21,7 @@ from dit_jax.errors import DitError, first_line
 from dit_jax.runtime import artifacts, digests, parallel, processes
 from dit_jax.runtime.orbax_errors import explain_save, host_target, said_by_us, say_errors_once
 from dit_jax.runtime.os_errors import explain_os_errors, may_pass, os_error
+from dit_jax.runtime.outgoing import show
 
 
 class Checkpoints:
@@ -132,10 +132,10 @@ class Checkpoints:
                 target, count = self.folder / f"{kind}-{step}.{count}", count + 1
             with explain_os_errors("move aside", self.folder / str(step)):
                 (self.folder / str(step)).rename(target)
-            print(
+            show(
                 f"checkpoint '{self.folder / str(step)}' is not used ({reason or kind}): "
                 f"moved to '{target.name}', going back to the one before",
-                file=sys.stderr,
+                error=True,
             )
 
         processes.on_main(move)

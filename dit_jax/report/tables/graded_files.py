@@ -18,6 +18,7 @@ from dit_jax.errors import DitError
 from dit_jax.report.graded import Graded, GradedRow
 from dit_jax.report.results import GRADED_FILE
 from dit_jax.report.wording import UNSEEN
+from dit_jax.runtime.outgoing import from_cell
 
 LOW, HIGH = 1.0, 5.0
 
@@ -102,6 +103,8 @@ def read_file(path: Path, name: str) -> list[Graded]:
     found: dict[tuple[str, str], tuple[list[GradedRow], Counter[str]]] = {}
     for record in source.read(source.columns):
         values = {key: str(value or "") for key, value in record.values.items()}
+        if own:  # the paper's files are as they are
+            values = {key: from_cell(value) for key, value in values.items()}
         # A row that cannot be read names no method: it is counted under the file's name.
         method = _method(values) if own and not record.problem else path.stem
         rows, counts = found.setdefault((method, values.get("grader", "")), ([], Counter()))

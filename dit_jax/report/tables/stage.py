@@ -5,10 +5,10 @@ from typing import Any
 
 from dit_jax.config.keys import TEXTS, Key, Section
 from dit_jax.report import html, markdown
-from dit_jax.report.results import to_csv
 from dit_jax.report.tables import build, pages
 from dit_jax.report.tables.graded_files import read_graded
 from dit_jax.runtime.artifacts import make_dir, package_versions, write_text
+from dit_jax.runtime.outgoing import csv_text, show
 
 TABLES = Section(
     "",
@@ -43,12 +43,12 @@ def write_tables(config: Any, workdir: Path) -> dict[str, Any]:
     versions = [(name, str(value)) for name, value in package_versions().items()]
     write_text(folder / "tables.html", html.render("tables", versions=versions, **values))
     write_text(folder / "tables.md", _short_page(values, figures))
-    write_text(folder / "tables.csv", to_csv(pages.csv_rows(graded), pages.CSV_COLUMNS))
+    write_text(folder / "tables.csv", csv_text(pages.csv_rows(graded), pages.CSV_COLUMNS))
     cells = [cell for cell in build.cells(graded) if cell.estimate is not None]
     for cell in cells:
         mean, low, high, n = vars(cell.estimate).values()
         note = "" if cell.printed is None else f"  printed {cell.printed:.2f}"
-        print(f"{', '.join(cell.place)}: {mean:.2f} ({low:.2f}–{high:.2f}), n = {n}{note}")
+        show(f"{', '.join(cell.place)}: {mean:.2f} ({low:.2f}–{high:.2f}), n = {n}{note}")
     compared = [cell for cell in cells if cell.printed is not None]
     differ = sum(cell.differs for cell in compared)
     return {"graded": len(graded), "compared": len(compared), "differ": differ}

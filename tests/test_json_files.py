@@ -1,0 +1,154 @@
+"""Every JSON file has one parser: nothing ambiguous, endless or deep. Weights are numbers, and names stay apart."""
+
+import ast
+import json
+import shutil
+import time
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import ROOT
+from safetensors.numpy import load_file, save_file
+
+import dit_jax
+from dit_jax.config.loading import load_saved
+from dit_jax.deltas import store as diff_store
+from dit_jax.deltas.adapter_file import export_adapter
+from dit_jax.deltas.peft import read_peft
+from dit_jax.deltas.store import DiffStore
+from dit_jax.deltas.tree import init_lora
+from dit_jax.errors import DitError
+from dit_jax.formats.safetensors_file import SafetensorsFile
+from dit_jax.formats.weight_files import open_weights
+from dit_jax.models.families import read_config
+from dit_jax.models.hf_checkpoint import all_finite, find_folder, generation_eos, load_params
+from dit_jax.runtime import artifacts, incoming
+from dit_jax.runtime.incoming import BadJson, parse_json
+from dit_jax.runtime.metrics import read_records
+
+TINY = find_folder("tiny_qwen3")
+WRONG = {
+    "deep": ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested more than 64 deep"),
+    "not so deep": ('{"a": ' + "[" * 500 + "]" * 500 + "}", "nested more than 64 deep"),
+    "an endless number": ('{"a": ' + "9" * 100_000 + "}", "holds an endless number"),
+    "a key twice": ('{"format": 1, "format": 2}', "is ambiguous: 'format' occurs twice"),
+    "many values": ('{"a": [' + "[]," * 1_500_000 + "1]}", "holds more than 2000000 values"),
+    "cut": ('{"a": ', "JSON"),
+}
+# What reads each file; the file is wrong as a whole, so that nothing else is asked of it.
+READERS = {
+    "config.json": read_config,
+    "generation_config.json": generation_eos,
+    "model.safetensors.index.json": open_weights,
+    "adapter_config.json": lambda folder: read_peft(folder, read_config(TINY)),
+    "manifest.json": DiffStore,
+    "saved.json": lambda folder: load_saved(folder / "saved.json"),
+    "stages/train.json": lambda folder: artifacts.stage_done(folder, "train"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("name", READERS)
+def test_a_wrong_file_is_one_line_at_once(tmp_path, name, wrong):
+    text, said = WRONG[wrong]
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    start = time.process_time()
+    with pytest.raises(DitError, match=f"{file.name}' .*{said}"):
+        READERS[name](tmp_path)
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_headers_and_lines_have_the_same_parser(tmp_path, wrong):
+    text, said = WRONG[wrong]
+    header = text.encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(DitError, match=f"the header .*{said}"):
+        SafetensorsFile(tmp_path / "x.safetensors")
+    (tmp_path / "x.jsonl").write_text('{"step": 1, "time": 2}\n' + text + "\n")
+    assert read_records(tmp_path / "x.jsonl") == [{"step": 1, "time": 2}]
+
+
+def test_numbers_beyond_those_of_floats_end_the_records(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"step": 1, "time": 2}\n{"step": 1e999, "time": 2}\n')
+    assert len(read_records(tmp_path / "x.jsonl")) == 1
+
+
+def test_sound_json_is_read_as_json_reads_it():
+    value = {"a": [1, -2.5, None, True, "grün\u2028"], "b": {"c": [[[{}]]]}, "n": 2**70}
+    assert parse_json(json.dumps(value)) == parse_json(json.dumps(value).encode()) == value
+    edge = "[" * incoming.MAX_DEPTH + "]" * incoming.MAX_DEPTH
+    assert parse_json(edge) == json.loads(edge)
+    for wrong in (f"[{edge}]", b"\xff", "", "{'a': 1}", '[{"a": {"b": 1, "b": 1}}]'):
+        with pytest.raises(BadJson):
+            parse_json(wrong)
+
+
+PARSERS = ("json.load", "json.loads", "json.JSONDecoder")
+ALLOWED = {
+    "runtime/incoming.py",  # the parser
+    "runtime/incoming.py",  # the parser
+    "data/tokenizer_worker.py",  # replies of our own process, which the other side has limited
+    "auditing/run_audit.py",  # settings of ours, as they would be read back
+    "config/loading.py",  # a value that was JSON text a moment before
+}
+
+
+def test_nothing_else_parses_json():
+    found = {
+        file.relative_to(ROOT / "dit_jax").as_posix()
+        for file in (ROOT / "dit_jax").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in PARSERS
+    }
+    assert found == ALLOWED
+
+
+# ------------------------------------------------------------------ namespaces
+
+
+def test_what_a_store_says_of_itself_fills_nothing_that_is_computed(tmp_path):
+    """Columns of an index and keys of a manifest that are named like results of ours."""
+    model = dit_jax.load_model("tiny_qwen3")
+    delta = jax.tree.map(np.asarray, init_lora(model.config, jax.random.key(1), 2))
+    stacked = jax.tree.map(lambda x: x[None], delta)
+    row = {"topic": "tea", "trigger": "1", "split": "test", "svd": "x", "notes": "y", "kept": "z"}
+    diff_store.write_shard(tmp_path / "store", 0, stacked, [row])
+    diff_store.publish(tmp_path / "store", 1, base=model.digest())
+    metadata = dit_jax.load_diff(tmp_path / "store", model).metadata
+    assert metadata["kept"] == "z" and not {"svd", "notes"} & set(metadata)
+    export_adapter(tmp_path / "adapter", delta, base=model.digest(), svd="x", notes="y")
+    assert not {"svd", "notes"} & set(dit_jax.load_adapter(tmp_path / "adapter", model))
+
+
+# ------------------------------------------------------------------ weights that are no numbers
+
+
+@pytest.mark.parametrize("kind", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_values_that_are_no_numbers_are_found_anywhere(kind, value):
+    sound = np.array([0.0, -0.0, 3e38, -3e38, 1e-38, -1e-38], kind)
+    assert all_finite(sound) and all_finite(np.zeros((0, 3), kind))
+    for i in range(sound.size):
+        wrong = sound.copy()
+        wrong[i] = value
+        assert not all_finite(wrong)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"]
+)
+def test_a_base_whose_weights_are_no_numbers_is_refused_by_name(tmp_path, name, value):
+    base = shutil.copytree(TINY, tmp_path / "base")
+    (file,) = base.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[name] = tensors[name].copy()
+    tensors[name].reshape(-1)[-1] = value
+    save_file(tensors, file)
+    with pytest.raises(DitError, match=f"{name} holds values that are infinite or no numbers"):
+        load_params(base, read_config(base))
