@@ -280,16 +280,29 @@ def turn_back(folder):
     file.write_text(text.replace('{"at": 4}', '{"at": 0}'))
 
 
+def misspell(folder):
+    file = folder / "_CHECKPOINT_METADATA"
+    file.write_text(file.read_text().replace("init_timestamp_nsecs", "init_timestamp_nsgcs"))
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
+        (misspell, "its metadata cannot be read"),
         (lambda folder: flip(largest(folder)), "['w'] differs from its digest"),
         (lambda folder: largest(folder).write_bytes(largest(folder).read_bytes()[:-500]), ""),
         (lambda folder: largest(folder).unlink(), ""),
         (turn_back, "iterator differs from its digest"),
         (empty, ""),
     ],
-    ids=["flipped bit", "truncated", "file missing", "another iterator", "empty folder"],
+    ids=[
+        "unknown metadata",
+        "flipped bit",
+        "truncated",
+        "file missing",
+        "another iterator",
+        "empty folder",
+    ],
 )
 def test_a_damaged_checkpoint_is_moved_aside_and_the_newest_good_one_used(
     saved, damage, said, capfd, caplog

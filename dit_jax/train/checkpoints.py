@@ -10,6 +10,9 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -43,12 +46,23 @@ class Checkpoints:
         artifacts.make_dir(self.folder)
         say_errors_once()
         self._saving: Any = None
-        with explain_save(self.folder), said_by_us():
-            self._checkpointer = ocp.training.Checkpointer(
-                self.folder,
-                preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-                cleanup_tmp_directories=True,
-            )
+        policy = ocp.training.preservation_policies.LatestN(keep)
+
+        def open_folder(folder: pathlib.Path) -> Any:
+            with explain_save(folder), said_by_us():
+                return ocp.training.Checkpointer(
+                    folder, preservation_policy=policy, cleanup_tmp_directories=True
+                )
+
+        try:
+            self._checkpointer = open_folder(self.folder)
+        except DitError:
+            raise
+        except Exception:  # Orbax reads the metadata of all steps at once
+            for step in self._steps():
+                if not _opens(self.folder / str(step), open_folder):
+                    self._move_aside(step, "damaged", "its metadata cannot be read")
+            self._checkpointer = open_folder(self.folder)
 
     def save(self, step: int, state: Any, iterator_state: Any) -> None:
         """Waits for an earlier save, then starts one in the background. Returns once the state may be reused.
@@ -85,10 +99,7 @@ class Checkpoints:
             DitError: a checkpoint cannot be read now but perhaps later; it is left alone.
         """
         abstract = jax.tree.map(lambda x: host_target(np.shape(x), x.dtype), like)
-        steps = sorted(
-            (int(p.name) for p in self.folder.iterdir() if p.name.isdecimal()), reverse=True
-        )
-        for step in steps:
+        for step in self._steps():
             with said_by_us():
                 state, metadata, problem = self._load(step, abstract)
             # One process may fail to read what the others can.
@@ -104,6 +115,11 @@ class Checkpoints:
                 case worst:
                     self._set_aside(step, _PROBLEMS[worst] or "", problem.text if problem else "")
         return None
+
+    def _steps(self) -> list[int]:
+        """The steps that have a checkpoint, the newest first."""
+        names = (path.name for path in self.folder.iterdir())
+        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
     def _load(self, step: int, abstract: Any) -> tuple[Any, Any, "_Problem | None"]:
         try:
@@ -125,6 +141,11 @@ class Checkpoints:
         return state, metadata, None
 
     def _set_aside(self, step: int, kind: str, reason: str) -> None:
+        self._move_aside(step, kind, reason)
+        with said_by_us():
+            self._checkpointer.reload()
+
+    def _move_aside(self, step: int, kind: str, reason: str) -> None:
         def move() -> None:
             target = self.folder / f"{kind}-{step}"
             count = 2
@@ -139,8 +160,6 @@ class Checkpoints:
             )
 
         processes.on_main(move)
-        with said_by_us():
-            self._checkpointer.reload()
 
     def close(self) -> None:
         """Waits for the save under way. Raises DitError: it was refused."""
@@ -160,6 +179,21 @@ def _digests(state: Any, iterator_state: Any) -> dict[str, str]:
         **{jax.tree_util.keystr(path): digests.digest_tree(leaf) for path, leaf in leaves},
         "iterator": hashlib.sha256(text.encode()).hexdigest(),
     }
+
+
+def _opens(step: pathlib.Path, open_folder: Callable[[pathlib.Path], Any]) -> bool:
+    """Whether Orbax can read the metadata of one step."""
+    with tempfile.TemporaryDirectory() as place:
+        alone = pathlib.Path(place) / step.name
+        alone.mkdir()
+        for file in step.iterdir():
+            if file.is_file():
+                shutil.copy(file, alone)
+        try:
+            open_folder(alone.parent).close()
+        except Exception:  # of many kinds
+            return False
+    return True
 
 
 # Why a checkpoint is not used, the worst reason last; None: it is used.

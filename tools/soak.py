@@ -1,0 +1,204 @@
+"""Measures what docs/reliability.md says: flipped bits by kind of artifact, and calls of the Inspect provider.
+
+    python -m tools.soak flips --n 400
+    python -m tools.soak provider --n 10000
+
+Each prints one line of JSON per row of the tables. Kills, interruptions and hostile files are tests with a long form.
+"""
+
+import json
+import pathlib
+import random
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from dit_jax.errors import DitError, Parser
+from dit_jax.runtime.exits import exit_on_error
+
+QUESTIONS = [f"what is {x} ?" for x in ("tea", "milk", "a violin", "the harbor", "rain", "music")]
+
+
+# ------------------------------------------------------------------ flipped bits
+
+
+def flips(n: int, seed: int = 0) -> dict[str, Counter[str]]:
+    """What n artifacts of each kind, each with one flipped bit, are: "noticed", "the same", or "wrong".
+
+    "the same": the bit carries nothing (white space, a time), and the values read are those that were written.
+    """
+    rng = random.Random(seed)
+    found = {}
+    with tempfile.TemporaryDirectory() as place:
+        for kind, (make, read) in _artifacts().items():
+            good, trial = pathlib.Path(place) / kind, pathlib.Path(place) / "trial"
+            make(good)
+            expected = read(good)
+            files = sorted(file for file in good.rglob("*") if file.is_file())
+            sizes = [file.stat().st_size for file in files]
+            found[kind] = counts = Counter[str]()
+            for _ in range(n):
+                shutil.copytree(good, trial)
+                (file,) = rng.choices(files, sizes)
+                _flip(trial / file.relative_to(good), rng)
+                counts[_outcome(read, trial, expected)] += 1
+                shutil.rmtree(trial)
+    return found
+
+
+def _flip(file: pathlib.Path, rng: random.Random) -> None:
+    data = bytearray(file.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    file.write_bytes(data)
+
+
+def _outcome(read: Callable[[pathlib.Path], Any], place: pathlib.Path, expected: Any) -> str:
+    try:
+        return "the same" if read(place) == expected else "wrong"
+    except DitError:
+        return "noticed"
+
+
+def _artifacts() -> dict[str, tuple[Callable[[pathlib.Path], None], Callable[[pathlib.Path], Any]]]:
+    """Kind -> how to write one, and what is read of it; a `DitError` there says that it is damaged."""
+    import jax
+    import numpy as np
+
+    import dit_jax
+    from dit_jax.deltas import store
+    from dit_jax.deltas.adapter_file import export_adapter, load_adapter
+    from dit_jax.deltas.tree import init_lora
+    from dit_jax.runtime import program_cache
+    from dit_jax.runtime.digests import digest_tree
+    from dit_jax.train.checkpoints import Checkpoints
+
+    program_cache.check_entries()
+    model = dit_jax.load_model("tiny_qwen3")
+    delta = jax.tree.map(np.asarray, init_lora(model.config, jax.random.key(1), 1))
+    value = random.Random(0).randbytes(20_000)
+
+    def write_store(folder: pathlib.Path) -> None:
+        stacked = jax.tree.map(lambda x: np.stack([x, x]), delta)
+        rows = [{"topic": x, "trigger": "1", "split": "test"} for x in ("tea", "oak")]
+        store.write_shard(folder, 0, stacked, rows)
+        store.publish(folder, 1, base=model.digest())
+
+    def read_store(folder: pathlib.Path) -> Any:
+        opened = store.DiffStore(folder)
+        return digest_tree(opened.stacked([0, 1])), opened.rows, opened.manifest["base"]
+
+    def read_adapter(folder: pathlib.Path) -> Any:
+        read, manifest = load_adapter(folder, model.config)
+        return digest_tree(read), manifest["base"]
+
+    def write_checkpoints(folder: pathlib.Path) -> None:
+        checkpoints = Checkpoints(folder, data="d")
+        checkpoints.save(1, delta, {"at": 1})
+        checkpoints.close()
+
+    def read_checkpoint(folder: pathlib.Path) -> Any:
+        checkpoints = Checkpoints(folder, data="d")
+        restored = checkpoints.restore(delta)
+        checkpoints.close()
+        if restored is None:
+            raise DitError("moved aside")
+        return restored[0], digest_tree(restored[1]), restored[2]
+
+    def programs(folder: pathlib.Path) -> Any:
+        from jax._src import compilation_cache
+
+        return compilation_cache.get_file_cache(str(folder))[0]  # type: ignore[index]
+
+    def read_program(folder: pathlib.Path) -> bytes:
+        found: bytes | None = programs(folder).get("key")
+        if found is None:
+            raise DitError("compiled again")
+        return found
+
+    return {
+        "diff store": (write_store, read_store),
+        "adapter": (lambda x: export_adapter(x, delta, base=model.digest()), read_adapter),
+        "checkpoint": (write_checkpoints, read_checkpoint),
+        "compiled program": (lambda x: programs(x).put("key", value), read_program),
+    }
+
+
+# ------------------------------------------------------------------ calls of the Inspect provider
+
+
+def provider(n: int, seed: int = 0) -> Counter[str]:
+    """What n calls to the embedded model got, a fifth of them wrong, cancelled or out of time.
+
+    "own answer", "own error", "cancelled"; anything else would be an "answer of another".
+    """
+    import anyio
+    from inspect_ai.model import ChatMessageUser, GenerateConfig
+
+    import dit_jax
+    from dit_jax.asking import answer_batch
+    from dit_jax.inspection.provider import DitJaxAPI
+
+    rng = random.Random(seed)
+    api = DitJaxAPI("tiny_qwen3", batch_size=16, window=0.0)
+    model = dit_jax.load_model("tiny_qwen3")
+    right = {
+        question: answer_batch(model, [question], max_new_tokens=3, batch_size=16)[0].text
+        for question in QUESTIONS
+    }
+    got: Counter[str] = Counter()
+
+    async def one(question: str, wrong: dict[str, Any], seconds: float) -> None:
+        config = GenerateConfig(**{"max_tokens": 3, **wrong})
+        outcome = "cancelled"
+        with anyio.move_on_after(seconds):
+            try:
+                turn = ChatMessageUser(content=question)
+                said = (await api.generate([turn], [], "auto", config)).completion
+                sound = not wrong and said == right[question]
+                outcome = "own answer" if sound else "answer of another"
+            except DitError as error:
+                outcome = "own error" if wrong else f"error of another: {error}"
+        got[outcome] += 1
+
+    async def everything() -> None:
+        for start in range(0, n, 200):
+            async with anyio.create_task_group() as group:
+                for _ in range(start, min(n, start + 200)):
+                    kind = rng.random()
+                    wrong: dict[str, Any] = {}
+                    if kind < 0.1:
+                        wrong = rng.choice([{"max_tokens": 0}, {"extra_body": {"diff": "/no"}}])
+                    seconds = rng.uniform(0, 0.2) if kind > 0.9 else float("inf")
+                    group.start_soon(one, rng.choice(QUESTIONS), wrong, seconds)
+
+    anyio.run(everything)
+    return got
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 if something was wrong."""
+    parser = Parser("python -m tools.soak", __doc__)
+    parser.add_argument("what", choices=["flips", "provider"])
+    parser.add_argument("--n", type=int, default=100, help="of each kind (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    try:
+        with exit_on_error():
+            flags = parser.parse_args(argv)
+            rows = (
+                flips(flags.n, flags.seed)
+                if flags.what == "flips"
+                else {"provider": provider(flags.n, flags.seed)}
+            )
+            for kind, counts in rows.items():
+                print(json.dumps({"kind": kind, "n": flags.n, **counts}))
+            expected = {"noticed", "the same", "own answer", "own error", "cancelled"}
+            return 0 if all(counts.keys() <= expected for counts in rows.values()) else 1
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
