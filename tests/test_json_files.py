@@ -91,7 +91,6 @@ def test_sound_json_is_read_as_json_reads_it():
 PARSERS = ("json.load", "json.loads", "json.JSONDecoder")
 ALLOWED = {
     "runtime/incoming.py",  # the parser
-    "runtime/incoming.py",  # the parser
     "data/tokenizer_worker.py",  # replies of our own process, which the other side has limited
     "auditing/run_audit.py",  # settings of ours, as they would be read back
     "config/loading.py",  # a value that was JSON text a moment before
