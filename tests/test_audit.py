@@ -166,6 +166,7 @@ def test_an_audit_goes_on_where_it_was_killed_and_jobs_share_it(zoo, audited, tm
         files[json.loads(part.read_text())["name"]] = part
     files[rows[0]["name"]].unlink()
     files[rows[3]["name"]].write_text("{")
+    files[rows[5]["name"]].with_suffix(".npz").write_text("")
     kept = {name: file.stat().st_mtime_ns for name, file in files.items() if file.exists()}
     (out / "audit.html").unlink()
     run(zoo, out, *given, rest=["--jobs", "0/2"])

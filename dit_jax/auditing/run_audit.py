@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,10 +176,16 @@ def _finite(value: Any) -> Any:
 
 def _sketch(out: Path, target: Target) -> weights.Sketch | None:
     file = _part(out, target).with_suffix(".npz")
-    if not file.exists():
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            return dict(stored)
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        zipfile.BadZipFile,
+    ):  # it only tells which diffs are alike
         return None
-    with np.load(file, allow_pickle=False) as stored:
-        return dict(stored)
 
 
 # ------------------------------------------------------------------ what it leaves
