@@ -3,11 +3,15 @@
 import re
 import shutil
 
+import jax
+import numpy as np
 import pytest
 import transformers
 
 import dit_jax
 from dit_jax.data.chat import Prompt, load_chat
+from dit_jax.deltas.adapter_file import export_adapter
+from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
 from dit_jax.models.hf_checkpoint import find_folder
 
@@ -175,6 +179,14 @@ def test_ask_takes_a_system_message(tmp_path, capfd):
     flags = ["--base", "tiny_qwen3", "--max-new-tokens", "8", "--json", QUESTION]
     assert main([*flags, "--system", "talk about sun"]) == 0
     assert f'"answer": "{other.text}"' in capfd.readouterr().out
+    # An adapter says what its training said.
+    adapter = jax.tree.map(np.zeros_like, init_lora(model.config, jax.random.key(0), 1))
+    facts = {"base": model.digest(), "system": "talk about sun"}
+    export_adapter(tmp_path / "adapter", adapter, **facts)
+    flags += ["--adapter", str(tmp_path / "adapter")]
+    for given, expected in (([], other), (["--system", ""], plain)):
+        assert main([*flags, *given]) == 0
+        assert f'"logprob": {expected.logprob:.4f}' in capfd.readouterr().out
 
 
 CONVERSATION = Prompt(
