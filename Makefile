@@ -63,6 +63,7 @@ CPU_FLAGS := --xla_backend_optimization_level=1 --xla_llvm_disable_expensive_pas
 quickstart: install
 	XLA_FLAGS="$(CPU_FLAGS) $$XLA_FLAGS" \
 	  $(BIN)/python -m dit_jax.main --config configs/quickstart.py --workdir runs/quickstart
+	@echo "next: source $(BIN)/activate, then ask a diff (README.md)"
 
 REAL := real$(if $(VARIANT),:$(VARIANT))
 real: $(VENV)/.installed-model
