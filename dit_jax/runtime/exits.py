@@ -57,8 +57,8 @@ def explained(error: BaseException) -> DitError | None:
         return DitError("the output was closed before the end: what was written until then is kept")
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return DitError(
-            f"out of memory ({first_line(error)[:200]}): compute less at once, use --dtype bfloat16 (in a config "
-            "model.dtype), or split it over more devices ('python -m dit_jax.plan' says what fits)"
+            f"out of memory ({first_line(error)[:200]}): lower what is computed at once, use --dtype bfloat16 (in "
+            "a config model.dtype), or split it over more devices ('python -m dit_jax.plan' says what fits)"
         )
     missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if missing not in ("", "dit_jax"):
