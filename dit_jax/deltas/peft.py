@@ -129,7 +129,7 @@ def read_tensors(
     return RawDiff(delta, metadata=metadata, kind="adapter")
 
 
-_BIASES = ("bias", "base_bias", "lora_bias")
+_BIASES = ("bias", "base_bias", "saved_bias", "lora_bias")
 
 
 def _by_module(

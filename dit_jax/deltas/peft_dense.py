@@ -109,7 +109,9 @@ class DenseChanges:
         if self.base_params is None:
             raise DitError(f"'{self.source}' changes biases: the base model is needed to read it")
         shape, name = self._modules[place].file_shape, f"{module}.bias"
-        whole = parts.get("base_bias", parts.get("bias"))
+        # Of a module in modules_to_save, PEFT may also write the bias of the original, which takes no part.
+        held = (parts.get(part) for part in ("bias", "saved_bias", "base_bias"))
+        whole = next((tensor for tensor in held if tensor is not None), None)
         read = None if whole is None else self._read(name, whole, shape)
         added = parts.get("lora_bias")
         trained = self.options.trains_biases or self.options.saves(module)

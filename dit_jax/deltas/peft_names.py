@@ -14,7 +14,7 @@ class PeftName(NamedTuple):
     Attributes:
         module: the module's name, without wrappers and PEFT's own prefix.
         part: the factors "lora_A", "lora_B", "lora_magnitude_vector", "lora_embedding_A" and "lora_embedding_B"; a
-            whole "weight" or "bias" ("saved": a weight inside modules_to_save, of which there may be a copy), or the
+            whole "weight" or "bias" ("saved", "saved_bias": inside modules_to_save, and there may be a copy), or the
             "lora_bias" of a factor; "trainable_tokens_delta"; copies of the base's, "base_layer", "base_bias" and
             "token_copy" (rows of tokens).
         adapter: the adapter's name, where the tensor's name has it.
@@ -51,7 +51,7 @@ _PARTS = {
     ("weight", ""): "weight",
     ("bias", ""): "bias",
     ("modules_to_save", "weight"): "saved",
-    ("modules_to_save", "bias"): "bias",
+    ("modules_to_save", "bias"): "saved_bias",
     **{(mark, "weight"): "base_layer" for mark in _COPIES},
     **{(mark, "bias"): "base_bias" for mark in _COPIES},
     ("lora_A", "weight"): "lora_A",
