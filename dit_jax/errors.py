@@ -65,10 +65,11 @@ class Parser(argparse.ArgumentParser):
         given = list(sys.argv[1:] if args is None else args)
         flags = given[: given.index("--")] if "--" in given else given
         known = [flag for action in self._actions for flag in action.option_strings]
-        for flag in (text.partition("=")[0] for text in flags if text.startswith("--")):
-            if not any(one.startswith(flag) for one in known):
+        for text in flags:
+            flag = text.partition("=")[0]
+            if flag.startswith("--") and not any(one.startswith(flag) for one in known):
                 listed = f": '{self.prog} --help' lists the flags"
-                raise DitError(f"unknown flag {flag}{did_you_mean(flag, known, listed)}")
+                raise DitError(f"unrecognized arguments: {text}{did_you_mean(flag, known, listed)}")
         return super().parse_args(given, namespace)
 
     def error(self, message: str) -> NoReturn:

@@ -65,7 +65,7 @@ def test_a_platform_that_is_not_there_is_named(platform):
         (
             run_stages.main,
             ["--confg", QUICKSTART],
-            "unknown flag --confg: did you mean '--config'?",
+            "unrecognized arguments: --confg: did you mean '--config'?",
         ),
         (plan, ["--config", QUICKSTART, "--topolgy=h200"], "did you mean '--topology'?"),
         (ask_diffs.main, ["--base", "tiny_qwen3", "--adaptor=x", "q"], "did you mean '--adapter'?"),

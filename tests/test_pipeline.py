@@ -284,7 +284,7 @@ def test_what_is_compiled_ahead_is_what_every_step_runs(
 
 
 INTERRUPTED = """
-import signal, threading, time
+import signal, sys, threading, time
 from dit_jax.cli import run_stages as main
 
 # A process in the background inherits that the signal is ignored.
@@ -295,7 +295,7 @@ def run(config, workdir):
     signal.raise_signal(signal.SIGINT)
 
 main.run = run
-main.end(main.main(["--config", "configs/quickstart.py", "--workdir", "unused"]))
+sys.exit(main.main_run(["--config", "configs/quickstart.py", "--workdir", "unused"]))
 """
 
 

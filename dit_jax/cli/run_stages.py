@@ -173,13 +173,13 @@ def _compile_ahead(config: Any, model: Any) -> None:
     threading.Thread(target=compile_step, name=COMPILE_AHEAD).start()
 
 
-def main_run() -> int:
+def main_run(argv: list[str] | None = None) -> int:
     """`main` of the command line.
 
     After a failure or Ctrl-C the process ends at once if a program is still being compiled ahead: Python would wait for
     that thread, which cannot be stopped. Nothing is lost: artifacts are complete or absent.
     """
-    code = main()
+    code = main(argv)
     if code and any(thread.name == COMPILE_AHEAD for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()

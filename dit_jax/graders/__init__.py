@@ -43,16 +43,20 @@ def get_grader(name: str, **options: Any) -> Grader:
         DitError: unknown name or option, a missing option, or a grader that cannot work here
             (an optional package, a model or a key is missing).
     """
-    check_grader(name, **options)
+    _check_options(name, options)
     return GRADERS[name](**options)
 
 
 def check_grader(name: str, **options: Any) -> None:
     """Raises DitError as `get_grader` does, as far as it can be seen without loading a model."""
+    _check_options(name, options)
+    GRADERS[name].check(**options)
+
+
+def _check_options(name: str, options: dict[str, Any]) -> None:
     if name not in GRADERS:
         hint = did_you_mean(name, GRADERS, f": choose from {', '.join(GRADERS)}")
         raise DitError(f"unknown grader {name!r}{hint}")
     make = GRADERS[name]
     hint = f"; it needs {make.needs}" if make.needs else ""
     check_options(f"options of the grader {name!r}", make, hint=hint, **options)
-    make.check(**options)

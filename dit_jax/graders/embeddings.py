@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,9 @@ def load_encoder(model: str) -> "Encoder":
 
 def check_installed() -> None:
     """Raises DitError: sentence-transformers is not installed."""
-    if importlib.util.find_spec("sentence_transformers") is None:
+    name = "sentence_transformers"
+    loaded = sys.modules.get(name) is not None
+    if not loaded and (name in sys.modules or importlib.util.find_spec(name) is None):
         raise DitError(
             "sentence embeddings need sentence-transformers: pip install 'dit_jax[embeddings]'"
         )
