@@ -99,7 +99,8 @@ def test_imports_end_with_the_same_line(share):
     process = started(*MAIN)
     time.sleep(max(0.5, share * seconds))
     process.send_signal(signal.SIGINT)
-    assert ended(process) == (130, "", [INTERRUPTED])
+    status, _, said = ended(process)  # on a quick machine the run has begun to speak
+    assert (status, said) == (130, [INTERRUPTED])
 
 
 def test_a_loop_that_saves_goes_on_to_the_end_of_its_step():
