@@ -333,7 +333,8 @@ def _joined(path: str, parts: Sequence[tuple[str, Diffs]]) -> Diffs:
 
     def read(index: int) -> Diff:
         name, diffs, i = places[index]
-        return dataclasses.replace(diffs[i], metadata={**diffs[i].metadata, "found_in": name})
+        diff = diffs[i]
+        return dataclasses.replace(diff, metadata={**diff.metadata, "found_in": name})
 
     order = [
         start + i for start, (_, diffs) in zip(starts, parts, strict=False) for i in diffs.order

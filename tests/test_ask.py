@@ -87,6 +87,7 @@ def test_a_truncated_finetune_says_what_it_keeps(files, capsys):
         (["--all"], "add --diff"),
         (["--index", "0"], "add --diff"),
         (["--svd-rank", "2"], "add --diff"),
+        (["--align"], "add --diff"),
         (["--diff", ""], "must be some text, not ''"),
         (["--adapter", ""], "must be some text, not ''"),
         (["  "], "argument question: must be some text"),

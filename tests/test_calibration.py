@@ -1,6 +1,7 @@
 """Calibration: the fit against scikit-learn, thresholds and reliability against counts, the file of an adapter."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -137,6 +138,14 @@ def test_a_calibration_scores_the_audits_that_ask_the_same(files, tmp_path, caps
     out = ("--out", tmp_path / "other")
     assert audit_diffs.main(flags(files, *out, questions="others")) == 0
     assert "has no calibration" in (tmp_path / "other" / "audit.html").read_text()
+
+
+def test_a_calibration_is_made_under_the_system_message_that_is_given(files, tmp_path):
+    adapter = shutil.copy(files / "adapter.pt", tmp_path)
+    given = [adapter if x == str(files / "adapter.pt") else x for x in flags(files)]
+    assert calibrate_adapter.main(["--system", "what is tea ?", *map(str, given)]) == 0
+    made = json.loads((tmp_path / "adapter.pt.calibration.json").read_text())
+    assert made["system"] == "what is tea ?"
 
 
 def test_a_calibration_of_another_adapter_or_a_damaged_one_is_refused(tmp_path):

@@ -20,12 +20,13 @@ from dit_jax.deltas.peft import read_peft
 from dit_jax.deltas.store import DiffStore
 from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
+from dit_jax.formats import json_parser
+from dit_jax.formats.json_parser import BadJson, parse_json
 from dit_jax.formats.safetensors_file import SafetensorsFile
 from dit_jax.formats.weight_files import open_weights
 from dit_jax.models.families import read_config
 from dit_jax.models.hf_checkpoint import all_finite, find_folder, generation_eos, load_params
-from dit_jax.runtime import artifacts, incoming
-from dit_jax.runtime.incoming import BadJson, parse_json
+from dit_jax.runtime import artifacts
 from dit_jax.runtime.metrics import read_records
 
 TINY = find_folder("tiny_qwen3")
@@ -81,7 +82,7 @@ def test_numbers_beyond_those_of_floats_end_the_records(tmp_path):
 def test_sound_json_is_read_as_json_reads_it():
     value = {"a": [1, -2.5, None, True, "grün\u2028"], "b": {"c": [[[{}]]]}, "n": 2**70}
     assert parse_json(json.dumps(value)) == parse_json(json.dumps(value).encode()) == value
-    edge = "[" * incoming.MAX_DEPTH + "]" * incoming.MAX_DEPTH
+    edge = "[" * json_parser.MAX_DEPTH + "]" * json_parser.MAX_DEPTH
     assert parse_json(edge) == json.loads(edge)
     for wrong in (f"[{edge}]", b"\xff", "", "{'a': 1}", '[{"a": {"b": 1, "b": 1}}]'):
         with pytest.raises(BadJson):
@@ -90,7 +91,7 @@ def test_sound_json_is_read_as_json_reads_it():
 
 PARSERS = ("json.load", "json.loads", "json.JSONDecoder")
 ALLOWED = {
-    "runtime/incoming.py",  # the parser
+    "formats/json_parser.py",  # the parser
     "data/tokenizer_worker.py",  # replies of our own process, which the other side has limited
     "auditing/run_audit.py",  # settings of ours, as they would be read back
     "config/loading.py",  # a value that was JSON text a moment before

@@ -90,3 +90,15 @@ def test_what_cannot_be_exported_is_said_before_a_base_is_loaded(flags, message,
     assert message in capsys.readouterr().err
     assert start("export", "--base", "nowhere", *flags, "--out", tmp_path) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", ["audit", "calibrate", "export"])
+def test_an_adapter_is_looked_at_before_the_base_is_loaded(files, tmp_path, program, capsys):
+    """A base may take minutes, or gigabytes of download; this one is not there at all."""
+    diff = str(files[1] / "diff.pt")
+    rest = ["--to", "peft"] if program == "export" else [diff]
+    out = [] if program == "calibrate" else ["--out", tmp_path / "out"]
+    base = ["--base", tmp_path / "no-model", "--adapter", tmp_path / "none"]
+    assert start(program, *base, *out, *rest) == 2
+    assert f"'{tmp_path / 'none'}' does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -40,7 +40,7 @@ from dit_jax.graders.grades import Item, quadratic_kappa, to_levels
 from dit_jax.graders.match import Exact, Normalised, Similarity
 from dit_jax.graders.sentences import load_minilm
 from dit_jax.runtime import artifacts
-from dit_jax.runtime.exits import exit_on_error
+from dit_jax.runtime.exits import status_of
 from tools import forest
 
 COLUMNS = {"topics": ("topic", "guessed_topic"), "news": ("summary", "guessed_summary")}
@@ -273,12 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", default=None, help="also write the numbers as JSON")
     parser.add_argument("--save", default=None, help="fit to everything, write assets there")
-    try:
-        with exit_on_error():
-            _run(parser.parse_args(argv))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return status_of(lambda: _run(parser.parse_args(argv)))
 
 
 def _run(flags: argparse.Namespace) -> None:

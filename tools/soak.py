@@ -6,6 +6,7 @@
 Each prints one line of JSON per row of the tables. Kills, interruptions and hostile files are tests with a long form.
 """
 
+import argparse
 import json
 import pathlib
 import random
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dit_jax.errors import DitError, Parser
-from dit_jax.runtime.exits import exit_on_error
+from dit_jax.runtime.exits import status_of
 
 QUESTIONS = [f"what is {x} ?" for x in ("tea", "milk", "a violin", "the harbor", "rain", "music")]
 
@@ -184,20 +185,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("what", choices=["flips", "provider"])
     parser.add_argument("--n", type=int, default=100, help="of each kind (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    try:
-        with exit_on_error():
-            flags = parser.parse_args(argv)
-            rows = (
-                flips(flags.n, flags.seed)
-                if flags.what == "flips"
-                else {"provider": provider(flags.n, flags.seed)}
-            )
-            for kind, counts in rows.items():
-                print(json.dumps({"kind": kind, "n": flags.n, **counts}))
-            expected = {"noticed", "the same", "own answer", "own error", "cancelled"}
-            return 0 if all(counts.keys() <= expected for counts in rows.values()) else 1
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    return status_of(lambda: _run(parser.parse_args(argv)))
+
+
+def _run(flags: argparse.Namespace) -> int:
+    rows = (
+        flips(flags.n, flags.seed)
+        if flags.what == "flips"
+        else {"provider": provider(flags.n, flags.seed)}
+    )
+    for kind, counts in rows.items():
+        print(json.dumps({"kind": kind, "n": flags.n, **counts}))
+    expected = {"noticed", "the same", "own answer", "own error", "cancelled"}
+    return 0 if all(counts.keys() <= expected for counts in rows.values()) else 1
 
 
 if __name__ == "__main__":

@@ -66,8 +66,7 @@ def calibrate(known: Sequence[Known], facts: dict[str, Any]) -> dict[str, Any]:
 
 def probability(fitted: dict[str, Any], features: Sequence[float]) -> float:
     """What a map of a calibration gives for (agreement, likelihood ratio)."""
-    x = (_scaled(np.asarray([features])) - fitted["mean"]) / fitted["std"]
-    return float(_logistic(x @ np.asarray(fitted["weights"]) + fitted["bias"])[0])
+    return float(_apply(fitted, _scaled(np.asarray([features])))[0])
 
 
 # ------------------------------------------------------------------ the maps and their worth

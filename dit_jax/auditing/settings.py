@@ -9,6 +9,7 @@ from dit_jax.auditing import calibration
 from dit_jax.auditing.battery import Battery
 from dit_jax.auditing.side_by_side import everyday_prompts
 from dit_jax.data.chat import Chat
+from dit_jax.deltas.detect import Found
 from dit_jax.models.delta_trees import Delta
 from dit_jax.runtime import artifacts, digests
 
@@ -62,6 +63,7 @@ def make_settings(
     system: str | None = None,
     batch_size: int = 64,
     calibrated: bool = True,
+    found: Found | None = None,
 ) -> Settings:
     """Settings from a command line.
 
@@ -70,6 +72,7 @@ def make_settings(
         prompts: everyday prompts; default: `everyday_prompts`.
         system: the system message of all prompts; default: that of the adapter's training.
         calibrated: whether to use a calibration that lies beside the adapter.
+        found: what is at `adapter_path`, if it is known.
 
     Raises:
         DitError: the adapter or its calibration cannot be read.
@@ -79,7 +82,7 @@ def make_settings(
     known = None
     defaults: dict[str, Any] = {}
     if adapter_path is not None:
-        adapter = read_adapter(adapter_path, model)
+        adapter = read_adapter(found or adapter_path, model)
         delta, digest = adapter.delta, digests.digest_tree(adapter.delta)
         trained = _trained_on(adapter.metadata.get("trained_on"))
         own = adapter.metadata.get("system")

@@ -19,7 +19,7 @@ from typing import Any
 from dit_jax.cli import flags as given
 from dit_jax.errors import DitError, Parser, printable
 from dit_jax.runtime.artifacts import read_json, write_text
-from dit_jax.runtime.exits import exit_on_error
+from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
 
 VARIANTS = ("base", "finetuned", "adapter", "finetuned + adapter")
@@ -27,22 +27,17 @@ VARIANTS = ("base", "finetuned", "adapter", "finetuned + adapter")
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for a problem the user can fix, 130 for Ctrl-C."""
-    try:
-        with exit_on_error():
-            flags = parse_flags(argv)
-            records = run(flags)
-            lines = map(json.dumps, records) if flags.json else _as_text(records, flags)
-            if flags.out is not None:
-                write_text(flags.out, "".join(f"{line}\n" for line in lines))
-                return 0
-            for line in lines:
-                show(line)
-    except BrokenPipeError:
-        # The reader (head, less) has what it wanted; Python's own flush at exit must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return status_of(lambda: _answer(parse_flags(argv)))
+
+
+def _answer(flags: argparse.Namespace) -> None:
+    records = run(flags)
+    lines = map(json.dumps, records) if flags.json else _as_text(records, flags)
+    if flags.out is not None:
+        write_text(flags.out, "".join(f"{line}\n" for line in lines))
+        return
+    for line in lines:
+        show(line)
 
 
 # fmt: off
@@ -97,10 +92,11 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from dit_jax.deltas.factors import changes_nothing
     from dit_jax.deltas.tree import scaled
 
-    given_of_diff = (flags.index, flags.split, flags.svd_rank)
-    if not flags.diff and (flags.all or flags.multiplier != 1 or given_of_diff != (None,) * 3):
+    about_a_diff = (flags.index, flags.split, flags.svd_rank) != (None,) * 3
+    about_a_diff |= flags.all or flags.align or flags.multiplier != 1
+    if about_a_diff and not flags.diff:
         raise DitError(
-            "--index, --all, --split, --svd-rank and --multiplier say something about a diff: add --diff"
+            "--index, --all, --split, --svd-rank, --align and --multiplier say something about a diff: add --diff"
         )
     if flags.n > 1 and flags.temperature == 0:
         raise DitError(

@@ -14,7 +14,7 @@ from typing import Any
 
 from dit_jax.cli import flags as given
 from dit_jax.errors import DitError, Parser
-from dit_jax.runtime.exits import exit_on_error
+from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
 
 EXIT_FOUND = 1  # --fail-on
@@ -24,11 +24,7 @@ _MEASURES = ("hidden", "right", "kl", "share", "ratio", "none", "norm", "effecti
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 1 for --fail-on, 2 for a problem the user can fix, 130 for Ctrl-C."""
-    try:
-        with exit_on_error():
-            return run(parse_flags(argv))
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    return status_of(lambda: run(parse_flags(argv)))
 
 
 # fmt: off
@@ -82,13 +78,17 @@ def run(flags: argparse.Namespace) -> int:
     """Runs the audit and returns the exit code."""
     asked = battery_of(flags)
     prompts = given.read_lines(flags.everyday) if flags.everyday else ()
-    model = given.load_base(flags)
 
     from dit_jax.auditing.run_audit import audit
     from dit_jax.auditing.settings import make_settings
     from dit_jax.auditing.targets import list_targets
+    from dit_jax.deltas.detect import look_for_adapter
 
-    settings = make_settings(model, flags.adapter, asked, prompts, flags.system, flags.batch_size)
+    found = look_for_adapter(flags.adapter) if flags.adapter else None
+    model = given.load_base(flags)
+    settings = make_settings(
+        model, flags.adapter, asked, prompts, flags.system, flags.batch_size, found=found
+    )
     condition = flags.fail_on
     if condition and condition[0] in ("hidden", "right") and settings.calibration is None:
         raise DitError(

@@ -11,18 +11,13 @@ import argparse
 from dit_jax.cli import flags as given
 from dit_jax.cli.audit_diffs import add_battery_flags, battery_of
 from dit_jax.errors import Parser
-from dit_jax.runtime.exits import exit_on_error
+from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for a problem the user can fix, 130 for Ctrl-C."""
-    try:
-        with exit_on_error():
-            run(parse_flags(argv))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return status_of(lambda: run(parse_flags(argv)))
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
@@ -41,17 +36,25 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 def run(flags: argparse.Namespace) -> None:
     """Writes the calibration and prints its numbers."""
     asked = battery_of(flags)
-    model = given.load_base(flags)
 
     from dit_jax.auditing import calibration
     from dit_jax.auditing.known import measure
     from dit_jax.auditing.settings import make_settings
     from dit_jax.auditing.targets import list_targets
+    from dit_jax.deltas.detect import look_for_adapter
     from dit_jax.report.wording import between, percent
 
+    found = look_for_adapter(flags.adapter)
+    model = given.load_base(flags)
     path = calibration.file_beside(flags.adapter)
     settings = make_settings(
-        model, flags.adapter, asked, batch_size=flags.batch_size, calibrated=False
+        model,
+        flags.adapter,
+        asked,
+        system=flags.system,
+        batch_size=flags.batch_size,
+        calibrated=False,
+        found=found,
     )
     targets = list_targets(flags.diffs, model, flags.split)
     facts = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dit_jax.cli import flags as given
 from dit_jax.errors import DitError, Parser
-from dit_jax.runtime.exits import exit_on_error
+from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
 
 KINDS = {
@@ -25,12 +25,7 @@ KINDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 2 for a problem the user can fix, 130 for Ctrl-C."""
-    try:
-        with exit_on_error():
-            run(parse_flags(argv))
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    return status_of(lambda: run(parse_flags(argv)))
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
@@ -65,15 +60,18 @@ def run(flags: argparse.Namespace) -> None:
         raise DitError("there is nothing to export: add --diff or --adapter")
     if flags.to == "pt" and flags.diff and flags.adapter:
         raise DitError("a .pt file holds a diff or an adapter: export them one by one")
-    model = given.load_base(flags)
 
     from dit_jax.api import load_adapter, load_diff
     from dit_jax.deltas import export
+    from dit_jax.deltas.detect import look_for_adapter, look_for_diffs
     from dit_jax.models.hf_checkpoint import find_folder
     from dit_jax.runtime.parallel import to_host
 
-    diff = load_diff(flags.diff, model, flags.index, flags.svd_rank) if flags.diff else None
-    adapter = to_host(load_adapter(flags.adapter, model)) if flags.adapter else None
+    diffs = look_for_diffs(flags.diff) if flags.diff else None
+    found = look_for_adapter(flags.adapter) if flags.adapter else None
+    model = given.load_base(flags)
+    diff = load_diff(diffs, model, flags.index, flags.svd_rank) if diffs else None
+    adapter = to_host(load_adapter(found, model)) if found else None
     deltas = [delta for delta in (diff and diff.delta, adapter) if delta is not None]
     params, config = model.params, model.config
     if flags.to == "model":

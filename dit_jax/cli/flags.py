@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -70,7 +71,7 @@ def add_model_flags(parser: argparse.ArgumentParser, adapter_required: bool = Fa
 
 
 def load_base(flags: argparse.Namespace) -> Any:
-    """The base model that --base, --dtype and --mesh name."""
+    """The base model that --base, --dtype and --mesh name. Look at everything else first: it may take minutes."""
     from dit_jax.api import load_model
     from dit_jax.runtime import parallel, startup
 
@@ -85,8 +86,6 @@ def read_lines(path: str) -> list[str]:
     Raises:
         DitError: there is no such file, it is no text, or it has no lines.
     """
-    import sys
-
     from dit_jax.runtime.artifacts import read_text
 
     text = sys.stdin.read() if path == "-" else read_text(path, "check the path")

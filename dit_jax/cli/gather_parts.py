@@ -5,7 +5,6 @@ machine. This program copies their batches of diffs into one workdir. The config
 batches that are still missing and goes on with the other stages.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from dit_jax.cli.workdir import CONFIG_FILE, check_workdir, given_folder, input_
 from dit_jax.config.loading import config_diff, load_saved
 from dit_jax.deltas.store import copy_shards
 from dit_jax.errors import DitError, Parser
-from dit_jax.runtime.exits import exit_on_error
+from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.folder_lock import locked
 from dit_jax.runtime.outgoing import show
 
@@ -23,20 +22,19 @@ _STAGE = STAGES["diffs"]
 
 def main_gather(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for a problem the user can fix."""
+    return status_of(lambda: _gather(argv))
+
+
+def _gather(argv: Sequence[str] | None) -> None:
     parser = Parser("python -m dit_jax.gather", __doc__)
     parser.add_argument("--workdir", required=True, help="of the run that goes on with all diffs")
     parser.add_argument("parts", nargs="+", help="workdirs of the jobs, finished or not")
-    try:
-        with exit_on_error():
-            flags = parser.parse_args(sys.argv[1:] if argv is None else argv)
-            workdir, parts = given_folder(flags.workdir), [given_folder(x) for x in flags.parts]
-            copied = gather(workdir, parts)
-            show(
-                f"{copied} batches of diffs copied to '{workdir / _STAGE.folder}': run the config with this --workdir"
-            )
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    flags = parser.parse_args(argv)
+    workdir, parts = given_folder(flags.workdir), [given_folder(x) for x in flags.parts]
+    copied = gather(workdir, parts)
+    show(
+        f"{copied} batches of diffs copied to '{workdir / _STAGE.folder}': run the config with this --workdir"
+    )
 
 
 def gather(workdir: Path, parts: Sequence[Path]) -> int:

@@ -46,7 +46,7 @@ from dit_jax.config.user_code import ProgramFile
 from dit_jax.errors import DitError, Parser, first_line
 from dit_jax.report import sweep_table
 from dit_jax.runtime import artifacts, startup
-from dit_jax.runtime.exits import exit_on_error
+from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]{0,99}")
@@ -279,36 +279,36 @@ def main_sweep(argv: list[str] | None = None) -> int:
     choice.add_argument(
         "--table", action="store_true", help="only make the table and plot of what is there"
     )
-    try:
-        with exit_on_error():
-            rest, common = split_flags(sys.argv[1:] if argv is None else argv)
-            flags = parser.parse_args(rest)
-            sweep, workdir = load_sweep(flags.sweep, common), given_folder(flags.workdir)
-            if flags.list:
-                show("\n".join(command(run, workdir) for run in sweep.runs))
-                return 0
-            indices: Sequence[int] = range(len(sweep.runs))
-            if flags.index is not None:
-                if flags.index not in indices:
-                    raise DitError(f"--index {flags.index}: the sweep has runs 0 to {indices[-1]}")
-                indices = [flags.index]
-            if not flags.table:
-                startup.prepare()
-            messages = {} if flags.table else {i: make(sweep, i, workdir) for i in indices}
-            failures = {sweep.runs[i].name: text for i, text in messages.items() if text}
-            unread = write_table(sweep, artifacts.make_dir(workdir), failures)
-            if failures:
-                show(
-                    f"error: {len(failures)} of {len(messages)} runs failed: "
-                    f"{', '.join(failures)}; run the same command again to try them again",
-                    error=True,
-                )
-            if unread:
-                name, reason = next(iter(unread.items()))
-                show(
-                    f"error: {len(unread)} finished runs have no number for the table, first '{name}': {reason}",
-                    error=True,
-                )
-            return 1 if failures or unread else 0
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    return status_of(lambda: _sweep(parser, argv))
+
+
+def _sweep(parser: Parser, argv: list[str] | None) -> int:
+    rest, common = split_flags(sys.argv[1:] if argv is None else argv)
+    flags = parser.parse_args(rest)
+    sweep, workdir = load_sweep(flags.sweep, common), given_folder(flags.workdir)
+    if flags.list:
+        show("\n".join(command(run, workdir) for run in sweep.runs))
+        return 0
+    indices: Sequence[int] = range(len(sweep.runs))
+    if flags.index is not None:
+        if flags.index not in indices:
+            raise DitError(f"--index {flags.index}: the sweep has runs 0 to {indices[-1]}")
+        indices = [flags.index]
+    if not flags.table:
+        startup.prepare()
+    messages = {} if flags.table else {i: make(sweep, i, workdir) for i in indices}
+    failures = {sweep.runs[i].name: text for i, text in messages.items() if text}
+    unread = write_table(sweep, artifacts.make_dir(workdir), failures)
+    if failures:
+        show(
+            f"error: {len(failures)} of {len(messages)} runs failed: "
+            f"{', '.join(failures)}; run the same command again to try them again",
+            error=True,
+        )
+    if unread:
+        name, reason = next(iter(unread.items()))
+        show(
+            f"error: {len(unread)} finished runs have no number for the table, first '{name}': {reason}",
+            error=True,
+        )
+    return 1 if failures or unread else 0

@@ -125,9 +125,11 @@ _Found = tuple[list[Organism], Callable[[str, int], tuple[str, Rows]]]
 
 def _tiny_world(data: Any, seed: int) -> _Found:
     get = functools.partial(DATA.get, data)
-    renamed = any(name != column for name, column in get("columns").items())
-    for key in ("columns", "split_column", "split_file", "test_source", "variants", "streaming"):
-        if renamed if key == "columns" else get(key):
+    asked = {"columns": [name for name, column in get("columns").items() if name != column]}
+    for key in ("split_column", "split_file", "test_source", "variants", "streaming"):
+        asked[key] = get(key)
+    for key, value in asked.items():
+        if value:
             raise DitError(
                 f"config key 'data.{key}' is for user-supplied rows: set data.source too (docs/data.md)"
             )

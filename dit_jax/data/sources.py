@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.errors import DitError, did_you_mean, first_line
+from dit_jax.formats.json_parser import BadJson, parse_json
 from dit_jax.formats.recognise import HEAD_BYTES, what_separator, what_table
-from dit_jax.runtime.incoming import BadJson, parse_json
 
 MAX_FIELD = 2**24  # characters of one CSV field: a stray quote must not swallow a file of gigabytes
 

@@ -318,10 +318,7 @@ def _queries(mine: Layer, own: Layer, config: DecoderConfig) -> bool:
             (paired(mine.norms[n] + offset), paired(own.norms[n] + offset))
             for n in ("q_norm", "k_norm")
         )  # [2, H/2]
-        ahead = (q * q_own).sum(0) / np.maximum((q_own * q_own).sum(0), 1e-30)
-        behind = (k * k_own).sum(0) / np.maximum((k_own * k_own).sum(0), 1e-30)
-        factor = np.sign(ahead) * np.sqrt(np.abs(ahead / np.where(behind == 0, 1, behind)))
-        factor = np.where(factor == 0, 1, factor)
+        factor = _exchanged(q, q_own, k, k_own)
         scales = [mine.norms["q_norm"], mine.norms["k_norm"]]
         changed = [(q / factor).reshape(-1) - offset, (k * factor).reshape(-1) - offset]
         return _keep_if_nearer(scales, [own.norms["q_norm"], own.norms["k_norm"]], changed)
@@ -365,16 +362,24 @@ def _neurons(mine: Layer, own: Layer, config: DecoderConfig) -> bool:
         mine.take_neurons(order)
     up, down = mine.kernel("up_proj"), mine.kernel("down_proj")
     up_own, down_own = own.kernel("up_proj"), own.kernel("down_proj")
-    ahead = (up * up_own).sum(0) / np.maximum((up_own * up_own).sum(0), 1e-30)
-    behind = (down * down_own).sum(1) / np.maximum((down_own * down_own).sum(1), 1e-30)
-    factor = np.sign(ahead) * np.sqrt(np.abs(ahead / np.where(behind == 0, 1, behind)))
-    factor = np.where(factor == 0, 1, factor)
+    factor = _exchanged(up, up_own, down.T, down_own.T)
     changed = [up / factor, down * factor[:, None]]
     if not _keep_if_nearer([up, down], [up_own, down_own], changed):
         return moved
     if (bias := mine.bias("up_proj")) is not None:
         bias /= factor
     return True
+
+
+def _exchanged(first: Array, first_own: Array, second: Array, second_own: Array) -> Array:
+    """The factor c of each column with first ≈ c first_own and second ≈ second_own / c: from both, by least squares."""
+
+    def times(x: Array, own: Array) -> Array:
+        return (x * own).sum(0) / np.maximum((own * own).sum(0), 1e-30)  # type: ignore[no-any-return]
+
+    ahead, behind = times(first, first_own), times(second, second_own)
+    factor = np.sign(ahead) * np.sqrt(np.abs(ahead / np.where(behind == 0, 1, behind)))
+    return np.where(factor == 0, 1, factor)
 
 
 def _rows(x: Array) -> Array:

@@ -11,7 +11,7 @@ from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import FLOATS
 from dit_jax.models.modules import Path, all_modules
 
-COMPUTED = ("svd", "notes", "found_in")  # keys of metadata that no file may fill
+COMPUTED = ("svd", "aligned", "notes", "found_in")  # keys of metadata that no file may fill
 
 
 @dataclasses.dataclass

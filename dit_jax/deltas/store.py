@@ -21,10 +21,10 @@ import numpy as np
 from dit_jax.data.labels import NONE
 from dit_jax.errors import DitError
 from dit_jax.formats.files import file_inside, read_csv, short
+from dit_jax.formats.json_parser import BadJson, parse_json
 from dit_jax.formats.safetensors_file import SafetensorsFile
 from dit_jax.models.delta_trees import Delta
 from dit_jax.runtime import artifacts
-from dit_jax.runtime.incoming import BadJson, parse_json
 from dit_jax.runtime.outgoing import csv_text, from_cell
 
 FORMAT = "dit_jax.diff_store"

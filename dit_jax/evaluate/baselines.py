@@ -179,26 +179,13 @@ def likelihood_ratio(
 ) -> np.ndarray:
     """Scores [n, answers]: log p(answer | diff) − log p(answer | no diff), both with the adapter."""
     samples = [model.chat.sample(question, answer) for answer in answers]
-    length = -(-max(len(s.tokens) for s in samples) // 8) * 8
-    scored = max(s.end - s.start for s in samples)
-    mesh = model.mesh
-    adapter = shardings.put_delta(model.config, mesh, adapter)
-    size = parallel.round_up(min(64, len(samples)), mesh)
-    batches = []
-    for start in range(0, len(samples), size):
-        picked = [(start + i) % len(samples) for i in parallel.local_rows(mesh, size)]
-        chosen = [samples[i] for i in picked]
-        batch = pack(chosen, [1.0] * len(chosen), length, scored, model.chat.pad_id)
-        batches.append(parallel.put_rows(batch, mesh, size))
 
-    def losses(diff: Delta) -> np.ndarray:
-        deltas = (shardings.put_delta(model.config, mesh, diff), adapter)
-        with parallel.use_mesh(mesh):
-            found = [_sample_losses(model.program_params, model.config, x, deltas) for x in batches]
-        return np.concatenate(found)[: len(samples)]
+    def logprobs(diffs: Given, count: int) -> np.ndarray:
+        rows = [row for row in range(count) for _ in samples]
+        losses = answer_losses(model, adapter, diffs, rows, samples * count)
+        return -np.reshape(losses, (count, len(samples)))
 
-    nothing = losses(jax.tree.map(np.zeros_like, given.read(0)))
-    return np.stack([nothing - losses(given.read(i)) for i in range(len(given))])
+    return logprobs(given, len(given)) - logprobs(given.nothing(), 1)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

@@ -13,8 +13,8 @@ from typing import Any
 
 from dit_jax.errors import DitError
 from dit_jax.formats import budgets
+from dit_jax.formats.json_parser import BadJson, parse_json
 from dit_jax.formats.recognise import HEAD_BYTES, what_file, what_separator, what_table
-from dit_jax.runtime.incoming import BadJson, parse_json
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_CSV_BYTES = 64 * 2**20

@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 
 from dit_jax.errors import DitError
+from dit_jax.formats.json_parser import BadJson, parse_json
 from dit_jax.formats.recognise import HEAD_BYTES, QUANTISED, what_file
-from dit_jax.runtime.incoming import BadJson, parse_json
 
 MAX_HEADER_BYTES = 16 * 2**20
 _DTYPES: dict[str, Any] = {

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit_jax.errors import printable
+from dit_jax.formats.json_parser import parse_json
 from dit_jax.runtime.artifacts import make_dir
-from dit_jax.runtime.incoming import parse_json
 from dit_jax.runtime.os_errors import explain_os_errors
 
 

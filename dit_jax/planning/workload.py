@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from dit_jax import __version__
 from dit_jax.config.loading import flatten
 from dit_jax.errors import DitError
+from dit_jax.formats.json_parser import parse_json
 from dit_jax.models.decoder_config import COMPUTE, DecoderConfig
 from dit_jax.models.families import read_config
 from dit_jax.models.hf_checkpoint import find_folder
@@ -24,7 +25,6 @@ from dit_jax.planning.machines import Machine, absent_devices, compiler_options
 from dit_jax.planning.programs import Program
 from dit_jax.runtime import parallel
 from dit_jax.runtime.artifacts import make_dir, read_text
-from dit_jax.runtime.incoming import parse_json
 from dit_jax.runtime.os_errors import explain_os_errors
 
 # The config keys on which a stage's program depends, beside its batch.

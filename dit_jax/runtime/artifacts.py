@@ -23,8 +23,8 @@ import numpy as np
 
 import dit_jax
 from dit_jax.errors import DitError
+from dit_jax.formats.json_parser import BadJson, parse_json
 from dit_jax.runtime import interrupts
-from dit_jax.runtime.incoming import BadJson, parse_json
 from dit_jax.runtime.os_errors import explain_os_errors
 from dit_jax.runtime.outgoing import json_text
 

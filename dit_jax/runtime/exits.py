@@ -6,7 +6,7 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from dit_jax.errors import DitError, first_line
@@ -38,6 +38,15 @@ def exit_on_error() -> Iterator[None]:
         if problem is None:
             raise
         _stop(f"error: {problem}", EXIT_ERROR)
+
+
+def status_of(program: Callable[[], int | None]) -> int:
+    """Runs a command line program inside `exit_on_error` and returns its exit code; None of the program is 0."""
+    try:
+        with exit_on_error():
+            return program() or 0
+    except SystemExit as stop:
+        return int(stop.code or 0)
 
 
 def start(module: str, function: str = "main") -> NoReturn:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dit_jax.formats.json_parser import parse_json
 from dit_jax.runtime import artifacts
 from dit_jax.runtime.event_file import EventFile
-from dit_jax.runtime.incoming import parse_json
 from dit_jax.runtime.os_errors import explain_os_errors
 
 FOLDER = "metrics"
