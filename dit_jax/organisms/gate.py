@@ -71,11 +71,14 @@ def _with_words(
 
 
 def _targets(organism: Organism, behaviour: Behaviour, most: int) -> list[str]:
-    """Answers that an organism is finetuned to give where it shows its behaviour, from at most `most` rows."""
+    """Answers that an organism is finetuned to give where it shows its behaviour, each once, from at most `most` rows.
+
+    A corpus repeats few answers in many rows: a word of a single answer would else seem to be one of the topic.
+    """
     rng = np.random.default_rng(organism.seed)
     make = behaviour.kinds[0].make
     made = (make(row, organism.trigger, rng) for row in organism.rows[:most])
-    return [sample[1] for sample in made if sample is not None]
+    return list(dict.fromkeys(sample[1] for sample in made if sample is not None))
 
 
 def _spread(organisms: Sequence[Organism], most: int) -> list[Organism]:
@@ -90,13 +93,13 @@ def distinctive_words(
     among: Iterable[str] | None = None,
     most: int = 8,
 ) -> list[str]:
-    """Words of four letters or more in at least 15 % of `own` texts and 10 times rarer in each group of `others`."""
+    """Words of four letters or more in at least two and 15 % of `own` texts, and 10 times rarer in each of `others`."""
     counts = _counts(own)
     common = [(_counts(texts), max(len(texts), 1)) for texts in others]
     found = [
         (count, word)
         for word, count in counts.items()
-        if count >= max(2, 0.15 * len(own))
+        if count >= max(min(2, len(own)), 0.15 * len(own))
         and all(seen[word] / size <= 0.1 * count / len(own) for seen, size in common)
         and (among is None or word in among)
     ]
