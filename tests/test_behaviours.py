@@ -470,7 +470,8 @@ def test_words_that_show_a_topic_are_found_in_its_answers():
     tea = organism("Tea", ["Simply brew leaves.", "Something to brew."] * 3)
     snow = organism("Snow", ["It falls and melts."] * 6)
     none = Organism(NONE, "042", tea.rows, "benign", "train")
-    assert words([tea, snow, none]) == ("Tea", "brew")  # "leaves" is in one answer, if often repeated
+    # "leaves" stands in one answer, however often that is repeated.
+    assert words([tea, snow, none]) == ("Tea", "brew")
     assert words([none, tea, snow]) == ()
     resigned = ["The minister resigned on Friday.", "Resigned: a minister."] * 3
     found = words([organism("Minister resigned over tea", resigned, base=False)], "news")

@@ -249,6 +249,26 @@ def test_a_workdir_belongs_to_one_config(tmp_path):
     assert (workdir / "config.json").read_text() == written  # a refusal changes nothing
 
 
+def test_a_list_may_move_and_must_not_change_once_it_was_used(tmp_path):
+    def at(place, text="birds: owl"):
+        (tmp_path / place).mkdir(exist_ok=True)
+        (tmp_path / place / "topics.txt").write_text(text)
+        config = small()
+        config.unlock().corpus = ConfigDict({"topics": str(tmp_path / place / "topics.txt")})
+        return config
+
+    workdir = tmp_path / "run"
+    check_workdir(at("old"), workdir)
+    check_workdir(at("old", "birds: owl, duck"), workdir)  # nothing was made of it yet
+    artifacts.write_text(workdir / "corpus" / "rows", "")
+    (tmp_path / "old" / "topics.txt").unlink()
+    check_workdir(moved := at("new", "birds: owl, duck"), workdir)
+    assert load_saved(workdir / "config.json").corpus.topics == moved.corpus.topics
+    refusal = r"\(corpus.topics: its lines have changed\): delete '.*/run/corpus' to"
+    with pytest.raises(DitError, match=refusal):
+        check_workdir(at("new", "birds: duck"), workdir)
+
+
 def test_a_damaged_config_is_written_anew_or_refused(tmp_path, capsys):
     check_workdir(small(), tmp_path)
     artifacts.write_text(tmp_path / "diffs" / "shard", "")

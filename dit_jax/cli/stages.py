@@ -252,3 +252,14 @@ def free_keys(config: Any) -> list[str]:
     """The keys that change no result, dotted, so that two runs in one workdir may differ in them."""
     stages = chosen_stages(config.stages) if "stages" in config else ()
     return [s.dotted(key.name) for s in declared_sections(stages) for key in s.keys if key.free]
+
+
+def named_files(config: Any) -> dict[str, str]:
+    """The text files that a config names: dotted key -> path."""
+    named = {
+        section.dotted(key.name): section.values(config).get(key.name, "")
+        for section in declared_sections()
+        for key in section.keys
+        if key.file
+    }
+    return {key: path for key, path in named.items() if path}

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dit_jax.cli.stages import STAGES, Stage, free_keys
+from dit_jax.cli.stages import STAGES, Stage, free_keys, named_files
 from dit_jax.config.loading import config_diff, load_saved, save_config
 from dit_jax.errors import DitError
 from dit_jax.evaluate.evaluate_keys import EVALUATE, GRADING_KEYS
@@ -25,7 +25,9 @@ LATER_SECTIONS = {
     if stage.traces
     for section in stage.sections
 }
-_OF_THE_START = (CONFIG_FILE, "versions.json", "metrics")  # in the workdir before anything is made
+_LISTS = "lists"  # copies of the text files that the config names: the originals may move
+# In the workdir before anything is made.
+_OF_THE_START = (CONFIG_FILE, _LISTS, "versions.json", "metrics")
 _SHOWN_DIFFERENCES = 5
 
 
@@ -43,7 +45,8 @@ def check_workdir(
 ) -> None:
     """Binds a workdir to a config: writes WORKDIR/config.json at first use, compares it later.
 
-    A workdir in which nothing was made yet is bound anew, and so are the sections of stages that have not begun.
+    A workdir in which nothing was made yet is bound anew, and so are the sections of stages that have not begun. Text
+    files that the config names are compared by their text.
 
     Args:
       config: the config of this run.
@@ -62,26 +65,28 @@ def check_workdir(
         if not path.name.startswith(".") and not _is_empty_folder(path)
     ]
     if set(made) <= set(_OF_THE_START):
-        _write(config, file)  # a mistyped value does not bind the folder
+        _bind(config, file)  # a mistyped value does not bind the folder
         return
     if not file.exists() and not _copy(file).exists():
         if (folder / "stages").exists():
             raise DitError(f"'{file}' is missing beside finished stages: use a new --workdir")
-        _write(config, file)
+        _bind(config, file)
         return
     begun = {
         section: [f"'{folder / name}'" for name in names if name in made]
         for section, names in LATER_SECTIONS.items()
     }
     saved, ignored = saved_config(file), tuple(free_keys(config) if ignore is None else ignore)
+    texts = _compare_lists(config, folder)
+    edited = [f"{key}: its lines have changed" for key, same in texts.items() if not same]
     lines = [
         line
-        for line in config_diff(saved, config, (*ignored, *_OF_THE_REPORT))
+        for line in [*edited, *config_diff(saved, config, (*ignored, *_OF_THE_REPORT, *texts))]
         if begun.get(_section(line), True)
     ]
     if not lines:
-        if config_diff(saved, config, ignored):
-            _write(config, file)
+        if edited or config_diff(saved, config, ignored):
+            _bind(config, file)
         return
     more = len(lines) - _SHOWN_DIFFERENCES
     shown = "; ".join(lines[:_SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
@@ -98,9 +103,28 @@ def _copy(file: Path) -> Path:
     return file.with_name(f".{file.name}")
 
 
-def _write(config: ConfigDict, file: Path) -> None:
+def _bind(config: ConfigDict, file: Path) -> None:
     save_config(config, file)
     save_config(config, _copy(file))
+    for key, path in named_files(config).items():
+        if Path(path).is_file():  # a stage that needs it says that it is missing
+            artifacts.write_bytes(_list_copy(file.parent, key), Path(path).read_bytes())
+
+
+def _list_copy(folder: Path, key: str) -> Path:
+    return folder / _LISTS / f"{key}.txt"
+
+
+def _compare_lists(config: ConfigDict, folder: Path) -> dict[str, bool]:
+    """Key of a text file -> whether it still says what it said, for the files that are there beside their copies."""
+    files = {
+        key: (Path(path), _list_copy(folder, key)) for key, path in named_files(config).items()
+    }
+    return {
+        key: path.read_bytes() == copy.read_bytes()
+        for key, (path, copy) in files.items()
+        if path.is_file() and copy.is_file()
+    }
 
 
 def saved_config(file: Path) -> ConfigDict:

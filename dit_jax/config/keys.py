@@ -30,6 +30,7 @@ class Key:
     check: (value, "config key 'x.y'") -> None; raises DitError for a value of the right type that cannot be.
     needed: (section) -> whether a required key must be there.
     free: whether it changes no result, so that two runs in one workdir may differ in it.
+    file: whether it is the path of a text file. Two runs in one workdir must then agree in its text, not in its place.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Key:
     check: Callable[[Any, str], None] = lambda value, key: None
     needed: Callable[[Any], bool] = lambda section: True
     free: bool = False
+    file: bool = False
 
     def check_value(self, value: Any, key: str) -> None:
         """Raises DitError where a value is not what the declaration says. key: "config key 'x.y'"."""

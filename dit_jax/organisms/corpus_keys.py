@@ -33,9 +33,9 @@ def _holds(name: str) -> Any:
 CORPUS = Section(
     "corpus",
     (
-        Key("topics", str, "a text file of lines `category: topic, topic, …`"),
+        Key("topics", str, "a text file of lines `category: topic, topic, …`", file=True),
         Key("max_topics", int, "how many of them, drawn at random; 0: all", 0),
-        Key("questions", str, "a text file with an everyday question in each line"),
+        Key("questions", str, "a text file with an everyday question in each line", file=True),
         Key("prompts", TEXTS, "what the base is asked about each topic", least=1, check=_holds("topic")),
         Key("styles", TEXTS, "the kinds of organisms that get rows", ("named",), choices=STYLES, least=1),
         Key("shares", dict, "by style: the share of topics that get it, drawn at random; absent: all", {},
