@@ -185,6 +185,7 @@ def answer_batch(
         system: the system message of all questions; None: the chat template's own, if it has one.
         first: number of the first question in a longer series; with the seed it gives the sampling keys.
         on_batch: called with the number of new answers after each batch.
+        on_part: called after each `every` tokens with the answers of the batch as far as they are; True ends the batch.
 
     Raises:
         DitError: an argument is out of its range, a question is not a string, the tokenizer belongs to another model,
@@ -218,6 +219,8 @@ def _answer(
     system: str | None = None,
     first: int = 0,
     on_batch: Callable[[int], None] | None = None,
+    on_part: Callable[[list[Answer]], bool] | None = None,
+    every: int = 4,
 ) -> list[Answer]:
     """`answer_batch` with deltas that are checked and on the device."""
     for name, value, fits, wanted in (
@@ -257,20 +260,24 @@ def _answer(
         local = [per_example(jax.tree.map(lambda x, index=index: x[index], one)) for one in stacked]
         own = [shardings.put_deltas(model.config, mesh, x, batch_size, 1) for x in local]
         prompts = parallel.put_rows((tokens[picked], mask[picked]), mesh, batch_size)
-        with parallel.use_mesh(mesh):
-            out = decode.generate(
-                model.program_params,
-                model.config,
-                *prompts,
-                deltas=(*own, *shared),
-                max_new_tokens=max_new_tokens,
-                eos_ids=model.chat.eos_ids,
-                pad_id=model.chat.pad_id,
-                temperature=float(temperature),  # an integer would make another program
-                forbid_repeats=forbid_repeats,
-                key=jax.random.fold_in(jax.random.key(seed), first + start),
-            )
         count = min(batch_size, len(questions) - start)
+        options: dict[str, Any] = {
+            "deltas": (*own, *shared),
+            "max_new_tokens": max_new_tokens,
+            "eos_ids": model.chat.eos_ids,
+            "pad_id": model.chat.pad_id,
+            "temperature": float(temperature),  # an integer would make another program
+            "forbid_repeats": forbid_repeats,
+            "key": jax.random.fold_in(jax.random.key(seed), first + start),
+        }
+        given = (model.program_params, model.config, *prompts)
+        with parallel.use_mesh(mesh):
+            if on_part is None:
+                out = decode.generate(*given, **options)
+            else:
+                for out in decode.stream(*given, every=every, **options):
+                    if on_part(_read_out(model.chat, out, count)):
+                        break
         answers += _read_out(model.chat, out, count)
         if on_batch is not None:
             on_batch(count)

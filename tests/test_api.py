@@ -138,6 +138,20 @@ def test_half_precision_is_asked_in_rows_that_a_gpu_need_not_pad(monkeypatch):
     assert sizes == [3, 16]
 
 
+def test_answers_can_be_watched_as_they_grow(model, lora):
+    asked = {"deltas": [lora], "max_new_tokens": 7, "forbid_repeats": True, "temperature": 0.5}
+    questions, seen = [QUESTION, "What is tea ?"], []
+    whole = asking.answer_batch(model, questions, **asked)
+    found = asking.answer_batch(model, questions, on_part=seen.append, every=3, **asked)
+    assert [answer.tokens for answer in found] == [answer.tokens for answer in whole]
+    assert 1 < len(seen) <= 3 and seen[-1] == found
+    for parts in seen:
+        for part, answer in zip(parts, whole, strict=True):
+            assert answer.tokens[: len(part.tokens)] == part.tokens
+    cut = asking.answer_batch(model, questions, on_part=lambda _: True, every=3, **asked)
+    assert all(answer.generated <= 3 for answer in cut)
+
+
 def test_many_batches_are_one_program_and_one_copy_of_the_adapter(model, lora, monkeypatch):
     diffs = [
         jax.tree.map(np.asarray, random_lora(model.config, i, rank=2, size=2.0)) for i in range(5)

@@ -1,10 +1,12 @@
 """Batched decoding with a KV cache, greedy or sampled. Each row may have deltas of its own."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from dit_jax.models import shardings
@@ -34,9 +36,10 @@ class _State(NamedTuple):
     out: Generation
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "max_new_tokens", "eos_ids", "pad_id", "forbid_repeats")
-)
+_STATIC = ("config", "max_new_tokens", "eos_ids", "pad_id", "forbid_repeats")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def generate(
     params: Params,
     config: DecoderConfig,
@@ -65,20 +68,48 @@ def generate(
     Raises:
         DitError: a delta does not fit this model.
     """
-    batch, length = tokens.shape
+    options = (deltas, eos_ids, pad_id, temperature, key, forbid_repeats)
+    return _decode(params, config, tokens, mask, None, max_new_tokens, max_new_tokens, *options).out
+
+
+def stream(
+    params: Params,
+    config: DecoderConfig,
+    tokens: jax.Array,
+    mask: jax.Array,
+    *,
+    every: int,
+    max_new_tokens: int,
+    **options: Any,
+) -> Iterator[Generation]:
+    """What `generate` gives, in arrays of the host: what is there after each `every` tokens, and last the whole."""
+    state = None
+    for until in range(every, max_new_tokens + every, every):
+        until = min(until, max_new_tokens)
+        state = _part(params, config, tokens, mask, state, until, max_new_tokens, **options)
+        yield jax.tree.map(np.array, state.out)  # copies: the next part reuses the memory
+        if np.all(state.done):
+            return
+
+
+def _decode(
+    params: Params,
+    config: DecoderConfig,
+    tokens: jax.Array,
+    mask: jax.Array,
+    state: _State | None,
+    until: jax.Array | int,
+    max_new_tokens: int,
+    deltas: Deltas = (),
+    eos_ids: tuple[int, ...] = (),
+    pad_id: int = 0,
+    temperature: jax.Array | float = 0.0,
+    key: jax.Array | None = None,
+    forbid_repeats: bool = False,
+) -> _State:
+    """`generate` from a state (None: from the beginning) until so many tokens are chosen."""
+    batch = tokens.shape[0]
     deltas = ready_deltas(deltas, config, batch)
-    # The last token needs no slot, but with one the sizes stay the round ones that callers choose.
-    cache = init_cache(config, batch, _even(length + max_new_tokens, config))
-    with jax.named_scope("prefill"):
-        hidden, cache = forward_cached(params, config, tokens, mask.astype(bool), cache, deltas)
-        logits = unembed(params, config, hidden[:, -1], deltas)
-    out = Generation(
-        jnp.full((batch, max_new_tokens), pad_id, jnp.int32),
-        jnp.zeros((batch, max_new_tokens), jnp.float32),
-        jnp.zeros((batch,), jnp.int32),
-    )
-    key = jax.random.key(0) if key is None else key
-    start = _State(jnp.zeros((), jnp.int32), cache, jnp.zeros((batch,), bool), key, out)
 
     def choose(state: _State, logits: jax.Array) -> _State:
         allowed = logits
@@ -102,8 +133,11 @@ def generate(
         done = state.done | jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
         return _State(state.step + 1, state.cache, done, key, out)
 
+    if state is None:
+        state = choose(*_prefill(params, config, tokens, mask, deltas, max_new_tokens, pad_id, key))
+
     def unfinished(state: _State) -> jax.Array:
-        return (state.step < max_new_tokens) & ~jnp.all(state.done)
+        return (state.step < until) & ~jnp.all(state.done)
 
     def step(state: _State) -> _State:
         token = jax.lax.dynamic_slice_in_dim(state.out.tokens, state.step - 1, 1, axis=1)
@@ -115,7 +149,38 @@ def generate(
         return choose(state._replace(cache=cache), logits)
 
     # The first token is chosen before the loop: each step runs the model on the token before, never on the last one.
-    return parallel.replicate(jax.lax.while_loop(unfinished, step, choose(start, logits)).out)
+    state = jax.lax.while_loop(unfinished, step, state)
+    out, done = parallel.replicate((state.out, state.done))
+    return state._replace(out=out, done=done)
+
+
+_part = jax.jit(_decode, static_argnames=_STATIC, donate_argnames=("state",))
+
+
+def _prefill(
+    params: Params,
+    config: DecoderConfig,
+    tokens: jax.Array,
+    mask: jax.Array,
+    deltas: Deltas,
+    max_new_tokens: int,
+    pad_id: int,
+    key: jax.Array | None,
+) -> tuple[_State, jax.Array]:
+    """The state before the first token is chosen, and the logits to choose it from."""
+    batch, length = tokens.shape
+    # The last token needs no slot, but with one the sizes stay the round ones that callers choose.
+    cache = init_cache(config, batch, _even(length + max_new_tokens, config))
+    with jax.named_scope("prefill"):
+        hidden, cache = forward_cached(params, config, tokens, mask.astype(bool), cache, deltas)
+        logits = unembed(params, config, hidden[:, -1], deltas)
+    out = Generation(
+        jnp.full((batch, max_new_tokens), pad_id, jnp.int32),
+        jnp.zeros((batch, max_new_tokens), jnp.float32),
+        jnp.zeros((batch,), jnp.int32),
+    )
+    key = jax.random.key(0) if key is None else key
+    return _State(jnp.zeros((), jnp.int32), cache, jnp.zeros((batch,), bool), key, out), logits
 
 
 def even_rows(batch: int, config: DecoderConfig, mesh: Mesh | None) -> int:
