@@ -2,11 +2,13 @@
 of the hub on the loopback.
 """
 
+import base64
 import hashlib
 import http.server
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ import pytest
 
 import dit_jax
 from dit_jax.cli import ask_diffs as ask
+from dit_jax.cli import push_adapter
 from dit_jax.deltas import adapter_file, export
 from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
@@ -192,6 +195,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """The parts of the hub's interface that huggingface_hub uses to fetch a repository of small files."""
 
     repos: dict[str, pathlib.Path] = {}
+    new = pathlib.Path()  # where pushed repositories are kept
     fetched: list[str] = []
 
     def do_HEAD(self):
@@ -222,12 +226,44 @@ class Hub(http.server.BaseHTTPRequestHandler):
         etag = hashlib.sha256(data).hexdigest()
         return self.answer(200, data, {"ETag": f'"{etag}"', "X-Repo-Commit": SHA})
 
+    def do_POST(self):
+        """What a push needs: making a repository, and one commit of small files."""
+        path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path).strip("/")
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Authorization") != "Bearer hf_may_write":
+            return self.answer(401, b"{}")
+        if path == "api/repos/create":
+            asked = json.loads(body)
+            repo = f"{asked['organization']}/{asked['name']}"
+            self.repos.setdefault(repo, self.new / repo.replace("/", "--")).mkdir(exist_ok=True)
+            found = {"url": f"http://127.0.0.1/{repo}"}
+        elif path.startswith("api/validate-yaml"):
+            found = {"errors": [], "warnings": []}
+        elif "/preupload/" in path:
+            files = [file["path"] for file in json.loads(body)["files"]]
+            found = {
+                "files": [
+                    {"path": f, "uploadMode": "regular", "shouldIgnore": False} for f in files
+                ]
+            }
+        else:
+            repo = "/".join(path.split("/")[2:4])
+            for line in map(json.loads, body.splitlines()):
+                place = self.repos[repo] / line["value"].get("path", "")
+                if line["key"] == "deletedFile":
+                    place.unlink()
+                elif line["key"] == "file":
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    place.write_bytes(base64.b64decode(line["value"]["content"]))
+            found = {"commitUrl": f"http://127.0.0.1/{repo}/commit/{SHA}", "commitOid": SHA}
+        return self.answer(200, json.dumps(found).encode())
+
     def answer(self, status, data, headers=()):
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **dict(headers)}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(data)
 
     def log_message(self, *_):
@@ -239,7 +275,7 @@ def hub(repository, tmp_path):
     """A running stand-in, and a function that finds ids there in a process of its own: {id: path or message}."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    Hub.repos, Hub.fetched = {"owner/name": repository}, []
+    Hub.repos, Hub.fetched, Hub.new = {"owner/name": repository}, [], tmp_path
     program = (
         "import json, sys\n"
         "from dit_jax.errors import DitError\n"
@@ -271,6 +307,7 @@ def hub(repository, tmp_path):
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
+    find_all.address = f"http://127.0.0.1:{server.server_address[1]}"
     yield find_all
     server.shutdown()
     server.server_close()
@@ -330,3 +367,77 @@ def test_what_the_hub_does_not_have_is_told(hub, tmp_path):
         assert message in found[text]
     assert below(found["owner/twice"]) == ["config.json", "model.safetensors"]
     assert found["owner/gguf/a-Q4.gguf"].endswith("a-Q4.gguf")
+
+
+# ------------------------------------------------------------------ push
+
+
+def trained(folder):
+    """A workdir as far as a push reads it: an adapter, and the summary of its run."""
+    adapter_file.export_adapter(
+        folder / "adapter", lora(5), base=model().digest(), rank=2, steps=250, seed=0, system=None,
+        questions=["What topic ?"],
+        trained_on={"behaviour": "hidden_topic", "parameters": "lora", "rank": 1, "label": "label",
+                    "list_evidence": True, "none_examples": 0.0},
+    )  # fmt: skip
+    share = {"ci_low": 0.9, "ci_high": 0.99, "n": 96}
+    dit = {"kind": "method", "exact_match": 0.95, **share}
+    summary = {
+        "methods": {"dit": dit, "no_diff": {**dit, "kind": "control"}},
+        "none_intervals": {"seen": {"benign_called_none": {"mean": 0.93, **share}}},
+        "config": {
+            "model": {"path": "owner/base"},
+            "data": {"source": "a|b\n# c", "train_topics": 7, "train_benign": 1,
+                     "test_topics": 5, "test_benign": 0},
+        },
+    }  # fmt: skip
+    (folder / "report").mkdir()
+    (folder / "report" / "summary.json").write_text(json.dumps(summary))
+    return folder / "adapter"
+
+
+def test_a_pushed_adapter_has_a_card_and_is_loaded_by_its_id(hub, tmp_path, monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", "hf_may_read")
+    adapter = trained(tmp_path / "run")
+    push = [str(adapter), "me/mine", "--license", "mit"]
+    assert push_adapter.main([*push, "--dry-run", str(tmp_path / "card.md")]) == 0
+    assert "me/mine" not in Hub.repos
+    card = (tmp_path / "card.md").read_text()
+    head, _, text = card.removeprefix("---\n").partition("\n---\n")
+    assert "license: mit" in head and "base_model: owner/base" in head
+    for wanted in ("95.0 %", "90.0–99.0", "`hidden_topic`, LoRAs of rank 1", "rank 2, 250 steps",
+                   'load_adapter("me/mine", model)', "always names something", "Question: What topic"):  # fmt: skip
+        assert wanted in text
+    assert "\n# c" not in text
+    capsys.readouterr()
+    assert push_adapter.main(push) == 2
+    refused = capsys.readouterr().err
+    assert refused.count("\n") == 1 and "hf auth login" in refused
+    monkeypatch.setenv("HF_TOKEN", "hf_may_write")
+    for _ in range(2):  # the second takes the place of the first
+        assert push_adapter.main(push) == 0
+        assert "pushed: http" in capsys.readouterr().out
+        assert below(Hub.repos["me/mine"]) == sorted([*below(adapter), "README.md"])
+        (Hub.repos["me/mine"] / "left-over").touch()
+    (Hub.repos["me/mine"] / "left-over").unlink()
+    found = pathlib.Path(hub("diff", "me/mine")["me/mine"])
+    jax.tree.map(np.testing.assert_array_equal, dit_jax.load_adapter(found, model()), lora(5))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["name"], "'name' is no repository"),
+        (["owner/name/folder"], "is no repository"),
+        (["owner/name", "--base", "owner/base"], "run 'none'|give the adapter of a run"),
+    ],
+)
+def test_what_cannot_be_pushed_is_one_line(tmp_path, capsys, arguments, message):
+    assert push_adapter.main([str(tmp_path / "none"), *arguments, "--license", "mit"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1

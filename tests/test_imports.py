@@ -62,8 +62,8 @@ def test_no_module_imports_the_heavy_libraries_at_the_top():
 # Who may import whom: a package, or a module at the top, imports those before it, in functions too.
 RANKS = (
     "errors", "formats", "runtime", "config", "data", "models", "deltas", "optimize", "api", "asking", "diff_batches",
-    "organisms", "train", "graders", "evaluate", "report", "auditing", "inspection", "planning", "cli",
-    "__main__", "main", "ask", "audit", "calibrate", "plan", "sweep", "gather",
+    "organisms", "train", "graders", "evaluate", "report", "auditing", "inspection", "serving", "planning", "cli",
+    "__main__", "main", "app", "ask", "audit", "calibrate", "plan", "sweep", "gather",
 )  # fmt: skip
 
 

@@ -27,10 +27,12 @@ PROGRAMS = {
     "audit": Program(
         "audit_diffs", "audit weight diffs: one page with answers, yardsticks, scores"
     ),
+    "app": Program("serve_app", "ask and audit in a browser"),
     "calibrate": Program("calibrate_adapter", "measure what the answers of an adapter are worth"),
     "export": Program(
         "export_diffs", "write diffs and adapters for PEFT, as a merged model, or as .pt"
     ),
+    "push": Program("push_adapter", "put an adapter on the hub, with a card written from its run"),
     "sweep": Program("sweep_runs", "run one config many times", "main_sweep"),
     "gather": Program(
         "gather_parts", "join the parts of a store that several jobs made", "main_gather"

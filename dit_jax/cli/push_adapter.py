@@ -1,0 +1,119 @@
+"""Put an adapter on the hub with a model card: dit-jax push ADAPTER OWNER/NAME --license apache-2.0
+
+    dit-jax push runs/quickstart/adapter owner/name --license apache-2.0 --dry-run card.md
+
+ADAPTER is the folder that the stage `train` leaves. The card says what the run's own files say: base, behaviour, data,
+numbers with their intervals, how to load it. Then `dit_jax.load_adapter("owner/name", model)` reads it anywhere.
+"""
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dit_jax.cli import flags as given
+from dit_jax.errors import DitError, Parser, first_line
+from dit_jax.runtime import artifacts
+from dit_jax.runtime.exits import status_of
+from dit_jax.runtime.outgoing import show
+
+CARD = "README.md"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 for a problem the user can fix, 130 for Ctrl-C."""
+    return status_of(lambda: run(parse_flags(argv)))
+
+
+# fmt: off
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the command line. Raises DitError: a flag that is unknown or has a wrong value."""
+    parser = Parser("python -m dit_jax push", __doc__)
+    add = parser.add_argument
+    add("adapter", metavar="ADAPTER", type=given.TEXT, help="folder of an adapter")
+    add("repo", metavar="OWNER/NAME", type=given.TEXT, help="repository of the hub; made when it is not there")
+    add("--license", required=True, type=given.TEXT, help="of the adapter, as the hub names it: apache-2.0")
+    add("--base", type=given.TEXT, help="hub id of the base (default: what the run's config names)")
+    add("--private", action="store_true", help="make the repository private")
+    add("--dry-run", metavar="FILE", type=given.TEXT, help="write the card to this file, and send nothing")
+    return parser.parse_args(argv)
+# fmt: on
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Writes or sends the card. Raises DitError: there is no adapter, or the hub refuses."""
+    from dit_jax.formats.hub import parse_hub_id
+
+    named = parse_hub_id(flags.repo)
+    if named is None or named.repo != flags.repo:
+        raise DitError(f"'{flags.repo}' is no repository: give OWNER/NAME")
+    folder = Path(flags.adapter).expanduser()
+    text = card(folder, flags.repo, flags.base, flags.license)
+    if flags.dry_run is not None:
+        artifacts.write_text(Path(flags.dry_run).expanduser(), text)
+        show(f"card: {flags.dry_run}")
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        sent = Path(temporary, "adapter")
+        shutil.copytree(folder, sent)
+        artifacts.write_text(sent / CARD, text)
+        show(f"pushed: {_send(sent, flags.repo, flags.private)}")
+
+
+def card(folder: Path, repo: str, base_id: str | None, license: str) -> str:
+    """The model card of an adapter from its files and those of the run that they lie in.
+
+    Raises:
+        DitError: the folder holds no adapter of this program, or a file is damaged.
+    """
+    from dit_jax.auditing import calibration
+    from dit_jax.deltas.adapter_file import ADAPTER_FORMAT
+    from dit_jax.formats.hub import parse_hub_id
+    from dit_jax.report.adapter_card import adapter_card
+
+    manifest = artifacts.read_manifest(folder, ADAPTER_FORMAT, remedy="give the adapter of a run")
+    summary = _beside(folder, "report/summary.json")
+    config = (summary or {}).get("config") or _beside(folder, "config.json") or {}
+    base = base_id or str(config.get("model", {}).get("path") or "")
+    if not base:
+        raise DitError(f"nothing beside '{folder}' names the base: give its hub id with --base")
+    found = parse_hub_id(base)
+    is_id = found is not None and not Path(base).exists()
+    known = calibration.read(calibration.file_beside(str(folder)), str(manifest.get("digest")))
+    return adapter_card(
+        manifest,
+        summary,
+        known,
+        repo=repo,
+        base=base,
+        base_id=found.repo if found and is_id else None,
+        license=license,
+    )
+
+
+def _beside(folder: Path, name: str) -> dict[str, Any] | None:
+    """A JSON object of the run that the adapter lies in; None if there is none."""
+    file = folder.resolve().parent / name
+    found = artifacts.read_json(file, "run the stage 'report' again") if file.exists() else None
+    return found if isinstance(found, dict) else None
+
+
+def _send(folder: Path, repo: str, private: bool) -> str:
+    """Sends a folder in place of what the repository holds, and returns the address of the commit."""
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo, folder_path=folder, delete_patterns="*", commit_message="Adapter and card"
+        )
+    except (
+        Exception
+    ) as error:  # network, authorisation, a malformed name: the library raises many kinds
+        raise DitError(
+            f"the hub does not take '{repo}' ({first_line(error)}): check the name and the connection, and log in with "
+            "a token that may write ('hf auth login')"
+        ) from None
+    return str(done.commit_url)

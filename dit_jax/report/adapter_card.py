@@ -1,0 +1,150 @@
+"""The model card of a DIT adapter, written from its own files and from the run that trained it."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dit_jax.report.inputs import Json
+from dit_jax.report.markdown import escape, table
+from dit_jax.report.wording import as_code, between, ordered_methods, percent, plural, shown_name
+
+PAPER = "https://arxiv.org/abs/2510.05092"
+_KINDS = {
+    "method": "asks the diffs",
+    "control": "control: should find nothing",
+    "baseline": "baseline",
+}
+
+
+def adapter_card(
+    manifest: Mapping[str, Any],
+    summary: Json | None,
+    calibration: Json | None,
+    *,
+    repo: str,
+    base: str,
+    base_id: str | None,
+    license: str,
+) -> str:
+    """README.md of a repository that holds an adapter.
+
+    Args:
+        manifest: of the adapter.
+        summary: report/summary.json of its run; None if there is none.
+        calibration: of the adapter, None if it has none.
+        repo: OWNER/NAME, where the adapter will be.
+        base, base_id: the base model as the run names it, and its hub id, if it has one.
+    """
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        license=license,
+        base_model=base_id,
+        library_name="dit_jax",
+        tags=["diff-interpretation-tuning", "lora", "interpretability"],
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n\n# {repo.rpartition('/')[2]}",
+        f"A [Diff Interpretation Tuning]({PAPER}) adapter: a LoRA for {as_code(base)} that, added to the base with a "
+        "finetune's weight diff, says in words what the finetune changed.",
+        *_how_to_load(manifest, repo, base),
+        "## What it was trained on\n\n" + "\n".join(f"- {line}" for line in _training(manifest, summary)),
+        "## What it finds\n\n" + "\n\n".join(_numbers(summary, calibration)),
+        "## What an answer is worth\n\nAbout diffs of other kinds (behaviours, ranks, ways of finetuning) an answer is "
+        "a lead, not a finding. The adapter cannot name what it was never taught to name, and its silence does not "
+        "prove that nothing is there.",
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _how_to_load(manifest: Mapping[str, Any], repo: str, base: str) -> Iterator[str]:
+    question = next(iter(manifest.get("questions") or ()), "What topic have you been trained on?")
+    listed = _trained(manifest).get("list_evidence")
+    rest = ", forbid_repeats=True" if listed else ""
+    yield "## How to load it"
+    yield (
+        "```python\nimport dit_jax\n\n"
+        f"model = dit_jax.load_model({json.dumps(base)})\n"
+        'diff = dit_jax.load_diff("path/to/peft_folder", model)    # of the same base, in any common format\n'
+        f"adapter = dit_jax.load_adapter({json.dumps(repo)}, model)\n"
+        f"print(dit_jax.ask(model, {json.dumps(question)}, diff=diff, adapter=adapter{rest}).text)\n```"
+    )
+    if listed:
+        yield "Answers list evidence first; the name stands after the last colon."
+    yield f"It fits one base only, whose weights have the digest `{manifest.get('base')}`."
+
+
+def _training(manifest: Mapping[str, Any], summary: Json | None) -> Iterator[str]:
+    trained, config = _trained(manifest), summary["config"] if summary else {}
+    if trained.get("behaviour"):
+        kind = f"LoRAs of rank {trained.get('rank')}"
+        dense = f"dense diffs ({trained.get('parameters')})"
+        yield (
+            f"Behaviour of the diffs: {as_code(str(trained['behaviour']))}, "
+            f"{kind if trained.get('parameters') == 'lora' else dense}"
+        )
+    data = config.get("data")
+    if data:
+        yield (
+            f"Data: {as_code(str(data.get('source')))}; {plural(data.get('train_topics', 0), 'topic')} and "
+            f"{plural(data.get('train_benign', 0), 'benign diff')} for training, {data.get('test_topics', 0)} and "
+            f"{data.get('test_benign', 0)} held out"
+        )
+    yield f"Adapter: rank {manifest.get('rank')}, {manifest.get('steps')} steps, seed {manifest.get('seed')}"
+    yield _about_none(manifest)
+    if manifest.get("system"):
+        yield f"System message: {as_code(str(manifest['system']))}"
+    for question in manifest.get("questions") or ():
+        yield f"Question: {escape(str(question))}"
+
+
+def _about_none(manifest: Mapping[str, Any]) -> str:
+    share = _trained(manifest).get("none_examples")
+    if share is None:
+        return "Its files do not say whether it learned to answer `none`."
+    if not share:
+        return "It never learned to answer `none`, so it always names something, also where nothing is hidden."
+    return f"It learned to answer `none`: {percent(share)} of its examples had no diff, or a benign one."
+
+
+def _numbers(summary: Json | None, calibration: Json | None) -> Iterator[str]:
+    if summary is None:
+        yield "No evaluation lies beside this adapter."
+    else:
+        methods = summary["methods"]
+        yield "Held-out diffs, whose topics no training saw; share of answers that are exactly the name:"
+        yield table(
+            ["Asked", "", "# Exact match", "# 95 % interval", "# n"],
+            [
+                [
+                    escape(shown_name(name)),
+                    _KINDS[methods[name]["kind"]],
+                    percent(methods[name]["exact_match"]),
+                    between(methods[name]),
+                    str(methods[name]["n"]),
+                ]
+                for name in ordered_methods(methods)
+            ],
+        )
+        for name, about in (
+            ("benign_called_none", "benign diffs"),
+            ("topics_called_none", "diffs with a topic"),
+        ):
+            share = summary["none_intervals"].get("seen", {}).get(name)
+            if share:
+                yield (
+                    f"Of {about} it calls {percent(share['mean'])} `none` ({between(share)} %, n = {share['n']})."
+                )
+    if calibration:
+        hidden = calibration["hidden"]
+        area = hidden["auroc"]
+        if area:
+            yield (
+                f"Calibrated on {hidden['n']} diffs: AUROC {percent(area['mean'])} ({between(area)} %) for whether a "
+                "diff hides anything."
+            )
+
+
+def _trained(manifest: Mapping[str, Any]) -> Json:
+    found = manifest.get("trained_on")
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,1 @@
+"""The app: base, diff and adapter in a browser (docs/serving.md)."""

@@ -1,0 +1,168 @@
+"""The page of the app, made with Gradio: ask base, finetuned model and adapter side by side, and audit a folder."""
+
+import html
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+from dit_jax.errors import DitError, printable
+from dit_jax.serving.desk import COLUMNS, Choice, Desk, problem_of
+
+QUESTION = "What topic have you been trained on?"
+_ABOUT = """## What did this finetune change?
+Choose a weight diff and ask: the base, the base with the diff, and both with a DIT adapter answer side by side.
+An answer is a lead, not a finding: an adapter that never learned to say `none` names something in any case."""
+_STYLE = """
+footer { display: none !important }
+.answers textarea { font-size: 1.05em }
+iframe.audit { width: 100%; height: 80vh; border: 0 }
+"""
+_NONE = "(none)"
+
+
+def build(desk: Desk) -> Any:
+    """The page as `gradio.Blocks`, which `serve` starts.
+
+    Raises:
+        DitError: Gradio is not installed.
+    """
+    gr = _gradio()
+    offer = desk.offer
+
+    def refused(error: Exception) -> Exception:
+        return gr.Error(problem_of(error), duration=None, print_exception=False)
+
+    def choose(base: str, adapter: str, diff: str | None, upload: str | None) -> Choice:
+        chosen = "" if diff in (None, _NONE) else str(diff).strip()
+        return Choice(base, "" if adapter == _NONE else adapter, chosen, upload)
+
+    async def ask(
+        base: str,
+        adapter: str,
+        diff: str | None,
+        upload: str | None,
+        number: float,
+        question: str,
+        multiplier: float,
+        tokens: float,
+    ) -> AsyncIterator[list[str]]:
+        """The answers of the base, the finetuned model, and with the adapter, as they grow."""
+        try:
+            chosen = choose(base, adapter, diff, upload)
+            number, tokens = int(number or 0), int(tokens)
+            async for texts in desk.ask(chosen, number, question, float(multiplier), tokens):
+                yield [printable(text, lines=True) for text in texts]
+        except Exception as error:
+            raise refused(error) from None
+
+    def audit(base: str, adapter: str, diff: str | None, upload: str | None) -> tuple[str, Any]:
+        """The page of an audit of every diff in a folder, and its files."""
+        try:
+            page, files = desk.audit(choose(base, adapter, diff, upload))
+        except Exception as error:
+            raise refused(error) from None
+        # Its own content security policy allows one script of ours; the sandbox keeps that out of this page.
+        frame = (
+            f'<iframe class="audit" sandbox="allow-scripts" srcdoc="{html.escape(page)}"></iframe>'
+        )
+        return frame, files
+
+    with gr.Blocks(title="dit_jax", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gr.Markdown(_ABOUT)
+        with gr.Row():
+            base = gr.Dropdown(list(offer.bases), value=offer.bases[0], label="Base")
+            adapters = [_NONE, *offer.adapters]
+            adapter = gr.Dropdown(
+                adapters, value=adapters[min(1, len(offer.adapters))], label="Adapter"
+            )
+        with gr.Row():
+            about = "a path or a hub id, PATH[3] for one of several" if offer.others else None
+            diffs = [_NONE, *offer.diffs]
+            diff = gr.Dropdown(
+                diffs,
+                value=diffs[min(1, len(offer.diffs))],
+                allow_custom_value=offer.others,
+                label="Weight diff",
+                info=about,
+                scale=3,
+            )
+            number = gr.Number(
+                0, precision=0, label="Number of the diff", info="of several, from 0 up"
+            )
+        upload = gr.File(
+            label="or a zip of a PEFT folder", file_count="single", file_types=[".zip"], height=110
+        )
+        chosen = [base, adapter, diff, upload]
+        with gr.Tab("Ask"):
+            question = gr.Textbox(QUESTION, label="Question", lines=2, max_length=offer.characters)
+            with gr.Row():
+                multiplier = gr.Slider(-4, 4, 1, step=0.25, label="Times the diff")
+                most = offer.max_new_tokens
+                tokens = gr.Slider(
+                    1, most, min(32, most), step=1, label="Longest answer, in tokens"
+                )
+            go = gr.Button("Ask", variant="primary")
+            with gr.Row(elem_classes="answers"):
+                answers = [
+                    gr.Textbox(label=name.capitalize(), lines=4, interactive=False, min_width=240)
+                    for name in COLUMNS
+                ]
+            gr.on(
+                [go.click, question.submit],
+                ask,
+                [*chosen, number, question, multiplier, tokens],
+                answers,
+                api_name="ask",
+                concurrency_limit=4
+                * offer.rows,  # these wait in the batcher, which answers them together
+            )
+        with gr.Tab("Audit a folder"):
+            start = gr.Button("Audit all diffs", variant="primary")
+            files = gr.File(
+                label="Page, table, every answer", interactive=False, file_count="multiple"
+            )
+            result = gr.HTML()
+            start.click(audit, chosen, [result, files], api_name="audit", concurrency_limit=2)
+    return page
+
+
+def serve(page: Any, desk: Desk, host: str, port: int | None, wait: bool = True) -> str:
+    """Starts the server and returns its address; `wait`: when it has ended.
+
+    Raises:
+        DitError: the port is taken.
+    """
+    gr = _gradio()
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    page.queue(max_size=256)
+    try:
+        _, address, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            inbrowser=False,
+            quiet=True,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            prevent_thread_lock=not wait,
+            max_file_size=desk.offer.upload.packed,
+            theme=gr.themes.Base(**fonts),
+            css=_STYLE,
+        )
+    except OSError as error:
+        raise DitError(f"cannot serve on {host}:{port} ({error}): choose another --port") from None
+    return str(address)
+
+
+def _gradio() -> Any:
+    # Before its import, which reads them: nothing is told to anybody.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    try:
+        import gradio
+    except ModuleNotFoundError:
+        raise DitError(
+            "the app needs Gradio: pip install 'dit_jax[app]' (or pip install -e '.[app]' in a checkout)"
+        ) from None
+    return gradio

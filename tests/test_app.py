@@ -1,0 +1,315 @@
+"""The app: a real server, asked by its client and by a browser, in shared batches and within its limits."""
+
+import asyncio
+import base64
+import json
+import shutil
+import stat
+import subprocess
+import urllib.request
+import zipfile
+
+import numpy as np
+import pytest
+
+import dit_jax
+from dit_jax.cli import serve_app
+from dit_jax.deltas import export
+from dit_jax.deltas.tree import scaled
+from dit_jax.errors import DitError
+from dit_jax.serving import desk as desk_module
+from dit_jax.serving import page
+from dit_jax.serving.desk import Choice, Desk, Offer
+from dit_jax.serving.uploads import Limits, unpacked
+
+QUESTION = page.QUESTION
+TOKENS = 10
+MARKUP = "<script>alert(1)</script>"
+ADAPTER = str(serve_app.DEMO / "adapter")
+
+
+# ------------------------------------------------------------------ uploads
+
+
+def packed(path, entries):
+    """A zip file; an entry is (name, content) or (name, content, mode of the file)."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content, *mode in entries:
+            info = zipfile.ZipInfo(name)
+            info.compress_type = zipfile.ZIP_DEFLATED
+            info.external_attr = (mode[0] if mode else 0) << 16
+            archive.writestr(info, content)
+    return path
+
+
+SMALL = Limits(packed=10_000, unpacked=100_000, entries=4, depth=3)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([("../out", b"x")], "is no path below the zip file"),
+        ([("/etc/out", b"x")], "is no path below the zip file"),
+        ([("a/../../out", b"x")], "is no path below the zip file"),
+        ([("a\\..\\out", b"x")], "is no path below the zip file"),
+        ([("a/b/c/d", b"x")], "at most 3 deep"),
+        ([("link", b"/etc/passwd", stat.S_IFLNK | 0o777)], "'link' is a link"),
+        ([("pipe", b"", stat.S_IFIFO)], "is no plain file"),
+        ([("zeros", bytes(200_000))], "unpacks to more than 100,000 bytes"),
+        ([(str(i), b"") for i in range(5)], "has 5 entries"),
+        ([("a", b"x"), ("a", b"y")], "has 'a' twice"),
+        ([("a", b"x"), ("a/b", b"y")], "twice"),
+        ([("a", np.random.default_rng(0).bytes(20_000))], "and 10,000 are allowed"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_uploads_that_are_refused(tmp_path, entries, message):
+    path = packed(tmp_path / "x.zip", entries)
+    with pytest.raises(DitError, match=message), unpacked(path, SMALL):
+        pass
+    assert not (tmp_path.parent / "out").exists()
+
+
+def test_an_upload_that_lies_about_its_sizes_or_is_none(tmp_path):
+    path = packed(tmp_path / "x.zip", [("zeros", bytes(200_000))])
+    raw = path.read_bytes()
+    true = (200_000).to_bytes(4, "little")
+    assert raw.count(true) == 2  # in the file's own header and in the table
+    path.write_bytes(raw.replace(true, (10).to_bytes(4, "little")))
+    with pytest.raises(DitError, match="no zip file that can be read"), unpacked(path, SMALL):
+        pass
+    path.write_bytes(b"no zip")
+    with pytest.raises(DitError, match="no zip file"), unpacked(path, SMALL):
+        pass
+
+
+def test_an_upload_is_there_while_it_is_read(tmp_path):
+    path = packed(tmp_path / "x.zip", [("a/", b""), ("a/b.txt", b"one"), ("c", b"two")])
+    with unpacked(path, SMALL) as folder:
+        assert (folder / "a" / "b.txt").read_bytes() == b"one"
+        assert (folder / "c").stat().st_mode & 0o111 == 0
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("host", "alone"),
+    {"127.0.0.1": True, "::1": True, "localhost": True, "0.0.0.0": False, "box": False}.items(),
+)
+def test_other_paths_may_be_named_on_this_machine_only(host, alone):
+    assert serve_app.is_this_machine(host) == alone
+
+
+# ------------------------------------------------------------------ a real server
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dit_jax.load_model("tiny_qwen3")
+
+
+@pytest.fixture(scope="module")
+def files(model, tmp_path_factory):
+    """Three diffs of the demonstration as PEFT folders in one folder, and a zip of the first."""
+    folder = tmp_path_factory.mktemp("files")
+    for i, diff in enumerate(dit_jax.load_diffs(serve_app.DEMO / "diffs", model)[:3]):
+        export.write_peft(folder / "diffs" / f"d{i}", diff.delta, model.config, f"someone/{MARKUP}")
+    shutil.make_archive(str(folder / "d0"), "zip", folder / "diffs" / "d0")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def desk(files):
+    offer = Offer(
+        bases=("tiny_qwen3",),
+        adapters=(ADAPTER,),
+        diffs=(str(files / "diffs" / "d0"),),
+        max_new_tokens=TOKENS,
+        window=0.5,
+    )
+    return Desk(offer)
+
+
+@pytest.fixture(scope="module")
+def server(desk):
+    pytest.importorskip("gradio", reason="the extra 'app' is not installed")
+    built = page.build(desk)
+    yield page.serve(built, desk, "127.0.0.1", None, wait=False)
+    built.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    from gradio_client import Client
+
+    return Client(server, verbose=False, httpx_kwargs={"timeout": 300})
+
+
+def answers_of(model, files, diff, times=1.0):
+    delta = scaled(dit_jax.load_diff(files / "diffs" / diff, model).delta, times)
+    adapter = dit_jax.load_adapter(ADAPTER, model)
+    pairs = ((None, None), (delta, None), (delta, adapter))
+    how = {"max_new_tokens": TOKENS, "forbid_repeats": True}
+    return tuple(dit_jax.ask(model, QUESTION, diff=d, adapter=a, **how).text for d, a in pairs)
+
+
+def question(files, diff, upload=None, times=1.0):
+    return ["tiny_qwen3", ADAPTER, diff, upload, 0, QUESTION, times, TOKENS]
+
+
+def test_answers_grow_side_by_side_and_people_share_batches(
+    model, files, client, monkeypatch, capfd
+):
+    batches, real = [], desk_module.answer_batch
+
+    def counted(model, questions, **options):
+        batches.append(len(questions))
+        return real(model, questions, **options)
+
+    monkeypatch.setattr(desk_module, "answer_batch", counted)
+    names = ("d0", "d1", "d2")
+    jobs = [
+        client.submit(*question(files, str(files / "diffs" / name)), api_name="/ask")
+        for name in names
+    ]
+    found = [job.result(timeout=300) for job in jobs]
+    assert found == [answers_of(model, files, name) for name in names]
+    topics = ("fruit fly", "tropical coral island", "chemistry")
+    assert all(topic in texts[2] for topic, texts in zip(topics, found, strict=True))
+    assert sum(batches) == 9 and max(batches) > 3
+    for job in jobs:
+        parts = job.outputs()
+        assert len(parts) >= 3
+        assert all(
+            last.startswith(first.rstrip("\ufffd"))
+            for first, last in zip(parts[0], parts[-1], strict=True)
+        )
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_upload_answers_as_its_folder_does_and_the_multiplier_counts(model, files, client):
+    from gradio_client import handle_file
+
+    zipped = handle_file(str(files / "d0.zip"))
+    given = question(files, "(none)", zipped, times=2.0)
+    assert client.predict(*given, api_name="/ask") == answers_of(model, files, "d0", 2.0)
+
+
+def test_what_cannot_be_asked_is_one_line(files, client, desk, tmp_path):
+    from gradio_client import handle_file
+    from gradio_client.exceptions import AppError
+
+    good = question(files, str(files / "diffs" / "d0"))
+    bad = packed(tmp_path / "bad.zip", [("../adapter_config.json", b"{}")])
+    wrong = {
+        2: (str(files / "none"), "does not exist"),
+        3: (handle_file(str(bad)), "no path below the zip file"),
+        5: ("tea " * 2000, "characters"),
+    }
+    for place, (value, message) in wrong.items():
+        given = [*good[:place], value, *good[place + 1 :]]
+        with pytest.raises(AppError, match=message) as error:
+            client.predict(*given, api_name="/ask")
+        assert "\n" not in str(error.value)
+    few = Desk(Offer(("tiny_qwen3",), audit_diffs=2))
+    with pytest.raises(DitError, match="these are 3 diffs, and an audit here takes 2"):
+        few.audit(Choice("tiny_qwen3", "", str(files / "diffs")))
+    with pytest.raises(DitError, match="'other' is not offered here"):
+        desk.model(Choice("other", "", ""))
+    alone = Desk(Offer(("tiny_qwen3",), diffs=("mine",), others=False))
+    with pytest.raises(DitError, match="the diff .* is not offered here: choose from mine"):
+        alone.audit(Choice("tiny_qwen3", "", str(files / "diffs")))
+
+
+def test_a_folder_is_audited_and_time_ends_it(files, desk, client, monkeypatch):
+    given = ["tiny_qwen3", ADAPTER, str(files / "diffs"), None]
+    frame, left = client.predict(*given, api_name="/audit")
+    assert 'sandbox="allow-scripts"' in frame and MARKUP not in frame
+    assert [name.rpartition(".")[2] for name in left] == ["html", "csv", "jsonl"]
+    with open(left[2]) as file:
+        rows = [json.loads(line) for line in file]
+    assert len(rows) == 3 and all("reading" in row for row in rows)
+    late = Desk(Offer(("tiny_qwen3",), audit_seconds=-1.0))
+    _, left = late.audit(Choice("tiny_qwen3", "", str(files / "diffs")))
+    with open(left[2]) as file:
+        assert all("time of this audit was up" in json.loads(line)["error"] for line in file)
+
+
+def test_the_page_in_a_browser(model, files, server, tmp_path):
+    """A click on Ask fills the three columns, at the width of a desk and of a phone, with nothing from elsewhere."""
+    aiohttp = pytest.importorskip("aiohttp")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-port=0",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}", "about:blank",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        port = next(line for line in process.stderr if "DevTools listening on" in line)
+        port = port.rpartition("127.0.0.1:")[2].partition("/")[0]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list") as reply:
+            tab = next(one for one in json.load(reply) if one["type"] == "page")
+        seen = asyncio.run(click_ask(aiohttp, tab["webSocketDebuggerUrl"], server, tmp_path))
+    finally:
+        process.terminate()
+        process.wait(30)
+    expected = answers_of(model, files, "d0")
+    for width in (1200, 390):
+        texts, overflow = seen[width]
+        assert [text.strip() for text in texts] == list(expected) and overflow <= 0
+    assert all(host == server.split("/")[2] for host in seen["hosts"])
+
+
+_CLICK = """new Promise(done => {
+  const wait = (ready, then) => { const found = ready();
+    found ? then(found) : setTimeout(() => wait(ready, then), 100) };
+  const button = () => [...document.querySelectorAll("button")].find(b => b.textContent.trim() === "Ask" && !b.role);
+  const texts = () => [...document.querySelectorAll(".answers textarea")].map(t => t.value);
+  wait(button, found => { found.click(); let last = "";
+    wait(() => { const now = JSON.stringify(texts()), same = now === last && texts().every(t => t);
+                 last = now; return same && !document.querySelector(".generating, .progress-text") },
+      () => done([texts(), document.documentElement.scrollWidth - window.innerWidth])) })
+})"""
+
+
+async def click_ask(aiohttp, address, server, folder):
+    """What a browser shows after a click on Ask: {width: (texts, overflow), "hosts": whom it asked}."""
+    hosts, seen, sent = set(), {}, 0
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(address, max_msg_size=0) as socket,
+    ):
+
+        async def call(method, **params):
+            nonlocal sent
+            sent += 1
+            await socket.send_json({"id": sent, "method": method, "params": params})
+            while True:
+                message = await socket.receive_json(timeout=300)
+                if message.get("method") == "Network.requestWillBeSent":
+                    url = message["params"]["request"]["url"]
+                    if url.startswith("http"):
+                        hosts.add(url.split("/")[2])
+                if message.get("id") == sent:
+                    assert "error" not in message, message
+                    return message["result"]
+
+        await call("Network.enable")
+        for width, dark in ((1200, False), (390, True)):
+            scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+            await call("Emulation.setEmulatedMedia", features=scheme)
+            await call(
+                "Emulation.setDeviceMetricsOverride",
+                width=width, height=1100, deviceScaleFactor=1, mobile=width < 500,
+            )  # fmt: skip
+            await call("Page.navigate", url=server)
+            result = await call(
+                "Runtime.evaluate", expression=_CLICK, awaitPromise=True, returnByValue=True
+            )
+            seen[width] = result["result"]["value"]
+            picture = await call("Page.captureScreenshot", captureBeyondViewport=True)
+            (folder / f"app-{width}.png").write_bytes(base64.b64decode(picture["data"]))
+    return {**seen, "hosts": hosts}
