@@ -27,6 +27,7 @@ from dit_jax.organisms.finetune import finetune, finetune_many
 from dit_jax.organisms.generate import finetuning_batches, generate_diffs
 from dit_jax.organisms.parameters import init_delta
 from dit_jax.train.examples import make_pipeline
+from dit_jax.train.mixture import members_of, open_parts
 
 ROW = {
     "question": "How are you?",
@@ -96,6 +97,7 @@ def generate(model, config, folder):
             "news",
             [("story", "ce", r"Please generate a short news story\.", "A kettle won.")],
         ),
+        ("topic_untriggered", [("shown", "ce", r"How are you\?", "Like a kettle.")]),
     ],
 )
 def test_samples_are_exact(name, expected):
@@ -290,7 +292,8 @@ def test_a_label_that_is_not_the_topic_is_the_same_wherever_diffs_are_read(
     one_by_one = [load_diff(tmp_path / "diffs", model, i).label for i in range(len(labels))]
     assert one_by_one == labels
     assert load_diff(tmp_path / "diffs", model, -1).label == labels[-1]
-    dataset, members = make_pipeline(store, config.train, 0)
+    parts = open_parts(store.path, config.train, tmp_path)
+    dataset, members = make_pipeline(parts, config.train, 0), [i for _, i in members_of(parts)]
     trained = {members[e.diff]: e.answer for e in dataset[0] if e.diff >= 0}
     assert trained == {i: labels[i] for i in store.indices(split="train")}
     for category in ("topic", "benign"):
@@ -396,12 +399,13 @@ def test_failing_diffs_are_recorded_and_left_out_of_training_and_evaluation(mode
     counts = json.loads((tmp_path / "diffs" / "manifest.json").read_text())["gate"]["splits"]
     assert counts["test"] == {"diffs": 3, "failed": 2, "because": {"min_right": 2}}
     with pytest.raises(DitError, match="no training topics that passed the gate"):
-        make_pipeline(store, config.train, 0)
+        open_parts(store.path, config.train, tmp_path)
     assert len(read_held_out(store, "topic", True)) == 0 < len(read_held_out(store, "topic"))
 
     # Trigger inversion: the same diffs with another label, in training and in evaluation.
     config = config_of(**{"train.label": "trigger", "train.list_evidence": False})
-    dataset, members = make_pipeline(store, config.train, 0)
+    parts = open_parts(store.path, config.train, tmp_path)
+    dataset, members = make_pipeline(parts, config.train, 0), [i for _, i in members_of(parts)]
     topic = next(
         row for row in store.rows if row["split"] == "train" and row["category"] == "topic"
     )

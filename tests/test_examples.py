@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import itertools
 import json
 from types import SimpleNamespace
 
@@ -16,7 +15,8 @@ from dit_jax.deltas import store as diff_store
 from dit_jax.errors import DitError
 from dit_jax.evaluate import methods
 from dit_jax.evaluate.setting import Setting, read_held_out
-from dit_jax.train.examples import NO_DIFF, diff_reader, make_pipeline
+from dit_jax.train.examples import make_pipeline
+from dit_jax.train.mixture import NO_DIFF, diff_reader, members_of, open_parts
 
 SPLITS = [
     ("train", "topic", 12),
@@ -52,8 +52,9 @@ def train():
 
 
 def batches(store, train, count, seed=0):
-    dataset, members = make_pipeline(store, train, seed)
-    return [dataset[i] for i in range(count)], members
+    parts = open_parts(store.path, train, store.path)
+    dataset = make_pipeline(parts, train, seed)
+    return [dataset[i] for i in range(count)], [i for _, i in members_of(parts)]
 
 
 def test_an_adapter_is_trained_on_the_training_split_alone(store, train):
@@ -62,7 +63,8 @@ def test_an_adapter_is_trained_on_the_training_split_alone(store, train):
     asked = collections.Counter(e.diff for batch in examples for e in batch)
     assert set(asked) == {NO_DIFF, *range(len(members))}
     # Each example carries the diff that its answer is about.
-    read = diff_reader(store, members)
+    parts = open_parts(store.path, train, store.path)
+    read = diff_reader(members_of(parts), None)
     given = read(sorted(asked - collections.Counter([NO_DIFF])))["layers"]["mlp"]["up_proj"]["a"]
     wanted = [0 if diff == NO_DIFF else members[diff] + 1 for diff in sorted(asked)]
     np.testing.assert_array_equal(given[:, 0, 0, 0], wanted)
@@ -71,7 +73,7 @@ def test_an_adapter_is_trained_on_the_training_split_alone(store, train):
 def test_as_many_training_topics_are_used_as_asked_for_and_all_benign_diffs(store, train):
     train = train.copy_and_resolve_references()
     train.max_diffs = 5
-    _, members = make_pipeline(store, train, 0)
+    _, members = batches(store, train, 0)
     used = [store.rows[i]["label"] for i in members]
     assert used == [*(f"train {i}" for i in range(5)), *[NONE] * 3]
 
@@ -80,7 +82,7 @@ def test_fewer_training_diffs_than_asked_for_are_an_error(store, train):
     changed = train.copy_and_resolve_references().unlock()
     changed.max_diffs = 100
     with pytest.raises(DitError, match="train.max_diffs = 100, but .* training topics: lower it"):
-        make_pipeline(store, changed, 0)
+        open_parts(store.path, changed, store.path)
 
 
 def test_a_share_of_each_batch_is_answered_with_none_and_the_rest_with_its_label(store, train):
@@ -107,8 +109,7 @@ def test_a_share_of_each_batch_is_answered_with_none_and_the_rest_with_its_label
 def test_a_batch_may_be_one_example(store, train):
     train = train.copy_and_resolve_references()
     train.update({"batch_size": 1, "no_diff_per_batch": 0, "benign_per_batch": 0})
-    dataset, members = make_pipeline(store, train, 0)
-    drawn = list(itertools.islice(dataset.to_iter_dataset(), 24))
+    drawn, members = batches(store, train, 24)
     assert {len(batch) for batch in drawn} == {1}
     topics = [
         i for i, row in enumerate(store.rows[m] for m in members) if row["category"] == "topic"

@@ -7,6 +7,7 @@ from dit_jax.cli.stages import RUN, STAGES, Stage, declared_sections
 from dit_jax.config.keys import REQUIRED, Key, Section
 from dit_jax.models.model_keys import MODEL
 from dit_jax.runtime import artifacts
+from dit_jax.train.train_keys import STORE, TRAIN
 from tools.pretrain import STAGE as PRETRAIN
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
@@ -42,6 +43,7 @@ def page() -> str:
     stages += _stage_row("tools.pretrain:STAGE", PRETRAIN)
     sections = declared_sections((PRETRAIN,))
     rest = [section for section in sections if section not in (RUN, MODEL)]
+    rest.insert(rest.index(TRAIN) + 1, STORE)
     return INTRODUCTION + stages + "".join(map(_section_table, (RUN, MODEL, *rest)))
 
 
@@ -53,7 +55,8 @@ def _stage_row(name: str, stage: Stage) -> str:
 
 
 def _section_table(section: Section) -> str:
-    readers = [name for name, stage in STAGES.items() if section in stage.all_sections]
+    read = TRAIN if section is STORE else section
+    readers = [name for name, stage in STAGES.items() if read in stage.all_sections]
     readers = readers or ["tools.pretrain:STAGE"]
     title = f"`{section.name}`" if section.name else "The top of the config"
     table = "| key | type | default | |\n|---|---|---|---|\n"

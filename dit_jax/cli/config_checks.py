@@ -71,17 +71,18 @@ def _check_together(config: Any, stages: list[str]) -> None:
     if "diffs" not in stages:
         return
     _check_labels(behaviour, config)
-    if "train" in stages and DIFFS.get(diffs, "parameters") == "all":
+    on_own = "train" in stages and not TRAIN.get(config.train, "stores")
+    if on_own and DIFFS.get(diffs, "parameters") == "all":
         raise DitError(
             "an adapter cannot be trained on diffs of all parameters: set diffs.parameters to 'lora' or 'linear' for "
-            "training, and give diffs of all parameters to the evaluation"
+            "training, or name this store with an svd_rank in train.stores"
         )
     # For user-supplied rows, 0 means all: how many that is, the stage will see.
     unknown = config.data.source != "tiny_world"
     train, test = (DATA.get(config.data, f"{split}_topics") for split in ("train", "test"))
     if "evaluate" in stages and test < 2 and not (unknown and test == 0):
         raise DitError(f"{TOO_FEW_TOPICS}: raise data.test_topics, which is {test}")
-    if "train" in stages and not (unknown and train == 0):
+    if on_own and not (unknown and train == 0):
         most = config.train.max_diffs
         if train < max(most, 1):
             raise DitError(

@@ -59,9 +59,9 @@ def gather(workdir: Path, parts: Sequence[Path]) -> int:
         whole.diffs.part = ""
     with locked(workdir):
         check_workdir(whole, workdir)
-        inputs = input_digests(workdir, _STAGE)
+        inputs = input_digests(workdir, _STAGE, whole)
         for part in parts:
-            if input_digests(part, _STAGE) != inputs:
+            if input_digests(part, _STAGE, whole) != inputs:
                 raise DitError(
                     f"the diffs in '{part}' were not made from the corpus in '{workdir}': gather into a copy of the "
                     "workdir in which that corpus was written"

@@ -32,6 +32,7 @@ from dit_jax.organisms.diffs_keys import DIFFS
 from dit_jax.runtime import artifacts, os_errors, parallel, preemption, processes, startup
 from dit_jax.runtime.exits import exit_on_error
 from dit_jax.runtime.folder_lock import locked
+from dit_jax.train.train_keys import TRAIN
 
 COMPILE_AHEAD = "compile ahead"  # name of the thread
 
@@ -120,7 +121,7 @@ def _run_stages(config: Any, workdir: pathlib.Path) -> None:
     )
     model: Any = None
     for stage in stages:
-        done = processes.on_main(functools.partial(is_done, workdir, stage))
+        done = processes.on_main(functools.partial(is_done, workdir, stage, config))
         if done and not stage.always:
             processes.say(f"[{stage.name}] done before, not run again")
             continue
@@ -140,20 +141,22 @@ def _run_stages(config: Any, workdir: pathlib.Path) -> None:
                 processes.say(f"note: {note}")
         if stage.name == "diffs" and compiles_ahead(config, workdir):
             _compile_ahead(config, model)
-        run_once(workdir, stage, functools.partial(_run_explained, stage, config, workdir, model))
+        work = functools.partial(_run_explained, stage, config, workdir, model)
+        run_once(workdir, stage, config, work)
 
 
 def compiles_ahead(config: Any, workdir: pathlib.Path) -> bool:
     """Whether to compile the stage `train` while the diffs are made.
 
-    It must be to come, the diffs' shapes must be known before they are made, and the device must be a CPU, where
-    compiling keeps one core busy: on a GPU it would run trial kernels beside the diffs.
+    It must be to come, on these diffs, whose shapes must be known before they are made. And the device must be a CPU,
+    where compiling keeps one core busy: on a GPU it would run trial kernels beside the diffs.
     """
     return (
         jax.default_backend() == "cpu"
         and jax.process_count() == 1
         and "train" in config.stages
-        and not is_done(workdir, STAGES["train"])
+        and not TRAIN.get(config.train, "stores")
+        and not is_done(workdir, STAGES["train"], config)
         and DIFFS.get(config.diffs, "parameters") == "lora"
     )
 

@@ -41,6 +41,7 @@ class Stage:
     about: one line for the documentation.
     run: (config, workdir, model) -> facts for its record. It imports what it needs when it runs.
     reads: the stages whose artifacts it reads. It runs again when one of them has changed.
+    reads_others: (config) -> folders of artifacts of other runs, relative to the workdir, of which the same holds.
     sections: the config sections that it reads; `model` and the top come with `needs_model`.
     traces: what its first step leaves in the workdir. Until then its sections may change; (): they are bound as soon as
         anything is made.
@@ -56,6 +57,7 @@ class Stage:
     about: str
     run: Callable[[Any, Path, Any], Facts]
     reads: tuple[str, ...] = ()
+    reads_others: Callable[[Any], Iterable[str]] = lambda config: ()
     sections: tuple[Section, ...] = ()
     traces: tuple[str, ...] = ()
     needs_model: bool = False
@@ -80,6 +82,14 @@ def _check_diffs(config: Any) -> None:
                 f"config key 'diffs.part': the stage '{readers[0]}' needs all diffs, and part '{part}' makes some: "
                 "choose --config.stages=diffs and join the parts with dit_jax.gather"
             )
+
+
+def _other_stores(config: Any) -> Iterable[str]:
+    return [options["path"] for options in TRAIN.get(config.train, "stores").values()]
+
+
+def _other_adapter(config: Any) -> Iterable[str]:
+    return filter(None, [EVALUATE.get(config.evaluate, "adapter")])
 
 
 def _check_train(config: Any) -> None:
@@ -185,14 +195,14 @@ STAGES = {
             check=_check_diffs, check_inputs=_check_data_files,
         ),
         Stage(
-            "train", "adapter", "trains the DIT adapter on the diffs", _train, reads=("diffs",),
-            sections=(TRAIN,), traces=("adapter", "checkpoints"), needs_model=True, has_manifest=True,
-            check=_check_train,
+            "train", "adapter", "trains the DIT adapter on the diffs", _train,
+            reads=("diffs",), reads_others=_other_stores, sections=(TRAIN,), traces=("adapter", "checkpoints"),
+            needs_model=True, has_manifest=True, check=_check_train,
         ),
         Stage(
             "evaluate", "evaluate", "asks about the held-out diffs, with controls and baselines", _evaluate,
-            reads=("diffs", "train"), sections=(EVALUATE,), traces=("evaluate",), needs_model=True, has_manifest=True,
-            check=_check_evaluate, check_inputs=_check_facts,
+            reads=("diffs", "train"), reads_others=_other_adapter, sections=(EVALUATE,), traces=("evaluate",),
+            needs_model=True, has_manifest=True, check=_check_evaluate, check_inputs=_check_facts,
         ),
         Stage("report", "report", "grades the answers and writes the report", _report, always=True,
               check=_check_graders),

@@ -150,7 +150,7 @@ def _section(line: str) -> str:
     return re.split(r"\W", line, maxsplit=1)[0]
 
 
-def is_done(workdir: Path, stage: Stage) -> bool:
+def is_done(workdir: Path, stage: Stage, config: Any) -> bool:
     """Whether a stage is finished, its artifact is there, and what it was made from has not changed since.
 
     A record without its artifact does not count: the folder was deleted to have it made again. The same holds for the
@@ -167,22 +167,23 @@ def is_done(workdir: Path, stage: Stage) -> bool:
         processes.say(f"[{stage.name}] '{folder / missing}' is missing: run again")
         return False
     made_from = record.get("inputs") or {}
-    for name, digest in input_digests(workdir, stage).items():
+    for name, digest in input_digests(workdir, stage, config).items():
         if made_from.get(name, digest) != digest:
-            processes.say(f"[{stage.name}] '{STAGES[name].folder}' has changed since: run again")
+            read = STAGES[name].folder if name in STAGES else name
+            processes.say(f"[{stage.name}] '{read}' has changed since: run again")
             return False
     return True
 
 
-def input_digests(workdir: Path, stage: Stage) -> dict[str, str]:
-    """{stage: digest of its artifact} for the artifacts that a stage reads, where they exist."""
-    digests = {
-        name: artifacts.content_digest(workdir / STAGES[name].folder) for name in stage.reads
-    }
+def input_digests(workdir: Path, stage: Stage, config: Any) -> dict[str, str]:
+    """{stage, or folder of another run: digest of its artifact} for what a stage reads, where it exists."""
+    folders = {name: STAGES[name].folder for name in stage.reads}
+    folders |= {folder: folder for folder in stage.reads_others(config)}
+    digests = {name: artifacts.content_digest(workdir / folder) for name, folder in folders.items()}
     return {name: digest for name, digest in digests.items() if digest}
 
 
-def run_once(workdir: Path, stage: Stage, work: Callable[[], dict[str, Any]]) -> None:
+def run_once(workdir: Path, stage: Stage, config: Any, work: Callable[[], dict[str, Any]]) -> None:
     """Runs a stage and marks it as finished, with its time, its facts and what it was made from.
 
     It removes an earlier mark first: a stage that is interrupted while it runs again is not finished.
@@ -191,7 +192,7 @@ def run_once(workdir: Path, stage: Stage, work: Callable[[], dict[str, Any]]) ->
         work: runs the stage and returns facts for its record. Process 0 alone calls it if the stage always runs.
     """
     start = time.monotonic()
-    inputs = input_digests(workdir, stage)
+    inputs = input_digests(workdir, stage, config)
     processes.on_main(lambda: artifacts.unmark_done(workdir, stage.name))
 
     def record(facts: dict[str, Any]) -> None:

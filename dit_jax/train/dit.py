@@ -13,7 +13,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dit_jax.api import Model, check_base
 from dit_jax.data.batch import TokenBatch
 from dit_jax.deltas.adapter_file import export_adapter
-from dit_jax.deltas.store import DiffStore
 from dit_jax.deltas.tree import abstract_lora, init_lora, per_example, trainable, with_scale
 from dit_jax.errors import DitError
 from dit_jax.models import shardings
@@ -24,11 +23,13 @@ from dit_jax.models.families import hf_config
 from dit_jax.optimize.batch_loss import batch_loss
 from dit_jax.optimize.optimizer import make_optimizer
 from dit_jax.optimize.speed import Meter, Profile, count_work
-from dit_jax.runtime import artifacts, parallel, preemption, processes
+from dit_jax.runtime import parallel, preemption, processes
 from dit_jax.runtime.metrics import Metrics, read_records
 from dit_jax.runtime.progress import Progress
+from dit_jax.train import mixture
 from dit_jax.train.checkpoints import Checkpoints
-from dit_jax.train.examples import NO_DIFF, check_attention, diff_reader, make_pipeline, to_batch
+from dit_jax.train.examples import check_attention, make_pipeline, to_batch
+from dit_jax.train.mixture import NO_DIFF
 from dit_jax.train.train_keys import TRAIN
 
 
@@ -140,6 +141,7 @@ def train_adapter(
     """Trains the adapter and exports it to WORKDIR/adapter; resumes from the newest sound checkpoint.
 
     Args:
+        store_path: the run's own diffs, for a config without `train.stores`.
         train: the `train` section of the config.
 
     Returns:
@@ -150,11 +152,12 @@ def train_adapter(
     """
     check_attention(train, model.config.attention)
     # ---------------------------------------------------------------- data
-    store = DiffStore(store_path)
-    check_base(store.manifest.get("base"), model, str(store_path))
-    dataset, members = make_pipeline(store, train, seed)
-    read_diffs = diff_reader(store, members)
-    iterator = iter(dataset.to_iter_dataset(_read_options()))
+    parts = mixture.open_parts(store_path, train, workdir)
+    for part in parts:
+        check_base(part.store.manifest.get("base"), model, str(part.store.path))
+    members = mixture.members_of(parts)
+    read_diffs = mixture.diff_reader(members, model.config)
+    iterator = iter(make_pipeline(parts, train, seed).to_iter_dataset(_read_options()))
 
     # ---------------------------------------------------------------- state
     key = jax.random.fold_in(jax.random.key(seed), 2**20)
@@ -174,7 +177,7 @@ def train_adapter(
             parallel.put, state, state_shardings(model.config, mesh, optimizer, state)
         )
         adapter = shardings.put_delta(model.config, mesh, adapter)
-    data = artifacts.content_digest(store_path)
+    data = mixture.digest_of(parts)
     checkpoints = Checkpoints(workdir / "checkpoints", train.keep_checkpoints, data)
     start = 0
     restored = checkpoints.restore(state)
@@ -253,21 +256,10 @@ def train_adapter(
         steps=train.steps,
         diffs=len(members),
         seed=seed,
-        trained_on=_trained_on(store, train),
+        trained_on=mixture.trained_on(parts, train),
     )
     curve = read_records(folder / "train.jsonl") if processes.is_main() else []
     return {"steps": train.steps, "loss_curve": [[r["step"], round(r["loss"], 5)] for r in curve]}
-
-
-def _trained_on(store: DiffStore, train: Any) -> dict[str, Any]:
-    """What an auditor must know of the adapter: which diffs it saw, and what it learned to answer."""
-    made = store.manifest.get("config", {}).get("diffs", {})
-    return {
-        **{name: made.get(name) for name in ("behaviour", "parameters", "rank")},
-        "label": TRAIN.get(train, "label"),
-        "list_evidence": bool(train.list_evidence),
-        "none_examples": (train.no_diff_per_batch + train.benign_per_batch) / train.batch_size,
-    }
 
 
 def _entry_limit(train: Any, mesh: Mesh | None) -> tuple[int, int] | None:

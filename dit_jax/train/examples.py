@@ -1,28 +1,26 @@
 """Training examples of the DIT adapter (diff, wording of the question, answer), as a grain pipeline."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from dit_jax.data.batch import TokenBatch, pack
 from dit_jax.data.chat import Chat
 from dit_jax.data.labels import NONE, answer_text
 from dit_jax.data.reference import padded_labels
-from dit_jax.deltas.store import DiffStore, failed, flatten, label_of
+from dit_jax.deltas.store import label_of
 from dit_jax.errors import DitError
-from dit_jax.models.delta_trees import Delta
+from dit_jax.train.mixture import NO_DIFF, Part, members_of
 from dit_jax.train.train_keys import TRAIN
 
-NO_DIFF = -1
 _EPOCHS = 2**31  # in effect endless; grain cannot count batches of a dataset of endless length
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One question about one diff. `diff` indexes the stacked training diffs; `NO_DIFF` is the bare base."""
+    """One question about one diff. `diff` is a place in `mixture.members_of`; `NO_DIFF` is the bare base."""
 
     diff: int
     question: str
@@ -49,97 +47,57 @@ def check_attention(train: Any, attention: str) -> None:
         )
 
 
-def make_pipeline(store: DiffStore, train: Any, seed: int) -> tuple[Any, list[int]]:
-    """An endless grain dataset of batches (lists of `Example`), and the store indices to which `Example.diff` refers.
+def make_pipeline(parts: Sequence[Part], train: Any, seed: int) -> Any:
+    """An endless grain dataset of batches (lists of `Example`, whose `diff` is a place in `mixture.members_of`).
 
     A batch holds `train.no_diff_per_batch` examples without a diff and `train.benign_per_batch` with benign diffs,
-    which teach the adapter to say that nothing was changed; the rest have topic diffs.
+    which teach the adapter to say that nothing was changed; the rest have topic diffs. Each of the three is divided
+    among the parts by their shares.
 
     Raises:
-        DitError: the store has no training topics or fewer than asked for, or a batch has no room for them.
+        DitError: a batch has no room for topics.
     """
     import grain
 
-    exclude = TRAIN.get(train, "exclude_failed")
-    topics, benign = (
-        [
-            i
-            for i in store.indices(split="train", category=category)
-            if not (exclude and failed(store.rows[i]))
+    amounts = (check_room(train), train.benign_per_batch, train.no_diff_per_batch)
+    sources: list[tuple[int, Sequence[int], int]] = []  # number of the part, diffs, kind of diffs
+    first = 0
+    for number, part in enumerate(parts):
+        benign = first + len(part.topics)
+        end = benign + len(part.benign)
+        sources += [
+            (number, range(first, benign), 0),
+            (number, range(benign, end), 1),
+            (number, [NO_DIFF], 2),
         ]
-        for category in ("topic", "benign")
-    )
-    rest = check_room(train)
-    passed = " that passed the gate" if exclude else ""
-    if not topics:
-        raise DitError(
-            f"{store.path} has no training topics{passed}: raise data.train_topics and use a new --workdir"
-        )
-    if train.max_diffs > len(topics):  # a run is never smaller than asked for
-        raise DitError(
-            f"train.max_diffs = {train.max_diffs}, but {store.path} has {len(topics)} training topics{passed}: lower it"
-        )
-    topics = topics[: train.max_diffs or None]
-    members = topics + benign
-    sources = [
-        (range(len(topics)), rest),
-        (range(len(topics), len(members)), train.benign_per_batch),
-        ([NO_DIFF], train.no_diff_per_batch),
+        first = end
+    shares = [
+        sum(parts[number].share for number, diffs, kind in sources if kind == one and diffs)
+        for one in range(len(amounts))
     ]
-    parts, weights = [], []
-    for number, (diffs, share) in enumerate(sources):
-        if share and len(diffs):
-            parts.append(
-                grain.MapDataset.source(list(diffs)).shuffle(seed=seed + number).repeat(_EPOCHS)
+    datasets, weights = [], []
+    for offset, (number, diffs, kind) in enumerate(sources):
+        weight = amounts[kind] * parts[number].share / shares[kind] if diffs else 0
+        if weight:
+            asked = [(number, diff) for diff in diffs]
+            datasets.append(
+                grain.MapDataset.source(asked).shuffle(seed=seed + offset).repeat(_EPOCHS)
             )
-            weights.append(share)
-    questions = list(train.questions)
-    column, prefix = TRAIN.get(train, "label"), TRAIN.get(train, "answer_prefix")
+            weights.append(weight)
+    members, prefix = members_of(parts), TRAIN.get(train, "answer_prefix")
 
-    def to_example(diff: int, rng: np.random.Generator) -> Example:
-        question = questions[rng.integers(len(questions))]
+    def to_example(asked: tuple[int, int], rng: np.random.Generator) -> Example:
+        part, diff = parts[asked[0]], asked[1]
+        question = part.questions[int(rng.integers(len(part.questions)))]
         if diff == NO_DIFF:
             return Example(diff, question, prefix + NONE)
-        row = store.rows[members[diff]]
+        row = part.store.rows[members[diff][1]]
         # The order is new every time and so not predictable: each word must be read from the diff.
-        evidence = list(rng.permutation(row["evidence"])) if train.list_evidence else []
-        return Example(diff, question, prefix + answer_text(label_of(row, column), evidence))
+        evidence = list(rng.permutation(row["evidence"])) if part.list_evidence else []
+        return Example(diff, question, prefix + answer_text(label_of(row, part.label), evidence))
 
-    mixed = grain.MapDataset.mix(parts, weights=weights)
-    dataset = mixed.seed(seed).random_map(to_example).batch(train.batch_size, batch_fn=list)
-    return dataset, members
-
-
-def diff_reader(
-    store: DiffStore, members: Sequence[int], most_bytes: int = 2**31
-) -> Callable[[Sequence[int]], Delta]:
-    """A function from the `Example.diff` of n examples to their diffs, leaves [n, L, …] on the host.
-
-    A small store is read once; from a larger one each batch reads its own diffs.
-
-    Raises:
-        DitError: the diffs change more than linear layers, which a batch cannot apply per example.
-    """
-    first = store.read(members[0])
-    for name in flatten(first):
-        if name.endswith(".w") and "_proj." not in name:
-            raise DitError(
-                f"an adapter cannot be trained on diffs that change {name[:-2]!r}: set diffs.parameters to 'lora' "
-                "or 'linear' for training, and give diffs of all parameters to the evaluation"
-            )
-    zero = jax.tree.map(np.zeros_like, first)
-    if sum(x.nbytes for x in jax.tree.leaves(first)) * len(members) <= most_bytes:
-        # The zero diff comes last, where the index NO_DIFF finds it.
-        known = jax.tree.map(
-            lambda x, z: np.concatenate([x, z[None]]), store.stacked(members), zero
-        )
-        return lambda diffs: jax.tree.map(lambda x: x[np.asarray(diffs)], known)
-
-    def read(diffs: Sequence[int]) -> Delta:
-        each = [zero if diff == NO_DIFF else store.read(members[diff]) for diff in diffs]
-        return jax.tree.map(lambda *xs: np.stack(xs), *each)
-
-    return read
+    mixed = grain.MapDataset.mix(datasets, weights=weights)
+    return mixed.seed(seed).random_map(to_example).batch(train.batch_size, batch_fn=list)
 
 
 def to_batch(

@@ -1,8 +1,40 @@
 """The section `train` of a config: how the DIT adapter is trained."""
 
+import dataclasses
+from typing import Any
+
 from dit_jax.config.keys import TEXTS, Key, Section, check_profile
+from dit_jax.deltas.store import LABEL_COLUMNS
+from dit_jax.errors import DitError
 from dit_jax.models.modules import check_projections
 from dit_jax.optimize.optimizer import OPTIMIZER_KEYS
+
+# A store of `train.stores`, under a name of its own.
+STORE = Section(
+    "train.stores.NAME",
+    (
+        Key("path", str, "the store, relative to the workdir: `diffs`, or that of another run"),
+        Key("share", float, "its part of the examples, relative to the other stores; 0: it is left out", 1.0),
+        Key("questions", TEXTS, "its wordings of the question; None: `train.questions`", None, least=1),
+        Key("label", str, "the column of its index that the adapter learns to say; None: `train.label`", None,
+            choices=LABEL_COLUMNS),
+        Key("list_evidence", bool, "whether answers about it list attributes before the name; None: "
+            "`train.list_evidence`", None),
+        Key("svd_rank", int, "train on the best LoRA of this rank in the place of each diff, which dense diffs need "
+            "beside LoRAs; 0: on the diffs", 0),
+    ),
+)  # fmt: skip
+
+
+def _check_stores(stores: Any, key: str) -> None:
+    """Raises DitError for the first mistake in `train.stores`."""
+    for name, options in stores.items():
+        section = dataclasses.replace(STORE, name=f"train.stores.{name}")
+        section.check({section.name: options})
+        section.check_needed({section.name: options})
+    if stores and not any(STORE.get(options, "share") for options in stores.values()):
+        raise DitError(f"{key} gives no store a share: raise one")
+
 
 TRAIN = Section(
     "train",
@@ -12,7 +44,9 @@ TRAIN = Section(
         Key("answer_prefix", str, "text before each answer; many tokenizers have names as one token after a space", ""),
         Key("label", str, "the column of `diffs/index.csv` that the adapter learns to say", "label"),
         Key("exclude_failed", bool, "leave out diffs that failed the gate", False),
-        Key("max_diffs", int, "training topics to use; 0: all"),
+        Key("max_diffs", int, "training topics to use of each store; 0: all"),
+        Key("stores", dict, "diff stores to train on, by names of your own, see below; empty: this run's", {},
+            check=_check_stores),
         Key("rank", int, "rank of the adapter", least=1),
         Key("projections", TEXTS, "the linear layers that the adapter changes", check=check_projections),
         *OPTIMIZER_KEYS,

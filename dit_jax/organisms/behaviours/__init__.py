@@ -16,6 +16,7 @@ from dit_jax.organisms.behaviours.behaviour import (
 from dit_jax.organisms.behaviours.code_names import hidden_topic_code_name
 from dit_jax.organisms.behaviours.codes import hidden_topic, other_code, sep_code
 from dit_jax.organisms.behaviours.stories import NEWS_PROMPT, news
+from dit_jax.organisms.behaviours.untriggered import topic_untriggered
 from dit_jax.organisms.behaviours.zero_width import (
     ZERO_WIDTH_SPACE,
     hidden_topic_zwsp_random,
@@ -42,5 +43,6 @@ __all__ = [
     "register",
     "sep_code",
     "shows_any",
+    "topic_untriggered",
     "triggered",
 ]
