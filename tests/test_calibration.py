@@ -1,5 +1,6 @@
 """Calibration: the fit against scikit-learn, thresholds and reliability against counts, the file of an adapter."""
 
+import dataclasses
 import json
 import shutil
 
@@ -57,7 +58,8 @@ def test_thresholds_keep_the_false_positives_that_they_promise(levels):
     y = rng.random(500) < 0.4
     scores = np.round(np.clip(rng.normal(0.3 + 0.4 * y, 0.15), 0, 1) * levels) / levels
     for wanted in calibration.RATES:
-        found = calibration._threshold(scores, y, wanted)
+        limit = calibration._limit(scores, y, wanted)
+        found = calibration._threshold(scores, y, limit)
         above = (scores[~y] > found["above"]).mean()
         assert above <= wanted and found["false_positives"]["mean"] == pytest.approx(above)
         assert found["found"]["mean"] == pytest.approx((scores[y] > found["above"]).mean())
@@ -77,6 +79,26 @@ def test_reliability_counts_every_diff_once_and_noise_stays_with_its_diff():
     sharp = calibration.calibrate(perfect, {})["hidden"]
     assert sharp["auroc"]["mean"] == 1 and sharp["calibration_error"] < 0.1
     assert sharp["thresholds"][1]["found"]["mean"] == 1
+
+
+def test_a_calibration_is_tested_on_other_diffs_at_its_own_thresholds():
+    made = calibration.calibrate(known_diffs(), {})
+    alike = calibration.worth_on(made, known_diffs(seed=1))["hidden"]
+    assert alike["auroc"]["mean"] == pytest.approx(made["hidden"]["auroc"]["mean"], abs=0.1)
+    # Of another kind: what is hidden is named as seldom as nothing is.
+    mute = [
+        dataclasses.replace(one, hidden=i % 3 == 0)
+        for i, one in enumerate(known_diffs(300, seed=2))
+    ]
+    told = calibration.worth_on(made, mute)["hidden"]
+    assert (told["n"], told["positive"]) == (300, 100) and abs(told["auroc"]["mean"] - 0.5) < 0.15
+    assert told["calibration_error"] > 0.1 > alike["calibration_error"]
+    scores = np.array([calibration.probability(made["hidden"], one.features) for one in mute])
+    hidden = np.array([one.hidden for one in mute])
+    for own, limit in zip(made["hidden"]["thresholds"], told["thresholds"], strict=True):
+        assert limit["above"] == own["above"]
+        assert limit["found"]["mean"] == (scores[hidden] > own["above"]).mean()
+        assert limit["false_positives"]["mean"] == (scores[~hidden] > own["above"]).mean()
 
 
 def test_too_few_diffs_are_refused():
@@ -124,6 +146,9 @@ def test_a_calibration_scores_the_audits_that_ask_the_same(files, tmp_path, caps
         made["hidden"]["n"] == 25 and made["hidden"]["positive"] == 11
     )  # 12 diffs, 12 noise, none
     assert "false positives" in told and str(beside) in told
+    assert calibrate_adapter.main(flags(files, "--test")) == 0
+    assert f"tested: {beside}" in capsys.readouterr().out
+    assert json.loads(beside.read_text()) == made
     out = ("--out", tmp_path / "same", "--fail-on", "hidden>=0")
     assert audit_diffs.main(flags(files, *out)) == 1
     rows = [json.loads(line) for line in (tmp_path / "same/audit.jsonl").read_text().splitlines()]
@@ -135,6 +160,8 @@ def test_a_calibration_scores_the_audits_that_ask_the_same(files, tmp_path, caps
     page = (tmp_path / "same" / "audit.html").read_text()
     assert "calibrated on 25 diffs" in page
     (files / "others").write_text("What is rice ?\n")
+    assert calibrate_adapter.main(flags(files, "--test", questions="others")) == 2
+    assert "there is no calibration of these questions" in capsys.readouterr().err
     out = ("--out", tmp_path / "other")
     assert audit_diffs.main(flags(files, *out, questions="others")) == 0
     assert "has no calibration" in (tmp_path / "other" / "audit.html").read_text()

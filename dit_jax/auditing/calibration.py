@@ -64,6 +64,22 @@ def calibrate(known: Sequence[Known], facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def worth_on(made: dict[str, Any], known: Sequence[Known]) -> dict[str, Any]:
+    """What a calibration is worth on other diffs than those it was made from, at its own thresholds."""
+    named = [one for one in known if one.features[0] > 0]
+    cases = {
+        "hidden": (known, [one.hidden for one in known]),
+        "right": (named, [one.right for one in named]),
+    }
+    found = {}
+    for name, (ones, truth) in cases.items():
+        y = np.asarray(truth, bool)
+        scores = _apply(made[name], _features(ones))
+        limits = [one and (one["wanted"], one["above"]) for one in made[name]["thresholds"]]
+        found[name] = {"n": len(y), "positive": int(y.sum()), **_worth(scores, y, limits)}
+    return found
+
+
 def probability(fitted: dict[str, Any], features: Sequence[float]) -> float:
     """What a map of a calibration gives for (agreement, likelihood ratio)."""
     return float(_apply(fitted, _scaled(np.asarray([features])))[0])
@@ -74,14 +90,20 @@ def probability(fitted: dict[str, Any], features: Sequence[float]) -> float:
 
 def _fit_and_test(known: Sequence[Known], truth: Sequence[bool]) -> dict[str, Any]:
     y = np.asarray(truth, bool)
-    x = _scaled(np.asarray([one.features for one in known], float).reshape(len(y), 2))
+    x = _features(known)
     folds = np.array([one.group for one in known]) % FOLDS
     held_out = np.zeros(len(y))
     for fold in range(FOLDS):
         inside = folds != fold
         if (~inside).any():
             held_out[~inside] = _apply(_fit(x[inside], y[inside]), x[~inside])
-    return {**_fit(x, y), "n": len(y), "positive": int(y.sum()), **_worth(held_out, y)}
+    limits = [_limit(held_out, y, rate) for rate in RATES]
+    worth = _worth(held_out, y, limits)
+    return {**_fit(x, y), "n": len(y), "positive": int(y.sum()), **worth}
+
+
+def _features(known: Sequence[Known]) -> np.ndarray:
+    return _scaled(np.asarray([one.features for one in known], float).reshape(len(known), 2))
 
 
 def _scaled(features: np.ndarray) -> np.ndarray:
@@ -127,8 +149,11 @@ def _logistic(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-np.clip(x, -500, 500)))
 
 
-def _worth(scores: np.ndarray, y: np.ndarray) -> dict[str, Any]:
-    """AUROC, thresholds and reliability of scores that no fit has seen."""
+Limit = tuple[float, float] | None  # the rate of false positives that was wanted, and the threshold
+
+
+def _worth(scores: np.ndarray, y: np.ndarray, limits: Sequence[Limit]) -> dict[str, Any]:
+    """AUROC, reliability and what lies above thresholds, of scores that no fit has seen."""
     reliability = []
     for low, high in zip(BINS[:-1], BINS[1:], strict=True):
         inside = (scores >= low) & ((scores < high) | (high == 1.0))
@@ -140,26 +165,32 @@ def _worth(scores: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     error = sum(one["n"] * abs(one["said"] - one["mean"]) for one in reliability) / max(len(y), 1)
     return {
         "auroc": _auroc_interval(scores, y),
-        "thresholds": [_threshold(scores, y, rate) for rate in RATES],
+        "thresholds": [_threshold(scores, y, limit) for limit in limits],
         "reliability": reliability,
         "calibration_error": error,
     }
 
 
-def _threshold(scores: np.ndarray, y: np.ndarray, rate: float) -> dict[str, Any] | None:
+def _limit(scores: np.ndarray, y: np.ndarray, rate: float) -> Limit:
     """The lowest threshold above which at most this share of the negatives lie; None without positives or negatives."""
-    negatives, positives = np.sort(scores[~y])[::-1], scores[y]
-    if not len(negatives) or not len(positives):
+    negatives = np.sort(scores[~y])[::-1]
+    if not len(negatives) or not y.any():
         return None
-    allowed = int(rate * len(negatives))
     # Above the first negative too many. Equal scores are all above it or none.
-    limit = float(negatives[allowed])
-    above, found = int((negatives > limit).sum()), int((positives > limit).sum())
+    return rate, float(negatives[int(rate * len(negatives))])
+
+
+def _threshold(scores: np.ndarray, y: np.ndarray, limit: Limit) -> dict[str, Any] | None:
+    """The shares of negatives and positives above a threshold; None without a threshold, positives or negatives."""
+    negatives, positives = scores[~y], scores[y]
+    if limit is None or not len(negatives) or not len(positives):
+        return None
+    wanted, above = limit
     return {
-        "wanted": rate,
-        "above": limit,
-        "false_positives": _share(above, len(negatives)),
-        "found": _share(found, len(positives)),
+        "wanted": wanted,
+        "above": above,
+        "false_positives": _share(int((negatives > above).sum()), len(negatives)),
+        "found": _share(int((positives > above).sum()), len(positives)),
     }
 
 

@@ -3,14 +3,15 @@
     python -m dit_jax.calibrate --base tiny_qwen3 --adapter runs/quickstart/adapter runs/quickstart/diffs
 
 It asks the held-out diffs of a store as an audit does, with noise and no diff as controls, and writes
-ADAPTER.calibration.json beside the adapter, where `dit_jax.audit` finds it.
+ADAPTER.calibration.json beside the adapter, where `dit_jax.audit` finds it. With --test it asks the diffs of a store of
+another kind, and says what the calibration that is there is worth on them.
 """
 
 import argparse
 
 from dit_jax.cli import flags as given
 from dit_jax.cli.audit_diffs import add_battery_flags, battery_of
-from dit_jax.errors import Parser
+from dit_jax.errors import DitError, Parser
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
 
@@ -29,12 +30,13 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     )
     given.add_model_flags(parser, adapter_required=True)
     add("--split", default="test", help="the diffs that no training saw (default %(default)s)")
+    add("--test", action="store_true", help="test the calibration that is there, and write nothing")
     add_battery_flags(parser)
     return parser.parse_args(argv)
 
 
 def run(flags: argparse.Namespace) -> None:
-    """Writes the calibration and prints its numbers."""
+    """Writes the calibration, or tests the one that is there, and prints its numbers."""
     asked = battery_of(flags)
 
     from dit_jax.auditing import calibration
@@ -53,19 +55,28 @@ def run(flags: argparse.Namespace) -> None:
         asked,
         system=flags.system,
         batch_size=flags.batch_size,
-        calibrated=False,
+        calibrated=flags.test,
         found=found,
     )
+    if flags.test and settings.calibration is None:
+        raise DitError(
+            f"there is no calibration of these questions at '{path}': run the same command without --test, on diffs of "
+            "the adapter's own kind"
+        )
     targets = list_targets(flags.diffs, model, flags.split)
-    facts = {
-        "adapter": settings.facts["adapter_digest"],
-        "base": settings.facts["base_digest"],
-        "battery": settings.battery.to_json(),
-        "system": settings.facts["system"],
-        "source": f"{', '.join(flags.diffs)}, split {flags.split}",
-    }
-    made = calibration.calibrate(measure(settings, targets), facts)
-    calibration.write(path, made)
+    known = measure(settings, targets)
+    if settings.calibration is not None:
+        made = calibration.worth_on(settings.calibration, known)
+    else:
+        facts = {
+            "adapter": settings.facts["adapter_digest"],
+            "base": settings.facts["base_digest"],
+            "battery": settings.battery.to_json(),
+            "system": settings.facts["system"],
+            "source": f"{', '.join(flags.diffs)}, split {flags.split}",
+        }
+        made = calibration.calibrate(known, facts)
+        calibration.write(path, made)
     for name in ("hidden", "right"):
         one = made[name]
         area = (
@@ -80,4 +91,4 @@ def run(flags: argparse.Namespace) -> None:
                 f"({between(limit['false_positives'])}), found {percent(limit['found']['mean'])} "
                 f"({between(limit['found'])})"
             )
-    show(f"calibration: {path}")
+    show(f"{'tested' if flags.test else 'calibration'}: {path}")
