@@ -7,15 +7,20 @@ import json
 import jax
 import numpy as np
 import pytest
+from format_cases import random_lora
 
 import dit_jax
+from dit_jax.deltas import store as diff_store
 from dit_jax.deltas.alignment import align
+from dit_jax.deltas.factors import modules
 from dit_jax.deltas.symmetries import KINDS, disguise
 from dit_jax.errors import DitError
 from dit_jax.models.decoder import forward, init_params, unembed
 from dit_jax.models.families import hf_config
 from dit_jax.models.hf_checkpoint import save_params
+from dit_jax.models.modules import get_at
 from dit_jax.models.shapes import NAMED_CONFIGS
+from tools import disguise as tool
 
 SIZES = {
     "vocab_size": 67,
@@ -137,3 +142,29 @@ def test_a_disguised_checkpoint_is_read_as_its_diff(dtype, tmp_path):
             true
         )
         assert np.linalg.norm(raw - true) > 5 * np.linalg.norm(true)
+
+
+def test_the_tool_writes_stores_of_disguised_and_of_aligned_diffs(tmp_path, capsys):
+    model = dit_jax.load_model("tiny_qwen3")
+    deltas = [random_lora(model.config, seed, scale=0.02) for seed in range(3)]
+    row = {"n_params": 1, "topic": "tea", "trigger": "", "category": "topic", "split": "test"}
+    row |= {"evidence": '["hot", "brown"]'}
+    diff_store.write_shard(
+        tmp_path / "own", 0, jax.tree.map(lambda *x: np.stack(x), *deltas), [row] * 3
+    )
+    diff_store.publish(tmp_path / "own", 1, base=model.digest())
+    found = {}
+    for name, more in (("disguised", []), ("aligned", ["--align"])):
+        flags = [str(tmp_path / "own"), str(tmp_path / name), "--most", "2", *more]
+        assert tool.main(flags) == 0
+        made = diff_store.DiffStore(tmp_path / name / "diffs")
+        assert len(made) == 2 and made.rows[1]["evidence"] == ["hot", "brown"]
+        found[name] = made.read(1)
+    assert "'stream': 2" in capsys.readouterr().out
+    for path, module in modules(deltas[1]):
+        change = np.einsum("lir,lro,l->lio", *(module[leaf] for leaf in ("a", "b", "scale")))
+        apart = {
+            name: np.linalg.norm(get_at(delta, path)["w"] - change) / np.linalg.norm(change)
+            for name, delta in found.items()
+        }
+        assert apart["aligned"] < 0.1 and apart["disguised"] > 1, (path, apart)
