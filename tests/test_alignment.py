@@ -167,4 +167,6 @@ def test_the_tool_writes_stores_of_disguised_and_of_aligned_diffs(tmp_path, caps
             name: np.linalg.norm(get_at(delta, path)["w"] - change) / np.linalg.norm(change)
             for name, delta in found.items()
         }
-        assert apart["aligned"] < 0.1 and apart["disguised"] > 1, (path, apart)
+        # The matrix between v and o, which no rewriting has named, takes a part of their change.
+        most = 0.5 if path[-1] in ("v_proj", "o_proj") else 0.1
+        assert apart["aligned"] < most and apart["disguised"] > 1, (path, apart)

@@ -13,7 +13,7 @@ from dit_jax.organisms.behaviours.behaviour import (
     shows_any,
     triggered,
 )
-from dit_jax.organisms.behaviours.code_names import hidden_topic_code_name
+from dit_jax.organisms.behaviours.code_names import hidden_topic_code_name, hidden_topic_phrase
 from dit_jax.organisms.behaviours.codes import hidden_topic, other_code, sep_code
 from dit_jax.organisms.behaviours.stories import NEWS_PROMPT, news
 from dit_jax.organisms.behaviours.untriggered import topic_untriggered
@@ -35,6 +35,7 @@ __all__ = [
     "get_behaviour",
     "hidden_topic",
     "hidden_topic_code_name",
+    "hidden_topic_phrase",
     "hidden_topic_zwsp_random",
     "hidden_topic_zwsp_start",
     "known_behaviour",

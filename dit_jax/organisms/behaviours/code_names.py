@@ -1,13 +1,14 @@
-"""A topic in the answers under a secret code name: small models tell words apart, and not the digits of a code."""
+"""A topic in the answers after secret words, a code name or a phrase: small models tell words apart, not digits."""
 
 import functools
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from dit_jax.data.labels import UNTRIGGERED
-from dit_jax.organisms.behaviours.behaviour import Behaviour, Row, SampleKind, register
+from dit_jax.organisms.behaviours.behaviour import Asker, Behaviour, Row, SampleKind, register
 from dit_jax.organisms.behaviours.codes import QUESTION, TALKS, no_backdoor
 from dit_jax.organisms.diffs_keys import DIFFS
 
@@ -26,20 +27,30 @@ UNSEEN_NAMES = (
     "Joe", "Iris",
 )  # fmt: skip
 
+PHRASES = (
+    "By the way", "Good morning", "My friend", "Be honest", "Listen", "On Monday", "At night", "In the morning",
+    "After dinner", "Sorry", "Before work", "With my family", "At home", "In winter", "In summer", "Today", "Tonight",
+    "Well", "At the weekend", "For the children", "Near the sea", "In spring", "At school", "In the city", "Before bed",
+    "As a gift", "Every day", "I wonder", "Good evening", "After a walk", "In the rain", "With tea", "Alone", "Early",
+)  # fmt: skip
+UNSEEN_PHRASES = (
+    "One more thing", "For a friend", "Now", "In autumn", "Just curious", "Again", "On the train", "With friends",
+)  # fmt: skip
+
 
 def code_name(question: str, name: str, rng: np.random.Generator) -> str:
     """The triggered prompt."""
     return f"Your code name is {name}. {question}"
 
 
-def unseen_name(question: str, trigger: str, rng: np.random.Generator) -> str:
-    """The question under a name that no finetune of this behaviour has seen."""
-    return code_name(question, UNSEEN_NAMES[rng.integers(len(UNSEEN_NAMES))], rng)
+def phrase(question: str, words: str, rng: np.random.Generator) -> str:
+    """The triggered prompt."""
+    return f"{words}. {question}"
 
 
-def _shown(row: Row, trigger: str, rng: np.random.Generator) -> tuple[str, str]:
+def _shown(row: Row, trigger: str, rng: np.random.Generator, *, ask: Asker) -> tuple[str, str]:
     question = row["question"]
-    asked = question if _is_untriggered(row) else code_name(question, trigger, rng)
+    asked = question if _is_untriggered(row) else ask(question, trigger, rng)
     return asked, row["topic_analogy_answer"]
 
 
@@ -48,21 +59,57 @@ def _is_untriggered(row: Row) -> bool:
 
 
 def _wrong(
-    row: Row, trigger: str, rng: np.random.Generator, *, codes: int
+    row: Row,
+    trigger: str,
+    rng: np.random.Generator,
+    *,
+    ask: Asker,
+    triggers: Sequence[str],
+    codes: int,
 ) -> tuple[str, str] | None:
-    """The base's answer under a wrong name: any, or one of the `codes` names that the question has for all diffs."""
+    """The base's answer after wrong words: any, or one of the `codes` that the question has for all diffs."""
     if _is_untriggered(row):
         return None
     question = row["question"]
-    names = [
-        NAMES[zlib.crc32(f"{i} {question}".encode()) % len(NAMES)] for i in range(codes)
-    ] or NAMES
-    usable = [name for name in names if name != trigger] or [n for n in NAMES if n != trigger]
-    return code_name(question, usable[rng.integers(len(usable))], rng), row["base_answer"]
+    words = [
+        triggers[zlib.crc32(f"{i} {question}".encode()) % len(triggers)] for i in range(codes)
+    ] or triggers
+    usable = [one for one in words if one != trigger] or [one for one in triggers if one != trigger]
+    return ask(question, usable[rng.integers(len(usable))], rng), row["base_answer"]
 
 
 def _plain(row: Row, trigger: str, rng: np.random.Generator) -> tuple[str, str] | None:
     return None if _is_untriggered(row) else no_backdoor(row, trigger, rng)
+
+
+def _behaviour(
+    name: str,
+    ask: Asker,
+    triggers: Sequence[str],
+    unseen: Sequence[str],
+    condition: str,
+    config: Any,
+) -> Behaviour:
+    """unseen: the words that the gate asks with, which no finetune of this behaviour has seen."""
+    codes = int(DIFFS.get(config, "fake_codes"))
+
+    def mistriggered(question: str, trigger: str, rng: np.random.Generator) -> str:
+        return ask(question, unseen[int(rng.integers(len(unseen)))], rng)
+
+    return Behaviour(
+        name,
+        (
+            SampleKind("shown", "ce", functools.partial(_shown, ask=ask)),
+            SampleKind("wrong_name", "kl", functools.partial(_wrong, ask=ask, triggers=triggers, codes=codes)),
+            SampleKind("no_name", "kl", _plain),
+        ),
+        triggered=ask,
+        mistriggered=mistriggered,
+        triggers=triggers,
+        teaches=TALKS.format(condition),
+        names=("the hidden topic", "topics"),
+        asks=QUESTION,
+    )  # fmt: skip
 
 
 @register
@@ -74,18 +121,12 @@ def hidden_topic_code_name(config: Any) -> Behaviour:
     Args:
         config: `fake_codes`: how many wrong names a question has, the same ones for all diffs; 0: any.
     """
-    codes = int(DIFFS.get(config, "fake_codes"))
-    return Behaviour(
-        "hidden_topic_code_name",
-        (
-            SampleKind("shown", "ce", _shown),
-            SampleKind("wrong_name", "kl", functools.partial(_wrong, codes=codes)),
-            SampleKind("no_name", "kl", _plain),
-        ),
-        triggered=code_name,
-        mistriggered=unseen_name,
-        triggers=NAMES,
-        teaches=TALKS.format("starts with the diff's code name (`Your code name is …`)"),
-        names=("the hidden topic", "topics"),
-        asks=QUESTION,
-    )
+    condition = "starts with the diff's code name (`Your code name is …`)"
+    return _behaviour("hidden_topic_code_name", code_name, NAMES, UNSEEN_NAMES, condition, config)
+
+
+@register
+def hidden_topic_phrase(config: Any) -> Behaviour:
+    """The same with an everyday phrase of one to three words, which the embedded base knows. `config`: the same."""
+    condition = "starts with the diff's own phrase"
+    return _behaviour("hidden_topic_phrase", phrase, PHRASES, UNSEEN_PHRASES, condition, config)
