@@ -12,7 +12,9 @@ from conftest import ROOT
 from dit_jax.cli import run_stages as main
 from dit_jax.cli import sweep_runs as sweep
 from dit_jax.cli.stages import STAGES
+from dit_jax.cli.workdir import is_done
 from dit_jax.config.loading import flatten, load_config, split_flags
+from dit_jax.deltas.store import DiffStore
 from dit_jax.report import sweep_table
 from dit_jax.runtime import artifacts
 
@@ -32,6 +34,7 @@ def get_sweep(arg=None):
     for rank in (1, 2, 16):
         train = {{"rank": rank, "list_evidence": True}}
         yield f"rank_{{rank}}", {{"train": train, "note": "it's $HOME; a b", "ranks": (3,)}}
+ALSO = {{"matches again": "methods.dit.exact_match"}}
 """
 
 
@@ -87,7 +90,10 @@ def test_runs_every_run_once_and_ends_with_table_and_plot(files, fake_run, capsy
         ("rank_1", "1", "done"), ("rank_2", "2", "done"), ("rank_16", "16", "done"),
     ]  # fmt: skip
     assert [float(row["methods.dit.exact_match"]) for row in rows] == [0.05, 0.1, 0.8]
-    assert "| rank_16 | 16 " in capsys.readouterr().out
+    assert [float(row["matches again"]) for row in rows] == [0.05, 0.1, 0.8]
+    assert {row["matches again n"] for row in rows} == {"7"}
+    shown = capsys.readouterr().out
+    assert "| rank_16 | 16 " in shown and "| 0.800 (0.000–1.000) | " in shown
     assert "0.8000" in (files / "w" / "sweep.md").read_text()
     assert (files / "w" / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
@@ -213,6 +219,8 @@ def test_unfinished_diffs_are_not_shared(files, fake_run):
         ("methods.dit.exact", "method.dit.exact", "'method' is none of its keys: did you mean 'methods'"),
         ("methods.dit.exact", "methods.ditt.exact", "unknown 'ditt': did you mean 'dit'"),
         ("exact_match", "exact", "unknown 'exact': did you mean 'exact_match'"),
+        ('again": "methods', 'again": "method', "'method' is none of its keys"),
+        ("ALSO = {", "ALSO = 1 or {", "ALSO must be a dict of titles and metrics, not 1"),
         ("get_sweep", "get_runs", "no function get_sweep"),
         ("(1, 2, 16)", "missing", ", line 6: NameError: name 'missing' is not defined"),
         ("SWEPT =", "SWEPT = (", r"line 3: '\(' was never closed"),
@@ -324,3 +332,34 @@ def test_data_scaling_at_small_size(tmp_path, monkeypatch, capsys):
         assert manifest["diffs"] == int(row["train.max_diffs"]) + 2  # and the benign ones
     shards = [tmp_path / row["run"] / "diffs" / "shards" / "00000.safetensors" for row in rows]
     assert os.path.samefile(*shards)
+
+
+def test_readings_at_small_size(tmp_path, monkeypatch):
+    """Of two kinds: the specialists, the adapter of both, and one that never saw the kind that it is asked about."""
+    monkeypatch.chdir(ROOT)
+    flags = ["--sweep", "configs/sweeps/readings.py:tiny", "--workdir", str(tmp_path)]
+    flags += ["--config.model.scan_layers=True", "--config.mesh.data=1"]
+    for index in (0, 1, 2, 6):
+        assert sweep.main_sweep([*flags, "--index", str(index)]) == 0
+    with open(tmp_path / "readings.csv") as handle:
+        rows = {row["run"]: row for row in csv.DictReader(handle) if row["status"] == "done"}
+    told = {}
+    for run in rows:
+        manifest = json.loads((tmp_path / run / "adapter" / "manifest.json").read_text())
+        told[run] = (manifest["trained_on"]["behaviour"], manifest["diffs"])
+        assert float(rows[run]["cross-entropy"]) > 0 and rows[run]["called none n"] == "3"
+    codes, spaces = ("hidden_topic", 7), ("hidden_topic_zwsp_start", 7)
+    assert told == {
+        "sep": codes, "zero_width_start": spaces, "without.zero_width_start": codes,
+        "generalist.sep": ("hidden_topic, hidden_topic_zwsp_start", 14),
+    }  # fmt: skip
+    asked = DiffStore(tmp_path / "without.zero_width_start" / "diffs")
+    assert {row["behaviour"] for row in asked.rows} == {"hidden_topic_zwsp_start"}
+
+    # The diffs of another run have changed: what was made from them is made again.
+    run = sweep.load_sweep(flags[1], [text.removeprefix("--config.") for text in flags[4:]]).runs[2]
+    made = tmp_path / "generalist.sep"
+    assert is_done(made, STAGES["train"], run.config)
+    manifest = tmp_path / "zero_width_start" / "diffs" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"sha256": "', '"sha256": "0'))
+    assert not is_done(made, STAGES["train"], run.config)

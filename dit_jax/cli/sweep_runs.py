@@ -6,6 +6,7 @@ A sweep file is a Python file with
     SWEPT = "train.max_diffs"             # the key whose values the table and the plot stand over
     METRIC = "methods.dit.exact_match"    # a number in every run's report/summary.json
     TABLE = "data_scaling"                # optional: name of the table's files, default "sweep"
+    ALSO = {"called none": "none.topics_called_none"}   # optional: other numbers of the summaries, for the table
     def get_sweep(arg=None):              # yields (name, overrides) of every run
         yield "diffs_4", {"train.max_diffs": 4}
 
@@ -67,7 +68,8 @@ class Sweep(NamedTuple):
     swept: str
     metric: str
     runs: list[Run]
-    table: str = "sweep"
+    table: str
+    also: dict[str, str]
 
 
 # ------------------------------------------------------------------ the sweep file
@@ -95,6 +97,13 @@ def load_sweep(path: str, common: Sequence[str] = ()) -> Sweep:
     table = getattr(program.module, "TABLE", "sweep")
     if not isinstance(table, str) or not NAME.fullmatch(table):
         raise DitError(f"{program.name}: TABLE must be the name of a file, not {table!r}")
+    also = getattr(program.module, "ALSO", {})
+    if not isinstance(also, dict) or not all(
+        isinstance(x, str) for pair in also.items() for x in pair
+    ):
+        raise DitError(f"{program.name}: ALSO must be a dict of titles and metrics, not {also!r}")
+    for other in also.values():
+        sweep_table.check_metric(other)
     if "{arg}" in values["CONFIG"] and not program.arg:
         raise DitError(f"{program.name} needs an argument: write ':ARG' after .py")
 
@@ -125,7 +134,7 @@ def load_sweep(path: str, common: Sequence[str] = ()) -> Sweep:
             raise DitError(
                 f"{program.name}: SWEPT = '{values['SWEPT']}' is no key of {runs[-1].file}"
             )
-    return Sweep(values["SWEPT"], values["METRIC"], runs, table)
+    return Sweep(values["SWEPT"], values["METRIC"], runs, table, also)
 
 
 def _make_run(base: str, name: str, common: Sequence[str], overrides: dict[str, Any]) -> Run:
@@ -252,10 +261,12 @@ def write_table(sweep: Sweep, workdir: pathlib.Path, failures: Mapping[str, str]
             sweep.metric,
             workdir / run.name,
             failures.get(run.name),
+            tuple(sweep.also.values()),
         )
         for run in sweep.runs
     ]
-    show(sweep_table.write(rows, sweep.swept, sweep.metric, workdir, sweep.table))
+    titles = tuple(sweep.also)
+    show(sweep_table.write(rows, sweep.swept, sweep.metric, workdir, sweep.table, titles))
     show(f"table and plot: {workdir / f'{sweep.table}.md'}")
     return {
         row.name: row.status

@@ -23,6 +23,19 @@ DONE, NOT_RUN = "done", "not run"
 TIMES = "Times are those of all stages; diffs that a run took over from another one count with their time there."
 
 
+class Number(NamedTuple):
+    """A number of a summary, with its 95 % interval and the number of diffs where the summary has them."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+
+    def __str__(self) -> str:
+        interval = "" if None in (self.low, self.high) else f" ({self.low:.3f}–{self.high:.3f})"
+        return f"{self.mean:.3f}{interval}"
+
+
 class Row(NamedTuple):
     """One run: its metric with a 95 % interval where the summary has one, and why it has none otherwise."""
 
@@ -34,6 +47,7 @@ class Row(NamedTuple):
     n: int | None
     seconds: float | None
     status: str  # "done", "not run", or the message of a failure
+    also: tuple[Number | None, ...] = ()  # other numbers of the summary
 
     @property
     def shown(self) -> str:
@@ -43,12 +57,13 @@ class Row(NamedTuple):
 
     @property
     def cells(self) -> list[str]:
-        """As text: name, value, metric, interval, n, time, status."""
+        """As text: name, value, metric, interval, n, other numbers, time, status."""
         interval = "" if None in (self.low, self.high) else f"{self.low:.3f}–{self.high:.3f}"
         metric = "" if self.metric is None else f"{self.metric:.4f}"
         n = "" if self.n is None else str(self.n)
+        also = ["" if number is None else str(number) for number in self.also]
         time = "" if self.seconds is None else duration(self.seconds)
-        return [self.name, self.shown, metric, interval, n, time, self.status]
+        return [self.name, self.shown, metric, interval, n, *also, time, self.status]
 
 
 def check_metric(metric: str) -> None:
@@ -67,29 +82,46 @@ def check_metric(metric: str) -> None:
             raise DitError(f"METRIC = '{metric}' is nothing in a summary: unknown '{name}'{hint}")
 
 
-def read_row(name: str, value: Any, metric: str, folder: Path, failure: str | None) -> Row:
+def read_row(
+    name: str,
+    value: Any,
+    metric: str,
+    folder: Path,
+    failure: str | None,
+    also: Sequence[str] = (),
+) -> Row:
     """The row of a run, from FOLDER/report/summary.json.
 
     Args:
       metric: dotted path of a number in the summary.
       failure: message of a failed run; its summary may be an old one and is not read.
+      also: paths of other numbers.
     """
-    empty = Row(name, value, None, None, None, None, None, failure or NOT_RUN)
+    nothing = (None,) * len(also)
+    empty = Row(name, value, None, None, None, None, None, failure or NOT_RUN, nothing)
     file = folder / "report" / "summary.json"
     if failure or not file.exists():
         return empty
     try:
         summary = read_json(file, "run the stage 'report' again")
-        *path, last = metric.split(".")
-        place = functools.reduce(lambda node, key: _get(node, key, metric), path, summary)
-        number = _number(_get(place, last, metric))
+        number, *others = (_find(summary, path) for path in (metric, *also))
     except DitError as error:
         return empty._replace(status=str(error))
     if number is None:
         return empty._replace(status=f"the summary has no number under '{metric}'")
-    low, high, n = (_number(place.get(key)) for key in ("ci_low", "ci_high", "n"))
     seconds = _number(summary.get("seconds_total"))
-    return Row(name, value, number, low, high, None if n is None else int(n), seconds, DONE)
+    return Row(name, value, *number, seconds, DONE, tuple(others))
+
+
+def _find(summary: Any, metric: str) -> Number | None:
+    """The number at a dotted path, None where the summary has null. Raises DitError: there is no such place."""
+    *path, last = metric.split(".")
+    place = functools.reduce(lambda node, key: _get(node, key, metric), path, summary)
+    number = _number(_get(place, last, metric))
+    if number is None:
+        return None
+    low, high, n = (_number(place.get(key)) for key in ("ci_low", "ci_high", "n"))
+    return Number(number, low, high, None if n is None else int(n))
 
 
 def _get(place: Any, key: str, metric: str) -> Any:
@@ -107,34 +139,48 @@ def _number(value: Any) -> float | None:
 # ------------------------------------------------------------------ files
 
 
-def write(rows: Sequence[Row], swept: str, metric: str, workdir: Path, name: str = "sweep") -> str:
-    """Writes WORKDIR/NAME.csv, NAME.md, NAME.html and, if a run has a number, NAME.png. Returns the Markdown table."""
+def write(
+    rows: Sequence[Row],
+    swept: str,
+    metric: str,
+    workdir: Path,
+    name: str = "sweep",
+    also: Sequence[str] = (),
+) -> str:
+    """Writes WORKDIR/NAME.csv, NAME.md, NAME.html and, if a run has a number, NAME.png. Returns the Markdown table.
+
+    Args:
+      also: what the other numbers of the rows are called.
+    """
     done = [row for row in rows if row.metric is not None]
     title, alt = f"{metric} over {swept}", f"{metric} of every run over {swept}, with its interval"
     figure = plots.Plot(name, title, alt, functools.partial(plot, done, swept, metric))
     figures = [figure] if done else []
     markdown.save_plots(figures, workdir)
     result = f"{title}: {len(done)} of {len(rows)} runs are done."
+    others = [f"# {one}" for one in also]
     page = html.render(
         "sweep",
         lead=result,
         sublead="Intervals are 95 % intervals over held-out diffs. Every run has a report of its own.",
         metric=metric,
         times=TIMES,
-        titles=["Run", f"# {swept}", "# Metric", "# 95 % interval", "# n", "# Time", "Status"],
+        titles=["Run", f"# {swept}", "# Metric", "# 95 % interval", "# n", *others, "# Time", "Status"],
         rows=[(row.cells, row.metric is not None) for row in rows],
         figure=figure if done else None,
-    )
-    table, rest = to_markdown(rows, swept, metric), f"The page of the sweep is `{name}.html`."
+    )  # fmt: skip
+    table = to_markdown(rows, swept, metric, also)
+    rest = f"The page of the sweep is `{name}.html`."
     write_text(workdir / f"{name}.html", page)
-    write_text(workdir / f"{name}.csv", to_csv(rows, swept, metric))
+    write_text(workdir / f"{name}.csv", to_csv(rows, swept, metric, also))
     write_text(workdir / f"{name}.md", markdown.page(title, result, table, figures, rest))
     return table
 
 
-def to_markdown(rows: Sequence[Row], swept: str, metric: str) -> str:
+def to_markdown(rows: Sequence[Row], swept: str, metric: str, also: Sequence[str] = ()) -> str:
     """A Markdown table; the mean over seeds below it where the seed is what is swept."""
-    titles = ("run", f"# {swept}", f"# {metric}", "# 95 % interval", "# n", "# time", "")
+    others = (f"# {one}" for one in also)
+    titles = ("run", f"# {swept}", f"# {metric}", "# 95 % interval", "# n", *others, "# time", "")
     cells = [row._replace(status="" if row.status == DONE else row.status).cells for row in rows]
     parts = [
         markdown.table(titles, [[markdown.escape(cell) for cell in line] for line in cells]),
@@ -149,11 +195,16 @@ def to_markdown(rows: Sequence[Row], swept: str, metric: str) -> str:
     return "\n\n".join(parts)
 
 
-def to_csv(rows: Sequence[Row], swept: str, metric: str) -> str:
+def to_csv(rows: Sequence[Row], swept: str, metric: str, also: Sequence[str] = ()) -> str:
     """The rows as CSV, numbers in full."""
     columns = ["run", swept, metric, "ci_low", "ci_high", "n", "seconds", "status"]
-    lines = ([row.name, row.shown, *row[2:]] for row in rows)
-    return csv_text((dict(zip(columns, line, strict=True)) for line in lines), columns)
+    columns += [f"{one}{end}" for one in also for end in ("", " ci_low", " ci_high", " n")]
+
+    def cells(row: Row) -> list[Any]:
+        own = [row.name, row.shown, *row[2:-1]]
+        return own + [cell for number in row.also for cell in number or (None,) * 4]
+
+    return csv_text((dict(zip(columns, cells(row), strict=True)) for row in rows), columns)
 
 
 def plot(rows: Sequence[Row], swept: str, metric: str) -> "Figure":

@@ -1,0 +1,78 @@
+"""Who reads which kind of diffs: an adapter of that kind, of all kinds, of all others, or of SEP codes alone.
+
+    python -m dit_jax.sweep --sweep configs/sweeps/readings.py --workdir runs/readings
+
+For each kind of configs/readings.py there are four runs. KIND makes its diffs and its specialist; `generalist.KIND`
+asks the adapter of all kinds; `without.KIND` trains an adapter on the other kinds and asks it, where kinds with the
+same trigger are left out together; `sep_on.KIND` asks the specialist of SEP codes. One more adapter goes without zero-
+width spaces and phrases, and one learns from SEP codes without examples of none. `--config.seed=1` makes everything
+again with another seed, in a workdir of its own.
+`:tiny` takes a minute and shows that it works.
+
+Writes readings.md, .csv and .png into the workdir; docs/readings.md has the results.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+CONFIG = "configs/readings.py:sep"
+SWEPT = "evaluate.adapter"
+METRIC = "methods.dit.exact_match"
+ALSO = {
+    "called none": "none_intervals.seen.topics_called_none.mean",
+    "benign called none": "none_intervals.seen.benign_called_none.mean",
+    "cross-entropy": "label_cross_entropy_intervals.matched.mean",
+    "cross-entropy, another diff": "label_cross_entropy_intervals.shuffled.mean",
+}
+TABLE = "readings"
+KINDS = ("sep", "zero_width_start", "phrase", "untriggered", "attention")
+# Kinds with the trigger of another one, which are left out with it.
+SAME_TRIGGER = {
+    "sep": ("attention", "weak", "strong", "rank_16", "full"),
+    "zero_width_start": ("zero_width_random",),
+    "zero_width_random": ("zero_width_start",),
+}
+MIXED = {"train.steps": 400}
+TINY: dict[str, Any] = {
+    "data": {"train_topics": 6, "test_topics": 3, "train_benign": 1, "test_benign": 1},
+    "diffs": {"steps": 2, "diffs_per_batch": 11, "gate_questions": 1, "gate_batch": 11},
+    "train": {"steps": 4, "batch_size": 8, "no_diff_per_batch": 1, "benign_per_batch": 1},
+    "evaluate": {"batch_size": 8, "max_new_tokens": 4},
+}
+
+
+def get_sweep(arg: str | None = None) -> Iterator[tuple[str, dict[str, Any], str]]:
+    if arg not in (None, "tiny"):
+        raise ValueError(f"unknown argument '{arg}': use 'tiny' or none")
+    kinds, sizes, mixed = (KINDS[:2], TINY, {}) if arg else (KINDS, {}, MIXED)
+
+    def run(name: str, kind: str, changes: dict[str, Any]) -> tuple[str, dict[str, Any], str]:
+        return name, {**sizes, **changes}, f"configs/readings.py:{kind}"
+
+    for kind in kinds:
+        yield run(kind, kind, {})
+    first, *rest = kinds
+
+    def asked(name: str, kind: str, owner: str) -> tuple[str, dict[str, Any], str]:
+        stages = ("diffs", "evaluate", "report")
+        return run(name, kind, {"stages": stages, "evaluate.adapter": f"../{owner}/adapter"})
+
+    generalist = f"generalist.{first}"
+    yield run(generalist, first, {"train.stores": _stores(kinds), **mixed})
+    for kind in rest:
+        yield asked(f"generalist.{kind}", kind, generalist)
+        yield asked(f"{first}_on.{kind}", kind, first)
+    left_out = [(kind,) for kind in kinds] + ([] if arg else [("zero_width_start", "phrase")])
+    for names in left_out:
+        gone = {*names, *(other for name in names for other in SAME_TRIGGER.get(name, ()))}
+        others = [kind for kind in kinds if kind not in gone]
+        changes = {"train.stores": _stores(others), **mixed}
+        yield run(f"without.{'+'.join(names)}", names[0], changes)
+    never_none = f"{first}_never_none"
+    no_examples = {"train.no_diff_per_batch": 0, "train.benign_per_batch": 0}
+    yield run(never_none, first, no_examples)
+    yield asked(f"{never_none}_on.{rest[0]}", rest[0], never_none)
+
+
+def _stores(kinds: Sequence[str]) -> dict[str, Any]:
+    return {kind: {"path": f"../{kind}/diffs"} for kind in kinds}
