@@ -8,6 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from browser import DESK_AND_PHONE, look
 
 import dit_jax
 from dit_jax.auditing import targets, weights
@@ -156,6 +157,32 @@ def test_the_page_escapes_what_files_and_models_say(audited):
     assert "&lt;script&gt;alert(1)" in page
     assert "default-src 'none'" in page
     assert len(re.findall('class="diff" id="diff-', page)) == 30
+
+
+_FACTS = """{
+    sorted: (() => {
+      const at = [...page.querySelectorAll(".sortable th")].findIndex(head => head.textContent === "Change");
+      page.querySelectorAll(".sortable th button")[at].click();
+      return [...page.querySelectorAll(".sortable tbody tr")].map(row => row.cells[at]?.dataset.sort ?? "");
+    })(),
+    found: (() => {
+      const form = page.querySelector(".search");
+      form.elements.search.value = "ONE.pt";
+      form.dispatchEvent(new Event("input"));
+      const shown = [...page.querySelectorAll(".sortable tbody tr")].filter(row => row.checkVisibility());
+      return [shown.map(row => row.cells[0].textContent.trim()), form.querySelector("output").textContent];
+    })()}"""
+
+
+@DESK_AND_PHONE
+def test_the_page_in_a_browser(audited, tmp_path, width, dark):
+    """Nothing overflows, and the table can be sorted and searched, also where a diff cannot be read."""
+    seen = look(audited / "audit.html", tmp_path, width, dark, _FACTS)
+    assert (seen["scripts"], seen["images"]) == (1, 0)
+    changes = [-np.inf if x == "" else float(x) for x in seen["sorted"]]
+    assert len(changes) == 30 and changes == sorted(changes, reverse=True)
+    names, told = seen["found"]
+    assert len(names) == 1 and "one.pt" in names[0] and told == "1 of 30 shown"
 
 
 def test_an_audit_goes_on_where_it_was_killed_and_jobs_share_it(zoo, audited, tmp_path, capsys):

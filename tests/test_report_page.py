@@ -3,13 +3,11 @@
 import base64
 import hashlib
 import html
-import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import pytest
+from browser import DESK_AND_PHONE, look
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_run import HOSTILE, KINDS, SEEN, answers, page, reported
@@ -214,15 +212,7 @@ def test_markdown_is_as_readable_as_the_page():
 
 # ------------------------------------------------------------------ in a browser
 
-_PROBE = """<body style="margin:0"><iframe src="PAGE" style="border:0;width:WIDTHpx;height:900px">
-</iframe><pre id="out"></pre><script>
-onload = () => {
-  const page = document.querySelector("iframe").contentDocument, root = page.documentElement;
-  page.querySelectorAll("details").forEach(item => item.open = true);
-  const css = name => page.defaultView.getComputedStyle(page.body)[name];
-  document.getElementById("out").textContent = JSON.stringify({
-    overflow: root.scrollWidth - root.clientWidth, background: css("backgroundColor"),
-    color: css("color"), scripts: page.scripts.length, images: page.images.length,
+_FACTS = """{
     browsed: ["", "piano"].flatMap(search => ["", "is-wrong"].map(result => {
       const form = page.querySelector(".browser form"), rows = page.querySelectorAll(".entries tbody tr");
       form.elements.search.value = search;
@@ -233,33 +223,13 @@ onload = () => {
       return [form.hidden, shown.length, page.querySelector(".browser output").textContent,
               shown.every(row => row.textContent.includes(search) && row.className.includes(result))];
     })),
-    svg: page.querySelector("svg").getBoundingClientRect().width,
-    headline: page.querySelector("h2").getBoundingClientRect().width});
-};</script>"""
+    svg: page.querySelector("svg").getBoundingClientRect().width}"""
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1200, False), (360, True)])
+@DESK_AND_PHONE
 def test_page_in_a_browser(reported, tmp_path, width, dark):
-    """Nothing overflows at the width of a desk or a phone, and the theme follows the system."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    browser = next(filter(None, map(shutil.which, names)), None)
-    if browser is None:
-        pytest.skip("no Chromium on this machine")
-    probe = tmp_path / "probe.html"
-    address = (reported[0] / "report/report.html").as_uri()
-    probe.write_text(_PROBE.replace("PAGE", address).replace("WIDTH", str(width)))
-    command = [
-        browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={tmp_path / 'profile'}", "--allow-file-access-from-files",
-        f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--window-size=1300,1000",
-        "--virtual-time-budget=5000", "--dump-dom", probe.as_uri(),
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    found = re.search(r'<pre id="out">(.*?)</pre>', result.stdout, re.DOTALL)
-    assert found and found[1], result.stderr[-2000:]
-    seen = json.loads(html.unescape(found[1]))
-    assert seen["overflow"] == 0
+    """Nothing overflows, the theme follows the system, and the examples can be searched."""
+    seen = look(reported[0] / "report/report.html", tmp_path, width, dark, _FACTS)
     assert (seen["scripts"], seen["images"]) == (1, 0)
     dit = [r for r in answers(reported[0]) if r["method"] == "dit" and r["wording"] == SEEN[0]]
     dit = [r for r in dit if r["category"] == "topic"]
@@ -271,5 +241,3 @@ def test_page_in_a_browser(reported, tmp_path, width, dark):
         assert not hidden and fits
         assert shown == min(30, len(found)) and told == f"{shown} of {len(found)} shown"
     assert 250 < seen["svg"] <= width
-    red = {name: int(re.findall(r"\d+", seen[name])[0]) for name in ("background", "color")}
-    assert (red["background"] < red["color"]) is dark

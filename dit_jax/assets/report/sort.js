@@ -6,6 +6,7 @@ for (const table of document.querySelectorAll(".sortable")) {
   const texts = new Map(rows.map(row => [row, row.textContent.toLowerCase()]));
   const key = (row, at) => {
     const cell = row.cells[at];
+    if (!cell) return -Infinity; // a diff that cannot be read has one long cell in place of the numbers
     return "sort" in cell.dataset ? (cell.dataset.sort === "" ? -Infinity : Number(cell.dataset.sort))
       : cell.textContent.trim().toLowerCase();
   };
