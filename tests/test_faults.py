@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_run
 from conftest import ROOT
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -29,28 +30,11 @@ from dit_jax.runtime import artifacts, interrupts, parallel, preemption
 from dit_jax.train import dit
 from dit_jax.train.checkpoints import Checkpoints
 
-SMALL = [  # sizes of a batch as in test_pipeline.py: they share compiled programs
-    "--config.stages=('diffs','train','evaluate')",
-    "--config.model.scan_layers=True",  # compiles in half the time
-    "--config.mesh.data=1",
-    "--config.data.train_topics=10",
-    "--config.data.test_topics=4",
-    "--config.data.train_benign=2",
-    "--config.data.test_benign=2",
-    "--config.diffs.diffs_per_batch=12",
-    "--config.diffs.steps=3",
-    "--config.diffs.gate_questions=1",
-    "--config.diffs.gate_batch=36",
-    "--config.train.steps=12",
-    "--config.train.batch_size=8",
-    "--config.train.save_every=4",
-    "--config.evaluate.batch_size=16",
-    "--config.evaluate.methods=('dit',)",
-]
+METHODS = ("--config.stages=('diffs','train','evaluate')", "--config.evaluate.methods=('dit',)")
 
 
 def flags(workdir, *extra):
-    return ["--config", "configs/quickstart.py", "--workdir", str(workdir), *SMALL, *extra]
+    return small_run.flags(workdir, *METHODS, *extra)
 
 
 def run(workdir, *extra):

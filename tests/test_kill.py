@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+import small_run
 from conftest import ROOT
 
 from dit_jax.cli import run_stages as main
@@ -23,31 +24,20 @@ from dit_jax.runtime.metrics import read_records
 KILLS = int(os.environ.get("DIT_JAX_KILLS", "4"))
 SEED = int(os.environ.get("DIT_JAX_KILL_SEED", "0"))
 STEPS = 24
-SMALL = [  # sizes of a batch as in test_pipeline.py: they share compiled programs
+CHANGED = (
     "--config.stages=('diffs','train','evaluate')",
-    "--config.model.scan_layers=True",  # compiles in half the time
-    "--config.mesh.data=1",
     "--config.data.train_topics=40",
-    "--config.data.test_topics=4",
-    "--config.data.train_benign=2",
-    "--config.data.test_benign=2",
-    "--config.diffs.diffs_per_batch=12",
-    "--config.diffs.steps=3",
-    "--config.diffs.gate_questions=1",
-    "--config.diffs.gate_batch=36",
     f"--config.train.steps={STEPS}",
-    "--config.train.batch_size=8",
     "--config.train.save_every=3",
     "--config.train.log_every=1",
-    "--config.evaluate.batch_size=16",
     "--config.evaluate.methods=('dit','base_question','shuffled_diff')",
-]
+)
 SHARDS = 4
 PATIENCE = 600  # seconds until a process reaches its kill: the machine may be busy
 
 
 def flags(workdir, *extra):
-    return ["--config", "configs/quickstart.py", "--workdir", str(workdir), *SMALL, *extra]
+    return small_run.flags(workdir, *CHANGED, *extra)
 
 
 def plan(rng, kills):

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
+from small_run import SMALL, flags
 
 import dit_jax
 from dit_jax.cli import ask_diffs as ask
@@ -26,31 +27,13 @@ from dit_jax.organisms import generate
 from dit_jax.runtime.metrics import read_records
 from dit_jax.train import dit
 
-SMALL = [
-    "--config.model.scan_layers=True",  # compiles in half the time
-    "--config.mesh.data=1",  # test_multiprocess.py runs it sharded
-    "--config.data.train_topics=10",
-    "--config.data.test_topics=4",
-    "--config.data.train_benign=2",
-    "--config.data.test_benign=2",
-    "--config.diffs.diffs_per_batch=12",
-    "--config.diffs.steps=3",
-    "--config.diffs.gate_questions=1",
-    "--config.diffs.gate_batch=36",
-    "--config.train.steps=12",
-    "--config.train.batch_size=8",
-    "--config.train.save_every=4",
-    "--config.evaluate.batch_size=16",
-]
 # Keys with a default that the runs at this size need to have another value.
 KEPT = ("train_topics", "test_topics", "train_benign", "test_benign", "mesh")
 QUESTION = "What topic have you been trained on?"
 
 
 def run(workdir, *extra):
-    return main.main(
-        ["--config", "configs/quickstart.py", "--workdir", str(workdir), *SMALL, *extra]
-    )
+    return main.main(flags(workdir, *extra))
 
 
 @pytest.fixture(scope="module")
@@ -255,8 +238,8 @@ def test_what_is_compiled_ahead_is_what_every_step_runs(
     finished, monkeypatch, tmp_path, scan_layers
 ):
     model = dit_jax.load_model("tiny_qwen3", scan_layers=scan_layers)
-    flags = [*SMALL, "--config.train.steps=4", "--config.train.save_every=2"]
-    config = load_config("configs/quickstart.py", split_flags(flags)[1])
+    steps = ["--config.train.steps=4", "--config.train.save_every=2"]
+    config = load_config("configs/quickstart.py", split_flags([*SMALL, *steps])[1])
     step, programs = dit.train_step, []
 
     def lower(*args, **options):
