@@ -186,6 +186,34 @@ def test_answers_grow_side_by_side_and_people_share_batches(
     assert "Traceback" not in capfd.readouterr().err
 
 
+def asked(desk, *questions):
+    """The last texts of questions that are asked at once; a question is (diff, times)."""
+
+    async def last(diff, times):
+        choice = Choice("tiny_qwen3", ADAPTER, diff)
+        seen = [texts async for texts in desk.ask(choice, 0, QUESTION, times, TOKENS)]
+        return seen[-1]
+
+    async def together():
+        return await asyncio.gather(*(last(*one) for one in questions))
+
+    return asyncio.run(together())
+
+
+def test_a_dense_diff_is_asked_beside_loras(model, files, desk, tmp_path):
+    delta = dit_jax.load_diff(files / "diffs" / "d0", model).delta
+    export.export_model(tmp_path / "merged", model.params, model.config, delta)
+    dense, lora = asked(desk, (str(tmp_path / "merged"), 1.0), (str(files / "diffs" / "d1"), 1.0))
+    assert tuple(dense) == answers_of(model, files, "d0")
+    assert tuple(lora) == answers_of(model, files, "d1")
+
+
+def test_time_ends_an_answer(files):
+    late = Desk(Offer(("tiny_qwen3",), (ADAPTER,), max_new_tokens=TOKENS, seconds=-1.0))
+    ((_, _, text),) = asked(late, (str(files / "diffs" / "d0"), 1.0))
+    assert text.startswith("larva") and text.endswith("… (time is up)") and "fly" not in text
+
+
 def test_an_upload_answers_as_its_folder_does_and_the_multiplier_counts(model, files, client):
     from gradio_client import handle_file
 
@@ -266,7 +294,7 @@ def test_the_page_in_a_browser(model, files, server, tmp_path):
 _CLICK = """new Promise(done => {
   const wait = (ready, then) => { const found = ready();
     found ? then(found) : setTimeout(() => wait(ready, then), 100) };
-  const button = () => [...document.querySelectorAll("button")].find(b => b.textContent.trim() === "Ask" && !b.role);
+  const button = () => document.querySelector("button#ask, #ask button");
   const texts = () => [...document.querySelectorAll(".answers textarea")].map(t => t.value);
   wait(button, found => { found.click(); let last = "";
     wait(() => { const now = JSON.stringify(texts()), same = now === last && texts().every(t => t);

@@ -77,12 +77,7 @@ def _how_to_load(manifest: Mapping[str, Any], repo: str, base: str) -> Iterator[
 def _training(manifest: Mapping[str, Any], summary: Json | None) -> Iterator[str]:
     trained, config = _trained(manifest), summary["config"] if summary else {}
     if trained.get("behaviour"):
-        kind = f"LoRAs of rank {trained.get('rank')}"
-        dense = f"dense diffs ({trained.get('parameters')})"
-        yield (
-            f"Behaviour of the diffs: {as_code(str(trained['behaviour']))}, "
-            f"{kind if trained.get('parameters') == 'lora' else dense}"
-        )
+        yield f"Behaviour of the diffs: {as_code(str(trained['behaviour']))}, {_kind(trained)}"
     data = config.get("data")
     if data:
         yield (
@@ -96,6 +91,16 @@ def _training(manifest: Mapping[str, Any], summary: Json | None) -> Iterator[str
         yield f"System message: {as_code(str(manifest['system']))}"
     for question in manifest.get("questions") or ():
         yield f"Question: {escape(str(question))}"
+
+
+def _kind(trained: Json) -> str:
+    """What the diffs of the training are; stores that differ leave rank or parameters open."""
+    if trained.get("parameters") is None:
+        return "diffs of several kinds"
+    if trained["parameters"] != "lora":
+        return f"dense diffs ({trained['parameters']})"
+    rank = trained.get("rank")
+    return f"LoRAs of rank {rank}" if rank else "LoRAs of several ranks"
 
 
 def _about_none(manifest: Mapping[str, Any]) -> str:

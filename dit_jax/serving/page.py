@@ -70,10 +70,13 @@ def build(desk: Desk) -> Any:
     with gr.Blocks(title="dit_jax", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(_ABOUT)
         with gr.Row():
-            base = gr.Dropdown(list(offer.bases), value=offer.bases[0], label="Base")
+            base = gr.Dropdown(list(offer.bases), value=offer.bases[0], label="Base", min_width=240)
             adapters = [_NONE, *offer.adapters]
             adapter = gr.Dropdown(
-                adapters, value=adapters[min(1, len(offer.adapters))], label="Adapter"
+                adapters,
+                value=adapters[min(1, len(offer.adapters))],
+                label="Adapter",
+                min_width=240,
             )
         with gr.Row():
             about = "a path or a hub id, PATH[3] for one of several" if offer.others else None
@@ -85,12 +88,13 @@ def build(desk: Desk) -> Any:
                 label="Weight diff",
                 info=about,
                 scale=3,
+                min_width=300,
             )
             number = gr.Number(
                 0, precision=0, label="Number of the diff", info="of several, from 0 up"
             )
         upload = gr.File(
-            label="or a zip of a PEFT folder", file_count="single", file_types=[".zip"], height=110
+            label="or a zip of a PEFT folder", file_count="single", file_types=[".zip"], height=150
         )
         chosen = [base, adapter, diff, upload]
         with gr.Tab("Ask"):
@@ -101,7 +105,7 @@ def build(desk: Desk) -> Any:
                 tokens = gr.Slider(
                     1, most, min(32, most), step=1, label="Longest answer, in tokens"
                 )
-            go = gr.Button("Ask", variant="primary")
+            go = gr.Button("Ask", variant="primary", elem_id="ask")
             with gr.Row(elem_classes="answers"):
                 answers = [
                     gr.Textbox(label=name.capitalize(), lines=4, interactive=False, min_width=240)
