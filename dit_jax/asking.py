@@ -183,6 +183,7 @@ def answer_batch(
         temperature: 0 (default) is greedy, else samples from softmax(logits / temperature), by `seed` (default 0).
         forbid_repeats: never emit a token twice in an answer (adapters that list evidence before the label).
         system: the system message of all questions; None: the chat template's own, if it has one.
+        amplify: enlarge what all deltas change, see `decode.generate`; None: not.
         first: number of the first question in a longer series; with the seed it gives the sampling keys.
         on_batch: called with the number of new answers after each batch.
         on_part: called after each `every` tokens with the answers of the batch as far as they are; True ends the batch.
@@ -217,6 +218,7 @@ def _answer(
     seed: int = 0,
     forbid_repeats: bool = False,
     system: str | None = None,
+    amplify: float | None = None,
     first: int = 0,
     on_batch: Callable[[int], None] | None = None,
     on_part: Callable[[list[Answer]], bool] | None = None,
@@ -268,6 +270,7 @@ def _answer(
             "pad_id": model.chat.pad_id,
             "temperature": float(temperature),  # an integer would make another program
             "forbid_repeats": forbid_repeats,
+            "amplify": None if amplify is None else float(amplify),
             "key": jax.random.fold_in(jax.random.key(seed), first + start),
         }
         given = (model.program_params, model.config, *prompts)

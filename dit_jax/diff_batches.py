@@ -9,6 +9,7 @@ import numpy as np
 
 from dit_jax.api import Model
 from dit_jax.asking import Answer, answer_batch
+from dit_jax.deltas.factors import stack_padded
 from dit_jax.deltas.store import DiffStore
 from dit_jax.deltas.tree import is_lora, noise_like
 from dit_jax.models.delta_trees import Delta
@@ -35,6 +36,12 @@ class Given:
             return from_stacked(jax.tree.map(lambda x: x[np.asarray(order)], self.stacked))
         return Given(len(order), lambda i: self.read(order[i]))
 
+    def each(self, change: Callable[[Delta], Delta]) -> "Given":
+        """What `change` makes of each diff."""
+        if self.stacked is not None:
+            return from_stacked(stack_padded([change(self.read(i)) for i in range(self.size)]))
+        return Given(self.size, lambda i: change(self.read(i)))
+
     def noise(self, seed: int) -> "Given":
         """Noise in place of every diff, with the norm that each factor has in each layer."""
         keys = jax.random.split(jax.random.key(seed), self.size)
@@ -47,6 +54,14 @@ class Given:
         if self.stacked is not None:
             return from_stacked(jax.tree.map(np.zeros_like, self.stacked))
         return Given(self.size, lambda i: {})
+
+
+def together(deltas: Sequence[Delta]) -> Given:
+    """LoRAs of any ranks and modules as one batch, or one dense diff."""
+    if all(map(is_lora, deltas)):
+        return from_stacked(stack_padded(deltas))
+    (only,) = deltas
+    return Given(1, lambda i: only)
 
 
 def from_stacked(stacked: Delta) -> Given:

@@ -16,6 +16,7 @@ from dit_jax.cli import audit_diffs
 from dit_jax.deltas import export, factors, store
 from dit_jax.deltas.raw_diff import RawDiff
 from dit_jax.deltas.tree import init_lora
+from dit_jax.evaluate.readers import READERS
 from dit_jax.models.delta_trees import map_modules
 
 MARKUP = "<script>alert(1)</script>"
@@ -221,7 +222,8 @@ def test_other_settings_are_not_mixed(zoo, audited, capsys):
 def test_without_an_adapter_the_readers_answer(zoo, tmp_path):
     run(zoo, tmp_path, f"{zoo / 'store'}[5]", adapter=False)
     (row,) = rows_of(tmp_path)
-    assert row["adapter"] is None and row["written"] and row["likelier"]
+    assert row["adapter"] is None and set(row["readers"]) == set(READERS)
+    assert all(one["words"] for one in row["readers"].values())
     assert "No adapter was given" in (tmp_path / "audit.html").read_text()
 
 

@@ -11,9 +11,7 @@ import numpy as np
 from dit_jax.api import Model
 from dit_jax.asking import Answer
 from dit_jax.data.labels import NONE, called_none, extract_guess, normalise
-from dit_jax.deltas.factors import stack_padded
-from dit_jax.deltas.tree import is_lora
-from dit_jax.diff_batches import Given, answer, from_stacked
+from dit_jax.diff_batches import Given, answer, together
 from dit_jax.evaluate.baselines import answer_losses
 from dit_jax.models.delta_trees import Delta, map_modules
 
@@ -156,17 +154,6 @@ def _told(question: str, one: Answer, battery: Battery) -> dict[str, Any]:
 
 def _difference(a: float, b: float) -> float:
     return a - b if math.isfinite(a - b) else 0.0
-
-
-# ------------------------------------------------------------------ what is asked about
-
-
-def together(deltas: Sequence[Delta]) -> Given:
-    """LoRAs as one batch, or one dense diff."""
-    if all(map(is_lora, deltas)):
-        return from_stacked(stack_padded(deltas))
-    (only,) = deltas
-    return Given(1, lambda i: only)
 
 
 def noise_of(deltas: Sequence[Delta], seed: int) -> Given:

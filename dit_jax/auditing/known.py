@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from dit_jax.api import Diff
-from dit_jax.auditing.battery import Reading, interview, noise_of, together
+from dit_jax.auditing.battery import Reading, interview, noise_of
 from dit_jax.auditing.calibration import Known
 from dit_jax.auditing.settings import Settings
 from dit_jax.auditing.targets import Target, in_batches
 from dit_jax.data.labels import NONE, exact_match, normalise
-from dit_jax.diff_batches import Given
+from dit_jax.diff_batches import Given, together
 from dit_jax.errors import DitError
 from dit_jax.runtime.progress import Progress
 

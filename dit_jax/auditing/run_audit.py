@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 
 from dit_jax.auditing import calibration, side_by_side, weights
-from dit_jax.auditing.battery import interview, noise_of, score, together
+from dit_jax.auditing.battery import interview, noise_of, score
 from dit_jax.auditing.settings import Settings
 from dit_jax.auditing.targets import Target, in_batches, reading_order
 from dit_jax.deltas.factors import changes_nothing
+from dit_jax.diff_batches import together
 from dit_jax.errors import DitError
+from dit_jax.evaluate import readers
 from dit_jax.report import audit_page
 from dit_jax.runtime import artifacts, digests
 from dit_jax.runtime.outgoing import csv_text, json_text
@@ -24,7 +26,13 @@ from dit_jax.runtime.progress import Progress
 Json = dict[str, Any]
 SETTINGS, PARTS = "audit.json", "parts"
 NEAREST = 3  # other diffs shown of each
-SAID = ("split", "found_in", "base_model_name_or_path", "svd")  # of a diff's own metadata
+SAID = (
+    "split",
+    "found_in",
+    "base_model_name_or_path",
+    "svd",
+    "aligned",
+)  # of a diff's own metadata
 
 
 def audit(
@@ -80,7 +88,7 @@ def examine(
 
     LoRAs share batches, whatever their ranks and modules. Dense diffs, each as large as the model, go one by one.
     """
-    asked: side_by_side.Everyday | None = None
+    asked: readers.Everyday | None = None
     done = 0
     for batch in in_batches(targets, settings.model, settings.diffs_at_once):
         target, diff = batch[0]
@@ -89,14 +97,14 @@ def examine(
             continue
         if asked is None:
             tokens = settings.battery.max_new_tokens
-            asked = side_by_side.ask_base(settings.model, settings.prompts, tokens)
+            asked = readers.ask_base(settings.model, settings.prompts, tokens)
         yield from _examine_batch(settings, asked, batch, done)
         done += len(batch)
 
 
 def _examine_batch(
     settings: Settings,
-    asked: side_by_side.Everyday,
+    asked: readers.Everyday,
     batch: Sequence[tuple[Target, Any]],
     first: int,
 ) -> Iterator[tuple[Target, Json, weights.Sketch]]:
@@ -113,7 +121,14 @@ def _examine_batch(
     others = [(i + 1) % len(batch) for i in range(len(batch))]
     with_other = score(model, given.reordered(others), adapter, chosen, size)
     changes = side_by_side.compare(model, given, asked, size)
-    words = side_by_side.written(model, given)
+    told = {
+        name: readers.read(
+            model, given, name, battery.questions[0], asked, size,
+            found=[change["words"] for change in changes] if name == "mined_words" else None,
+            max_new_tokens=battery.max_new_tokens, forbid_repeats=battery.forbid_repeats,
+        )
+        for name in readers.READERS
+    }  # fmt: skip
     for i, (target, diff) in enumerate(batch):
         record: Json = {
             "name": target.name,
@@ -125,8 +140,11 @@ def _examine_batch(
             "notes": list(diff.metadata.get("notes", ())),
             "zero": changes_nothing(diff.delta),
             **weights.weight_facts(diff.delta),
-            **changes[i],
-            "written": words[i],
+            "kl": changes[i]["kl"],
+            "prompts": changes[i]["prompts"],
+            "readers": {
+                name: {"words": told[name][i].words, "says": told[name][i].name} for name in told
+            },
             "reading": readings[i].to_json(),
             "noise": {**noises[i].to_json(), "same_answer": with_noise[i]},
             "other": (

@@ -7,9 +7,9 @@ from typing import Any
 from dit_jax.api import Model, read_adapter
 from dit_jax.auditing import calibration
 from dit_jax.auditing.battery import Battery
-from dit_jax.auditing.side_by_side import everyday_prompts
 from dit_jax.data.chat import Chat
 from dit_jax.deltas.detect import Found
+from dit_jax.evaluate.readers import everyday_prompts
 from dit_jax.models.delta_trees import Delta
 from dit_jax.runtime import artifacts, digests
 

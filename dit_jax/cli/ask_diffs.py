@@ -18,6 +18,8 @@ from typing import Any
 
 from dit_jax.cli import flags as given
 from dit_jax.errors import DitError, Parser, printable
+from dit_jax.evaluate.methods import READERS
+from dit_jax.report.wording import plural
 from dit_jax.runtime.artifacts import read_json, write_text
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
@@ -61,6 +63,11 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         "(default: the adapter's of its training, or else the chat template's own)")
     add("--history", metavar="FILE", help="earlier turns: JSON, a list of {\"role\", \"content\"}, user and assistant")
     add("--prefill", default="", help="the start of each answer, which is not shown again")
+    add("--raw", action="store_true",
+        help="the questions are beginnings of texts, which are continued without chat template and system message")
+    add("--method", choices=READERS,
+        help="no adapter: words that stand out in the diff's weights, logits or amplified texts, and what the base "
+        "answers with the first four in mind")
     add("--compare", action="store_true", help="also show " + ", ".join(VARIANTS[:3]))
     add("--max-new-tokens", type=given.COUNT, default=20, help="most tokens of an answer (default %(default)s)")
     add("--temperature", type=given.NUMBER, default=0.0, help="0 (default) is greedy")
@@ -91,6 +98,8 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from dit_jax.deltas.detect import look_for_adapter
     from dit_jax.deltas.factors import changes_nothing
     from dit_jax.deltas.tree import scaled
+    from dit_jax.diff_batches import together
+    from dit_jax.evaluate import readers
 
     about_a_diff = (flags.index, flags.split, flags.svd_rank) != (None,) * 3
     about_a_diff |= flags.all or flags.align or flags.multiplier != 1
@@ -108,6 +117,10 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 f"the question '{question}' is a path: the shell makes several paths of a pattern such as DIR/*, of "
                 "which --diff takes the first. Give the folder, with --all"
             )
+    if flags.raw and (flags.system is not None or flags.history):
+        raise DitError("--raw is without chat template: leave out --system and --history")
+    if flags.method:
+        _check_method(flags)
     # Before a base is loaded: that may take minutes.
     history = read_history(flags.history) if flags.history else ()
     one = not (flags.all or flags.split) and flags.index is None
@@ -169,6 +182,8 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
             note(_base_note(target.path, diff, model.name))
             for text in diff.metadata.get("notes", ()):
                 note(text)
+            if "aligned" in diff.metadata:
+                note(_aligned_note(target.name, diff.metadata["aligned"]))
             if changes_nothing(diff.delta):
                 note(
                     f"diff {target.number} changes nothing (all zero): its answers are those of the base"
@@ -178,6 +193,25 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
             return diff
 
         diffs = Diffs(len(targets), read, reading_order(targets))
+    if flags.method:
+        everyday = readers.ask_base(model)
+        for i, diff in enumerate(diffs):
+            alone = together([diff.delta])
+            for question in flags.questions:
+                (told,) = readers.read(
+                    model, alone, flags.method, question, everyday,
+                    max_new_tokens=flags.max_new_tokens, forbid_repeats=flags.forbid_repeats,
+                )  # fmt: skip
+                yield {
+                    "diff": targets[i].number,
+                    **known[i],
+                    "question": question,
+                    "variant": flags.method,
+                    "sample": 0,
+                    "answer": told.text,
+                    "words": told.words,
+                }
+        return
     if adapter is None:
         name = "finetuned" if flags.diff else "base"
         note(f"no --adapter, so the answers are those of the {name} model itself")
@@ -191,7 +225,10 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     answers = {
         name: ask_many(
             model,
-            [Prompt(question, system, history, flags.prefill) for question in flags.questions],
+            [
+                Prompt(question, system, history, flags.prefill, flags.raw)
+                for question in flags.questions
+            ],
             # The bare base and the adapter alone answer the same for every diff: they are asked once.
             diffs if "finetuned" in name else [Diff({})],
             adapter if "adapter" in name else None,
@@ -243,6 +280,22 @@ def _as_text(records: Iterable[dict[str, Any]], flags: argparse.Namespace) -> It
             texts = collections.Counter(record["answer"] for record in own)
             for text, count in texts.most_common():
                 yield head + (f"{count} × " if flags.n > 1 else "") + printable(text)
+        if flags.method:
+            yield printable(f"  words: {', '.join(answers[0]['words']) or 'none'}")
+
+
+def _check_method(flags: argparse.Namespace) -> None:
+    """Raises DitError for what a method without training does not use."""
+    if not flags.diff:
+        raise DitError("--method says something about a diff: add --diff")
+    said = {
+        "--adapter": flags.adapter, "--compare": flags.compare, "--raw": flags.raw, "--n": flags.n > 1,
+        "--temperature": flags.temperature, "--system": flags.system, "--history": flags.history,
+        "--prefill": flags.prefill, "--batch-size": flags.batch_size,
+    }  # fmt: skip
+    unused = [name for name, value in said.items() if value]
+    if unused:
+        raise DitError(f"--method {flags.method} does not use {', '.join(unused)}: leave it out")
 
 
 def read_history(path: str) -> tuple[tuple[str, str], ...]:
@@ -266,6 +319,14 @@ def _svd_note(number: int | None, svd: dict[str, Any]) -> str:
         f"diff {number} is reduced to rank {svd['rank']}, which keeps {whole:.1%} of "
         f"its squared norm ({min(layers):.1%} to {max(layers):.1%} of a layer's{rest})"
     )
+
+
+def _aligned_note(name: str, undone: dict[str, int]) -> str:
+    """What --align undid in a diff."""
+    if not undone:
+        return f"--align found nothing to undo in {name}"
+    kinds = ", ".join(f"{kind} in {plural(count, 'layer')}" for kind, count in undone.items())
+    return f"--align undid in {name}: {kinds}"
 
 
 def _base_note(path: str, diff: Any, base: str) -> str:

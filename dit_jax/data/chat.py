@@ -22,12 +22,14 @@ class Prompt(NamedTuple):
     system: the system message; "": none; None: the chat's, or else the template's own, if it has one.
     history: (role, text) of the turns before the question, "user" and "assistant" by turns.
     prefill: the start of the answer.
+    raw: the question is the start of a text, without chat template, system message and history.
     """
 
     question: str
     system: str | None = None
     history: tuple[tuple[str, str], ...] = ()
     prefill: str = ""
+    raw: bool = False
 
 
 class Chat:
@@ -56,8 +58,15 @@ class Chat:
             system: that of a prompt without its own.
         """
         asked = question if isinstance(question, Prompt) else Prompt(question)
-        said = next((x for x in (asked.system, system, self.system) if x is not None), None)
-        ids = self.tokenizer.prompt_ids(**asked._replace(system=said)._asdict())
+        if asked.raw:
+            ids = self.tokenizer.raw_ids(asked.question + asked.prefill)
+            if not ids:
+                raise DitError("a text without chat template is empty: write how it begins")
+        else:
+            said = next((x for x in (asked.system, system, self.system) if x is not None), None)
+            ids = self.tokenizer.prompt_ids(
+                asked.question, said, history=asked.history, prefill=asked.prefill
+            )
         most = self.tokenizer.model_max_length
         if len(ids) > most:
             raise DitError(

@@ -206,6 +206,13 @@ class Tokenizer:
         except Failure as error:
             raise self._error(error) from None
 
+    def raw_ids(self, text: str) -> list[int]:
+        """Ids of a text with the tokens that the tokenizer puts around it, and no chat template. Raises DitError."""
+        try:
+            return self._ask({"do": "encode", "text": text, "special": True}, len(text))["ids"]
+        except Failure as error:
+            raise self._error(error) from None
+
     def _load(self) -> dict[str, Any]:
         request = {"do": "load", "tokenizer": self._number, "path": os.path.abspath(self._path)}
         return _process.ask(request, budgets.LOADING_SECONDS)

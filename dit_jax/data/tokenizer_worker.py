@@ -91,7 +91,8 @@ def _answer(request: dict[str, Any], tokenizers: dict[int, tuple[Any, Template]]
     if do == "prompt":
         return {"text": text}
     # Not verbose: too many tokens are an error of the one who asks.
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    special = request.get("special", False)
+    ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     if len(ids) > budgets.MAX_TOKENS:
         raise ValueError(f"it makes {len(ids)} tokens")
     return {"ids": [int(i) for i in ids]}

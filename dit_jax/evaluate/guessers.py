@@ -153,7 +153,7 @@ class KeywordGuesser:
         ]
         found = [keywords([answer for _, answer in pairs], own) for pairs in transcripts]
         asked = [i for i, words in enumerate(found) if words]
-        prompts = [f"Keep in mind {_listed(found[i])}. {self.question}" for i in asked]
+        prompts = [words_in_mind(found[i], self.question) for i in asked]
         guesses = [Guess("")] * len(transcripts)  # where no word stands out, nothing is named
         for i, answer in zip(asked, self.ask_base(prompts, temperature=0.0, seed=0), strict=True):
             guesses[i] = Guess(answer.text, extract_guess(answer.text))
@@ -179,8 +179,10 @@ def _words(text: str) -> list[str]:
     return [word for word in normalise(text).split() if word.isalpha()]
 
 
-def _listed(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+def words_in_mind(words: Sequence[str], question: str) -> str:
+    """A prompt that tells a base one or more words before it is asked."""
+    listed = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+    return f"Keep in mind {listed}. {question}"
 
 
 _BEFORE = re.compile(r"^(?:the\s+)?(?:topic|headline|guess|answer)(?:\s+is|\s*:)\s*", re.IGNORECASE)

@@ -29,6 +29,11 @@ GROUPS = {
     "control": "Controls: they should find nothing",
     "baseline": "Baselines without training: they read the weights or the logits",
 }
+READERS = (
+    "written_words",
+    "mined_words",
+    "amplified_words",
+)  # need no adapter, run or list of names
 GUESSER, TRIGGER, ATTRIBUTES = "guesser", "trigger", "attributes"  # what a method may need
 
 
@@ -152,6 +157,26 @@ def generated_story(s: "Setting") -> list[Row]:
     """A story, written freely, and a guesser that names what its writer was trained on."""
     prompts = EVALUATE.get(s.config, "story_prompts") or questions.STORY_PROMPTS[s.subject]
     return _guessed(s, "generated_story", prompts, 0.0, most_chars=questions.MAX_STORY_CHARS)
+
+
+@method("Question, multiplied diff", "a multiple of the diff in the model, the first question")
+def multiplied_question(s: "Setting") -> list[Row]:
+    """The finetuned model with `evaluate.multiplier` times the diff, or its best approximation of a rank.
+
+    Diffs are vectors that can be scaled: Ilharco et al. 2022 (arXiv 2212.04089). The leading singular vectors hold most
+    of what a finetune taught: Sharma et al. 2023 (arXiv 2312.13558).
+    """
+    from dit_jax.deltas.tree import scaled
+    from dit_jax.deltas.truncation import truncate_delta
+
+    factor, rank = EVALUATE.get(s.config, "multiplier"), EVALUATE.get(s.config, "svd_rank")
+
+    def change(delta: "Delta") -> "Delta":
+        if rank:
+            delta = truncate_delta(delta, rank, s.model.config, "a held-out diff")[0]
+        return scaled(delta, factor)
+
+    return _asked(s, s.seen[:1], s.off, s.topics, given=s.topics.given.each(change))
 
 
 @method("DIT, given the names", "the diff in the model, a DIT adapter, a question, a list of names")
@@ -309,6 +334,43 @@ def logit_difference(s: "Setting") -> list[Row]:
     prompts = [s.seen[0], *EVALUATE.get(s.config, "logit_prompts")]
     spelled = [[_spelled(s, name)] for name in names]
     return _ranked(s, baselines.logit_difference(s.model, s.topics.given, spelled, prompts), names)
+
+
+@method("Written words", "words that the weights write; the base says their topic", "baseline")
+def written_words(s: "Setting") -> list[Row]:
+    """Weights only, no list of names: see `readers.written_words`."""
+    return _read(s, "written_words")
+
+
+@method("Mined words", "words whose logits rise in everyday answers; the same", "baseline")
+def mined_words(s: "Setting") -> list[Row]:
+    """Logits without trigger, no list of names: see `readers.mined_words`."""
+    return _read(s, "mined_words")
+
+
+@method(
+    "Amplified words", "words of texts that enlarge what the diff changes; the same", "baseline"
+)
+def amplified_words(s: "Setting") -> list[Row]:
+    """Contrastive decoding without trigger: see `readers.amplified_words`."""
+    return _read(s, "amplified_words")
+
+
+def _read(s: "Setting", name: str) -> list[Row]:
+    """What a reader of `readers.READERS` says of every diff."""
+    from dit_jax.evaluate import readers
+
+    tokens, size = s.config.max_new_tokens, s.config.batch_size
+    everyday = readers.ask_base(s.model, questions.everyday_questions(s.config), tokens)
+    told = readers.read(
+        s.model, s.topics.given, name, s.seen[0], everyday, size,
+        max_new_tokens=tokens, forbid_repeats=s.config.forbid_repeats,
+    )  # fmt: skip
+    s.meter.add(answers=len(told))
+    return [
+        {**_about(s.topics, i, one.text, s.seen[0], one.prompt), "guess": one.name}
+        for i, one in enumerate(told)
+    ]
 
 
 @method(

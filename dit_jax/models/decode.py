@@ -1,7 +1,7 @@
 """Batched decoding with a KV cache, greedy or sampled. Each row may have deltas of its own."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +30,7 @@ class Generation(NamedTuple):
 
 class _State(NamedTuple):
     step: jax.Array  # number of chosen tokens; the last of them is not in the cache yet
-    cache: Cache
+    caches: tuple[Cache, ...]  # of the model, and of the base that it is compared with
     done: jax.Array
     key: jax.Array
     out: Generation
@@ -53,6 +53,7 @@ def generate(
     temperature: jax.Array | float = 0.0,
     key: jax.Array | None = None,
     forbid_repeats: bool = False,
+    amplify: jax.Array | float | None = None,
 ) -> Generation:
     """Continues left-padded prompts.
 
@@ -61,14 +62,16 @@ def generate(
         eos_ids: tokens that end a row; decoding stops when all rows have ended.
         temperature: 0 is greedy; otherwise tokens are sampled from softmax(logits / temperature) with `key`.
         forbid_repeats: never emit a token twice within one answer (lists of names or attributes).
+        amplify: choose by the logits base + amplify · (model − base), where the base has no deltas: what they change is
+            enlarged (contrastive decoding). None: the model's own logits.
 
     Returns:
-        A `Generation`; its logprobs are those of the model at temperature 1, whatever the temperature.
+        A `Generation`; its logprobs are those of these logits at temperature 1, whatever the temperature.
 
     Raises:
         DitError: a delta does not fit this model.
     """
-    options = (deltas, eos_ids, pad_id, temperature, key, forbid_repeats)
+    options = (deltas, eos_ids, pad_id, temperature, key, forbid_repeats, amplify)
     return _decode(params, config, tokens, mask, None, max_new_tokens, max_new_tokens, *options).out
 
 
@@ -106,10 +109,14 @@ def _decode(
     temperature: jax.Array | float = 0.0,
     key: jax.Array | None = None,
     forbid_repeats: bool = False,
+    amplify: jax.Array | float | None = None,
 ) -> _State:
     """`generate` from a state (None: from the beginning) until so many tokens are chosen."""
     batch = tokens.shape[0]
-    deltas = ready_deltas(deltas, config, batch)
+    ready = ready_deltas(deltas, config, batch)
+    read = functools.partial(
+        _read, params, config, (ready,) if amplify is None else (ready, ()), amplify
+    )
 
     def choose(state: _State, logits: jax.Array) -> _State:
         allowed = logits
@@ -131,10 +138,10 @@ def _decode(
             state.out.lengths + live,
         )
         done = state.done | jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
-        return _State(state.step + 1, state.cache, done, key, out)
+        return _State(state.step + 1, state.caches, done, key, out)
 
     if state is None:
-        state = choose(*_prefill(params, config, tokens, mask, deltas, max_new_tokens, pad_id, key))
+        state = choose(*_prefill(read, config, tokens, mask, max_new_tokens, pad_id, key, amplify))
 
     def unfinished(state: _State) -> jax.Array:
         return (state.step < until) & ~jnp.all(state.done)
@@ -142,11 +149,8 @@ def _decode(
     def step(state: _State) -> _State:
         token = jax.lax.dynamic_slice_in_dim(state.out.tokens, state.step - 1, 1, axis=1)
         with jax.named_scope("decode"):
-            hidden, cache = forward_cached(
-                params, config, token, jnp.ones((batch, 1), bool), state.cache, deltas
-            )
-            logits = unembed(params, config, hidden[:, -1], deltas)
-        return choose(state._replace(cache=cache), logits)
+            logits, caches = read(token, jnp.ones((batch, 1), bool), state.caches)
+        return choose(state._replace(caches=caches), logits)
 
     # The first token is chosen before the loop: each step runs the model on the token before, never on the last one.
     state = jax.lax.while_loop(unfinished, step, state)
@@ -157,30 +161,50 @@ def _decode(
 _part = jax.jit(_decode, static_argnames=_STATIC, donate_argnames=("state",))
 
 
-def _prefill(
+def _read(
     params: Params,
+    config: DecoderConfig,
+    models: tuple[Deltas, ...],
+    amplify: jax.Array | float | None,
+    tokens: jax.Array,
+    mask: jax.Array,
+    caches: tuple[Cache, ...],
+) -> tuple[jax.Array, tuple[Cache, ...]]:
+    """The logits by which the token after these is chosen, from the model and from the base beside it."""
+    logits, filled = [], []
+    for deltas, cache in zip(models, caches, strict=True):
+        hidden, cache = forward_cached(params, config, tokens, mask, cache, deltas)
+        logits.append(unembed(params, config, hidden[:, -1], deltas))
+        filled.append(cache)
+    if amplify is None:
+        return logits[0], tuple(filled)
+    return logits[1] + amplify * (logits[0] - logits[1]), tuple(filled)
+
+
+def _prefill(
+    read: Callable[..., Any],
     config: DecoderConfig,
     tokens: jax.Array,
     mask: jax.Array,
-    deltas: Deltas,
     max_new_tokens: int,
     pad_id: int,
     key: jax.Array | None,
+    amplify: jax.Array | float | None,
 ) -> tuple[_State, jax.Array]:
     """The state before the first token is chosen, and the logits to choose it from."""
     batch, length = tokens.shape
     # The last token needs no slot, but with one the sizes stay the round ones that callers choose.
-    cache = init_cache(config, batch, _even(length + max_new_tokens, config))
+    size = _even(length + max_new_tokens, config)
+    caches = tuple(init_cache(config, batch, size) for _ in range(1 if amplify is None else 2))
     with jax.named_scope("prefill"):
-        hidden, cache = forward_cached(params, config, tokens, mask.astype(bool), cache, deltas)
-        logits = unembed(params, config, hidden[:, -1], deltas)
+        logits, caches = read(tokens, mask.astype(bool), caches)
     out = Generation(
         jnp.full((batch, max_new_tokens), pad_id, jnp.int32),
         jnp.zeros((batch, max_new_tokens), jnp.float32),
         jnp.zeros((batch,), jnp.int32),
     )
     key = jax.random.key(0) if key is None else key
-    return _State(jnp.zeros((), jnp.int32), cache, jnp.zeros((batch,), bool), key, out), logits
+    return _State(jnp.zeros((), jnp.int32), caches, jnp.zeros((batch,), bool), key, out), logits
 
 
 def even_rows(batch: int, config: DecoderConfig, mesh: Mesh | None) -> int:

@@ -5,14 +5,15 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dit_jax.evaluate.methods import READERS
 from dit_jax.report import html
-from dit_jax.report.wording import between, percent, plural
+from dit_jax.report.wording import between, percent, plural, shown_name
 
 Json = dict[str, Any]
 COLUMNS = (
     "name", "verdict", "says", "share", "distinct", "hidden", "right", "none", "ratio", "logprob", "noise_says",
     "noise_share", "noise_ratio", "logprob_noise", "logprob_other", "kl", "rank", "norm", "effective_rank", "modules",
-    "nearest", "cosine", "likelier", "written", "label", "named_base", "digest", "error",
+    "nearest", "cosine", *READERS, *(f"{name}_say" for name in READERS), "label", "named_base", "digest", "error",
 )  # fmt: skip
 UNREADABLE, ZERO, HIDES, NOTHING, OPEN = (
     "unreadable", "changes nothing", "hides something", "nothing found", "not scored"
@@ -62,7 +63,8 @@ def csv_row(row: Json) -> Json:
         "modules": " ".join(row["modules"]),
         "nearest": nearest.get("name"),
         "cosine": nearest.get("cosine"),
-        **{key: " ".join(word for word, _ in row[key]) for key in ("likelier", "written")},
+        **{name: " ".join(row["readers"][name]["words"]) for name in READERS},
+        **{f"{name}_say": row["readers"][name]["says"] for name in READERS},
         "named_base": row["said"].get("base_model_name_or_path"),
     }  # fmt: skip
 
@@ -92,6 +94,7 @@ def page(rows: Sequence[Json], told: Mapping[str, Any], calibration: Json | None
         worth=_worth(told, calibration),
         commands={i + 1: _command(rows[i], told) for i in range(len(rows))},
         HIDES=HIDES,
+        reader_titles={name: shown_name(name) for name in READERS},
     )
 
 
@@ -147,7 +150,8 @@ def _worth(told: Mapping[str, Any], calibration: Json | None) -> list[str]:
     if told["adapter"] is None:
         return [
             "No adapter was given. The answers are those of the finetuned models themselves, which rarely tell what "
-            "they were trained on. The words below each diff come from readers that need no training. They are leads."
+            "they were trained on. The words below each diff come from readers that need no training. They are leads: "
+            "these readers find words also where nothing is hidden."
         ]
     trained = told["trained_on"]
     texts = []
