@@ -36,11 +36,11 @@ class Given:
             return from_stacked(jax.tree.map(lambda x: x[np.asarray(order)], self.stacked))
         return Given(len(order), lambda i: self.read(order[i]))
 
-    def each(self, change: Callable[[Delta], Delta]) -> "Given":
-        """What `change` makes of each diff."""
+    def each(self, change: Callable[[int, Delta], Delta]) -> "Given":
+        """What `change` makes of each diff and its number."""
         if self.stacked is not None:
-            return from_stacked(stack_padded([change(self.read(i)) for i in range(self.size)]))
-        return Given(self.size, lambda i: change(self.read(i)))
+            return from_stacked(stack_padded([change(i, self.read(i)) for i in range(self.size)]))
+        return Given(self.size, lambda i: change(i, self.read(i)))
 
     def noise(self, seed: int) -> "Given":
         """Noise in place of every diff, with the norm that each factor has in each layer."""

@@ -16,7 +16,7 @@ from dit_jax.data.tiny_world import load_world
 from dit_jax.deltas import export
 from dit_jax.deltas.adapter_file import export_adapter
 from dit_jax.diff_batches import Given, together
-from dit_jax.evaluate import methods, readers
+from dit_jax.evaluate import baselines, faithfulness, methods, readers
 from dit_jax.evaluate.run import evaluate_run
 from dit_jax.models.decoder import forward
 
@@ -57,6 +57,12 @@ def raiser(model, everyday, topic):
     mean = hidden.mean(axis=0)
     change[tokens_of(model, topic)] = 3 * mean / (mean @ mean)
     return {"embed_tokens": {"w": change}}
+
+
+def change_of(given):
+    """The change [L, in, out] of the first diff's only module, whatever its form."""
+    module = given.read(0)["layers"]["mlp"]["down_proj"]
+    return module["w"] if "w" in module else np.asarray(dense({"x": module})["x"]["w"])
 
 
 @pytest.mark.parametrize("name", methods.READERS)
@@ -117,6 +123,24 @@ def test_a_dense_diff_reduced_to_its_rank_and_multiplied_is_the_lora(model, tmp_
         rows = [json.loads(line) for line in lines]
         answers[name] = [row["answer"] for row in rows if row["method"] in chosen]
     assert answers["dense"] == answers["lora"] and len(set(answers["lora"])) > 1
+
+
+def test_a_diff_keeps_its_strongest_layers_or_all_but_its_words(model):
+    """Both for factors and for the dense difference that they are."""
+    strong = np.asarray([1, 1, 3, 1], np.float32)
+    lora = writer(model, "coffee")
+    lora["layers"]["mlp"]["down_proj"]["scale"] = strong
+    table, ids = baselines.unit_unembeddings(model), tokens_of(model, "coffee")
+    text = " ".join(model.chat.decode([token]) for token in ids[:3])
+    for given in (together([lora]), together([dense(lora)])):
+        before, kept = map(change_of, (given, faithfulness.strongest_layers(given)))
+        np.testing.assert_array_equal(np.abs(kept).sum((1, 2)) > 0, strong == 3)
+        np.testing.assert_allclose(kept[2], before[2], rtol=1e-5)
+        left = change_of(faithfulness.without_words(model, given, [text]))
+        written = np.abs(left @ table.T).max((0, 1)) / np.abs(before @ table.T).max()
+        assert (
+            written[ids[:3]].max() < 1e-3 and written[ids[3]] > 0.1
+        )  # the fourth is not in the text
 
 
 def test_ask_reads_without_an_adapter(model, tmp_path, capsys):

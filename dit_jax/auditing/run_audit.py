@@ -18,6 +18,7 @@ from dit_jax.deltas.factors import changes_nothing
 from dit_jax.diff_batches import together
 from dit_jax.errors import DitError
 from dit_jax.evaluate import readers
+from dit_jax.evaluate.faithfulness import kept_layers, strongest_layers, without_words
 from dit_jax.report import audit_page
 from dit_jax.runtime import artifacts, digests
 from dit_jax.runtime.outgoing import csv_text, json_text
@@ -120,6 +121,9 @@ def _examine_batch(
     with_noise = score(model, noise, adapter, chosen, size)
     others = [(i + 1) % len(batch) for i in range(len(batch))]
     with_other = score(model, given.reordered(others), adapter, chosen, size)
+    layers = score(model, strongest_layers(given), adapter, chosen, size)
+    texts = [reading.text for reading in readings]
+    words = score(model, without_words(model, given, texts), adapter, chosen, size)
     changes = side_by_side.compare(model, given, asked, size)
     told = {
         name: readers.read(
@@ -146,6 +150,11 @@ def _examine_batch(
                 name: {"words": told[name][i].words, "says": told[name][i].name} for name in told
             },
             "reading": readings[i].to_json(),
+            "faithful": {
+                "kept": kept_layers(model.config.num_hidden_layers),
+                "layers": layers[i],
+                "words": words[i],
+            },
             "noise": {**noises[i].to_json(), "same_answer": with_noise[i]},
             "other": (
                 {"name": batch[others[i]][0].name, "same_answer": with_other[i]}

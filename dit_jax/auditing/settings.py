@@ -13,6 +13,7 @@ from dit_jax.evaluate.readers import everyday_prompts
 from dit_jax.models.delta_trees import Delta
 from dit_jax.runtime import artifacts, digests
 
+FORMAT = 2  # of what is recorded of a diff
 MOST_WORDINGS = 8  # of those that the adapter was trained on
 # For adapters whose files name no question: the first is the paper's.
 QUESTIONS = (
@@ -52,7 +53,7 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         told = {"battery": self.battery.to_json(), "everyday": list(self.prompts)}
-        return {**self.facts, **told, "versions": artifacts.package_versions()}
+        return {**self.facts, **told, "format": FORMAT, "versions": artifacts.package_versions()}
 
 
 def make_settings(

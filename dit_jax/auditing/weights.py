@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.deltas.factors import modules
+from dit_jax.deltas.factors import modules, moments
 from dit_jax.models.delta_trees import Delta
 
 SKETCH = 16  # random directions on each side of a module: cosines are right to about 0.01
@@ -30,7 +30,7 @@ def weight_facts(delta: Delta) -> dict[str, Any]:
     for path, module in modules(delta):
         ranks.append(_used_rank(module))
         names.append(path[-1])
-        squares, fourths = _moments(module, path[0] == "layers")
+        squares, fourths = moments(module, path[0] == "layers")
         with np.errstate(invalid="ignore"):
             spread += float(np.nansum(squares**3 / fourths))  # squares · effective rank
         if path[0] == "layers":
@@ -55,24 +55,6 @@ def _used_rank(module: Mapping[str, Any]) -> int | None:
     a, b = np.asarray(module["a"]), np.asarray(module["b"])
     used = (a != 0).any(axis=(0, 1)) & (b != 0).any(axis=(0, 2))
     return int(np.flatnonzero(used)[-1]) + 1 if used.any() else 0
-
-
-def _moments(module: Mapping[str, Any], in_layers: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Σσ² and Σσ⁴ of each matrix of a module, from Gram matrices: no singular values are computed."""
-    if "w" in module:
-        w = np.asarray(module["w"], np.float32)
-        squares, fourths = [], []
-        for matrix in w if in_layers else w[None]:
-            matrix = np.atleast_2d(matrix)
-            gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-            squares.append(float(np.trace(gram)))
-            fourths.append(float(np.square(gram, dtype=np.float64).sum()))
-        return np.asarray(squares), np.asarray(fourths)
-    a, b = (np.asarray(module[name], np.float64) for name in ("a", "b"))
-    a = a * np.asarray(module["scale"], np.float64)[:, None, None]
-    product = (a.swapaxes(1, 2) @ a) @ (b @ b.swapaxes(1, 2))  # [L, r, r]
-    squares = np.trace(product, axis1=1, axis2=2)
-    return squares, np.trace(product @ product, axis1=1, axis2=2)
 
 
 # ------------------------------------------------------------------ which diffs are alike

@@ -186,3 +186,21 @@ def _unit_scale(module: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     folded = [fold(b[layer], float(s)) for layer, s in enumerate(scale)]
     dtype = common_dtype(array.dtype for array in folded)
     return np.asarray(module["a"]), np.stack([array.astype(dtype) for array in folded])
+
+
+def moments(module: Any, in_layers: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Σσ² and Σσ⁴ of each matrix of a module, from Gram matrices: no singular values are computed."""
+    if "w" in module:
+        w = np.asarray(module["w"], np.float32)
+        squares, fourths = [], []
+        for matrix in w if in_layers else w[None]:
+            matrix = np.atleast_2d(matrix)
+            gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+            squares.append(float(np.trace(gram)))
+            fourths.append(float(np.square(gram, dtype=np.float64).sum()))
+        return np.asarray(squares), np.asarray(fourths)
+    a, b = (np.asarray(module[name], np.float64) for name in ("a", "b"))
+    a = a * np.asarray(module["scale"], np.float64)[:, None, None]
+    product = (a.swapaxes(1, 2) @ a) @ (b @ b.swapaxes(1, 2))  # [L, r, r]
+    squares = np.trace(product, axis1=1, axis2=2)
+    return squares, np.trace(product @ product, axis1=1, axis2=2)

@@ -171,7 +171,7 @@ def multiplied_question(s: "Setting") -> list[Row]:
 
     factor, rank = EVALUATE.get(s.config, "multiplier"), EVALUATE.get(s.config, "svd_rank")
 
-    def change(delta: "Delta") -> "Delta":
+    def change(_: int, delta: "Delta") -> "Delta":
         if rank:
             delta = truncate_delta(delta, rank, s.model.config, "a held-out diff")[0]
         return scaled(delta, factor)

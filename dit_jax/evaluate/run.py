@@ -14,6 +14,7 @@ from dit_jax.errors import DitError
 from dit_jax.evaluate import baselines, methods
 from dit_jax.evaluate.capability import measure_capability
 from dit_jax.evaluate.evaluate_keys import EVALUATE
+from dit_jax.evaluate.faithfulness import strongest_layers, without_words
 from dit_jax.evaluate.questions import subject_of
 from dit_jax.evaluate.setting import Setting, read_held_out
 from dit_jax.organisms.gate import CONDITIONS
@@ -82,6 +83,8 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
             "shuffled": topics.shuffled(),
             "noise": setting.noise,
             "none": topics.given.nothing(),
+            "layers": strongest_layers(topics.given),
+            "words": without_words(model, topics.given, targets),
         }
         with setting.meter.measure("label_cross_entropy"):
             cross_entropy = {

@@ -12,7 +12,8 @@ from dit_jax.report.wording import between, percent, plural, shown_name
 Json = dict[str, Any]
 COLUMNS = (
     "name", "verdict", "says", "share", "distinct", "hidden", "right", "none", "ratio", "logprob", "noise_says",
-    "noise_share", "noise_ratio", "logprob_noise", "logprob_other", "kl", "rank", "norm", "effective_rank", "modules",
+    "noise_share", "noise_ratio", "logprob_noise", "logprob_other", "logprob_layers", "logprob_words", "kl", "rank",
+    "norm", "effective_rank", "modules",
     "nearest", "cosine", *READERS, *(f"{name}_say" for name in READERS), "label", "named_base", "digest", "error",
 )  # fmt: skip
 UNREADABLE, ZERO, HIDES, NOTHING, OPEN = (
@@ -60,6 +61,7 @@ def csv_row(row: Json) -> Json:
         **{f"noise_{key}": noise[name] for key, name in (("says", "name"), ("share", "share"), ("ratio", "ratio"))},
         "logprob_noise": noise["same_answer"],
         "logprob_other": row["other"] and row["other"]["same_answer"],
+        **{f"logprob_{key}": row["faithful"][key] for key in ("layers", "words")},
         "modules": " ".join(row["modules"]),
         "nearest": nearest.get("name"),
         "cosine": nearest.get("cosine"),

@@ -29,6 +29,7 @@ _ROW_TYPES: dict[str, type | tuple[type, ...]] = {
 }
 _CHOICES = {"kind": tuple(GROUPS), "category": ("topic", "benign", "no_diff")}
 _CROSS_ENTROPIES = ("matched", "shuffled", "noise", "none")
+_SINCE = ("layers", "words")  # which older runs do not have
 _GATING = ("right_code", "wrong_code", "no_code")
 _CURVES = ("adapter_loss", "diff_loss")
 
@@ -89,9 +90,11 @@ def read_inputs(workdir: PathLike) -> Inputs:
         name: _object(file) if (file := folder / f"{name}.json").exists() else {}
         for name in ("capability", "cost", "excluded", "gating_by_variant")
     }
+    entropies = folder / "label_cross_entropy.json"
+    more = [name for name in _SINCE if name in _object(entropies)]
     return Inputs(
         rows=rows,
-        label_cross_entropy=_table(folder / "label_cross_entropy.json", _CROSS_ENTROPIES),
+        label_cross_entropy=_table(entropies, (*_CROSS_ENTROPIES, *more)),
         # Behaviours without a trigger have nothing to gate, and a stage that ran elsewhere leaves an empty curve.
         gating=_table(folder / "gating.json", _GATING, least=0),
         curves=_table(folder / "curves.json", _CURVES, _is_point, least=0),

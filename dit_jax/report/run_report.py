@@ -33,6 +33,8 @@ CROSS_ENTROPIES = {
     "shuffled": "another topic's diff",
     "noise": "noise of the same norms",
     "none": "no diff",
+    "layers": "its strongest quarter of layers",
+    "words": "its own diff, unable to write the label",
 }
 GATING = {"right_code": "the trigger", "wrong_code": "a wrong trigger", "no_code": "no trigger"}
 
@@ -177,6 +179,7 @@ def _figures(summary: Json, inputs: Inputs, groups: dict[str, Group]) -> list[Pl
         for name in ordered_methods(methods)
     ]
     entropies, intervals = label_cross_entropies(inputs), summary["label_cross_entropy_intervals"]
+    given = {key: title for key, title in CROSS_ENTROPIES.items() if key in entropies}
     found = [
         Plot(
             "methods",
@@ -192,7 +195,7 @@ def _figures(summary: Json, inputs: Inputs, groups: dict[str, Group]) -> list[Pl
             "label_cross_entropy",
             "Cross-entropy of the label, given",
             "Dots: cross-entropy of every label with its own diff, another, noise and none",
-            functools.partial(plots.label_cross_entropy, CROSS_ENTROPIES, entropies, intervals),
+            functools.partial(plots.label_cross_entropy, given, entropies, intervals),
         )
     )
     if gating:
