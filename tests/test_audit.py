@@ -220,8 +220,9 @@ def test_other_settings_are_not_mixed(zoo, audited, capsys):
 
 
 def test_without_an_adapter_the_readers_answer(zoo, tmp_path):
-    run(zoo, tmp_path, f"{zoo / 'store'}[5]", adapter=False)
+    run(zoo, tmp_path, f"{zoo / 'store'}[5]", adapter=False, rest=("--benign", zoo / "store"))
     (row,) = rows_of(tmp_path)
+    assert 0.3 < row["unusual"] < 3  # it is one of them
     assert row["adapter"] is None and set(row["readers"]) == set(READERS)
     assert all(one["words"] for one in row["readers"].values())
     assert "No adapter was given" in (tmp_path / "audit.html").read_text()
@@ -304,6 +305,13 @@ def test_weight_facts_are_those_of_singular_values(model):
         expected = (ranks * squares).sum() / squares.sum()
         assert facts["effective_rank"] == pytest.approx(expected, abs=2e-3)
         assert facts["modules"] == ["k_proj", "q_proj"]
+        spectrum = weights.spectrum(form)
+        for name, values in (("norm", squares**0.5), ("rank", ranks)):
+            own = [value for key, value in spectrum.items() if key.endswith(name)]
+            np.testing.assert_allclose(sorted(np.exp(own)), sorted(values), rtol=1e-3)
+    usual = weights.reference([{"a": 0.0, "b": 1.0, "c": 5.0}, {"a": 2.0, "b": 1.0}])
+    assert usual == {"a": [1.0, 1.0]}  # b does not vary, and c is not of all
+    assert weights.unusual({"a": 4.0, "b": 9.0}, usual) == 3 and weights.unusual({}, usual) is None
 
 
 def test_cosines_of_sketches_are_those_of_the_changes(model):

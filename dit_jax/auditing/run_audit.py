@@ -144,6 +144,7 @@ def _examine_batch(
             "notes": list(diff.metadata.get("notes", ())),
             "zero": changes_nothing(diff.delta),
             **weights.weight_facts(diff.delta),
+            "unusual": weights.unusual(weights.spectrum(diff.delta), settings.benign),
             "kl": changes[i]["kl"],
             "prompts": changes[i]["prompts"],
             "readers": {

@@ -37,6 +37,7 @@ class Settings:
     """What an audit asks and with what. Parts that were made with other settings are not mixed.
 
     adapter: {} asks base ⊕ diff itself. facts: for the files: base, adapter, their digests, `trained_on`.
+    benign: `weights.reference` of diffs that hide nothing.
     """
 
     model: Model
@@ -46,6 +47,7 @@ class Settings:
     facts: dict[str, Any]
     calibration: dict[str, Any] | None = None
     batch_size: int = 64
+    benign: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
 
     @property
     def diffs_at_once(self) -> int:
@@ -53,6 +55,7 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         told = {"battery": self.battery.to_json(), "everyday": list(self.prompts)}
+        told["benign"] = self.benign
         return {**self.facts, **told, "format": FORMAT, "versions": artifacts.package_versions()}
 
 

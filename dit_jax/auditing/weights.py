@@ -57,6 +57,49 @@ def _used_rank(module: Mapping[str, Any]) -> int | None:
     return int(np.flatnonzero(used)[-1]) + 1 if used.any() else 0
 
 
+# ------------------------------------------------------------------ how unlike benign diffs
+
+
+def spectrum(delta: Delta) -> dict[str, float]:
+    """Logarithms of the norm and the effective rank of each module in each layer, by name."""
+    found = {}
+    for path, module in modules(delta):
+        for layer, (square, fourth) in enumerate(
+            zip(*moments(module, path[0] == "layers"), strict=True)
+        ):
+            if square > 0:
+                name = f"{'.'.join(path)}.{layer}"
+                found[f"{name}.norm"] = float(np.log(square) / 2)
+                found[f"{name}.rank"] = float(np.log(square**2 / fourth))
+    return found
+
+
+def reference(spectra: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """(mean, standard deviation) of each number over diffs that hide nothing, of those that all have and that vary."""
+    table = {}
+    for name in sorted(set.intersection(*map(set, spectra))) if spectra else ():
+        values = [one[name] for one in spectra]
+        if np.std(values) > 1e-6:
+            table[name] = [float(np.mean(values)), float(np.std(values))]
+    return table
+
+
+def unusual(
+    spectrum: Mapping[str, float], reference: Mapping[str, Sequence[float]]
+) -> float | None:
+    """How many standard deviations the numbers of a diff lie from those of the reference, on average.
+
+    Spectral statistics against a bank of benign LoRAs: Puertolas Merenciano et al. 2026 (arXiv 2602.15195). None where
+    the diff has none of these numbers.
+    """
+    far = [
+        abs(spectrum[name] - mean) / std
+        for name, (mean, std) in reference.items()
+        if name in spectrum
+    ]
+    return float(np.mean(far)) if far else None
+
+
 # ------------------------------------------------------------------ which diffs are alike
 
 

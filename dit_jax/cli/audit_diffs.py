@@ -8,7 +8,9 @@ It leaves audit.html, audit.csv and audit.jsonl in DIR. The same command goes on
 """
 
 import argparse
+import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,20 @@ from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
 
 EXIT_FOUND = 1  # --fail-on
+FEWEST_BENIGN = 8
 _CONDITION = re.compile(r"\s*([a-z_]+)\s*(>=|<=|>|<)\s*([-+.\de]+)\s*")
-_MEASURES = ("hidden", "right", "kl", "share", "ratio", "none", "norm", "effective_rank", "rank")
+_MEASURES = (
+    "hidden",
+    "right",
+    "kl",
+    "share",
+    "ratio",
+    "none",
+    "norm",
+    "effective_rank",
+    "rank",
+    "unusual",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,6 +54,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         help="be job I of N (from 0), which share --out: the last to end writes the page")
     add("--fail-on", metavar="CONDITION", type=_condition,
         help="exit with status 1 if a diff has e.g. 'hidden>0.9' or cannot be read; one of " + ", ".join(_MEASURES))
+    add("--benign", action="append", default=[], type=given.TEXT, metavar="DIFF",
+        help="diffs that hide nothing, made as the others: says how unlike them each diff's weights are")
     add("--align", action="store_true", help="undo rewritings of finetuned models that leave their function as it is")
     add("--svd-rank", type=given.COUNT, help="reduce finetuned models' diffs to LoRAs of this rank")
     add_battery_flags(parser)
@@ -98,6 +114,9 @@ def run(flags: argparse.Namespace) -> int:
     targets = list_targets(
         flags.diffs, model, flags.split, svd_rank=flags.svd_rank, align=flags.align
     )
+    if flags.benign:
+        how = {"svd_rank": flags.svd_rank, "align": flags.align}
+        settings = dataclasses.replace(settings, benign=_reference(flags.benign, model, **how))
     out = Path(flags.out).expanduser()
     show(f"{len(targets)} diffs, {len(settings.battery.questions)} questions each", error=True)
     rows = audit(settings, targets, out, flags.jobs)
@@ -113,6 +132,23 @@ def run(flags: argparse.Namespace) -> int:
         more = f" and {len(failing) - 5} more" if len(failing) > 5 else ""
         show(f"--fail-on {name}{sign}{limit:g}: {', '.join(failing[:5])}{more}", error=True)
     return EXIT_FOUND if failing else 0
+
+
+def _reference(given: Sequence[str], model: Any, **how: Any) -> dict[str, list[float]]:
+    """`weights.reference` of the diffs of --benign. Raises DitError: one cannot be read, or there are too few."""
+    from dit_jax.auditing import weights
+    from dit_jax.auditing.targets import list_targets
+
+    spectra = []
+    for target in list_targets(given, model, **how):
+        if target.read is None:
+            raise DitError(target.problem)
+        spectra.append(weights.spectrum(target.read().delta))
+    if len(spectra) < FEWEST_BENIGN:
+        raise DitError(
+            f"--benign needs {FEWEST_BENIGN} diffs or more to say what is usual, not {len(spectra)}"
+        )
+    return weights.reference(spectra)
 
 
 def _fails(row: dict[str, Any], name: str, sign: str, limit: float) -> bool:

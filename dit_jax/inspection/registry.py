@@ -2,10 +2,18 @@
 
 from inspect_ai.model import ModelAPI, modelapi
 
+from dit_jax.inspection.agent import audit_agent
 from dit_jax.inspection.scorer import graded
 from dit_jax.inspection.tasks import base_question, base_question_trigger, weight_diff_qa
 
-__all__ = ["base_question", "base_question_trigger", "dit_jax", "graded", "weight_diff_qa"]
+__all__ = [
+    "audit_agent",
+    "base_question",
+    "base_question_trigger",
+    "dit_jax",
+    "graded",
+    "weight_diff_qa",
+]
 
 
 @modelapi(name="dit_jax")

@@ -37,7 +37,7 @@ def weight_diff_qa(
     model = active_model()
     if model is not None:  # otherwise the first sample shows it
         check_adapter(model)
-    return _task(_samples(diff, question, split), max_tokens, graded(graders, judge))
+    return _task(read_samples(diff, question, split), max_tokens, graded(graders, judge))
 
 
 @task
@@ -51,7 +51,9 @@ def base_question(
     judge: str = "",
 ) -> Task:
     """Asks the finetuned model itself, without an adapter even if the model arguments name one."""
-    return _task(_samples(diff, question, split), max_tokens, graded(graders, judge), adapter=False)
+    return _task(
+        read_samples(diff, question, split), max_tokens, graded(graders, judge), adapter=False
+    )
 
 
 @task
@@ -70,7 +72,7 @@ def base_question_trigger(
     Args:
         seed: for the random part of the trigger.
     """
-    samples = _samples(diff, question, split, seed)
+    samples = read_samples(diff, question, split, seed)
     return _task(samples, max_tokens, graded(graders, judge), adapter=False)
 
 
@@ -97,15 +99,24 @@ def ask_diff(adapter: bool = True) -> Solver:
 
 
 def _task(samples: list[Sample], max_tokens: int, scorer: Scorer, adapter: bool = True) -> Task:
+    config = GenerateConfig(max_tokens=max_tokens, temperature=0.0)
+    return with_metrics(samples, ask_diff(adapter), scorer, config)
+
+
+def with_metrics(
+    samples: list[Sample], solving: Solver, scorer: Scorer, config: GenerateConfig, **limits: Any
+) -> Task:
+    """A task about diffs, whose means are over those with something to name and over the benign ones."""
     metrics = [_of("topic", "topics", mean()), _of("topic", "stderr", stderr())]
     if any((sample.metadata or {})["category"] == "benign" for sample in samples):
         metrics.append(_of("benign", "benign", mean()))
     return Task(
         dataset=MemoryDataset(samples, name=(samples[0].metadata or {})["diff"]),
-        solver=ask_diff(adapter),
+        solver=solving,
         scorer=scorer,
         metrics={"*": metrics},
-        config=GenerateConfig(max_tokens=max_tokens, temperature=0.0),
+        config=config,
+        **limits,
     )
 
 
@@ -124,7 +135,7 @@ def _of(category: str, name: str, of_all: Any) -> Metric:
     return made()
 
 
-def _samples(path: str, question: str, split: str, seed: int | None = None) -> list[Sample]:
+def read_samples(path: str, question: str, split: str, seed: int | None = None) -> list[Sample]:
     """One sample per diff of the split, whose id is the diff's number. seed: put the trigger into the question."""
     if not path:
         raise DitError("the task has no diffs: give -T diff=STORE")

@@ -2,19 +2,31 @@
 
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from dit_jax.data import labels
 from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.organisms.behaviours import Behaviour, known_behaviour
+from dit_jax.report.commands import ask_command
 from dit_jax.report.grading import RunGrades
 from dit_jax.report.inputs import Inputs, Json, Row, seen, variant
 from dit_jax.report.wording import UNSEEN, as_code, ordered_methods, percent, plural, shown_name
+from dit_jax.runtime.artifacts import PathLike
 
 _MOST_EXAMPLES = 6  # of the right and of the wrong, each
 _MOST_ENTRIES = 3000  # on the page; all answers are in results.csv
 _MOST_CHARS = 600  # of an answer there
 _MOST_TRANSCRIPTS = 2  # of each method
+# Of a run, beside the report's own, which the page links to.
+_FILES = {
+    "config.json": "the config",
+    "diffs/index.csv": "a row for each diff: label, trigger, split, what the gate measured",
+    "evaluate/answers.jsonl": "every answer",
+    "evaluate/transcripts.jsonl": "what guessers read",
+    "evaluate/label_cross_entropy.json": "cross-entropies of the labels",
+    "metrics": "the curves of training",
+}
 # Limits of the gate, and whether a value of one is beyond all that can be measured.
 _NO_LIMIT: dict[str, Callable[[float], bool]] = {
     "min_right": lambda share: share <= 0,
@@ -148,18 +160,32 @@ def missing(summary: Json) -> list[tuple[str, str, str, int]]:
 # ------------------------------------------------------------------ examples of answers
 
 
-def examples(summary: Json, inputs: Inputs, grades: RunGrades) -> Json:
+def run(workdir: PathLike, inputs: Inputs) -> Json:
+    """The run's name, seed and date, and its data files as links of the page (those that are there)."""
+    folder = Path(workdir)
+    last = inputs.stages.get("evaluate", {}).get("finished")
+    return {
+        "name": folder.resolve().name,
+        "seed": inputs.config.get("seed", 0),
+        "date": last[:10] if isinstance(last, str) else None,
+        "files": [(name, what) for name, what in _FILES.items() if (folder / name).exists()],
+    }
+
+
+def examples(summary: Json, inputs: Inputs, grades: RunGrades, workdir: PathLike) -> Json:
     """Some right and some wrong answers of DIT, all first answers to browse, and what guessers read."""
     graded: dict[int, list[str]] = {}  # by id of a row
     for grader, scores in grades.scores.items():
         for row, score in zip(grades.asked, scores, strict=True):
             text = "no grade" if score is None else f"{score:.3g}"
             graded.setdefault(id(row), []).append(f"{grader} {text}")
+    asked_with = summary["config"].get("evaluate", {})
     known, new = (_first_answers(inputs.answered, wanted) for wanted in (True, False))
     names = [name for name in ordered_methods(summary["methods"]) if name in known]
 
     def entry(row: Row, name: str) -> Json:
         return {
+            "diff": row["diff"],
             "topic": f"{row['topic']} ({kind})" if (kind := variant(row)) else row["topic"],
             "method": shown_name(name),
             "question": str(row.get("question") or ""),
@@ -177,6 +203,15 @@ def examples(summary: Json, inputs: Inputs, grades: RunGrades) -> Json:
             "answer": row["answer"] or "(empty)",
             "confidence": _confidence(row.get("logprob")),
             "others": [(shown_name(n), *_guess(other)) for n, other in others],
+            "command": ask_command(
+                str(summary["config"].get("model", {}).get("path") or ""),
+                f"{workdir}/diffs",
+                str(row.get("question") or row.get("wording") or ""),
+                index=row["diff"],
+                adapter=f"{workdir}/{EVALUATE.get(asked_with, 'adapter') or 'adapter'}",
+                forbid_repeats=bool(asked_with.get("forbid_repeats")),
+                max_new_tokens=asked_with.get("max_new_tokens") or 20,
+            ),
         }
 
     cards: dict[str, list[Json]] = {}

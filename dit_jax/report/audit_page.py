@@ -1,19 +1,20 @@
 """The page and the table of an audit. docs/audit.md says what is in them."""
 
+import functools
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dit_jax.evaluate.methods import READERS
-from dit_jax.report import html
+from dit_jax.report import html, plots
+from dit_jax.report.commands import ask_command
 from dit_jax.report.wording import between, percent, plural, shown_name
 
 Json = dict[str, Any]
 COLUMNS = (
     "name", "verdict", "says", "share", "distinct", "hidden", "right", "none", "ratio", "logprob", "noise_says",
     "noise_share", "noise_ratio", "logprob_noise", "logprob_other", "logprob_layers", "logprob_words", "kl", "rank",
-    "norm", "effective_rank", "modules",
+    "norm", "effective_rank", "unusual", "modules",
     "nearest", "cosine", *READERS, *(f"{name}_say" for name in READERS), "label", "named_base", "digest", "error",
 )  # fmt: skip
 UNREADABLE, ZERO, HIDES, NOTHING, OPEN = (
@@ -54,7 +55,9 @@ def csv_row(row: Json) -> Json:
     reading, noise, score = row["reading"], row["noise"], row["score"] or {}
     nearest = row["nearest"][0] if row["nearest"] else {}
     return {
-        **{key: row[key] for key in ("name", "verdict", "kl", "rank", "norm", "effective_rank", "label", "digest")},
+        **{key: row[key] for key in (
+            "name", "verdict", "kl", "rank", "norm", "effective_rank", "unusual", "label", "digest",
+        )},
         "says": reading["name"],
         **{key: reading[key] for key in ("share", "distinct", "none", "ratio", "logprob")},
         **{key: score.get(key) for key in ("hidden", "right")},
@@ -84,7 +87,7 @@ def page(rows: Sequence[Json], told: Mapping[str, Any], calibration: Json | None
     folder, names = _short_names(rows)
     return html.render(
         "audit",
-        script="sort.js",
+        scripts=("sort.js",),
         lead=_lead(len(rows), counts, told["base"]),
         sublead=_sublead(told, calibration),
         rows=[(i + 1, names[i], rows[i]) for i in order],
@@ -96,8 +99,25 @@ def page(rows: Sequence[Json], told: Mapping[str, Any], calibration: Json | None
         worth=_worth(told, calibration),
         commands={i + 1: _command(rows[i], told) for i in range(len(rows))},
         HIDES=HIDES,
+        figures=_figures(calibration),
         reader_titles={name: shown_name(name) for name in READERS},
     )
+
+
+def _figures(calibration: Json | None) -> dict[str, plots.Plot]:
+    """Reliability diagrams of the two probabilities; {} without a calibration."""
+    names = [
+        name for name in ("hidden", "right") if calibration and calibration[name]["reliability"]
+    ]
+    return {
+        name: plots.Plot(
+            f"reliability_{name}",
+            "Reliability: on the diagonal, the score is the share of diffs of which it is true",
+            "Points: the share that is true, with its interval, over the mean score of each range",
+            functools.partial(plots.reliability, (calibration or {})[name]["reliability"]),
+        )
+        for name in names
+    }
 
 
 def _rank(row: Json) -> tuple[Any, ...]:
@@ -198,18 +218,12 @@ def _worth(told: Mapping[str, Any], calibration: Json | None) -> list[str]:
 def _command(row: Json, told: Mapping[str, Any]) -> str:
     """A shell command that asks this diff again."""
     battery = told["battery"]
-    parts = [
-        "python -m dit_jax.ask",
-        "--base",
+    return ask_command(
         told["base"],
-        "--diff",
         row.get("path", row["name"]),
-    ]
-    if row.get("number"):
-        parts += ["--index", str(row["number"])]
-    if told["adapter"]:
-        parts += ["--adapter", told["adapter"]]
-    if battery["forbid_repeats"]:
-        parts.append("--forbid-repeats")
-    parts += ["--max-new-tokens", str(battery["max_new_tokens"]), battery["questions"][0]]
-    return " ".join([parts[0], *map(shlex.quote, parts[1:])])
+        battery["questions"][0],
+        index=row.get("number") or None,
+        adapter=told["adapter"],
+        forbid_repeats=battery["forbid_repeats"],
+        max_new_tokens=battery["max_new_tokens"],
+    )

@@ -2,13 +2,14 @@
 
 Models write part of them, so Jinja escapes every string, the only markup that is inserted as it is are
 the plots drawn here, and a content security policy forbids any loading and all scripts but one of ours,
-by its digest: it filters or sorts a table, which is a plain table without it.
+by its digest: it filters and sorts tables, which are plain tables without it.
 """
 
 import base64
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ def _leaves(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     return [(prefix, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))]
 
 
-def render(template: str, script: str = "browse.js", **values: Any) -> str:
-    """Renders `assets/report/<template>.html.j2` with the script of that name. Jinja is imported here, at the edge."""
+def render(template: str, scripts: Sequence[str] = (), **values: Any) -> str:
+    """Renders `assets/report/<template>.html.j2` with these scripts as one. Jinja is imported here, at the edge."""
     import jinja2
     from markupsafe import Markup
 
@@ -65,7 +66,8 @@ def render(template: str, script: str = "browse.js", **values: Any) -> str:
     environment.filters |= {name: getattr(wording, name) for name in texts}
     environment.filters |= {"with_code": _with_code, "svg": _svg, "leaves": _leaves}
     # Our own files, inserted as they are: escaping would break their quotes.
-    css, code = (Markup((_FOLDER / name).read_text("utf-8")) for name in ("report.css", script))
+    css, *codes = (Markup((_FOLDER / name).read_text("utf-8")) for name in ("report.css", *scripts))
+    code = Markup("").join(codes)
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     return environment.get_template(f"{template}.html.j2").render(
         css=css, script=code, script_hash=Markup(digest), colours=plots.COLOURS,

@@ -181,6 +181,31 @@ def label_cross_entropy(
     return figure
 
 
+def reliability(bins: Sequence[Json]) -> "Figure":
+    """A reliability diagram (DeGroot and Fienberg 1983): over the mean score of each bin, the share that is true.
+
+    Args:
+        bins: `said`, the mean score; `mean`, the share, with `ci_low` and `ci_high`; `n`, which sizes the points.
+    """
+    figure, axes = new_figure(3.2, width=4.4)
+    axes.plot([0, 1], [0, 1], color=COLOURS["line"], lw=1.2, zorder=1)
+    most = max(one["n"] for one in bins)
+    for one in bins:
+        x = one["said"]
+        axes.plot([x, x], [one["ci_low"], one["ci_high"]], color=COLOURS["muted"], lw=1.4, zorder=2)
+        size = 4 + 8 * (one["n"] / most) ** 0.5
+        axes.plot([x], [one["mean"]], "o", ms=size, mew=0, color=COLOURS["dit"], zorder=3)
+        axes.annotate(f"n = {one['n']}", (x, one["mean"]), (7, -3), textcoords="offset points",
+                      ha="left" if x < 0.8 else "right", fontsize=8, color=COLOURS["muted"])  # fmt: skip
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel("score")
+    axes.set_ylabel("share that is true")
+    axes.grid()
+    _without_frame(axes)
+    return figure
+
+
 def grade_distributions(entries: Sequence[tuple[str, Sequence[int], float]]) -> "Figure":
     """Divided bars of grades 1 to 5. Entries: shown name, the five counts, mean grade; first on top."""
     figure, axes = new_figure(1.0 + 0.32 * len(entries), width=6.8)

@@ -73,7 +73,7 @@ def write_report(workdir: PathLike, grading: Mapping[str, Any] | None = None) ->
     summary["seconds"]["report"] = round(time.perf_counter() - start, 3)
     summary["seconds_total"] = round(sum(summary["seconds"].values()), 3)
     summary["peak_memory_bytes"] = max(summary["peak_memory_bytes"] or 0, peak_memory_bytes())
-    write_text(folder / "report.html", _page(summary, inputs, grades, tables, figures))
+    write_text(folder / "report.html", _page(summary, inputs, grades, tables, figures, workdir))
     write_text(folder / "report.md", _short_page(summary, tables["headline"], figures))
     subject = subject_of(inputs.config)
     write_text(folder / RESULTS_FILE, results_csv(grades.asked, subject))
@@ -220,12 +220,18 @@ def _figures(summary: Json, inputs: Inputs, groups: dict[str, Group]) -> list[Pl
 
 
 def _page(
-    summary: Json, inputs: Inputs, grades: RunGrades, tables: Json, figures: list[Plot]
+    summary: Json,
+    inputs: Inputs,
+    grades: RunGrades,
+    tables: Json,
+    figures: list[Plot],
+    workdir: PathLike,
 ) -> str:
     differences = summary["differences_from_dit"]
     names = [name for name in ordered_methods(summary["methods"]) if name in differences]
     return html.render(
         "report",
+        scripts=("sort.js", "browse.js"),
         s=summary,
         **tables,
         lead=about.lead(summary),
@@ -239,7 +245,8 @@ def _page(
         kinds=_kinds(summary),
         gating=_gating_labels(summary),
         tests={shown_name(name): differences[name] for name in names},
-        examples=about.examples(summary, inputs, grades),
+        run=about.run(workdir, inputs),
+        examples=about.examples(summary, inputs, grades, workdir),
         missing=about.missing(summary),
         shared_from=inputs.stages.get("diffs", {}).get("shared_from"),
         figures={figure.name: figure for figure in figures},

@@ -21,6 +21,10 @@ for (const browser of document.querySelectorAll(".browser")) {
     count.textContent = `${Math.min(found, most)} of ${found} shown`;
     more.hidden = found <= most;
   };
+  browser.querySelector("table").addEventListener("sorted", () => {
+    rows.sort((a, b) => a.row.compareDocumentPosition(b.row) & Node.DOCUMENT_POSITION_FOLLOWING ? -1 : 1);
+    show();
+  });
   form.addEventListener("input", () => { most = step; show(); });
   form.addEventListener("submit", event => event.preventDefault());
   more.addEventListener("click", () => { most += 5 * step; show(); });

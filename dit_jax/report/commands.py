@@ -1,0 +1,24 @@
+"""Shell commands that pages show, to ask a diff again."""
+
+import shlex
+
+
+def ask_command(
+    base: str,
+    diff: str,
+    question: str,
+    *,
+    index: int | None = None,
+    adapter: str | None = None,
+    forbid_repeats: bool = False,
+    max_new_tokens: int,
+) -> str:
+    """A command of `dit_jax.ask`, quoted for a shell."""
+    parts = ["python", "-m", "dit_jax.ask", "--base", base, "--diff", diff]
+    if index is not None:
+        parts += ["--index", str(index)]
+    if adapter:
+        parts += ["--adapter", adapter]
+    if forbid_repeats:
+        parts.append("--forbid-repeats")
+    return shlex.join([*parts, "--max-new-tokens", str(max_new_tokens), question])
