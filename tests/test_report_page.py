@@ -64,11 +64,15 @@ def outline(reported) -> Outline:
     return parser
 
 
-def test_page_is_well_formed_and_its_links_lead_somewhere(outline):
+def test_page_is_well_formed_and_its_links_lead_somewhere(outline, reported):
     ids = [value for name, value in outline.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     links = [v for name, v in outline.attributes if name in ("href", "xlink:href", "for")]
-    assert links and {link.removeprefix("#") for link in links} <= set(ids)
+    anchors = {link.removeprefix("#") for link in links if link.startswith("#")}
+    assert anchors and anchors <= set(ids)
+    files = {link for link in links if not link.startswith("#")}
+    assert {"summary.json", "results.csv", "../evaluate/answers.jsonl"} <= files
+    assert all((reported[0] / "report" / file).exists() for file in files)
     source = " ".join(value for _, value in outline.attributes)
     assert set(re.findall(r"url\(#([^)]*)\)", source)) <= set(ids)
 
@@ -223,6 +227,16 @@ _FACTS = """{
       return [form.hidden, shown.length, page.querySelector(".browser output").textContent,
               shown.every(row => row.textContent.includes(search) && row.className.includes(result))];
     })),
+    sorted: ["descending", "ascending"].map(order => {
+      const table = page.querySelector("#results table"), head = table.tHead.rows[0].cells[1];
+      head.querySelector("button").click();
+      const values = [];
+      for (const row of Array.from(table.tBodies[0].rows).slice(1)) {
+        if (row.classList.contains("group")) break;
+        values.push(parseFloat(row.cells[1].textContent));
+      }
+      return [head.getAttribute("aria-sort") === order, values];
+    }),
     svg: page.querySelector("svg").getBoundingClientRect().width}"""
 
 
@@ -240,4 +254,6 @@ def test_page_in_a_browser(reported, tmp_path, width, dark):
         found = [r for r in found if not result or r["guess"] != r["topic"]]
         assert not hidden and fits
         assert shown == min(30, len(found)) and told == f"{shown} of {len(found)} shown"
+    (down, values), (up, again) = seen["sorted"]
+    assert down and up and len(values) > 2 and again == values[::-1] == sorted(values)
     assert 250 < seen["svg"] <= width
