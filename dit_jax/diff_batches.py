@@ -9,6 +9,7 @@ import numpy as np
 
 from dit_jax.api import Model
 from dit_jax.asking import Answer, answer_batch
+from dit_jax.data.chat import Prompt
 from dit_jax.deltas.factors import stack_padded
 from dit_jax.deltas.store import DiffStore
 from dit_jax.deltas.tree import is_lora, noise_like
@@ -83,7 +84,7 @@ def from_store(store: DiffStore, indices: Sequence[int]) -> Given:
 def answer(
     model: Model,
     given: Given,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Prompt],
     rows: Sequence[int],
     adapter: Delta,
     *,

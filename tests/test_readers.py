@@ -144,7 +144,6 @@ def test_a_diff_keeps_its_strongest_layers_or_all_but_its_words(model):
 
 
 def test_ask_reads_without_an_adapter(model, tmp_path, capsys):
-    (tmp_path / "diff").mkdir()
     export.write_peft(tmp_path / "diff", writer(model, "coffee"), model.config, "tiny_qwen3")
     flags = ["--base", "tiny_qwen3", "--diff", str(tmp_path / "diff"), "--max-new-tokens", "16"]
     flags += ["--forbid-repeats", "--method", "written_words", QUESTION]

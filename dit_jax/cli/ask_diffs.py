@@ -198,7 +198,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for i, diff in enumerate(diffs):
             alone = together([diff.delta])
             for question in flags.questions:
-                (told,) = readers.read(
+                (found,) = readers.read(
                     model, alone, flags.method, question, everyday,
                     max_new_tokens=flags.max_new_tokens, forbid_repeats=flags.forbid_repeats,
                 )  # fmt: skip
@@ -208,8 +208,8 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     "question": question,
                     "variant": flags.method,
                     "sample": 0,
-                    "answer": told.text,
-                    "words": told.words,
+                    "answer": found.text,
+                    "words": found.words,
                 }
         return
     if adapter is None:

@@ -220,7 +220,7 @@ def _command(row: Json, told: Mapping[str, Any]) -> str:
     battery = told["battery"]
     return ask_command(
         told["base"],
-        row.get("path", row["name"]),
+        str(row.get("path", row["name"])),
         battery["questions"][0],
         index=row.get("number") or None,
         adapter=told["adapter"],
