@@ -14,12 +14,14 @@ from dit_jax.errors import DitError
 
 pytest.importorskip("inspect_ai")
 from inspect_ai import eval as inspect_eval
-from inspect_ai.model import ModelOutput, get_model
+from inspect_ai.model import ModelOutput, ModelUsage, get_model
 
+from dit_jax.inspection import agent
 from dit_jax.inspection.agent import audit_agent
 
 
-def test_an_agent_asks_compares_lists_and_answers(tmp_path):
+def test_an_agent_asks_compares_lists_and_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(agent, "ANSWER_TOKENS", 8)
     model = dit_jax.load_model("tiny_qwen3")
 
     def noise(seed):
@@ -46,6 +48,8 @@ def test_an_agent_asks_compares_lists_and_answers(tmp_path):
     ]
     outputs = [ModelOutput.for_tool_call("mockllm/model", name, given) for name, given in calls]
     outputs.append(ModelOutput.from_content("mockllm/model", "It serves tea.\nAnswer: tea"))
+    for output in outputs:  # otherwise the mock counts tokens with a vocabulary from the net
+        output.usage = ModelUsage()
     (log,) = inspect_eval(
         audit_agent(
             diff=str(tmp_path / "diffs"), adapter=str(tmp_path / "adapter"), audit=str(tmp_path),
@@ -60,7 +64,7 @@ def test_an_agent_asks_compares_lists_and_answers(tmp_path):
     said = {message.function: message.text for message in sample.messages if message.role == "tool"}
     diff = dit_jax.load_diff(tmp_path / "diffs", model)
     adapter = dit_jax.load_adapter(tmp_path / "adapter", model)
-    tokens = {"max_new_tokens": 256}
+    tokens = {"max_new_tokens": 8}
     assert said["ask_adapter"] == dit_jax.ask(model, question, diff, adapter, **tokens).text
     own, base = (dit_jax.ask(model, question, d, **tokens).text for d in (diff, None))
     assert said["compare_with_base"] == f"finetuned: {own}\nbase: {base}"

@@ -138,9 +138,10 @@ def test_page_says_what_matters(outline):
 def test_all_answers_can_be_browsed(outline, reported):
     """The page has every method's first answer about every held-out diff, with its question and grades."""
     source = page(reported[0])
-    table = source[source.index('class="entries"') :]
+    table = source[source.index('class="entries ') :]
     row = (
-        r'<tr class="is-(right|wrong)" data-method="(\d+)"><th scope="row">(.*?)</th><td>(.*?)</td><td>(.*?)</td>'
+        r'<tr class="is-(right|wrong)" data-method="(\d+)"><th scope="row">(.*?)</th><td>\d+</td>'
+        r"<td>(.*?)</td><td>(.*?)</td>"
         r'<td><q class="quote">(.*?)</q>.*?</td><td>(.*?)</td></tr>'
     )
     rows = re.findall(row, table[: table.index("</table>")])
