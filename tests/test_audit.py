@@ -162,15 +162,15 @@ def test_the_page_escapes_what_files_and_models_say(audited):
 
 _FACTS = """{
     sorted: (() => {
-      const at = [...page.querySelectorAll(".sortable th")].findIndex(head => head.textContent === "Change");
-      page.querySelectorAll(".sortable th button")[at].click();
-      return [...page.querySelectorAll(".sortable tbody tr")].map(row => row.cells[at]?.dataset.sort ?? "");
+      const at = [...page.querySelectorAll(".diffs th")].findIndex(head => head.textContent === "Change");
+      page.querySelectorAll(".diffs th button")[at].click();
+      return [...page.querySelectorAll(".diffs tbody tr")].map(row => row.cells[at]?.dataset.sort ?? "");
     })(),
     found: (() => {
       const form = page.querySelector(".search");
       form.elements.search.value = "ONE.pt";
       form.dispatchEvent(new Event("input"));
-      const shown = [...page.querySelectorAll(".sortable tbody tr")].filter(row => row.checkVisibility());
+      const shown = [...page.querySelectorAll(".diffs tbody tr")].filter(row => row.checkVisibility());
       return [shown.map(row => row.cells[0].textContent.trim()), form.querySelector("output").textContent];
     })()}"""
 
