@@ -1,6 +1,5 @@
 """An Inspect agent that audits weight diffs: its tools, and the task in which it has to say what each diff does."""
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -77,10 +76,14 @@ async def _answer(model: Model, prompt: str, body: dict[str, Any]) -> str:
 
 def _audited(folder: str) -> list[str]:
     """A line for each diff of an audit. Raises DitError: there is no audit."""
+    from dit_jax.formats.json_parser import parse_json
     from dit_jax.runtime.artifacts import read_text
 
     file = pathlib.Path(folder).expanduser() / "audit.jsonl"
-    rows = [json.loads(line) for line in read_text(file, "check -T audit=…").splitlines()]
+    try:
+        rows = [parse_json(line) for line in read_text(file, "check -T audit=…").splitlines()]
+    except ValueError as error:
+        raise DitError(f"'{file}' is no list of audited diffs: {error}") from None
     lines = []
     for row in rows[:MOST_ROWS]:
         told = [str(row["verdict"])]

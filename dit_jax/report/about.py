@@ -8,9 +8,9 @@ from typing import Any
 from dit_jax.data import labels
 from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.organisms.behaviours import Behaviour, known_behaviour
-from dit_jax.report.commands import ask_command
 from dit_jax.report.grading import RunGrades
 from dit_jax.report.inputs import Inputs, Json, Row, seen, variant
+from dit_jax.report.shell import ask_command
 from dit_jax.report.wording import UNSEEN, as_code, ordered_methods, percent, plural, shown_name
 from dit_jax.runtime.artifacts import PathLike
 

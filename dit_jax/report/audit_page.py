@@ -7,7 +7,7 @@ from typing import Any
 
 from dit_jax.evaluate.methods import READERS
 from dit_jax.report import html, plots
-from dit_jax.report.commands import ask_command
+from dit_jax.report.shell import ask_command
 from dit_jax.report.wording import between, percent, plural, shown_name
 
 Json = dict[str, Any]
