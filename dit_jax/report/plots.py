@@ -195,8 +195,9 @@ def reliability(bins: Sequence[Json]) -> "Figure":
         axes.plot([x, x], [one["ci_low"], one["ci_high"]], color=COLOURS["muted"], lw=1.4, zorder=2)
         size = 4 + 8 * (one["n"] / most) ** 0.5
         axes.plot([x], [one["mean"]], "o", ms=size, mew=0, color=COLOURS["dit"], zorder=3)
-        axes.annotate(f"n = {one['n']}", (x, one["mean"]), (7, -3), textcoords="offset points",
-                      ha="left" if x < 0.8 else "right", fontsize=8, color=COLOURS["muted"])  # fmt: skip
+        side = 1 if x < 0.8 else -1
+        axes.annotate(f"n = {one['n']}", (x, one["mean"]), (side * (3 + size / 2), -3), textcoords="offset points",
+                      ha="left" if side > 0 else "right", fontsize=8, color=COLOURS["muted"])  # fmt: skip
     axes.set_xlim(-0.03, 1.03)
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel("score")
