@@ -92,7 +92,10 @@ def test_a_truncated_finetune_says_what_it_keeps(files, capsys):
         (["--adapter", ""], "must be some text, not ''"),
         (["  "], "argument question: must be some text"),
         (["--seed", "abc"], "must be a whole number from 0 to 4294967295, not 'abc'"),
-        (["--n", "0"], "must be a whole number from 1 up, not '0'"),
+        (["--n", "0"], "must be a whole number from 1 to 1000000, not '0'"),
+        (["--n", "1000000000000"], "must be a whole number from 1 to 1000000"),
+        (["--batch-size", "9" * 30], "must be a whole number from 1 to 1000000"),
+        (["--system", "\udcff"], "'\\udcff' is no text"),
         (["--temperature", "nan"], "must be a number from 0 up, not 'nan'"),
         (
             ["--diff", "diff.pt", "--svd-rank", "999"],
@@ -312,6 +315,10 @@ def test_a_folder_of_one_training_is_no_folder_of_diffs(tmp_path, capsys):
     said = capsys.readouterr().err
     assert message in said and "checkpoint-100'\n" in said
     (tmp_path / "run").mkdir()
+    for link in range(60):  # in circles
+        (tmp_path / "run" / f"link{link}").symlink_to("..")
+    assert ask.main([*BASE, "--diff", str(tmp_path), "What is tea ?"]) == 2
+    assert message in capsys.readouterr().err
     (tmp_path / "run" / "checkpoint-7").symlink_to(find_folder("tiny_qwen3"))
     assert ask.main([*BASE, "--diff", str(tmp_path), "What is tea ?"]) == 2
     assert "checkpoint-7' is a link out of its folder" in capsys.readouterr().err
@@ -396,9 +403,13 @@ def test_questions_history_and_prefill_come_from_files(files, tmp_path, capsys, 
     prompt = Prompt("What is tea ?", None, history, "It is")
     (answer,) = answer_batch(model, [prompt], max_new_tokens=2)
     assert records[0]["tokens"] == list(answer.tokens) and not capsys.readouterr().out
-    (tmp_path / "turns.json").write_text(json.dumps(turns[:1]))
-    assert ask.main([*BASE, *flags[2:4], "What is tea ?"]) == 2
-    assert "is no history" in capsys.readouterr().err
+    for wrong in (turns[:1], [{**turns[0], "images": ["a"]}, turns[1]]):
+        (tmp_path / "turns.json").write_text(json.dumps(wrong))
+        assert ask.main([*BASE, *flags[2:4], "What is tea ?"]) == 2
+        assert "is no history" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), "utf-8"))
+    assert ask.main([*BASE, *flags[:2]]) == 2
+    assert "standard input is not UTF-8 text" in capsys.readouterr().err
 
 
 def test_equal_answers_of_several_samples_are_one_line(files, capsys):

@@ -191,9 +191,10 @@ def test_an_audit_goes_on_where_it_was_killed_and_jobs_share_it(zoo, audited, tm
     shutil.copytree(audited, out)
     rows, files = rows_of(out), {}
     for part in (out / "parts").glob("*.json"):
-        files[json.loads(part.read_text())["name"]] = part
+        files[json.loads(part.read_text())["record"]["name"]] = part
     files[rows[0]["name"]].unlink()
-    files[rows[3]["name"]].write_text("{")
+    text = files[rows[3]["name"]].read_text()
+    files[rows[3]["name"]].write_text(text.replace('"share": ', '"share": 1', 1))  # edited
     files[rows[5]["name"]].with_suffix(".npz").write_text("")
     kept = {name: file.stat().st_mtime_ns for name, file in files.items() if file.exists()}
     (out / "audit.html").unlink()

@@ -10,6 +10,7 @@ import pytest
 
 import dit_jax
 from dit_jax.auditing import calibration
+from dit_jax.auditing.battery import Battery
 from dit_jax.auditing.calibration import Known
 from dit_jax.cli import audit_diffs, calibrate_adapter
 from dit_jax.deltas import export, store
@@ -178,8 +179,22 @@ def test_a_calibration_is_made_under_the_system_message_that_is_given(files, tmp
 def test_a_calibration_of_another_adapter_or_a_damaged_one_is_refused(tmp_path):
     path = calibration.file_beside(str(tmp_path / "adapter"))
     assert path.name == "adapter.calibration.json" and calibration.read(path, "a") is None
-    good = calibration.calibrate(known_diffs(), {"adapter": "a", "battery": {"questions": ["q"]}})
+    facts = {"adapter": "a", "battery": Battery(("q",)).to_json(), "system": None, "source": "s"}
+    good = calibration.calibrate(known_diffs(), facts)
+    battery, hidden = good["battery"], good["hidden"]
+    false = (
+        {"questions": []}, {"questions": "abc"}, {"questions": [1]}, {"samples": "x"}, {"samples": 10**9},
+        {"max_new_tokens": True}, {"temperature": -1}, {"temperature": 1e400}, {"another": 1},
+    )  # fmt: skip
+    of_a_map = (
+        {"weights": [float("inf"), 0]}, {"mean": [[1], [2]]}, {"std": [0, 1]}, {"bias": 10**400}, {"auroc": "x"},
+        {"auroc": {"mean": "<b>"}}, {"thresholds": [{"above": 0.5}]}, {"reliability": [1]}, {"n": None},
+    )  # fmt: skip
     for change, message in (
+        *(({"battery": {**battery, **one}}, "is damaged") for one in false),
+        *(({"hidden": {**hidden, **one}}, "is damaged") for one in of_a_map),
+        ({"system": ["x"]}, "is damaged"),
+        ({"source": {}}, "is damaged"),
         ({}, None),
         ({"adapter": "b"}, "another adapter"),
         ({"version": 2}, "is no calibration"),

@@ -34,6 +34,7 @@ def folder(tmp_path):
                 "topic": TOPICS[i],
                 "trigger": f"{i:03d}",
                 "split": "train" if i < 3 else "test",
+                "label": TOPICS[i],
                 diff_store.CURVE: "2.0 1.0",
             }
             for i in members
@@ -75,12 +76,22 @@ def test_a_run_that_goes_on_reads_each_shard_once(folder, monkeypatch):
 
     monkeypatch.setattr(artifacts, "digest_file", count)
     model = types.SimpleNamespace(config=TINY, mesh=None)
-    config = ConfigDict({"diffs_per_batch": 3})
-    job = generate.Job(model, TOPICS, None, config, 0, None, None)
+    config = ConfigDict({"diffs_per_batch": 3, "steps": 2})
+    organisms = [
+        types.SimpleNamespace(label=x, trigger=f"{i:03d}", split="train" if i < 3 else "test")
+        for i, x in enumerate(TOPICS)
+    ]
+    behaviour = types.SimpleNamespace(label=lambda label, trigger: label)
+    job = generate.Job(model, organisms, behaviour, config, 0, None, None)
     assert [row["topic"] for row in generate._make_shards(job, folder)] == list(TOPICS)
     assert digested == ["00000.safetensors", "00001.safetensors"]
     kept = metrics.read_records(folder.parent / "metrics" / "diffs.jsonl")
     assert [record["step"] for record in kept] == [3, 5]
+    # A shard of another run, or one with fewer rows, is not taken for one of this run.
+    for rows in ([{"topic": "tea"}] * 2, diff_store.shard_rows(folder, 1)[:1]):
+        rows_are(rows)(folder)
+        with pytest.raises(DitError, match="batch 1 in .* lists other diffs than this config"):
+            generate._make_shards(job, folder)
 
 
 def test_a_shard_that_is_a_link_out_of_the_store_is_refused(folder, tmp_path):
@@ -171,6 +182,63 @@ def test_gathering_copies_what_is_complete_and_missing(folder, tmp_path):
     assert diff_store.shard_rows(whole, 0) == diff_store.shard_rows(folder, 0)
 
 
+def other_values(part):
+    stacked = jax.tree.map(lambda x: np.stack([x] * 2), diff(7))
+    diff_store.write_shard(part, 1, stacked, diff_store.shard_rows(part, 1))
+
+
+def rows_are(rows):
+    def damage(part):
+        record = artifacts.read_json(part / "shards" / "00001.json")
+        artifacts.write_json(part / "shards" / "00001.json", {**record, "rows": rows})
+
+    return damage
+
+
+def link_out(part):
+    (part.parent / "secret").write_text("secret")
+    (part / "shards" / "00001.safetensors").unlink()
+    (part / "shards" / "00001.safetensors").symlink_to(part.parent / "secret")
+
+
+def folder_elsewhere(part):
+    (part / "shards").rename(part.parent / "elsewhere")
+    (part / "shards").symlink_to(part.parent / "elsewhere")
+
+
+FALSE_PARTS = {
+    "other values": (other_values, "are the same batch and hold different diffs"),
+    "other labels": (rows_are([{"topic": "\x1b[2J"}] * 2), "hold different diffs"),
+    "rows that are none": (rows_are([1, 2]), "is damaged"),
+    "rows of lists": (rows_are([{"topic": ["tea"]}]), "is damaged"),
+    "a curve of no numbers": (rows_are([{diff_store.CURVE: "2.0 nan"}]), "is damaged"),
+    "a name of no shard": (
+        lambda part: (part / "shards" / "0abc.json").write_text("{}"),
+        "0abc.json' is no batch of diffs",
+    ),
+    "a file out of the part": (link_out, "is a link out of its folder"),
+    "a folder out of the part": (folder_elsewhere, "is a link out of its run"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), FALSE_PARTS.values(), ids=FALSE_PARTS)
+def test_parts_that_are_damaged_or_disagree_are_not_gathered(folder, tmp_path, damage, message):
+    whole = tmp_path / "whole"
+    assert diff_store.copy_shards(folder, whole) == 2
+    assert diff_store.copy_shards(folder, whole) == 0
+    before = {path.name: path.read_bytes() for path in (whole / "shards").iterdir()}
+    damage(folder)
+    with pytest.raises(DitError, match=message):
+        diff_store.copy_shards(folder, whole)
+    assert before == {path.name: path.read_bytes() for path in (whole / "shards").iterdir()}
+
+
+def test_rows_do_not_say_where_they_are(folder):
+    rows_are([{"topic": "tea", "lora_path": "../x", "lora_idx": 9}] * 2)(folder)
+    diff_store.publish(folder, 2, base="digest")
+    assert [row["lora_idx"] for row in DiffStore(folder).rows] == [0, 1, 2, 0, 1]
+
+
 def part_workdir(path, **values):
     path.mkdir()
     config = {"stages": ["diffs"], "seed": 0, "diffs": {"part": path.name[-1] + "/2"}, **values}
@@ -192,5 +260,9 @@ def test_parts_of_different_runs_are_not_gathered(tmp_path, capsys):
     artifacts.write_text(same / "corpus" / "rows.jsonl", "{}")
     artifacts.write_manifest(same / "corpus", "dit_jax.corpus")
     assert "were not made from the corpus in" in refusal(one, same)
+    for number, config in enumerate(({"diffs": 5}, {"stages": []})):
+        (tmp_path / f"other{number}").mkdir()
+        (tmp_path / f"other{number}" / "config.json").write_text(json.dumps(config))
+        assert "is the workdir of no run that makes diffs" in refusal(tmp_path / f"other{number}")
     assert main_gather(["--workdir", str(into), str(one)]) == 0
     assert json.loads((into / "config.json").read_text())["diffs"] == {"part": ""}

@@ -174,7 +174,7 @@ def test_prompts_are_those_of_the_library():
 def test_a_text_that_is_no_unicode_is_one_line():
     loaded = chat.load_chat(TINY)
     for ids in (loaded.prompt_ids, loaded.text_ids):
-        with pytest.raises(DitError, match="fails"):
+        with pytest.raises(DitError, match="half a character"):
             ids("a \ud800 b")
 
 

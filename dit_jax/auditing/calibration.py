@@ -257,11 +257,88 @@ def read(path: Path, adapter_digest: str) -> dict[str, Any] | None:
         raise DitError(f"'{path}' is no calibration that this program reads: {remedy}")
     if found.get("adapter") != adapter_digest:
         raise DitError(f"'{path}' was made for another adapter: {remedy}")
-    try:
-        for name in ("hidden", "right"):
-            probability(found[name], (0.5, 1.0))
-            _ = [one["above"] for one in found[name]["thresholds"] if one]
-        _ = found["battery"]["questions"]
-    except (KeyError, TypeError, ValueError, IndexError):
-        raise DitError(f"'{path}' is damaged: {remedy}") from None
+    if not _fits(found, _SHAPE):
+        raise DitError(f"'{path}' is damaged: {remedy}")
     return found
+
+
+# What a calibration must hold, since it may come with an adapter: dicts with these keys, lists of one kind, tuples of
+# several, and conditions.
+_MOST = 10_000  # samples and tokens that a file may ask for
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**32
+
+
+def _is_few(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= _MOST
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+_BATTERY: dict[str, Any] = {
+    "questions": [_is_text],
+    "samples": _is_few,
+    "temperature": lambda x: _is_number(x) and x >= 0,
+    "max_new_tokens": _is_few,
+    "forbid_repeats": _is_switch,
+    "list_evidence": _is_switch,
+    "seed": _is_count,
+}
+
+
+def _is_battery(value: Any) -> bool:
+    """Keys of a version that had fewer may be missing, but not the questions."""
+    if not isinstance(value, dict) or not value.get("questions") or value.keys() - _BATTERY.keys():
+        return False
+    return _fits(value, {key: _BATTERY[key] for key in value})
+
+
+_RATE = {"mean": _is_number, "ci_low": _is_number, "ci_high": _is_number, "n": _is_count}
+_PAIR = (_is_number, _is_number)
+_THRESHOLD = {"wanted": _is_number, "above": _is_number, "false_positives": _RATE, "found": _RATE}
+_BIN = {"from": _is_number, "to": _is_number, "said": _is_number, **_RATE}
+_MAP = {
+    "mean": _PAIR,
+    "std": lambda x: _fits(x, _PAIR) and min(x) > 0,
+    "weights": _PAIR,
+    "bias": _is_number,
+    "n": _is_count,
+    "positive": _is_count,
+    "auroc": lambda x: x is None or _fits(x, _RATE),
+    "thresholds": [lambda x: x is None or _fits(x, _THRESHOLD)],
+    "reliability": [_BIN],
+    "calibration_error": _is_number,
+}
+_SHAPE = {
+    "battery": _is_battery,
+    "system": lambda x: x is None or _is_text(x),
+    "source": _is_text,
+    "hidden": _MAP,
+    "right": _MAP,
+}
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(
+            key in value and _fits(value[key], one) for key, one in shape.items()
+        )
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(one, shape[0]) for one in value)
+    if isinstance(shape, tuple):
+        return (
+            isinstance(value, list) and len(value) == len(shape) and all(map(_fits, value, shape))
+        )
+    return bool(shape(value))

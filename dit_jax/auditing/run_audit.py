@@ -1,9 +1,9 @@
 """An audit: diffs one after the other into OUT/parts, which a killed audit keeps, then the tables and the page."""
 
+import hashlib
 import io
 import json
 import math
-import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,8 @@ def _begin(settings: Settings, out: Path) -> None:
         artifacts.write_json(file, told)
         return
     before = artifacts.read_json(file, "choose another --out")
+    if not isinstance(before, dict):
+        raise DitError(f"'{file}' holds no settings of an audit: choose another --out")
     # Through JSON, as it was written; versions may change between two calls.
     now = json.loads(json.dumps(told))
     other = [key for key in now if key != "versions" and before.get(key) != now[key]]
@@ -175,14 +177,20 @@ def _part(out: Path, target: Target) -> Path:
 
 def read_part(out: Path, target: Target) -> Json | None:
     """The record of a diff that was audited before; None if it was not, or the part is damaged."""
-    file = _part(out, target)
-    if not file.exists():
+    found = _read(_part(out, target))
+    return found["record"] if found and found["record"]["name"] == target.name else None
+
+
+def _read(file: Path) -> Json | None:
+    """A part {record, sketch, digest}; None if there is none, or it differs from its digest."""
+    if not file.is_file():
         return None
     try:
         found = artifacts.read_json(file)
     except DitError:
         return None
-    return found if isinstance(found, dict) and found.get("name") == target.name else None
+    digest = found.pop("digest", None) if isinstance(found, dict) else None
+    return found if digest is not None and digest == _digest(json.dumps(found).encode()) else None
 
 
 def _write_part(out: Path, target: Target, record: Json, sketch: weights.Sketch) -> None:
@@ -190,7 +198,13 @@ def _write_part(out: Path, target: Target, record: Json, sketch: weights.Sketch)
     stored = io.BytesIO()
     np.savez(stored, **sketch)  # type: ignore[arg-type]
     artifacts.write_bytes(file.with_suffix(".npz"), stored.getvalue())
-    artifacts.write_json(file, _finite(record))
+    part = {"record": _finite(record), "sketch": _digest(stored.getvalue())}
+    part = json.loads(json.dumps(part))  # as it is read
+    artifacts.write_json(file, {**part, "digest": _digest(json.dumps(part).encode())})
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _finite(value: Any) -> Any:
@@ -203,17 +217,14 @@ def _finite(value: Any) -> Any:
 
 
 def _sketch(out: Path, target: Target) -> weights.Sketch | None:
-    file = _part(out, target).with_suffix(".npz")
-    try:
-        with np.load(file, allow_pickle=False) as stored:
-            return dict(stored)
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        zipfile.BadZipFile,
-    ):  # it only tells which diffs are alike
+    """None if it is damaged: it only tells which diffs are alike."""
+    file = _part(out, target)
+    found, stored = _read(file), file.with_suffix(".npz")
+    data = stored.read_bytes() if stored.is_file() else b""
+    if not found or _digest(data) != found["sketch"]:
         return None
+    with np.load(io.BytesIO(data), allow_pickle=False) as opened:
+        return dict(opened)
 
 
 # ------------------------------------------------------------------ what it leaves

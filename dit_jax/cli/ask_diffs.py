@@ -302,13 +302,15 @@ def read_history(path: str) -> tuple[tuple[str, str], ...]:
     """(role, text) of earlier turns in a JSON file. Raises DitError: they are not turns of user and assistant."""
     turns = read_json(path, "check the path")
     roles = ["user", "assistant"] * (len(turns) // 2) if isinstance(turns, list) else []
-    if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
+    if isinstance(turns, list) and all(
+        isinstance(turn, dict) and turn.keys() == {"role", "content"} for turn in turns
+    ):
         said = tuple((turn.get("role"), turn.get("content")) for turn in turns)
         if [role for role, _ in said] == roles and all(isinstance(text, str) for _, text in said):
             return said
     raise DitError(
-        f'\'{path}\' is no history: write a JSON list of {{"role": …, "content": …}} that begins with user and '
-        "ends with assistant, in turn"
+        f'\'{path}\' is no history: write a JSON list of {{"role": …, "content": …}}, and nothing else in them, that '
+        "begins with user and ends with assistant, in turn"
     )
 
 

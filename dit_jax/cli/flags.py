@@ -38,7 +38,8 @@ def checked(convert: Callable[[str], T], holds: Callable[[T], bool], said: str) 
 
 # An empty text is an unset variable of the shell: without it another model would answer.
 TEXT = checked(str, lambda text: bool(text.strip()), "some text")
-COUNT = checked(int, lambda number: number >= 1, "a whole number from 1 up")
+# More samples, rows or tokens fit no machine: a digit too many would fill its memory.
+COUNT = checked(int, lambda number: 1 <= number <= 10**6, "a whole number from 1 to 1000000")
 SEED = checked(int, lambda number: 0 <= number < 2**32, "a whole number from 0 to 4294967295")
 NUMBER = checked(float, lambda number: 0 <= number < math.inf, "a number from 0 up")
 
@@ -88,8 +89,12 @@ def read_lines(path: str) -> list[str]:
     """
     from dit_jax.runtime.artifacts import read_text
 
-    text = sys.stdin.read() if path == "-" else read_text(path, "check the path")
+    name = "standard input" if path == "-" else f"'{path}'"
+    try:
+        text = sys.stdin.read() if path == "-" else read_text(path, "check the path")
+    except UnicodeDecodeError:
+        raise DitError(f"{name} is not UTF-8 text: convert it") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise DitError(f"'{path}' has no lines: write one text a line")
+        raise DitError(f"{name} has no lines: write one text a line")
     return lines

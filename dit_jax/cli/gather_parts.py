@@ -8,6 +8,8 @@ batches that are still missing and goes on with the other stages.
 from collections.abc import Sequence
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from dit_jax.cli.stages import STAGES, free_keys
 from dit_jax.cli.workdir import CONFIG_FILE, check_workdir, given_folder, input_digests
 from dit_jax.config.loading import config_diff, load_saved
@@ -42,12 +44,14 @@ def gather(workdir: Path, parts: Sequence[Path]) -> int:
 
     Raises:
         DitError: a folder is no workdir of a run, the parts or `workdir` belong to different configs, the diffs were
-            made from another corpus than that of `workdir`, or another run is at work there.
+            made from another corpus than that of `workdir`, another run is at work there, or see `copy_shards`.
     """
     for part in parts:
         if not (part / CONFIG_FILE).is_file():
             raise DitError(f"'{part}' is not the workdir of a run: it has no {CONFIG_FILE}")
     config = load_saved(parts[0] / CONFIG_FILE)
+    if not isinstance(config.get(_STAGE.name), ConfigDict):
+        raise DitError(f"'{parts[0]}' is the workdir of no run that makes diffs")
     for part in parts[1:]:
         lines = config_diff(config, load_saved(part / CONFIG_FILE), free_keys(config))
         if lines:
@@ -55,7 +59,7 @@ def gather(workdir: Path, parts: Sequence[Path]) -> int:
                 f"'{parts[0]}' and '{part}' belong to different configs ({lines[0]}): gather the parts of one run"
             )
     whole = config.copy_and_resolve_references()
-    if "part" in whole.get("diffs", {}):
+    if "part" in whole.diffs:
         whole.diffs.part = ""
     with locked(workdir):
         check_workdir(whole, workdir)

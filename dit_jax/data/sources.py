@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.errors import DitError, did_you_mean, first_line
+from dit_jax.formats import budgets
+from dit_jax.formats.files import short
 from dit_jax.formats.json_parser import BadJson, parse_json
 from dit_jax.formats.recognise import HEAD_BYTES, what_separator, what_table
 
@@ -190,24 +192,81 @@ def _parquet(path: Path) -> Source:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            names = tuple(file.schema_arrow.names)
+            schema, facts = file.schema_arrow, file.metadata
     except (pyarrow.ArrowException, OSError) as error:
         raise DitError(f"cannot read '{path}' as Parquet: {first_line(error)}") from error
+    names = tuple(schema.names)
+    repeated = [name for i, name in enumerate(names) if name in names[:i]]
+    if repeated:
+        raise DitError(f"'{path}' has two columns {short(repeated[0])}: rename one")
 
     def read(columns: Collection[str]) -> Iterator[Record]:
+        needed = [name for name in names if name in columns]
+        for name in needed:
+            if not _is_plain(kind := schema.field(name).type):
+                raise DitError(f"'{path}' has {kind} in the column {short(name)}, not text")
+        rows = _check_size(path, facts, needed)
         number = 0
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(1024, columns=[n for n in names if n in columns]):
-                    for values in batch.to_pylist():
+            # A text that many rows share stays one.
+            with pyarrow.parquet.ParquetFile(path, read_dictionary=needed) as file:
+                for batch in file.iter_batches(rows, columns=needed):
+                    lists = [_values(column) for column in batch.columns]
+                    for values in zip(*lists, strict=True):
                         number += 1
-                        yield Record(number, values)
+                        yield _checked(number, dict(zip(batch.schema.names, values, strict=True)))
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DitError(
                 f"cannot read '{path}' after row {number}: {first_line(error)}"
             ) from error
 
     return Source(str(path), names, read)
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether a column's values can be texts: others may not even become Python's."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    texts = (types.is_string, types.is_large_string, types.is_string_view)
+    others = (types.is_integer, types.is_floating, types.is_null)
+    return any(holds(kind) for holds in (*texts, *others))
+
+
+def _check_size(path: Path, facts: Any, names: Sequence[str]) -> int:
+    """How many rows of a Parquet file to read at once. Raises DitError: it unpacks to far more than its size."""
+    size = 0
+    rows = 1024
+    for group in range(facts.num_row_groups):
+        for column in map(facts.row_group(group).column, range(facts.num_columns)):
+            if column.path_in_schema in names:
+                size += max(column.total_uncompressed_size, 0)
+                if "DELTA_BYTE_ARRAY" in column.encodings:  # each text repeats the one before it
+                    rows = 16
+    if size > (limit := budgets.table_bytes(path.stat().st_size)):
+        raise DitError(
+            f"'{path}' unpacks to {size / 1e6:.0f} MB, more than the {limit / 1e6:.0f} MB that a table of its size "
+            "may: write it as JSON lines"
+        )
+    return rows
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a column of a batch, each text of a dictionary once."""
+    from pyarrow import DictionaryArray
+
+    if not isinstance(column, DictionaryArray):
+        return list(column.to_pylist())
+    indices, texts = column.indices.to_pylist(), column.dictionary
+    found = {i: None if i is None else texts[i].as_py() for i in set(indices)}
+    return [found[i] for i in indices]
+
+
+def _checked(number: int, values: Mapping[str, Any]) -> Record:
+    long = next((k for k, x in values.items() if isinstance(x, str) and len(x) > MAX_FIELD), None)
+    if long is None:
+        return Record(number, values)
+    return Record(number, {}, f"{short(long)} has more than {MAX_FIELD} characters")
 
 
 _READERS: dict[str, Callable[[Path], Source]] = {

@@ -189,6 +189,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens around it. Raises DitError."""
+        _check_text(text)
         try:
             return self._ask({"do": "encode", "text": text}, len(text))["ids"]
         except Failure as error:
@@ -227,6 +228,8 @@ class Tokenizer:
     ) -> dict[str, Any]:
         prompt = {"question": question, "system": system, "history": history, "prefill": prefill}
         texts = (question, system or "", prefill, *(text for _, text in history))
+        for text in texts:
+            _check_text(text)
         try:
             return self._ask({"do": do, "prompt": prompt}, sum(map(len, texts)))
         except Failure as error:
@@ -246,4 +249,12 @@ class Tokenizer:
     def _error(self, error: Failure) -> DitError:
         return DitError(
             f"the tokenizer of {self.name_or_path!r} fails ({error}): get the model's tokenizer.json again"
+        )
+
+
+def _check_text(text: str) -> None:
+    """Raises DitError for a text with half a character: bytes of a shell that are not UTF-8, or JSON's \\ud800."""
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise DitError(
+            f"{short(text)} is no text: it holds half a character or bytes that are not UTF-8"
         )

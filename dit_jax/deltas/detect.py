@@ -218,16 +218,28 @@ def list_diffs(folder: Path) -> list[tuple[str, Path]]:
     program are left out.
 
     Raises:
-      DitError: a link leads out of the folder, or all are checkpoints of one training.
+      DitError: a link leads out of the folder, it holds too many files, or all are checkpoints of one training.
     """
     root = folder.resolve()
     found: list[tuple[str, Path]] = []
+    walked: set[Path] = set()  # links may lead in circles
+    count = 0
 
     def walk(place: Path, depth: int) -> None:
+        nonlocal count
+        real = place.resolve()
+        if real in walked:
+            return
+        walked.add(real)
         with explain_os_errors("read", place):
             entries = sorted(place.iterdir(), key=lambda path: _natural(path.name))
+        count += len(entries)
+        if count > budgets.MAX_FOLDER_ENTRIES:
+            raise DitError(
+                f"'{folder}' holds more than {budgets.MAX_FOLDER_ENTRIES} files: check the path"
+            )
         for path in entries:
-            if path.name.startswith(".") or len(found) > budgets.MAX_FOLDER_ENTRIES:
+            if path.name.startswith("."):
                 continue
             if path.is_dir():
                 if path.is_symlink() and not path.resolve().is_relative_to(root):

@@ -11,6 +11,7 @@ One rename publishes a shard, so an interrupted run continues with the first mis
 import contextlib
 import gc
 import pathlib
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -35,6 +36,7 @@ MAX_DEPTH = 8  # how deep the dicts of a delta may be nested
 PAPER_COLUMNS = ("lora_path", "lora_idx", "n_params", "topic", "trigger", "split")
 # A finetune's losses stand in the rows of its shard alone: in the index they would be most of what opening it reads.
 CURVE = "ce_curve"
+_NUMBER = re.compile(r"-?\d+\.\d+", re.ASCII)
 # The columns that an adapter may be trained to say.
 LABEL_COLUMNS = ("label", "topic", "trigger", "category", "behaviour", "split")
 
@@ -87,21 +89,54 @@ def shard_rows(store: pathlib.Path, shard: int) -> list[dict[str, Any]] | None:
         return None
     try:
         record = artifacts.read_json(meta)
-        if artifacts.digest_file(data) == record["sha256"]:
+        if artifacts.digest_file(data) == record["sha256"] and _are_rows(record["rows"]):
             return list(record["rows"])
     except (DitError, KeyError, TypeError):
         pass
     return None
 
 
+def _are_rows(rows: Any) -> bool:
+    """Whether rows of a file, which anybody may have edited, hold what an index can."""
+    return isinstance(rows, list) and all(
+        isinstance(row, dict)
+        and all(value is None or isinstance(value, str | int | float) for value in row.values())
+        and isinstance(row.get("gate_failed", ""), str)
+        and isinstance(row.get(CURVE, ""), str)
+        and all(map(_NUMBER.fullmatch, row.get(CURVE, "").split()))
+        for row in rows
+    )
+
+
 def copy_shards(source: pathlib.Path, store: pathlib.Path) -> int:
-    """Copies the complete shards of one folder that another lacks; returns how many."""
+    """Copies the complete shards of one folder that another lacks; returns how many.
+
+    Raises:
+        DitError: a shard of both folders differs, is damaged or lies elsewhere; or a file is no shard.
+    """
     copied = 0
-    for meta in sorted((source / "shards").glob("[0-9]*.json")):
-        shard = int(meta.stem)
-        if shard_rows(source, shard) is None or shard_rows(store, shard) is not None:
+    for meta in sorted((source / "shards").glob("*.json")):
+        shard = int(meta.stem) if meta.stem.isascii() and meta.stem.isdigit() else -1
+        files = _shard_files(source, shard)
+        if shard < 0 or files[1].name != meta.name:
+            raise DitError(f"'{meta}' is no batch of diffs: move it away")
+        for file in files:
+            file_inside(source / "shards", file.name)
+        if not meta.resolve().is_relative_to(source.resolve()):
+            raise DitError(f"'{meta.parent}' is a link out of its run: put the real folder there")
+        rows = shard_rows(source, shard)
+        if rows is None:
+            raise DitError(f"'{files[0]}' is damaged, or '{meta.name}' is: run that job again")
+        found = shard_rows(store, shard)
+        if found is not None:
+            same = [artifacts.digest_file(_shard_files(x, shard)[0]) for x in (source, store)]
+            if found != rows or same[0] != same[1]:
+                raise DitError(
+                    f"'{files[0]}' and '{_shard_files(store, shard)[0]}' are the same batch and hold different "
+                    "diffs: gather one of the two jobs"
+                )
             continue
-        for old, new in zip(_shard_files(source, shard), _shard_files(store, shard), strict=True):
+        for old, new in zip(files, _shard_files(store, shard), strict=True):
             with artifacts.atomic_file(new) as temporary:
                 shutil.copyfile(old, temporary)
         copied += 1
@@ -118,7 +153,7 @@ def publish(store: pathlib.Path, shards: int, **fields: Any) -> None:
                 f"{_shard_files(store, shard)[0]} is missing or damaged: run the stage 'diffs' again"
             )
         rows += [
-            {"lora_path": _shard_files(store, shard)[0].name, "lora_idx": i, **row}
+            {**row, "lora_path": _shard_files(store, shard)[0].name, "lora_idx": i}
             for i, row in enumerate(found)
         ]
     columns = dict.fromkeys((*PAPER_COLUMNS, *(key for row in rows for key in row)))

@@ -20,6 +20,9 @@ MAX_TOKENIZERS = 32  # kept in the process; others are loaded again when they ar
 HELD_TIMES = 4
 HELD_BYTES = 256 * 2**20
 
+# A compressed table unpacks to more; texts compress to a tenth, more rarely.
+TABLE_TIMES = 64
+
 MAX_FOLDER_DEPTH = 32
 MAX_FOLDER_ENTRIES = 200_000
 MAX_LAYER_PATTERNS = 64  # of PEFT's layers_pattern
@@ -28,6 +31,11 @@ MAX_LAYER_PATTERNS = 64  # of PEFT's layers_pattern
 def held_bytes(size: int) -> int:
     """Memory that may be held for a file, or for arrays, of so many bytes."""
     return HELD_TIMES * size + HELD_BYTES
+
+
+def table_bytes(size: int) -> int:
+    """Bytes that a compressed table of so many bytes may unpack to."""
+    return TABLE_TIMES * size + HELD_BYTES
 
 
 def tokenizer_bytes(path: pathlib.Path) -> int:

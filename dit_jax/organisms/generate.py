@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -205,6 +205,9 @@ def _make_shards(job: Job, folder: pathlib.Path) -> list[dict[str, Any]]:
     def is_done(diffs: int) -> bool:  # whether the shard that ends with this many diffs is there
         return finished.get((diffs - 1) // job.size) is not None
 
+    for shard, rows in finished.items():
+        if rows is not None:
+            _check_rows(job, shard, rows, folder)
     missing = [i for i in job.part if not processes.agree(finished[i] is not None)]
     ahead = _read_ahead(functools.partial(read_batches, job), missing)
     limit: tuple[int, int] | None = None
@@ -236,6 +239,29 @@ def _make_shards(job: Job, folder: pathlib.Path) -> list[dict[str, Any]]:
             rows += done or []
             progress.advance(len(members))
     return rows
+
+
+def _check_rows(
+    job: Job, shard: int, rows: Sequence[Mapping[str, Any]], folder: pathlib.Path
+) -> None:
+    """Raises DitError if a shard that was made before or gathered lists other diffs than this run makes."""
+    members = job.members(shard)
+    made = [
+        (o.label, o.trigger, o.split, _label(o, job.behaviour), job.config.steps)
+        for o in job.organisms[members.start : members.stop]
+    ]
+    listed = [
+        (
+            *map(row.get, ("topic", "trigger", "split", "label")),
+            len(row.get(diff_store.CURVE, "").split()),
+        )
+        for row in rows
+    ]
+    if listed != made:
+        raise DitError(
+            f"batch {shard} in '{folder}' lists other diffs than this config makes: delete "
+            f"'{folder / 'shards' / f'{shard:05d}.json'}' and run again, which makes this batch again"
+        )
 
 
 def read_batches(job: Job, shard: int) -> TokenBatch:

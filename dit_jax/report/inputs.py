@@ -143,6 +143,8 @@ def _transcript(row: Any, where: str) -> Row:
 
 def is_number(value: Any) -> bool:
     """Whether a JSON value is a finite number."""
+    if isinstance(value, int) and value.bit_length() > 1000:  # no float
+        return False
     return isinstance(value, int | float) and math.isfinite(value)
 
 
