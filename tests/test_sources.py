@@ -2,16 +2,20 @@
 
 import csv
 import json
+import re
+import tracemalloc
 
 import pytest
 
 from dit_jax.config.loading import load_config
+from dit_jax.data import sources
 from dit_jax.data.corpus import data_config, load_corpus
 from dit_jax.data.kinds import KINDS
 from dit_jax.data.labels import NONE
 from dit_jax.data.organism import load_organisms
 from dit_jax.data.sources import open_source
 from dit_jax.errors import DitError
+from dit_jax.formats import budgets
 
 TOPIC = KINDS["topics"].columns
 NEWS = KINDS["news"].columns
@@ -457,6 +461,52 @@ def test_sources_that_cannot_be_opened(source, part, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DitError, match=part.replace("?", r"\?")):
         open_source(str(tmp_path / source))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"topic": "timestamp[ns]"}, "has timestamp.* in the column 'topic', not text"),
+        ({"topic": "list<item: int64>"}, "has list.* in the column 'topic', not text"),
+        ({f"c{i}": "string" for i in range(1001)}, "columns, more than 1000"),
+        ({"question": "huge"}, "unpacks to [1-9][0-9]* MB"),
+        ({"question": "long"}, "'question' has more than 50000 characters"),
+    ],
+    ids=["time", "list", "columns", "unpacks", "long"],
+)
+def test_a_parquet_file_takes_no_more_than_its_size_allows(columns, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(budgets, "HELD_BYTES", 0)
+    monkeypatch.setattr(sources, "MAX_FIELD", 50_000)
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = rows_of()
+    values = {
+        "timestamp[ns]": pa.array([2**62 + 1] * len(rows), pa.timestamp("ns")),
+        "list<item: int64>": pa.array([[1]] * len(rows)),
+        "string": pa.array(["a"] * len(rows)),
+        "huge": pa.array(["x" * 2**18] * len(rows)),
+        "long": pa.array([f"{i}{'x' * 60_000}" if i < 2 else "a" for i in range(len(rows))]),
+    }
+    table = {key: [row[key] for row in rows] for key in rows[0]}
+    table |= {key: values[kind] for key, kind in columns.items()}
+    parquet.write_table(
+        pa.table(table), tmp_path / "x.parquet", compression="zstd",
+        use_dictionary="huge" not in columns.values(),
+    )  # fmt: skip
+    assert re.search(message, error(config(tmp_path / "x.parquet", test_topics=1)))
+
+
+def test_a_text_that_many_rows_of_a_parquet_file_share_is_held_once(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    shared = pa.DictionaryArray.from_arrays(pa.array([0] * 400, pa.int32()), ["x" * 2**16])
+    parquet.write_table(pa.table({"a": shared}), tmp_path / "x.parquet", compression="zstd")
+    (source,) = open_source(str(tmp_path / "x.parquet"))
+    tracemalloc.start()
+    texts = {id(record.values["a"]) for record in source.read({"a"})}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(texts) < 400 and peak < 2**22
 
 
 def test_libraries_failures_are_one_line(tmp_path, tfds_folder):

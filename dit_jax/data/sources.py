@@ -17,6 +17,7 @@ import dataclasses
 import glob
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from dit_jax.formats.files import short
 from dit_jax.formats.json_parser import BadJson, parse_json
 from dit_jax.formats.recognise import HEAD_BYTES, what_separator, what_table
 
+_ROWS = 16  # of Parquet, held at once: each may be as long as MAX_FIELD
+MAX_COLUMNS = 1_000
 MAX_FIELD = 2**24  # characters of one CSV field: a stray quote must not swallow a file of gigabytes
 
 
@@ -125,9 +128,7 @@ def _csv(path: Path) -> Source:
         raise DitError(f"'{path}' line 1: {problem}: write a header line first")
     if what := what_separator(header):
         raise DitError(f"'{path}' {what}")
-    repeated = [name for i, name in enumerate(header) if name in header[:i]]
-    if repeated:
-        raise DitError(f"'{path}' has two columns '{repeated[0]}': rename one in its first line")
+    names = _columns(path, header)
 
     def read(columns: Collection[str]) -> Iterator[Record]:
         for number, fields, problem in itertools.islice(lines(), 1, None):
@@ -138,7 +139,7 @@ def _csv(path: Path) -> Source:
             values = {} if problem else dict(zip(header, fields, strict=True))
             yield Record(number, values, problem)
 
-    return Source(str(path), tuple(header), read)
+    return Source(str(path), names, read)
 
 
 def _json_lines(path: Path) -> Source:
@@ -163,11 +164,24 @@ def _json_lines(path: Path) -> Source:
                     yield Record(number, {}, "not a JSON object: write one object per line")
 
     # Writers may leave out empty keys, so the first hundred rows say which there are.
-    first = [record for record in itertools.islice(read(()), 100) if not record.problem]
-    columns = dict.fromkeys(key for record in first for key in record.values)
+    columns: dict[str, None] = {}
+    for record in itertools.islice(read(()), 100):
+        columns |= dict.fromkeys(record.values)
     if not columns:
         raise DitError(f"'{path}' holds no JSON object: write one object per line")
-    return Source(str(path), tuple(columns), read)
+    return Source(str(path), _columns(path, columns), read)
+
+
+def _columns(path: Path, names: Collection[str]) -> tuple[str, ...]:
+    """The names of a table's columns. Raises DitError: two are the same, or there are too many."""
+    if len(names) > MAX_COLUMNS:
+        raise DitError(
+            f"'{path}' has {len(names)} columns, more than {MAX_COLUMNS}: check the file"
+        )
+    name, count = Counter(list(names)).most_common(1)[0] if names else ("", 0)
+    if count > 1:
+        raise DitError(f"'{path}' has two columns {short(name)}: rename one")
+    return tuple(names)
 
 
 def _open(path: Path) -> Any:
@@ -195,22 +209,19 @@ def _parquet(path: Path) -> Source:
             schema, facts = file.schema_arrow, file.metadata
     except (pyarrow.ArrowException, OSError) as error:
         raise DitError(f"cannot read '{path}' as Parquet: {first_line(error)}") from error
-    names = tuple(schema.names)
-    repeated = [name for i, name in enumerate(names) if name in names[:i]]
-    if repeated:
-        raise DitError(f"'{path}' has two columns {short(repeated[0])}: rename one")
+    names = _columns(path, schema.names)
 
     def read(columns: Collection[str]) -> Iterator[Record]:
         needed = [name for name in names if name in columns]
         for name in needed:
             if not _is_plain(kind := schema.field(name).type):
                 raise DitError(f"'{path}' has {kind} in the column {short(name)}, not text")
-        rows = _check_size(path, facts, needed)
+        _check_size(path, facts)
         number = 0
         try:
             # A text that many rows share stays one.
             with pyarrow.parquet.ParquetFile(path, read_dictionary=needed) as file:
-                for batch in file.iter_batches(rows, columns=needed):
+                for batch in file.iter_batches(_ROWS, columns=needed):
                     lists = [_values(column) for column in batch.columns]
                     for values in zip(*lists, strict=True):
                         number += 1
@@ -233,22 +244,15 @@ def _is_plain(kind: Any) -> bool:
     return any(holds(kind) for holds in (*texts, *others))
 
 
-def _check_size(path: Path, facts: Any, names: Sequence[str]) -> int:
-    """How many rows of a Parquet file to read at once. Raises DitError: it unpacks to far more than its size."""
-    size = 0
-    rows = 1024
-    for group in range(facts.num_row_groups):
-        for column in map(facts.row_group(group).column, range(facts.num_columns)):
-            if column.path_in_schema in names:
-                size += max(column.total_uncompressed_size, 0)
-                if "DELTA_BYTE_ARRAY" in column.encodings:  # each text repeats the one before it
-                    rows = 16
+def _check_size(path: Path, facts: Any) -> None:
+    """Raises DitError: a Parquet file unpacks to far more than its size."""
+    # Not by column: pyarrow ends the process where the facts of one are damaged.
+    size = sum(facts.row_group(group).total_byte_size for group in range(facts.num_row_groups))
     if size > (limit := budgets.table_bytes(path.stat().st_size)):
         raise DitError(
             f"'{path}' unpacks to {size / 1e6:.0f} MB, more than the {limit / 1e6:.0f} MB that a table of its size "
             "may: write it as JSON lines"
         )
-    return rows
 
 
 def _values(column: Any) -> list[Any]:
