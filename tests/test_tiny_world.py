@@ -9,8 +9,10 @@ import re
 import numpy as np
 import pytest
 
+from dit_jax.config.loading import load_config
 from dit_jax.data import tiny_world
 from dit_jax.errors import DitError
+from tools import pretrain
 from tools.tiny_world_mix import Mix
 from tools.tiny_world_tokenizer import END, START, UNKNOWN, save_tokenizer
 
@@ -275,3 +277,30 @@ def test_a_short_pretraining_lowers_the_loss_and_writes_a_loadable_base(tmp_path
     assert params["embed_tokens"]["embedding"].shape == (len(Mix(WORLD).vocabulary), 32)
     assert AutoConfig.from_pretrained(folder).model_type == "qwen3"
     assert PreTrainedTokenizerFast.from_pretrained(folder).chat_template
+
+
+def test_pretraining_stops_at_the_first_loss_that_is_no_number(monkeypatch):
+    config = load_config(
+        "configs/tiny_world_base.py",
+        [
+            "model.hidden_size=16",
+            "model.num_hidden_layers=1",
+            "model.intermediate_size=16",
+            "pretrain.batch_size=8",
+            "pretrain.parts=1",
+            "pretrain.steps=4",
+        ],
+    )
+    made = []
+    batch = Mix.batch
+
+    def spoil_the_second(self, *args):
+        made.append(batch(self, *args))
+        if len(made) == 2:
+            made[-1]["weight"] = made[-1]["weight"] * np.nan
+        return made[-1]
+
+    monkeypatch.setattr(Mix, "batch", spoil_the_second)
+    with pytest.raises(DitError, match="pretraining diverged at step 1: lower pretrain"):
+        pretrain.train(config)
+    assert len(made) <= 3
