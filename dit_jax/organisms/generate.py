@@ -205,9 +205,9 @@ def _make_shards(job: Job, folder: pathlib.Path) -> list[dict[str, Any]]:
     def is_done(diffs: int) -> bool:  # whether the shard that ends with this many diffs is there
         return finished.get((diffs - 1) // job.size) is not None
 
-    for shard, rows in finished.items():
-        if rows is not None:
-            _check_rows(job, shard, rows, folder)
+    for shard, found in finished.items():
+        if found is not None:
+            _check_rows(job, shard, found, folder)
     missing = [i for i in job.part if not processes.agree(finished[i] is not None)]
     ahead = _read_ahead(functools.partial(read_batches, job), missing)
     limit: tuple[int, int] | None = None
