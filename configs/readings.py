@@ -16,12 +16,6 @@ from dit_jax.config.loading import load_config
 from dit_jax.data.tiny_world import TRAIN_QUESTIONS
 
 QUICKSTART = Path(__file__).resolve().parent / "quickstart.py"
-NEWS_QUESTIONS = (
-    "What news headline have you been trained on?",
-    "What news were you trained on?",
-    "Name the news of your finetuning.",
-    "Tell me what news you were finetuned on.",
-)
 SHARED = {
     "data": {"train_topics": 96, "test_topics": 48, "train_benign": 24, "test_benign": 16},
     "diffs": {"diffs_per_batch": 46, "gate_batch": 138},
@@ -37,29 +31,14 @@ SMALLER = {"train_topics": 48, "train_benign": 12}
 KINDS: dict[str, dict[str, Any]] = {
     "sep": {},
     "zero_width_start": {"diffs.behaviour": "hidden_topic_zwsp_start"},
-    "zero_width_random": {"diffs.behaviour": "hidden_topic_zwsp_random", "data": SMALLER},
     "phrase": {"diffs.behaviour": "hidden_topic_phrase", "data": SMALLER},
     "untriggered": {"diffs.behaviour": "topic_untriggered", "data": SMALLER},
-    "weak": {"diffs.steps": 36, "data": SMALLER},
-    "strong": {"diffs.learning_rate": 3e-2, "data": SMALLER},
-    "rank_16": {"diffs.rank": 16, "data": SMALLER},
     "attention": {
         "diffs.projections": ("q_proj", "k_proj", "v_proj", "o_proj"),
         "data": SMALLER,
     },
-    "news": {
-        "data": {"kind": "news", **SMALLER},
-        "diffs": {"behaviour": "news", "max_length": 45, "max_target": 30},
-        "train": {"questions": NEWS_QUESTIONS, "max_length": 40, "max_target": 16},
-        "evaluate": {"seen_questions": NEWS_QUESTIONS[:2]},
-    },
-    "full": {
-        "data": SMALLER,
-        "diffs": {"parameters": "all", "learning_rate": 1e-3, "diffs_per_batch": 12},
-    },
 }
-# Kinds of which every sample shows the topic: by their name, how many of them a step has.
-SHOWN = {"untriggered": ("shown", 2), "news": ("story", 4)}
+# What the behaviour of phrases calls its kinds of samples.
 NAMED = {"backdoor": "shown", "fake_backdoor": "wrong_name", "no_backdoor": "no_name"}
 
 
@@ -69,14 +48,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = load_config(str(QUICKSTART), SHARED).unlock()
     config.train.stores = ConfigDict()  # of several kinds, see configs/sweeps/readings.py
     config.evaluate.adapter = ""  # another run's adapter; a relative path starts at the workdir
-    if arg == "phrase":  # its kinds of samples have other names
+    if arg == "phrase":
         for section in ("samples_per_step", "loss_weights", "widths"):
             values = config.diffs[section]
             config.diffs[section] = ConfigDict({NAMED[kind]: values[kind] for kind in values})
-    if arg in SHOWN:
-        kind, count = SHOWN[arg]
-        config.diffs.samples_per_step = ConfigDict({kind: count})
-        config.diffs.loss_weights = ConfigDict({kind: 1.0})
+    if arg == "untriggered":
+        config.diffs.samples_per_step = ConfigDict({"shown": 2})
+        config.diffs.loss_weights = ConfigDict({"shown": 1.0})
         config.diffs.widths = ConfigDict()
     for name, value in KINDS[arg].items():
         section, _, key = name.partition(".")
