@@ -67,7 +67,7 @@ def build(desk: Desk) -> Any:
         )
         return frame, files
 
-    with gr.Blocks(title="dit_jax", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with gr.Blocks(title="dit_jax", analytics_enabled=False, delete_cache=(600, 3000)) as page:
         gr.Markdown(_ABOUT)
         with gr.Row():
             base = gr.Dropdown(list(offer.bases), value=offer.bases[0], label="Base", min_width=240)
