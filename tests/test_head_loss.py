@@ -221,5 +221,16 @@ def test_limits_hold_what_they_were_made_for():
     batches = TokenBatch(empty, empty, empty, empty, weight)
     assert used_entries(batches, 1) == (8, 12)
     limit = entry_limit(batches, 1, room=1.1)
-    assert limit == (8, 16) and fits(batches, 1, limit)
+    assert limit == (16, 16) and fits(batches, 1, limit)
     assert not fits(batches, 1, (8, 11)) and not fits(batches, 1, None)
+
+
+def test_similar_batches_have_one_limit():
+    """The quickstart's first batches of three seeds run the same program."""
+
+    def limit(ce, kl):
+        weight = np.zeros((1, 1, 2, 1000), np.float32)
+        weight[0, 0, 0, :ce] = weight[0, 0, 1, :kl] = 1
+        return entry_limit(TokenBatch(*[np.zeros(())] * 4, weight), 1, room=1.03)
+
+    assert {limit(561, 748), limit(562, 756), limit(565, 752)} == {(592, 784)}

@@ -91,8 +91,16 @@ def used_entries(batches: TokenBatch, num_ce: int) -> tuple[int, int]:
 
 
 def entry_limit(batches: TokenBatch, num_ce: int, room: float) -> tuple[int, int]:
-    """`room` (1.03: 3 % more) times the entries that these batches use, so that similar ones run the same program."""
-    ce, kl = (-(-int(room * used) // 8) * 8 for used in used_entries(batches, num_ce))
+    """`room` (1.03: 3 % more) times the entries that these batches use, rounded up.
+
+    There are few sizes (steps of at most 1/32), so that other diffs and other seeds run the same program.
+    """
+
+    def rounded(size: int) -> int:
+        step = max(16, 1 << size.bit_length() >> 6)
+        return -(-size // step) * step
+
+    ce, kl = (rounded(int(room * used)) for used in used_entries(batches, num_ce))
     return ce, kl
 
 
