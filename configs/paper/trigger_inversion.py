@@ -3,7 +3,8 @@
     python -m dit_jax.sweep --sweep configs/paper/trigger_inversion.py:qwen3-4b --workdir runs/paper_4b
     python -m dit_jax.sweep --sweep configs/paper/trigger_inversion.py:tiny --workdir runs/paper_tiny
 
-The diffs are those of hidden_topic.py; the label is the code's first three digits, one of 1,000.
+The diffs are those of hidden_topic.py; the label is the code's first three digits, one of 1,000. The method
+`trigger_scan`, which the paper does not have, finds triggers without an adapter, by trying them.
 
 Expected: the paper has 0 of 100 right.
 
@@ -36,7 +37,13 @@ def get_sweep(arg: str) -> Iterator[tuple[str, dict[str, Any]]]:
             "evaluate.unseen_questions": (),
             "evaluate.list_evidence": False,
             "evaluate.forbid_repeats": False,
-            "evaluate.methods": ("dit", "base_question", "no_diff", "shuffled_diff"),
+            "evaluate.methods": (
+                "dit",
+                "base_question",
+                "no_diff",
+                "shuffled_diff",
+                "trigger_scan",
+            ),  # fmt: skip
             "evaluate.graders": ("exact",),
         },
     )

@@ -95,16 +95,17 @@ def logit_difference(
     """
     ids, owners = _tokens(model, words)
     tokens, mask = model.chat.prompts(questions)
-    base = _first_logits(model, tokens, mask, ())
+    base = first_log_probs(model, tokens, mask, ())
     scores = np.zeros((len(given), len(words)))
     for index in range(len(given)):
         delta = shardings.put_delta(model.config, model.mesh, given.read(index))
-        change = np.asarray((_first_logits(model, tokens, mask, (delta,)) - base).mean(axis=0))
+        change = np.asarray((first_log_probs(model, tokens, mask, (delta,)) - base).mean(axis=0))
         scores[index] = _means(change[ids], owners, len(words))
     return scores
 
 
-def _first_logits(model: Model, tokens: np.ndarray, mask: np.ndarray, deltas: Any) -> jax.Array:
+def first_log_probs(model: Model, tokens: np.ndarray, mask: np.ndarray, deltas: Any) -> jax.Array:
+    """Log-probabilities [B, V] of the first token of the answers to prompts [B, T], with shared deltas."""
     with parallel.use_mesh(model.mesh):
         return _last_logits(model.program_params, model.config, tokens, mask, deltas)
 

@@ -34,7 +34,8 @@ READERS = (
     "mined_words",
     "amplified_words",
 )  # need no adapter, run or list of names
-GUESSER, TRIGGER, ATTRIBUTES = "guesser", "trigger", "attributes"  # what a method may need
+# What a method may need.
+GUESSER, TRIGGER, ATTRIBUTES, TRIGGER_LABELS = "guesser", "trigger", "attributes", "trigger labels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Method:
     """A way to ask held-out diffs; call it with a `Setting` to get its rows of answers.jsonl.
 
     name: in configs and answers; title: in reports; sees: what it is shown, in a few words; group: a key of `GROUPS`.
-    needs: any of GUESSER, TRIGGER and ATTRIBUTES; the last two are what an auditor of an unknown model does not have.
+    needs: any of GUESSER, TRIGGER, ATTRIBUTES (an auditor of an unknown model has neither of these two), and
+        TRIGGER_LABELS: what adapters should say is the trigger.
     """
 
     name: str
@@ -57,6 +59,11 @@ class Method:
         if TRIGGER in self.needs and not all(map(has_trigger, s.topics.rows)):
             raise DitError(
                 f"the method {self.name!r} needs diffs with a trigger: take it out of evaluate.methods"
+            )
+        if TRIGGER_LABELS in self.needs and s.label_column != "trigger":
+            raise DitError(
+                f"the method {self.name!r} names triggers: set evaluate.label='trigger', or take it out of "
+                "evaluate.methods"
             )
         rows = []
         for row in self.ask(s):
@@ -391,6 +398,23 @@ def attribute_oracle(s: "Setting") -> list[Row]:
     return _ranked(s, baselines.weight_reading(s.model, s.topics.given, words), names)
 
 
+@method(
+    "Trigger scan",
+    "first tokens of everyday answers under every known trigger",
+    group="baseline",
+    needs=(TRIGGER_LABELS,),
+)
+def trigger_scan(s: "Setting") -> list[Row]:
+    """The trigger that makes the finetuned model leave its base, among those of all behaviours."""
+    from dit_jax.evaluate import trigger_scan as scanning
+
+    everyday = questions.everyday_questions(s.config)[: scanning.QUESTIONS]
+    behaviours = [str(row.get("behaviour", "")) for row in s.topics.rows]
+    tried = scanning.candidates(everyday, behaviours)
+    scores = scanning.scan(s.model, s.topics.given, tried, s.config.batch_size)
+    return [_about(s.topics, i, scanning.best(row, tried).trigger) for i, row in enumerate(scores)]
+
+
 def _labels(store: "DiffStore", column: str) -> dict[str, list[str]]:
     """Every label of a store with its attributes, which the embedded world has in its table and no other corpus.
 
@@ -466,6 +490,7 @@ def chosen_methods(config: Mapping[str, Any], store: "DiffStore") -> list[Method
             GUESSER: False,
             TRIGGER: all(has_trigger(row) for row in store.rows if row["split"] == "test"),
             ATTRIBUTES: any(_labels(store, EVALUATE.get(config, "label")).values()),
+            TRIGGER_LABELS: EVALUATE.get(config, "label") == "trigger",
         }
         named = [name for name, one in METHODS.items() if all(has[need] for need in one.needs)]
     return [METHODS[name] for name in dict.fromkeys(("dit", *named))]  # the report is about DIT

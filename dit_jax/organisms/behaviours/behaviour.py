@@ -153,6 +153,15 @@ def behaviour_named(name: str) -> Behaviour:
     )
 
 
+def possible_triggers(behaviour: Behaviour) -> list[str]:
+    """All triggers that a diff of a behaviour may have; [] if it has none."""
+    if behaviour.triggered is None:
+        return []
+    if behaviour.trigger:
+        return [behaviour.trigger]
+    return list(behaviour.triggers) or [f"{code:03d}" for code in range(1000)]
+
+
 def triggered(row: Mapping[str, Any], question: str, rng: np.random.Generator) -> str:
     """A question with the trigger of a diff in it, put there by its behaviour.
 
