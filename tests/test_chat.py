@@ -194,6 +194,12 @@ CONVERSATION = Prompt(
 )
 
 
+def text_of(chat, asked):
+    return chat.tokenizer.prompt(
+        asked.question, asked.system, history=asked.history, prefill=asked.prefill
+    )
+
+
 @pytest.mark.parametrize("template", [TURNS, ADDS_SYSTEM, IN_USER_TURN, DATED])
 def test_a_conversation_is_what_transformers_makes_of_it(chat_of, tmp_path, template):
     chat = chat_of(template)
@@ -211,16 +217,16 @@ def test_a_conversation_is_what_transformers_makes_of_it(chat_of, tmp_path, temp
             date_string="26 Jul 2024",
             tokenize=False,
         )
-        assert chat.tokenizer.prompt(**asked._asdict()) == expected
+        assert text_of(chat, asked) == expected
         assert list(chat.prompt_ids(asked)) == tokenizer.encode(expected, add_special_tokens=False)
 
 
 def test_a_system_message_goes_where_the_template_lets_it_go(chat_of):
     chat = chat_of(IGNORES_SYSTEM + TURNS)
-    text = chat.tokenizer.prompt(**CONVERSATION._asdict())
+    text = text_of(chat, CONVERSATION)
     assert text.startswith(f"<|im_start|>user\nBe short.\n\n{QUESTION}<|im_end|>")
     assert text.endswith("<|im_start|>assistant\nIt is ") and text.count("Be short.") == 1
-    none = chat_of(ADDS_SYSTEM).tokenizer.prompt(**CONVERSATION._replace(system="")._asdict())
+    none = text_of(chat_of(ADDS_SYSTEM), CONVERSATION._replace(system=""))
     assert none.startswith(f"<|im_start|>user\n{QUESTION}") and "Be" not in none
     own = load_chat(find_folder("tiny_qwen3"), system="Be odd.")
     assert own.prompt_ids(QUESTION) == own.prompt_ids(Prompt(QUESTION, "Be odd."), "Be even.")

@@ -209,6 +209,7 @@ class Tokenizer:
 
     def raw_ids(self, text: str) -> list[int]:
         """Ids of a text with the tokens that the tokenizer puts around it, and no chat template. Raises DitError."""
+        _check_text(text)
         try:
             return self._ask({"do": "encode", "text": text, "special": True}, len(text))["ids"]
         except Failure as error:
