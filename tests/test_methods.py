@@ -222,7 +222,7 @@ def test_every_method_answers_about_every_diff(workdir, evaluated):
     for row in rows:
         if row["diff"] is not None:
             about.setdefault(row["method"], []).append(row["topic"])
-    assert set(about) == set(methods.METHODS)
+    assert set(about) == set(SETTINGS["methods"])
     assert all(sorted(set(topics)) == sorted(TOPICS) for topics in about.values())
     triggered = [row for row in rows if row["method"] == "base_question_trigger"]
     assert all(f"code is {row['trigger']}" in row["question"] for row in triggered)
