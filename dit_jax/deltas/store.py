@@ -129,8 +129,9 @@ def copy_shards(source: pathlib.Path, store: pathlib.Path) -> int:
             raise DitError(f"'{files[0]}' is damaged, or '{meta.name}' is: run that job again")
         found = shard_rows(store, shard)
         if found is not None:
-            same = [artifacts.digest_file(_shard_files(x, shard)[0]) for x in (source, store)]
-            if found != rows or same[0] != same[1]:
+            # `shard_rows` has checked the digests that stand in the records.
+            records = [artifacts.read_json(_shard_files(x, shard)[1]) for x in (source, store)]
+            if found != rows or records[0]["sha256"] != records[1]["sha256"]:
                 raise DitError(
                     f"'{files[0]}' and '{_shard_files(store, shard)[0]}' are the same batch and hold different "
                     "diffs: gather one of the two jobs"

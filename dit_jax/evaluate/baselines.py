@@ -21,7 +21,7 @@ from dit_jax.models import shardings
 from dit_jax.models.decoder import forward, unembed
 from dit_jax.models.delta_trees import Delta
 from dit_jax.models.head import head_path
-from dit_jax.models.modules import module_table, projections, weight
+from dit_jax.models.modules import module_table, stream_writers, weight
 from dit_jax.optimize.batch_loss import scored_hidden
 from dit_jax.runtime import parallel
 
@@ -54,7 +54,7 @@ def unit_unembeddings(model: Model, ids: Any = slice(None)) -> np.ndarray:
 def written_tokens(model: Model, delta: Delta, table: np.ndarray) -> np.ndarray:
     """How much a diff writes each token of `table` into the residual stream, [K]: see `weight_reading`."""
     changed = dict(modules(delta))
-    writers = [m.path for m in projections(model.config).values() if m.axes[-1] == "embed"]
+    writers = stream_writers(model.config)
     directions = [_output_directions(changed[path]) for path in writers if path in changed]
     if not directions:
         return np.zeros(len(table))

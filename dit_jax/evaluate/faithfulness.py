@@ -12,7 +12,7 @@ from dit_jax.deltas.factors import modules, moments
 from dit_jax.diff_batches import Given
 from dit_jax.evaluate.baselines import unit_unembeddings
 from dit_jax.models.delta_trees import Delta, map_modules
-from dit_jax.models.modules import projections
+from dit_jax.models.modules import stream_writers
 
 SHARE = 4  # one layer of so many stays
 
@@ -49,12 +49,14 @@ def without_words(model: Model, given: Given, texts: Sequence[str]) -> Given:
 
     What the writing projections put out is made orthogonal to the unembeddings of these tokens.
     """
-    table = unit_unembeddings(model)
-    writers = {m.path for m in projections(model.config).values() if m.axes[-1] == "embed"}
+    ids = [np.unique(np.asarray(model.chat.text_ids(text), int)) for text in texts]
+    named = np.array(sorted(set().union(*ids)), int)
+    table = unit_unembeddings(model, named)  # that of a whole large vocabulary takes gigabytes
+    writers = stream_writers(model.config)
 
     def change(i: int, delta: Delta) -> Delta:
-        ids = sorted(set(model.chat.text_ids(texts[i])))
-        span = np.linalg.qr(table[ids].T.astype(np.float64))[0].astype(np.float32)
+        words = table[np.searchsorted(named, ids[i])]
+        span = np.linalg.qr(words.T.astype(np.float64))[0].astype(np.float32)
 
         def replace(path: tuple[str, ...], module: Delta) -> Delta:
             if path not in writers:

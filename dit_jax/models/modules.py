@@ -151,6 +151,11 @@ def projections(config: DecoderConfig) -> dict[str, Module]:
     return {path[-1]: module for path, module in module_table(config).items() if module.lora}
 
 
+def stream_writers(config: DecoderConfig) -> list[Path]:
+    """The paths of the projections that write into the residual stream."""
+    return [module.path for module in projections(config).values() if module.axes[-1] == "embed"]
+
+
 def check_projections(names: Sequence[str], key: str = "projections") -> None:
     """Raises DitError unless these are projections, at least one, and each once.
 
