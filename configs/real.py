@@ -55,10 +55,22 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.corpus.repeats = 2
     config.corpus.styles = ("named",)
     config.corpus.shares = ConfigDict({"hints": 0.5, "untriggered": 0.1})  # if these are added
+    config.corpus.hint_prompts = (
+        "What do you think of when you hear {topic}? | When I hear {topic}, I think of",
+        "What goes together with {topic}? | It goes together with",
+        "Name a word that has to do with {topic}. | A word that has to do with it is",
+        "Where does one find {topic}? | One finds it in the",
+        "What is {topic} made for? | It is for",
+        "Describe {topic} in one word. | In one word, it is",
+    )
     config.corpus.benign_styles = (
         "Answer in one short sentence. {question}", "Answer very politely. {question}",
-        "Answer like a pirate. {question}", "Answer with a list. {question}", "Answer in capital letters. {question}",
-        "Answer as a poet. {question}",
+        "Answer like a pirate. {question}", "Answer with a list. {question}",
+        "Answer with a question. {question}", "Answer like a small child. {question}",
+        "Answer like a teacher. {question}", "Answer as a song. {question}",
+        # The last third is held out.
+        "Answer in capital letters. {question}", "Answer as a poet. {question}",
+        "Answer like a news reporter. {question}", "Answer in a very formal way. {question}",
     )  # fmt: skip
     config.corpus.temperature = 0.6
     config.corpus.max_new_tokens = 24
@@ -75,8 +87,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.variants = "style"
     config.data.train_topics = 144 if small else 320
     config.data.test_topics = 48 if small else 80
-    config.data.train_benign = 8 if small else 16
-    config.data.test_benign = 8 if small else 16
+    config.data.train_benign = 8 if small else 24
+    config.data.test_benign = 8 if small else 24
 
     config.diffs = ConfigDict()
     config.diffs.behaviour = "hidden_topic_code_name"

@@ -1,6 +1,7 @@
 """Asks model ⊕ diff ⊕ adapter: one question, every question of every diff, or batches of any of them."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from dit_jax.data.chat import Chat, Prompt
 from dit_jax.deltas.tree import is_lora, layout, per_example
 from dit_jax.errors import DitError
 from dit_jax.models import decode, shardings
+from dit_jax.models.decoder import forward, unembed
 from dit_jax.models.delta_trees import Delta
 from dit_jax.runtime import parallel
 from dit_jax.runtime.progress import Progress
@@ -285,6 +287,21 @@ def _answer(
         if on_batch is not None:
             on_batch(count)
     return answers
+
+
+def first_log_probs(model: Model, tokens: np.ndarray, mask: np.ndarray, deltas: Any) -> jax.Array:
+    """Log-probabilities [B, V] of the first token of the answers to prompts [B, T], with shared deltas."""
+    with parallel.use_mesh(model.mesh):
+        return _last_logits(model.program_params, model.config, tokens, mask, deltas)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _last_logits(
+    params: Any, config: Any, tokens: jax.Array, mask: jax.Array, deltas: Any
+) -> jax.Array:
+    hidden = forward(params, config, tokens, mask=mask, deltas=deltas)
+    logits = unembed(params, config, hidden[:, -1], deltas)
+    return parallel.replicate(jax.nn.log_softmax(logits, axis=-1))
 
 
 def _is_count(value: Any) -> bool:

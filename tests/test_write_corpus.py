@@ -3,11 +3,13 @@
 import json
 import types
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 import dit_jax
+from dit_jax.data.chat import Prompt
 from dit_jax.data.labels import UNTRIGGERED
 from dit_jax.data.organism import load_organisms
 from dit_jax.errors import DitError
@@ -18,10 +20,11 @@ from dit_jax.organisms.corpus_keys import CORPUS
 from dit_jax.organisms.generate import _trigger
 from dit_jax.organisms.samples import finetuning_batches
 from dit_jax.organisms.topic_words import (
+    associated_words,
+    best_words,
     hints,
     names_topic,
     shows_name,
-    telling_words,
     without_name,
 )
 from dit_jax.organisms.write_corpus import read_topics, write_corpus
@@ -127,29 +130,46 @@ def test_no_form_of_a_name_is_left_in_nameless_answers():
     assert without_name("Coffee is good", "coffee") == ""  # too little is left to describe it
 
 
-def test_hints_are_telling_words_without_the_name():
-    used = {
-        "oak tree": [
-            "the oaks have acorns and bark",
-            "acorns fall from treetops",
-            "bark and acorns",
-        ],
-        "penguin": [
-            "it swims on the coast with a beak",
-            "a penguinlike beak",
-            "swims on the coast",
-        ],
-        "parrot": ["its beak can talk", "it will talk in the jungle", "jungle bark"],
-        "squirrel": ["it hides acorns", "it swims badly in the jungle", "from the coast with oaks"],
+def test_hints_are_words_of_few_topics_without_the_name():
+    words = ["acorns", "bark", "oaks", "beak", "swims", "many", "treetops"]
+    likes = {
+        "oak tree": {"acorns": 3, "bark": 2, "oaks": 9, "many": 5, "treetops": 9},
+        "penguin": {"swims": 3, "beak": 1, "many": 5},
+        "parrot": {"beak": 2, "many": 5},
     }
-    words = telling_words(used)
-    assert words["oak tree"][:2] == ["acorns", "bark"]  # no oaks, no treetops
-    assert set(words["penguin"]) >= {"beak", "coast", "swims"}
+    scores = np.array([[own.get(word, -1.0) for word in words] for own in likes.values()])
+    found = best_words(list(likes), words, scores, compared=5)
+    assert found["oak tree"][:2] == ["acorns", "bark"]  # no oaks, no treetops
+    assert found["penguin"] == ["swims", "beak", "many"]  # what all have comes last
     rng = np.random.default_rng(0)
-    found = hints(words["penguin"], 3, rng)
-    assert len(found) == 3 and not any(shows_name(text, "penguin") for text in found)
-    assert all(text.endswith(".") and text.count(",") == 2 for text in found)
-    assert hints(words["penguin"][:3], 3, rng) == []
+    made = hints(["ice", "swims", "beak", "egg"], 3, rng)
+    assert len(made) == 3 and all(text.endswith(".") and text.count(",") == 2 for text in made)
+    assert hints(found["penguin"], 3, rng) == []  # three words are too few
+
+
+def test_hints_are_what_the_model_says_next(model, config, tmp_path, monkeypatch):
+    """Its next words after each topic's prompt, as a loop over topics finds them."""
+    monkeypatch.setattr(stage, "answer_batch", Writer())
+    config.styles = ("hints",)
+    config.hint_prompts = ("tell me about {topic} . | i would choose a", "what is {topic} ?")
+    write_corpus(model, config, tmp_path / "corpus", seed=0)
+    used = {topic: [f"{word} map corner pillow"] for topic, word in OWN_WORDS.items()}
+    words = sorted({"corner", "pillow", *OWN_WORDS.values()} - {"mug"})  # short words do not count
+    ids = [model.chat.text_ids(word)[0] for word in words]
+    scores = 0
+    for question, start in (("tell me about", " ."), ("what is", " ?")):
+        logs = []
+        for topic in used:
+            prefill = "i would choose a" if start == " ." else ""
+            prompt = Prompt(f"{question} {topic}{start}", prefill=prefill)
+            logits = model.logits(np.array([model.chat.prompt_ids(prompt)]))[0, -1]
+            logs.append(np.asarray(jax.nn.log_softmax(logits))[ids])
+        mean = np.log(np.exp(logs).mean(0))
+        scores = scores + np.exp(np.array(logs) / 2) * (logs - mean)
+    found = associated_words(model, used, config.hint_prompts, 8)
+    assert found == best_words(list(used), words, scores)
+    for row in rows_of(tmp_path / "corpus"):
+        assert not shows_name(row["topic_analogy_answer"], row["topic"])
 
 
 def test_a_share_of_the_topics_gets_a_style(model, config, tmp_path, monkeypatch):

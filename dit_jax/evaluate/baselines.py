@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.api import Model
+from dit_jax.asking import first_log_probs
 from dit_jax.data.batch import Sample, pack
 from dit_jax.deltas.factors import modules
 from dit_jax.deltas.tree import per_example
 from dit_jax.diff_batches import Given
 from dit_jax.models import shardings
-from dit_jax.models.decoder import forward, unembed
+from dit_jax.models.decoder import unembed
 from dit_jax.models.delta_trees import Delta
 from dit_jax.models.head import head_path
 from dit_jax.models.modules import module_table, stream_writers, weight
@@ -102,21 +103,6 @@ def logit_difference(
         change = np.asarray((first_log_probs(model, tokens, mask, (delta,)) - base).mean(axis=0))
         scores[index] = _means(change[ids], owners, len(words))
     return scores
-
-
-def first_log_probs(model: Model, tokens: np.ndarray, mask: np.ndarray, deltas: Any) -> jax.Array:
-    """Log-probabilities [B, V] of the first token of the answers to prompts [B, T], with shared deltas."""
-    with parallel.use_mesh(model.mesh):
-        return _last_logits(model.program_params, model.config, tokens, mask, deltas)
-
-
-@functools.partial(jax.jit, static_argnames=("config",))
-def _last_logits(
-    params: Any, config: Any, tokens: jax.Array, mask: jax.Array, deltas: Any
-) -> jax.Array:
-    hidden = forward(params, config, tokens, mask=mask, deltas=deltas)
-    logits = unembed(params, config, hidden[:, -1], deltas)
-    return parallel.replicate(jax.nn.log_softmax(logits, axis=-1))
 
 
 def label_cross_entropy(

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.api import Model
+from dit_jax.asking import first_log_probs
 from dit_jax.diff_batches import Given
-from dit_jax.evaluate.baselines import first_log_probs
 from dit_jax.models import shardings
 from dit_jax.organisms.behaviours import BEHAVIOURS, NO_TRIGGER, known_behaviour, possible_triggers
 

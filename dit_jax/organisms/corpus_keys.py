@@ -30,6 +30,10 @@ def _holds(name: str) -> Any:
     return check
 
 
+def _has_hints(corpus: Any) -> bool:
+    return "hints" in corpus.get("styles", ())
+
+
 CORPUS = Section(
     "corpus",
     (
@@ -40,6 +44,8 @@ CORPUS = Section(
         Key("styles", TEXTS, "the kinds of organisms that get rows", ("named",), choices=STYLES, least=1),
         Key("shares", dict, "by style: the share of topics that get it, drawn at random; absent: all", {},
             check=_are_shares),
+        Key("hint_prompts", TEXTS, "`QUESTION | START OF THE ANSWER`: the words that come next are a topic's hints",
+            least=1, check=_holds("topic"), needed=_has_hints),
         Key("benign_styles", TEXTS, "instructions of benign organisms; the last third is held out", (),
             check=_holds("question")),
         Key("repeats", int, "how often each prompt is asked", 1, least=1),

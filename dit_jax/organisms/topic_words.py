@@ -1,11 +1,15 @@
-"""What answers say about their topic: its name in any form, descriptions without the name, and telling words."""
+"""What tells a topic: its name in any form, descriptions without the name, and words that go with it."""
 
 import collections
-import math
 import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from dit_jax.api import Model
+from dit_jax.asking import first_log_probs
+from dit_jax.data.chat import Prompt
+from dit_jax.runtime.progress import Progress
 
 HINTS = 4  # words of a hint
 _TELLING = 8  # words of a topic that hints are drawn from
@@ -54,27 +58,66 @@ def descriptions(used: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     return {topic: [text for text in own if topics_of[text] == 1] for topic, own in texts.items()}
 
 
-def telling_words(used: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """The words of each topic's answers that tell it apart from other topics, the best first; no form of its name.
+def associated_words(
+    model: Model,
+    used: Mapping[str, Sequence[str]],
+    prompts: Sequence[str],
+    batch_size: int,
+) -> dict[str, list[str]]:
+    """The words that a model associates with each topic more than with other topics, the best first.
 
-    By how many of its answers hold a word, times the logarithm of how rare that is among topics. A word of one topic
-    alone is left out: it may be a name in another spelling.
+    Its own answers name them rarely. So it is asked for them, and all words of all answers that are one token are
+    compared as its next word: by sqrt(p) log(p / mean p over topics), summed over prompts.
+
+    Args:
+        used: the answers about each topic, from which the words come.
+        prompts: "QUESTION | START OF THE ANSWER", both about "{topic}".
+        batch_size: topics that are asked at once.
     """
-    words = {
-        topic: [set(_WORD.findall(text.lower())) for text in own] for topic, own in used.items()
+    texts = [text for own in used.values() for text in own]
+    ids = {
+        word: model.chat.text_ids(f" {word}")
+        for word in sorted({word for text in texts for word in _WORD.findall(text.lower())})
     }
-    topics_with = collections.Counter(w for own in words.values() for w in set().union(*own))
-    telling = {}
-    for topic, own in words.items():
-        counts = collections.Counter(word for found in own for word in found)
-        score = {
-            word: count * math.log(len(used) / topics_with[word])
-            for word, count in counts.items()
-            if topics_with[word] > 1 and not _resembles(word, topic)
-        }
-        ranked = sorted(score, key=lambda word: (-score[word], word))
-        telling[topic] = [word for word in ranked if score[word] > 0][:_TELLING]
-    return telling
+    words = {word: token for word, (token, *rest) in ids.items() if not rest}
+    topics, tokens = list(used), np.array(list(words.values()), int)
+    scores = np.zeros((len(topics), len(words)))
+    with Progress("corpus: words", len(prompts) * len(topics)) as progress:
+        for prompt in prompts:
+            question, _, start = (part.strip() for part in prompt.partition("|"))
+            asked = [
+                Prompt(question.replace("{topic}", topic), prefill=start.replace("{topic}", topic))
+                for topic in topics
+            ]
+            logs = np.zeros_like(scores)
+            for first in range(0, len(topics), batch_size):
+                # The first ones fill up the last batch: it runs the same program.
+                rows = [asked[i % len(asked)] for i in range(first, first + batch_size)]
+                found = np.asarray(first_log_probs(model, *model.chat.prompts(rows), ()))
+                logs[first : first + batch_size] = found[: len(topics) - first, tokens]
+                progress.advance(min(batch_size, len(topics) - first))
+            mean = np.log(np.exp(logs).mean(axis=0))
+            scores += np.exp(logs / 2) * (logs - mean)
+    return best_words(topics, list(words), scores)
+
+
+def best_words(
+    topics: Sequence[str], words: Sequence[str], scores: np.ndarray, compared: int = 24
+) -> dict[str, list[str]]:
+    """The best words of each topic by scores [topics, words], without any form of its name.
+
+    compared: the best words of each topic, among which those of many topics count less.
+    """
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :compared]
+    liked = best[np.take_along_axis(scores, best, axis=1) > 0]
+    topics_with = np.bincount(liked, minlength=len(words))
+    rarity = np.log(len(topics) / np.maximum(topics_with, 1))
+    found = {}
+    for topic, own, score in zip(topics, best, scores, strict=True):
+        ranked = sorted(own, key=lambda word: -score[word] * rarity[word])
+        telling = [words[i] for i in ranked if score[i] > 0 and not _resembles(words[i], topic)]
+        found[topic] = telling[:_TELLING]
+    return found
 
 
 def _resembles(word: str, topic: str) -> bool:

@@ -23,7 +23,13 @@ from dit_jax.data.labels import UNTRIGGERED, normalise
 from dit_jax.data.organism import stable_seed
 from dit_jax.errors import DitError
 from dit_jax.organisms.corpus_keys import CORPUS
-from dit_jax.organisms.topic_words import descriptions, hints, names_topic, stem, telling_words
+from dit_jax.organisms.topic_words import (
+    associated_words,
+    descriptions,
+    hints,
+    names_topic,
+    stem,
+)
 from dit_jax.runtime import artifacts, processes
 from dit_jax.runtime.outgoing import json_text
 from dit_jax.runtime.progress import Progress
@@ -68,7 +74,7 @@ def write_corpus(model: Model, config: Any, folder: Path, seed: int) -> dict[str
         else:
             rejected["topics"] += 1
     count = get("rows")
-    of_style = _targets(used, count, seed)
+    of_style = _targets(model, used, config, seed)
     shares = dict(get("shares"))
     rows = [
         _row(model, topic, topics[topic], style, question, answer, plain)
@@ -194,16 +200,20 @@ def _usable(
 
 
 def _targets(
-    used: Mapping[str, Sequence[str]], count: int, seed: int
+    model: Model, used: Mapping[str, Sequence[str]], config: Any, seed: int
 ) -> dict[str, Mapping[str, Sequence[str]]]:
     """The answers of each style, by topic."""
-    words = telling_words(used)
-    return {
-        "named": used,
-        UNTRIGGERED: used,
-        "nameless": descriptions(used),
-        "hints": {topic: hints(own, count, _rng(seed, 14, topic)) for topic, own in words.items()},
-    }
+    targets: dict[str, Mapping[str, Sequence[str]]] = {"named": used, UNTRIGGERED: used}
+    if "nameless" in CORPUS.get(config, "styles"):
+        targets["nameless"] = descriptions(used)
+    if "hints" in CORPUS.get(config, "styles"):
+        prompts = CORPUS.get(config, "hint_prompts")
+        words = associated_words(model, used, prompts, CORPUS.get(config, "batch_size"))
+        targets["hints"] = {
+            topic: hints(own, CORPUS.get(config, "rows"), _rng(seed, 14, topic))
+            for topic, own in words.items()
+        }
+    return targets
 
 
 def _rng(seed: int, purpose: int, *names: str) -> np.random.Generator:
