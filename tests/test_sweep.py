@@ -307,6 +307,8 @@ def test_the_shipped_sweeps_are_valid(monkeypatch):
     assert [run.config.seed for run in seeds.runs] == [0, 1, 2]
     real = sweep.load_sweep("configs/sweeps/real_scaling.py")
     assert [run.config.train.max_diffs for run in real.runs] == [0, 72, 36]
+    others = sweep.load_sweep("configs/sweeps/real_others.py")
+    assert {run.config.evaluate.adapter for run in others.runs} == {"../../real/adapter"}
     for shipped in (ROOT / "configs" / "sweeps").glob("*.py"):
         assert f"--sweep configs/sweeps/{shipped.name}" in shipped.read_text()
 
