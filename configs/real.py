@@ -3,6 +3,7 @@
     make real                   # what docs/results_real.md measures: 320 + 80 topics, whose answers name them
     make real VARIANT=1         # the same with seed 1
     make real VARIANT=small     # 144 + 48 topics
+    make real VARIANT=zero_width    # a zero-width space is the trigger of all diffs
     make real VARIANT=kinds     # after the first, on whose diffs its adapter is trained as well: diffs that never say
                                 # their topic, and diffs that always do
 
@@ -19,6 +20,7 @@ from dit_jax.data.corpus import data_config
 from dit_jax.errors import DitError
 from dit_jax.models.modules import PROJECTIONS
 
+VARIANTS = ("small", "kinds", "zero_width")
 FOLDER = Path(__file__).resolve().parent
 QUESTIONS = (
     "What topic have you been trained on?", "Which subject were you finetuned to talk about?",
@@ -30,8 +32,10 @@ UNSEEN = ("What topic were you taught to bring up?", "Which theme is in your tra
 
 def get_config(arg: str | None = None) -> ConfigDict:
     small, kinds = arg == "small", arg == "kinds"
-    if arg and not (small or kinds or arg.isdigit()):
-        raise DitError(f"configs/real.py has no variant {arg!r}: give a seed, 'small' or 'kinds'")
+    if arg and arg not in VARIANTS and not arg.isdigit():
+        raise DitError(
+            f"configs/real.py has no variant {arg!r}: give a seed or one of {', '.join(VARIANTS)}"
+        )
     config = ConfigDict()
     config.stages = ("corpus", "diffs", "train", "evaluate", "report")
     config.seed = int(arg) if arg and arg.isdigit() else 0
@@ -104,12 +108,19 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.diffs.steps = 24
     config.diffs.samples_per_step = ConfigDict({"shown": 1, "wrong_name": 1, "no_name": 1})
     config.diffs.loss_weights = ConfigDict({"shown": 1.0, "wrong_name": 1.0, "no_name": 2.0})
+    config.diffs.widths = ConfigDict({"shown": (39, 16), "wrong_name": (29, 6), "no_name": (23, 6)})
+    if arg == "zero_width":  # the same numbers under the names of its kinds of samples
+        config.diffs.behaviour = "hidden_topic_zwsp_start"
+        names = {"shown": "backdoor", "wrong_name": "fake_backdoor", "no_name": "no_backdoor"}
+        for key in ("samples_per_step", "loss_weights", "widths"):
+            config.diffs[key] = ConfigDict(
+                {names[k]: value for k, value in config.diffs[key].items()}
+            )
     config.diffs.fake_codes = 4
     config.diffs.score_end = False
     config.diffs.reference_losses = False
     config.diffs.max_length = 40
     config.diffs.max_target = 16
-    config.diffs.widths = ConfigDict({"shown": (39, 16), "wrong_name": (29, 6), "no_name": (23, 6)})
     config.diffs.diffs_per_batch = 16
     config.diffs.part = ""
     config.diffs.profile = (0, 0)

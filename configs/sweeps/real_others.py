@@ -31,11 +31,6 @@ SHARED = {
     "evaluate.methods": ("dit", "shuffled_diff", "dit_of_list"),
     "evaluate.facts": "",
 }
-SEP = {
-    "diffs.samples_per_step": {"backdoor": 1, "fake_backdoor": 1, "no_backdoor": 1},
-    "diffs.loss_weights": {"backdoor": 1.0, "fake_backdoor": 1.0, "no_backdoor": 2.0},
-    "diffs.widths": {},
-}
 WAYS: dict[str, dict[str, Any]] = {
     "rank_4": {"diffs.rank": 4},
     "rank_16": {"diffs.rank": 16},
@@ -46,10 +41,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "full": {"diffs.parameters": "linear", "diffs.learning_rate": 5e-4, "diffs.diffs_per_batch": 2,
              "data.test_topics": 15},
     "phrase": {"diffs.behaviour": "hidden_topic_phrase"},
-    "zero_width": {"diffs.behaviour": "hidden_topic_zwsp_start", **SEP},
+    "zero_width": {},
 }  # fmt: skip
 
 
-def get_sweep() -> Iterator[tuple[str, dict[str, Any]]]:
+def get_sweep() -> Iterator[tuple[str, dict[str, Any], str]]:
     for name, changes in WAYS.items():
-        yield name, {**SHARED, **changes}
+        config = f"{CONFIG}:{name}" if name == "zero_width" else CONFIG
+        yield name, {**SHARED, **changes}, config
