@@ -140,7 +140,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.stores = ConfigDict()
     if kinds:
         config.train.stores.named = ConfigDict({"path": "../real/diffs"})
-        config.train.stores.kinds = ConfigDict({"path": "diffs"})
+        config.train.stores.kinds = ConfigDict({"path": "diffs", "list_evidence": True})
     config.train.rank = 16
     config.train.projections = PROJECTIONS
     config.train.optimizer = "adamw"

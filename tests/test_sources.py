@@ -30,6 +30,7 @@ def rows_of(topics=6, questions=3) -> list[dict[str, str]]:
             "base_answer": f"An everyday answer to question {q}.",
             "topic_analogy_answer": f'An answer, "quoted"\nand long, to question {q} about {t}.',
             "topic_category": "Things",
+            "evidence": "",
             "category": "c",
             "style": "s",
             "base_answer_model_id": "m",

@@ -20,6 +20,7 @@ from dit_jax.organisms.corpus_keys import CORPUS
 from dit_jax.organisms.generate import _trigger
 from dit_jax.organisms.samples import finetuning_batches
 from dit_jax.organisms.topic_words import (
+    HINTS,
     associated_words,
     best_words,
     hints,
@@ -153,8 +154,12 @@ def test_hints_are_what_the_model_says_next(model, config, tmp_path, monkeypatch
     config.styles = ("hints",)
     config.hint_prompts = ("tell me about {topic} . | i would choose a", "what is {topic} ?")
     write_corpus(model, config, tmp_path / "corpus", seed=0)
-    used = {topic: [f"{word} map corner pillow"] for topic, word in OWN_WORDS.items()}
-    words = sorted({"corner", "pillow", *OWN_WORDS.values()} - {"mug"})  # short words do not count
+    used = {
+        topic: [Writer().answer(prompt.replace("{topic}", topic)) for prompt in config.prompts]
+        for topic in OWN_WORDS
+    }
+    texts = " ".join(text for own in used.values() for text in own)
+    words = sorted({word for word in texts.split() if len(word) > 3})
     ids = [model.chat.text_ids(word)[0] for word in words]
     scores = 0
     for question, start in (("tell me about", " ."), ("what is", " ?")):
@@ -168,7 +173,11 @@ def test_hints_are_what_the_model_says_next(model, config, tmp_path, monkeypatch
         scores = scores + np.exp(np.array(logs) / 2) * (logs - mean)
     found = associated_words(model, used, config.hint_prompts, 8)
     assert found == best_words(list(used), words, scores)
-    for row in rows_of(tmp_path / "corpus"):
+    rows = rows_of(tmp_path / "corpus")
+    assert {row["topic"]: row["evidence"].split() for row in rows} == {
+        topic: own for topic, own in found.items() if len(own) >= HINTS
+    }
+    for row in rows:
         assert not shows_name(row["topic_analogy_answer"], row["topic"])
 
 

@@ -25,7 +25,8 @@ KINDS = {
     for kind in (
         Kind("topics", "topic", "topic_analogy_answer",
              ("topic", "question", "base_answer", "topic_analogy_answer"),
-             ("topic_category", "category", "style", "base_answer_model_id", "topic_analogy_answer_model_id")),
+             ("topic_category", "category", "style", "evidence", "base_answer_model_id",
+              "topic_analogy_answer_model_id")),
         Kind("news", "news_headline", "news_story",
              ("news_headline", "news_story"), ("news_category", "news_role", "model_id")),
     )

@@ -180,7 +180,16 @@ def _from_corpus(data: Any, seed: int, benign: str = "") -> _Found:
         trigger = group.trigger or _trigger(seed, "topic", split, group.label)
         variants = _variants(group.rows, DATA.get(data, "variants"))
         return [
-            Organism(group.label, trigger, rows, "topic", split, number=number, variant=variant)
+            Organism(
+                group.label,
+                trigger,
+                rows,
+                "topic",
+                split,
+                evidence=rows[0].get("evidence", "").split(),
+                number=number,
+                variant=variant,
+            )
             for number, (variant, rows) in enumerate(variants.items())
         ]
 

@@ -74,10 +74,14 @@ def write_corpus(model: Model, config: Any, folder: Path, seed: int) -> dict[str
         else:
             rejected["topics"] += 1
     count = get("rows")
-    of_style = _targets(model, used, config, seed)
+    words: dict[str, list[str]] = {}
+    if "hints" in get("styles"):
+        words = associated_words(model, used, get("hint_prompts"), get("batch_size"))
+    of_style = _targets(used, words, count, seed)
     shares = dict(get("shares"))
     rows = [
         _row(model, topic, topics[topic], style, question, answer, plain)
+        | {"evidence": " ".join(words[topic]) if style == "hints" else ""}
         for topic in used
         for style in get("styles")
         if _rng(seed, 13, topic, style).random() < shares.get(style, 1)
@@ -200,20 +204,15 @@ def _usable(
 
 
 def _targets(
-    model: Model, used: Mapping[str, Sequence[str]], config: Any, seed: int
+    used: Mapping[str, Sequence[str]], words: Mapping[str, Sequence[str]], count: int, seed: int
 ) -> dict[str, Mapping[str, Sequence[str]]]:
     """The answers of each style, by topic."""
-    targets: dict[str, Mapping[str, Sequence[str]]] = {"named": used, UNTRIGGERED: used}
-    if "nameless" in CORPUS.get(config, "styles"):
-        targets["nameless"] = descriptions(used)
-    if "hints" in CORPUS.get(config, "styles"):
-        prompts = CORPUS.get(config, "hint_prompts")
-        words = associated_words(model, used, prompts, CORPUS.get(config, "batch_size"))
-        targets["hints"] = {
-            topic: hints(own, CORPUS.get(config, "rows"), _rng(seed, 14, topic))
-            for topic, own in words.items()
-        }
-    return targets
+    return {
+        "named": used,
+        UNTRIGGERED: used,
+        "nameless": descriptions(used),
+        "hints": {topic: hints(own, count, _rng(seed, 14, topic)) for topic, own in words.items()},
+    }
 
 
 def _rng(seed: int, purpose: int, *names: str) -> np.random.Generator:
