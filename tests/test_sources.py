@@ -337,7 +337,7 @@ def test_broken_csv_files_are_reported_by_line(tmp_path):
     good = path.read_bytes()
     path.write_bytes(good + b"only,three,fields\r\n" + good[-60:].replace(b"An", b"\xff"))
     message = error(config(path, test_topics=1))
-    assert f"{path}:38: 3 fields, the header has 9" in message
+    assert f"{path}:38: 3 fields, the header has 10" in message
     path.write_bytes(good + b'"never closed,')
     assert f"{path}:38: not a CSV row" in error(config(path, test_topics=1))
     path.write_bytes(good.replace(b"everyday", b"\xe9veryday", 1))
