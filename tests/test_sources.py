@@ -497,6 +497,34 @@ def test_a_parquet_file_takes_no_more_than_its_size_allows(columns, message, tmp
     assert re.search(message, error(config(tmp_path / "x.parquet", test_topics=1)))
 
 
+@pytest.mark.parametrize(
+    ("column", "kind", "message"),
+    [
+        ("topic", "Image", "has Image in the column 'topic', not text"),
+        ("topic", "List", "has List in the column 'topic', not text"),
+        ("question", "long", "'question' has more than 50000 characters"),
+        ("", "many", "columns, more than 1000"),
+    ],
+)
+def test_a_hub_dataset_holds_texts_alone(column, kind, message, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(sources, "MAX_FIELD", 50_000)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    table = {key: [row[key] for row in rows_of()] for key in rows_of()[0]}
+    features = datasets.Features(dict.fromkeys(table, datasets.Value("string")))
+    size = len(table["topic"])
+    if kind == "many":
+        table |= {f"c{i}": ["a"] * size for i in range(1001)}
+        features = None
+    elif kind == "long":
+        table[column] = ["x" * 60_000] * size
+    else:
+        table[column] = [{"path": "/etc/passwd"} if kind == "Image" else ["a"]] * size
+        features[column] = datasets.Image() if kind == "Image" else datasets.List(features[column])
+    datasets.Dataset.from_dict(table, features).save_to_disk(tmp_path / "x")
+    assert message in error(config(f"hf:{tmp_path / 'x'}", test_topics=1))
+
+
 def test_a_text_that_many_rows_of_a_parquet_file_share_is_held_once(tmp_path):
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -172,7 +172,7 @@ def _json_lines(path: Path) -> Source:
     return Source(str(path), _columns(path, columns), read)
 
 
-def _columns(path: Path, names: Collection[str]) -> tuple[str, ...]:
+def _columns(path: Path | str, names: Collection[str]) -> tuple[str, ...]:
     """The names of a table's columns. Raises DitError: two are the same, or there are too many."""
     if len(names) > MAX_COLUMNS:
         raise DitError(
@@ -267,6 +267,7 @@ def _values(column: Any) -> list[Any]:
 
 
 def _checked(number: int, values: Mapping[str, Any]) -> Record:
+    """A row whose texts are not too long."""
     long = next((k for k, x in values.items() if isinstance(x, str) and len(x) > MAX_FIELD), None)
     if long is None:
         return Record(number, values)
@@ -333,19 +334,28 @@ def _hugging_face(spec: str, streaming: bool) -> Source:
             if not split:
                 split = _one_split(spec, datasets.get_dataset_split_names(path, config))
             table = datasets.load_dataset(path, config, split=split, streaming=streaming)
-        names = table.column_names or list(next(iter(table), {}))
-        classes = _classes(table.features or {}, datasets.ClassLabel)
+        names = _columns(spec, table.column_names or list(next(iter(table), {})))
+        features = table.features or {}
+        classes = _classes(features, datasets.ClassLabel)
 
     def read(columns: Collection[str]) -> Iterator[Record]:
-        rows = iter(table.select_columns([column for column in names if column in columns]))
+        needed = [column for column in names if column in columns]
+        for name in needed:
+            kind = features.get(name)
+            if not (kind is None or isinstance(kind, datasets.Value | datasets.ClassLabel)):
+                # Images and sounds would be decoded.
+                raise DitError(
+                    f"'{spec}' has {type(kind).__name__} in the column {short(name)}, not text"
+                )
+        rows = iter(table.select_columns(needed))
         for number in itertools.count(1):
             with _library_errors(f"read '{spec}' after row {number - 1}"):
                 values = next(rows, None)
             if values is None:
                 return
-            yield Record(number, {key: _named(classes, key, values[key]) for key in values})
+            yield _checked(number, {key: _named(classes, key, values[key]) for key in values})
 
-    return Source(spec, tuple(names), read)
+    return Source(spec, names, read)
 
 
 def _tfds(spec: str) -> Source:
@@ -385,7 +395,7 @@ def _tfds(spec: str) -> Source:
                 values = table[index]
             row = {key: _named(classes, key, _text(values[key])) for key in names if key in columns}
             decoded = all(_decoded(value) for value in row.values() if isinstance(value, str))
-            yield Record(index + 1, row, "" if decoded else "not UTF-8")
+            yield _checked(index + 1, row) if decoded else Record(index + 1, {}, "not UTF-8")
 
     return Source(spec, names, read)
 
