@@ -272,6 +272,9 @@ def test_ranges_splits_and_lists_of_files(model, zoo, tmp_path):
     assert len(names(f"{zoo}/store", split="test")) == 12
     (tmp_path / "list.txt").write_text(f"# two\n{zoo}/store[1]\n{zoo}/one.pt\n")
     assert names(tmp_path / "list.txt", f"{zoo}/store[1]") == ["store[1]", "one.pt"]
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/list.txt\n")
+    with pytest.raises(dit_jax.DitError, match="names another list"):
+        names(tmp_path / "list.txt")
 
 
 def test_loras_of_any_ranks_and_modules_share_a_batch(model):

@@ -74,9 +74,27 @@ def test_headers_and_lines_have_the_same_parser(tmp_path, wrong):
     assert read_records(tmp_path / "x.jsonl") == [{"step": 1, "time": 2}]
 
 
-def test_numbers_beyond_those_of_floats_end_the_records(tmp_path):
-    (tmp_path / "x.jsonl").write_text('{"step": 1, "time": 2}\n{"step": 1e999, "time": 2}\n')
+@pytest.mark.parametrize(
+    "line", [b'{"step": 1e999, "time": 2}', b'{"step": 2, "time\xff": 3}', b"5"]
+)
+def test_a_line_that_is_no_record_ends_the_records(tmp_path, line):
+    (tmp_path / "x.jsonl").write_bytes(b'{"step": 1, "time": 2}\n' + line + b"\n")
     assert len(read_records(tmp_path / "x.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+    "row", ["5", "[]", "{}", '{"verdict": 1, "name": 2, "reading": {"name": "x", "share": "y"}}']
+)
+def test_damaged_audits_and_configs_are_one_line(tmp_path, row):
+    pytest.importorskip("inspect_ai")
+    from dit_jax.inspection.agent import _audited
+
+    (tmp_path / "audit.jsonl").write_text(row + "\n")
+    with pytest.raises(DitError, match="audit.jsonl' is damaged"):
+        _audited(str(tmp_path))
+    (tmp_path / "config.json").write_text(f'{{"a.b": {row}}}')
+    with pytest.raises(DitError, match="config.json' is not a config"):
+        load_saved(tmp_path / "config.json")
 
 
 def test_sound_json_is_read_as_json_reads_it():

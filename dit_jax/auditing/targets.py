@@ -13,6 +13,7 @@ from dit_jax.api import Diff, Model, deltas_of, load_diffs
 from dit_jax.deltas.detect import Found, list_diffs, look, look_for_diffs
 from dit_jax.deltas.tree import is_lora
 from dit_jax.errors import DitError
+from dit_jax.formats.files import short
 from dit_jax.runtime.os_errors import explain_os_errors
 
 _PICKED = re.compile(r"(?P<path>.+)\[(?P<picked>[-\d:,\s]+)\]")
@@ -130,9 +131,11 @@ def _of(
         place = Path(os.path.expanduser(path))
         with explain_os_errors("read", place):
             lines = place.read_text("utf-8", "replace").splitlines()
-        for line in lines:
-            if line.strip() and not line.startswith("#"):
-                yield from _of(line.strip(), model, split, index, looked, how)
+        for line in filter(None, map(str.strip, lines)):
+            if _is_list(path_and_range(line)[0]):
+                raise DitError(f"'{place}' names another list, {short(line)}: write its diffs here")
+            if not line.startswith("#"):
+                yield from _of(line, model, split, index, looked, how)
         return
     for one, part in _parts(path) if picked is None and index is None else [(path, path)]:
         try:

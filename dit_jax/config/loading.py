@@ -267,9 +267,12 @@ def load_saved(path: artifacts.PathLike) -> ConfigDict:
       DitError: the file is missing, truncated or not a config.
     """
     value = artifacts.read_json(path, "use a new --workdir")
-    if not isinstance(value, dict):
-        raise DitError(f"'{path}' is not a config: use a new --workdir")
-    return ConfigDict(_tuples(value)).lock()
+    try:
+        if isinstance(value, dict):
+            return ConfigDict(_tuples(value)).lock()
+    except ValueError:  # a key with a dot
+        pass
+    raise DitError(f"'{path}' is not a config: use a new --workdir")
 
 
 def _tuples(value: Any) -> Any:

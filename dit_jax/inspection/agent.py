@@ -84,15 +84,19 @@ def _audited(folder: str) -> list[str]:
         rows = [parse_json(line) for line in read_text(file, "check -T audit=…").splitlines()]
     except ValueError as error:
         raise DitError(f"'{file}' is no list of audited diffs: {error}") from None
-    lines = []
-    for row in rows[:MOST_ROWS]:
-        told = [str(row["verdict"])]
-        if "error" not in row:
-            reading = row["reading"]
-            told.append(f"says {reading['name']!r} in {reading['share']:.0%} of answers")
-            told += [f"{name}: {' '.join(one['words'])}" for name, one in row["readers"].items()]
-        lines.append(printable(f"{row['name']}: {'; '.join(told)}"))
-    return lines
+    try:
+        return [_line_of(row) for row in rows[:MOST_ROWS]]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise DitError(f"'{file}' is damaged: run the audit again into another folder") from None
+
+
+def _line_of(row: dict[str, Any]) -> str:
+    told = [str(row["verdict"])]
+    if "error" not in row:
+        reading = row["reading"]
+        told.append(f"says {reading['name']!r} in {reading['share']:.0%} of answers")
+        told += [f"{name}: {' '.join(one['words'])}" for name, one in row["readers"].items()]
+    return printable(f"{row['name']}: {'; '.join(told)}")
 
 
 @solver

@@ -21,9 +21,9 @@ FOLDER = "metrics"
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """Records of a metrics file; a last line that a kill cut off is dropped."""
+    """Records of a metrics file, up to a line that is damaged or that a kill cut off."""
     records = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+    for line in file.read_text("utf-8", "replace").splitlines() if file.exists() else []:
         try:
             record = parse_json(line)
             records.append({**record, "step": int(record["step"]), "time": float(record["time"])})
