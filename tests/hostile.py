@@ -1,14 +1,7 @@
-"""Watches what a reader does: files it opens, code it runs, memory and time it takes."""
+"""What a reader does with a file: the outcome, watched, and its time and memory."""
 
-import contextlib
-import gc
-import os
-import resource
 import shutil
-import socket
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 from format_cases import CONFIG, random_lora
@@ -17,45 +10,10 @@ from dit_jax.deltas import detect, export, reference_pt
 from dit_jax.deltas.raw_diff import RawDiff
 from dit_jax.errors import DitError
 from dit_jax.formats import torch_save
+from tools.watching import peak, reset_peak, watch
 
 SECONDS = 20  # the machine may be busy; a reader that is caught here takes minutes or never ends
 BYTES = 300 * 2**20
-# Events that no reader may cause (https://docs.python.org/3/library/audit_events.html).
-FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.", "socket.", "exec",
-             "pickle.find_class", "ctypes.", "shutil.", "os.remove", "os.rename", "os.mkdir",
-             "os.rmdir", "os.chmod", "os.link", "os.symlink", "webbrowser.", "urllib.")  # fmt: skip
-
-_watching: list | None = None
-_hooked = False
-
-
-def _audit(event, arguments):
-    if event == "socket.__new__" and arguments[1] == socket.AF_UNIX:
-        return  # what an event loop wakes itself with
-    if _watching is not None and (event == "open" or event.startswith(FORBIDDEN)):
-        _watching.append((event, arguments))
-
-
-@contextlib.contextmanager
-def watch(folder):
-    """Fails if the body opens a file outside `folder`, writes, or runs anything."""
-    global _watching, _hooked
-    if not _hooked:
-        sys.addaudithook(_audit)  # a hook cannot be removed again, so it is added once
-        _hooked = True
-    _watching = []
-    try:
-        yield
-    finally:
-        seen, _watching = _watching, None
-    root = Path(folder).resolve()
-    for event, arguments in seen:
-        assert event == "open", (event, arguments)
-        name, mode = arguments[0], arguments[1]
-        assert isinstance(name, str | bytes | os.PathLike), (event, arguments)
-        path = Path(os.fsdecode(name)).resolve()
-        assert mode is None or not set(mode) & set("wax+"), (event, arguments)
-        assert path.is_relative_to(root), f"opened {path}"
 
 
 def outcome(read, folder, memory=False):
@@ -82,23 +40,6 @@ def outcome(read, folder, memory=False):
             grown = peak() - before
             assert grown < BYTES, f"{grown / 2**20:.0f} MiB"
         assert took < SECONDS, f"{took:.1f} s"
-
-
-def peak():
-    """The most memory, in bytes, that this process has held since `reset_peak`."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def reset_peak():
-    """Starts a new measurement if the system can, and returns the memory held now."""
-    gc.collect()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return peak()
 
 
 def check_sound(delta):

@@ -1,9 +1,10 @@
-"""Measures what docs/reliability.md says: flipped bits by kind of artifact, and calls of the Inspect provider.
+"""Measures what docs/reliability.md says: damaged and hostile files, and calls of the Inspect provider.
 
     python -m tools.soak flips --n 400
+    python -m tools.soak hostile --n 400
     python -m tools.soak provider --n 10000
 
-Each prints one line of JSON per row of the tables. Kills, interruptions and hostile files are tests with a long form.
+Each prints one line of JSON per row of the tables. Kills and interruptions are tests with a long form.
 """
 
 import argparse
@@ -14,12 +15,15 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dit_jax.errors import DitError, Parser
 from dit_jax.runtime.exits import status_of
+from dit_jax.runtime.outgoing import show
+from tools.hostile_files import SOUND, hostile
 
+EXPECTED = {"noticed", "the same", "own answer", "own error", "cancelled", *SOUND}
 QUESTIONS = [f"what is {x} ?" for x in ("tea", "milk", "a violin", "the harbor", "rain", "music")]
 
 
@@ -182,22 +186,35 @@ def provider(n: int, seed: int = 0) -> Counter[str]:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if something was wrong."""
     parser = Parser("python -m tools.soak", __doc__)
-    parser.add_argument("what", choices=["flips", "provider"])
+    parser.add_argument("what", choices=["flips", "hostile", "provider"])
     parser.add_argument("--n", type=int, default=100, help="of each kind (default %(default)s)")
+    parser.add_argument(
+        "--first", type=int, default=0, help="of hostile files: the number of the first"
+    )
+    parser.add_argument("--kind", action="append", help="of hostile files: this one alone")
     parser.add_argument("--seed", type=int, default=0)
     return status_of(lambda: _run(parser.parse_args(argv)))
 
 
 def _run(flags: argparse.Namespace) -> int:
-    rows = (
-        flips(flags.n, flags.seed)
-        if flags.what == "flips"
-        else {"provider": provider(flags.n, flags.seed)}
-    )
-    for kind, counts in rows.items():
-        print(json.dumps({"kind": kind, "n": flags.n, **counts}))
-    expected = {"noticed", "the same", "own answer", "own error", "cancelled"}
-    return 0 if all(counts.keys() <= expected for counts in rows.values()) else 1
+    sound = True
+    for kind, counts, wrong in _rows(flags):
+        show(json.dumps({"kind": kind, "n": flags.n, **counts}))
+        for line in wrong:
+            show(f"{kind}: {line}", error=True)
+        sound = sound and counts.keys() <= EXPECTED
+    return 0 if sound else 1
+
+
+def _rows(flags: argparse.Namespace) -> Iterator[tuple[str, Counter[str], list[str]]]:
+    if flags.what == "hostile":
+        from tools.hostile_kinds import KINDS
+
+        yield from hostile(flags.kind or list(KINDS), flags.n, flags.seed, flags.first)
+    elif flags.what == "flips":
+        yield from ((kind, counts, []) for kind, counts in flips(flags.n, flags.seed).items())
+    else:
+        yield "provider", provider(flags.n, flags.seed), []
 
 
 if __name__ == "__main__":
