@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small_run
 from conftest import ROOT
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -29,6 +28,7 @@ from dit_jax.errors import DitError
 from dit_jax.runtime import artifacts, interrupts, parallel, preemption
 from dit_jax.train import dit
 from dit_jax.train.checkpoints import Checkpoints
+from tools import small_run
 
 METHODS = ("--config.stages=('diffs','train','evaluate')", "--config.evaluate.methods=('dit',)")
 
@@ -110,6 +110,7 @@ def test_sigterm_ends_a_computation_that_python_waits_for(tmp_path):
     program = """
 import jax, jax.numpy as jnp
 from dit_jax.runtime import preemption
+from tools import small_run
 endless = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 2, jnp.sin, x))
 with preemption.listen():
     print("ready", flush=True)

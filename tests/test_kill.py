@@ -12,14 +12,13 @@ import sys
 import time
 
 import pytest
-import small_run
 from conftest import ROOT
 
 from dit_jax.cli import run_stages as main
 from dit_jax.cli.gather_parts import main_gather
-from dit_jax.deltas.store import DiffStore
-from dit_jax.runtime.artifacts import read_json
 from dit_jax.runtime.metrics import read_records
+from tools import small_run
+from tools.small_run import diffs_of, results
 
 KILLS = int(os.environ.get("DIT_JAX_KILLS", "4"))
 SEED = int(os.environ.get("DIT_JAX_KILL_SEED", "0"))
@@ -88,33 +87,6 @@ def run_and_kill(workdir, log, moment, *extra):
     finally:
         process.kill()
         process.wait()
-
-
-def diffs_of(workdir):
-    """The diffs of a run, as bytes and rows that do not depend on the time."""
-    store = DiffStore(workdir / "diffs")
-    store.stacked(range(len(store)))  # reads every shard, and so compares it with its digest
-    files = [*(workdir / "diffs").rglob("*.safetensors"), *(workdir / "diffs").rglob("0*.json")]
-    files += [workdir / "diffs" / "index.csv"]
-    changing = ("created", "packages")
-    return {
-        **{str(file.relative_to(workdir)): file.read_bytes() for file in files},
-        "rows": [(row["topic"], row["trigger"]) for row in store.rows],
-        "manifest": {key: x for key, x in store.manifest.items() if key not in changing},
-    }
-
-
-def results(workdir):
-    """All results of a run, as bytes and numbers that do not depend on the time."""
-    files = [workdir / "evaluate" / f for f in ("answers.jsonl", "label_cross_entropy.json")]
-    manifest = read_json(workdir / "adapter" / "manifest.json")
-    curve = read_records(workdir / "metrics" / "train.jsonl")
-    return {
-        **diffs_of(workdir),
-        **{str(file.relative_to(workdir)): file.read_bytes() for file in files},
-        "adapter": manifest["digest"],
-        "losses": [(record["step"], record["loss"]) for record in curve],
-    }
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT
-from small_run import SMALL, flags
 
 import dit_jax
 from dit_jax.cli import ask_diffs as ask
@@ -26,6 +25,7 @@ from dit_jax.deltas.store import DiffStore
 from dit_jax.organisms import generate
 from dit_jax.runtime.metrics import read_records
 from dit_jax.train import dit
+from tools.small_run import SMALL, flags
 
 # Keys with a default that the runs at this size need to have another value.
 KEPT = ("train_topics", "test_topics", "train_benign", "test_benign", "mesh")

@@ -1,7 +1,8 @@
-"""Measures what docs/reliability.md says: damaged and hostile files, and calls of the Inspect provider.
+"""Measures what docs/reliability.md says: damaged and hostile files, faults of disks, calls of the Inspect provider.
 
     python -m tools.soak flips --n 400
     python -m tools.soak hostile --n 400
+    python -m tools.soak disks --n 20
     python -m tools.soak provider --n 10000
 
 Each prints one line of JSON per row of the tables. Kills and interruptions are tests with a long form.
@@ -24,6 +25,7 @@ from dit_jax.runtime.outgoing import show
 from tools.hostile_files import SOUND, hostile
 
 EXPECTED = {"noticed", "the same", "own answer", "own error", "cancelled", *SOUND}
+EXPECTED |= {"one line, then equal", "too late, then equal"}
 QUESTIONS = [f"what is {x} ?" for x in ("tea", "milk", "a violin", "the harbor", "rain", "music")]
 
 
@@ -186,7 +188,7 @@ def provider(n: int, seed: int = 0) -> Counter[str]:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if something was wrong."""
     parser = Parser("python -m tools.soak", __doc__)
-    parser.add_argument("what", choices=["flips", "hostile", "provider"])
+    parser.add_argument("what", choices=["flips", "hostile", "disks", "provider"])
     parser.add_argument("--n", type=int, default=100, help="of each kind (default %(default)s)")
     parser.add_argument(
         "--first", type=int, default=0, help="of hostile files: the number of the first"
@@ -211,6 +213,10 @@ def _rows(flags: argparse.Namespace) -> Iterator[tuple[str, Counter[str], list[s
         from tools.hostile_kinds import KINDS
 
         yield from hostile(flags.kind or list(KINDS), flags.n, flags.seed, flags.first)
+    elif flags.what == "disks":
+        from tools.disk_faults import disk_faults
+
+        yield from disk_faults(flags.n, flags.seed)
     elif flags.what == "flips":
         yield from ((kind, counts, []) for kind, counts in flips(flags.n, flags.seed).items())
     else:

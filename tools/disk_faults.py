@@ -1,0 +1,150 @@
+"""Runs whose disk fills, becomes read-only or vanishes at a random moment, and which go on when it is mended.
+
+Needs the right to mount: the workdir is on a disk in memory.
+"""
+
+import contextlib
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from dit_jax.cli import run_stages
+from dit_jax.errors import DitError
+from tools import small_run
+
+STAGES = "--config.stages=('diffs','train','evaluate')"
+METHODS = "--config.evaluate.methods=('dit','base_question','shuffled_diff')"
+_PROGRESS = re.compile(r"\w+: \d+/\d+, about")
+Ended = tuple[int, str, list[str]]  # the status, the stage that was at work, lines on stderr
+FAULTS = ("full", "read-only", "vanished")
+
+
+def disk_faults(n: int, seed: int = 0) -> Iterator[tuple[str, Counter[str], list[str]]]:
+    """(fault and the stage that it met, outcomes, what was wrong) of n runs with each fault.
+
+    Outcomes are "one line, then equal": the run ended with one line, and the same command ended it bitwise as an
+    undisturbed one; "too late, then equal": the run did not meet the fault; "wrong".
+    """
+    rng = random.Random(seed)
+    found: dict[str, tuple[Counter[str], list[str]]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        _run(place / "compiles")
+        start = time.monotonic()
+        _run(place / "whole")
+        seconds, expected = time.monotonic() - start, small_run.results(place / "whole")
+        size = sum(file.stat().st_size for file in (place / "whole").rglob("*") if file.is_file())
+        for number in range(n * len(FAULTS)):
+            fault, when = FAULTS[number % len(FAULTS)], rng.random()
+            with _disk(place / f"disk{number}") as disk:
+                status, stage, said = _faulty(disk, fault, when * seconds, int(when * size))
+                again, _, complaint = _run(disk / "w")
+                equal = again == 0 and small_run.results(disk / "w") == expected
+            one_line = (status, len(said)) == (2, 1) and said[0].startswith("error: ")
+            outcome = "too late" if status == 0 else "one line" if one_line else ""
+            counts, wrong = found.setdefault(f"{fault}, {stage}", (Counter(), []))
+            counts[f"{outcome}, then equal" if outcome and equal else "wrong"] += 1
+            if not (outcome and equal):
+                wrong.append(
+                    f"{number}: status {status}: {said[-6:]}; then {again}: {complaint[-6:]}"
+                )
+    for kind, (counts, wrong) in sorted(found.items()):
+        yield kind, counts, wrong
+
+
+def _faulty(disk: Path, fault: str, seconds: float, room: int) -> Ended:
+    """A run on a disk with a fault, which is mended afterwards."""
+    if fault == "full":
+        _mount("-o", f"remount,size={max(room, 4096)}", str(disk))
+        said = _run(disk / "w")
+        _mount("-o", "remount,size=64m", str(disk))
+        return said
+    done = threading.Event()
+
+    def strike() -> None:
+        done.wait(seconds)
+        while not done.is_set():
+            if fault == "vanished":
+                subprocess.run(["umount", "-l", str(disk)], check=True)
+                return
+            # Refused while a file is open for writing.
+            if _mount("-o", "remount,ro", str(disk), check=False):
+                return
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    said = _run(disk / "w")
+    done.set()
+    thread.join()
+    if fault == "vanished":
+        if not os.path.ismount(disk):
+            shutil.rmtree(disk / "w", ignore_errors=True)  # what was written to the empty place
+            _mount("--bind", f"{disk}.kept", str(disk))
+    else:
+        _mount("-o", "remount,rw", str(disk))
+    return said
+
+
+@contextlib.contextmanager
+def _disk(place: Path) -> Iterator[Path]:
+    """A disk that stays where it is under another name while it vanishes."""
+    kept = Path(f"{place}.kept")
+    place.mkdir()
+    kept.mkdir()
+    if not _mount("-t", "tmpfs", "-o", "size=64m", "tmpfs", str(kept), check=False):
+        raise DitError("faults of disks need the right to mount: run this as root")
+    _mount("--bind", str(kept), str(place))
+    try:
+        yield place
+    finally:
+        for path in (place, kept):
+            subprocess.run(["umount", "-l", str(path)], check=False)
+
+
+def _mount(*flags: str, check: bool = True) -> bool:
+    return subprocess.run(["mount", *flags], check=check, capture_output=True).returncode == 0
+
+
+def _run(workdir: Path) -> Ended:
+    with _captured() as texts:
+        try:
+            status = run_stages.main(small_run.flags(workdir, STAGES, METHODS))
+        except Exception:  # a bug; in a program it is a traceback
+            traceback.print_exc()
+            status = 1
+    out, err = texts
+    stages = re.findall(r"^\[(\w+)\]", out, re.MULTILINE)
+    said = [line for line in err.splitlines() if not _PROGRESS.match(line)]
+    return status, stages[-1] if stages else "start", said
+
+
+@contextlib.contextmanager
+def _captured() -> Iterator[list[str]]:
+    """What anything in this process writes to stdout and stderr, libraries too; filled in at the end."""
+    texts: list[str] = []
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        kept = os.dup(1), os.dup(2)
+        try:
+            for number, file in ((1, out), (2, err)):
+                os.dup2(file.fileno(), number)
+            yield texts
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, handle in ((1, kept[0]), (2, kept[1])):
+                os.dup2(handle, number)
+                os.close(handle)
+            for file in (out, err):
+                file.seek(0)
+                texts.append(file.read().decode(errors="replace"))
