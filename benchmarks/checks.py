@@ -92,8 +92,10 @@ def first_gaps(folder: pathlib.Path, ours: np.ndarray, theirs: np.ndarray) -> li
 
     work, data, factors = workload.read(folder)
     model = load_model(work, folder)
-    adapter = delta_tree(model.config, factors, "adapter", work.adapter_rank)
-    diffs = delta_tree(model.config, factors, "diffs", work.rank)
+    adapter, diffs = (
+        delta_tree(model.config, factors, name, rank) if factors else {}
+        for name, rank in (("adapter", work.adapter_rank), ("diffs", work.rank))
+    )
 
     @jax.jit
     def logits(tokens: jax.Array, length: jax.Array, diff: Any) -> jax.Array:
@@ -105,9 +107,10 @@ def first_gaps(folder: pathlib.Path, ours: np.ndarray, theirs: np.ndarray) -> li
     gaps = []
     for row in np.flatnonzero((ours != theirs).any(axis=1)):
         at = int(np.argmax(ours[row] != theirs[row]))
-        tokens = np.concatenate([data["prompt"], ours[row]])[None]
+        prompt = data["prompt"][row % len(data["prompt"])]
+        tokens = np.concatenate([prompt, ours[row]])[None]
         diff = jax.tree.map(lambda x, row=row: x[row], diffs)
-        found = np.asarray(logits(tokens, jnp.asarray(len(data["prompt"]) + at), diff))
+        found = np.asarray(logits(tokens, jnp.asarray(len(prompt) + at), diff))
         gap = abs(found[ours[row, at]] - found[theirs[row, at]])
         gaps.append(float(gap / np.abs(found).max()))
     return gaps

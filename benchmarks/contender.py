@@ -36,6 +36,11 @@ MODULES: dict[str, dict[str, str]] = {
         "generate-merged": "generate_loop",
         "generate-peft": "generate_loop",
     },
+    "corpus": {
+        "ours": "ours",
+        "generate-batched": "generate_loop",
+        "generate-one-by-one": "generate_loop",
+    },
 }
 
 

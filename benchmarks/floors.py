@@ -34,7 +34,7 @@ def floor(work: Workload, data: dict[str, np.ndarray]) -> Floor:
     config = work.config
     n, head = count_parameters(config, lora_only=True), config.hidden_size * config.vocab_size
     weights = (n + head) * (2 if work.dtype == "bfloat16" else 4)
-    if work.suite == "ask":
+    if work.suite in ("ask", "corpus"):
         return _ask(work, n, head, weights)
     lengths, used = data["lengths"], data["weight"] > 0
     terms = used.sum(axis=-1)

@@ -1,4 +1,4 @@
-"""Asks diffs one after another with transformers' `generate`: each merged into the weights, or through PEFT."""
+"""transformers' `generate`, asking diffs one after another, merged or through PEFT, or the base, in batches or not."""
 
 import pathlib
 from typing import Any
@@ -12,37 +12,48 @@ from benchmarks.workload import Workload
 
 
 class GenerateLoop(tm.Torch):
+    """Prompts to the unchanged base, `part` of them at once."""
+
+    part = 1
+
     def __init__(self, work: Workload, data: Any, factors: Any, folder: pathlib.Path, variant: str):
         self.work, self.factors = work, factors
         self.device = tm.device_of(work)
         self.model = tm.load(work, folder)
-        self.prompt = torch.from_numpy(data["prompt"].astype(np.int64))[None].to(self.device)
+        self.prompt = torch.from_numpy(data["prompt"].astype(np.int64)).to(self.device)
         if "compile" in variant:
             tm.compile_layers(self.model)
         self.facts = tm.facts(work, variant)
 
     def apply(self, index: int) -> None:
-        """Turns the model into that of one diff and the adapter."""
-        raise NotImplementedError
+        """Turns the model into that of one diff and the adapter, where there are diffs."""
 
     def warm_up(self) -> None:
-        self._ask(0)
+        self._ask(slice(0, self.part))
 
     def run(self) -> dict[str, np.ndarray]:
-        return {"tokens": np.stack([self._ask(i) for i in range(self.work.diffs)])}
+        parts = tm.slices(self.work.diffs, self.part)
+        return {"tokens": np.concatenate([self._ask(part) for part in parts])}
 
     @torch.inference_mode()
-    def _ask(self, index: int) -> np.ndarray:
-        self.apply(index)
+    def _ask(self, part: slice) -> np.ndarray:
+        self.apply(part.start)
+        prompt = self.prompt[part] if len(self.prompt) > 1 else self.prompt
         out = self.model.generate(
-            self.prompt,
-            attention_mask=torch.ones_like(self.prompt),
+            prompt,
+            attention_mask=torch.ones_like(prompt),
             max_new_tokens=self.work.new_tokens,
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
         )
-        return out[0, self.prompt.shape[1] :].cpu().numpy().astype(np.int32)
+        return out[:, prompt.shape[1] :].cpu().numpy().astype(np.int32)
+
+
+class Batched(GenerateLoop):
+    def __init__(self, work: Workload, data: Any, factors: Any, folder: pathlib.Path, variant: str):
+        super().__init__(work, data, factors, folder, variant)
+        self.part = min(work.batch, work.diffs)
 
 
 class Merged(GenerateLoop):
@@ -90,5 +101,5 @@ class Peft(GenerateLoop):
 def make(
     work: Workload, data: Any, factors: Any, folder: pathlib.Path, name: str, variant: str
 ) -> GenerateLoop:
-    kind = Merged if name == "generate-merged" else Peft
-    return kind(work, data, factors, folder, variant)
+    kinds = {"generate-merged": Merged, "generate-peft": Peft, "generate-batched": Batched}
+    return kinds.get(name, GenerateLoop)(work, data, factors, folder, variant)

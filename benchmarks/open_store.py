@@ -25,15 +25,16 @@ BATCH = 50
 READS = 200
 
 
-def write_store(folder: pathlib.Path, count: int) -> None:
+def write_store(folder: pathlib.Path, count: int, rank: int = 1) -> None:
+    """Writes a store of random diffs: `count` of them, a multiple of BATCH."""
     import jax
 
     from dit_jax.deltas import store
     from dit_jax.deltas.tree import abstract_lora
 
     rng = np.random.default_rng(0)
-    one = abstract_lora(models.shape("tiny"), 1)
-    deltas = jax.tree.map(lambda x: rng.standard_normal((BATCH, *x.shape), np.float32), one)
+    one = abstract_lora(models.shape("tiny"), rank)
+    deltas = jax.tree.map(lambda x: 0.1 * rng.standard_normal((BATCH, *x.shape), np.float32), one)
     facts = {"split": "train", "category": "animals", "behaviour": "hidden_topic", "passed": True}
     texts = {name: json.dumps(["small", "quick", "furry"]) for name in ("evidence", "keywords")}
     rates = {"right_code": 0.9, "wrong_code": 0.1, "no_code": 0.0, "gate_kl": 0.01}

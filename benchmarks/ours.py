@@ -148,31 +148,47 @@ class Train(_Ours):
 
 
 class TokenChat:
-    """Stands for a tokenizer: every question is the same prompt of token ids, and no token ends an answer."""
+    """Stands for a tokenizer: a question is the number of a row of token ids, and no token ends an answer."""
 
     eos_ids: tuple[int, ...] = ()
     pad_id = 0
 
-    def __init__(self, prompt: np.ndarray):
-        self.prompt = prompt
+    def __init__(self, rows: np.ndarray):
+        self.rows = rows
 
     def prompts(
         self, questions: Sequence[str], system: str | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        tokens = np.tile(self.prompt, (len(questions), 1))
+        tokens = self.rows[list(map(int, questions))]
         return tokens, np.ones_like(tokens, bool)
 
     def decode(self, ids: Sequence[int]) -> str:
         return ""
 
 
-class Ask(_Ours):
-    """One question to every diff, with the adapter on top, through the public interface."""
+class Corpus(_Ours):
+    """Many prompts to the base."""
 
     def __init__(self, work: Workload, data: Any, factors: Any, folder: pathlib.Path):
         super().__init__(work, data, factors, folder)
         chat: Any = TokenChat(data["prompt"])
         self.model = api.Model(self.model.params, self.model.config, self.model.name, chat)
+
+    def run(self) -> dict[str, np.ndarray]:
+        answers = asking.answer_batch(
+            self.model,
+            list(map(str, range(self.work.diffs))),
+            batch_size=self.work.batch,
+            max_new_tokens=self.work.new_tokens,
+        )
+        return {"tokens": np.array([answer.tokens for answer in answers], np.int32)}
+
+
+class Ask(Corpus):
+    """One question to every diff, with the adapter on top, through the public interface."""
+
+    def __init__(self, work: Workload, data: Any, factors: Any, folder: pathlib.Path):
+        super().__init__(work, data, factors, folder)
         stacked = delta_tree(self.model.config, factors, "diffs", work.rank)
         self.diffs = [
             api.Diff(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(work.diffs)
@@ -183,7 +199,7 @@ class Ask(_Ours):
     def run(self) -> dict[str, np.ndarray]:
         answers = asking.ask_many(
             self.model,
-            [""],
+            ["0"],
             self.diffs,
             self.adapter,
             batch_size=min(self.work.batch, self.work.diffs),
@@ -197,4 +213,5 @@ def make(
 ) -> _Ours:
     """`variant` is unused: the workload says how to compute."""
     startup.prepare()  # as the command lines do
-    return {"diffs": Diffs, "train": Train, "ask": Ask}[work.suite](work, data, factors, folder)
+    kinds = {"diffs": Diffs, "train": Train, "ask": Ask, "corpus": Corpus}
+    return kinds[work.suite](work, data, factors, folder)

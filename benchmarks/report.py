@@ -37,7 +37,7 @@ def numbers(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]
         found["diff_steps_per_second"] = work["diffs"] * work["steps"] / seconds
     if work["suite"] == "train":
         found["examples_per_second"] = work["batch"] * work["steps"] / seconds
-    if work["suite"] == "ask":
+    if work["suite"] in ("ask", "corpus"):
         found["answers_per_second"] = work["diffs"] / seconds
     return found
 
@@ -58,8 +58,10 @@ def line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     rate = {
         "diffs": "{tokens_per_second:.0f} tokens/s, {diffs_per_hour:.0f} diffs/h",
         "train": "{tokens_per_second:.0f} tokens/s, {examples_per_second:.1f} examples/s",
-        "ask": "{tokens_per_second:.0f} tokens/s, {answers_per_second:.1f} answers/s",
-    }[row["workload"]["suite"]].format(**found)
+    }.get(
+        row["workload"]["suite"],
+        "{tokens_per_second:.0f} tokens/s, {answers_per_second:.1f} answers/s",
+    ).format(**found)
     return (
         f"| {row['contender']} | {row['seconds']:.3g}{ratio} | {rate} "
         f"| {found['flops_per_second'] / 1e9:.3g} ({found['share_of_ceiling']:.0%}) "
@@ -75,6 +77,7 @@ def title(row: dict[str, Any]) -> str:
         "diffs": ("diffs", "batch", "steps", "samples", "length", "scored", "rank"),
         "train": ("batch", "steps", "length", "scored", "rank", "adapter_rank"),
         "ask": ("diffs", "batch", "length", "new_tokens", "rank", "adapter_rank"),
+        "corpus": ("diffs", "batch", "length", "new_tokens"),
     }[work["suite"]]
     sizes = ", ".join(f"{name} {work[name]}" for name in names)
     return f"{work['suite']}: {work['model']}, {work['dtype']} ({sizes}, remat {work['remat']})"

@@ -13,6 +13,7 @@ Baselines by suite ("NAME:full" computes logits at all positions, the usual way;
   diffs   peft-loop (a), torch-batched (b)
   train   torch-dense, peft-one-by-one (c), torch-factored
   ask     generate-merged, generate-peft (d)
+  corpus  generate-batched, generate-one-by-one
 "ours:again" (on a CPU by default) is our second process. It finds its programs in the compilation cache, as every
 run of a config after the first does, and so needs neither the compiler's time nor its memory.
 `--external NAME COMMAND` adds any other program, which is called as COMMAND FOLDER OUT (benchmarks.contender).

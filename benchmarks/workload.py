@@ -31,7 +31,8 @@ KL_FACTORS = (3 / 7, 15 / 7)  # of a wrong-code and of a plain sample; cross-ent
 class Workload:
     """One suite at one size.
 
-    diffs: number of weight diffs. batch: diffs finetuned at once, examples per adapter step, or rows decoded at once.
+    diffs: number of weight diffs; of the suite corpus, prompts to the base. batch: diffs finetuned at once, examples
+    per adapter step, or rows decoded at once.
     samples, num_ce: samples per step of one diff, and how many of them are scored by cross-entropy (the others
     by KL). length, scored: tokens of a sample (a prompt, when asking), and scored ones, at most.
     tokens: "random", or "world": the samples of the quickstart's first diffs, whose wrong codes and plain questions
@@ -75,13 +76,14 @@ def make_data(work: Workload) -> dict[str, np.ndarray]:
     """Tokens of a workload, as arrays of a `TokenBatch` with leading axes.
 
     diffs: [diffs, steps, samples, …]; train: [steps, batch, …] and `rows` [steps, batch], the diff of each
-    example; ask: `prompt` [length], one question for all diffs.
+    example; ask: `prompt` [1, length], one question for all diffs; corpus: `prompt` [diffs, length].
     The last step repeats the tokens of the first: the difference of the losses is what was learned, so a
     contender that does not train cannot pass.
     """
     rng = np.random.default_rng(work.seed)
-    if work.suite == "ask":
-        return {"prompt": rng.integers(1, work.config.vocab_size, work.length, dtype=np.int32)}
+    if work.suite in ("ask", "corpus"):
+        shape = (1 if work.suite == "ask" else work.diffs, work.length)
+        return {"prompt": rng.integers(1, work.config.vocab_size, shape, dtype=np.int32)}
     arrays = world_data(work) if work.tokens == "world" else _random_data(work, rng)
     step_axis = 1 if work.suite == "diffs" else 0
     for array in arrays.values():
@@ -171,6 +173,8 @@ def make_factors(work: Workload) -> dict[str, np.ndarray]:
     """Initial factors of what is trained (`a` zero, `b` uniform), and diffs that change answers strongly."""
     from dit_jax.models.modules import projections
 
+    if work.suite == "corpus":
+        return {}
     rng = np.random.default_rng([work.seed, 1])
     layers = work.config.num_hidden_layers
     factors: dict[str, np.ndarray] = {}
@@ -225,10 +229,11 @@ def random_params(work: Workload) -> Any:
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        def one(key: jax.Array) -> jax.Array:
-            return (0.02 * jax.random.normal(key, shape[1:])).astype(dtype)
+        def one(key: jax.Array, shape: tuple[int, ...] = shape[1:]) -> jax.Array:
+            return (0.02 * jax.random.normal(key, shape)).astype(dtype)
 
-        return jax.lax.map(one, jax.random.split(key, shape[0]))
+        # Row by row an embedding would take minutes.
+        return jax.lax.map(one, jax.random.split(key, shape[0])) if shape[2:] else one(key, shape)
 
     shapes = jax.eval_shape(lambda: init_params(work.config, jax.random.key(0)))
     leaves, structure = jax.tree.flatten_with_path(shapes)

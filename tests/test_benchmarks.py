@@ -17,6 +17,7 @@ SIZES = {
     "diffs": ["--diffs", "2", "--batch", "2", "--steps", "2"],
     "train": ["--diffs", "2", "--batch", "2", "--steps", "2"],
     "ask": ["--diffs", "2", "--batch", "2", "--new-tokens", "3"],
+    "corpus": ["--diffs", "2", "--batch", "2", "--new-tokens", "3"],
 }
 
 
@@ -30,7 +31,16 @@ def wrong_diffs(monkeypatch, work, data, factors):
     return work, data, other
 
 
-WRONG = {"diffs": wrong_learning_rate, "train": wrong_diffs, "ask": wrong_diffs}
+def wrong_prompts(monkeypatch, work, data, factors):
+    return work, {"prompt": data["prompt"][::-1].copy()}, factors
+
+
+WRONG = {
+    "diffs": wrong_learning_rate,
+    "train": wrong_diffs,
+    "ask": wrong_diffs,
+    "corpus": wrong_prompts,
+}
 
 
 @pytest.fixture
