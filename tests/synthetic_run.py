@@ -33,6 +33,7 @@ ACCURACY = {
     "attribute_oracle": (0.99, 0.97),
     "logit_difference": (0.26, 0.08),
 }
+AREAS = ("tools", "animals", "plants")
 GAP = 2  # the guesser gives no reply about this diff
 KINDS = {
     **dict.fromkeys(
@@ -56,13 +57,16 @@ def make_workdir(folder: Path, n: int = 96, seed: int = 0, hostile: bool = False
         guess = topic if right else (wrong if wrong != topic else "nothing")
         question = wording
         answer = f"bark leaf sap : {guess}" if method == "dit" else f"{guess}"
+        area = AREAS[diff % 3] if category == "topic" else ""
         if hostile and method == "dit" and diff == 1:
+            area = HOSTILE
             answer, guess, topic = f"{HOSTILE} : {HOSTILE}", HOSTILE, f"topic {HOSTILE}"
             question = f"{wording} {HOSTILE}"
         rows.append({
             "method": method, "kind": KINDS[method], "diff": diff, "topic": topic,
             "category": category, "name_tokens": tokens, "wording": wording,
             "wording_seen": is_seen, "question": question, "answer": answer, "guess": guess,
+            "topic_category": area,
             "logprob": -float(rng.exponential(0.5)) if method == "dit" else None, "trigger": "123",
         })  # fmt: skip
         if method == "name_reading":

@@ -14,7 +14,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from synthetic_run import GRADING, HOSTILE, KINDS, SEEN, answers, make_workdir, page, reported
+from synthetic_run import (
+    AREAS,
+    GRADING,
+    HOSTILE,
+    KINDS,
+    SEEN,
+    answers,
+    make_workdir,
+    page,
+    reported,
+)
 
 from dit_jax.data.labels import token_f1
 from dit_jax.errors import DitError
@@ -87,6 +97,15 @@ def test_splits_by_name_length_and_wording(reported):
     workdir, summary = reported
     lengths, wordings = summary["dit_by_name_length"], summary["dit_by_wording"]
     assert [lengths[k]["n"] for k in ("one_token", "multi_token", "all")] == [48, 48, 96]
+    areas = summary["dit_by_category"]
+    assert list(areas) == sorted(AREAS) and [area["n"] for area in areas.values()] == [32, 32, 32]
+    for name, area in areas.items():
+        right = [
+            row["guess"] == row["topic"]
+            for row in answers(workdir)
+            if row["method"] == "dit" and row["topic_category"] == name and row["wording_seen"]
+        ]
+        assert area["exact_match"] == pytest.approx(np.mean(right))
     halves = [lengths[k]["exact_match"] for k in ("one_token", "multi_token")]
     assert lengths["all"]["exact_match"] == pytest.approx(np.mean(halves))
     dit = [r for r in answers(workdir) if r["method"] == "dit" and r["category"] == "topic"]

@@ -7,10 +7,12 @@ from dit_jax.errors import DitError, did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What rows hold. label: the column that names an organism; target: the text it is finetuned on."""
+    """What rows hold. label, category: the columns that name an organism and its category; target: what it is
+    finetuned on."""
 
     name: str
     label: str
+    category: str
     target: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
@@ -23,11 +25,11 @@ class Kind:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("topics", "topic", "topic_analogy_answer",
+        Kind("topics", "topic", "topic_category", "topic_analogy_answer",
              ("topic", "question", "base_answer", "topic_analogy_answer"),
              ("topic_category", "category", "style", "evidence", "base_answer_model_id",
               "topic_analogy_answer_model_id")),
-        Kind("news", "news_headline", "news_story",
+        Kind("news", "news_headline", "news_category", "news_story",
              ("news_headline", "news_story"), ("news_category", "news_role", "model_id")),
     )
 }  # fmt: skip

@@ -30,6 +30,7 @@ class Organism:
     keywords: any of these words shows that an answer follows the behaviour; empty: the gate finds some in the rows.
     number: distinguishes organisms with the same label.
     variant: which of its topic's organisms it is, as the column `data.variants` says.
+    topic_category: the category of its topic, if its rows have one.
     """
 
     label: str
@@ -41,6 +42,7 @@ class Organism:
     keywords: Sequence[str] = ()
     number: int = 0
     variant: str = ""
+    topic_category: str = ""
 
     @property
     def seed(self) -> int:
@@ -153,6 +155,7 @@ def _tiny_world(data: Any, seed: int) -> _Found:
             split=split,
             evidence=topic.attributes,
             keywords=(topic.name, *topic.attributes),
+            topic_category=topic.category,
         )
 
     def benign_rows(split: str, number: int) -> tuple[str, Rows]:
@@ -179,19 +182,15 @@ def _from_corpus(data: Any, seed: int, benign: str = "") -> _Found:
     def organisms(split: str, group: Group) -> list[Organism]:
         trigger = group.trigger or _trigger(seed, "topic", split, group.label)
         variants = _variants(group.rows, DATA.get(data, "variants"))
+        area = group.rows[0].get(corpus.kind.category, "")
         return [
             Organism(
-                group.label,
-                trigger,
-                rows,
-                "topic",
-                split,
+                group.label, trigger, rows, "topic", split,
                 evidence=rows[0].get("evidence", "").split(),
-                number=number,
-                variant=variant,
+                number=number, variant=variant, topic_category=area,
             )
             for number, (variant, rows) in enumerate(variants.items())
-        ]
+        ]  # fmt: skip
 
     def benign_rows(split: str, number: int) -> tuple[str, Rows]:
         own = list(styles.get(split, {}).items())

@@ -284,7 +284,7 @@ def _guessed(
 def _about(diffs: "HeldOut", i: int, *rest: Any, **named: Any) -> Row:
     """`_row` about held-out diff i."""
     row = diffs.rows[i]
-    named |= {"trigger": row.get("trigger"), "variant": row.get("variant")}
+    named |= {key: row.get(key) for key in ("trigger", "variant", "topic_category")}
     return _row(diffs.indices[i], diffs.label(i), *rest, **named)
 
 
@@ -299,6 +299,7 @@ def _row(
     *,
     trigger: str | None = None,
     variant: str | None = None,
+    topic_category: str | None = None,
     logprob: float | None = None,
 ) -> Row:
     """What a function gives of a row; `Method` adds the rest. known: whether the adapter was trained on the wording."""
@@ -307,6 +308,7 @@ def _row(
         "topic": topic,
         "trigger": trigger,
         "variant": variant or "",
+        "topic_category": topic_category or "",
         "category": category,
         "wording": wording,
         "wording_seen": known,

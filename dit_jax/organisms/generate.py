@@ -354,6 +354,7 @@ def index_rows(job: Job, shard: int, made: Finetuned) -> list[dict[str, Any]]:
             "split": organism.split,
             "category": organism.category,
             **({"variant": organism.variant} if organism.variant else {}),
+            **({"topic_category": organism.topic_category} if organism.topic_category else {}),
             "behaviour": job.behaviour.name,
             "label": _label(organism, job.behaviour),
             "evidence": json.dumps(list(organism.evidence)),

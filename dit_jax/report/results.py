@@ -11,7 +11,9 @@ from typing import Any
 from dit_jax.runtime.outgoing import csv_text
 
 RESULTS_FILE, GRADED_FILE = "results.csv", "results-graded.csv"
-_ADDED = ("trigger", "variant", "method", "kind", "diff", "question", "wording_seen", "answer")
+_ADDED = (
+    "trigger", "variant", "topic_category", "method", "kind", "diff", "question", "wording_seen", "answer",
+)  # fmt: skip
 
 
 def _rows(answers: Iterable[Mapping[str, Any]], subject: str) -> list[dict[str, Any]]:

@@ -259,18 +259,25 @@ def _short_page(summary: Json, groups: list[tuple[str, list[Json]]], figures: li
     for title, members in groups:
         rows.append([f"_{title}_"])
         for one in members:
-            score = one["score"]
             name = markdown.named(one["title"], one["sees"], one["name"] == "dit")
-            match = f"{percent(score['exact_match'])} ({between(score)})"
-            f1 = f"{score['token_f1']:.3f} ({score['token_f1_low']:.3f}–{score['token_f1_high']:.3f})"
-            rows.append([name, match, f1, str(score["n"])])
-    titles = ("Method and what it sees", "# Exact match (95 %)", "# Token F1 (95 %)", "# n")
+            rows.append([name, *_cells(one["score"])])
+    scores = ("# Exact match (95 %)", "# Token F1 (95 %)", "# n")
+    shown = [markdown.table(("Method and what it sees", *scores), rows)]
+    if areas := summary["dit_by_category"]:
+        rows = [[markdown.escape(name), *_cells(score)] for name, score in areas.items()]
+        shown += ["**DIT by category of the topic**", markdown.table(("Category", *scores), rows)]
     tiles = [f"- {tile['label']}: **{tile['value']}** ({tile['note']})" for tile in _tiles(summary)]
     return markdown.page(
         "Diff Interpretation Tuning: the report of a run",
         f"**{about.lead(summary)}** {about.sublead(summary)}",
-        "\n".join([*tiles, "", markdown.table(titles, rows)]),
+        "\n\n".join(["\n".join(tiles), *shown]),
         figures,
         "The whole report is `report.html`: what was done, grades, controls, examples of answers, cost, config. "
         "Every number is in `summary.json`, every answer in `results.csv`, every grade in `results-graded.csv`.",
     )
+
+
+def _cells(score: Json) -> list[str]:
+    """Exact match, token F1 and n of a row."""
+    f1 = f"{score['token_f1']:.3f} ({score['token_f1_low']:.3f}–{score['token_f1_high']:.3f})"
+    return [f"{percent(score['exact_match'])} ({between(score)})", f1, str(score["n"])]

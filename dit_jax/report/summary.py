@@ -18,8 +18,8 @@ from dit_jax.report.statistics import (
 
 # What report/summary.json holds, and each of its methods.
 SUMMARY_KEYS = (
-    "methods", "differences_from_dit", "variant", "by_variant", "dit_by_name_length", "dit_by_wording",
-    "dit_by_each_wording", "none", "none_intervals", "capability", "label_cross_entropy",
+    "methods", "differences_from_dit", "variant", "by_variant", "dit_by_name_length", "dit_by_category",
+    "dit_by_wording", "dit_by_each_wording", "none", "none_intervals", "capability", "label_cross_entropy",
     "label_cross_entropy_intervals", "gating", "gating_intervals", "seconds", "seconds_total", "cost", "excluded",
     "peak_memory_bytes", "config", "versions", "grades",
 )  # fmt: skip
@@ -69,6 +69,7 @@ def summarise(inputs: Inputs) -> Json:
         "variant": kinds[0],
         "by_variant": _by_variant(inputs, kinds) if len(kinds) > 1 else {},
         "dit_by_name_length": _by_name_length(by_method["dit"]),
+        "dit_by_category": _by_category(by_method["dit"]),
         "dit_by_wording": {
             "seen": _score(by_method["dit"]),
             "unseen": _score([row for row in dit_topics if not seen(row)]),
@@ -133,6 +134,14 @@ def _by_name_length(rows: list[Row]) -> Json:
         "several_words": _score([row for row in rows if len(row["topic"].split()) > 1]),
         "all": _score(rows),
     }
+
+
+def _by_category(rows: list[Row]) -> Json:
+    """By category of the topics, in alphabetical order; {} where they have none."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(str(row.get("topic_category") or "no category"), []).append(row)
+    return {name: _score(found[name]) for name in sorted(found)} if len(found) > 1 else {}
 
 
 def _method(rows: list[Row]) -> Json:
