@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import jax
@@ -41,16 +42,34 @@ def test_the_map_is_that_of_scikit_learn():
     x = calibration._scaled(np.array([one.features for one in known]))
     y = np.array([one.hidden for one in known])
     z = (x - x.mean(axis=0)) / x.std(axis=0)
-    theirs = LogisticRegression(C=1 / calibration.RIDGE).fit(z, y)
+    soft = np.where(y, (y.sum() + 1) / (y.sum() + 2), 1 / ((~y).sum() + 2))  # Platt's targets
+    twice, truth, weights = np.tile(z, (2, 1)), np.repeat([1, 0], len(z)), np.append(soft, 1 - soft)
+    theirs = LogisticRegression(C=1 / calibration.RIDGE).fit(twice, truth, weights)
     assert (theirs.coef_ > 0).all()  # ours are never negative
-    ours = [calibration.probability(made["hidden"], one.features) for one in known]
+    ours = [calibration.probabilities(made, one.features)["hidden"] for one in known]
     np.testing.assert_allclose(ours, theirs.predict_proba(z)[:, 1], atol=2e-3)
     scores = np.array(ours)
     area = calibration._auroc_interval(scores, y)
     assert area["mean"] == pytest.approx(roc_auc_score(y, scores))
     assert area["ci_low"] < area["mean"] < area["ci_high"]
     assert 0.5 < made["hidden"]["auroc"]["mean"] <= area["mean"] + 0.02  # held-out folds
-    assert made["right"]["n"] == sum(one.features[0] > 0 for one in known)
+    assert made["right"]["n"] == sum(one.features[0] > 0 and one.hidden for one in known)
+
+
+def test_scores_are_for_even_odds_and_noise_counts_only_where_benign_diffs_lack():
+    even = known_diffs(1200)
+    hidden, benign = [[one for one in even if one.hidden is is_] for is_ in (True, False)]
+    noise = [dataclasses.replace(one, features=(0.0, 0.0), control=True) for one in benign]
+    few = calibration.calibrate([*hidden, *benign[::10], *noise], {})
+    many = calibration.calibrate(even, {})
+    assert few["hidden"]["n"] == 660 and not few["controls"]
+    assert few["hidden"]["calibration_error"] < 0.1
+    for features in ((0.0, 0.0), (0.4, 3.0), (0.7, 8.0)):
+        ours, theirs = (calibration.probabilities(made, features) for made in (few, many))
+        assert ours["hidden"] == pytest.approx(theirs["hidden"], abs=0.1)
+        assert ours["right"] is None if features[0] == 0 else ours["right"] <= ours["hidden"]
+    with_noise = calibration.calibrate([*hidden, *benign[:9], *noise], {})
+    assert with_noise["controls"] and with_noise["hidden"]["n"] == 1209
 
 
 @pytest.mark.parametrize("levels", [3, 10**6])  # many equal scores, none
@@ -60,14 +79,17 @@ def test_thresholds_keep_the_false_positives_that_they_promise(levels):
     scores = np.round(np.clip(rng.normal(0.3 + 0.4 * y, 0.15), 0, 1) * levels) / levels
     for wanted in calibration.RATES:
         limit = calibration._limit(scores, y, wanted)
+        kept = int(wanted * ((~y).sum() + 1)) - 1  # of a new one, too
         found = calibration._threshold(scores, y, limit)
         above = (scores[~y] > found["above"]).mean()
-        assert above <= wanted and found["false_positives"]["mean"] == pytest.approx(above)
+        assert above <= kept / (~y).sum() <= wanted and found["false_positives"][
+            "mean"
+        ] == pytest.approx(above)
         assert found["found"]["mean"] == pytest.approx((scores[y] > found["above"]).mean())
         assert found["false_positives"]["ci_low"] <= above <= found["false_positives"]["ci_high"]
         lower = np.unique(scores[~y])[::-1]
         lower = lower[lower < found["above"]]
-        assert not len(lower) or (scores[~y] > lower[0]).mean() > wanted  # no lower one would do
+        assert not len(lower) or (scores[~y] > lower[0]).sum() > kept  # no lower one would do
 
 
 def test_reliability_counts_every_diff_once_and_noise_stays_with_its_diff():
@@ -94,7 +116,7 @@ def test_a_calibration_is_tested_on_other_diffs_at_its_own_thresholds():
     told = calibration.worth_on(made, mute)["hidden"]
     assert (told["n"], told["positive"]) == (300, 100) and abs(told["auroc"]["mean"] - 0.5) < 0.15
     assert told["calibration_error"] > 0.1 > alike["calibration_error"]
-    scores = np.array([calibration.probability(made["hidden"], one.features) for one in mute])
+    scores = np.array([calibration.probabilities(made, one.features)["hidden"] for one in mute])
     hidden = np.array([one.hidden for one in mute])
     for own, limit in zip(made["hidden"]["thresholds"], told["thresholds"], strict=True):
         assert limit["above"] == own["above"]
@@ -154,7 +176,7 @@ def test_a_calibration_scores_the_audits_that_ask_the_same(files, tmp_path, caps
     assert audit_diffs.main(flags(files, *out)) == 1
     rows = [json.loads(line) for line in (tmp_path / "same/audit.jsonl").read_text().splitlines()]
     for row in rows:
-        expected = calibration.probability(made["hidden"], row["reading"]["features"])
+        expected = calibration.probabilities(made, row["reading"]["features"])["hidden"]
         assert row["score"]["hidden"] == pytest.approx(expected)
         above = expected > made["hidden"]["thresholds"][1]["above"]
         assert row["verdict"] == ("hides something" if above else "nothing found")
@@ -177,8 +199,11 @@ def test_a_calibration_is_made_under_the_system_message_that_is_given(files, tmp
 
 
 def test_a_calibration_of_another_adapter_or_a_damaged_one_is_refused(tmp_path):
+    (tmp_path / "adapter").mkdir()
     path = calibration.file_beside(str(tmp_path / "adapter"))
-    assert path.name == "adapter.calibration.json" and calibration.read(path, "a") is None
+    assert path == tmp_path / "adapter.calibration.json" and calibration.read(path, "a") is None
+    for named in ("me/mine", "hf://me/mine"):  # a folder "me" would hide the id
+        assert calibration.file_beside(named) == pathlib.Path("me--mine.calibration.json")
     facts = {"adapter": "a", "battery": Battery(("q",)).to_json(), "system": None, "source": "s"}
     good = calibration.calibrate(known_diffs(), facts)
     battery, hidden = good["battery"], good["hidden"]
@@ -195,9 +220,10 @@ def test_a_calibration_of_another_adapter_or_a_damaged_one_is_refused(tmp_path):
         *(({"hidden": {**hidden, **one}}, "is damaged") for one in of_a_map),
         ({"system": ["x"]}, "is damaged"),
         ({"source": {}}, "is damaged"),
+        ({"controls": "<b>"}, "is damaged"),
         ({}, None),
         ({"adapter": "b"}, "another adapter"),
-        ({"version": 2}, "is no calibration"),
+        ({"version": 1}, "is no calibration"),
         ({"hidden": {"mean": [0]}}, "is damaged"),
         ({"battery": None}, "is damaged"),
     ):

@@ -19,6 +19,9 @@ import numpy as np
 import pytest
 
 import dit_jax
+from dit_jax.auditing import calibration
+from dit_jax.auditing.battery import Battery
+from dit_jax.auditing.calibration import Known
 from dit_jax.cli import ask_diffs as ask
 from dit_jax.cli import push_adapter
 from dit_jax.deltas import adapter_file, export
@@ -404,6 +407,11 @@ def test_a_pushed_adapter_has_a_card_and_is_loaded_by_its_id(hub, tmp_path, monk
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HF_TOKEN", "hf_may_read")
     adapter = trained(tmp_path / "run")
+    digest = json.loads((adapter / "manifest.json").read_text())["digest"]
+    diffs = [Known((i / 40, i), i > 20, i > 20, i) for i in range(40)]
+    facts = {"adapter": digest, "battery": Battery(("q",)).to_json(), "system": None, "source": "s"}
+    made = calibration.calibrate(diffs, facts)
+    calibration.write(calibration.file_beside(str(adapter)), made)
     push = [str(adapter), "me/mine", "--license", "mit"]
     assert push_adapter.main([*push, "--dry-run", str(tmp_path / "card.md")]) == 0
     assert "me/mine" not in Hub.repos
@@ -411,7 +419,8 @@ def test_a_pushed_adapter_has_a_card_and_is_loaded_by_its_id(hub, tmp_path, monk
     head, _, text = card.removeprefix("---\n").partition("\n---\n")
     assert "license: mit" in head and "base_model: owner/base" in head
     for wanted in ("95.0 %", "90.0–99.0", "`hidden_topic`, LoRAs of rank 1", "rank 2, 250 steps",
-                   'load_adapter("me/mine", model)', "always names something", "Question: What topic"):  # fmt: skip
+                   'load_adapter("me/mine", model)', "always names something", "Question: What topic",
+                   "Calibrated on 40 diffs, 19 with a topic"):  # fmt: skip
         assert wanted in text
     assert "\n# c" not in text
     capsys.readouterr()
@@ -422,11 +431,14 @@ def test_a_pushed_adapter_has_a_card_and_is_loaded_by_its_id(hub, tmp_path, monk
     for _ in range(2):  # the second takes the place of the first
         assert push_adapter.main(push) == 0
         assert "pushed: http" in capsys.readouterr().out
-        assert below(Hub.repos["me/mine"]) == sorted([*below(adapter), "README.md"])
+        assert below(Hub.repos["me/mine"]) == sorted(
+            [*below(adapter), "README.md", "calibration.json"]
+        )
         (Hub.repos["me/mine"] / "left-over").touch()
     (Hub.repos["me/mine"] / "left-over").unlink()
     found = pathlib.Path(hub("diff", "me/mine")["me/mine"])
     jax.tree.map(np.testing.assert_array_equal, dit_jax.load_adapter(found, model()), lora(5))
+    assert calibration.of_adapter("me/mine", found, digest) == made
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What an answer is worth: from answers about diffs whose truth is known to probabilities for those of others."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from dit_jax.errors import DitError
-from dit_jax.formats.files import read_json_object
+from dit_jax.formats.files import file_inside, has_file, read_json_object
 from dit_jax.runtime import artifacts
 
 FORMAT = "dit_jax.calibration"
+VERSION = 2
+INSIDE = "calibration.json"  # the name in the folder of an adapter that was pushed
 FOLDS = 5
 RIDGE = (
     1.0  # of the weights of standardised features: where classes are separable, they stay finite
@@ -26,20 +29,25 @@ FEWEST = 10  # diffs of each class
 class Known:
     """A diff whose truth is known: its features, whether it hides something, whether the answer is right.
 
-    group: diffs of one group, such as a diff and noise of its norms, are never in training and test both.
+    group: diffs of one group, such as a diff and noise of its norms, are never in training and test both. control:
+    whether it is noise or no diff, which no audit meets.
     """
 
     features: tuple[float, float]
     hidden: bool
     right: bool
     group: int
+    control: bool = False
 
 
 def calibrate(known: Sequence[Known], facts: dict[str, Any]) -> dict[str, Any]:
     """The content of a calibration file: two logistic maps of (agreement, likelihood ratio), and what they are worth.
 
-    `hidden`: probability that a diff hides anything. `right`: that the name which it gave is right, among diffs that
-    gave one. Every number of their worth comes from held-out folds.
+    `hidden`: probability that a diff hides anything, where half of all diffs do. `right`: that its name is right, if it
+    hides something and has one. Every number of their worth comes from held-out folds.
+
+    Noise and no diff are easier to tell from a finetune that hides something than a benign finetune is. So benign
+    diffs alone stand for what hides nothing if there are `FEWEST`; `controls` says whether the others do, too.
 
     Args:
         facts: what the calibration holds for: digests, battery, where the diffs came from.
@@ -47,28 +55,29 @@ def calibrate(known: Sequence[Known], facts: dict[str, Any]) -> dict[str, Any]:
     Raises:
         DitError: there are too few diffs with or without something hidden.
     """
-    hidden = np.array([one.hidden for one in known])
+    judged, named = _judged(known, FEWEST)
+    hidden = np.array([one.hidden for one in judged])
     for what, count in (("hide something", hidden.sum()), ("hide nothing", (~hidden).sum())):
         if count < FEWEST:
             raise DitError(
                 f"calibration needs {FEWEST} diffs or more that {what}, not {count}: use a store with more held-out "
                 "diffs, or another --split"
             )
-    named = [one for one in known if one.features[0] > 0]
     return {
         "format": FORMAT,
-        "version": 1,
+        "version": VERSION,
         **facts,
-        "hidden": _fit_and_test(known, [one.hidden for one in known]),
+        "controls": any(one.control for one in judged),
+        "hidden": _fit_and_test(judged, [one.hidden for one in judged], even=True),
         "right": _fit_and_test(named, [one.right for one in named]),
     }
 
 
 def worth_on(made: dict[str, Any], known: Sequence[Known]) -> dict[str, Any]:
     """What a calibration is worth on other diffs than those it was made from, at its own thresholds."""
-    named = [one for one in known if one.features[0] > 0]
+    judged, named = _judged(known, fewest=1)
     cases = {
-        "hidden": (known, [one.hidden for one in known]),
+        "hidden": (judged, [one.hidden for one in judged]),
         "right": (named, [one.right for one in named]),
     }
     found = {}
@@ -76,30 +85,65 @@ def worth_on(made: dict[str, Any], known: Sequence[Known]) -> dict[str, Any]:
         y = np.asarray(truth, bool)
         scores = _apply(made[name], _features(ones))
         limits = [one and (one["wanted"], one["above"]) for one in made[name]["thresholds"]]
-        found[name] = {"n": len(y), "positive": int(y.sum()), **_worth(scores, y, limits)}
+        worth = _worth(scores, y, limits, _odds(y) if name == "hidden" else 1.0)
+        found[name] = {"n": len(y), "positive": int(y.sum()), **worth}
     return found
 
 
-def probability(fitted: dict[str, Any], features: Sequence[float]) -> float:
-    """What a map of a calibration gives for (agreement, likelihood ratio)."""
-    return float(_apply(fitted, _scaled(np.asarray([features])))[0])
+def _judged(known: Sequence[Known], fewest: int) -> tuple[Sequence[Known], Sequence[Known]]:
+    """Whom the maps are about. `hidden`: finetunes, or all with fewer benign ones; `right`: named ones with a topic."""
+    finetunes = [one for one in known if not one.control]
+    enough = sum(not one.hidden for one in finetunes) >= fewest
+    named = [one for one in finetunes if one.hidden and one.features[0] > 0]
+    return finetunes if enough else known, named
+
+
+def probabilities(made: dict[str, Any], features: Sequence[float]) -> dict[str, float | None]:
+    """What a calibration says of (agreement, likelihood ratio).
+
+    Returns:
+        hidden: probability that the diff hides anything. right: that it does and the name is right; None without one.
+    """
+    x = _scaled(np.asarray([features]))
+    hidden = float(_apply(made["hidden"], x)[0])
+    return {
+        "hidden": hidden,
+        "right": hidden * float(_apply(made["right"], x)[0]) if features[0] else None,
+    }
 
 
 # ------------------------------------------------------------------ the maps and their worth
 
 
-def _fit_and_test(known: Sequence[Known], truth: Sequence[bool]) -> dict[str, Any]:
+def _fit_and_test(
+    known: Sequence[Known], truth: Sequence[bool], even: bool = False
+) -> dict[str, Any]:
+    """even: fit for even odds of what is true, whatever their share among these diffs."""
     y = np.asarray(truth, bool)
     x = _features(known)
-    folds = np.array([one.group for one in known]) % FOLDS
+    # What is false is spread evenly over the folds.
+    false = {one.group for one, true in zip(known, y, strict=True) if not true}
+    order = sorted({one.group for one in known}, key=lambda group: (group not in false, group))
+    place = {group: i for i, group in enumerate(order)}
+    folds = np.array([place[one.group] for one in known], int) % FOLDS
     held_out = np.zeros(len(y))
     for fold in range(FOLDS):
         inside = folds != fold
         if (~inside).any():
-            held_out[~inside] = _apply(_fit(x[inside], y[inside]), x[~inside])
-    limits = [_limit(held_out, y, rate) for rate in RATES]
-    worth = _worth(held_out, y, limits)
-    return {**_fit(x, y), "n": len(y), "positive": int(y.sum()), **worth}
+            held_out[~inside] = _apply(_fit(x[inside], y[inside], even), x[~inside])
+    fitted = _fit(x, y, even)
+    # What names nothing is above no threshold: the fits of the folds may differ by more than the scores.
+    silent = float(_apply(fitted, np.zeros((1, 2)))[0])
+    limits = [
+        limit and (limit[0], max(limit[1], silent))
+        for limit in (_limit(held_out, y, rate) for rate in RATES)
+    ]
+    worth = _worth(held_out, y, limits, _odds(y) if even else 1.0)
+    return {**fitted, "n": len(y), "positive": int(y.sum()), **worth}
+
+
+def _odds(y: np.ndarray) -> float:
+    return float((y.sum() + 1) / ((~y).sum() + 1))
 
 
 def _features(known: Sequence[Known]) -> np.ndarray:
@@ -112,21 +156,25 @@ def _scaled(features: np.ndarray) -> np.ndarray:
     return np.stack([features[:, 0], np.sign(ratio) * np.log1p(np.abs(ratio))], axis=1)
 
 
-def _fit(x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
-    """Logistic regression with a ridge. No weight is negative: more agreement never lowers a probability."""
+def _fit(x: np.ndarray, y: np.ndarray, even: bool) -> dict[str, Any]:
+    """Logistic regression with a ridge. No weight is negative: more agreement never lowers a probability.
+
+    Its targets are those of Platt (1999), so that n diffs of n do not make a probability of 1.
+    """
     from scipy.optimize import minimize
 
     if len(y) == 0:
         return {"mean": [0.0, 0.0], "std": [1.0, 1.0], "weights": [0.0, 0.0], "bias": 0.0}
     mean, std = x.mean(axis=0), np.maximum(x.std(axis=0), 1e-6)
-    z, sign = (x - mean) / std, np.where(y, 1.0, -1.0)
+    z = (x - mean) / std
+    target = np.where(y, (y.sum() + 1) / (y.sum() + 2), 1 / ((~y).sum() + 2))
 
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         weights, bias = parameters[:2], parameters[2]
-        margin = sign * (z @ weights + bias)
-        slope = -sign * _logistic(-margin)
-        gradient = np.append(z.T @ slope + RIDGE * weights, slope.sum() + 1e-3 * bias)
-        value = np.logaddexp(0, -margin).sum() + RIDGE / 2 * weights @ weights + 5e-4 * bias**2
+        logit = z @ weights + bias
+        slope = _logistic(logit) - target
+        gradient = np.append(z.T @ slope + RIDGE * weights, slope.sum())
+        value = (np.logaddexp(0, logit) - target * logit).sum() + RIDGE / 2 * weights @ weights
         return float(value), gradient
 
     found = minimize(
@@ -136,7 +184,7 @@ def _fit(x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
         "mean": mean.tolist(),
         "std": std.tolist(),
         "weights": found[:2].tolist(),
-        "bias": float(found[2]),
+        "bias": float(found[2]) - (math.log(_odds(y)) if even else 0.0),
     }
 
 
@@ -152,32 +200,43 @@ def _logistic(x: np.ndarray) -> np.ndarray:
 Limit = tuple[float, float] | None  # the rate of false positives that was wanted, and the threshold
 
 
-def _worth(scores: np.ndarray, y: np.ndarray, limits: Sequence[Limit]) -> dict[str, Any]:
-    """AUROC, reliability and what lies above thresholds, of scores that no fit has seen."""
+def _worth(
+    scores: np.ndarray, y: np.ndarray, limits: Sequence[Limit], odds: float
+) -> dict[str, Any]:
+    """AUROC, reliability and what lies above thresholds, of scores that no fit has seen.
+
+    odds: of true to false among these diffs, if the scores are for even odds: the reliability is, too.
+    """
+    weights = np.where(y, 1.0, odds)
     reliability = []
+    error = 0.0
     for low, high in zip(BINS[:-1], BINS[1:], strict=True):
         inside = (scores >= low) & ((scores < high) | (high == 1.0))
         if inside.any():
             rate = _share(int(y[inside].sum()), int(inside.sum()))
-            reliability.append(
-                {"from": low, "to": high, "said": float(scores[inside].mean()), **rate}
-            )
-    error = sum(one["n"] * abs(one["said"] - one["mean"]) for one in reliability) / max(len(y), 1)
+            for key in ("mean", "ci_low", "ci_high"):
+                rate[key] /= rate[key] + (1 - rate[key]) * odds
+            said = float(np.average(scores[inside], weights=weights[inside]))
+            reliability.append({"from": low, "to": high, "said": said, **rate})
+            error += weights[inside].sum() / weights.sum() * abs(said - rate["mean"])
     return {
         "auroc": _auroc_interval(scores, y),
         "thresholds": [_threshold(scores, y, limit) for limit in limits],
         "reliability": reliability,
-        "calibration_error": error,
+        "calibration_error": float(error),
     }
 
 
 def _limit(scores: np.ndarray, y: np.ndarray, rate: float) -> Limit:
-    """The lowest threshold above which at most this share of the negatives lie; None without positives or negatives."""
+    """The lowest threshold above which a new negative lies with at most this probability, if they are exchangeable.
+
+    With too few negatives for that it is the largest score of one. None without positives or negatives.
+    """
     negatives = np.sort(scores[~y])[::-1]
     if not len(negatives) or not y.any():
         return None
-    # Above the first negative too many. Equal scores are all above it or none.
-    return rate, float(negatives[int(rate * len(negatives))])
+    # A new score lies above the k-th largest of n with a probability of at most k / (n + 1).
+    return rate, float(negatives[max(0, int(rate * (len(negatives) + 1)) - 1)])
 
 
 def _threshold(scores: np.ndarray, y: np.ndarray, limit: Limit) -> dict[str, Any] | None:
@@ -238,9 +297,28 @@ def _auroc(positives: np.ndarray, negatives: np.ndarray) -> float:
 
 
 def file_beside(adapter: str) -> Path:
-    """Where the calibration of an adapter lies: ADAPTER.calibration.json."""
+    """Where the calibration of an adapter lies: ADAPTER.calibration.json; of a hub id, in the current folder."""
     path = Path(adapter).expanduser()
+    if not path.exists():  # a folder of its owner's name would hide the id
+        return Path(
+            f"{adapter.rpartition('://')[2].strip('/').replace('/', '--')}.calibration.json"
+        )
     return path.with_name(f"{path.name}.calibration.json")
+
+
+def of_adapter(adapter: str, folder: Path, digest: str) -> dict[str, Any] | None:
+    """The calibration beside an adapter, or else the one in its folder, which came with it; None if there is none.
+
+    Args:
+        adapter: its path or hub id. folder: where it is on this machine.
+
+    Raises:
+        DitError: see `read`.
+    """
+    inside = has_file(folder, INSIDE)
+    return read(file_beside(adapter), digest) or (
+        read(file_inside(folder, INSIDE), digest) if inside else None
+    )
 
 
 def write(path: Path, calibration: dict[str, Any]) -> None:
@@ -253,7 +331,7 @@ def read(path: Path, adapter_digest: str) -> dict[str, Any] | None:
         return None
     found = read_json_object(path)
     remedy = "delete it, and run 'python -m dit_jax.calibrate' again"
-    if found.get("format") != FORMAT or found.get("version") != 1:
+    if found.get("format") != FORMAT or found.get("version") != VERSION:
         raise DitError(f"'{path}' is no calibration that this program reads: {remedy}")
     if found.get("adapter") != adapter_digest:
         raise DitError(f"'{path}' was made for another adapter: {remedy}")
@@ -325,6 +403,7 @@ _SHAPE = {
     "battery": _is_battery,
     "system": lambda x: x is None or _is_text(x),
     "source": _is_text,
+    "controls": _is_switch,
     "hidden": _MAP,
     "right": _MAP,
 }

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from dit_jax.api import Diff
 from dit_jax.auditing.battery import Reading, interview, noise_of
-from dit_jax.auditing.calibration import Known
+from dit_jax.auditing.calibration import FEWEST, Known
 from dit_jax.auditing.settings import Settings
 from dit_jax.auditing.targets import Target, in_batches
 from dit_jax.data.labels import NONE, exact_match, normalise
@@ -14,50 +14,52 @@ from dit_jax.runtime.progress import Progress
 
 
 def measure(settings: Settings, targets: Sequence[Target]) -> list[Known]:
-    """Each diff, noise of its norms, and no diff at all, as `calibration.calibrate` takes them.
+    """Each diff as `calibration.calibrate` takes it. With few benign ones, noise in place of each and no diff, too.
 
     Raises:
         DitError: a diff cannot be read, or has no label.
     """
+    found = _ask(settings, targets)
+    if sum(not one.hidden for one in found) < FEWEST:
+        found += _ask(settings, targets, noise=True)
+    return found
+
+
+def _ask(settings: Settings, targets: Sequence[Target], noise: bool = False) -> list[Known]:
+    """What is known of the diffs; `noise`: of noise of their norms, and of no diff."""
     column = (settings.facts["trained_on"] or {}).get("label") or "label"
     found: list[Known] = []
-    done = 0
 
     def ask(given: Given) -> list[Reading]:
         model, adapter, battery = settings.model, settings.adapter, settings.battery
         size = settings.batch_size
-        return interview(model, given, adapter, battery, size, measure_none=False, first=done)
+        return interview(model, given, adapter, battery, size, measure_none=False, first=first)
 
-    with Progress("calibrate", len(targets)) as progress:
+    with Progress("calibrate: noise" if noise else "calibrate", len(targets)) as progress:
         for batch in in_batches(targets, settings.model, settings.diffs_at_once):
+            first = progress.done
             diffs = []
-            for _, diff in batch:
+            for target, diff in batch:
                 if isinstance(diff, DitError):
                     raise diff
-                diffs.append(diff)
-            labels = [
-                _label(diff, target, column) for (target, _), diff in zip(batch, diffs, strict=True)
-            ]
-            deltas = [diff.delta for diff in diffs]
-            given = together(deltas)
-            own = ask(given)
-            noise = noise_of(deltas, settings.battery.seed + done)
-            controls = ask(noise)
-            for i, (reading, control) in enumerate(zip(own, controls, strict=True)):
-                hidden = normalise(labels[i]) != NONE
-                right = hidden and exact_match(reading.name, labels[i])
-                found.append(Known(reading.features, hidden, right, done + i))
-                found.append(_nothing(control, done + i))
-            if not done:
-                (bare,) = ask(given.reordered([0]).nothing())
-                found.append(_nothing(bare, 0))
-            done += len(batch)
+                diffs.append((_label(diff, target, column), diff.delta))
+            deltas = [delta for _, delta in diffs]
+            if noise:
+                readings = ask(noise_of(deltas, settings.battery.seed + first))
+                found += [_control(one, first + i) for i, one in enumerate(readings)]
+                if not first:
+                    found.append(_control(ask(together(deltas[:1]).nothing())[0], 0))
+            else:
+                for i, reading in enumerate(ask(together(deltas))):
+                    hidden = normalise(diffs[i][0]) != NONE
+                    right = hidden and exact_match(reading.name, diffs[i][0])
+                    found.append(Known(reading.features, hidden, right, first + i))
             progress.advance(len(batch))
     return found
 
 
-def _nothing(reading: Reading, group: int) -> Known:
-    return Known(reading.features, False, False, group)
+def _control(reading: Reading, group: int) -> Known:
+    return Known(reading.features, False, False, group, control=True)
 
 
 def _label(diff: Diff, target: Target, column: str) -> str:

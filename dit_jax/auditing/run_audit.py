@@ -250,7 +250,7 @@ def finish(
                 }
                 for j in order[:NEAREST]
             ]
-            row["score"] = _scores(row["reading"], known)
+            row["score"] = known and calibration.probabilities(known, row["reading"]["features"])
         row["verdict"] = audit_page.verdict(row, known)
         rows.append(row)
     told = settings.to_json()
@@ -264,12 +264,3 @@ def finish(
     )
     artifacts.write_text(out / "audit.html", audit_page.page(rows, told, known))
     return rows
-
-
-def _scores(reading: Json, known: Json | None) -> Json | None:
-    """Calibrated probabilities; None without a calibration."""
-    if known is None:
-        return None
-    features = reading["features"]
-    right = calibration.probability(known["right"], features) if features[0] else None
-    return {"hidden": calibration.probability(known["hidden"], features), "right": right}

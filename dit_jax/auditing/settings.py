@@ -8,7 +8,7 @@ from dit_jax.api import Model, read_adapter
 from dit_jax.auditing import calibration
 from dit_jax.auditing.battery import Battery
 from dit_jax.data.chat import Chat
-from dit_jax.deltas.detect import Found
+from dit_jax.deltas.detect import Found, look_for_adapter
 from dit_jax.evaluate.readers import everyday_prompts
 from dit_jax.models.delta_trees import Delta
 from dit_jax.runtime import artifacts, digests
@@ -75,7 +75,7 @@ def make_settings(
         asked: fields of `Battery` that the user gave; others are those of the calibration, or of the adapter's files.
         prompts: everyday prompts; default: `everyday_prompts`.
         system: the system message of all prompts; default: that of the adapter's training.
-        calibrated: whether to use a calibration that lies beside the adapter.
+        calibrated: whether to use a calibration that lies beside the adapter or in its folder.
         found: what is at `adapter_path`, if it is known.
 
     Raises:
@@ -86,14 +86,15 @@ def make_settings(
     known = None
     defaults: dict[str, Any] = {}
     if adapter_path is not None:
-        adapter = read_adapter(found or adapter_path, model)
+        found = found or look_for_adapter(adapter_path)
+        adapter = read_adapter(found, model)
         delta, digest = adapter.delta, digests.digest_tree(adapter.delta)
         trained = _trained_on(adapter.metadata.get("trained_on"))
         own = adapter.metadata.get("system")
         system = own if system is None and isinstance(own, str) else system
         facts |= {"adapter": adapter_path, "adapter_digest": digest, "trained_on": trained}
         if calibrated:
-            known = calibration.read(calibration.file_beside(adapter_path), digest)
+            known = calibration.of_adapter(adapter_path, found.path, digest)
         questions = adapter.metadata.get("questions")
         if isinstance(questions, list) and all(isinstance(q, str) for q in questions):
             defaults["questions"] = tuple(questions[:MOST_WORDINGS])

@@ -91,4 +91,6 @@ def run(flags: argparse.Namespace) -> None:
                 f"({between(limit['false_positives'])}), found {percent(limit['found']['mean'])} "
                 f"({between(limit['found'])})"
             )
+    if settings.calibration is None and made["controls"]:
+        show("too few benign diffs: noise and no diff stand for what hides nothing, and are easier")
     show(f"{'tested' if flags.test else 'calibration'}: {path}")

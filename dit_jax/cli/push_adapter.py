@@ -43,13 +43,14 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def run(flags: argparse.Namespace) -> None:
     """Writes or sends the card. Raises DitError: there is no adapter, or the hub refuses."""
+    from dit_jax.auditing import calibration
     from dit_jax.formats.hub import parse_hub_id
 
     named = parse_hub_id(flags.repo)
     if named is None or named.repo != flags.repo:
         raise DitError(f"'{flags.repo}' is no repository: give OWNER/NAME")
     folder = Path(flags.adapter).expanduser()
-    text = card(folder, flags.repo, flags.base, flags.license)
+    text, known = card(folder, flags.repo, flags.base, flags.license)
     if flags.dry_run is not None:
         artifacts.write_text(Path(flags.dry_run).expanduser(), text)
         show(f"card: {flags.dry_run}")
@@ -58,11 +59,15 @@ def run(flags: argparse.Namespace) -> None:
         sent = Path(temporary, "adapter")
         shutil.copytree(folder, sent)
         artifacts.write_text(sent / CARD, text)
+        if known is not None:
+            calibration.write(sent / calibration.INSIDE, known)
         show(f"pushed: {_send(sent, flags.repo, flags.private)}")
 
 
-def card(folder: Path, repo: str, base_id: str | None, license: str) -> str:
-    """The model card of an adapter from its files and those of the run that they lie in.
+def card(
+    folder: Path, repo: str, base_id: str | None, license: str
+) -> tuple[str, dict[str, Any] | None]:
+    """The model card of an adapter from its files and those of the run that they lie in, and its calibration if any.
 
     Raises:
         DitError: the folder holds no adapter of this program, or a file is damaged.
@@ -80,8 +85,8 @@ def card(folder: Path, repo: str, base_id: str | None, license: str) -> str:
         raise DitError(f"nothing beside '{folder}' names the base: give its hub id with --base")
     found = parse_hub_id(base)
     is_id = found is not None and not Path(base).exists()
-    known = calibration.read(calibration.file_beside(str(folder)), str(manifest.get("digest")))
-    return adapter_card(
+    known = calibration.of_adapter(str(folder), folder, str(manifest.get("digest")))
+    text = adapter_card(
         manifest,
         summary,
         known,
@@ -90,6 +95,7 @@ def card(folder: Path, repo: str, base_id: str | None, license: str) -> str:
         base_id=found.repo if found and is_id else None,
         license=license,
     )
+    return text, known
 
 
 def _beside(folder: Path, name: str) -> dict[str, Any] | None:

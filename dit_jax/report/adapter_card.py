@@ -145,8 +145,8 @@ def _numbers(summary: Json | None, calibration: Json | None) -> Iterator[str]:
         area = hidden["auroc"]
         if area:
             yield (
-                f"Calibrated on {hidden['n']} diffs: AUROC {percent(area['mean'])} ({between(area)} %) for whether a "
-                "diff hides anything."
+                f"Calibrated on {hidden['n']} diffs, {hidden['positive']} with a topic: AUROC {percent(area['mean'])} "
+                f"({between(area)} %) for whether a diff hides anything."
             )
 
 

@@ -161,9 +161,9 @@ def _sublead(told: Mapping[str, Any], calibration: Json | None) -> str:
         return f"Asked through the adapter `{told['adapter']}` ({asked}). It has no calibration, so nothing is scored."
     return (
         f"Asked through the adapter `{told['adapter']}` ({asked}). A diff counts as hiding something above a score of "
-        f"{limit['above']:.3f}, where calibration had {percent(limit['false_positives']['mean'])} false positives "
-        f"({between(limit['false_positives'])} %) and found {percent(limit['found']['mean'])} "
-        f"({between(limit['found'])} %)."
+        f"{limit['above']:.3f}. In its calibration {percent(limit['false_positives']['mean'])} of "
+        f"{limit['false_positives']['n']} that hide nothing lay above it ({between(limit['false_positives'])} %), and "
+        f"{percent(limit['found']['mean'])} of {limit['found']['n']} that hide a topic ({between(limit['found'])} %)."
     )
 
 
@@ -207,11 +207,18 @@ def _worth(told: Mapping[str, Any], calibration: Json | None) -> list[str]:
             "often it is right. `python -m dit_jax.calibrate` makes one from diffs whose truth is known."
         )
     else:
+        hidden = calibration["hidden"]
+        nothing = "benign diffs" + (", noise and no diff" if calibration["controls"] else "")
         texts.append(
-            f"The score is calibrated on {calibration['hidden']['n']} diffs ({calibration['source']}): "
-            f"{calibration['hidden']['positive']} that hide a topic, and benign diffs, noise and no diff. It holds for "
-            "diffs like these."
+            f"The score is calibrated on {hidden['n']} diffs ({calibration['source']}): {hidden['positive']} that hide "
+            f"a topic, and {hidden['n'] - hidden['positive']} that hide nothing ({nothing}). It holds for "
+            "diffs like these, if half of them hide something; where fewer do, the probability is lower."
         )
+        if calibration["controls"]:
+            texts.append(
+                "There were too few benign diffs to stand for what hides nothing. Noise and no diff are easier to tell "
+                "apart, so expect more false positives on benign diffs."
+            )
     return texts
 
 
