@@ -66,6 +66,14 @@ def test_what_is_exported_gives_the_same_logits(files, tmp_path):
         assert start(*given, *added, "--to", kind, "--out", tmp_path / kind) == 0
         fused = dit_jax.load_diff(tmp_path / kind, model)
         np.testing.assert_allclose(model.logits(tokens, deltas=fused), both, atol=1e-4)
+    for kind, out in (("peft", "half"), ("pt", "half.pt")):  # of the adapter alone
+        flags = ["--to", kind, "--dtype", "bfloat16", "--out", tmp_path / out]
+        assert start(*given[:3], *added, *flags) == 0
+        half = dit_jax.load_adapter(tmp_path / out, model)["layers"]["mlp"]["up_proj"]
+        assert half["a"].dtype == half["b"].dtype == "bfloat16" and half["scale"].dtype == "float32"
+        np.testing.assert_array_equal(
+            half["b"], np.asarray(adapter["layers"]["mlp"]["up_proj"]["b"]).astype("bfloat16")
+        )
     assert start(*given, *added, "--to", "model", "--out", tmp_path / "merged") == 0
     merged = dit_jax.load_model(tmp_path / "merged")
     np.testing.assert_allclose(merged.logits(tokens), both, atol=1e-4)

@@ -4,10 +4,11 @@
     python -m dit_jax export --base tiny_qwen3 --adapter runs/quickstart/adapter --to pt --out adapter.pt
 
 With --diff and --adapter, `peft`, `mlx` and `model` hold the sum of both, for servers that load one adapter
-(docs/formats.md).
+(docs/formats.md). LoRAs keep the type that they are stored in, or are rounded by --dtype bfloat16.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from dit_jax.cli import flags as given
@@ -61,9 +62,12 @@ def run(flags: argparse.Namespace) -> None:
     if flags.to == "pt" and flags.diff and flags.adapter:
         raise DitError("a .pt file holds a diff or an adapter: export them one by one")
 
+    import jax.numpy as jnp
+
     from dit_jax.api import load_adapter, load_diff
     from dit_jax.deltas import export
     from dit_jax.deltas.detect import look_for_adapter, look_for_diffs
+    from dit_jax.deltas.factors import rounded
     from dit_jax.models.hf_checkpoint import find_folder
     from dit_jax.runtime.parallel import to_host
 
@@ -79,16 +83,18 @@ def run(flags: argparse.Namespace) -> None:
         export.export_model(
             out, params, config, *deltas, base_folder=folder if folder.is_dir() else None
         )
-    elif flags.to == "peft":
-        if len(deltas) == 1:  # keeps the bits and the scale
-            export.write_peft(out, deltas[0], config, flags.base)
-        else:
-            export.write_fused_peft(out, config, flags.base, *deltas)
+        show(f"wrote {out}")
+        return
+    # Of one delta the writers keep the bits and the scale.
+    delta = deltas[0] if len(deltas) == 1 else export.fuse(*deltas)
+    if flags.dtype == "bfloat16":
+        delta = rounded(delta, jnp.bfloat16)
+    if flags.to == "peft":
+        export.write_peft(out, delta, config, flags.base)
     elif flags.to == "mlx":
-        delta = deltas[0] if len(deltas) == 1 else export.fuse(*deltas)
         export.write_mlx(out, delta, config, flags.base)
     elif diff is not None:
-        export.write_pt_diffs(out, [diff], config, params)
+        export.write_pt_diffs(out, [dataclasses.replace(diff, delta=delta)], config, params)
     else:
-        export.write_pt_adapter(out, deltas[0], config)
+        export.write_pt_adapter(out, delta, config)
     show(f"wrote {out}")

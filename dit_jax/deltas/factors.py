@@ -1,7 +1,7 @@
 """LoRA factors of single modules: joined to a delta tree, and taken from one (numpy)."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from dit_jax.errors import DitError
 from dit_jax.formats import budgets
 from dit_jax.formats.files import short
 from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.delta_trees import map_modules
 from dit_jax.models.modules import Path, all_modules, set_at
 
 
@@ -186,6 +187,18 @@ def _unit_scale(module: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     folded = [fold(b[layer], float(s)) for layer, s in enumerate(scale)]
     dtype = common_dtype(array.dtype for array in folded)
     return np.asarray(module["a"]), np.stack([array.astype(dtype) for array in folded])
+
+
+def rounded(delta: Any, dtype: Any) -> Any:
+    """A delta whose factors and differences have this dtype; scales keep theirs."""
+
+    def round_module(_: Path, module: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: leaf if name == "scale" else np.asarray(leaf).astype(dtype)
+            for name, leaf in module.items()
+        }
+
+    return map_modules(round_module, delta)
 
 
 def moments(module: Any, in_layers: bool) -> tuple[np.ndarray, np.ndarray]:
