@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import pathlib
 import shutil
 import stat
 import subprocess
@@ -260,6 +261,9 @@ def test_a_folder_is_audited_and_time_ends_it(files, desk, client, monkeypatch):
     _, left = late.audit(Choice("tiny_qwen3", "", str(files / "diffs")))
     with open(left[2]) as file:
         assert all("time of this audit was up" in json.loads(line)["error"] for line in file)
+    page, left = late.audit(Choice("tiny_qwen3", "", "", str(files / "d0.zip")))
+    assert "--diff d0 " in page
+    assert all("dit_jax-upload" not in pathlib.Path(name).read_text() for name in left)
 
 
 def test_the_page_in_a_browser(model, files, server, tmp_path):

@@ -126,12 +126,14 @@ class Desk:
             return
         with unpacked(Path(choice.upload), self.offer.upload) as folder:
 
-            def told(text: str) -> str:  # nobody knows the folder
-                return text.replace(str(folder), "the upload")
+            def told(text: str) -> str:  # the user knows the name of the file, nobody the folder
+                return text.replace(str(folder), Path(choice.upload or "").stem)
 
             try:
                 yield [
-                    dataclasses.replace(x, name=told(x.name), problem=told(x.problem))
+                    dataclasses.replace(
+                        x, name=told(x.name), path=told(x.path), problem=told(x.problem)
+                    )
                     for x in list_targets([str(folder)], model)
                 ]
             except DitError as error:
