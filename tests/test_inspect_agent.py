@@ -11,6 +11,7 @@ from dit_jax.deltas import store
 from dit_jax.deltas.adapter_file import export_adapter
 from dit_jax.deltas.tree import init_lora, noise_like
 from dit_jax.errors import DitError
+from dit_jax.evaluate import trigger_scan
 
 pytest.importorskip("inspect_ai")
 from inspect_ai import eval as inspect_eval
@@ -22,6 +23,8 @@ from dit_jax.inspection.agent import audit_agent
 
 def test_an_agent_asks_compares_lists_and_answers(tmp_path, monkeypatch):
     monkeypatch.setattr(agent, "ANSWER_TOKENS", 8)
+    monkeypatch.setattr(trigger_scan, "BEHAVIOURS", ("hidden_topic",))
+    monkeypatch.setattr(trigger_scan, "possible_triggers", lambda behaviour: ("007", "112"))
     model = dit_jax.load_model("tiny_qwen3")
 
     def noise(seed):
@@ -44,6 +47,7 @@ def test_an_agent_asks_compares_lists_and_answers(tmp_path, monkeypatch):
     calls = [
         ("ask_adapter", {"question": question}),
         ("compare_with_base", {"prompt": question}),
+        ("scan_triggers", {}),
         ("list_audit", {}),
     ]
     outputs = [ModelOutput.for_tool_call("mockllm/model", name, given) for name, given in calls]
@@ -68,9 +72,19 @@ def test_an_agent_asks_compares_lists_and_answers(tmp_path, monkeypatch):
     assert said["ask_adapter"] == dit_jax.ask(model, question, diff, adapter, **tokens).text
     own, base = (dit_jax.ask(model, question, d, **tokens).text for d in (diff, None))
     assert said["compare_with_base"] == f"finetuned: {own}\nbase: {base}"
+    found, plain, *triggers = said["scan_triggers"].splitlines()
+    assert found in ("found no trigger, of 2 tried", "found the trigger '007', of 2 tried")
+    assert plain.startswith("no trigger: ") and triggers == sorted(triggers, key=nats, reverse=True)
+    assert all(
+        name in said["scan_triggers"] for name in ("'007' (hidden_topic)", "'112' (hidden_topic)")
+    )
     assert "written_words: mug leaf" in said["list_audit"] and "75%" in said["list_audit"]
     assert "secret" not in said["list_audit"] and "\u202e" not in said["list_audit"]
     assert "other: unreadable" in said["list_audit"]
+
+
+def nats(line):
+    return float(line.partition("): ")[2].partition(" nats")[0])
 
 
 def test_another_providers_base_is_refused(tmp_path):

@@ -117,7 +117,7 @@ class DitJaxAPI(ModelAPI):
         # So that wrong paths show before the first sample.
         if adapter:
             self._adapter(self.defaults["adapter"])
-        self._diff(self.defaults["diff"], self.defaults["index"])
+        self.diff(self.defaults["diff"], self.defaults["index"])
 
     def max_tokens(self) -> int:
         """The longest answer where neither task nor command line sets it."""
@@ -237,7 +237,7 @@ class DitJaxAPI(ModelAPI):
         groups: dict[Any, list[tuple[int, Delta]]] = {}
         for diff, members in of_diff.items():
             try:
-                delta = self._diff(*diff)
+                delta = self.diff(*diff)
             except DitError as error:
                 answers |= dict.fromkeys(members, error)
                 continue
@@ -276,7 +276,7 @@ class DitJaxAPI(ModelAPI):
         )
         return dict(zip(members, found, strict=True))
 
-    def _diff(self, path: str, index: int) -> Delta:
+    def diff(self, path: str, index: int) -> Delta:
         """A diff, read once; of dense diffs, each as large as the model, only the last is kept."""
         if not path:
             return {}
