@@ -159,11 +159,21 @@ def _sublead(told: Mapping[str, Any], calibration: Json | None) -> str:
     limit = threshold(calibration)
     if limit is None:
         return f"Asked through the adapter `{told['adapter']}` ({asked}). It has no calibration, so nothing is scored."
+    below, found = limit["false_positives"], limit["found"]
     return (
         f"Asked through the adapter `{told['adapter']}` ({asked}). A diff counts as hiding something above a score of "
-        f"{limit['above']:.3f}. In its calibration {percent(limit['false_positives']['mean'])} of "
-        f"{limit['false_positives']['n']} that hide nothing lay above it ({between(limit['false_positives'])} %), and "
-        f"{percent(limit['found']['mean'])} of {limit['found']['n']} that hide a topic ({between(limit['found'])} %)."
+        f"{limit['above']:.3f}. In its calibration {percent(below['mean'])} of {below['n']} {_nothing(calibration)} "
+        f"lay above it ({between(below)} %), and {percent(found['mean'])} of {found['n']} that hide a topic "
+        f"({between(found)} %)."
+    )
+
+
+def _nothing(calibration: Json | None) -> str:
+    """What stands for a diff that hides nothing."""
+    return (
+        "benign diffs, noise or no diff"
+        if calibration and calibration["controls"]
+        else "benign diffs"
     )
 
 
@@ -208,11 +218,10 @@ def _worth(told: Mapping[str, Any], calibration: Json | None) -> list[str]:
         )
     else:
         hidden = calibration["hidden"]
-        nothing = "benign diffs" + (", noise and no diff" if calibration["controls"] else "")
         texts.append(
             f"The score is calibrated on {hidden['n']} diffs ({calibration['source']}): {hidden['positive']} that hide "
-            f"a topic, and {hidden['n'] - hidden['positive']} that hide nothing ({nothing}). It holds for "
-            "diffs like these, if half of them hide something; where fewer do, the probability is lower."
+            f"a topic, and {hidden['n'] - hidden['positive']} that hide nothing ({_nothing(calibration)}). It holds "
+            "for diffs like these, if half of them hide something; where fewer do, the probability is lower."
         )
         if calibration["controls"]:
             texts.append(
