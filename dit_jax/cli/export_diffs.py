@@ -76,7 +76,7 @@ def run(flags: argparse.Namespace) -> None:
     model = given.load_base(flags)
     diff = load_diff(diffs, model, flags.index, flags.svd_rank) if diffs else None
     adapter = to_host(load_adapter(found, model)) if found else None
-    deltas = [delta for delta in (diff and diff.delta, adapter) if delta is not None]
+    deltas = [delta for delta in (diff.delta if diff else None, adapter) if delta is not None]
     params, config = model.params, model.config
     if flags.to == "model":
         folder = find_folder(flags.base)
