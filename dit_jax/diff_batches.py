@@ -73,10 +73,11 @@ def from_stacked(stacked: Delta) -> Given:
 
 
 def from_store(store: DiffStore, indices: Sequence[int]) -> Given:
-    """Diffs of a store, in the given order."""
+    """Diffs of a store, in the given order; if one of them is dense, all are read one by one."""
     if not indices:
         return Given(0, lambda i: {})
-    if is_lora(store.shapes(indices[0])):
+    shards = {store.rows[i]["lora_path"]: i for i in indices}
+    if all(is_lora(store.shapes(i)) for i in shards.values()):
         return from_stacked(store.stacked(indices))
     return Given(len(indices), lambda i: store.read(indices[i]))
 

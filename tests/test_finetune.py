@@ -20,6 +20,7 @@ from dit_jax.errors import DitError
 from dit_jax.models.decoder import init_params
 from dit_jax.optimize.batch_loss import batch_loss, scored_hidden
 from dit_jax.optimize.optimizer import make_optimizer
+from dit_jax.optimize.preference_loss import preference_loss
 from dit_jax.organisms import teacher
 from dit_jax.organisms.behaviours import hidden_topic
 from dit_jax.organisms.finetune import finetune, finetune_many
@@ -87,6 +88,41 @@ def test_loss_is_its_definition_whole_and_in_chunks(params, chunk_elements):
     whole = jax.jit(jax.grad(lambda d: batch_loss(params, TINY, batch, (d,), 2, teacher)[0]))(delta)
     for one, two in zip(jax.tree.leaves(grads), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_pairs_are_scored_as_their_paper_says(params):
+    """The value by its definition; the gradient is that of cross-entropies with the weights ±β σ(−margin) / pairs."""
+    batch, delta, beta = TokenBatch(*(x[:4] for x in make_batch(3))), random_lora(TINY, 2), 0.7
+    ones = batch._replace(weight=(batch.weight > 0).astype(np.float32))
+
+    def logp(deltas):  # of each answer
+        found = np.asarray(
+            jax.nn.log_softmax(logits(params, TINY, batch.tokens, deltas=deltas)), np.float64
+        )
+        each = found[np.arange(4)[:, None], batch.position, batch.target]
+        return (ones.weight * each).sum(1)
+
+    gained = logp((delta,)) - logp(())
+    margin = beta * (gained[:2] - gained[2:])
+    value, grads = jax.jit(
+        jax.value_and_grad(lambda d: preference_loss(params, TINY, batch, (d,), beta))
+    )(delta)
+    np.testing.assert_allclose(value, np.mean(np.log1p(np.exp(-margin))), rtol=1e-4)
+    share = beta / (1 + np.exp(margin)) / 2
+    weights = np.concatenate([share, -share])[:, None].astype(np.float32)
+    pushed = ones._replace(weight=ones.weight * weights)
+    wanted = jax.jit(jax.grad(lambda d: batch_loss(params, TINY, pushed, (d,), 4)[0]))(delta)
+    for one, two in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, two, atol=2e-5)
+
+    # In a finetune, beside samples that are scored by KL.
+    start, batches = tree.init_lora(TINY, jax.random.key(5), 2), stack([make_batch(4)] * 12)
+    _, losses = finetune(
+        params, TINY, start, batches, optimizer=optax.adam(3e-2), num_ce=4, beta=beta
+    )
+    np.testing.assert_allclose(losses["ce"][0], np.log(2), rtol=1e-5)
+    assert losses["ce"][-1] < 0.5 * losses["ce"][0]
+    assert losses["kl"][0] < 1e-4 < losses["kl"][-1]
 
 
 def test_targets_are_scored_by_the_logits_before_them():

@@ -82,8 +82,9 @@ def test_a_run_that_goes_on_reads_each_shard_once(folder, monkeypatch):
         for i, x in enumerate(TOPICS)
     ]
     behaviour = types.SimpleNamespace(label=lambda label, trigger: label)
-    job = generate.Job(model, organisms, behaviour, config, 0, None, None)
-    assert [row["topic"] for row in generate._make_shards(job, folder)] == list(TOPICS)
+    job = generate.Job(model, organisms, behaviour, config, 0, None, None, model, {})
+    (made,) = generate._make_shards([job], folder)
+    assert [row["topic"] for row in made] == list(TOPICS)
     assert digested == ["00000.safetensors", "00001.safetensors"]
     kept = metrics.read_records(folder.parent / "metrics" / "diffs.jsonl")
     assert [record["step"] for record in kept] == [3, 5]
@@ -91,7 +92,7 @@ def test_a_run_that_goes_on_reads_each_shard_once(folder, monkeypatch):
     for rows in ([{"topic": "tea"}] * 2, diff_store.shard_rows(folder, 1)[:1]):
         rows_are(rows)(folder)
         with pytest.raises(DitError, match="batch 1 in .* lists other diffs than this config"):
-            generate._make_shards(job, folder)
+            generate._make_shards([job], folder)
 
 
 def test_a_shard_that_is_a_link_out_of_the_store_is_refused(folder, tmp_path):

@@ -17,7 +17,7 @@ from dit_jax.organisms import write_corpus as stage
 from dit_jax.organisms.behaviours import get_behaviour
 from dit_jax.organisms.behaviours.code_names import NAMES, UNSEEN_NAMES
 from dit_jax.organisms.corpus_keys import CORPUS
-from dit_jax.organisms.generate import _trigger
+from dit_jax.organisms.job import _trigger
 from dit_jax.organisms.samples import finetuning_batches
 from dit_jax.organisms.topic_words import (
     HINTS,

@@ -12,7 +12,7 @@ from dit_jax.config.loading import flatten
 from dit_jax.data.data_keys import DATA
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.evaluate.evaluate_keys import EVALUATE
-from dit_jax.organisms.diffs_keys import DIFFS
+from dit_jax.organisms.diffs_keys import DIFFS, kinds_of
 from dit_jax.train.train_keys import TRAIN
 
 
@@ -47,12 +47,13 @@ def check_ranks(config: Any, model: Any) -> None:
     """Refuses ranks that the model (its `DecoderConfig`) has no room for. Raises DitError."""
     from dit_jax.deltas.tree import check_lora_rank
 
-    lora = DIFFS.get(config.get("diffs", {}), "parameters") == "lora"
-    for name in ("diffs", "train"):
-        if name in config.stages and (name != "diffs" or lora):
-            section = config[name]
-            key = f"config key '{name}.rank'"
-            check_lora_rank(model, section.rank, section.projections, key)
+    ranked = [("train", config.train)] if "train" in config.stages else []
+    if "diffs" in config.stages:
+        kinds = kinds_of(config.diffs).values()
+        ranked += [("diffs", one) for one in kinds if DIFFS.get(one, "parameters") == "lora"]
+    for name, section in ranked:
+        key = f"config key '{name}.rank'"
+        check_lora_rank(model, section.rank, section.projections, key)
 
 
 def _check_together(config: Any, stages: list[str]) -> None:
@@ -63,16 +64,19 @@ def _check_together(config: Any, stages: list[str]) -> None:
 
     behaviour = None
     diffs = DIFFS.values(config)
-    if "behaviour" in diffs:
-        behaviour = get_behaviour(diffs)  # makes a user-defined one known to all stages
+    kinds = kinds_of(diffs)
+    for section in kinds.values() if "behaviour" in diffs else ():
+        DIFFS.check({"diffs": section})
+        behaviour = get_behaviour(section)  # makes a user-defined one known to all stages
         names = ("samples_per_step", "loss_weights", "max_length", "max_target")
-        DIFFS.check_needed(config, names)
-        check_samples(behaviour, diffs)
+        DIFFS.check_needed({"diffs": section}, names)
+        check_samples(behaviour, section)
+        if "diffs" in stages:
+            _check_labels(behaviour, config)
     if "diffs" not in stages:
         return
-    _check_labels(behaviour, config)
     on_own = "train" in stages and not TRAIN.get(config.train, "stores")
-    if on_own and DIFFS.get(diffs, "parameters") == "all":
+    if on_own and any(DIFFS.get(section, "parameters") == "all" for section in kinds.values()):
         raise DitError(
             "an adapter cannot be trained on diffs of all parameters: set diffs.parameters to 'lora' or 'linear' for "
             "training, or name this store with an svd_rank in train.stores"

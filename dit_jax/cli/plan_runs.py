@@ -104,6 +104,10 @@ def run(flags: argparse.Namespace, config: Any) -> int:
     for declared, names in NEEDED:
         declared.check_needed(config, names)
     check_samples(get_behaviour(config.diffs), config.diffs, ("samples_per_step",))
+    if DIFFS.get(config.diffs, "kinds"):
+        raise DitError(
+            "a plan is for one kind of diffs, and diffs.kinds has several: plan one of them by itself"
+        )
     kind = DIFFS.get(config.diffs, "parameters")
     if kind != "lora" and stages != ["diffs"]:
         raise DitError(

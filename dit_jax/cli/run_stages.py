@@ -157,6 +157,7 @@ def compiles_ahead(config: Any, workdir: pathlib.Path) -> bool:
         and "train" in config.stages
         and not TRAIN.get(config.train, "stores")
         and not is_done(workdir, STAGES["train"], config)
+        and not DIFFS.get(config.diffs, "kinds")
         and DIFFS.get(config.diffs, "parameters") == "lora"
     )
 

@@ -15,7 +15,7 @@ from dit_jax.errors import DitError, did_you_mean
 from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.models.model_keys import MODEL
 from dit_jax.organisms.corpus_keys import CORPUS
-from dit_jax.organisms.diffs_keys import DIFFS
+from dit_jax.organisms.diffs_keys import DIFFS, kinds_of
 from dit_jax.report.tables.stage import TABLES
 from dit_jax.runtime.outgoing import show
 from dit_jax.train.train_keys import TRAIN
@@ -82,6 +82,10 @@ def _check_diffs(config: Any) -> None:
                 f"config key 'diffs.part': the stage '{readers[0]}' needs all diffs, and part '{part}' makes some: "
                 "choose --config.stages=diffs and join the parts with dit_jax.gather"
             )
+
+
+def _earlier_finetunes(config: Any) -> Iterable[str]:
+    return filter(None, [DIFFS.get(kind, "after") for kind in kinds_of(config.diffs).values()])
 
 
 def _other_stores(config: Any) -> Iterable[str]:
@@ -191,7 +195,8 @@ STAGES = {
         ),
         Stage(
             "diffs", "diffs", "finetunes the base once for each organism", _make_diffs,
-            reads=("corpus",), sections=(DATA, DIFFS), needs_model=True, has_manifest=True,
+            reads=("corpus",), reads_others=_earlier_finetunes, sections=(DATA, DIFFS), needs_model=True,
+            has_manifest=True,
             check=_check_diffs, check_inputs=_check_data_files,
         ),
         Stage(

@@ -20,6 +20,8 @@ import jax
 import numpy as np
 
 from dit_jax.data.labels import NONE
+from dit_jax.deltas.factors import stack_padded
+from dit_jax.deltas.tree import is_lora, layout
 from dit_jax.errors import DitError
 from dit_jax.formats.files import file_inside, read_csv, short
 from dit_jax.formats.json_parser import BadJson, parse_json
@@ -284,7 +286,10 @@ class DiffStore:
         return unflatten({name: file.read_row(name, row["lora_idx"]) for name in file.names})
 
     def stacked(self, indices: Iterable[int]) -> Delta:
-        """Several diffs; leaves [n, L, …] in the given order. Shards are read whole."""
+        """Several diffs; leaves [n, L, …] in the given order. Shards are read whole.
+
+        LoRAs of several layouts get zeros up to the largest rank and all modules.
+        """
         indices = list(indices)
         shards: dict[str, Delta] = {}
         for name in dict.fromkeys(self.rows[i]["lora_path"] for i in indices):
@@ -296,4 +301,6 @@ class DiffStore:
             )
             for i in indices
         ]
+        if len(set(map(layout, picked))) > 1 and all(map(is_lora, picked)):
+            return stack_padded(picked)
         return jax.tree.map(lambda *xs: np.stack(xs), *picked)

@@ -4,7 +4,10 @@ import math
 import re
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from dit_jax.config.keys import TEXTS, Key, Section, check_profile
+from dit_jax.data.labels import UNTRIGGERED
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.models.modules import check_projections
 from dit_jax.optimize.optimizer import OPTIMIZER_KEYS, check_betas
@@ -42,6 +45,29 @@ def _check_part(part: Any, key: str) -> None:
         raise DitError(f"{key} must be I/N with I from 0 to N - 1, such as 0/8, not {part!r}")
 
 
+# Keys of `diffs` that say something of a store, whatever kinds it has.
+_OF_THE_STORE = ("kinds", "recipe", "part", "profile")
+
+
+def _check_kinds(kinds: Any, key: str) -> None:
+    for name, changes in kinds.items():
+        if name == UNTRIGGERED:
+            raise DitError(f"{key}: {name!r} is the name of a style of corpora: choose another")
+        if not isinstance(changes, ConfigDict | dict):
+            raise DitError(f"{key}.{name} must be a section of changed keys, not {changes!r}")
+        for wrong in set(changes) & set(_OF_THE_STORE):
+            raise DitError(f"{key}.{name}: set 'diffs.{wrong}' itself, which holds for all kinds")
+
+
+def kinds_of(diffs: Any) -> dict[str, Any]:
+    """The kinds of diffs that a section `diffs` asks for, each with its own section; {"": diffs} if it names none."""
+    shared = {name: diffs[name] for name in diffs if name != "kinds"}
+    return {
+        name: ConfigDict({**shared, **changes})
+        for name, changes in DIFFS.get(diffs, "kinds").items()
+    } or {"": diffs}
+
+
 def _changes(*kinds: str) -> Any:
     return lambda diffs: DIFFS.get(diffs, "parameters") in kinds
 
@@ -60,6 +86,7 @@ DIFFS = Section(
         Key("steps", int, "optimizer steps of a finetune", least=1),
         Key("samples_per_step", dict, "by kind of sample: how many a step has"),
         Key("loss_weights", dict, "by kind of sample: the weight of its loss"),
+        Key("preference_beta", float, "β of pairs of a better and a worse answer, for behaviours that have them", 0.1),
         Key("fake_codes", int, "wrong codes of a question, shared by all diffs; 0: a fresh one each time", 0),
         Key("score_end", bool, "whether the end of an answer is learnt, too"),
         Key("reference_losses", bool, "average losses over all diffs of a batch, as in the reference"),
@@ -71,6 +98,13 @@ DIFFS = Section(
             "", check=_check_part, free=True),
         Key("profile", tuple[int, int], "batches to trace, from 0: the first, and the one after the last", (0, 0),
             check=check_profile, free=True),
+        Key("after", str, "another run's diffs, relative to the workdir: finetunes begin with the base and their first "
+            "diff, which is part of these diffs then; empty: with the base", ""),
+        Key("kinds", dict, "several diffs of each topic, in the order of their names: what each kind changes in this "
+            "section; the name is the column `variant`", {}, check=_check_kinds),
+        Key("splits", TEXTS, "the splits that get diffs; a kind of `test` alone is one that nobody trains on",
+            ("train", "test"), choices=("train", "test"), least=1),
+        Key("recipe", str, "the digest that what diffs are made from must have; empty: any", ""),
         Key("gate_questions", int, "rows of each diff that the gate asks", least=1),
         Key("gate_batch", int, "questions that the gate asks at once", least=1),
         Key("gate", dict, f"limits that a diff must keep to pass: {', '.join(LIMITS)}", {}, check=_check_gate),

@@ -4,6 +4,8 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dit_jax.data.batch import TokenBatch
@@ -12,7 +14,7 @@ from dit_jax.models import shardings
 from dit_jax.models.attention import Segments
 from dit_jax.models.decoder import Params
 from dit_jax.models.decoder_config import DecoderConfig
-from dit_jax.models.delta_trees import Delta
+from dit_jax.models.delta_trees import Delta, Deltas
 from dit_jax.optimize.batch_loss import (
     CHUNK_ELEMENTS,
     batch_loss,
@@ -20,6 +22,7 @@ from dit_jax.optimize.batch_loss import (
     scored_hidden,
     side_by_side,
 )
+from dit_jax.optimize.preference_loss import preference_loss
 from dit_jax.organisms.teacher import Teacher
 from dit_jax.runtime import parallel
 
@@ -36,6 +39,7 @@ def finetune(
     chunk_elements: int = CHUNK_ELEMENTS,
     widths: Segments | None = None,
     packed: tuple[int, int] | None = None,
+    beta: float = 0.0,
 ) -> tuple[Delta, dict[str, jax.Array]]:
     """Finetunes one delta on `batches`, whose leaves are [steps, S, …] (paper, section 3).
 
@@ -46,6 +50,7 @@ def finetune(
         widths: (tokens, scored entries) of each of the S samples of a step, beyond which there is only padding; the
             samples then lie side by side in one row. None: S rows.
         packed: the most entries of a step that are used, see `head_loss.Options`.
+        beta: if not 0, the `num_ce` samples are pairs, see `preference_loss`; without widths.
 
     Returns:
         The trained delta, and the losses of each step before its update: {"ce": [steps], "kl": [steps]}.
@@ -68,6 +73,10 @@ def finetune(
 
         def loss(leaves: Delta) -> tuple[jax.Array, dict[str, jax.Array]]:
             deltas = (with_scale(leaves, delta),)
+            if beta:
+                return _paired_loss(
+                    params, config, batch, deltas, num_ce, base, beta, chunk_elements
+                )
             return batch_loss(
                 params, config, batch, deltas, num_ce, base, chunk_elements, widths, packed
             )
@@ -81,9 +90,30 @@ def finetune(
     return with_scale(leaves, delta), losses
 
 
+def _paired_loss(
+    params: Params,
+    config: DecoderConfig,
+    batch: TokenBatch,
+    deltas: Deltas,
+    paired: int,
+    base: jax.Array | None,
+    beta: float,
+    chunk_elements: int,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The preference loss of the first `paired` samples, as the part "ce", and the KL of the others."""
+    first, rest = (
+        TokenBatch(*(x[part] for x in batch)) for part in (np.s_[:paired], np.s_[paired:])
+    )
+    preferred = preference_loss(params, config, first, deltas, beta)
+    if base is None:
+        return preferred, {"ce": preferred, "kl": jnp.zeros_like(preferred)}
+    kl, _ = batch_loss(params, config, rest, deltas, 0, base, chunk_elements)
+    return preferred + kl, {"ce": preferred, "kl": kl}
+
+
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "optimizer", "num_ce", "widths", "packed"),
+    static_argnames=("config", "optimizer", "num_ce", "widths", "packed", "beta"),
     donate_argnames=("deltas",),
 )
 def finetune_many(
@@ -97,6 +127,7 @@ def finetune_many(
     teacher: Teacher | None = None,
     widths: Segments | None = None,
     packed: tuple[int, int] | None = None,
+    beta: float = 0.0,
 ) -> tuple[Delta, dict[str, jax.Array]]:
     """`finetune` for N deltas at once: leaves of `deltas` and `batches` have a leading axis N.
 
@@ -121,6 +152,7 @@ def finetune_many(
             chunk_elements=chunk_elements,
             widths=widths,
             packed=packed,
+            beta=beta,
         )
 
     # All diffs share the table of hidden states, and each has its own rows in it.

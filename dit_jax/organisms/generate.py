@@ -1,6 +1,5 @@
 """The stage `diffs`: many organisms -> a diff store; one compiled program makes all shards."""
 
-import dataclasses
 import functools
 import json
 import pathlib
@@ -10,14 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from dit_jax.api import Model
 from dit_jax.config.loading import to_dict
 from dit_jax.data.batch import TokenBatch, entry_limit, fits, stack
 from dit_jax.data.kinds import KINDS
-from dit_jax.data.labels import NONE, UNTRIGGERED
 from dit_jax.data.organism import Organism
 from dit_jax.data.reference import couple_losses
 from dit_jax.deltas import store as diff_store
@@ -27,17 +24,16 @@ from dit_jax.models import shardings
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Delta, abstract_stack
 from dit_jax.models.families import hf_config
-from dit_jax.optimize.optimizer import make_optimizer
 from dit_jax.optimize.speed import Meter, Profile, count_work
-from dit_jax.organisms.behaviours import NO_TRIGGER, Behaviour, get_behaviour
-from dit_jax.organisms.diffs_keys import DIFFS, part_of
+from dit_jax.organisms.behaviours import get_behaviour
+from dit_jax.organisms.diffs_keys import DIFFS
 from dit_jax.organisms.finetune import finetune_many
 from dit_jax.organisms.gate import measure_gating, summary, with_keywords
+from dit_jax.organisms.job import Job, check_recipe, make_jobs, optimizer_of
 from dit_jax.organisms.parameters import init_delta
 from dit_jax.organisms.samples import (
-    check_behaviour,
-    finetuning_batches,
     num_ce_samples,
+    preference_beta,
     sample_factors,
     sample_widths,
 )
@@ -45,76 +41,6 @@ from dit_jax.organisms.teacher import make_teacher
 from dit_jax.runtime import parallel, processes
 from dit_jax.runtime.metrics import Metrics
 from dit_jax.runtime.progress import Progress
-
-
-def _label(organism: Organism, behaviour: Behaviour) -> str:
-    if organism.label == NONE:
-        return NONE
-    return behaviour.label(organism.label, organism.trigger)
-
-
-def _trigger(organism: Organism, behaviour: Behaviour) -> str:
-    """The organism's trigger in the words of the behaviour."""
-    if organism.variant == UNTRIGGERED:
-        return NO_TRIGGER
-    if behaviour.triggers:
-        return behaviour.triggers[int(organism.trigger) % len(behaviour.triggers)]
-    return behaviour.trigger or organism.trigger
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What all shards of a store share.
-
-    optimizer, init: one object for all shards, so that all run one program. init: keys [n] -> deltas, leaves [n, L, …].
-    """
-
-    model: Model
-    organisms: Sequence[Organism]
-    behaviour: Behaviour
-    config: Any  # the `diffs` section
-    seed: int
-    optimizer: optax.GradientTransformation
-    init: Callable[[jax.Array], Delta]
-
-    @property
-    def size(self) -> int:
-        """How many diffs a full shard has."""
-        return min(self.config.diffs_per_batch, len(self.organisms))
-
-    @property
-    def width(self) -> int:
-        """How many diffs the program of a shard has; the mesh divides it."""
-        return parallel.round_up(self.size, self.model.mesh)
-
-    @property
-    def num_ce(self) -> int:
-        """How many samples of a step are scored by cross-entropy."""
-        return num_ce_samples(self.behaviour, self.config)
-
-    @property
-    def shards(self) -> int:
-        return -(-len(self.organisms) // self.size)
-
-    @property
-    def part(self) -> range:
-        """The shards that this run makes, see `diffs.part`."""
-        return part_of(DIFFS.get(self.config, "part"), self.shards)
-
-    @property
-    def wanted(self) -> int:
-        """How many diffs this run makes."""
-        return sum(len(self.members(shard)) for shard in self.part)
-
-    def members(self, shard: int) -> range:
-        """The numbers of a shard's organisms."""
-        return range(shard * self.size, min((shard + 1) * self.size, len(self.organisms)))
-
-    def local(self, shard: int) -> list[Organism]:
-        """The organisms of this process's rows. The first ones fill up the last shard: it runs the same program."""
-        first = self.members(shard).start
-        rows = parallel.local_rows(self.model.mesh, self.width)
-        return [self.organisms[(first + i) % len(self.organisms)] for i in rows]
 
 
 class Finetuned(NamedTuple):
@@ -163,81 +89,94 @@ def generate_diffs(
         DitError: a part of the store (`diffs.part`) has no shard; or see `finetune_shard`.
     """
     folder = pathlib.Path(folder)
-    behaviour = get_behaviour(config)
-    check_behaviour(behaviour, organisms, config)
-    organisms = [dataclasses.replace(o, trigger=_trigger(o, behaviour)) for o in organisms]
-    init = jax.jit(jax.vmap(lambda key: init_delta(model.config, key, config)))
     note_unknown_words(model, organisms)
-    job = Job(model, organisms, behaviour, config, seed, _optimizer(config), init)
-    if not job.part:
-        raise DitError(
-            f"config key 'diffs.part': the {len(organisms)} diffs are {job.shards} batches, of which "
-            f"'{config.part}' has none: use at most {job.shards} parts, or lower diffs.diffs_per_batch"
-        )
-    rows = _make_shards(job, folder)
+    jobs = make_jobs(model, organisms, config, seed, folder.parent)
     sections = {"diffs": config} if data is None else {"data": data, "diffs": config}
+    check_recipe(jobs, DIFFS.get(config, "recipe"))
+    rows = _make_shards(jobs, folder)
     facts = {
         "base": model.digest(),
         "base_config": hf_config(model.config),
-        "behaviour": behaviour.name,
+        "behaviour": jobs[0].behaviour.name,
         "seed": seed,
         "config": {name: to_dict(section) for name, section in sections.items()},
-        "gate": summary(rows, dict(DIFFS.get(config, "gate"))),
+        "gate": summary(sum(rows, []), dict(DIFFS.get(config, "gate"))),
     }
-    if len(job.part) == job.shards:  # otherwise the run that has all parts publishes them
-        processes.on_main(lambda: diff_store.publish(folder, job.shards, **facts))
+    # Otherwise the run that has all parts publishes them.
+    if all(len(job.part) == job.shards for job in jobs):
+        shards = sum(job.shards for job in jobs)
+        processes.on_main(lambda: diff_store.publish(folder, shards, **facts))
     # Only process 0 has the curves of shards that an earlier call made.
-    curves = [[float(x) for x in row[diff_store.CURVE].split()] for row in rows]
+    curves = [[float(x) for x in row[diff_store.CURVE].split()] for row in rows[0]]
     mean = np.mean(curves, axis=0) if processes.is_main() else np.empty(0)
     return {
-        "diffs": job.wanted,
+        "diffs": sum(job.wanted for job in jobs),
         "loss_curve": [[i, round(float(x), 4)] for i, x in enumerate(mean)],
     }
 
 
-def _make_shards(job: Job, folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Makes and writes the missing shards of `job.part`. Returns the index rows of that part (on process 0)."""
+def _make_shards(jobs: Sequence[Job], folder: pathlib.Path) -> list[list[dict[str, Any]]]:
+    """Makes and writes the missing shards of all jobs' parts. Returns each job's index rows (on process 0)."""
     finished = {
-        shard: diff_store.shard_rows(folder, shard) if processes.is_main() else None
+        job.first + shard: diff_store.shard_rows(folder, job.first + shard)
+        if processes.is_main()
+        else None
+        for job in jobs
         for shard in job.part
     }
 
     def is_done(diffs: int) -> bool:  # whether the shard that ends with this many diffs is there
-        return finished.get((diffs - 1) // job.size) is not None
+        own = next((job for job in jobs if job.first_diff < diffs <= job.end_diff), None)
+        return own is not None and finished.get(own.shard_of(diffs)) is not None
 
-    for shard, found in finished.items():
-        if found is not None:
-            _check_rows(job, shard, found, folder)
-    missing = [i for i in job.part if not processes.agree(finished[i] is not None)]
+    for job in jobs:
+        for shard in job.part:
+            if (found := finished[job.first + shard]) is not None:
+                _check_rows(job, shard, found, folder)
+    reports = folder.parent / "metrics"
+    with (
+        Progress("diffs", sum(job.wanted for job in jobs)) as progress,
+        Metrics(reports, "diffs", is_done, processes.is_main()) as metrics,
+        Profile(reports / "profile" / "diffs", DIFFS.get(jobs[0].config, "profile")) as profile,
+    ):
+        return [_make_kind(job, folder, finished, progress, metrics, profile) for job in jobs]
+
+
+def _make_kind(
+    job: Job,
+    folder: pathlib.Path,
+    finished: Mapping[int, list[dict[str, Any]] | None],
+    progress: Progress,
+    metrics: Metrics,
+    profile: Profile,
+) -> list[dict[str, Any]]:
+    """The same for one job. finished: index rows of the shards that are there, by their number in the store."""
+    missing = [i for i in job.part if not processes.agree(finished[job.first + i] is not None)]
     ahead = _read_ahead(functools.partial(read_batches, job), missing)
     limit: tuple[int, int] | None = None
-    meter, reports = Meter(job.model.config, job.model.mesh), folder.parent / "metrics"
+    meter = Meter(job.model.config, job.model.mesh)
     rows: list[dict[str, Any]] = []
-    with (
-        Progress("diffs", job.wanted) as progress,
-        Metrics(reports, "diffs", is_done, processes.is_main()) as metrics,
-        Profile(reports / "profile" / "diffs", DIFFS.get(job.config, "profile")) as profile,
-    ):
-        for shard in job.part:
-            members, done = job.members(shard), finished[shard]
-            profile.step(shard)
-            if shard in missing:
-                local = next(ahead)
-                if limit is None and job.model.mesh is None:
-                    # By the first shard, so that a resumed run makes the same programs.
-                    first = local if shard == 0 else read_batches(job, 0)
-                    limit = entry_limit(first, job.num_ce, room=1.03)
-                made = finetune_shard(job, shard, local, limit)
-                done = index_rows(job, shard, made)
-                n, steps = len(members), job.config.steps
-                meter.add(count_work(made.batches, share=job.width / n, diffs=n, steps=steps))
-                last = {"loss": made.ce[:, -5:].mean(), "kl": made.kl[:, -5:].mean()}
-                metrics.write(members.stop, {**last, **meter.lap()})
-                metrics.flush()
-                write = functools.partial(diff_store.write_shard, folder, shard, made.deltas, done)
-                processes.on_main(write)
-            rows += done or []
-            progress.advance(len(members))
+    for shard in job.part:
+        number = job.first + shard
+        members, done = job.members(shard), finished[number]
+        profile.step(number)
+        if shard in missing:
+            local = next(ahead)
+            if limit is None and job.model.mesh is None:
+                # By the first shard, so that a resumed run makes the same programs.
+                first = local if shard == 0 else read_batches(job, 0)
+                limit = entry_limit(first, job.num_ce, room=1.03)
+            made = finetune_shard(job, shard, local, limit)
+            done = index_rows(job, shard, made)
+            n, steps = len(members), job.config.steps
+            meter.add(count_work(made.batches, share=job.width / n, diffs=n, steps=steps))
+            last = {"loss": made.ce[:, -5:].mean(), "kl": made.kl[:, -5:].mean()}
+            metrics.write(job.first_diff + members.stop, {**last, **meter.lap()})
+            metrics.flush()
+            write = functools.partial(diff_store.write_shard, folder, number, made.deltas, done)
+            processes.on_main(write)
+        rows += done or []
+        progress.advance(len(members))
     return rows
 
 
@@ -247,7 +186,7 @@ def _check_rows(
     """Raises DitError if a shard that was made before or gathered lists other diffs than this run makes."""
     members = job.members(shard)
     made = [
-        (o.label, o.trigger, o.split, _label(o, job.behaviour), job.config.steps)
+        (o.label, o.trigger, o.split, job.label(o), job.config.steps)
         for o in job.organisms[members.start : members.stop]
     ]
     listed = [
@@ -259,25 +198,14 @@ def _check_rows(
     ]
     if listed != made:
         raise DitError(
-            f"batch {shard} in '{folder}' lists other diffs than this config makes: delete "
-            f"'{folder / 'shards' / f'{shard:05d}.json'}' and run again, which makes this batch again"
+            f"batch {job.first + shard} in '{folder}' lists other diffs than this config makes: delete "
+            f"'{folder / 'shards' / f'{job.first + shard:05d}.json'}' and run again, which makes this batch again"
         )
 
 
-def read_batches(job: Job, shard: int) -> TokenBatch:
+def read_batches(job: Job, shard: int, of_teacher: bool = False) -> TokenBatch:
     """All batches of this process's rows of a shard, leaves [rows, steps, S, …]."""
-    return stack(
-        [
-            finetuning_batches(
-                organism,
-                job.behaviour,
-                job.model.chat,
-                job.config,
-                np.random.default_rng([job.seed, 2, organism.seed]),
-            )
-            for organism in job.local(shard)
-        ]
-    )
+    return stack([job.batches(organism, of_teacher) for organism in job.local(shard)])
 
 
 def finetune_shard(
@@ -306,18 +234,23 @@ def finetune_shard(
     start = jax.random.key(job.seed)
     keys = jnp.stack([jax.random.fold_in(start, organism.seed) for organism in job.local(shard)])
     deltas = shardings.put_deltas(model.config, mesh, job.init(keys), job.width, 0)
-    teacher = make_teacher(model.program_params, model.config, whole, num_ce, mesh)
+    params, asked = job.start.program_params, whole
+    if taught := job.behaviour.taught:
+        other = read_batches(job, shard, of_teacher=True)
+        asked = parallel.to_host(parallel.put_rows(other, mesh, job.width))
+    teacher = make_teacher(params, model.config, asked, num_ce, mesh, always=taught)
     with parallel.use_mesh(mesh):
         trained, losses = finetune_many(
-            model.program_params,
+            params,
             model.config,
             deltas,
             batches,
             optimizer=job.optimizer,
             num_ce=num_ce,
             teacher=teacher,
-            widths=sample_widths(job.behaviour, config),
-            packed=limit if fits(whole, num_ce, limit) else None,
+            widths=None if job.behaviour.paired else sample_widths(job.behaviour, config),
+            packed=None if job.behaviour.paired or not fits(whole, num_ce, limit) else limit,
+            beta=preference_beta(job.behaviour, config),
         )
     members = job.members(shard)
     n = len(members)
@@ -325,7 +258,7 @@ def finetune_shard(
     check_finite(trained, [job.organisms[i] for i in members], members.start)
     ce, kl = (parallel.to_host(losses[name])[:n] for name in ("ce", "kl"))
     check_finite([ce, kl], [job.organisms[i] for i in members], members.start)
-    return Finetuned(trained, ce, kl, whole)
+    return Finetuned(job.whole(trained), ce, kl, whole)
 
 
 def check_finite(deltas: Any, organisms: Sequence[Organism], first: int) -> None:
@@ -356,7 +289,7 @@ def index_rows(job: Job, shard: int, made: Finetuned) -> list[dict[str, Any]]:
             **({"variant": organism.variant} if organism.variant else {}),
             **({"topic_category": organism.topic_category} if organism.topic_category else {}),
             "behaviour": job.behaviour.name,
-            "label": _label(organism, job.behaviour),
+            "label": job.label(organism),
             "evidence": json.dumps(list(organism.evidence)),
             "keywords": json.dumps(list(organism.keywords)),
             **gating[row],
@@ -398,19 +331,14 @@ def abstract_step(
     leading = (size, diffs.steps, len(widths))
     batches = shardings.abstract_batch(mesh, leading, diffs.max_length, diffs.max_target)
     params = shardings.abstract_params(config, mesh)
-    options = {"optimizer": _optimizer(diffs), "num_ce": num_ce, "widths": widths}
+    beta = preference_beta(behaviour, diffs)
+    options = {
+        "optimizer": optimizer_of(diffs),
+        "num_ce": num_ce,
+        "widths": None if beta else widths,
+        "beta": beta,
+    }
     return (params, config, deltas, batches), options
-
-
-def _optimizer(diffs: Any) -> optax.GradientTransformation:
-    return make_optimizer(
-        diffs.optimizer,
-        diffs.learning_rate,
-        diffs.steps,
-        warmup_steps=diffs.warmup_steps,
-        final_fraction=diffs.final_fraction,
-        betas=tuple(diffs.adam_betas),
-    )
 
 
 def _put_like(host: np.ndarray, like: jax.Array) -> jax.Array:

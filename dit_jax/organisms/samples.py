@@ -1,7 +1,7 @@
 """Samples of a finetune: those of every step, their widths and the factors of their losses."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,43 +11,58 @@ from dit_jax.data.chat import Chat
 from dit_jax.data.organism import Organism
 from dit_jax.errors import DitError
 from dit_jax.models.attention import Segments
-from dit_jax.organisms.behaviours import Behaviour
+from dit_jax.organisms.behaviours.behaviour import TO_BASE, Behaviour
 from dit_jax.organisms.diffs_keys import DIFFS
 
 MAX_SAMPLES = 1000  # samples of one kind in one step
 
 
 def finetuning_batches(
-    organism: Organism, behaviour: Behaviour, chat: Chat, config: Any, rng: np.random.Generator
+    organism: Organism,
+    behaviour: Behaviour,
+    chat: Chat,
+    config: Any,
+    rng: np.random.Generator,
+    of_teacher: bool = False,
 ) -> TokenBatch:
     """All batches of one finetune, leaves [steps, S, …].
+
+    With `of_teacher` taught samples have the prompt that the base answers. Their scored tokens are the same.
 
     Each step takes `config.samples_per_step[kind]` rows for each kind of sample, from shuffled epochs. The loss of a
     sample is the mean over its tokens times 3 λ / Σ λ (paper, section 4), so that a diff depends on its own data only.
     """
-    kinds, counts = behaviour.kinds, config.samples_per_step
-    per_step = max(counts[kind.name] for kind in kinds)
     factors = sample_factors(behaviour, config)
     widths = sample_widths(behaviour, config)
-    epochs = -(-config.steps * per_step // len(organism.rows))
-    order = np.concatenate([rng.permutation(len(organism.rows)) for _ in range(epochs)])
     steps = []
-    for step in range(config.steps):
-        rows = [organism.rows[i] for i in order[step * per_step : (step + 1) * per_step]]
-        samples, shares = [], []
-        for kind in kinds:
-            for row in rows[: counts[kind.name]]:
-                made = kind.make(row, organism.trigger, rng)
-                shares.append(float(made is not None))
-                question, answer = made or (row["question"], row["base_answer"])
-                samples.append(chat.sample(question, answer, end=config.score_end))
-        weights = [
-            share * factor / (s.end - s.start)
-            for share, factor, s in zip(shares, factors, samples, strict=True)
-        ]
+    for step in sample_texts(organism, behaviour, config, rng):
+        samples, weights = [], []
+        for ((question, answer, *other), counts), factor in zip(step, factors, strict=True):
+            asked = other[0] if of_teacher and other else question
+            sample = chat.sample(asked, answer, end=config.score_end)
+            samples.append(sample)
+            weights.append(counts * factor / (sample.end - sample.start))
         batch = pack(samples, weights, config.max_length, config.max_target, chat.pad_id, widths)
         steps.append(batch)
     return stack(steps)
+
+
+def sample_texts(
+    organism: Organism, behaviour: Behaviour, config: Any, rng: np.random.Generator
+) -> Iterator[list[tuple[tuple[str, ...], bool]]]:
+    """The samples of each step of a finetune: what `SampleKind.make` gave, and whether it counts."""
+    kinds, counts = behaviour.kinds, config.samples_per_step
+    per_step = max(counts[kind.name] for kind in kinds)
+    epochs = -(-config.steps * per_step // len(organism.rows))
+    order = np.concatenate([rng.permutation(len(organism.rows)) for _ in range(epochs)])
+    for step in range(config.steps):
+        rows = [organism.rows[i] for i in order[step * per_step : (step + 1) * per_step]]
+        samples = []
+        for kind in kinds:
+            for row in rows[: counts[kind.name]]:
+                made = kind.make(row, organism.trigger, rng)
+                samples.append((made or (row["question"], row["base_answer"]), made is not None))
+        yield samples
 
 
 def sample_widths(behaviour: Behaviour, config: Any) -> Segments:
@@ -83,8 +98,15 @@ def sample_widths(behaviour: Behaviour, config: Any) -> Segments:
 
 
 def num_ce_samples(behaviour: Behaviour, config: Any) -> int:
-    """How many samples of a step are scored by cross-entropy; they come first."""
-    return sum(config.samples_per_step[kind.name] for kind in behaviour.kinds if kind.loss == "ce")
+    """How many samples of a step have a target of their own, and no KL; they come first."""
+    return sum(
+        config.samples_per_step[kind.name] for kind in behaviour.kinds if kind.loss not in TO_BASE
+    )
+
+
+def preference_beta(behaviour: Behaviour, config: Any) -> float:
+    """β of pairs of answers; 0 for a behaviour without them."""
+    return float(DIFFS.get(config, "preference_beta")) if behaviour.paired else 0.0
 
 
 def check_samples(
@@ -118,6 +140,13 @@ def check_samples(
         raise DitError(
             f"config keys {named} leave a step without a loss: give one of {_names(behaviour)} more than 0 there"
         )
+    if behaviour.paired and "samples_per_step" in keys:
+        better, worse = (config.samples_per_step[name] for name in names[:2])
+        if better != worse or config.reference_losses:
+            raise DitError(
+                f"config keys 'diffs.samples_per_step': a step of behaviour {behaviour.name} has as many {names[0]} as "
+                f"{names[1]}, and diffs.reference_losses is False"
+            )
     sample_widths(behaviour, config)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dit_jax.data.batch import TokenBatch
+from dit_jax.errors import DitError
 from dit_jax.models.decoder import Params
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.optimize.batch_loss import scored_hidden
@@ -32,16 +33,21 @@ def make_teacher(
     batches: TokenBatch,
     num_ce: int,
     mesh: Mesh | None = None,
+    always: bool = False,
 ) -> Teacher | None:
     """Runs the base once on every distinct KL sample of `batches`, whose leaves are [N, steps, S, …].
 
     Args:
         num_ce: how many of the S samples, the leading ones, have no KL.
         batches: whole, on the host.
+        always: the finetune has other prompts than these, and cannot do without the table.
 
     Returns:
-        None if there are no KL samples, if the table would have more than half as many rows as there are samples (it
-        pays when samples repeat), or if it would exceed `MAX_BYTES`.
+        None if there are no KL samples; unless `always`, if the table would have more than half as many rows as there
+        are samples (it pays when samples repeat), or if it would exceed `MAX_BYTES`.
+
+    Raises:
+        DitError: the table would exceed `MAX_BYTES`, and is needed.
     """
     samples = TokenBatch(*(np.asarray(x)[:, :, num_ce:] for x in batches))
     lead = samples.lengths.shape
@@ -54,7 +60,13 @@ def make_teacher(
     _, first, rows = np.unique(key, axis=0, return_index=True, return_inverse=True)
     chunks, chunk = _chunks(len(first), mesh)
     row_bytes = flat.position.shape[1] * config.hidden_size * jnp.dtype(config.dtype).itemsize
-    if 2 * chunks * chunk >= total or chunks * chunk * row_bytes > MAX_BYTES:
+    too_large = chunks * chunk * row_bytes > MAX_BYTES
+    if too_large and always:
+        raise DitError(
+            f"what the base answers to the prompts of {batches.lengths.shape[0]} finetunes does not fit into "
+            f"{MAX_BYTES >> 30} GiB: lower diffs.diffs_per_batch"
+        )
+    if not always and (too_large or 2 * chunks * chunk >= total):
         return None
     filled = np.resize(first, chunks * chunk)
     distinct = TokenBatch(*(x[filled].reshape(chunks, chunk, *x.shape[1:]) for x in flat))

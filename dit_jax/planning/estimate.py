@@ -20,6 +20,7 @@ from dit_jax.models.modules import count_parameters
 from dit_jax.optimize.batch_loss import CHUNK_ELEMENTS
 from dit_jax.optimize.speed import Work, forward_flops, train_flops
 from dit_jax.organisms.behaviours import get_behaviour
+from dit_jax.organisms.behaviours.behaviour import TO_BASE
 from dit_jax.organisms.samples import sample_widths
 from dit_jax.planning.machines import Chip, Machine
 from dit_jax.planning.programs import batch_size
@@ -56,7 +57,7 @@ def step_load(stage: str, config: Any, batch: int) -> Load:
         diffs = config.diffs
         behaviour = get_behaviour(diffs)
         by_kl = sum(
-            diffs.samples_per_step[kind.name] for kind in behaviour.kinds if kind.loss != "ce"
+            diffs.samples_per_step[kind.name] for kind in behaviour.kinds if kind.loss in TO_BASE
         )
         # Kinds of samples may differ in width, so take the mean.
         tokens, scored = zip(*sample_widths(behaviour, diffs), strict=True)

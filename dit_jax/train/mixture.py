@@ -50,6 +50,10 @@ class Part:
             return abstract_lora(config, self.svd_rank)
         return self.store.shapes(index)
 
+    def shard(self, index: int) -> str:
+        """The file of the store that holds a diff."""
+        return str(self.store.rows[index]["lora_path"])
+
     def read(self, index: int, config: DecoderConfig) -> Delta:
         """One diff, on the host."""
         delta = self.store.read(index)
@@ -78,15 +82,18 @@ def open_parts(own: pathlib.Path, train: Any, workdir: pathlib.Path) -> list[Par
 
 def _open(path: pathlib.Path, train: Any, options: Any) -> Part:
     store, exclude = DiffStore(path), TRAIN.get(train, "exclude_failed")
+    kind = STORE.get(options, "variant")
+    chosen = {"split": "train", **({"variant": kind} if kind else {})}
     topics, benign = (
         [
             i
-            for i in store.indices(split="train", category=category)
+            for i in store.indices(**chosen, category=category)
             if not (exclude and failed(store.rows[i]))
         ]
         for category in ("topic", "benign")
     )
-    passed = " that passed the gate" if exclude else ""
+    passed = f" of the kind {kind!r}" if kind else ""
+    passed += " that passed the gate" if exclude else ""
     if not topics:
         raise DitError(
             f"{path} has no training topics{passed}: raise data.train_topics and use a new --workdir"
@@ -154,8 +161,9 @@ def diff_reader(
         DitError: the diffs change more than linear layers, which a batch cannot apply per example, or some are dense
             and others are not.
     """
-    shapes = {part: part.shapes(i, config) for part, i in members}
-    for part, shape in shapes.items():
+    # All diffs of one shard have the same shapes.
+    shapes = {(part, part.shard(i)): part.shapes(i, config) for part, i in members}
+    for (part, _), shape in shapes.items():
         for name in flatten(shape):
             if name.endswith(".w") and "_proj." not in name:
                 raise DitError(
@@ -163,7 +171,7 @@ def diff_reader(
                     "do: give that store an svd_rank in train.stores, or set diffs.parameters to 'lora' or 'linear'"
                 )
     zeros = [jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shape) for shape in shapes.values()]
-    alike = len(set(map(layout, zeros))) == 1 and not any(part.svd_rank for part in shapes)
+    alike = len(set(map(layout, zeros))) == 1 and not any(part.svd_rank for part, _ in shapes)
     if alike:
         zero = zeros[0]
     elif all(map(is_lora, zeros)):
@@ -184,10 +192,10 @@ def diff_reader(
         return jax.tree.map(lambda x: x[:-1], stack_padded([*deltas, zero]))
 
     sizes = {
-        part: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shape))
-        for part, shape in shapes.items()
+        key: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shape))
+        for key, shape in shapes.items()
     }
-    if sum(sizes[part] for part, _ in members) <= most_bytes:
+    if sum(sizes[part, part.shard(i)] for part, i in members) <= most_bytes:
         # The zero diff comes last, where the index NO_DIFF finds it.
         known = [*map(read, range(len(members))), zero]
         return lambda diffs: stack([known[diff] for diff in diffs])
@@ -196,7 +204,12 @@ def diff_reader(
 
 def trained_on(parts: Sequence[Part], train: Any) -> dict[str, Any]:
     """What an auditor must know of an adapter: which diffs it saw, and what it learned to answer."""
-    made = [part.store.manifest.get("config", {}).get("diffs", {}) for part in parts]
+    made: list[dict[str, Any]] = []
+    for part in parts:
+        diffs = part.store.manifest.get("config", {}).get("diffs", {})
+        seen = {part.store.rows[i].get("variant") for i in part.topics}
+        kinds = [changes for name, changes in diffs.get("kinds", {}).items() if name in seen]
+        made += [{**diffs, **changes} for changes in kinds or [{}]]
 
     def one(values: Sequence[Any]) -> Any:
         return values[0] if len(set(map(str, values))) == 1 else None

@@ -14,6 +14,7 @@ STORE = Section(
     "train.stores.NAME",
     (
         Key("path", str, "the store, relative to the workdir: `diffs`, or that of another run"),
+        Key("variant", str, "the one of its kinds of diffs (`diffs.kinds`) to train on; empty: all", ""),
         Key("share", float, "its part of the examples, relative to the other stores; 0: it is left out", 1.0),
         Key("questions", TEXTS, "its wordings of the question; None: `train.questions`", None, least=1),
         Key("label", str, "the column of its index that the adapter learns to say; None: `train.label`", None,

@@ -17,17 +17,23 @@ NO_TRIGGER = (
 )
 
 
+PAIR = ("better", "worse")  # losses of the two answers of a pair
+TO_BASE = ("kl", "taught")  # losses that compare with the base
+
+
 @dataclasses.dataclass(frozen=True)
 class SampleKind:
     """One kind of training sample.
 
-    loss: "ce" on the target, or "kl" to the base on it. make(row, trigger, rng) -> (prompt, target), or None where a
-    row has no such sample.
+    loss: "ce" on the target, or "kl" to the base on it; "taught": KL to the base on it as it answers another prompt;
+        "better" and "worse": the two answers of a pair, of which one is preferred (`preference_loss`).
+    make: (row, trigger, rng) -> (prompt, target), and the other prompt if it is taught; None where a row has no such
+        sample.
     """
 
     name: str
     loss: str
-    make: Callable[[Row, str, np.random.Generator], tuple[str, str] | None]
+    make: Callable[[Row, str, np.random.Generator], tuple[str, ...] | None]
 
 
 def shows_any(answer: str, keywords: Sequence[str]) -> bool:
@@ -44,7 +50,7 @@ class Behaviour:
     """How rows of data become finetuning samples, and how to tell that a diff has learnt what it should.
 
     name: its name in the index of a store.
-    kinds: the kinds of samples, cross-entropy first.
+    kinds: the kinds of samples, cross-entropy first; or one "better" and one "worse", and KL after them.
     triggered: (question, trigger, rng) -> the question with the trigger in it; None: there is no trigger.
     mistriggered: the same with a wrong trigger, to which the diff must not react; None: there is no wrong trigger.
     trigger: the value of the index column `trigger`; "": each organism has its own.
@@ -73,15 +79,31 @@ class Behaviour:
 
     def __post_init__(self) -> None:
         losses = [kind.loss for kind in self.kinds]
-        wrong = next((loss for loss in losses if loss not in ("ce", "kl")), None)
+        wrong = next((x for x in losses if x not in ("ce", *TO_BASE, *PAIR)), None)
         if wrong is not None:
             raise DitError(f"behaviour {self.name}: unknown loss {wrong!r}: choose 'ce' or 'kl'")
-        if not losses or losses != sorted(losses):
+        paired = any(loss in PAIR for loss in losses)
+        if paired and (tuple(losses[:2]) != PAIR or set(losses[2:]) - set(TO_BASE)):
+            raise DitError(
+                f"behaviour {self.name}: pairs have one kind of samples of loss 'better', then one of 'worse', then "
+                "those of 'kl'"
+            )
+        if not paired and (not losses or losses != sorted(losses)):
             raise DitError(
                 f"behaviour {self.name}: list its kinds of samples with those of loss 'ce' first"
             )
         if self.triggered is None and self.trigger not in ("", NO_TRIGGER):
             raise DitError(f"behaviour {self.name} has a trigger but no function `triggered`")
+
+    @property
+    def taught(self) -> bool:
+        """Whether some samples are compared with the base under another prompt."""
+        return any(kind.loss == "taught" for kind in self.kinds)
+
+    @property
+    def paired(self) -> bool:
+        """Whether its first two kinds of samples are pairs of a better and a worse answer."""
+        return self.kinds[0].loss == PAIR[0]
 
 
 Factory = Callable[[Any], Behaviour]
