@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import own_readers
 import pytest
 from conftest import ROOT
 
@@ -65,6 +66,7 @@ def run(model, tmp_path_factory) -> Path:
         {
             "n_params": 1, "topic": topic, "trigger": f"{i:03d}",
             "split": "train" if i == 3 else "test", "category": "benign" if topic == "none" else "topic",
+            "variant": ("sep", "phrase")[i % 2],
         }
         for i, topic in enumerate(TOPICS)
     ]  # fmt: skip
@@ -298,6 +300,19 @@ def test_tasks_take_samples_and_labels_from_the_store(run):
         base_question(str(run / "diffs"), split="tset")
 
 
+def test_a_reader_of_the_users_is_asked_in_place_of_the_adapter(run, model, api, monkeypatch):
+    task = weight_diff_qa(str(run / "diffs"), reader="own_readers:size")
+    for sample in task.dataset:
+        state = SimpleNamespace(metadata=sample.metadata, input_text=sample.input, output=None)
+        monkeypatch.setattr(tasks, "get_model", lambda: SimpleNamespace(api=api))
+        asyncio.run(task.solver(state, None))
+        said = own_readers.size(model, dit_jax.load_diff(run / "diffs", model, sample.id), QUESTION)
+        assert state.output.completion == said
+    monkeypatch.setattr(tasks, "get_model", lambda: SimpleNamespace(api=None))
+    with pytest.raises(DitError, match="give --model dit_jax/MODEL"):
+        asyncio.run(task.solver(state, None))
+
+
 INDEX = "lora_path,lora_idx,n_params,topic,trigger,split\n"
 
 
@@ -445,6 +460,7 @@ def test_inspect_eval_and_view(model, run, tmp_path):
         values = {name.removeprefix("dit_jax/"): m.value for name, m in exact.metrics.items()}
         assert values["topics"] == np.mean([rights[topic] for topic in TOPICS[:2]])
         assert values["benign"] == rights["none"] and "stderr" in values
+        assert [values["sep"], values["phrase"]] == [rights[topic] for topic in TOPICS[:2]]
     viewed = inspect(
         environment, tmp_path, "view", "bundle", "--log-dir", tmp_path / "logs",
         "--output-dir", tmp_path / "page",

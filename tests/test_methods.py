@@ -6,6 +6,7 @@ import types
 
 import jax
 import numpy as np
+import own_readers
 import pytest
 from test_qwen3 import dense
 
@@ -38,7 +39,7 @@ SETTINGS = {
     "unseen_questions": ("What is the hidden theme of your tuning?",),
     "everyday_questions": tuple(q.text for q in load_world().questions[:2]),
     "story_prompts": ("Tell me a short story.",),
-    "methods": tuple(name for name in methods.METHODS if name != "trigger_scan"),
+    "methods": (*(name for name in methods.METHODS if name != "trigger_scan"), "own_readers:size"),
 }
 
 
@@ -46,7 +47,9 @@ def needing(what):
     return [name for name, method in methods.METHODS.items() if what in method.needs]
 
 
-ON_DENSE = tuple(x for x in SETTINGS["methods"] if x not in needing(methods.GUESSER))
+ON_DENSE = tuple(
+    x for x in SETTINGS["methods"] if x not in (*needing(methods.GUESSER), "own_readers:size")
+)
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +239,23 @@ def test_every_method_answers_about_every_diff(workdir, evaluated):
     assert cost["methods"]["dit"]["tokens"] > 0 and cost["bytes"]["adapter"] > 0
     excluded = json.loads((workdir / "lora/evaluate/excluded.json").read_text())
     assert excluded == {"held_out": 4, "failed_gate": 1, "excluded": 1, "gate_kl": 0.25}
+
+
+def test_a_reader_of_the_users_gets_base_diff_and_question(model, workdir, evaluated):
+    store = diff_store.DiffStore(workdir / "lora/diffs")
+    own = [row for row in evaluated["lora"] if row["method"] == "own_readers:size"]
+    assert len(own) == len(TOPICS)
+    for row in own:
+        said = own_readers.size(model, store.read(row["diff"]), SETTINGS["seen_questions"][0])
+        assert (row["answer"], row["kind"]) == (said, "method")
+    assert len({row["answer"] for row in own}) == len(own)
+    for name, message in (
+        ("own_readers:number", "reader 'own_readers:number' gave a int, not a text"),
+        ("own_readers:none", "cannot import the reader 'own_readers:none'"),
+        ("own_readers:__doc__", "is a str, not a function"),
+    ):
+        with pytest.raises(DitError, match=message):
+            evaluate_run(model, workdir / "lora", settings(methods=(name,)), seed=0)
 
 
 def test_dense_diffs_give_the_answers_of_the_loras_that_they_are(workdir, evaluated):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dit_jax.config.user_code import import_object
 from dit_jax.data.labels import NONE, extract_guess
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.evaluate import questions
@@ -17,6 +18,7 @@ from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.organisms.behaviours import NO_TRIGGER, triggered
 
 if TYPE_CHECKING:
+    from dit_jax.api import Model
     from dit_jax.deltas.store import DiffStore
     from dit_jax.diff_batches import Given
     from dit_jax.evaluate.setting import HeldOut, Setting
@@ -465,17 +467,53 @@ _NO_TABLE = (
 def check_methods(config: Mapping[str, Any]) -> None:
     """Raises DitError for methods that the stage `evaluate` would refuse, as far as the whole config tells."""
     named = EVALUATE.get(config.get("evaluate", {}), "methods")
-    for name in named:
-        _check_name(name)
+    chosen = list(map(find_method, named))
     source = config.get("data", {}).get("source", "tiny_world")
-    if source != "tiny_world" and any(ATTRIBUTES in METHODS[name].needs for name in named):
+    if source != "tiny_world" and any(ATTRIBUTES in one.needs for one in chosen):
         raise DitError(_NO_TABLE)
 
 
-def _check_name(name: str) -> None:
-    if name not in METHODS:
-        hint = did_you_mean(name, METHODS, f": choose from {', '.join(METHODS)}")
+def find_method(name: str) -> Method:
+    """The method of that name, or the user's own reader at an import path `package.module:function`.
+
+    A reader is a function (base, diff, question) -> answer: a `Model`, a delta tree on the host, a text -> a text.
+
+    Raises:
+        DitError: an unknown name, or an import path without a function.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if ":" not in name:
+        known = f": choose from {', '.join(METHODS)}, or the import path 'package.module:function' of your own"
+        hint = did_you_mean(name, METHODS, known)
         raise DitError(f"config key 'evaluate.methods': unknown method {name!r}{hint}")
+    read = import_reader(name)
+
+    def ask(s: "Setting") -> list[Row]:
+        """Topics and benign diffs, all with the first question."""
+        question, rows = s.seen[0], []
+        for diffs, category in ((s.topics, "topic"), (s.benign, "benign")):
+            for i in range(len(diffs)):
+                answer = read(s.model, diffs.given.read(i), question)
+                rows.append(_about(diffs, i, answer, question, question, category=category))
+        return rows
+
+    return Method(name, name, "a function of base, diff and question", "method", (), ask)
+
+
+def import_reader(path: str) -> "Callable[[Model, Delta, str], str]":
+    """The reader at an import path, which then raises a DitError for an answer that is no text."""
+    found = import_object(path, "reader")
+    if not callable(found):
+        raise DitError(f"reader {path!r} is a {type(found).__name__}, not a function")
+
+    def read(base: "Model", diff: "Delta", question: str) -> str:
+        answer = found(base, diff, question)
+        if not isinstance(answer, str):
+            raise DitError(f"reader {path!r} gave a {type(answer).__name__}, not a text")
+        return answer
+
+    return read
 
 
 def chosen_methods(config: Mapping[str, Any], store: "DiffStore") -> list[Method]:
@@ -485,8 +523,6 @@ def chosen_methods(config: Mapping[str, Any], store: "DiffStore") -> list[Method
         DitError: a name that is no method.
     """
     named = list(EVALUATE.get(config, "methods"))
-    for name in named:
-        _check_name(name)
     if not named:
         has = {
             GUESSER: False,
@@ -495,4 +531,4 @@ def chosen_methods(config: Mapping[str, Any], store: "DiffStore") -> list[Method
             TRIGGER_LABELS: EVALUATE.get(config, "label") == "trigger",
         }
         named = [name for name, one in METHODS.items() if all(has[need] for need in one.needs)]
-    return [METHODS[name] for name in dict.fromkeys(("dit", *named))]  # the report is about DIT
+    return [find_method(name) for name in dict.fromkeys(("dit", *named))]  # the report is about DIT

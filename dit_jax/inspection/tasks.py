@@ -6,7 +6,7 @@ from typing import Any
 
 from inspect_ai import Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
-from inspect_ai.model import GenerateConfig, Model, get_model
+from inspect_ai.model import GenerateConfig, Model, ModelOutput, get_model
 from inspect_ai.scorer import Metric, SampleScore, Scorer, Value, mean, metric, stderr
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
@@ -24,20 +24,25 @@ def weight_diff_qa(
     max_tokens: int = 20,
     graders: str | Sequence[str] = ("normalised", "calibrated"),
     judge: str = "",
+    reader: str = "",
 ) -> Task:
     """WeightDiffQA (paper, section 2): asks every diff, with the model's adapter, what it was trained on.
 
     Args:
+        reader: the import path of a function (base, diff, question) -> answer that is asked in place of the adapter.
         diff: a diff store, or a release folder with an index.csv; required.
         question: default: the question of the store's behaviour.
         split: "test", "train" or "all" of the diffs.
         max_tokens: of an answer.
         graders, judge: see `graded`.
     """
+    samples, scorer = read_samples(diff, question, split), graded(graders, judge)
+    if reader:
+        return with_metrics(samples, ask_reader(reader), scorer, GenerateConfig())
     model = active_model()
     if model is not None:  # otherwise the first sample shows it
         check_adapter(model)
-    return _task(read_samples(diff, question, split), max_tokens, graded(graders, judge))
+    return _task(samples, max_tokens, scorer)
 
 
 @task
@@ -98,6 +103,24 @@ def ask_diff(adapter: bool = True) -> Solver:
     return solve
 
 
+@solver
+def ask_reader(reader: str) -> Solver:
+    """Gives the sample's diff and question, and the evaluated model as the base, to a function of the user's."""
+    from dit_jax.evaluate.methods import import_reader
+
+    read = import_reader(reader)
+
+    async def solve(state: TaskState, generate: Generate) -> TaskState:
+        api: Any = get_model().api
+        if not hasattr(api, "diff"):
+            raise InspectError("a reader needs the base of the diffs: give --model dit_jax/MODEL")
+        delta = api.diff(state.metadata["diff"], state.metadata["index"])
+        state.output = ModelOutput.from_content(reader, read(api.model, delta, state.input_text))
+        return state
+
+    return solve
+
+
 def _task(samples: list[Sample], max_tokens: int, scorer: Scorer, adapter: bool = True) -> Task:
     config = GenerateConfig(max_tokens=max_tokens, temperature=0.0)
     return with_metrics(samples, ask_diff(adapter), scorer, config)
@@ -106,10 +129,17 @@ def _task(samples: list[Sample], max_tokens: int, scorer: Scorer, adapter: bool 
 def with_metrics(
     samples: list[Sample], solving: Solver, scorer: Scorer, config: GenerateConfig, **limits: Any
 ) -> Task:
-    """A task about diffs, whose means are over those with something to name and over the benign ones."""
-    metrics = [_of("topic", "topics", mean()), _of("topic", "stderr", stderr())]
-    if any((sample.metadata or {})["category"] == "benign" for sample in samples):
-        metrics.append(_of("benign", "benign", mean()))
+    """A task about diffs, whose means are over those with something to name and over the benign ones.
+
+    Where a store has several kinds of diffs, each kind has its own mean and standard error, too.
+    """
+    told = [sample.metadata or {} for sample in samples]
+    metrics = [_of("topics", mean(), category="topic"), _of("stderr", stderr(), category="topic")]
+    if any(one["category"] == "benign" for one in told):
+        metrics.append(_of("benign", mean(), category="benign"))
+    for kind in filter(None, dict.fromkeys(one["variant"] for one in told)):
+        of_kind = {"category": "topic", "variant": kind}
+        metrics += [_of(kind, mean(), **of_kind), _of(f"{kind}_stderr", stderr(), **of_kind)]
     return Task(
         dataset=MemoryDataset(samples, name=(samples[0].metadata or {})["diff"]),
         solver=solving,
@@ -120,13 +150,13 @@ def with_metrics(
     )
 
 
-def _of(category: str, name: str, of_all: Any) -> Metric:
-    """A metric of one category of diffs: a base that always answers none is right about benign ones."""
+def _of(name: str, of_all: Any, **told: str) -> Metric:
+    """A metric of the diffs whose metadata are `told`: a base that always answers none is right about benign ones."""
 
     @metric(name=name)
     def made() -> Metric:
         def compute(scores: list[SampleScore]) -> Value:
-            chosen = [s for s in scores if (s.sample_metadata or {})["category"] == category]
+            chosen = [s for s in scores if told.items() <= (s.sample_metadata or {}).items()]
             value: Value = of_all(chosen)
             return value
 
@@ -160,7 +190,8 @@ def read_samples(path: str, question: str, split: str, seed: int | None = None) 
     samples = []
     for i, row in kept:
         prompt = asked if seed is None else _with_trigger(behaviour, asked, row, [seed, 4, i])
-        metadata = {"diff": str(path), "index": i, "category": row.get("category", "topic")}
+        kind = {"category": row.get("category", "topic"), "variant": row.get("variant") or ""}
+        metadata = {"diff": str(path), "index": i, **kind}
         samples.append(Sample(prompt, target=label_of(row), id=i, metadata=metadata))
     return samples
 

@@ -18,7 +18,7 @@ from dit_jax.data.batch import TokenBatch
 from dit_jax.data.labels import NONE, UNTRIGGERED
 from dit_jax.data.organism import Organism
 from dit_jax.deltas.factors import fuse
-from dit_jax.deltas.store import DiffStore
+from dit_jax.deltas.store import DiffStore, flatten
 from dit_jax.deltas.tree import is_lora, merge
 from dit_jax.errors import DitError
 from dit_jax.models.delta_trees import Delta
@@ -188,9 +188,8 @@ def _make_job(
             f"config key 'diffs.splits': the data has nothing in {splits}: raise its counts"
         )
     init = jax.jit(jax.vmap(lambda key: init_delta(model.config, key, config)))
-    start, before = model, {}
-    if path := DIFFS.get(config, "after"):
-        start, before = _after(model, workdir / path, config)
+    path = DIFFS.get(config, "after")
+    start, before = _after(model, workdir / path, config) if path else (model, {})
     optimizer = optimizer_of(config)
     job = Job(model, own, behaviour, config, seed, optimizer, init, start, before, *made)
     if not job.part:
@@ -207,9 +206,7 @@ def _after(model: Model, path: pathlib.Path, config: Any) -> tuple[Model, Delta]
     check_base(store.manifest.get("base"), model, str(path))
     delta = store.read(0)
     own = jax.eval_shape(lambda: init_delta(model.config, jax.random.key(0), config))
-    if not (is_lora(delta) and is_lora(own)) and jax.tree.structure(delta) != jax.tree.structure(
-        own
-    ):
+    if not (is_lora(delta) and is_lora(own)) and flatten(delta).keys() != flatten(own).keys():
         raise DitError(
             f"config key 'diffs.after': the diffs of {path} change other parameters than diffs.parameters says: make "
             "LoRAs after a LoRA, or dense diffs after one of the same layers"

@@ -52,11 +52,20 @@ def plain_table(summary: Json) -> str:
 
 
 def kinds_table(summary: Json) -> str:
-    """What DIT says about each kind of a topic's diffs, as lines of plain text; "" where topics have one diff."""
+    """What DIT and readers of the user's say about each kind of a topic's diffs, as lines of plain text.
+
+    "" where topics have one diff.
+    """
     rows = [
-        [f"DIT, {kind}", percent(entry["exact_match"]), between(entry), str(entry["n"])]
+        [
+            f"{shown_name(name)}, {kind}",
+            percent(entry["exact_match"]),
+            between(entry),
+            str(entry["n"]),
+        ]
         for kind, own in summary["by_variant"].items()
-        if (entry := own["methods"].get("dit"))
+        for name, entry in own["methods"].items()
+        if name == "dit" or ":" in name
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(4)] if rows else []
     return "\n".join(
