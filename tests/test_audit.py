@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from browser import DESK_AND_PHONE, look
 
 import dit_jax
-from dit_jax.auditing import targets, weights
+from dit_jax.auditing import run_audit, targets, weights
 from dit_jax.cli import audit_diffs
 from dit_jax.deltas import export, factors, store
 from dit_jax.deltas.raw_diff import RawDiff
@@ -218,6 +219,12 @@ def test_an_audit_goes_on_where_it_was_killed_and_jobs_share_it(zoo, audited, tm
 def test_other_settings_are_not_mixed(zoo, audited, capsys):
     run(zoo, audited, zoo / "one.pt", code=2, adapter=False)
     assert "holds an audit with another adapter" in capsys.readouterr().err
+    old = json.loads((audited / "audit.json").read_text())
+    for earlier in ({**old, "format": 1}, {key: old[key] for key in old if key != "benign"}):
+        with pytest.raises(dit_jax.DitError, match="that another version of dit_jax began"):
+            (audited / "audit.json").write_text(json.dumps(earlier))
+            run_audit._begin(SimpleNamespace(to_json=lambda: old), audited)
+    (audited / "audit.json").write_text(json.dumps(old))
 
 
 def test_without_an_adapter_the_readers_answer(zoo, tmp_path):

@@ -74,6 +74,11 @@ def _begin(settings: Settings, out: Path) -> None:
         raise DitError(f"'{file}' holds no settings of an audit: choose another --out")
     # Through JSON, as it was written; versions may change between two calls.
     now = json.loads(json.dumps(told))
+    if before.keys() != now.keys() or before["format"] != now["format"]:
+        raise DitError(
+            f"'{out}' holds an audit that another version of dit_jax began, whose records differ: go on with that "
+            "version, choose another --out, or delete it"
+        )
     other = [key for key in now if key != "versions" and before.get(key) != now[key]]
     if other:
         raise DitError(
