@@ -53,6 +53,8 @@ TINY = find_folder("tiny_qwen3")
         "owner": None,
         "owner/name@a/b@c": None,
         "owner/name/../../etc": None,
+        "owner/name@..%2F..%2Fetc": None,
+        "owner/name@%2Fetc%2Fpasswd": None,
         "owner/name//a": None,
         "/owner/name": None,
         "./owner/name": None,

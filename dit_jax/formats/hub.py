@@ -47,11 +47,13 @@ def parse_hub_id(text: str) -> HubId | None:
     match = _ID.fullmatch(text)
     if match is None:
         return None
-    revisions = [match[name] for name in ("revision", "last") if match[name]]
+    revisions = [unquote(match[name]) for name in ("revision", "last") if match[name]]
     inside = match["inside"].strip("/")
-    if len(revisions) > 1 or not all(map(is_plain_name, inside.split("/") if inside else ())):
+    # The library makes paths of both.
+    paths = [*revisions, inside] if inside else revisions
+    if len(revisions) > 1 or not all(is_plain_name(x) for path in paths for x in path.split("/")):
         return None
-    return HubId(match["repo"], unquote(revisions[0]) if revisions else None, inside)
+    return HubId(match["repo"], revisions[0] if revisions else None, inside)
 
 
 def find(text: str | Path, *, base: bool = False) -> Path:
