@@ -129,6 +129,50 @@ def test_what_is_not_computed_exactly_is_refused_by_name(change, named):
     assert re.search(named, str(error.value))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whatever_a_config_holds_it_is_one_line_or_a_config(family):
+    values = (
+        None,
+        True,
+        -1,
+        0,
+        5,
+        2**70,
+        10**400,
+        1e308,
+        float("nan"),
+        "",
+        "x" * 9000,
+        [],
+        {},
+        [[]],
+        {"a": 1},
+    )
+    more = (
+        "layer_types",
+        "sliding_window",
+        "use_sliding_window",
+        "max_window_layers",
+        "mlp_bias",
+        "attention_bias",
+    )
+    more += (
+        "final_logit_softcapping",
+        "query_pre_attn_scalar",
+        "rope_local_base_freq",
+        "sliding_window_pattern",
+    )
+    raw = {**LLAMA_2, "model_type": family}
+    changes = [{key: value} for key in (*raw, *more) for value in values]
+    changes += [{"rope_parameters": {**YARN, key: value}} for key in YARN for value in values]
+    changes += [{"use_sliding_window": True, key: value} for key in more for value in values]
+    for change in changes:
+        try:
+            parse_config({**raw, **change}, "config.json")
+        except dit_jax.DitError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1500, change
+
+
 @pytest.mark.parametrize(
     ("kind", "named"),
     [

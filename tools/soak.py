@@ -75,9 +75,12 @@ def _artifacts() -> dict[str, tuple[Callable[[pathlib.Path], None], Callable[[pa
     import numpy as np
 
     import dit_jax
+    from dit_jax.auditing import run_audit
+    from dit_jax.auditing.targets import Target
     from dit_jax.deltas import store
     from dit_jax.deltas.adapter_file import export_adapter, load_adapter
     from dit_jax.deltas.tree import init_lora
+    from dit_jax.graders.cache import Cache
     from dit_jax.runtime import program_cache
     from dit_jax.runtime.digests import digest_tree
     from dit_jax.train.checkpoints import Checkpoints
@@ -125,7 +128,28 @@ def _artifacts() -> dict[str, tuple[Callable[[pathlib.Path], None], Callable[[pa
             raise DitError("compiled again")
         return found
 
+    def write_grades(folder: pathlib.Path) -> None:
+        for number in range(9):
+            Cache(folder / "grades.jsonl").put(str(number), 3.0, "a reply", "exact")
+
+    def read_grades(folder: pathlib.Path) -> Any:
+        kept = Cache(folder / "grades.jsonl")
+        if kept.damaged:
+            raise DitError("graded again")
+        return [kept.get(str(number)) for number in range(9)]
+
+    target = Target("a diff", "no file")
+    parts = {"name": "a diff", "x": 0.5}, {"x": np.arange(999.0)}
+
+    def read_audit(folder: pathlib.Path) -> Any:
+        record, sketch = run_audit.read_part(folder, target), run_audit._sketch(folder, target)
+        if record is None or sketch is None:
+            raise DitError("asked again")
+        return record, sketch["x"].tolist()
+
     return {
+        "part of an audit": (lambda x: run_audit._write_part(x, target, *parts), read_audit),
+        "grades": (write_grades, read_grades),
         "diff store": (write_store, read_store),
         "adapter": (lambda x: export_adapter(x, delta, base=model.digest()), read_adapter),
         "checkpoint": (write_checkpoints, read_checkpoint),

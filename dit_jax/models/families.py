@@ -88,7 +88,7 @@ def _qwen_windows(raw: dict[str, Any], where: str) -> dict[str, Any]:
     """Windows of Qwens: off unless `use_sliding_window`, then in the layers from `max_window_layers` on."""
     types, count = raw.get("layer_types"), raw["num_hidden_layers"]
     if not raw.get("use_sliding_window"):
-        if types and _WINDOW in types:
+        if isinstance(types, list) and _WINDOW in types:
             raise DitError(f"{where}: 'layer_types' has sliding windows without use_sliding_window")
         return _read_windows(raw, types, where) if types else {}
     if not types:
@@ -361,7 +361,7 @@ def parse_config(raw: dict[str, Any], where: str) -> DecoderConfig:
     fields: dict[str, Any] = {}
     for key in _SIZES:
         value = raw.get(key)
-        if value is None and key in family.absent:
+        if value is None and key == "num_key_value_heads" and key in family.absent:
             value = raw.get("num_attention_heads")
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
             raise DitError(f"{where}: {key!r} must be a positive integer, not {value!r}")

@@ -56,7 +56,7 @@ def _read_scaling(kind: Any, given: dict[str, Any], raw: dict[str, Any], where: 
             f"{where}: rope scaling of type 'dynamic' is not supported: its angles change with the length of a text. "
             f"Texts of up to {longest} tokens need none: for these remove 'rope_scaling' from config.json"
         )
-    if kind not in SCALINGS:
+    if not isinstance(kind, str) or kind not in SCALINGS:
         known = ", ".join(SCALINGS)
         raise DitError(f"{where}: rope scaling of type {kind!r} is not supported, only {known}")
     needed, optional = SCALINGS[kind]
