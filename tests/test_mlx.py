@@ -194,6 +194,8 @@ NAME = "model.layers.1.mlp.up_proj"
         ({"fine_tune_type": "qlora"}, "fine_tune_type 'qlora' is not supported"),
         ({"lora_parameters": {"rank": 3}}, "must have a rank and a scale, not 3 and None"),
         ({"lora_parameters": None}, "must have a rank and a scale"),
+        ({"lora_parameters": {"rank": 10**400, "scale": 1.5}}, "must have a rank and a scale"),
+        ({"lora_parameters": {"rank": 3, "scale": 10**400}}, "must have a rank and a scale"),
         ({"lora": {"rank": 5}}, "r = 5"),
         ({"lora": {"rank": 0}}, "r is 0 instead of a positive integer"),
         ({"lora": {"scale": float("nan")}}, "lora_alpha is nan"),

@@ -104,13 +104,17 @@ def _options(raw: dict[str, Any], kind: str, where: Path) -> tuple[PeftOptions, 
     said = raw.get("lora_parameters")
     said = said if isinstance(said, dict) else {}
     rank, scale, alpha = (said.get(name) for name in ("rank", "scale", "alpha"))
-    if not isinstance(rank, int) or not isinstance(scale, int | float):
+    if (
+        not isinstance(rank, int)
+        or not isinstance(scale, int | float)
+        or max(abs(rank), abs(scale)) > 1e30
+    ):
         raise DitError(
             f"'{where}': lora_parameters must have a rank and a scale, not {short(rank)} and {short(scale)}: get the "
             "file again"
         )
     notes = []
-    if isinstance(alpha, int | float) and alpha != rank and rank > 0:
+    if isinstance(alpha, int | float) and alpha != rank and rank > 0 and abs(alpha) < 1e30:
         notes.append(
             f"{where} has alpha {alpha}, which mlx-lm before 0.20 multiplied into the scale and later versions ignore, "
             f"as here: if an older one trained the adapter, set its scale to {scale * alpha / rank:g}"
