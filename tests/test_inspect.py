@@ -306,7 +306,8 @@ def test_a_reader_of_the_users_is_asked_in_place_of_the_adapter(run, model, api,
         state = SimpleNamespace(metadata=sample.metadata, input_text=sample.input, output=None)
         monkeypatch.setattr(tasks, "get_model", lambda: SimpleNamespace(api=api))
         asyncio.run(task.solver(state, None))
-        said = own_readers.size(model, dit_jax.load_diff(run / "diffs", model, sample.id), QUESTION)
+        delta = dit_jax.load_diff(run / "diffs", model, sample.id).delta
+        said = own_readers.size(model, delta, QUESTION)
         assert state.output.completion == said
     monkeypatch.setattr(tasks, "get_model", lambda: SimpleNamespace(api=None))
     with pytest.raises(DitError, match="give --model dit_jax/MODEL"):
