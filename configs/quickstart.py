@@ -10,12 +10,15 @@ from ml_collections import ConfigDict
 
 from dit_jax.data.corpus import data_config
 from dit_jax.data.tiny_world import TRAIN_QUESTIONS, UNSEEN_QUESTIONS, load_world
+from dit_jax.errors import DitError
 from dit_jax.models.modules import PROJECTIONS
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     config = ConfigDict()
     config.stages = ("diffs", "train", "evaluate", "report")
+    if arg and not arg.isdecimal():
+        raise DitError(f"configs/quickstart.py takes a seed after the colon, not {arg!r}")
     config.seed = int(arg or 0)
 
     config.model = ConfigDict()

@@ -69,7 +69,9 @@ class Parser(argparse.ArgumentParser):
             flag = text.partition("=")[0]
             if flag.startswith("--") and not any(one.startswith(flag) for one in known):
                 listed = f": '{self.prog} --help' lists the flags"
-                raise DitError(f"unrecognized arguments: {text}{did_you_mean(flag, known, listed)}")
+                # Of a key, as in --confg.seed, only the flag before it can be misspelt.
+                hint = did_you_mean(flag.partition(".")[0], known, listed)
+                raise DitError(f"unrecognized arguments: {text}{hint}")
         return super().parse_args(given, namespace)
 
     def error(self, message: str) -> NoReturn:

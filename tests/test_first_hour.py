@@ -67,6 +67,8 @@ def test_a_platform_that_is_not_there_is_named(platform):
             ["--confg", QUICKSTART],
             "unrecognized arguments: --confg: did you mean '--config'?",
         ),
+        (run_stages.main, ["--config", QUICKSTART, "--confg.seed=1"], "mean '--config'?"),
+        (run_stages.main, ["--config", f"{QUICKSTART}:x"], "takes a seed after the colon"),
         (plan, ["--config", QUICKSTART, "--topolgy=h200"], "did you mean '--topology'?"),
         (ask_diffs.main, ["--base", "tiny_qwen3", "--adaptor=x", "q"], "did you mean '--adapter'?"),
         (
