@@ -20,7 +20,7 @@ RIDGE = (
     1.0  # of the weights of standardised features: where classes are separable, they stay finite
 )
 BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
-RATES = (0.01, 0.05)  # false positives
+RATES = (0.01, 0.05, 0.2)  # false positives
 RESAMPLES = 2000
 FEWEST = 10  # diffs of each class
 
