@@ -16,6 +16,7 @@ _STYLE = """
 footer { display: none !important }
 .answers textarea { font-size: 1.05em }
 iframe.audit { width: 100%; height: 80vh; border: 0 }
+input[role="listbox"] { text-overflow: ellipsis; padding-right: 1.5rem !important }
 """
 _NONE = "(none)"
 
@@ -125,7 +126,7 @@ def build(desk: Desk) -> Any:
             files = gr.File(
                 label="Page, table, every answer", interactive=False, file_count="multiple"
             )
-            result = gr.HTML()
+            result = gr.HTML(padding=False)
             start.click(audit, chosen, [result, files], api_name="audit", concurrency_limit=2)
     return page
 
@@ -151,7 +152,7 @@ def serve(page: Any, desk: Desk, host: str, port: int | None, wait: bool = True)
             mcp_server=False,
             prevent_thread_lock=not wait,
             max_file_size=desk.offer.upload.packed,
-            theme=gr.themes.Base(**fonts),
+            theme=gr.themes.Base(**fonts).set(block_info_text_color="*neutral_500"),
             css=_STYLE,
         )
     except OSError as error:
