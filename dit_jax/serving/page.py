@@ -16,7 +16,7 @@ _STYLE = """
 footer { display: none !important }
 .answers textarea { font-size: 1.05em }
 iframe.audit { width: 100%; height: 80vh; border: 0 }
-input[role="listbox"] { text-overflow: ellipsis; padding-right: 1.5rem !important }
+.secondary-wrap input { text-overflow: ellipsis; padding-right: 1.5rem !important }
 """
 _NONE = "(none)"
 
