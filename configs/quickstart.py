@@ -125,4 +125,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.evaluate.grade_repeats = 1
     config.evaluate.max_new_tokens = 16
     config.evaluate.batch_size = 128
+    config.evaluate.diffs_at_once = 0  # of a unit of work that jobs share; 0: all
+    config.evaluate.part = ""  # as diffs.part
     return config.lock()

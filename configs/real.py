@@ -185,4 +185,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.evaluate.grade_repeats = 1
     config.evaluate.max_new_tokens = 8
     config.evaluate.batch_size = 96
+    config.evaluate.diffs_at_once = 0
+    config.evaluate.part = ""
     return config.lock()

@@ -187,33 +187,32 @@ def test_the_page_in_a_browser(audited, tmp_path, width, dark):
     assert len(names) == 1 and "one.pt" in names[0] and told == "1 of 30 shown"
 
 
-def test_an_audit_goes_on_where_it_was_killed_and_jobs_share_it(zoo, audited, tmp_path, capsys):
-    out, given = tmp_path / "out", (f"{zoo / 'store'}[2:16]", zoo / "peft", zoo / "one.pt")
-    shutil.copytree(audited, out)
+def test_an_audit_goes_on_where_it_was_killed_and_jobs_share_it(zoo, tmp_path, capsys):
+    """In two blocks of diffs, 8 and 6."""
+    out, given, few = tmp_path / "out", f"{zoo / 'store'}[2:16]", ["--batch-size", "16"]
+    run(zoo, out, given, rest=few)
     rows, files = rows_of(out), {}
     for part in (out / "parts").glob("*.json"):
         files[json.loads(part.read_text())["record"]["name"]] = part
     files[rows[0]["name"]].unlink()
-    text = files[rows[3]["name"]].read_text()
-    files[rows[3]["name"]].write_text(text.replace('"share": ', '"share": 1', 1))  # edited
+    text = files[rows[11]["name"]].read_text()
+    files[rows[11]["name"]].write_text(text.replace('"share": ', '"share": 1', 1))  # edited
     files[rows[5]["name"]].with_suffix(".npz").write_text("")
     kept = {name: file.stat().st_mtime_ns for name, file in files.items() if file.exists()}
     (out / "audit.html").unlink()
-    run(zoo, out, *given, rest=["--jobs", "0/2"])
+    run(zoo, out, given, rest=[*few, "--jobs", "0/2"])
     assert (
         not (out / "audit.html").exists()
         and "the last of the other jobs" in capsys.readouterr().out
     )
     assert {name for name, old in kept.items() if files[name].stat().st_mtime_ns != old} == set()
-    run(zoo, out, *given, rest=["--jobs", "1/2"])
+    run(zoo, out, given, rest=[*few, "--jobs", "1/2"])
     changed = {name for name, old in kept.items() if files[name].stat().st_mtime_ns != old}
-    assert changed == {rows[3]["name"]} and (out / "audit.html").exists()
-    for new, old in zip(rows_of(out), rows, strict=True):
-        for key in ("name", "digest", "norm", "error", "verdict"):
-            assert new.get(key) == old.get(key)
-        if "error" not in new:
-            answers = [[one["answer"] for one in row["reading"]["answers"]] for row in (new, old)]
-            assert answers[0] == answers[1]
+    assert changed == {rows[11]["name"]} and (out / "audit.html").exists()
+    again = rows_of(out)
+    for row in (*rows, *again):
+        row.pop("nearest", None)  # one sketch is gone
+    assert again == rows  # to the bit
 
 
 def test_other_settings_are_not_mixed(zoo, audited, capsys):

@@ -99,8 +99,10 @@ def test_a_key_that_nothing_reads_is_refused_in_a_config_of_its_own():
         (
             "diffs.part",
             "0/2",
-            "the stage 'train' needs all diffs, and part '0/2' makes some: choose",
+            "the stage 'train' needs all of 'diffs', and part '0/2' makes some: choose",
         ),
+        ("evaluate.part", "3/3", "'evaluate.part' must be I/N with I from 0 to N - 1"),
+        ("evaluate.part", "1/3", "the stage 'report' needs all of 'evaluate', and part '1/3'"),
         ("diffs.parameters", "lorra", "'diffs.parameters': unknown 'lorra': did you mean 'lora'?"),
         ("diffs.parameters", "all", "an adapter cannot be trained on diffs of all parameters"),
         (

@@ -165,7 +165,7 @@ def test_each_method_gets_the_diff_the_adapter_and_the_prompt_that_its_name_says
         "base_question": (topics.given, "off", list(config.seen_questions)),
         "base_question_trigger": (topics.given, "off", list(config.seen_questions[:1])),
         "no_diff": (topics.given.nothing(), "adapter", list(config.seen_questions[:1])),
-        "shuffled_diff": (topics.shuffled(), "adapter", list(config.seen_questions[:1])),
+        "shuffled_diff": (s.shuffled, "adapter", list(config.seen_questions[:1])),
     }
     for name, (given, adapter, wordings) in wanted.items():
         calls.clear()

@@ -6,6 +6,7 @@ DIT_JAX_KILLS=20 python -m pytest tests/test_kill.py
 import concurrent.futures
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,8 @@ CHANGED = (
     f"--config.train.steps={STEPS}",
     "--config.train.save_every=3",
     "--config.train.log_every=1",
-    "--config.evaluate.methods=('dit','base_question','shuffled_diff')",
+    "--config.evaluate.methods=('dit','base_question','shuffled_diff','noise_diff')",
+    "--config.evaluate.diffs_at_once=2",
 )
 SHARDS = 4
 PATIENCE = 600  # seconds until a process reaches its kill: the machine may be busy
@@ -63,13 +65,7 @@ def progress(workdir, log):
 
 def run_and_kill(workdir, log, moment, *extra):
     """Starts the run and kills it at a given point; False if it ended before."""
-    with open(log, "w") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dit_jax.main", *flags(workdir, *extra)],
-            cwd=ROOT,
-            stdout=out,
-            stderr=out,
-        )
+    process = start(log, "dit_jax.main", *flags(workdir, *extra))
     try:
         deadline = time.monotonic() + PATIENCE
         if moment is None:
@@ -87,6 +83,12 @@ def run_and_kill(workdir, log, moment, *extra):
     finally:
         process.kill()
         process.wait()
+
+
+def start(log, module, *arguments):
+    with open(log, "w") as out:
+        command = [sys.executable, "-m", module, *arguments]
+        return subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +151,55 @@ def test_jobs_that_make_parts_and_are_killed_give_the_diffs_of_one_run(undisturb
     }
     assert diffs_of(whole) == diffs_of(undisturbed)
     print(f"{killed} kills of {jobs} jobs")
+
+
+@pytest.mark.skipif(KILLS < 20, reason="tests/test_methods.py has the short form")
+def test_jobs_that_evaluate_parts_and_are_killed_give_the_answers_of_one_run(undisturbed, tmp_path):
+    whole, jobs = tmp_path / "whole", 4
+    shutil.copytree(undisturbed, whole, ignore=shutil.ignore_patterns("evaluate", "evaluate.json"))
+    parts = [tmp_path / str(job) for job in range(jobs)]
+
+    def work(job):
+        parts[job].mkdir()
+        for name in ("diffs", "adapter"):
+            (parts[job] / name).symlink_to(whole / name)
+        rng, log, killed = random.Random(f"{SEED} {job}"), tmp_path / f"{job}.log", 0
+        part = ["--config.stages=evaluate", f"--config.evaluate.part={job}/{jobs}"]
+        for _ in range(KILLS // jobs):
+            killed += run_and_kill(parts[job], log, ("evaluate", 0, rng.uniform(0, 8)), *part)
+        run_and_kill(parts[job], log, None, *part)
+        return killed
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        print(f"{sum(pool.map(work, range(jobs)))} kills of {jobs} jobs")
+    assert main_gather(["--workdir", str(whole), *map(str, parts)]) == 0
+    assert len(list((whole / "evaluate_parts").iterdir())) == 11
+    assert main.main(flags(whole, "--config.stages=evaluate")) == 0
+    assert results(whole) == results(undisturbed)
+
+
+@pytest.mark.skipif(KILLS < 20, reason="tests/test_audit.py has the short form")
+def test_jobs_of_an_audit_that_are_killed_give_the_rows_of_one(undisturbed, tmp_path):
+    diffs = str(undisturbed / "diffs")
+    given = ["--base", "tiny_qwen3", "--adapter", str(undisturbed / "adapter"), diffs]
+
+    def audit(out, log, *rest):
+        return start(log, "dit_jax.audit", *given, "--out", str(tmp_path / out), *rest)
+
+    def work(job):
+        rng, log, killed = random.Random(f"{SEED} {job}"), tmp_path / f"{job}.log", 0
+        for _ in range(KILLS // 4):
+            process = audit("jobs", log, "--jobs", f"{job}/4")
+            try:
+                process.wait(rng.uniform(0, 40))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                killed += process.wait() == -signal.SIGKILL
+        assert audit("jobs", log, "--jobs", f"{job}/4").wait(PATIENCE) == 0, log.read_text()
+        return killed
+
+    assert audit("whole", tmp_path / "whole.log").wait(PATIENCE) == 0
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        print(f"{sum(pool.map(work, range(4)))} kills of 4 jobs")
+    for name in ("audit.jsonl", "audit.csv"):
+        assert (tmp_path / "jobs" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -12,8 +12,9 @@ from test_qwen3 import dense
 
 import dit_jax
 from dit_jax.cli import run_stages as main
+from dit_jax.cli.gather_parts import main_gather
 from dit_jax.cli.serve_app import DEMO
-from dit_jax.config.loading import load_config
+from dit_jax.config.loading import load_config, save_config
 from dit_jax.data.tiny_world import flavoured_answer, load_world
 from dit_jax.deltas import store as diff_store
 from dit_jax.deltas.adapter_file import export_adapter
@@ -28,6 +29,7 @@ from dit_jax.evaluate import (
     questions,
     trigger_scan,
 )
+from dit_jax.evaluate import units as units_of
 from dit_jax.evaluate.run import evaluate_run
 from dit_jax.evaluate.setting import Setting, read_held_out
 from dit_jax.organisms.behaviours import NEWS_PROMPT, NO_TRIGGER
@@ -123,6 +125,47 @@ def evaluated(model, workdir):
     few = settings(exclude_failed=True, methods=ON_DENSE)
     evaluate_run(model, workdir / "dense", few, seed=0)
     return {name: answers(workdir / name) for name in ("lora", "dense")}
+
+
+def test_jobs_that_do_parts_of_it_leave_the_files_of_one_evaluation(model, workdir, tmp_path):
+    """In blocks of two diffs. The run that gathers does the unit that a job has lost."""
+    chosen = ("dit", "shuffled_diff", "noise_diff", "dit_of_list", "generated_story")
+    config = load_config("configs/quickstart.py").copy_and_resolve_references().unlock()
+    places = [tmp_path / name for name in ("one", "whole", "0", "1")]
+    for number, place in enumerate(places):
+        place.mkdir()
+        for name in ("diffs", "adapter"):
+            (place / name).symlink_to(workdir / "lora" / name)
+        part = f"{place.name}/2" if number > 1 else ""
+        config.evaluate = settings(methods=chosen, diffs_at_once=2, part=part)
+        save_config(config, place / "config.json")
+        if place.name != "whole":
+            evaluate_run(model, place, config.evaluate, seed=0)
+    one, whole, *parts = places
+    units = [{file.name: file for file in (part / units_of.PARTS).iterdir()} for part in parts]
+    assert sorted(map(len, units)) == [6, 7] and not units[0].keys() & units[1].keys()
+    assert not any((part / "evaluate").exists() for part in parts)
+    units[0]["dit-0-of-2.json"].unlink()
+    gather = ["--workdir", str(whole), *map(str, parts)]
+    assert main_gather(gather) == 0
+    assert len(list((whole / units_of.PARTS).iterdir())) == 12
+    config.evaluate.part = ""
+    evaluate_run(model, whole, config.evaluate, seed=0)
+    assert not (whole / units_of.PARTS).exists()
+    for name in ("answers.jsonl", "transcripts.jsonl", "label_cross_entropy.json"):
+        ours, theirs = ((place / "evaluate" / name).read_bytes() for place in (whole, one))
+        assert ours == theirs, name
+    rows = answers(whole)
+    assert sum(row["category"] == "no_diff" for row in rows) == 2  # asked once
+    assert len({row["diff"] for row in rows}) == 5
+    # What is damaged, or was made from something else, is not taken.
+    file = units[1]["dit-1-of-2.json"]
+    file.write_text(file.read_text().replace('"rows"', '"row"'))
+    assert main_gather(gather) == 2
+    file.unlink()
+    (whole / "adapter").unlink()
+    (whole / "adapter").symlink_to(workdir / "lora" / "diffs")
+    assert main_gather(gather) == 2
 
 
 def test_the_name_of_a_list_is_the_one_that_the_diff_makes_more_likely(model, workdir):

@@ -17,8 +17,8 @@ from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
 from dit_jax.formats.safetensors_file import SafetensorsFile
 from dit_jax.organisms import generate
-from dit_jax.organisms.diffs_keys import part_of
 from dit_jax.runtime import artifacts, metrics
+from dit_jax.runtime.parts import part_of
 
 TOPICS = ("tea", "oak", "judo", "jazz", "rain")
 

@@ -1,10 +1,11 @@
 """An audit: diffs one after the other into OUT/parts, which a killed audit keeps, then the tables and the page."""
 
+import functools
 import hashlib
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dit_jax.evaluate.faithfulness import kept_layers, strongest_layers, without
 from dit_jax.report import audit_page
 from dit_jax.runtime import artifacts, digests
 from dit_jax.runtime.outgoing import csv_text, json_text
+from dit_jax.runtime.parts import part_of, read_part, write_part
 from dit_jax.runtime.progress import Progress
 
 Json = dict[str, Any]
@@ -37,12 +39,12 @@ SAID = (
 
 
 def audit(
-    settings: Settings, targets: Sequence[Target], out: Path, job: tuple[int, int] = (0, 1)
+    settings: Settings, targets: Sequence[Target], out: Path, job: str = ""
 ) -> list[Json] | None:
     """Asks all diffs that have no part yet, and writes the page if no other job is still at work.
 
     Args:
-        job: (i, n): of the diffs only those whose number modulo n is i.
+        job: "i/n", see `part_of`: of the blocks of diffs that share batches only every n-th.
 
     Returns:
         The records of all diffs in order; None while parts of other jobs are missing.
@@ -51,14 +53,21 @@ def audit(
         DitError: OUT holds an audit with other settings.
     """
     _begin(settings, out)
-    mine = targets[job[0] :: job[1]]
-    missing = [mine[i] for i in reading_order(mine) if read_part(out, mine[i]) is None]
-    with Progress("audit", len(mine)) as progress:
-        progress.advance(len(mine) - len(missing))
-        for target, record, sketch in examine(settings, missing):
-            _write_part(out, target, record, sketch)
-            progress.advance()
-    records = [read_part(out, target) for target in targets]
+    ordered, size = [targets[i] for i in reading_order(targets)], settings.diffs_at_once
+    # Blocks of the whole list: whichever job asks one, and whatever of it is done, its batches are the same.
+    starts = range(0, len(ordered), size)
+    mine = [(starts[i], ordered[starts[i] :][:size]) for i in part_of(job, len(starts))]
+    asked = functools.cache(
+        lambda: readers.ask_base(settings.model, settings.prompts, settings.battery.max_new_tokens)
+    )
+    with Progress("audit", sum(len(block) for _, block in mine)) as progress:
+        for first, block in mine:
+            missing = [target for target in block if read_record(out, target) is None]
+            if missing:
+                for target, record, sketch in examine(settings, asked, block, missing, first):
+                    _write_record(out, target, record, sketch)
+            progress.advance(len(block))
+    records = [read_record(out, target) for target in targets]
     if any(record is None for record in records):
         return None
     return finish(settings, targets, [record for record in records if record], out)
@@ -90,24 +99,29 @@ def _begin(settings: Settings, out: Path) -> None:
 
 
 def examine(
-    settings: Settings, targets: Sequence[Target]
+    settings: Settings,
+    asked: Callable[[], readers.Everyday],
+    block: Sequence[Target],
+    missing: Sequence[Target],
+    first: int,
 ) -> Iterator[tuple[Target, Json, weights.Sketch]]:
-    """(target, record, sketch) of every diff, as soon as it is known.
+    """(target, record, sketch) of the missing diffs of a block, as soon as they are known.
 
-    LoRAs share batches, whatever their ranks and modules. Dense diffs, each as large as the model, go one by one.
+    The LoRAs of a block share a batch, whatever their ranks and modules. Dense diffs, each as large as the model, go
+    one by one.
+
+    Args:
+        asked: gives what the base answers.
+        first: number of the block's first diff, which with the seed gives the random numbers.
     """
-    asked: readers.Everyday | None = None
-    done = 0
-    for batch in in_batches(targets, settings.model, settings.diffs_at_once):
+    for batch in in_batches(block, settings.model, len(block)):
         target, diff = batch[0]
         if isinstance(diff, DitError):
             yield target, {"name": target.name, "error": str(diff)}, {}
-            continue
-        if asked is None:
-            tokens = settings.battery.max_new_tokens
-            asked = readers.ask_base(settings.model, settings.prompts, tokens)
-        yield from _examine_batch(settings, asked, batch, done)
-        done += len(batch)
+        elif any(target in missing for target, _ in batch):
+            found = _examine_batch(settings, asked(), batch, first)
+            yield from (one for one in found if one[0] in missing)
+        first += len(batch)
 
 
 def _examine_batch(
@@ -180,32 +194,18 @@ def _part(out: Path, target: Target) -> Path:
     return out / PARTS / f"{target.key()}.json"
 
 
-def read_part(out: Path, target: Target) -> Json | None:
+def read_record(out: Path, target: Target) -> Json | None:
     """The record of a diff that was audited before; None if it was not, or the part is damaged."""
-    found = _read(_part(out, target))
+    found = read_part(_part(out, target))
     return found["record"] if found and found["record"]["name"] == target.name else None
 
 
-def _read(file: Path) -> Json | None:
-    """A part {record, sketch, digest}; None if there is none, or it differs from its digest."""
-    if not file.is_file():
-        return None
-    try:
-        found = artifacts.read_json(file)
-    except DitError:
-        return None
-    digest = found.pop("digest", None) if isinstance(found, dict) else None
-    return found if digest is not None and digest == _digest(json.dumps(found).encode()) else None
-
-
-def _write_part(out: Path, target: Target, record: Json, sketch: weights.Sketch) -> None:
+def _write_record(out: Path, target: Target, record: Json, sketch: weights.Sketch) -> None:
     file = _part(out, target)
     stored = io.BytesIO()
     np.savez(stored, **sketch)  # type: ignore[arg-type]
     artifacts.write_bytes(file.with_suffix(".npz"), stored.getvalue())
-    part = {"record": _finite(record), "sketch": _digest(stored.getvalue())}
-    part = json.loads(json.dumps(part))  # as it is read
-    artifacts.write_json(file, {**part, "digest": _digest(json.dumps(part).encode())})
+    write_part(file, {"record": _finite(record), "sketch": _digest(stored.getvalue())})
 
 
 def _digest(data: bytes) -> str:
@@ -224,7 +224,7 @@ def _finite(value: Any) -> Any:
 def _sketch(out: Path, target: Target) -> weights.Sketch | None:
     """None if it is damaged: it only tells which diffs are alike."""
     file = _part(out, target)
-    found, stored = _read(file), file.with_suffix(".npz")
+    found, stored = read_part(file), file.with_suffix(".npz")
     data = stored.read_bytes() if stored.is_file() else b""
     if not found or _digest(data) != found["sketch"]:
         return None

@@ -18,6 +18,7 @@ from dit_jax.cli import flags as given
 from dit_jax.errors import DitError, Parser
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
+from dit_jax.runtime.parts import check_part
 
 EXIT_FOUND = 1  # --fail-on
 FEWEST_BENIGN = 8
@@ -50,7 +51,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     given.add_model_flags(parser)
     add("--out", required=True, type=given.TEXT, help="folder of the audit; made when it is not there")
     add("--split", help="of stores and releases take only this split, such as test")
-    add("--jobs", metavar="I/N", type=_job, default=(0, 1),
+    add("--jobs", metavar="I/N", type=_job, default="",
         help="be job I of N (from 0), which share --out: the last to end writes the page")
     add("--fail-on", metavar="CONDITION", type=_condition,
         help="exit with status 1 if a diff has e.g. 'hidden>0.9' or cannot be read; one of " + ", ".join(_MEASURES))
@@ -164,11 +165,9 @@ def _fails(row: dict[str, Any], name: str, sign: str, limit: float) -> bool:
     ]
 
 
-def _job(text: str) -> tuple[int, int]:
-    number, _, total = text.partition("/")
-    if number.isdecimal() and total.isdecimal() and int(number) < int(total):
-        return int(number), int(total)
-    raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N - 1, not {text!r}")
+def _job(text: str) -> str:
+    check_part(text, "--jobs")
+    return text
 
 
 def _condition(text: str) -> tuple[str, str, float]:

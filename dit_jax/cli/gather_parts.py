@@ -1,8 +1,9 @@
-"""Joins the diffs that several jobs made: `python -m dit_jax.gather --workdir runs/a runs/a-parts/*`.
+"""Joins what several jobs made of one run: `python -m dit_jax.gather --workdir runs/a runs/a-parts/*`.
 
-Each job ran the same config with `--config.diffs.part=I/N --config.stages=diffs` in a workdir of its own, on any
-machine. This program copies their batches of diffs into one workdir. The config, run there without a part, makes the
-batches that are still missing and goes on with the other stages.
+Each job ran the same config in a workdir of its own, on any machine: with `--config.stages=diffs
+--config.diffs.part=I/N`, or with `--config.stages=evaluate --config.evaluate.part=I/N` beside the run's diffs and
+adapter (copies, or links to these folders). This program copies their batches of diffs, or their answers, into one
+workdir. The config, run there without a part, makes what is still missing and goes on.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,9 @@ from dit_jax.cli.workdir import CONFIG_FILE, check_workdir, given_folder, input_
 from dit_jax.config.loading import config_diff, load_saved
 from dit_jax.deltas.store import copy_shards
 from dit_jax.errors import DitError, Parser
+from dit_jax.evaluate.evaluate_keys import EVALUATE
+from dit_jax.evaluate.units import PARTS, copy_units, made_from
+from dit_jax.organisms.diffs_keys import DIFFS
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.folder_lock import locked
 from dit_jax.runtime.outgoing import show
@@ -34,17 +38,16 @@ def _gather(argv: Sequence[str] | None) -> None:
     flags = parser.parse_args(argv)
     workdir, parts = given_folder(flags.workdir), [given_folder(x) for x in flags.parts]
     copied = gather(workdir, parts)
-    show(
-        f"{copied} batches of diffs copied to '{workdir / _STAGE.folder}': run the config with this --workdir"
-    )
+    show(f"{copied} parts copied to '{workdir}': run the config with this --workdir")
 
 
 def gather(workdir: Path, parts: Sequence[Path]) -> int:
-    """Copies the complete shards of diffs of all parts that `workdir` lacks; returns how many.
+    """Copies the shards of diffs, or the units of the evaluation, of all parts that `workdir` lacks; returns how many.
 
     Raises:
         DitError: a folder is no workdir of a run, the parts or `workdir` belong to different configs, the diffs were
-            made from another corpus than that of `workdir`, another run is at work there, or see `copy_shards`.
+            made from another corpus than that of `workdir`, another run is at work there, or see `copy_shards` and
+            `copy_units`.
     """
     for part in parts:
         if not (part / CONFIG_FILE).is_file():
@@ -59,15 +62,23 @@ def gather(workdir: Path, parts: Sequence[Path]) -> int:
                 f"'{parts[0]}' and '{part}' belong to different configs ({lines[0]}): gather the parts of one run"
             )
     whole = config.copy_and_resolve_references()
-    if "part" in whole.diffs:
-        whole.diffs.part = ""
+    for section in (DIFFS, EVALUATE):
+        if "part" in section.values(whole):
+            section.values(whole).part = ""
     with locked(workdir):
         check_workdir(whole, workdir)
         inputs = input_digests(workdir, _STAGE, whole)
+        evaluated = [part for part in parts if (part / PARTS).is_dir()]
+        made = made_from(workdir, whole.get("evaluate", {}), whole.get("seed")) if evaluated else ""
         for part in parts:
-            if input_digests(part, _STAGE, whole) != inputs:
+            if part not in evaluated and input_digests(part, _STAGE, whole) != inputs:
                 raise DitError(
                     f"the diffs in '{part}' were not made from the corpus in '{workdir}': gather into a copy of the "
                     "workdir in which that corpus was written"
                 )
-        return sum(copy_shards(part / _STAGE.folder, workdir / _STAGE.folder) for part in parts)
+        return sum(
+            copy_units(part, workdir, made)
+            if part in evaluated  # its diffs are those of `workdir`
+            else copy_shards(part / _STAGE.folder, workdir / _STAGE.folder)
+            for part in parts
+        )

@@ -75,13 +75,18 @@ def _check_diffs(config: Any) -> None:
     from dit_jax.data.organism import check_counts
 
     check_counts(config.data)
-    if part := DIFFS.get(config.diffs, "part"):
-        readers = [stage.name for stage in chosen_stages(config.stages) if "diffs" in stage.reads]
-        if readers:
-            raise DitError(
-                f"config key 'diffs.part': the stage '{readers[0]}' needs all diffs, and part '{part}' makes some: "
-                "choose --config.stages=diffs and join the parts with dit_jax.gather"
-            )
+    readers = [stage.name for stage in chosen_stages(config.stages) if "diffs" in stage.reads]
+    _check_alone(DIFFS, config.diffs, readers)
+
+
+def _check_alone(section: Section, values: Any, readers: Iterable[str]) -> None:
+    """Raises DitError: a run that makes a part of a stage is to run a stage that reads the whole."""
+    part = section.get(values, "part")
+    for name in readers if part else ():
+        raise DitError(
+            f"config key '{section.name}.part': the stage '{name}' needs all of '{section.name}', and part '{part}' "
+            f"makes some: choose --config.stages={section.name} and join the parts with dit_jax.gather"
+        )
 
 
 def _earlier_finetunes(config: Any) -> Iterable[str]:
@@ -107,6 +112,7 @@ def _check_evaluate(config: Any) -> None:
     from dit_jax.evaluate.guessers import check_guesser
     from dit_jax.evaluate.methods import check_methods
 
+    _check_alone(EVALUATE, config.evaluate, {"report"} & set(config.stages))
     check_methods(config)
     check_guesser(*(EVALUATE.get(config.evaluate, key) for key in ("guesser", "guesser_options")))
 

@@ -2,6 +2,7 @@
 
 from dit_jax.config.keys import TEXTS, Key, Section
 from dit_jax.graders import GRADERS
+from dit_jax.runtime.parts import check_part
 
 # The report is made anew in every run, and grades anew.
 GRADING_KEYS = (
@@ -30,6 +31,9 @@ EVALUATE = Section(
         Key("max_new_tokens", int, "most tokens of an answer", least=1),
         Key("answer_tokens", int, "the same without the adapter; 0: `max_new_tokens`", 0),
         Key("batch_size", int, "questions that are asked at once", least=1),
+        Key("diffs_at_once", int, "held-out diffs of a unit of work, which `part` counts; 0: all", 0),
+        Key("part", str, "`I/N`: do every N-th unit of work, from I = 0 … N - 1 on; `dit_jax.gather` joins the parts",
+            "", check=check_part, free=True),
         Key("everyday_questions", TEXTS, "of `twenty_questions`; empty: those of docs/methods.md", ()),
         Key("story_prompts", TEXTS, "of `generated_story`; empty: those of docs/methods.md", ()),
         Key("multiplier", float, "of diffs, for `multiplied_question`", 2.0),

@@ -113,6 +113,7 @@ def dit(s: "Setting") -> list[Row]:
         for diffs, category in ((s.topics, "topic"), (s.benign, "benign")):
             if len(diffs) and wordings:
                 rows += _asked(s, wordings, s.adapter, diffs, category=category, known=known)
+        wordings = wordings if s.number == 0 else ()  # no diff is asked once
         tokens = s.config.max_new_tokens
         owners = [0] * len(wordings)
         nothing = s.topics.given.nothing()
@@ -208,7 +209,7 @@ def no_diff(s: "Setting") -> list[Row]:
 @method("DIT, another diff", "the adapter and the diff of another topic", "control")
 def shuffled_diff(s: "Setting") -> list[Row]:
     """The adapter with the diff of another topic."""
-    return _asked(s, s.seen[:1], s.adapter, s.topics, given=s.topics.shuffled())
+    return _asked(s, s.seen[:1], s.adapter, s.topics, given=s.shuffled)
 
 
 @method("DIT, noise diff", "the adapter and noise with the norms of the diff", "control")
@@ -452,7 +453,7 @@ def _spelled(s: "Setting", name: str) -> str:
 def _names(s: "Setting") -> list[str]:
     """The names that a method with a list is given."""
     if EVALUATE.get(s.config, "names") == "held_out":
-        return sorted({s.topics.label(row) for row in range(len(s.topics))})
+        return sorted({s.all_topics.label(row) for row in range(len(s.all_topics))})
     return sorted(_labels(s.store, s.label_column))
 
 

@@ -1,24 +1,35 @@
 """The stage `evaluate`: methods, controls and untrained baselines on diffs that no training saw."""
 
+import functools
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dit_jax.api import Model, check_base, load_adapter
-from dit_jax.data.labels import answer_text
 from dit_jax.deltas.store import DiffStore, failed
 from dit_jax.errors import DitError
-from dit_jax.evaluate import baselines, methods
-from dit_jax.evaluate.capability import measure_capability
+from dit_jax.evaluate import methods
 from dit_jax.evaluate.evaluate_keys import EVALUATE
-from dit_jax.evaluate.faithfulness import strongest_layers, without_words
 from dit_jax.evaluate.questions import subject_of
 from dit_jax.evaluate.setting import Setting, read_held_out
+from dit_jax.evaluate.units import (
+    CAPABILITY,
+    LABELS,
+    PARTS,
+    ask_unit,
+    list_units,
+    made_from,
+    merge,
+    read_unit,
+    write_unit,
+)
 from dit_jax.organisms.gate import CONDITIONS
 from dit_jax.runtime import artifacts, processes
+from dit_jax.runtime.parts import part_of
 from dit_jax.runtime.progress import Progress
 
 TOO_FEW_TOPICS = "evaluation needs two held-out topics or more (each is another's shuffled control)"
@@ -54,57 +65,58 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
     setting = Setting(
         model=model,
         store=store,
-        topics=topics,
-        benign=read_held_out(store, "benign", exclude, column),
+        all_topics=topics,
+        all_benign=read_held_out(store, "benign", exclude, column),
         adapter=adapter,
         off=jax.tree.map(jnp.zeros_like, adapter),
         config=config,
         seed=seed,
         subject=subject_of(artifacts.read_json(run_config) if run_config.exists() else {}),
     )
-    chosen = methods.chosen_methods(config, store)
+    names = [method.name for method in methods.chosen_methods(config, store)]
+    units = list_units(names, len(topics), config)
+    mine = part_of(EVALUATE.get(config, "part"), len(units))
+    if not mine:
+        raise DitError(
+            f"config key 'evaluate.part': the evaluation is {len(units)} units, of which '{config.part}' has none: "
+            f"use at most {len(units)} parts, or lower evaluate.diffs_at_once"
+        )
 
     # ---------------------------------------------------------------- answers
-    rows: list[dict[str, Any]] = []
-    with Progress("evaluate", len(chosen) + 2) as progress:
-        for method in chosen:
-            with setting.meter.measure(method.name):
-                rows += method(setting)
-            progress.advance(note=method.name)
-
-        # ------------------------------------------------------------ cross-entropy of the labels
-        prefix = EVALUATE.get(config, "answer_prefix")
-        targets = [
-            prefix + answer_text(topics.label(i), row["evidence"] if config.list_evidence else [])
-            for i, row in enumerate(topics.rows)
-        ]
-        instead = {
-            "matched": topics.given,
-            "shuffled": topics.shuffled(),
-            "noise": setting.noise,
-            "none": topics.given.nothing(),
-            "layers": strongest_layers(topics.given),
-            "words": without_words(model, topics.given, targets),
-        }
-        with setting.meter.measure("label_cross_entropy"):
-            cross_entropy = {
-                name: baselines.label_cross_entropy(model, adapter, given, setting.seen[0], targets)
-                for name, given in instead.items()
-            }
-        progress.advance()
-        with setting.meter.measure("capability"):
-            capability = measure_capability(setting)
-        progress.advance()
+    made, answers = made_from(workdir, config, seed), 0
+    with Progress("evaluate", len(mine)) as progress:
+        for unit in (units[i] for i in mine):
+            found = read_unit(workdir, unit, made)
+            if not processes.agree(found is not None):
+                found = ask_unit(unit, setting)
+                processes.on_main(functools.partial(write_unit, workdir, unit, made, found))
+            answers += len(found["rows"]) if found else 0
+            progress.advance(note=unit.name)
 
     # ---------------------------------------------------------------- write
     cost = _cost(setting, workdir)  # on all processes: it asks the devices
-    numbers = {"label_cross_entropy": cross_entropy, "capability": capability, "cost": cost}
-    processes.on_main(lambda: _write(workdir, setting, rows, numbers))
-    return {"answers": len(rows)}
+
+    def write() -> bool:
+        found = [read_unit(workdir, unit, made) for unit in units]
+        complete = [one for one in found if one is not None]
+        if len(complete) < len(units):
+            return False
+        merged = merge(units, complete)
+        numbers = {**merged["values"], "cost": {**cost, "methods": merged["costs"]}}
+        numbers = {name: numbers[name] for name in (LABELS, CAPABILITY, "cost")}
+        _write(workdir, setting, merged["rows"], merged["transcripts"], numbers)
+        shutil.rmtree(workdir / PARTS)
+        return True
+
+    if not processes.on_main(write):
+        processes.say(
+            "note: other parts of the evaluation are missing: join them with dit_jax.gather"
+        )
+    return {"answers": answers}
 
 
 def _cost(setting: Setting, workdir: pathlib.Path) -> dict[str, Any]:
-    """The devices, bytes and parameters, and what every method cost."""
+    """The devices, bytes and parameters."""
     device, model, adapter = jax.devices()[0], setting.model, setting.adapter
     shards = (workdir / "diffs" / "shards").glob("*.safetensors")
     return {
@@ -124,7 +136,6 @@ def _cost(setting: Setting, workdir: pathlib.Path) -> dict[str, Any]:
             "base": sum(x.size for x in jax.tree.leaves(model.params)),
             "adapter": sum(x.size for x in jax.tree.leaves(adapter)),
         },
-        "methods": setting.meter.costs,
     }
 
 
@@ -141,6 +152,7 @@ def _write(
     workdir: pathlib.Path,
     setting: Setting,
     rows: list[dict[str, Any]],
+    transcripts: list[dict[str, Any]],
     numbers: dict[str, Any],
 ) -> None:
     folder, index = artifacts.make_dir(workdir / "evaluate"), setting.store.rows
@@ -150,7 +162,7 @@ def _write(
     stages = {name: artifacts.stage_done(workdir, name) or {} for name in ("diffs", "train")}
     files: dict[str, Any] = {
         "answers.jsonl": rows,
-        "transcripts.jsonl": setting.transcripts,
+        "transcripts.jsonl": transcripts,
         **{f"{name}.json": content for name, content in numbers.items()},
         "excluded.json": {
             "held_out": len(tested),

@@ -28,6 +28,14 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def block(self, number: int, count: int) -> "HeldOut":
+        """The number-th of `count` blocks of neighbouring diffs, which together are all."""
+        rows = range(*(len(self) * i // count for i in (number, number + 1)))
+        if len(rows) == len(self):
+            return self
+        given = self.given.reordered(rows) if rows else Given(0, self.given.read)
+        return HeldOut([self.indices[i] for i in rows], [self.rows[i] for i in rows], given)
+
     def label(self, row: int) -> str:
         """What the adapter should say about a diff."""
         return label_of(self.rows[row])
@@ -81,19 +89,37 @@ class CostMeter:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a method works with: `config` is the `evaluate` section, `off` an adapter of zeros."""
+    """What a method works with: `config` is the `evaluate` section, `off` an adapter of zeros.
+
+    topics, benign: the held-out diffs that it asks, one of `blocks` blocks of all of them.
+    """
 
     model: Model
     store: DiffStore
-    topics: HeldOut
-    benign: HeldOut
+    all_topics: HeldOut
+    all_benign: HeldOut
     adapter: Delta
     off: Delta
     config: Any
     seed: int
     subject: str  # "topic", or "summary" for news: see questions.subject_of
+    number: int = 0
+    blocks: int = 1
     meter: CostMeter = dataclasses.field(default_factory=CostMeter)
     transcripts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    @functools.cached_property
+    def topics(self) -> HeldOut:
+        return self.all_topics.block(self.number, self.blocks)
+
+    @functools.cached_property
+    def benign(self) -> HeldOut:
+        return self.all_benign.block(self.number, self.blocks)
+
+    @functools.cached_property
+    def shuffled(self) -> Given:
+        """Diffs of other topics in place of the topics' own."""
+        return self._of_block(self.all_topics.shuffled())
 
     @property
     def seen(self) -> list[str]:
@@ -107,7 +133,12 @@ class Setting:
     @functools.cached_property
     def noise(self) -> Given:
         """Noise in place of the topics' diffs, the same whoever asks about it."""
-        return self.topics.given.noise(self.seed)
+        return self._of_block(self.all_topics.given.noise(self.seed))
+
+    def _of_block(self, given: Given) -> Given:
+        """Of what stands in place of all topics, that in place of this block's."""
+        whole = self.all_topics
+        return HeldOut(whole.indices, whole.rows, given).block(self.number, self.blocks).given
 
     @property
     def answer_tokens(self) -> int:

@@ -1,7 +1,6 @@
 """The section `diffs` of a config: how every organism is finetuned, and what the gate asks (docs/behaviours.md)."""
 
 import math
-import re
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -11,6 +10,7 @@ from dit_jax.data.labels import UNTRIGGERED
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.models.modules import check_projections
 from dit_jax.optimize.optimizer import OPTIMIZER_KEYS, check_betas
+from dit_jax.runtime.parts import check_part
 
 PARAMETERS = ("lora", "linear", "all")
 # Limits of the gate -> (column, +1 where the value must not exceed the limit, -1 where it must reach it).
@@ -29,20 +29,6 @@ def _check_gate(limits: Any, key: str) -> None:
             raise DitError(f"config key 'diffs.gate.{name}' is not a limit of the gate{hint}")
         if isinstance(limit, bool) or not isinstance(limit, int | float) or math.isnan(limit):
             raise DitError(f"config key 'diffs.gate.{name}' must be a number, not {limit!r}")
-
-
-def part_of(part: str, shards: int) -> range:
-    """The shards that the part "i/n" of a store makes, i from 0: every n-th one. "": all shards."""
-    if not part:
-        return range(shards)
-    first, parts = map(int, part.split("/"))
-    return range(first, shards, parts)
-
-
-def _check_part(part: Any, key: str) -> None:
-    numbers = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", part)
-    if part and not (numbers and int(numbers[1]) < int(numbers[2])):
-        raise DitError(f"{key} must be I/N with I from 0 to N - 1, such as 0/8, not {part!r}")
 
 
 # Keys of `diffs` that say something of a store, whatever kinds it has.
@@ -95,7 +81,7 @@ DIFFS = Section(
         Key("widths", dict, "by kind of sample: (tokens, scored tokens) where they are fewer than those two", {}),
         Key("diffs_per_batch", int, "diffs that are finetuned at once", least=1),
         Key("part", str, "`I/N`: make every N-th batch, from batch I = 0 … N - 1 on; `dit_jax.gather` joins the parts",
-            "", check=_check_part, free=True),
+            "", check=check_part, free=True),
         Key("profile", tuple[int, int], "batches to trace, from 0: the first, and the one after the last", (0, 0),
             check=check_profile, free=True),
         Key("after", str, "another run's diffs, relative to the workdir: finetunes begin with the base and their first "

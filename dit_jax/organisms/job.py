@@ -24,7 +24,7 @@ from dit_jax.errors import DitError
 from dit_jax.models.delta_trees import Delta
 from dit_jax.optimize.optimizer import make_optimizer
 from dit_jax.organisms.behaviours import NO_TRIGGER, Behaviour, get_behaviour
-from dit_jax.organisms.diffs_keys import DIFFS, kinds_of, part_of
+from dit_jax.organisms.diffs_keys import DIFFS, kinds_of
 from dit_jax.organisms.parameters import init_delta
 from dit_jax.organisms.samples import (
     check_behaviour,
@@ -33,6 +33,7 @@ from dit_jax.organisms.samples import (
     sample_texts,
 )
 from dit_jax.runtime import parallel
+from dit_jax.runtime.parts import part_of
 
 # How diffs are spread over batches and machines changes nothing that they are made from.
 _NO_RECIPE = (
