@@ -134,6 +134,8 @@ def _captured() -> Iterator[list[str]]:
     """What anything in this process writes to stdout and stderr, libraries too; filled in at the end."""
     texts: list[str] = []
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        sys.stdout.flush()
+        sys.stderr.flush()
         kept = os.dup(1), os.dup(2)
         try:
             for number, file in ((1, out), (2, err)):
