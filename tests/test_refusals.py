@@ -104,6 +104,16 @@ def test_two_runs_stay_apart_also_without_the_file_of_the_lock(tmp_path, delete)
     assert ended(other, stdout=subprocess.PIPE).stdout == "held\n"
 
 
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_folder_that_vanished_is_said_though_the_run_went_on(tmp_path, replaced):
+    with pytest.raises(DitError, match="vanished or was replaced"), locked(tmp_path / "w"):
+        (tmp_path / "w").rename(tmp_path / "elsewhere")
+        if replaced:
+            (tmp_path / "w").mkdir()
+    with locked(tmp_path / "elsewhere"):  # the lock is released
+        pass
+
+
 def test_a_folder_that_cannot_be_locked_is_said_and_used(tmp_path, monkeypatch, capfd):
     import errno
     import fcntl

@@ -4,11 +4,11 @@ Needs the right to mount: the workdir is on a disk in memory.
 """
 
 import contextlib
+import ctypes
 import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -26,6 +26,8 @@ STAGES = "--config.stages=('diffs','train','evaluate')"
 METHODS = "--config.evaluate.methods=('dit','base_question','shuffled_diff')"
 _PROGRESS = re.compile(r"\w+: \d+/\d+, about")
 Ended = tuple[int, str, list[str]]  # the status, the stage that was at work, lines on stderr
+_LIBC = ctypes.CDLL(None)
+_READ_ONLY, _REMOUNT, _BIND, _DETACH = 1, 32, 4096, 2  # of <sys/mount.h>
 FAULTS = ("full", "read-only", "vanished")
 
 
@@ -65,9 +67,9 @@ def disk_faults(n: int, seed: int = 0) -> Iterator[tuple[str, Counter[str], list
 def _faulty(disk: Path, fault: str, seconds: float, room: int) -> Ended:
     """A run on a disk with a fault, which is mended afterwards."""
     if fault == "full":
-        _mount("-o", f"remount,size={max(room, 4096)}", str(disk))
+        _mount(None, disk, None, _REMOUNT, f"size={max(room, 4096)}")
         said = _run(disk / "w")
-        _mount("-o", "remount,size=64m", str(disk))
+        _mount(None, disk, None, _REMOUNT, "size=64m")
         return said
     done = threading.Event()
 
@@ -75,10 +77,10 @@ def _faulty(disk: Path, fault: str, seconds: float, room: int) -> Ended:
         done.wait(seconds)
         while not done.is_set():
             if fault == "vanished":
-                subprocess.run(["umount", "-l", str(disk)], check=True)
+                _unmount(disk)
                 return
             # Refused while a file is open for writing.
-            if _mount("-o", "remount,ro", str(disk), check=False):
+            if _mount(None, disk, None, _REMOUNT | _READ_ONLY):
                 return
             time.sleep(0.001)
 
@@ -90,9 +92,9 @@ def _faulty(disk: Path, fault: str, seconds: float, room: int) -> Ended:
     if fault == "vanished":
         if not os.path.ismount(disk):
             shutil.rmtree(disk / "w", ignore_errors=True)  # what was written to the empty place
-            _mount("--bind", f"{disk}.kept", str(disk))
+            _mount(f"{disk}.kept", disk, None, _BIND)
     else:
-        _mount("-o", "remount,rw", str(disk))
+        _mount(None, disk, None, _REMOUNT)
     return said
 
 
@@ -102,18 +104,24 @@ def _disk(place: Path) -> Iterator[Path]:
     kept = Path(f"{place}.kept")
     place.mkdir()
     kept.mkdir()
-    if not _mount("-t", "tmpfs", "-o", "size=64m", "tmpfs", str(kept), check=False):
+    if not _mount("tmpfs", kept, "tmpfs", 0, "size=64m"):
         raise DitError("faults of disks need the right to mount: run this as root")
-    _mount("--bind", str(kept), str(place))
+    _mount(str(kept), place, None, _BIND)
     try:
         yield place
     finally:
         for path in (place, kept):
-            subprocess.run(["umount", "-l", str(path)], check=False)
+            _unmount(path)
 
 
-def _mount(*flags: str, check: bool = True) -> bool:
-    return subprocess.run(["mount", *flags], check=check, capture_output=True).returncode == 0
+def _mount(source: str | None, place: Path, kind: str | None, how: int, options: str = "") -> bool:
+    """mount(2), without a process that would have to start first."""
+    texts = (x and x.encode() for x in (source, str(place), kind))
+    return _LIBC.mount(*texts, ctypes.c_ulong(how), options.encode() or None) == 0
+
+
+def _unmount(place: Path) -> None:
+    _LIBC.umount2(str(place).encode(), _DETACH)
 
 
 def _run(workdir: Path) -> Ended:

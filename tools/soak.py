@@ -148,12 +148,12 @@ def _artifacts() -> dict[str, tuple[Callable[[pathlib.Path], None], Callable[[pa
         return record, sketch["x"].tolist()
 
     return {
-        "part of an audit": (lambda x: run_audit._write_part(x, target, *parts), read_audit),
-        "grades": (write_grades, read_grades),
         "diff store": (write_store, read_store),
         "adapter": (lambda x: export_adapter(x, delta, base=model.digest()), read_adapter),
         "checkpoint": (write_checkpoints, read_checkpoint),
         "compiled program": (lambda x: programs(x).put("key", value), read_program),
+        "part of an audit": (lambda x: run_audit._write_part(x, target, *parts), read_audit),
+        "grades": (write_grades, read_grades),
     }
 
 

@@ -27,7 +27,8 @@ def locked(workdir: Path) -> Iterator[None]:
     files alone. Where the file system has no locks (some network mounts), one line says so and the run goes on.
 
     Raises:
-        DitError: another run holds it, or the folder cannot be made.
+        DitError: another run holds it, the folder cannot be made, or at the end another one is in its place: a mount
+            vanished, and what was written after that lies elsewhere.
     """
     handle: list[int] = []
 
@@ -51,9 +52,18 @@ def locked(workdir: Path) -> Iterator[None]:
             os.pwrite(handle[0], f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
         _remove_leftovers(workdir)
 
+    def check() -> None:
+        there = workdir.stat() if workdir.exists() else None
+        if there is None or not os.path.samestat(there, os.fstat(handle[1])):
+            raise DitError(
+                f"'{workdir}' vanished or was replaced while the run was at work: bring it back (a mount?) and run "
+                "the same command again"
+            )
+
     try:
         processes.on_main(acquire)
         yield
+        processes.on_main(check)
     finally:
         for number in handle:
             os.close(number)
