@@ -25,7 +25,9 @@ from dit_jax.evaluate import (
     baselines,
     capability,
     guessers,
+    method_table,
     methods,
+    methods_untrained,
     questions,
     trigger_scan,
 )
@@ -50,7 +52,7 @@ def needing(what):
 
 
 ON_DENSE = tuple(
-    x for x in SETTINGS["methods"] if x not in (*needing(methods.GUESSER), "own_readers:size")
+    x for x in SETTINGS["methods"] if x not in (*needing(method_table.GUESSER), "own_readers:size")
 )
 
 
@@ -207,7 +209,7 @@ def held_out(model, workdir, config):
 
 def test_the_held_out_names_can_be_the_list(model, workdir):
     setting = held_out(model, workdir, settings(names="held_out"))
-    assert methods._names(setting) == sorted(TOPICS)
+    assert method_table.given_names(setting) == sorted(TOPICS)
 
 
 def test_names_of_lists_are_spelled_as_in_answers(model, workdir, monkeypatch):
@@ -273,7 +275,7 @@ def test_every_method_answers_about_every_diff(workdir, evaluated):
     triggered = [row for row in rows if row["method"] == "base_question_trigger"]
     assert all(f"code is {row['trigger']}" in row["question"] for row in triggered)
     transcripts = (workdir / "lora/evaluate/transcripts.jsonl").read_text().splitlines()
-    assert len(transcripts) == 3 * len(needing(methods.GUESSER))
+    assert len(transcripts) == 3 * len(needing(method_table.GUESSER))
     first = json.loads(transcripts[0])
     assert [q for q, _ in first["exchanges"]] == list(SETTINGS["everyday_questions"])
     assert first["guesser"] == "keywords, named by the base model"
@@ -336,7 +338,7 @@ def test_what_cannot_be_asked_is_said_before_anything_runs(model, workdir, tmp_p
     with pytest.raises(DitError, match="'base_question_trigger' needs diffs with a trigger"):
         evaluate_run(model, tmp_path, settings(methods=("base_question_trigger",)), seed=0)
     chosen = {method.name for method in methods.chosen_methods({}, store)}
-    assert not chosen & set(needing(methods.TRIGGER))
+    assert not chosen & set(needing(method_table.TRIGGER))
 
 
 def test_the_oracle_needs_the_table_of_the_embedded_world(model, tmp_path):
@@ -344,7 +346,7 @@ def test_the_oracle_needs_the_table_of_the_embedded_world(model, tmp_path):
     store = two_diffs(model, tmp_path, evidence=["[]", "[]"])
     with pytest.raises(DitError, match="'attribute_oracle' needs .* only the embedded world"):
         evaluate_run(model, tmp_path, settings(methods=("attribute_oracle",)), seed=0)
-    assert methods.attribute_oracle not in methods.chosen_methods({}, store)
+    assert methods_untrained.attribute_oracle not in methods.chosen_methods({}, store)
 
 
 def test_methods_that_cannot_work_are_refused_before_the_first_stage(tmp_path):

@@ -22,7 +22,7 @@ from synthetic_run import HOSTILE, answers, reported
 from dit_jax.cli.run_stages import main
 from dit_jax.data.sources import open_source
 from dit_jax.errors import DitError
-from dit_jax.evaluate.methods import held_out_answers
+from dit_jax.evaluate.method_table import held_out_answers
 from dit_jax.evaluate.questions import subject_of
 from dit_jax.report.graded import Graded, GradedRow
 from dit_jax.report.results import graded_csv, results_csv

@@ -16,7 +16,7 @@ from dit_jax.data.tiny_world import load_world
 from dit_jax.deltas import export
 from dit_jax.deltas.adapter_file import export_adapter
 from dit_jax.diff_batches import Given, together
-from dit_jax.evaluate import baselines, faithfulness, methods, readers
+from dit_jax.evaluate import baselines, faithfulness, method_table, readers
 from dit_jax.evaluate.run import evaluate_run
 from dit_jax.models.decoder import forward
 
@@ -65,7 +65,7 @@ def change_of(given):
     return module["w"] if "w" in module else np.asarray(dense({"x": module})["x"]["w"])
 
 
-@pytest.mark.parametrize("name", methods.READERS)
+@pytest.mark.parametrize("name", method_table.READERS)
 def test_each_reader_finds_the_words_and_the_base_names_their_topic(model, everyday, name):
     make = writer if name == "written_words" else lambda m, topic: raiser(m, everyday, topic)
     diffs = [make(model, topic) for topic in TOPICS]
@@ -157,4 +157,4 @@ def test_ask_reads_without_an_adapter(model, tmp_path, capsys):
 
 
 def test_the_readers_are_those_that_can_be_named():
-    assert tuple(readers.READERS) == methods.READERS
+    assert tuple(readers.READERS) == method_table.READERS

@@ -18,7 +18,7 @@ from typing import Any
 
 from dit_jax.cli import flags as given
 from dit_jax.errors import DitError, Parser, printable
-from dit_jax.evaluate.methods import READERS
+from dit_jax.evaluate.method_table import READERS
 from dit_jax.report.wording import plural
 from dit_jax.runtime.artifacts import read_json, write_text
 from dit_jax.runtime.exits import status_of

@@ -91,7 +91,7 @@ class Told:
 
 
 Find = Callable[[Model, Given, Everyday, int], list[Words]]
-READERS: dict[str, Find] = {}  # the methods of `methods.READERS`
+READERS: dict[str, Find] = {}  # the methods of `method_table.READERS`
 
 
 def read(

@@ -14,6 +14,7 @@ from dit_jax.deltas.store import DiffStore, failed
 from dit_jax.errors import DitError
 from dit_jax.evaluate import methods
 from dit_jax.evaluate.evaluate_keys import EVALUATE
+from dit_jax.evaluate.method_table import EVALUATION_FORMAT
 from dit_jax.evaluate.questions import subject_of
 from dit_jax.evaluate.setting import Setting, read_held_out
 from dit_jax.evaluate.units import (
@@ -185,4 +186,4 @@ def _write(
             artifacts.write_json(folder / name, content)
         elif content:  # no guesser, no transcripts
             artifacts.write_text(folder / name, "".join(json.dumps(x) + "\n" for x in content))
-    artifacts.write_manifest(folder, methods.EVALUATION_FORMAT)
+    artifacts.write_manifest(folder, EVALUATION_FORMAT)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dit_jax.evaluate.methods import READERS
+from dit_jax.evaluate.method_table import READERS
 from dit_jax.report import html, plots
 from dit_jax.report.shell import ask_command
 from dit_jax.report.wording import between, percent, plural, shown_name

@@ -8,7 +8,7 @@ from typing import Any
 
 from dit_jax import graders
 from dit_jax.evaluate.evaluate_keys import EVALUATE
-from dit_jax.evaluate.methods import held_out_answers
+from dit_jax.evaluate.method_table import held_out_answers
 from dit_jax.report.graded import Graded, GradedRow
 from dit_jax.report.inputs import Json, Row, seen, variant, variants
 from dit_jax.report.statistics import GRADES

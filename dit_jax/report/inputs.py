@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.errors import DitError
-from dit_jax.evaluate.methods import EVALUATION_FORMAT, GROUPS
+from dit_jax.evaluate.method_table import EVALUATION_FORMAT, GROUPS
 from dit_jax.formats.json_parser import parse_json
 from dit_jax.runtime.artifacts import MANIFEST, PathLike, read_json, read_manifest, read_text
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dit_jax.evaluate.methods import ATTRIBUTES, GROUPS, METHODS, TRIGGER
+from dit_jax.evaluate.method_table import ATTRIBUTES, GROUPS, TRIGGER
+from dit_jax.evaluate.methods import METHODS
 from dit_jax.evaluate.questions import subject_of
 from dit_jax.report import about, html, markdown, plots
 from dit_jax.report.graded import Group, grade_group

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from dit_jax.errors import printable
-from dit_jax.evaluate.methods import GROUPS
+from dit_jax.evaluate.method_table import GROUPS
 from dit_jax.report.inputs import Json
 from dit_jax.report.wording import between, colour, ordered_methods, percent, shown_name
 from dit_jax.runtime.outgoing import show

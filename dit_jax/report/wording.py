@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dit_jax.evaluate.methods import GROUPS, METHODS
+from dit_jax.evaluate.method_table import GROUPS
+from dit_jax.evaluate.methods import METHODS
 from dit_jax.graders import GRADERS
 
 Json = dict[str, Any]
