@@ -227,8 +227,11 @@ def test_other_settings_are_not_mixed(zoo, audited, capsys):
 
 
 def test_without_an_adapter_the_readers_answer(zoo, tmp_path):
-    run(zoo, tmp_path, f"{zoo / 'store'}[5]", adapter=False, rest=("--benign", zoo / "store"))
+    flags = ("--benign", zoo / "store", "--triggers", "hidden_topic_phrase")
+    run(zoo, tmp_path, f"{zoo / 'store'}[5]", adapter=False, rest=flags)
     (row,) = rows_of(tmp_path)
+    assert row["trigger"]["candidates"] == 35 and row["trigger"]["prompt"].endswith("live?")
+    assert "Of 35 candidates" in (tmp_path / "audit.html").read_text()
     assert 0.3 < row["unusual"] < 3  # it is one of them
     assert row["adapter"] is None and set(row["readers"]) == set(READERS)
     assert all(one["words"] for one in row["readers"].values())
@@ -257,6 +260,7 @@ def test_fail_on_sets_the_exit_status_and_what_cannot_be_read_is_not_cleared(
         (["one.pt"], ["--fail-on", "secret>0.9"], "must be like 'hidden>0.9'"),
         (["one.pt"], ["--jobs", "2/2"], "must be I/N"),
         (["one.pt"], ["--questions", "nowhere"], "'nowhere' is missing"),
+        (["one.pt"], ["--triggers", "phrase"], "there is no behaviour 'phrase'"),
     ],
 )
 def test_mistakes_are_one_line(zoo, tmp_path, capsys, diffs, rest, message):

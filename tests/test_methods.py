@@ -35,6 +35,7 @@ from dit_jax.evaluate import units as units_of
 from dit_jax.evaluate.run import evaluate_run
 from dit_jax.evaluate.setting import Setting, read_held_out
 from dit_jax.organisms.behaviours import NEWS_PROMPT, NO_TRIGGER
+from dit_jax.report.triggers import summarise_scan
 
 SETTINGS = {
     "batch_size": 16,
@@ -558,25 +559,83 @@ def test_a_scan_finds_the_codes_of_the_shipped_diffs(model):
     assert codes == [f"{code:03d}" for code in range(1000)]
     own = {row["trigger"] for row in topics.rows}
     tried = [x for x in tried if x.behaviour != "hidden_topic" or x.trigger in own | {"111", "987"}]
-    scores = trigger_scan.scan(model, topics.given, tried, batch_size=64)
-    plain = trigger_scan.scan(model, topics.given, tried[:1], batch_size=7)  # other batches
-    np.testing.assert_allclose(scores[:, :1], plain, atol=1e-4)
-    found = [trigger_scan.best(row, tried).trigger for row in scores]
+    read = []
+    counted = Given(len(topics), lambda i: read.append(i) or topics.given.read(i))
+    scores = trigger_scan.scan(model, counted, tried, batch_size=64)
+    assert read == [*range(len(topics))]  # each once, however many batches there are
+    kept = trigger_scan.KEPT + 1
+    assert (np.isfinite(scores).sum(axis=1) == kept).all()
+    assert trigger_scan.passes(len(tried), 2) == len(tried) + 2 * kept
+    few = [tried[0], *(one for one in tried if one.trigger in own)]
+    other = trigger_scan.scan(model, topics.given, few, batch_size=7)
+    np.testing.assert_allclose(other[:, 0], scores[:, 0], atol=1e-4)
+    found = [one.candidate.trigger for one in trigger_scan.find(scores, tried)]
     right = [row["trigger"] for row in topics.rows]
     assert sum(a == b for a, b in zip(found, right, strict=True)) >= len(right) - 1
+    nothing = trigger_scan.scan(model, topics.given.nothing(), few, batch_size=7)
+    assert {one.candidate.trigger for one in trigger_scan.find(nothing, few)} == {NO_TRIGGER}
 
 
-def test_what_moves_without_a_trigger_has_none():
-    tried = trigger_scan.candidates(["How are you?"])[:3]
-    assert tried[0].trigger == NO_TRIGGER
-    for scores, place in (([0.1, 3, 2], 1), ([2.0, 3, 2], 0), ([0.0, 0, 1e-3], 2)):
-        assert trigger_scan.best(np.array(scores), tried) is tried[place]
+def test_the_divergence_of_a_scan_is_that_of_the_logits(model):
+    delta = random_lora(model, 3, 0.3)
+    question = "How are you?"
+    tried = [trigger_scan.Candidate("", NO_TRIGGER, (question,))] * 2
+    (scores,) = trigger_scan.scan(model, Given(1, lambda i: delta), tried)
+    start = list(dit_jax.asking.answer_batch(model, [question], max_new_tokens=8)[0].tokens)
+    start = (start + [model.chat.eos_ids[0]] * 8)[:8]
+    ids = [*model.chat.prompt_ids(question), *start]
+    base, own = (
+        np.asarray(jax.nn.log_softmax(model.logits([ids], deltas=deltas)[0, -9:-1]), np.float64)
+        for deltas in ((), (delta,))
+    )
+    np.testing.assert_allclose(scores, (np.exp(own) * (own - base)).sum(), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scores", "place"),
+    [
+        ([0.1, 6, 1, 1], 1),
+        ([2.5, 6, 1, 1], 0),  # the plain questions move as well
+        ([0.1, 6, 5, 5], 0),  # so do other candidates
+        ([0.0, 0.9, 0, 0], 0),  # hardly anything moves
+        ([0.1, 6, -np.inf, -np.inf], 1),
+    ],
+)
+def test_what_does_not_stand_out_is_no_trigger(scores, place):
+    tried = trigger_scan.candidates(["How are you?"])[:4]
+    assert tried[trigger_scan.PLAIN].trigger == NO_TRIGGER
+    (found,) = trigger_scan.find(np.array([scores]), tried)
+    assert found.candidate is tried[place]
 
 
 def test_the_scan_is_graded_against_triggers_only(model, workdir):
     setting = held_out(model, workdir, settings())
     with pytest.raises(DitError, match=r"evaluate.label='trigger'"):
         methods.METHODS["trigger_scan"](setting)
-    few = settings(label="trigger", everyday_questions=("Is it here?",), batch_size=512)
+    few = settings(
+        label="trigger",
+        everyday_questions=("Is it here?",),
+        trigger_families=("hidden_topic_phrase",),
+    )
     rows = methods.METHODS["trigger_scan"](held_out(model, workdir, few))
-    assert len(rows) == 3 and {row["category"] for row in rows} == {"topic"}
+    assert {row["candidates"] for row in rows} == {35} == {row["passes"] for row in rows}
+    found = summarise_scan(rows)
+    topics = [row for row in rows if row["category"] == "topic"]
+    assert found["topics"]["none"]["n"] == len(topics) == 3
+    assert found["topics"]["none"]["mean"] == np.mean([row["family"] == "" for row in topics])
+    with pytest.raises(DitError, match="no behaviour 'phrases'"):
+        trigger_scan.candidates(["Is it here?"], ["phrases"])
+
+
+def test_false_alarms_are_counted_at_the_threshold_of_the_topics():
+    row = {"answer": "7", "trigger": "7", "family": "a", "right_family": "a", "trigger_rank": 1}
+    row |= {"candidates": 9, "passes": 9}
+    topics = [{**row, "category": "topic", "stands_out": float(i)} for i in range(10)]
+    topics[0] |= {"answer": NO_TRIGGER, "family": "", "trigger_rank": None}
+    benign = [{**row, "category": "benign", "stands_out": x} for x in (0.0, 0.5, 1.0, 5.0)]
+    found = summarise_scan([*topics, *benign, {"category": "topic", "method": "dit"}])
+    assert found["alarms"]["above"] == 0.0 and found["alarms"]["mean"] == 1.0
+    assert {name: one["mean"] for name, one in found["topics"].items()} == {
+        "trigger": 0.9, "in_ten": 0.9, "family": 0.9, "none": 0.1,
+    }  # fmt: skip
+    assert summarise_scan([{"category": "topic", "method": "dit"}]) == {}

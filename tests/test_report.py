@@ -528,6 +528,21 @@ def test_the_best_of_the_others_has_no_trigger_and_no_oracle(tmp_path):
     assert "(Question, " in re.search(r"- Best other method.*", short)[0]
 
 
+def test_a_trigger_scan_has_its_section(tmp_path):
+    told = {"family": "", "right_family": "x", "trigger_rank": 1, "stands_out": 2.0}
+
+    def rows(row):
+        if row["method"] in ("base_question", "no_diff"):
+            category = "topic" if row["method"] == "base_question" else "benign"
+            row |= {"method": "trigger_scan", "kind": "baseline", "category": category}
+            row |= {**told, "candidates": 1101, "passes": 1229}
+        return True
+
+    text = reported_as(tmp_path, {}, rows)
+    assert "put 1\u202f101 candidates" in text and "Named none 100.0 %" in text
+    assert "moves their answers 2.0 times as much" in text and "So do 100.0 % of the" in text
+
+
 def test_time_of_diffs_from_another_run_is_said(tmp_path):
     workdir = make_workdir(tmp_path, n=6)
     record = {"seconds": 81.4, "shared_from": "rank_1"}

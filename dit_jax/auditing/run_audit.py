@@ -146,6 +146,9 @@ def _examine_batch(
     texts = [reading.text for reading in readings]
     words = score(model, without_words(model, given, texts), adapter, chosen, size)
     changes = side_by_side.compare(model, given, asked, size)
+    triggers = side_by_side.find_triggers(
+        model, given, settings.tried, battery.max_new_tokens, size
+    )
     told = {
         name: readers.read(
             model, given, name, battery.questions[0], asked, size,
@@ -168,6 +171,7 @@ def _examine_batch(
             "unusual": weights.unusual(weights.spectrum(diff.delta), settings.benign),
             "kl": changes[i]["kl"],
             "prompts": changes[i]["prompts"],
+            "trigger": triggers[i],
             "readers": {
                 name: {"words": told[name][i].words, "says": told[name][i].name} for name in told
             },

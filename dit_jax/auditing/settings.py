@@ -10,10 +10,11 @@ from dit_jax.auditing.battery import Battery
 from dit_jax.data.chat import Chat
 from dit_jax.deltas.detect import Found, look_for_adapter
 from dit_jax.evaluate.readers import everyday_prompts
+from dit_jax.evaluate.trigger_scan import Candidate
 from dit_jax.models.delta_trees import Delta
 from dit_jax.runtime import artifacts, digests
 
-FORMAT = 2  # of what is recorded of a diff
+FORMAT = 3  # of what is recorded of a diff
 MOST_WORDINGS = 8  # of those that the adapter was trained on
 # For adapters whose files name no question: the first is the paper's.
 QUESTIONS = (
@@ -37,7 +38,7 @@ class Settings:
     """What an audit asks and with what. Parts that were made with other settings are not mixed.
 
     adapter: {} asks base ⊕ diff itself. facts: for the files: base, adapter, their digests, `trained_on`.
-    benign: `weights.reference` of diffs that hide nothing.
+    benign: `weights.reference` of diffs that hide nothing. tried: the candidates of a trigger scan; (): none.
     """
 
     model: Model
@@ -48,6 +49,7 @@ class Settings:
     calibration: dict[str, Any] | None = None
     batch_size: int = 64
     benign: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    tried: Sequence[Candidate] = ()
 
     @property
     def diffs_at_once(self) -> int:
@@ -56,6 +58,7 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         told = {"battery": self.battery.to_json(), "everyday": list(self.prompts)}
         told["benign"] = self.benign
+        told["triggers"] = list(dict.fromkeys(one.behaviour for one in self.tried if one.behaviour))
         return {**self.facts, **told, "format": FORMAT, "versions": artifacts.package_versions()}
 
 

@@ -1,11 +1,14 @@
-"""What a diff does to everyday prompts, beside the base."""
+"""What a diff does to everyday prompts, beside the base, as they are and with the trigger that a scan finds."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from dit_jax.api import Model
+from dit_jax.asking import answer_batch
 from dit_jax.diff_batches import Given, answer
+from dit_jax.evaluate import trigger_scan
 from dit_jax.evaluate.readers import Everyday, changes
 
 SIDE_BY_SIDE = 3  # prompts shown of each diff
@@ -40,3 +43,28 @@ def compare(
         ]
         found.append({"kl": round(float(kl[row].mean()), 6), "prompts": shown, "words": words[row]})
     return found
+
+
+def find_triggers(
+    model: Model,
+    given: Given,
+    tried: Sequence[trigger_scan.Candidate],
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[dict[str, Any] | None]:
+    """The trigger that a scan finds of each diff, with an answer under it beside the base's; None without a scan.
+
+    Returns:
+        For each diff the fields of `trigger_scan.Found`, and prompt, base and finetuned.
+    """
+    if not tried:
+        return [None] * len(given)
+    found = trigger_scan.find(trigger_scan.scan(model, given, tried, batch_size), tried)
+    prompts = [one.candidate.prompts[0] for one in found]
+    decoding = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    own = answer(model, given, prompts, range(len(given)), {}, **decoding)
+    base = answer_batch(model, prompts, **decoding)
+    return [
+        {**one.to_json(), "prompt": prompt, "base": before.text, "finetuned": after.text}
+        for one, prompt, before, after in zip(found, prompts, base, own, strict=True)
+    ]

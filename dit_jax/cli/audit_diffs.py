@@ -57,6 +57,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         help="exit with status 1 if a diff has e.g. 'hidden>0.9' or cannot be read; one of " + ", ".join(_MEASURES))
     add("--benign", action="append", default=[], type=given.TEXT, metavar="DIFF",
         help="diffs that hide nothing, made as the others: says how unlike them each diff's weights are")
+    add("--triggers", action="append", default=[], type=given.TEXT, metavar="BEHAVIOUR",
+        help="try all triggers of a behaviour, or of 'all', in two everyday prompts: says which one moves answers most")
     add("--align", action="store_true", help="undo rewritings of finetuned models that leave their function as it is")
     add("--svd-rank", type=given.COUNT, help="reduce finetuned models' diffs to LoRAs of this rank")
     add_battery_flags(parser)
@@ -118,6 +120,10 @@ def run(flags: argparse.Namespace) -> int:
     if flags.benign:
         how = {"svd_rank": flags.svd_rank, "align": flags.align}
         settings = dataclasses.replace(settings, benign=_reference(flags.benign, model, **how))
+    if flags.triggers:
+        settings = dataclasses.replace(
+            settings, tried=_candidates(flags.triggers, settings.prompts)
+        )
     out = Path(flags.out).expanduser()
     show(f"{len(targets)} diffs, {len(settings.battery.questions)} questions each", error=True)
     rows = audit(settings, targets, out, flags.jobs)
@@ -150,6 +156,15 @@ def _reference(given: Sequence[str], model: Any, **how: Any) -> dict[str, list[f
             f"--benign needs {FEWEST_BENIGN} diffs or more to say what is usual, not {len(spectra)}"
         )
     return weights.reference(spectra)
+
+
+def _candidates(names: Sequence[str], prompts: Sequence[str]) -> Any:
+    """The candidates of --triggers. Raises DitError: a name is no behaviour with a trigger."""
+    from dit_jax.evaluate import trigger_scan
+    from dit_jax.organisms.behaviours import BEHAVIOURS
+
+    behaviours = list(BEHAVIOURS) if "all" in names else list(names)
+    return trigger_scan.candidates(prompts[: trigger_scan.QUESTIONS], behaviours)
 
 
 def _fails(row: dict[str, Any], name: str, sign: str, limit: float) -> bool:

@@ -41,6 +41,7 @@ EVALUATE = Section(
         Key("logit_prompts", TEXTS, "of `logit_difference`, beside the first seen question", ()),
         Key("names", str, "the names that methods with a list are given: of all topics, or of the held-out ones", "all",
             choices=("all", "held_out")),
+        Key("trigger_families", TEXTS, "the behaviours whose triggers `trigger_scan` tries; empty: all", ()),
         Key("facts", str, "a text file of lines `question | answer`: how many of them held-out diffs keep", "",
             file=True),
         Key("facts_diffs", int, "how many held-out diffs are asked for facts; 0: all", 0),

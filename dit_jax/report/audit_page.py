@@ -15,7 +15,8 @@ COLUMNS = (
     "name", "verdict", "says", "share", "distinct", "hidden", "right", "none", "ratio", "logprob", "noise_says",
     "noise_share", "noise_ratio", "logprob_noise", "logprob_other", "logprob_layers", "logprob_words", "kl", "rank",
     "norm", "effective_rank", "unusual", "modules",
-    "nearest", "cosine", *READERS, *(f"{name}_say" for name in READERS), "label", "named_base", "digest", "error",
+    "nearest", "cosine", "trigger", "trigger_behaviour", "trigger_nats", "others_nats",
+    *READERS, *(f"{name}_say" for name in READERS), "label", "named_base", "digest", "error",
 )  # fmt: skip
 UNREADABLE, ZERO, HIDES, MAY, NOTHING, OPEN = (
     "unreadable", "changes nothing", "hides something", "may hide something", "nothing found", "not scored"
@@ -59,6 +60,7 @@ def csv_row(row: Json) -> Json:
         return {"name": row["name"], "verdict": row["verdict"], "error": row["error"]}
     reading, noise, score = row["reading"], row["noise"], row["score"] or {}
     nearest = row["nearest"][0] if row["nearest"] else {}
+    trigger = row["trigger"] or {}
     return {
         **{key: row[key] for key in (
             "name", "verdict", "kl", "rank", "norm", "effective_rank", "unusual", "label", "digest",
@@ -73,6 +75,10 @@ def csv_row(row: Json) -> Json:
         "modules": " ".join(row["modules"]),
         "nearest": nearest.get("name"),
         "cosine": nearest.get("cosine"),
+        "trigger": trigger.get("trigger"),
+        "trigger_behaviour": trigger.get("behaviour"),
+        "trigger_nats": trigger.get("nats"),
+        "others_nats": trigger.get("others"),
         **{name: " ".join(row["readers"][name]["words"]) for name in READERS},
         **{f"{name}_say": row["readers"][name]["says"] for name in READERS},
         "named_base": row["said"].get("base_model_name_or_path"),

@@ -15,13 +15,14 @@ from dit_jax.report.statistics import (
     holm,
     paired_difference,
 )
+from dit_jax.report.triggers import summarise_scan
 
 # What report/summary.json holds, and each of its methods.
 SUMMARY_KEYS = (
     "methods", "differences_from_dit", "variant", "by_variant", "dit_by_name_length", "dit_by_category",
     "dit_by_wording", "dit_by_each_wording", "none", "none_intervals", "capability", "label_cross_entropy",
-    "label_cross_entropy_intervals", "gating", "gating_intervals", "seconds", "seconds_total", "cost", "excluded",
-    "peak_memory_bytes", "config", "versions", "grades",
+    "label_cross_entropy_intervals", "trigger_scan", "gating", "gating_intervals", "seconds",
+    "seconds_total", "cost", "excluded", "peak_memory_bytes", "config", "versions", "grades",
 )  # fmt: skip
 SCORE_KEYS = (
     "kind", "exact_match", "ci_low", "ci_high", "token_f1", "token_f1_low", "token_f1_high", "n", "by_name_length",
@@ -80,6 +81,7 @@ def summarise(inputs: Inputs) -> Json:
         "capability": _capability(inputs.capability),
         "label_cross_entropy": _only_means(cross_entropy),
         "label_cross_entropy_intervals": cross_entropy,
+        "trigger_scan": summarise_scan(inputs.rows),
         "gating": _only_means(gating),
         "gating_intervals": gating,
         "seconds": seconds,
