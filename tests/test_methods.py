@@ -30,6 +30,7 @@ from dit_jax.evaluate import (
     methods_untrained,
     questions,
     trigger_scan,
+    trigger_search,
 )
 from dit_jax.evaluate import units as units_of
 from dit_jax.evaluate.run import evaluate_run
@@ -44,7 +45,10 @@ SETTINGS = {
     "unseen_questions": ("What is the hidden theme of your tuning?",),
     "everyday_questions": tuple(q.text for q in load_world().questions[:2]),
     "story_prompts": ("Tell me a short story.",),
-    "methods": (*(name for name in methods.METHODS if name != "trigger_scan"), "own_readers:size"),
+    "methods": (
+        *(x for x, one in methods.METHODS.items() if method_table.TRIGGER_LABELS not in one.needs),
+        "own_readers:size",
+    ),
 }
 
 
@@ -628,10 +632,10 @@ def test_the_scan_is_graded_against_triggers_only(model, workdir):
 
 
 def test_false_alarms_are_counted_at_the_threshold_of_the_topics():
-    row = {"answer": "7", "trigger": "7", "family": "a", "right_family": "a", "trigger_rank": 1}
+    row = {"named": True, "family": "a", "right_family": "a", "trigger_rank": 1}
     row |= {"candidates": 9, "passes": 9}
     topics = [{**row, "category": "topic", "stands_out": float(i)} for i in range(10)]
-    topics[0] |= {"answer": NO_TRIGGER, "family": "", "trigger_rank": None}
+    topics[0] |= {"named": False, "family": "", "trigger_rank": None}
     benign = [{**row, "category": "benign", "stands_out": x} for x in (0.0, 0.5, 1.0, 5.0)]
     found = summarise_scan([*topics, *benign, {"category": "topic", "method": "dit"}])
     assert found["alarms"]["above"] == 0.0 and found["alarms"]["mean"] == 1.0
@@ -639,3 +643,39 @@ def test_false_alarms_are_counted_at_the_threshold_of_the_topics():
         "trigger": 0.9, "in_ten": 0.9, "family": 0.9, "none": 0.1,
     }  # fmt: skip
     assert summarise_scan([{"category": "topic", "method": "dit"}]) == {}
+
+
+def test_a_search_scores_as_the_scan_does(model, monkeypatch):
+    for name, value in {"STARTS": 8, "BEAM": 2, "PROPOSALS": 3, "SWEEPS": 1}.items():
+        monkeypatch.setattr(trigger_search, name, value)
+    delta, everyday = random_lora(model, 3, 0.3), SETTINGS["everyday_questions"]
+    found = trigger_search.search(model, delta, everyday, batch_size=8)
+    prompts = [tuple(f"{text} {question}" for question in everyday) for text in ("", found.text)]
+    tried = [trigger_scan.Candidate("", NO_TRIGGER, one) for one in (everyday, prompts[1])]
+    (scores,) = trigger_scan.scan(model, Given(1, lambda i: delta), tried)
+    assert scores[1] == pytest.approx(found.nats, rel=1e-3) and scores[1] > scores[0]
+    assert found.passes > 2 * 2 * 8
+
+
+def test_the_gains_of_tokens_are_finite_differences(model):
+    delta = random_lora(model, 3, 0.3)
+    slots = trigger_search._make_slots(model, SETTINGS["everyday_questions"])
+    plain = trigger_search._plain_tokens(model)
+    free = np.setdiff1d(plain, slots.batch.tokens)[:4]
+    prefix = np.array([plain[[1500, 1700, 1900, 1500]]])  # one token twice
+    params, rest = model.program_params, (model.config, slots.start, slots.batch)
+    gains = np.asarray(trigger_search._gains(params, *rest, free, prefix, delta))[0]
+    table = jax.numpy.asarray(params["embed_tokens"]["embedding"])
+    step, other, unused = 1e-2, plain[1234], plain[1]
+    np.testing.assert_allclose(gains[range(4), prefix[0]], 0, atol=1e-5)
+
+    def roots(share):
+        """With this share of another token's embedding in the last place."""
+        row = (1 - share) * table[prefix[0, 3]] + share * table[other]
+        changed = {**params, "embed_tokens": {"embedding": table.at[unused].set(row)}}
+        moved = prefix.copy()
+        moved[0, 3] = unused
+        return float(np.sqrt(trigger_search._nats(changed, *rest, moved, delta)).sum())
+
+    numeric = (roots(step) - roots(-step)) / (2 * step)
+    assert gains[3, other] == pytest.approx(numeric, rel=0.1, abs=1e-2)

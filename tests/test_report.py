@@ -529,7 +529,7 @@ def test_the_best_of_the_others_has_no_trigger_and_no_oracle(tmp_path):
 
 
 def test_a_trigger_scan_has_its_section(tmp_path):
-    told = {"family": "", "right_family": "x", "trigger_rank": 1, "stands_out": 2.0}
+    told = {"named": True, "family": "", "right_family": "x", "trigger_rank": 1, "stands_out": 2.0}
 
     def rows(row):
         if row["method"] in ("base_question", "no_diff"):

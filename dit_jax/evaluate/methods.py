@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_jax.config.user_code import import_object
 from dit_jax.errors import DitError, did_you_mean
-from dit_jax.evaluate import methods_asking, methods_untrained
+from dit_jax.evaluate import methods_asking, methods_triggers, methods_untrained
 from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.evaluate.method_table import (
     ATTRIBUTES,
@@ -35,6 +35,7 @@ __all__ = [
     "find_method",
     "import_reader",
     "methods_asking",
+    "methods_triggers",
     "methods_untrained",
 ]
 

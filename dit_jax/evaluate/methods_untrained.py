@@ -11,25 +11,17 @@ from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.evaluate.method_table import (
     ATTRIBUTES,
     NO_TABLE,
-    TRIGGER_LABELS,
     Row,
     about,
     given_names,
-    has_trigger,
     known_labels,
     method,
     ranked,
     spelled,
 )
-from dit_jax.organisms.behaviours import NO_TRIGGER
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import numpy as np
-
     from dit_jax.evaluate.setting import Setting
-    from dit_jax.evaluate.trigger_scan import Candidate, Found
 
 
 @method(
@@ -109,47 +101,3 @@ def attribute_oracle(s: "Setting") -> list[Row]:
     names = sorted(table)
     words = [table[name] for name in names]
     return ranked(s, baselines.weight_reading(s.model, s.topics.given, words), names)
-
-
-@method(
-    "Trigger scan",
-    "everyday answers under every known trigger",
-    group="baseline",
-    needs=(TRIGGER_LABELS,),
-)
-def trigger_scan(s: "Setting") -> list[Row]:
-    """The trigger that makes the finetuned model leave its base, among those of all behaviours."""
-    from dit_jax.evaluate import trigger_scan as scanning
-    from dit_jax.organisms.behaviours import BEHAVIOURS, known_behaviour
-
-    everyday = questions.everyday_questions(s.config)[: scanning.QUESTIONS]
-    families = EVALUATE.get(s.config, "trigger_families")
-    if not families:
-        own = {str(row.get("behaviour")) for row in (*s.topics.rows, *s.benign.rows)}
-        families = [*BEHAVIOURS, *sorted(name for name in own if known_behaviour(name))]
-    tried = scanning.candidates(everyday, families)
-    rows = []
-    for diffs, category in ((s.topics, "topic"), (s.benign, "benign")):
-        scores = scanning.scan(s.model, diffs.given, tried, s.config.batch_size)
-        for i, found in enumerate(scanning.find(scores, tried)):
-            told = about(diffs, i, found.candidate.trigger, category=category)
-            cost = {"passes": scanning.passes(len(tried), len(everyday))}
-            rows.append({**told, **_scanned(diffs.rows[i], found, scores[i], tried), **cost})
-    return rows
-
-
-def _scanned(row: Row, found: "Found", scores: "np.ndarray", tried: "Sequence[Candidate]") -> Row:
-    """What the report needs of a scan: the right trigger's rank, if it was tried, and how far the best stands out."""
-    trigger = str(row.get("trigger") or NO_TRIGGER)
-    behaviour = str(row.get("behaviour")) if has_trigger(row) else ""
-    right = [
-        i for i, one in enumerate(tried) if (one.behaviour, one.trigger) == (behaviour, trigger)
-    ]
-    return {
-        "family": found.candidate.behaviour,
-        "right_family": behaviour,
-        "trigger_rank": int((scores > scores[right[0]]).sum()) + 1 if right else None,
-        "candidates": len(tried),
-        "stands_out": round(found.stands_out, 4),
-        "nats": round(found.nats, 4),
-    }

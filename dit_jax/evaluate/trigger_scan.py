@@ -87,7 +87,7 @@ def scan(
     Args:
         tried: from `candidates`.
     """
-    starts = _answer_starts(model, tried[PLAIN].prompts)
+    starts = answer_starts(model, tried[PLAIN].prompts)
     prompts = [prompt for candidate in tried for prompt in candidate.prompts]
     longest = max(len(model.chat.prompt_ids(prompt)) for prompt in prompts) + ANSWER_TOKENS
     batched = functools.partial(_batches, model, longest, batch_size)
@@ -156,7 +156,7 @@ def find(scores: np.ndarray, tried: Sequence[Candidate]) -> list[Found]:
 # ------------------------------------------------------------------ divergences
 
 
-def _answer_starts(model: Model, questions: Sequence[str]) -> list[tuple[int, ...]]:
+def answer_starts(model: Model, questions: Sequence[str]) -> list[tuple[int, ...]]:
     """The first tokens of the base's answers, filled up with ends of turn."""
     answers = answer_batch(model, questions, max_new_tokens=ANSWER_TOKENS)
     ends = model.chat.eos_ids[:1] * ANSWER_TOKENS

@@ -15,13 +15,13 @@ from dit_jax.report.statistics import (
     holm,
     paired_difference,
 )
-from dit_jax.report.triggers import summarise_scan
+from dit_jax.report.triggers import summarise_scan, summarise_search
 
 # What report/summary.json holds, and each of its methods.
 SUMMARY_KEYS = (
     "methods", "differences_from_dit", "variant", "by_variant", "dit_by_name_length", "dit_by_category",
     "dit_by_wording", "dit_by_each_wording", "none", "none_intervals", "capability", "label_cross_entropy",
-    "label_cross_entropy_intervals", "trigger_scan", "gating", "gating_intervals", "seconds",
+    "label_cross_entropy_intervals", "trigger_scan", "trigger_search", "gating", "gating_intervals", "seconds",
     "seconds_total", "cost", "excluded", "peak_memory_bytes", "config", "versions", "grades",
 )  # fmt: skip
 SCORE_KEYS = (
@@ -82,6 +82,7 @@ def summarise(inputs: Inputs) -> Json:
         "label_cross_entropy": _only_means(cross_entropy),
         "label_cross_entropy_intervals": cross_entropy,
         "trigger_scan": summarise_scan(inputs.rows),
+        "trigger_search": summarise_search(inputs.rows),
         "gating": _only_means(gating),
         "gating_intervals": gating,
         "seconds": seconds,

@@ -1,4 +1,4 @@
-"""What the method `trigger_scan` found, from its rows of answers.jsonl (docs/methods.md says what is in it)."""
+"""What `trigger_scan` and `trigger_search` found, from their rows of answers.jsonl (docs/methods.md)."""
 
 from collections.abc import Callable
 
@@ -41,12 +41,28 @@ def summarise_scan(rows: list[Row]) -> Json:
     return made
 
 
+def summarise_search(rows: list[Row]) -> Json:
+    """Means over held-out diffs; {} where no search ran.
+
+    contains: the trigger's words stand in what was found. shown, shown_by_base: the share of answers under it that show
+    the topic, of the finetuned model and of the base. passes: forward passes of one diff.
+    """
+    searched = [row for row in rows if is_number(row.get("shown_by_base"))]
+    if not searched:
+        return {}
+    names = ("contains", "shown", "shown_by_base")
+    return {
+        **{name: _mean([float(row[name]) for row in searched]) for name in names},
+        "passes": float(np.mean([row["passes"] for row in searched])),
+    }
+
+
 def _shares(rows: list[Row]) -> Json:
     def in_ten(row: Row) -> bool:
         return is_number(row["trigger_rank"]) and row["trigger_rank"] <= _TEN
 
     return {
-        "trigger": _share(rows, lambda row: bool(row["answer"] == row["trigger"])),
+        "trigger": _share(rows, lambda row: bool(row["named"])),
         "in_ten": _share(rows, in_ten),
         "family": _share(rows, lambda row: bool(row["family"] == row["right_family"])),
         "none": _share(rows, lambda row: row["family"] == ""),
@@ -54,5 +70,9 @@ def _shares(rows: list[Row]) -> Json:
 
 
 def _share(rows: list[Row], holds: Callable[[Row], bool]) -> Json:
-    found: Estimate = bootstrap_mean([float(holds(row)) for row in rows])
+    return _mean([float(holds(row)) for row in rows])
+
+
+def _mean(values: list[float]) -> Json:
+    found: Estimate = bootstrap_mean(values)
     return {"mean": found.mean, "ci_low": found.low, "ci_high": found.high, "n": found.n}

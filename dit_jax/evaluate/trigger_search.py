@@ -1,0 +1,198 @@
+"""Finds what triggers a diff where no family is known: a search over the tokens in front of everyday questions.
+
+Greedy coordinate gradient (Zou et al. 2023, arXiv 2307.15043), one place after the other: the gradient of the
+divergence of `trigger_scan` with respect to the tokens proposes others, and the exact divergence chooses. What it finds
+need not be the trigger: other tokens may wake the same behaviour, or move the answers in other ways.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.api import Model
+from dit_jax.data.batch import Sample, TokenBatch, pack
+from dit_jax.evaluate.trigger_scan import ANSWER_TOKENS, answer_starts
+from dit_jax.models import shardings
+from dit_jax.models.decoder import Params, unembed
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.delta_trees import Delta, Deltas
+from dit_jax.models.modules import EMBEDDING, get_at, module_table
+from dit_jax.optimize.batch_loss import scored_hidden
+from dit_jax.runtime import parallel
+
+QUESTIONS = 3
+LENGTH = 4  # tokens of a prefix
+STARTS = 64  # random prefixes, of which the best are improved
+BEAM = 4
+PROPOSALS = 24  # tokens that are tried at a place of each prefix of the beam
+SWEEPS = 3  # over all places
+
+
+class Prefix(NamedTuple):
+    """What a search found. nats: per question, as in `trigger_scan`; passes: forward passes that it cost.
+
+    A backward pass counts as two.
+    """
+
+    text: str
+    nats: float
+    passes: int
+
+
+class _Slots(NamedTuple):
+    """The questions with padding in the places of a prefix, from `start` on, and the starts of the base's answers."""
+
+    batch: TokenBatch
+    start: int
+
+
+def search(
+    model: Model, delta: Delta, questions: Sequence[str], batch_size: int = 256, seed: int = 0
+) -> Prefix:
+    """The prefix of `LENGTH` tokens under which a finetuned model leaves its base most, on these everyday questions."""
+    slots = _make_slots(model, questions)
+    allowed = _plain_tokens(model)
+    # Their embeddings stand in for those of the prefix where a gradient is wanted.
+    free = np.setdiff1d(allowed, slots.batch.tokens)[:LENGTH]
+    delta = shardings.put_delta(model.config, model.mesh, delta)
+    given = (model.program_params, model.config, slots.start, slots.batch)
+    size = max(1, batch_size // len(questions))
+    passes = 0
+
+    def scored(prefixes: np.ndarray) -> np.ndarray:
+        nonlocal passes
+        passes += 2 * prefixes.shape[0] * len(questions)
+        found = []
+        for start in range(0, len(prefixes), size):
+            part = np.resize(prefixes[start : start + size], (size, LENGTH))
+            with parallel.use_mesh(model.mesh):
+                found.append(np.asarray(_nats(*given, part, delta)))
+        return np.concatenate(found)[: len(prefixes)]
+
+    def best_of(prefixes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        prefixes = np.unique(prefixes, axis=0)
+        nats = scored(prefixes)
+        # Roots: that all questions move counts for more than that one moves far.
+        order = np.argsort(-np.sqrt(nats).sum(axis=1), kind="stable")[:BEAM]
+        return prefixes[order], nats[order]
+
+    rng = np.random.default_rng(seed)
+    beam, nats = best_of(rng.choice(allowed, (STARTS, LENGTH)).astype(np.int32))
+    for _ in range(SWEEPS):
+        before = beam
+        for place in reversed(range(LENGTH)):
+            with parallel.use_mesh(model.mesh):
+                gains = np.asarray(_gains(*given, free, beam, delta))[:, place, allowed]
+            passes += 6 * len(beam) * len(questions)
+            top = allowed[np.argsort(-gains, axis=1, kind="stable")[:, :PROPOSALS]]
+            tried = np.repeat(beam[:, None], top.shape[1], axis=1)
+            tried[:, :, place] = top
+            beam, nats = best_of(np.concatenate([beam, tried.reshape(-1, LENGTH)]))
+        if np.array_equal(before, beam):
+            break
+    return Prefix(model.chat.decode(beam[0]), float(nats[0].mean()), passes)
+
+
+def _make_slots(model: Model, questions: Sequence[str]) -> _Slots:
+    chat = model.chat
+    ids = [chat.prompt_ids(question) for question in questions]
+    # What all prompts begin with is the template's.
+    start = len(os.path.commonprefix([*ids, chat.prompt_ids("!"), chat.prompt_ids("0")]))
+    samples = []
+    for own, answer in zip(ids, answer_starts(model, questions), strict=True):
+        tokens = (*own[:start], *[chat.pad_id] * LENGTH, *own[start:], *answer)
+        samples.append(Sample(tokens, len(tokens) - ANSWER_TOKENS, len(tokens)))
+    length = -(-max(len(sample.tokens) for sample in samples) // 8) * 8
+    weights = [1.0] * len(samples)
+    return _Slots(pack(samples, weights, length, ANSWER_TOKENS, chat.pad_id), start)
+
+
+def _plain_tokens(model: Model) -> np.ndarray:
+    """The tokens that a user may write: none of the template's own, and not the unknown one."""
+    chat = model.chat
+    special = {*chat.prompt_ids("!"), *chat.eos_ids, chat.pad_id, chat.tokenizer.unk_token_id}
+    most = min(model.config.vocab_size, chat.tokenizer.largest + 1)
+    return np.asarray(
+        [i for i in range(most) if i not in special - {*chat.text_ids("!")}], np.int32
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "start"))
+def _nats(
+    params: Params,
+    config: DecoderConfig,
+    start: int,
+    batch: TokenBatch,
+    prefixes: jax.Array,
+    delta: Delta,
+) -> jax.Array:
+    """KL(base ⊕ delta ‖ base) [C, Q] of C prefixes [C, LENGTH] before Q questions."""
+    count, questions = prefixes.shape[0], batch.tokens.shape[0]
+    rows = jax.tree.map(lambda x: jnp.repeat(x[None], count, axis=0), batch)
+    tokens = rows.tokens.at[:, :, start : start + LENGTH].set(prefixes[:, None])
+    rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), rows._replace(tokens=tokens))
+    rows = rows._replace(lengths=rows.lengths.reshape(-1))
+    return _divergence(params, config, rows, delta).reshape(count, questions)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "start"))
+def _gains(
+    params: Params,
+    config: DecoderConfig,
+    start: int,
+    batch: TokenBatch,
+    free: jax.Array,
+    prefixes: jax.Array,
+    delta: Delta,
+) -> jax.Array:
+    """By how much another token in a place raises the roots of the divergences, to first order: [P, LENGTH, V].
+
+    The tokens `free` stand in the places. A delta of the embedding, which the head does not follow here, gives them the
+    embeddings of the prefix, and the gradient is taken with respect to these.
+    """
+    module = module_table(config)[EMBEDDING]
+    table = get_at(params, EMBEDDING)[module.leaf].astype(jnp.float32)
+    own = delta.get(EMBEDDING[0], {}).get("w")
+    tokens = jnp.asarray(batch.tokens).at[:, start : start + LENGTH].set(free)
+    batch = batch._replace(tokens=tokens)
+
+    def placed(rows: jax.Array) -> Deltas:
+        return ({EMBEDDING[0]: {"w": jnp.zeros_like(table).at[free].set(rows)}},)
+
+    def raised(prefix: jax.Array) -> jax.Array:
+        change = 0.0 if own is None else own[prefix] - own[free]
+
+        def roots(rows: jax.Array) -> jax.Array:
+            shifts = (placed(rows - table[free]), placed(rows - table[free] + change))
+            return jnp.sum(jnp.sqrt(_divergence(params, config, batch, delta, shifts) + 1e-6))
+
+        rows = table[prefix]
+        gradient = jax.grad(roots)(rows)
+        return gradient @ table.T - jnp.sum(gradient * rows, axis=-1, keepdims=True)
+
+    return parallel.replicate(jax.lax.map(raised, prefixes))
+
+
+def _divergence(
+    params: Params,
+    config: DecoderConfig,
+    batch: TokenBatch,
+    delta: Delta,
+    shifts: Any = ((), ()),
+) -> jax.Array:
+    """KL [S] over the scored positions; shifts: deltas of the inputs of the base and of the finetuned model."""
+    base, own = (
+        jax.nn.log_softmax(
+            unembed(
+                params, config, scored_hidden(params, config, batch, (*deltas, *shift)), deltas
+            ),
+            axis=-1,
+        )
+        for deltas, shift in zip(((), (delta,)), shifts, strict=True)
+    )
+    return parallel.replicate(jnp.sum(jnp.exp(own) * (own - base), axis=(1, 2)))
