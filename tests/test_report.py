@@ -539,7 +539,7 @@ def test_a_trigger_scan_has_its_section(tmp_path):
         return True
 
     text = reported_as(tmp_path, {}, rows)
-    assert "put 1\u202f101 candidates" in text and "Named none 100.0 %" in text
+    assert "put 1 101 candidates" in text and "Named none 100.0 %" in text
     assert "moves their answers 2.0 times as much" in text and "So do 100.0 % of the" in text
 
 
