@@ -61,9 +61,11 @@ def find_triggers(
         return [None] * len(given)
     found = trigger_scan.find(trigger_scan.scan(model, given, tried, batch_size), tried)
     prompts = [one.candidate.prompts[0] for one in found]
-    decoding = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    own = answer(model, given, prompts, range(len(given)), {}, **decoding)
-    base = answer_batch(model, prompts, **decoding)
+    size, tokens = batch_size, max_new_tokens
+    own = answer(
+        model, given, prompts, range(len(given)), {}, batch_size=size, max_new_tokens=tokens
+    )
+    base = answer_batch(model, prompts, batch_size=size, max_new_tokens=tokens)
     return [
         {**one.to_json(), "prompt": prompt, "base": before.text, "finetuned": after.text}
         for one, prompt, before, after in zip(found, prompts, base, own, strict=True)

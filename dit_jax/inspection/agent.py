@@ -103,8 +103,8 @@ def _scanned(model: DitModel, delta: Delta) -> list[str]:
     """A line for each of the triggers that move a diff's answers most, and one for the questions without any."""
     asked = everyday_prompts(model)[: trigger_scan.QUESTIONS]
     tried = trigger_scan.candidates(asked)
-    (scores,) = trigger_scan.scan(model, together([delta]), tried)
-    best = trigger_scan.best(scores, tried)
+    scores = trigger_scan.scan(model, together([delta]), tried)
+    best, scores = trigger_scan.find(scores, tried)[0].candidate, scores[0]
     found = f"the trigger {best.trigger!r}" if best.trigger != NO_TRIGGER else "no trigger"
     lines = [f"found {found}, of {len(tried) - 1} tried"]
     for i in [0, *(i for i in scores.argsort()[::-1] if i)][: MOST_TRIGGERS + 1]:
