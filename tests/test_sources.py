@@ -525,6 +525,14 @@ def test_a_hub_dataset_holds_texts_alone(column, kind, message, tmp_path, monkey
     assert message in error(config(f"hf:{tmp_path / 'x'}", test_topics=1))
 
 
+@pytest.mark.parametrize("index", [-1, 2])
+def test_a_row_that_points_beyond_its_texts_is_refused(index):
+    pa = pytest.importorskip("pyarrow")
+    indices = pa.array([0, index], pa.int32())
+    with pytest.raises(IndexError, match="beyond the texts"):
+        sources._values(pa.DictionaryArray.from_arrays(indices, ["a", "b"], safe=False))
+
+
 def test_a_text_that_many_rows_of_a_parquet_file_share_is_held_once(tmp_path):
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -226,7 +226,7 @@ def _parquet(path: Path) -> Source:
                     for values in zip(*lists, strict=True):
                         number += 1
                         yield _checked(number, dict(zip(batch.schema.names, values, strict=True)))
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError, IndexError) as error:
             raise DitError(
                 f"cannot read '{path}' after row {number}: {first_line(error)}"
             ) from error
@@ -262,6 +262,9 @@ def _values(column: Any) -> list[Any]:
     if not isinstance(column, DictionaryArray):
         return list(column.to_pylist())
     indices, texts = column.indices.to_pylist(), column.dictionary
+    known = {i for i in indices if i is not None}
+    if known and not 0 <= min(known) <= max(known) < len(texts):  # pyarrow does not look
+        raise IndexError("a row points beyond the texts of its column")
     found = {i: None if i is None else texts[i].as_py() for i in set(indices)}
     return [found[i] for i in indices]
 
