@@ -36,6 +36,16 @@ def run(workdir, *extra):
     return main.main(flags(workdir, *extra))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_programs_are_kept():
+    """In the cache on disk: it keeps those that took long to compile."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0.0)
+    yield
+    jax.config.update(name, before)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "w"
@@ -98,6 +108,23 @@ def test_the_stages_report_their_speed(finished):
     stage = json.loads((finished / "stages" / "train.json").read_text())
     assert stage["loss_curve"] == [[r["step"], round(r["loss"], 5)] for r in records]
     assert "diffs_per_hour" in read_records(finished / "metrics" / "diffs.jsonl")[0]
+
+
+def test_another_workdir_seed_and_list_of_topics_compile_nothing(finished, tmp_path):
+    events = []
+    listener = lambda name, **_: events.append(name)  # noqa: E731
+    jax.monitoring.register_event_listener(listener)
+    try:
+        assert run(tmp_path / "w", "--config.seed=1") == 0
+    finally:
+        jax.monitoring.unregister_event_listener(listener)
+    rows = [DiffStore(x / "diffs").rows for x in (finished, tmp_path / "w")]
+    assert [row["topic"] for row in rows[0]] != [row["topic"] for row in rows[1]]
+    asked, missed = (
+        sum(name.endswith(f"compilation_cache/{what}") for name in events)
+        for what in ("compile_requests_use_cache", "cache_misses")
+    )
+    assert asked and not missed
 
 
 def test_a_config_of_required_keys_alone_runs(tmp_path):
