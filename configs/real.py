@@ -168,6 +168,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "name_reading", "logit_difference",
     )  # fmt: skip
     config.evaluate.adapter = ""  # another run's; a relative path starts at the workdir
+    if kinds:  # a part of these diffs has no trigger
+        config.evaluate.methods = tuple(
+            name for name in config.evaluate.methods if name != "base_question_trigger"
+        )
     config.evaluate.names = "held_out"
     config.evaluate.facts = str(FOLDER / "real_facts.txt")
     config.evaluate.facts_diffs = 16
