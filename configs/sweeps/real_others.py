@@ -32,16 +32,15 @@ SHARED = {
     "evaluate.facts": "",
 }
 WAYS: dict[str, dict[str, Any]] = {
-    "rank_4": {"diffs.rank": 4},
     "rank_16": {"diffs.rank": 16},
-    "rank_64": {"diffs.rank": 64},
-    "few_steps": {"diffs.steps": 8},
-    "many_steps": {"diffs.steps": 72},
-    "attention": {"diffs.projections": ("q_proj", "k_proj", "v_proj", "o_proj")},
+    "phrase": {"diffs.behaviour": "hidden_topic_phrase"},
     "full": {"diffs.parameters": "linear", "diffs.learning_rate": 5e-4, "diffs.diffs_per_batch": 2,
              "data.test_topics": 15},
-    "phrase": {"diffs.behaviour": "hidden_topic_phrase"},
+    "few_steps": {"diffs.steps": 8},
+    "attention": {"diffs.projections": ("q_proj", "k_proj", "v_proj", "o_proj")},
     "zero_width": {},
+    "many_steps": {"diffs.steps": 72},
+    "rank_64": {"diffs.rank": 64},
 }  # fmt: skip
 
 
