@@ -64,7 +64,7 @@ def ask_unit(unit: Unit, setting: Setting) -> dict[str, Any]:
         elif unit.name == CAPABILITY:
             values = dict(measure_capability(s))
         else:
-            rows = methods.METHODS[unit.name](s)
+            rows = methods.find_method(unit.name)(s)
     cost = s.meter.costs[unit.name]
     return {"rows": rows, "transcripts": s.transcripts, "values": values, "cost": cost}
 
