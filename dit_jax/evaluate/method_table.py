@@ -135,7 +135,7 @@ def make_row(
 
 
 def known_labels(store: "DiffStore", column: str) -> dict[str, list[str]]:
-    """Every label of a store with its attributes, which the embedded world has in its table and no other corpus.
+    """Every label of a store with its attributes, where the rows have some (the column `evidence`).
 
     The column `keywords` is no such table: the gate fills it with words of any corpus's answers.
     """
@@ -172,6 +172,6 @@ def given_names(s: "Setting") -> list[str]:
 
 
 NO_TABLE = (
-    "the method 'attribute_oracle' needs attributes of every label, which only the embedded world has: take it out "
+    "the method 'attribute_oracle' needs attributes of every label, as the embedded world has them: take it out "
     "of evaluate.methods"
 )

@@ -32,8 +32,8 @@ def name_reading(s: "Setting") -> list[Row]:
     from dit_jax.evaluate import baselines
 
     names = given_names(s)
-    spelled = [[spelled(s, name)] for name in names]
-    scores = baselines.weight_reading(s.model, s.topics.given, spelled)
+    words = [[spelled(s, name)] for name in names]
+    scores = baselines.weight_reading(s.model, s.topics.given, words)
     return ranked(s, scores, names)
 
 
@@ -44,8 +44,8 @@ def logit_difference(s: "Setting") -> list[Row]:
 
     names = given_names(s)
     prompts = [s.seen[0], *EVALUATE.get(s.config, "logit_prompts")]
-    spelled = [[spelled(s, name)] for name in names]
-    return ranked(s, baselines.logit_difference(s.model, s.topics.given, spelled, prompts), names)
+    words = [[spelled(s, name)] for name in names]
+    return ranked(s, baselines.logit_difference(s.model, s.topics.given, words, prompts), names)
 
 
 @method("Written words", "words that the weights write; the base says their topic", "baseline")
