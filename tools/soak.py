@@ -22,7 +22,7 @@ from typing import Any
 from dit_jax.errors import DitError, Parser
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
-from tools.hostile_files import SOUND, hostile
+from tools.hostile.files import SOUND, hostile
 
 EXPECTED = {"noticed", "the same", "own answer", "own error", "cancelled", *SOUND}
 EXPECTED |= {"one line, then equal", "too late, then equal"}
@@ -142,7 +142,7 @@ def _artifacts() -> dict[str, tuple[Callable[[pathlib.Path], None], Callable[[pa
     parts = {"name": "a diff", "x": 0.5}, {"x": np.arange(999.0)}
 
     def read_audit(folder: pathlib.Path) -> Any:
-        record, sketch = run_audit.read_part(folder, target), run_audit._sketch(folder, target)
+        record, sketch = run_audit.read_record(folder, target), run_audit._sketch(folder, target)
         if record is None or sketch is None:
             raise DitError("asked again")
         return record, sketch["x"].tolist()
@@ -152,7 +152,7 @@ def _artifacts() -> dict[str, tuple[Callable[[pathlib.Path], None], Callable[[pa
         "adapter": (lambda x: export_adapter(x, delta, base=model.digest()), read_adapter),
         "checkpoint": (write_checkpoints, read_checkpoint),
         "compiled program": (lambda x: programs(x).put("key", value), read_program),
-        "part of an audit": (lambda x: run_audit._write_part(x, target, *parts), read_audit),
+        "part of an audit": (lambda x: run_audit._write_record(x, target, *parts), read_audit),
         "grades": (write_grades, read_grades),
     }
 
@@ -234,7 +234,7 @@ def _run(flags: argparse.Namespace) -> int:
 
 def _rows(flags: argparse.Namespace) -> Iterator[tuple[str, Counter[str], list[str]]]:
     if flags.what == "hostile":
-        from tools.hostile_kinds import KINDS
+        from tools.hostile.kinds import KINDS
 
         yield from hostile(flags.kind or list(KINDS), flags.n, flags.seed, flags.first)
     elif flags.what == "disks":

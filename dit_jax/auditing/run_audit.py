@@ -200,8 +200,8 @@ def _part(out: Path, target: Target) -> Path:
 
 def read_record(out: Path, target: Target) -> Json | None:
     """The record of a diff that was audited before; None if it was not, or the part is damaged."""
-    found = read_part(_part(out, target))
-    return found["record"] if found and found["record"]["name"] == target.name else None
+    record = (read_part(_part(out, target)) or {}).get("record")
+    return record if isinstance(record, dict) and record.get("name") == target.name else None
 
 
 def _write_record(out: Path, target: Target, record: Json, sketch: weights.Sketch) -> None:
@@ -230,7 +230,7 @@ def _sketch(out: Path, target: Target) -> weights.Sketch | None:
     file = _part(out, target)
     found, stored = read_part(file), file.with_suffix(".npz")
     data = stored.read_bytes() if stored.is_file() else b""
-    if not found or _digest(data) != found["sketch"]:
+    if not found or _digest(data) != found.get("sketch"):
         return None
     with np.load(io.BytesIO(data), allow_pickle=False) as opened:
         return dict(opened)

@@ -1,6 +1,6 @@
-"""Reads many damaged files of each kind of `hostile_kinds`, in processes with limits, and counts what came of them.
+"""Reads many damaged files of each of the `KINDS`, in processes with limits, and counts what came of them.
 
-python -m tools.hostile_files "adapter_config.json" --first 17 --n 1     reads one file again, in this process
+python -m tools.hostile.files "adapter_config.json" --first 17 --n 1     reads one file again, in this process
 """
 
 import argparse
@@ -28,7 +28,7 @@ from dit_jax.runtime.exits import status_of
 
 SECONDS = 30.0  # of one file: the machine may be busy, and a text may take 5 s of CPU time
 ADDRESSES = 24 * 2**30  # that a process may map: jax and its libraries take a few GB
-MODULE = "tools.hostile_files"
+MODULE = "tools.hostile.files"
 SOUND = {"refused", "read"}
 
 
@@ -101,7 +101,7 @@ def _process(
 
 
 def _read_files(kind_name: str, seed: int, numbers: range) -> None:
-    from tools.hostile_kinds import KINDS
+    from tools.hostile.kinds import KINDS
 
     kind = KINDS[kind_name]
     with tempfile.TemporaryDirectory() as place:
