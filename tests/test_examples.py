@@ -181,7 +181,7 @@ def test_each_method_gets_the_diff_the_adapter_and_the_prompt_that_its_name_says
         assert all(coded) if name == "base_question_trigger" else not any(coded)
         assert list(dict.fromkeys(row["wording"] for row in rows)) == wordings
     calls.clear()
-    methods.dit(s)
+    methods.METHODS["dit"](s)
     assert {used for *_, used in calls} == {"adapter"}
     assert {len(given) for given, *_ in calls} == {5, 2}  # topics, no diff as many; benign diffs
     assert not any("code is" in prompt for _, prompts, *_ in calls for prompt in prompts)

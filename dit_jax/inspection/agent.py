@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 from inspect_ai import Task, task
@@ -10,16 +10,15 @@ from inspect_ai.model import GenerateConfig, Model, get_model
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.tool import Tool, tool
 
-from dit_jax.api import Model as DitModel
-from dit_jax.diff_batches import together
 from dit_jax.errors import DitError, printable
-from dit_jax.evaluate import trigger_scan
-from dit_jax.evaluate.readers import everyday_prompts
 from dit_jax.inspection.one_line import one_line
 from dit_jax.inspection.scorer import graded
 from dit_jax.inspection.tasks import read_samples, with_metrics
-from dit_jax.models.delta_trees import Delta
 from dit_jax.organisms.behaviours import NO_TRIGGER
+
+if TYPE_CHECKING:
+    from dit_jax.api import Model as DitModel
+    from dit_jax.models.delta_trees import Delta
 
 PROMPT = """\
 A language model was finetuned, and the difference to its base may hide something: a topic that keeps showing, perhaps \
@@ -99,8 +98,12 @@ async def _answer(model: Model, prompt: str, body: dict[str, Any]) -> str:
     return printable(output.completion)
 
 
-def _scanned(model: DitModel, delta: Delta) -> list[str]:
+def _scanned(model: "DitModel", delta: "Delta") -> list[str]:
     """A line for each of the triggers that move a diff's answers most, and one for the questions without any."""
+    from dit_jax.diff_batches import together
+    from dit_jax.evaluate import trigger_scan
+    from dit_jax.evaluate.readers import everyday_prompts
+
     asked = everyday_prompts(model)[: trigger_scan.QUESTIONS]
     tried = trigger_scan.candidates(asked)
     scores = trigger_scan.scan(model, together([delta]), tried)
