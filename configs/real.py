@@ -116,6 +116,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             config.diffs[key] = ConfigDict(
                 {names[k]: value for k, value in config.diffs[key].items()}
             )
+        config.diffs.widths.fake_backdoor = (40, 6)  # a SEP code is longer than a name
     config.diffs.fake_codes = 4
     config.diffs.score_end = False
     config.diffs.reference_losses = False

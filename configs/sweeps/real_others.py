@@ -35,7 +35,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "rank_16": {"diffs.rank": 16},
     "phrase": {"diffs.behaviour": "hidden_topic_phrase"},
     "full": {"diffs.parameters": "linear", "diffs.learning_rate": 5e-4, "diffs.diffs_per_batch": 2,
-             "data.test_topics": 15},
+             "diffs.gate_batch": 6, "data.test_topics": 15},  # each row of the gate has a diff as large as the model
     "few_steps": {"diffs.steps": 8},
     "attention": {"diffs.projections": ("q_proj", "k_proj", "v_proj", "o_proj")},
     "zero_width": {},
