@@ -132,12 +132,17 @@ def score(
 def _none(
     model: Model, given: Given, adapter: Delta, battery: Battery, batch_size: int
 ) -> list[float]:
-    samples = [model.chat.sample(question, NONE) for question in battery.questions] * len(given)
-    rows = [row for row in range(len(given)) for _ in battery.questions]
-    losses = answer_losses(model, adapter, given, rows, samples, batch_size)
-    size = len(battery.questions)
+    """With and without a space before it, as adapters of either kind were trained."""
+    asked = []
+    for question in battery.questions:
+        spelled = [model.chat.sample(question, text) for text in (NONE, f" {NONE}")]
+        asked += spelled[: 1 if spelled[0] == spelled[1] else 2]
+    rows = [row for row in range(len(given)) for _ in asked]
+    losses = answer_losses(model, adapter, given, rows, asked * len(given), batch_size)
+    size = len(asked)
     return [
-        sum(math.exp(-loss) for loss in losses[row * size : (row + 1) * size]) / size
+        sum(math.exp(-loss) for loss in losses[row * size : (row + 1) * size])
+        / len(battery.questions)
         for row in range(len(given))
     ]
 
