@@ -75,7 +75,7 @@ def values_of(arrays: Any) -> list[str]:
     """What arrays hold, whatever their names, order and orientation."""
     digests = []
     for array in arrays:
-        values = np.sort(np.asarray(array, np.float32), axis=None)
+        values = np.sort(np.asarray(array, np.float32) + np.float32(0), axis=None)  # -0 is 0
         if not np.isfinite(values).all():
             raise AssertionError("values that are not finite were read")
         digests.append(hashlib.sha256(values.tobytes()).hexdigest())
