@@ -34,8 +34,9 @@ SHARED = {
 WAYS: dict[str, dict[str, Any]] = {
     "rank_16": {"diffs.rank": 16},
     "phrase": {"diffs.behaviour": "hidden_topic_phrase"},
-    "full": {"diffs.parameters": "linear", "diffs.learning_rate": 5e-4, "diffs.diffs_per_batch": 2,
-             "diffs.gate_batch": 6, "data.test_topics": 15},  # each row of the gate has a diff as large as the model
+    # Each row of the gate has a diff as large as the model; unrolled layers would need 27 GB.
+    "full": {"diffs.parameters": "linear", "diffs.learning_rate": 5e-4, "diffs.diffs_per_batch": 1,
+             "diffs.gate_batch": 6, "model.scan_layers": True, "data.test_topics": 15},
     "few_steps": {"diffs.steps": 8},
     "attention": {"diffs.projections": ("q_proj", "k_proj", "v_proj", "o_proj")},
     "zero_width": {},
