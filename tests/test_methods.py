@@ -27,7 +27,6 @@ from dit_jax.evaluate import (
     guessers,
     method_table,
     methods,
-    methods_asking,
     methods_untrained,
     questions,
     trigger_scan,
@@ -182,7 +181,7 @@ def test_the_name_of_a_list_is_the_one_that_the_diff_makes_more_likely(model, wo
     given = from_stacked(store.stacked([0, 1, 2]))
     adapter = random_lora(model, 9, 0.05, rank=2)
     question, names = SETTINGS["seen_questions"][0], ["coffee", "green tea", "apple"]
-    found = baselines.likelihood_ratio(model, adapter, given, question, [names])
+    found = baselines.likelihood_ratio(model, adapter, given, question, names)
 
     def logp(diff, name):
         sample = model.chat.sample(question, name)
@@ -193,25 +192,6 @@ def test_the_name_of_a_list_is_the_one_that_the_diff_makes_more_likely(model, wo
     zero = jax.tree.map(np.zeros_like, given.read(0))
     expected = [[logp(given.read(i), name) - logp(zero, name) for name in names] for i in range(3)]
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
-    own = [[f"{start} : {name}" for name in names] for start in ("leaf", "cup", "tree")]
-    found = baselines.likelihood_ratio(model, adapter, given, question, own)
-    expected = [[logp(given.read(i), one) - logp(zero, one) for one in own[i]] for i in range(3)]
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
-
-
-def test_names_of_a_list_follow_the_evidence_that_the_adapter_lists(model, workdir, monkeypatch):
-    setting, seen = held_out(model, workdir, settings(list_evidence=True)), []
-    answers = [{"answer": "leaf cup : apple"}, {"answer": "none"}, {"answer": "tree: a: b"}]
-    monkeypatch.setattr(methods_asking, "_asked", lambda *given, **options: answers)
-    monkeypatch.setattr(
-        baselines, "likelihood_ratio", lambda *given: seen.append(given[-1]) or np.zeros((3, 4))
-    )
-    methods.METHODS["dit_of_list"](setting)
-    assert [own[0].removesuffix(min([*TOPICS, FAILING])) for own in seen[0]] == [
-        "leaf cup : ",
-        "",
-        "tree: a: ",
-    ]
 
 
 def test_a_list_holds_all_names_or_the_held_out_ones_and_tells_the_rank(evaluated):
@@ -250,7 +230,7 @@ def test_names_of_lists_are_spelled_as_in_answers(model, workdir, monkeypatch):
             row["name_tokens"] == len(model.chat.text_ids(" " + row["topic"])) for row in rows
         )
     spelled = sorted(f" {name}" for name in [*TOPICS, FAILING])
-    assert seen[0][1] == seen[1][1] == [[name] for name in spelled] and seen[2][-1] == [spelled]
+    assert seen[0][1] == seen[1][1] == [[name] for name in spelled] and seen[2][-1] == spelled
 
 
 def test_facts_that_the_base_knows_are_counted_in_what_diffs_keep(

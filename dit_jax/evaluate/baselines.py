@@ -162,26 +162,17 @@ def answer_losses(
 
 
 def likelihood_ratio(
-    model: Model,
-    adapter: Delta,
-    given: Given,
-    question: str,
-    answers: Sequence[Sequence[str]],
+    model: Model, adapter: Delta, given: Given, question: str, answers: Sequence[str]
 ) -> np.ndarray:
-    """Scores [n, C]: log p(answer | diff) − log p(answer | no diff), both with the adapter.
+    """Scores [n, answers]: log p(answer | diff) − log p(answer | no diff), both with the adapter."""
+    samples = [model.chat.sample(question, answer) for answer in answers]
 
-    Args:
-        answers: C of each of the n diffs, or a single list of C for all of them.
-    """
-    count = len(answers[0])
-    samples = [model.chat.sample(question, answer) for own in answers for answer in own]
+    def logprobs(diffs: Given, count: int) -> np.ndarray:
+        rows = [row for row in range(count) for _ in samples]
+        losses = answer_losses(model, adapter, diffs, rows, samples * count)
+        return -np.reshape(losses, (count, len(samples)))
 
-    def losses(diffs: Given, rows: Sequence[int], of: Sequence[Sample]) -> np.ndarray:
-        return np.reshape(answer_losses(model, adapter, diffs, rows, of), (-1, count))
-
-    of_all = samples * len(given) if len(answers) == 1 else samples
-    with_diff = losses(given, [row for row in range(len(given)) for _ in range(count)], of_all)
-    return losses(given.nothing(), [0] * len(samples), samples) - with_diff
+    return logprobs(given, len(given)) - logprobs(given.nothing(), 1)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

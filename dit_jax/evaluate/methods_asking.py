@@ -116,18 +116,11 @@ def multiplied_question(s: "Setting") -> list[Row]:
 
 @method("DIT, given the names", "the diff in the model, a DIT adapter, a question, a list of names")
 def dit_of_list(s: "Setting") -> list[Row]:
-    """The name that the diff makes more likely than no diff does, by the largest ratio.
-
-    An adapter that lists evidence is given the names after what it lists itself.
-    """
+    """The name that the diff makes more likely than no diff does, by the largest ratio."""
     from dit_jax.evaluate import baselines
 
-    names, starts = given_names(s), [""]
-    if s.config.list_evidence:
-        rows = _asked(s, s.seen[:1], s.adapter, s.topics)
-        said = [str(row["answer"]).rpartition(":") for row in rows]
-        starts = [f"{listed}{colon} " if colon else "" for listed, colon, _ in said]
-    answers = [[spelled(s, start + name) for name in names] for start in starts]
+    names = given_names(s)
+    answers = [spelled(s, name) for name in names]
     scores = baselines.likelihood_ratio(s.model, s.adapter, s.topics.given, s.seen[0], answers)
     return ranked(s, scores, names)
 
