@@ -5,24 +5,13 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
-from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.families import hf_config
 from dit_jax.models.modules import projections as lora_modules
 from dit_jax.models.modules import set_at
+from tools.hostile.common import CONFIG
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
-# The key and value projections are square, so a transposed factor would still fit.
-CONFIG = DecoderConfig(
-    vocab_size=67,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    tie_word_embeddings=True,
-)
 UNTIED = dataclasses.replace(CONFIG, tie_word_embeddings=False)
 
 

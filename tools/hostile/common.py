@@ -17,6 +17,7 @@ from dit_jax.models.decoder import init_params
 from dit_jax.models.decoder_config import DecoderConfig
 from tools.hostile import damage
 
+# The key and value projections are square, so a transposed factor would still fit.
 CONFIG = DecoderConfig(
     vocab_size=67,
     hidden_size=32,
