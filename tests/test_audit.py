@@ -261,6 +261,7 @@ def test_fail_on_sets_the_exit_status_and_what_cannot_be_read_is_not_cleared(
         (["one.pt"], ["--jobs", "2/2"], "must be I/N"),
         (["one.pt"], ["--questions", "nowhere"], "'nowhere' is missing"),
         (["one.pt"], ["--triggers", "phrase"], "there is no behaviour 'phrase'"),
+        (["one.pt"], ["--triggers", "topic_untriggered"], "topic_untriggered: no trigger to try"),
     ],
 )
 def test_mistakes_are_one_line(zoo, tmp_path, capsys, diffs, rest, message):

@@ -8,7 +8,7 @@ trigger belongs: those of all known behaviours are tried.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,12 +47,12 @@ class Candidate(NamedTuple):
 
 
 def candidates(
-    questions: Sequence[str], behaviours: Iterable[str] = (), seed: int = 0
+    questions: Sequence[str], behaviours: Sequence[str] = (), seed: int = 0
 ) -> list[Candidate]:
     """The plain questions first, then every trigger of these behaviours; default: of all that are registered.
 
     Raises:
-        DitError: a behaviour is unknown.
+        DitError: a behaviour is unknown, or none of them has triggers.
     """
     found = {tuple(questions): Candidate("", NO_TRIGGER, tuple(questions))}
     for name in dict.fromkeys(behaviours or BEHAVIOURS):
@@ -67,6 +67,9 @@ def candidates(
             prompts = tuple(behaviour.triggered(question, trigger, rng) for question in questions)
             # Behaviours that share their triggers are tried once.
             found.setdefault(prompts, Candidate(behaviour.name, trigger, prompts))
+    if len(found) == 1:
+        names = ", ".join(behaviours)
+        raise DitError(f"{names}: no trigger to try: name a behaviour that has one")
     return list(found.values())
 
 
