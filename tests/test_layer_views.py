@@ -10,7 +10,7 @@ import pytest
 import dit_jax
 from dit_jax.models import hf_checkpoint
 from dit_jax.models.families import read_config
-from dit_jax.models.layer_views import as_program_takes
+from dit_jax.models.layer_views import as_program_takes, unstack
 from dit_jax.models.shardings import abstract_params
 from dit_jax.runtime.parallel import make_mesh
 
@@ -108,3 +108,15 @@ def test_large_arrays_start_where_huge_pages_do():
         array = hf_checkpoint._aligned(shape, np.dtype(np.float32))
         assert array.shape == shape and array.flags.c_contiguous
         assert array.ctypes.data % unit == 0
+
+
+def test_gradients_of_slices_are_stacked_and_not_padded():
+    x = jnp.arange(6.0).reshape(3, 2)
+
+    def loss(x):
+        first, _, last = unstack(x)  # no gradient reaches the one between
+        return jnp.sum(first * last)
+
+    text = jax.jit(jax.grad(loss)).lower(x).as_text()
+    assert "stablehlo.concatenate" in text and "stablehlo.pad" not in text
+    np.testing.assert_array_equal(jax.grad(loss)(x), [[4, 5], [0, 0], [0, 1]])

@@ -137,7 +137,8 @@ def ready_deltas(deltas: Deltas, config: DecoderConfig, batch: int) -> Deltas:
 
 def _by_layer(layers: Any) -> tuple[Any, ...]:
     leaves, structure = jax.tree.flatten(layers)
-    return tuple(structure.unflatten(own) for own in zip(*map(unstack, leaves), strict=True))
+    by_layer = zip(*map(unstack, leaves), strict=True)
+    return tuple(jax.tree.unflatten(structure, own) for own in by_layer)
 
 
 def _remat_policy(config: DecoderConfig) -> Any:
