@@ -24,7 +24,7 @@ from format_cases import (
 )
 from safetensors.numpy import load_file, save_file
 
-from dit_jax.deltas import detect, peft
+from dit_jax.deltas import detect, export, peft
 from dit_jax.deltas.factors import fuse, modules
 from dit_jax.deltas.patterns import Budget, Pattern
 from dit_jax.errors import DitError
@@ -401,9 +401,20 @@ def test_a_fused_adapter_is_the_sum_of_both(base, tmp_path, dtype):
     assert_same(found, fused)
     assert all((m["scale"] == 1).all() for _, m in modules(found))
     assert found["layers"]["mlp"]["up_proj"]["a"].shape[-1] == 5
-    found_logits = base.peft_logits(tmp_path / "x")
     wanted = base.logits(diff, adapter)
-    np.testing.assert_allclose(found_logits, wanted, atol=1e-4)
+    np.testing.assert_allclose(base.peft_logits(tmp_path / "x"), wanted, atol=1e-4)
+    # Servers read one rank and one alpha for all modules.
+    export.write_fused_peft(tmp_path / "y", CONFIG, str(base.folder), diff, adapter)
+    told = json.loads((tmp_path / "y" / peft.CONFIG).read_text())
+    assert (told["r"], told["lora_alpha"], told["rank_pattern"], told["alpha_pattern"]) == (
+        5,
+        5,
+        {},
+        {},
+    )
+    tensors = load_file(tmp_path / "y" / peft.WEIGHTS)
+    assert {min(x.shape) for x in tensors.values()} == {5}
+    np.testing.assert_allclose(base.peft_logits(tmp_path / "y"), wanted, atol=1e-4)
 
 
 def test_fusing_is_exact_in_the_stored_dtype():

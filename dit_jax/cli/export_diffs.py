@@ -90,7 +90,7 @@ def run(flags: argparse.Namespace) -> None:
     if flags.dtype == "bfloat16":
         delta = rounded(delta, jnp.bfloat16)
     if flags.to == "peft":
-        export.write_peft(out, delta, config, flags.base)
+        export.write_peft(out, delta, config, flags.base, one_rank=len(deltas) > 1)
     elif flags.to == "mlx":
         export.write_mlx(out, delta, config, flags.base)
     elif diff is not None:

@@ -138,11 +138,13 @@ def write_fused_peft(
     *deltas: Any,
     replace: bool = False,
 ) -> None:
-    """Writes the sum of LoRA deltas, [δ ⊕ adapter], as one PEFT folder with all scales 1.
+    """Writes the sum of LoRA deltas, [δ ⊕ adapter], as one PEFT folder with all scales 1 and one rank.
 
     This suits servers that take one adapter per request. See `fuse` and `write_peft`.
 
     Raises:
       DitError: a delta is dense, all are empty, or the folder is not writable.
     """
-    write_peft(folder, fuse(*deltas), config, base_model_name_or_path, replace=replace)
+    write_peft(
+        folder, fuse(*deltas), config, base_model_name_or_path, one_rank=True, replace=replace
+    )

@@ -281,6 +281,7 @@ def write_peft(
     config: DecoderConfig,
     base_model_name_or_path: str,
     *,
+    one_rank: bool = False,
     replace: bool = False,
 ) -> None:
     """Writes a LoRA delta as a PEFT folder; factors keep their dtype and bits.
@@ -293,6 +294,8 @@ def write_peft(
       delta: LoRA factors only.
       config: architecture of the base model.
       base_model_name_or_path: the base that PEFT should load.
+      one_rank: give every module in every layer the largest rank instead, filled up with zeros, for servers that read
+        one rank and one alpha for all. Its scales must be equal.
       replace: whether an existing folder may be replaced.
 
     Raises:
@@ -301,6 +304,7 @@ def write_peft(
     from safetensors.numpy import save_file
 
     factors: dict[str, Factors] = {}
+    most = max((module["a"].shape[-1] for _, module in modules(delta) if "a" in module), default=0)
     for path, module in modules(delta):
         if "w" in module:
             raise DitError(
@@ -312,6 +316,8 @@ def write_peft(
         largest = int(np.argmax(ranks))
         if ranks[largest] < module["a"].shape[-1]:
             layers[largest] = get_factors(module, largest)
+        if one_rank:
+            layers = [_padded(f, most) for f in layers]
         name = all_modules(config)[path].name
         if config.text_part:  # as the whole model has it
             name = name.replace("model.", "model.language_model.", 1)
@@ -330,6 +336,12 @@ def write_peft(
         metadata = {"format": "pt", "dtype": str(np.dtype(dtype))}
         save_file(tensors, temporary / WEIGHTS, metadata=metadata)
         (temporary / CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+def _padded(factors: Factors, rank: int) -> Factors:
+    extra = rank - factors.a.shape[1]
+    a, b = np.pad(factors.a, ((0, 0), (0, extra))), np.pad(factors.b, ((0, extra), (0, 0)))
+    return Factors(a, b, factors.scale)
 
 
 def _make_config(used: dict[str, Factors], every: Iterable[str], base: str) -> dict[str, Any]:
