@@ -160,7 +160,7 @@ def test_settings_that_are_not_followed_are_refused_by_name(api, setting):
 
 
 def test_other_mistakes_are_refused_by_name(api, run):
-    with pytest.raises(DitError, match="idnex"):
+    with pytest.raises(DitError, match="'idnex' in extra_body: did you mean 'index'"):
         gather(call(api, extra_body={"idnex": 1}))
     for index in (9, -5):
         with pytest.raises(DitError, match=f"holds 4 diffs: there is no diff {index}"):
@@ -207,6 +207,18 @@ def test_system_message_earlier_turns_and_the_start_of_the_answer_are_read(api, 
         assert output.usage.input_tokens == len(model.chat.prompt_ids(prompt))
     prompts = [model.chat.prompt_ids(prompt) for prompt in cases.values()]
     assert len(set(prompts)) == len(cases)
+
+
+def test_an_adapter_gets_the_system_message_of_its_training(api, model, run, tmp_path):
+    adapter = dit_jax.load_adapter(run / "adapter", model)
+    export_adapter(tmp_path / "a", adapter, base=model.digest(), system="be brief")
+    used = []
+    for text in ("u what ?", "s  | u what ?"):
+        config = GenerateConfig(max_tokens=6, extra_body={"adapter": str(tmp_path / "a")})
+        (output,) = gather(api.generate(turns(text), [], "auto", config))
+        used.append(output.usage.input_tokens)
+    prompts = (Prompt("what ?", "be brief"), Prompt("what ?", ""))
+    assert used == [len(model.chat.prompt_ids(prompt)) for prompt in prompts]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from inspect_ai.model import (
 )
 from inspect_ai.tool import ToolChoice, ToolInfo
 
-from dit_jax.api import load_adapter, load_diffs, load_model
+from dit_jax.api import load_diffs, load_model, read_adapter
 from dit_jax.asking import Answer, answer_batch
 from dit_jax.data.chat import Prompt
 from dit_jax.deltas.tree import is_lora, layout
@@ -112,7 +112,7 @@ class DitJaxAPI(ModelAPI):
         }
         self._open = functools.lru_cache(maxsize=16)(lambda path: load_diffs(path, self.model))
         self._kept: dict[tuple[str, int], Delta] = {}
-        self._adapter = functools.lru_cache(maxsize=4)(lambda path: load_adapter(path, self.model))
+        self._adapter = functools.lru_cache(maxsize=4)(lambda path: read_adapter(path, self.model))
         self._batcher = Batcher(self._decode, batch_size, window)
         # So that wrong paths show before the first sample.
         if adapter:
@@ -173,7 +173,6 @@ class DitJaxAPI(ModelAPI):
         if tools:
             raise DitError("dit_jax models do not call tools: use a task without tools")
         prompt = _read_prompt(messages)
-        self.model.chat.prompt_ids(prompt)  # refused before it shares a batch
         settings = config.model_dump(exclude_none=True)
         if settings.get("num_choices") == 1:
             del settings["num_choices"]
@@ -186,9 +185,8 @@ class DitJaxAPI(ModelAPI):
         extra = settings.get("extra_body", {})
         for name in extra:
             if name not in _EXTRA:
-                raise DitError(
-                    f"unknown key {name!r} in extra_body: choose from {', '.join(_EXTRA)}"
-                )
+                hint = did_you_mean(name, _EXTRA, f": choose from {', '.join(_EXTRA)}")
+                raise DitError(f"unknown key {name!r} in extra_body{hint}")
         chosen = {**self.defaults, **extra}
         tokens, seed = settings.get("max_tokens", MAX_TOKENS), settings.get("seed")
         temperature = float(settings.get("temperature", 0.0))
@@ -212,11 +210,16 @@ class DitJaxAPI(ModelAPI):
         ):
             if not fits:
                 raise DitError(f"{name} is {short(value)}: give {wanted}")
+        adapter = str(chosen["adapter"] or "")
+        trained = self._adapter(adapter).metadata.get("system") if adapter else None
+        if prompt.system is None and isinstance(trained, str):
+            prompt = prompt._replace(system=trained)
+        self.model.chat.prompt_ids(prompt)  # refused before it shares a batch
         return Call(
             prompt,
             str(chosen["diff"] or ""),
             _whole("index in extra_body", chosen["index"]),
-            str(chosen["adapter"] or ""),
+            adapter,
             tokens,
             temperature,
             seed if temperature > 0 else None,
@@ -266,7 +269,7 @@ class DitJaxAPI(ModelAPI):
         found = answer_batch(
             self.model,
             [calls[i].prompt for i in members],
-            deltas=[*deltas, self._adapter(first.adapter)] if first.adapter else deltas,
+            deltas=[*deltas, self._adapter(first.adapter).delta] if first.adapter else deltas,
             stacked=stacked,
             max_new_tokens=first.max_tokens,
             batch_size=self.batch_size if first.seed is None else 1,
