@@ -247,6 +247,8 @@ def test_fail_on_sets_the_exit_status_and_what_cannot_be_read_is_not_cleared(
         run(zoo, audited, good, code=code, rest=["--fail-on", condition])
         run(zoo, audited, good, broken, code=1, rest=["--fail-on", condition])
         assert "broken_config" in capsys.readouterr().err
+    run(zoo, tmp_path / "none", broken, code=2)
+    assert "no diff could be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -254,7 +256,9 @@ def test_fail_on_sets_the_exit_status_and_what_cannot_be_read_is_not_cleared(
     [
         (["store[99]"], [], "there are 16 diffs, and no number 99"),
         (["store[9:3]"], [], "picks none of 16 diffs"),
-        (["store[a]"], [], "does not exist"),
+        (["store[a]"], [], "write [3], [256:352] or [0,5,-1]"),
+        (["store[]"], [], "write [3], [256:352] or [0,5,-1]"),
+        (["nowhere[a]", "one.pt"], [], "does not exist"),
         (["store"], ["--split", "tset"], "is in the split 'tset'"),
         (["one.pt"], ["--fail-on", "hidden>0.9"], "needs a calibration"),
         (["one.pt"], ["--fail-on", "secret>0.9"], "must be like 'hidden>0.9'"),
@@ -280,6 +284,7 @@ def test_ranges_splits_and_lists_of_files(model, zoo, tmp_path):
         return [target.name.removeprefix(f"{zoo}/") for target in found]
 
     assert names(f"{zoo}/store[-1,0,3:5]") == [f"store[{i}]" for i in (15, 0, 3, 4)]
+    assert names(f"{zoo}/store[1::7]") == [f"store[{i}]" for i in (1, 8, 15)]
     assert len(names(f"{zoo}/store", split="test")) == 12
     (tmp_path / "list.txt").write_text(f"# two\n{zoo}/store[1]\n{zoo}/one.pt\n")
     assert names(tmp_path / "list.txt", f"{zoo}/store[1]") == ["store[1]", "one.pt"]

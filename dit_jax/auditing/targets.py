@@ -16,8 +16,8 @@ from dit_jax.errors import DitError
 from dit_jax.formats.files import short
 from dit_jax.runtime.os_errors import explain_os_errors
 
-_PICKED = re.compile(r"(?P<path>.+)\[(?P<picked>[-\d:,\s]+)\]")
-_PART = re.compile(r"(-?\d+)|(-?\d+)?:(-?\d+)?")
+_PICKED = re.compile(r"(?P<path>.+)\[(?P<picked>[^\[\]]*)\]")
+_PART = re.compile(r"(-?\d+)|(-?\d+)?:(-?\d+)?(?::([1-9]\d*))?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,13 @@ def reading_order(targets: Sequence[Target]) -> list[int]:
 def path_and_range(text: str) -> tuple[str, str | None]:
     """("store", "3:5") for "store[3:5]", unless a file has that name; ("store", None) for "store"."""
     match = None if os.path.exists(os.path.expanduser(text)) else _PICKED.fullmatch(text)
-    return (match["path"], match["picked"]) if match else (text, None)
+    # What is no number is a mistake in a range only behind a path that is there.
+    if match and (
+        re.fullmatch(r"[-\d:,\s]+", match["picked"])
+        or os.path.exists(os.path.expanduser(match["path"]))
+    ):
+        return match["path"], match["picked"]
+    return text, None
 
 
 def look_at(given: Sequence[str], one: bool) -> dict[str, Found]:
@@ -157,15 +163,15 @@ def _of(
 
 
 def _numbers(picked: str, size: int, text: str) -> list[int]:
-    """The numbers that "3", "256:352" or "0,5,-1" picks. Raises DitError: it is malformed or picks none."""
+    """The numbers that "3", "256:352", "0:9:2" or "0,5,-1" picks. Raises DitError: it is malformed or picks none."""
     numbers: list[int] = []
     for part in picked.split(","):
         match = _PART.fullmatch(part.strip())
         if match is None:
             raise DitError(f"{text!r}: write [3], [256:352] or [0,5,-1] behind the path")
         if match[1] is None:
-            low, high = (None if end is None else int(end) for end in match.groups()[1:])
-            numbers += range(size)[low:high]
+            low, high, step = (int(end) if end else None for end in match.groups()[1:])
+            numbers += range(size)[low:high:step]
         elif -size <= int(match[1]) < size:
             numbers.append(int(match[1]) % size)
         else:

@@ -138,6 +138,8 @@ def run(flags: argparse.Namespace) -> int:
         name, sign, limit = condition
         more = f" and {len(failing) - 5} more" if len(failing) > 5 else ""
         show(f"--fail-on {name}{sign}{limit:g}: {', '.join(failing[:5])}{more}", error=True)
+    if all("error" in row for row in rows):
+        raise DitError(f"no diff could be read. {rows[0]['error']}")
     return EXIT_FOUND if failing else 0
 
 
