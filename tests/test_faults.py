@@ -493,6 +493,13 @@ def test_what_stops_inside_a_stage_is_one_line(copy, monkeypatch, capfd):
     run_stage(full)
     assert run(copy) == 2
     assert "error: cannot use '/somewhere/file': the disk is full" in capfd.readouterr().err
+
+    def vanished(*_):
+        raise FileNotFoundError(errno.ENOENT, "No such file", str(copy / "checkpoints"))
+
+    run_stage(vanished)
+    assert run(copy) == 2
+    assert "checkpoints' vanished while the run used it" in capfd.readouterr().err
     run_stage(lambda *_: SimpleNamespace().missing)
     with pytest.raises(AttributeError):  # a bug keeps its traceback
         run(copy)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from dit_jax.cli import run_stages
 from dit_jax.errors import DitError
+from dit_jax.runtime.progress import Progress
 from tools import small_run
 
 STAGES = "--config.stages=('diffs','train','evaluate')"
@@ -46,20 +47,22 @@ def disk_faults(n: int, seed: int = 0) -> Iterator[tuple[str, Counter[str], list
         _run(place / "whole")
         seconds, expected = time.monotonic() - start, small_run.results(place / "whole")
         size = sum(file.stat().st_size for file in (place / "whole").rglob("*") if file.is_file())
-        for number in range(n * len(FAULTS)):
-            fault, when = FAULTS[number % len(FAULTS)], rng.random()
-            with _disk(place / f"disk{number}") as disk:
-                status, stage, said = _faulty(disk, fault, when * seconds, int(when * size))
-                again, _, complaint = _run(disk / "w")
-                equal = again == 0 and small_run.results(disk / "w") == expected
-            one_line = (status, len(said)) == (2, 1) and said[0].startswith("error: ")
-            outcome = "too late" if status == 0 else "one line" if one_line else ""
-            counts, wrong = found.setdefault(f"{fault}, {stage}", (Counter(), []))
-            counts[f"{outcome}, then equal" if outcome and equal else "wrong"] += 1
-            if not (outcome and equal):
-                wrong.append(
-                    f"{number}: status {status}: {said[-6:]}; then {again}: {complaint[-6:]}"
-                )
+        with Progress("runs", n * len(FAULTS)) as progress:
+            for number in range(n * len(FAULTS)):
+                fault, when = FAULTS[number % len(FAULTS)], rng.random()
+                with _disk(place / f"disk{number}") as disk:
+                    status, stage, said = _faulty(disk, fault, when * seconds, int(when * size))
+                    again, _, complaint = _run(disk / "w")
+                    equal = again == 0 and small_run.results(disk / "w") == expected
+                one_line = (status, len(said)) == (2, 1) and said[0].startswith("error: ")
+                outcome = "too late" if status == 0 else "one line" if one_line else ""
+                counts, wrong = found.setdefault(f"{fault}, {stage}", (Counter(), []))
+                counts[f"{outcome}, then equal" if outcome and equal else "wrong"] += 1
+                if not (outcome and equal):
+                    wrong.append(
+                        f"{number}: status {status}: {said[-6:]}; then {again}: {complaint[-6:]}"
+                    )
+                progress.advance(1)
     for kind, (counts, wrong) in sorted(found.items()):
         yield kind, counts, wrong
 

@@ -7,6 +7,7 @@ On several hosts, start the same command on each, with --distributed and a workd
 """
 
 import contextlib
+import errno
 import functools
 import importlib.util
 import json
@@ -202,7 +203,12 @@ def _explain(workdir: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        place = error.filename or workdir
+        if error.errno == errno.ENOENT and str(place).startswith(str(workdir)):
+            raise DitError(
+                f"'{place}' vanished while the run used it (a disk that went away, a folder that was deleted): "
+                "see to that, and run the same command again"
+            ) from error
         if not os_errors.has_remedy(error.errno):
             raise
-        place = error.filename or workdir
         raise DitError(f"cannot use '{place}': {os_errors.reason(error.errno or 0)}") from error
