@@ -10,9 +10,12 @@ import torch
 import transformers
 
 import dit_jax
+from dit_jax.data.gguf_tokenizer import gguf_tokenizer
+from dit_jax.deltas.gguf_lora import read_gguf_lora
 from dit_jax.errors import DitError
 from dit_jax.formats import gguf_file
 from dit_jax.formats.gguf_file import GgufFile, open_gguf
+from dit_jax.models.families import read_config
 
 gguf = pytest.importorskip("gguf")
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 96, 4, 2, 16, 2
@@ -173,11 +176,9 @@ def test_digits_are_cut_as_the_file_says(tmp_path):
         writer = gguf.GGUFWriter(tmp_path / f"{pre}.gguf", "llama")
         add_vocabulary(writer, pre)
         finish(writer)
-        from dit_jax.data import gguf_tokenizer
-
         file = open_gguf(tmp_path / f"{pre}.gguf")
         file.metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges}
-        tokenizer = gguf_tokenizer.gguf_tokenizer(file.path)
+        tokenizer = gguf_tokenizer(file.path)
         assert tokenizer.convert_ids_to_tokens(tokenizer.encode("12")) == expected
 
 
@@ -298,6 +299,8 @@ def test_what_is_no_lora_is_refused_by_name(tmp_path):
     with pytest.raises(DitError, match="adapter of type 'control_vector'"):
         dit_jax.load_diff(tmp_path / "control.gguf", model)
     write_lora(tmp_path / "half.gguf", drop=["blk.0.attn_q.weight.lora_b"])
+    with pytest.raises(DitError, match="is a LoRA and no base model: give the model that it"):
+        dit_jax.load_model(tmp_path / "half.gguf")
     with pytest.raises(DitError, match="blk.0.attn_q.weight.lora_a' is no pair"):
         dit_jax.load_diff(tmp_path / "half.gguf", model)
 
@@ -310,6 +313,69 @@ def test_other_models_are_refused_by_name(tmp_path):
         dit_jax.load_model(write_model(tmp_path / "moe.gguf", "llama", "F32", **extra))
     with pytest.raises(DitError, match="in a way called 'unheard-of'"):
         dit_jax.load_model(write_model(tmp_path / "pre.gguf", "llama", "F32", pre="unheard-of"))
+
+
+ATTENTION = [
+    ("attention.head_count", 0, "is 0 instead of a positive integer"),
+    ("attention.head_count", [4, 4], "is a list instead of a positive integer"),
+    ("embedding_length", "x", "is 'x' instead of a positive integer"),
+    ("block_count", 2**31 - 1, "layers and 20 tensors"),
+    ("rope.freq_base", float("nan"), "is nan instead of a positive number"),
+    ("rope.scaling.yarn_beta_fast", 8.0, "yarn_beta_fast' = 8.0 is not supported"),
+    ("rope.scaling.attn_factor", 2.0, "attn_factor' = 2.0 is not supported"),
+    ("rope.scale_linear", 8.0, "scale_linear' = 8.0 is not supported"),
+    ("attention.causal", False, "causal' = False is not supported"),
+    ("attention.sliding_window", 32, "sliding_window' = 32 is not supported"),
+    ("final_logit_softcapping", 30.0, "softcapping' = 30.0 is not supported"),
+]
+
+
+def test_what_a_file_says_of_attention_and_angles_is_computed_or_refused(tmp_path):
+    path = write_model(tmp_path / "model.gguf", "llama", "F32")
+    file = open_gguf(path)
+    sound = dict(file.metadata)
+    for key, value, said in ATTENTION:
+        file.metadata = {**sound, f"llama.{key}": value}
+        with pytest.raises(DitError, match=said):
+            read_config(path)
+    yarn = {"type": "yarn", "factor": 4.0, "original_context_length": 256, "attn_factor": 1.0}
+    file.metadata = {**sound, "llama.attention.causal": True}
+    file.metadata |= {f"llama.rope.scaling.{key}": value for key, value in yarn.items()}
+    assert dict(read_config(path).rope_scaling) == {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 1e31, "x", [1.0]])
+def test_a_lora_whose_scale_is_no_number_is_refused(tmp_path, monkeypatch, alpha):
+    write_lora(tmp_path / "lora.gguf")
+    read = GgufFile.__init__
+
+    def with_alpha(self, path):
+        read(self, path)
+        self.metadata["adapter.lora.alpha"] = alpha
+
+    monkeypatch.setattr(GgufFile, "__init__", with_alpha)
+    config = read_config(write_model(tmp_path / "model.gguf", "llama", "F32"))
+    with pytest.raises(DitError, match="alpha is .* instead of a finite number"):
+        read_gguf_lora(tmp_path / "lora.gguf", config)
+
+
+def test_files_of_another_byte_order_are_refused(tmp_path):
+    """The library would take the scales of quantised weights for other numbers."""
+    path = tmp_path / "big.gguf"
+    writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("one", np.ones(4, np.float32))
+    finish(writer)
+    with pytest.raises(DitError, match="another byte order"):
+        GgufFile(path)
+
+
+def test_a_token_before_the_first_is_refused(tmp_path):
+    path = write_model(tmp_path / "model.gguf", "llama", "F32")
+    open_gguf(path).metadata["tokenizer.ggml.eos_token_id"] = -1
+    with pytest.raises(DitError, match=f"its eos token is -1 of {len(TOKENS)}"):
+        gguf_tokenizer(path)
 
 
 def test_damaged_files_are_one_line(tmp_path, monkeypatch):
@@ -330,7 +396,12 @@ def test_damaged_files_are_one_line(tmp_path, monkeypatch):
         except DitError as error:
             assert "\n" not in str(error)
     monkeypatch.setattr(gguf_file, "MAX_LIST", 100)
-    with pytest.raises(DitError, match="a list of more than 100 entries"):
+    with pytest.raises(DitError, match="lists of more than 100 entries"):
+        GgufFile(path)
+    monkeypatch.undo()
+    # The library takes 700 bytes for each.
+    monkeypatch.setattr(gguf_file.budgets, "held_bytes", lambda size: 70_000)
+    with pytest.raises(DitError, match="lists of more than 100 entries"):
         GgufFile(path)
 
 

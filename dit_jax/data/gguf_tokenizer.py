@@ -43,8 +43,14 @@ def gguf_tokenizer(path: pathlib.Path) -> Any:
     try:
         backend, _ = convert_gguf_tokenizer(file.architecture, vocabulary)
         tokens = vocabulary["tokens"]
-        ids = {name: said.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()}
-        special = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
+        ids = {
+            name: i
+            for name, key in _SPECIAL.items()
+            if (i := said.get(f"tokenizer.ggml.{key}_token_id")) is not None
+        }
+        if wrong := [name for name, i in ids.items() if not 0 <= i < len(tokens)]:
+            raise ValueError(f"its {wrong[0]} token is {short(ids[wrong[0]])} of {len(tokens)}")
+        special = {f"{name}_token": tokens[i] for name, i in ids.items()}
         if kind == _SMOLLM:
             digits = pre_tokenizers.Digits(individual_digits=True)
             words = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -11,6 +11,7 @@ from dit_jax.errors import DitError
 from dit_jax.formats.files import short
 from dit_jax.formats.gguf_file import GgufFile
 from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.delta_trees import check_rank
 from dit_jax.models.file_names import locate
 from dit_jax.models.gguf_checkpoint import hf_name, undo_row_order
 from dit_jax.models.misfits import shape_error
@@ -36,6 +37,11 @@ def read_gguf_lora(path: FilePath, config: DecoderConfig) -> RawDiff:
         raise DitError(
             f"'{path}' is an adapter of type {short(file.metadata['adapter.type'])}: only 'lora' is read"
         )
+    alpha = file.metadata.get("adapter.lora.alpha", 0)
+    if type(alpha) not in (int, float) or not abs(alpha) < 1e30:
+        raise DitError(
+            f"'{path}': adapter.lora.alpha is {short(alpha)} instead of a finite number: get the file again"
+        )
     shapes = file.shapes()
     heads = (config.num_attention_heads, config.num_key_value_heads)
     found: dict[tuple[Path, int], Callable[[], Factors]] = {}
@@ -48,14 +54,14 @@ def read_gguf_lora(path: FilePath, config: DecoderConfig) -> RawDiff:
         module = hf_name(f"{stem}.weight", file.architecture, path).removesuffix(".weight")
         where, layer = locate(module, config, path)
         inputs, outputs = projection_size(where, module, config, path)
-        rank = shapes[name][0]
+        rank = shapes[name][0] if shapes[name] else 0
+        check_rank(rank, inputs, outputs, name, path)
         for factor, wanted in ((_A, (rank, inputs)), (_B, (outputs, rank))):
             if shapes[stem + factor] != wanted:
                 raise shape_error(path, stem + factor, shapes[stem + factor], wanted)
         assert layer is not None  # a projection stands in a layer
 
         def read(stem: str = stem, module: str = module, rank: int = rank) -> Factors:
-            alpha = float(file.metadata.get("adapter.lora.alpha", 0))
             a = check_values(file.read(stem + _A), stem + _A, path)
             b = check_values(file.read(stem + _B), stem + _B, path)
             b = undo_row_order(b, f"{module}.weight", file.architecture, heads)

@@ -20,6 +20,8 @@ MAX_TOKENIZERS = 32  # kept in the process; others are loaded again when they ar
 HELD_TIMES = 4
 HELD_BYTES = 256 * 2**20
 
+GGUF_ENTRY = 700  # bytes that the library `gguf` takes for each entry of a list
+
 # A compressed table unpacks to more; texts compress to a tenth, more rarely.
 TABLE_TIMES = 64
 

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from dit_jax.errors import DitError, first_line
+from dit_jax.formats import budgets
 from dit_jax.formats.files import regular_file, short
 
-MAX_LIST = 2_000_000  # entries of one list of the metadata; vocabularies have 300,000 at most
+MAX_LIST = 2_000_000  # entries of all lists; those of a vocabulary of 300,000 tokens are four
 MAX_ENTRIES = 100_000  # keys and tensors
 
 
@@ -34,14 +35,17 @@ class GgufFile:
                 f"'{self.path}' is a GGUF file: install what reads it, pip install 'dit_jax[gguf]'"
             ) from None
 
-        class Bounded(GGUFReader):
-            def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-                if raw_type == GGUFValueType.ARRAY and self._length(orig_offs) > MAX_LIST:
-                    raise ValueError(f"a list of more than {MAX_LIST} entries")
-                return super()._get_field_parts(orig_offs, raw_type)
+        most = min(MAX_LIST, budgets.held_bytes(self.path.stat().st_size) // budgets.GGUF_ENTRY)
 
-            def _length(self, offset: int) -> int:
-                return int(self._get(offset + 4, np.uint64)[0])
+        class Bounded(GGUFReader):
+            entries = 0
+
+            def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+                if raw_type == GGUFValueType.ARRAY:
+                    self.entries += int(self._get(orig_offs + 4, np.uint64)[0])
+                    if self.entries > most:
+                        raise ValueError(f"lists of more than {most} entries")
+                return super()._get_field_parts(orig_offs, raw_type)
 
             def _build_fields(self, offs: int, count: int) -> int:
                 if count > MAX_ENTRIES:
@@ -55,6 +59,8 @@ class GgufFile:
 
         try:
             reader = Bounded(self.path)
+            if reader.byte_order == "S":  # of quantised tensors the library swaps no scales
+                raise ValueError("it is of a machine of another byte order")
             self.metadata: dict[str, Any] = {
                 name: field.contents() for name, field in reader.fields.items()
             }

@@ -67,45 +67,87 @@ def gguf_config(path: pathlib.Path) -> dict[str, Any]:
     """What config.json of the model would say.
 
     Raises:
-        DitError: another architecture than those of `ARCHITECTURES`, or a file that lacks a number.
+        DitError: another architecture than those of `ARCHITECTURES`, a file that lacks a number or says something of
+            attention or angles that is not computed.
     """
     file = open_gguf(path)
-    said = file.metadata
-    architecture = _architecture(file)
+    architecture, shapes = _architecture(file), file.shapes()
+    _check_known(file, architecture)
 
-    def get(key: str, default: Any = None) -> Any:
-        value = said.get(f"{architecture}.{key}", default)
+    def get(key: str, kind: type, default: Any = None) -> Any:
+        value = file.metadata.get(f"{architecture}.{key}", default)
         if value is None:
             raise DitError(f"'{path}' lacks '{architecture}.{key}': get another GGUF file")
+        if type(value) not in (int, kind) or not 0 < value < 2**31:
+            wanted = "a positive integer" if kind is int else "a positive number"
+            raise DitError(
+                f"'{path}': '{architecture}.{key}' is {short(value)} instead of {wanted}: get the file again"
+            )
         return value
 
-    heads = get("attention.head_count")
-    head_dim = get("attention.key_length", get("embedding_length") // heads)
+    heads, layers = get("attention.head_count", int), get("block_count", int)
+    if layers > len(shapes):
+        raise DitError(f"'{path}' has {layers} layers and {len(shapes)} tensors: get it again")
+    head_dim = get("attention.key_length", int, get("embedding_length", int) // heads or 1)
+    theta = get("rope.freq_base", float, 10000.0)
     config: dict[str, Any] = {
         "model_type": {"gemma3": "gemma3_text"}.get(architecture, architecture),
-        "vocab_size": file.shapes().get("token_embd.weight", (None,))[0],
-        "hidden_size": get("embedding_length"),
-        "intermediate_size": get("feed_forward_length"),
-        "num_hidden_layers": get("block_count"),
+        "vocab_size": shapes.get("token_embd.weight", (None,))[0],
+        "hidden_size": get("embedding_length", int),
+        "intermediate_size": get("feed_forward_length", int),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "num_key_value_heads": get("attention.head_count_kv", int, heads),
         "head_dim": head_dim,
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-        "tie_word_embeddings": "output.weight" not in file.shapes(),
-        "max_position_embeddings": get("context_length"),
-        "rope_parameters": {"rope_theta": get("rope.freq_base", 10000.0), **_scaling(file)},
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon", float),
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "max_position_embeddings": get("context_length", int),
+        "rope_parameters": {"rope_theta": theta, **_scaling(file, theta, head_dim)},
     }
-    if get("rope.dimension_count", head_dim) != head_dim:
+    if get("rope.dimension_count", int, head_dim) != head_dim:
         raise DitError(f"'{path}' rotates a part of each head only, which is not supported")
     if architecture == "llama":
-        config["attention_bias"] = "blk.0.attn_q.bias" in file.shapes()
+        config["attention_bias"] = "blk.0.attn_q.bias" in shapes
     if architecture == "gemma3":
         config |= _gemma3(get, config)
     return config
 
 
+# What of attention and angles is read, or says what is computed in any case.
+_KNOWN = {
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scaling.type",
+    "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
+}  # fmt: skip
+_KNOWN_OF_GEMMA = {"attention.sliding_window", "rope.freq_base_swa"}
+_AS_COMPUTED = {
+    "attention.causal": True,
+    "attention.sliding_window_pattern": 6,
+    "rope.scaling.attn_factor": 1,
+}
+
+
+def _check_known(file: GgufFile, architecture: str) -> None:
+    """Raises DitError for an entry that changes what the model computes, and is not read."""
+    known = _KNOWN | (_KNOWN_OF_GEMMA if architecture == "gemma3" else set())
+    for key, value in file.metadata.items():
+        name = key.removeprefix(f"{architecture}.")
+        matters = name.startswith(("attention.", "rope.")) or "softcapping" in name
+        if name == key or not matters or name in known or value == _AS_COMPUTED.get(name, 0):
+            continue
+        raise DitError(
+            f"'{file.path}': {short(key)} = {short(value)} is not supported: use another model, or its folder in "
+            "Hugging Face format"
+        )
+
+
 def _architecture(file: GgufFile) -> str:
     architecture = file.architecture
+    if file.metadata.get("general.type") == "adapter":
+        raise DitError(
+            f"'{file.path}' is a LoRA and no base model: give the model that it was trained on as the base (--base), "
+            "and this file as --diff or --adapter"
+        )
     if architecture not in ARCHITECTURES:
         raise DitError(
             f"'{file.path}' holds the architecture {short(architecture)}: GGUF files of {', '.join(ARCHITECTURES)} "
@@ -114,27 +156,29 @@ def _architecture(file: GgufFile) -> str:
     return architecture
 
 
-def _scaling(file: GgufFile) -> dict[str, Any]:
+def _scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
     """Rope scaling, in the words of config.json."""
-    architecture = file.metadata["general.architecture"]
-    kind = file.metadata.get(f"{architecture}.rope.scaling.type", "none")
+    start = f"{file.architecture}.rope.scaling."
+    kind = file.metadata.get(f"{start}type", "none")
     if _ROPE_FACTORS in file.shapes():
-        return {"rope_type": "llama3", **_LLAMA3_RULE, "factor": _llama3_factor(file)}
+        factor = _llama3_factor(file, theta, head_dim)
+        return {"rope_type": "llama3", **_LLAMA3_RULE, "factor": factor}
     if kind == "none":
         return {"rope_type": "default"}
-    return {"rope_type": kind, "factor": file.metadata.get(f"{architecture}.rope.scaling.factor")}
+    before = file.metadata.get(f"{start}original_context_length")
+    known = {} if before is None else {"original_max_position_embeddings": before}
+    return {"rope_type": kind, "factor": file.metadata.get(f"{start}factor"), **known}
 
 
-def _llama3_factor(file: GgufFile) -> float:
+def _llama3_factor(file: GgufFile, theta: float, head_dim: int) -> float:
     """The factor of Llama 3's rope scaling by which the wavelengths in the file were made. Raises DitError: none."""
     from dit_jax.models.rope import llama3_frequency  # which needs jax, while a config does not
 
-    found = file.read(_ROPE_FACTORS).ravel()
-    theta = file.metadata.get("llama.rope.freq_base", 10000.0)
-    plain = theta ** (-np.arange(found.size) / found.size)
+    found = file.read(_ROPE_FACTORS)
+    plain = theta ** (-np.arange(head_dim // 2) / (head_dim // 2))
     for factor in _LLAMA3_FACTORS:
         scaled = llama3_frequency(plain, {**_LLAMA3_RULE, "factor": factor})
-        if np.allclose(found, plain / scaled, rtol=1e-3):
+        if found.shape == plain.shape and np.allclose(found, plain / scaled, rtol=1e-3):
             return factor
     raise DitError(
         f"'{file.path}' scales its rotary frequencies by a rule that it does not name: use the model's folder in "
@@ -147,10 +191,10 @@ def _gemma3(get: Any, config: dict[str, Any]) -> dict[str, Any]:
     width = config["hidden_size"] // config["num_attention_heads"]
     scalar = width if config["num_hidden_layers"] == 62 else config["head_dim"]
     layers = range(1, config["num_hidden_layers"] + 1)
-    local = {"rope_theta": get("rope.freq_base_swa", 10000.0), "rope_type": "default"}
+    local = {"rope_theta": get("rope.freq_base_swa", float, 10000.0), "rope_type": "default"}
     return {
         "query_pre_attn_scalar": scalar,
-        "sliding_window": get("attention.sliding_window"),
+        "sliding_window": get("attention.sliding_window", int),
         "layer_types": ["full_attention" if i % 6 == 0 else "sliding_attention" for i in layers],
         "rope_parameters": {
             "full_attention": config["rope_parameters"],
