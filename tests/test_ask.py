@@ -342,6 +342,8 @@ def test_a_model_and_an_adapter_in_one_folder_are_two_changes(files, tmp_path, c
     (both / "adapter_model.safetensors").write_bytes(b"")
     assert ask.main([*BASE, "--diff", str(both), "what is tea ?"]) == 2
     assert "holds two changes" in capsys.readouterr().err
+    assert ask.main(["--base", str(both), "what is tea ?"]) == 2
+    assert "holds a model and an adapter (adapter_model.safetensors)" in capsys.readouterr().err
     (both / "adapter_model.safetensors").unlink()  # it was merged, and its config stayed
     records, _ = run(capsys, "--diff", both)
     assert len(records) == 1

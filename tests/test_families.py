@@ -119,6 +119,29 @@ def test_absent_entries_of_a_llama_are_those_of_transformers():
             "'yarn'.*'linear'.*remove one",
         ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"is_causal": False}, "is_causal False"),
+        ({"is_causal": None}, "is_causal None"),
+        ({"per_layer_config": {"0": {"rope_theta": 5.0}}}, "per_layer_config"),
+        ({"rope_scaling": {"type": "linear", "factor": False}}, "'factor', not False"),
+        ({"rope_scaling": {"type": "linear", "factor": True}}, "'factor', not True"),
+        ({"rope_scaling": {**YARN, "truncate": 1}}, "true or false as 'truncate'"),
+        ({"rope_scaling": {**YARN, "rope_theta": 1.0}}, "'rope_theta' above 1"),
+        (
+            {
+                "original_max_position_embeddings": 8192,
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 4.0,
+                    "high_freq_factor": 4.0,
+                },
+            },
+            "must be below 'high_freq_factor'",
+        ),
+        (
+            {"rope_scaling": {**YARN, "factor": 3.0}, "rope_parameters": YARN},
+            "different 'factor': remove one",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ],
@@ -161,6 +184,8 @@ def test_whatever_a_config_holds_it_is_one_line_or_a_config(family):
         "query_pre_attn_scalar",
         "rope_local_base_freq",
         "sliding_window_pattern",
+        "is_causal",
+        "per_layer_config",
     )
     raw = {**LLAMA_2, "model_type": family}
     changes = [{key: value} for key in (*raw, *more) for value in values]

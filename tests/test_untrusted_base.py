@@ -82,6 +82,16 @@ def test_a_template_that_takes_memory_is_one_line(base, template, most_memory):
     assert peak_of_children() <= most_memory
 
 
+@pytest.mark.parametrize(
+    "template", ["x", "{{ messages[0].role }}", "{{ messages[0].content[:5] }}"]
+)
+def test_a_template_that_leaves_the_question_out_is_one_line(base, template):
+    """As one that was cut: every question would get one answer."""
+    (base / "chat_template.jinja").write_text(template)
+    with pytest.raises(DitError, match="fails .it leaves the question out"):
+        chat.load_chat(base).prompt_ids(QUESTION)
+
+
 def peak_of_children():
     """The most memory of any process that this one has waited for, bytes; other tests had children, too."""
     tokenizer_process._process.stop()

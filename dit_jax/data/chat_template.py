@@ -50,6 +50,8 @@ class Template:
                 text = self._fill(self._messages(turns, system))
             if not text:
                 raise ValueError("it makes an empty prompt")
+            if self._plain and _QUESTION not in self._plain:
+                raise ValueError("it leaves the question out")
         except MemoryError:
             raise  # as wherever the limit on memory is met
         except Exception as e:  # a template is a program and can fail in any way

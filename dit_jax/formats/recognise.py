@@ -131,9 +131,14 @@ def is_trainer_state(name: str) -> bool:
     return re.fullmatch(_TRAINERS, name) is not None
 
 
+def adapter_file(names: Iterable[str]) -> str | None:
+    """The file of these names that holds the weights of an adapter; None: there is none."""
+    return next((name for name in names if re.fullmatch(_ADAPTERS, name)), None)
+
+
 def _other_weights(names: Collection[str]) -> str:
     """Weights under a name of their own, and folders that hold everything but weights."""
-    adapter = next((name for name in names if re.fullmatch(_ADAPTERS, name)), None)
+    adapter = adapter_file(names)
     if adapter is not None and "adapter_config.json" not in names:
         return f"holds {adapter!r} and no adapter_config.json, which has its scale: get the complete folder"
     weights = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth"))]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from dit_jax.errors import DitError
 from dit_jax.formats.files import read_json_object, short
-from dit_jax.formats.recognise import QUANTISED, what_checkpoint
+from dit_jax.formats.recognise import QUANTISED, adapter_file, what_checkpoint
 from dit_jax.models.decoder_config import WINDOWED, DecoderConfig
 from dit_jax.models.gguf_checkpoint import gguf_config
 from dit_jax.models.rope_config import read_rope
@@ -243,6 +243,9 @@ def _write_gemma3(config: DecoderConfig) -> dict[str, Any]:
 
 
 _CONTEXT = "max_position_embeddings"
+_MUST_BE_OFF = (
+    "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention", "per_layer_config",
+)  # fmt: skip
 _FROM_SIZES = {"head_dim": None, "num_key_value_heads": None}  # D / N, and N
 
 _GEMMA3 = Family(
@@ -334,6 +337,13 @@ def read_config(folder: str | pathlib.Path) -> DecoderConfig:
         if what:
             raise DitError(f"'{folder}' {what}")
         raise DitError(f"{path} does not exist: a model is a folder in Hugging Face format")
+    with explain_os_errors("read", folder):
+        adapter = adapter_file(entry.name for entry in folder.iterdir())
+    if adapter:
+        raise DitError(
+            f"'{folder}' holds a model and an adapter ({adapter}), of which a base has no part: move the adapter with "
+            "its adapter_config.json to a folder of its own, and give that as --diff or --adapter"
+        )
     return parse_config(read_json_object(path), str(path))
 
 
@@ -350,9 +360,14 @@ def parse_config(raw: dict[str, Any], where: str) -> DecoderConfig:
             "one of these families"
         )
     raw = {**family.absent, **family.flat(raw, where)}
-    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+    for key in _MUST_BE_OFF:
         if raw.get(key):
             raise DitError(f"{where}: {key} {raw[key]!r} is not supported")
+    # Without it transformers lets tokens see later ones, in every family.
+    if not raw.get("is_causal", True):
+        raise DitError(
+            f"{where}: is_causal {raw['is_causal']!r} is not supported: use a causal model"
+        )
     if raw.get("quantization_config"):
         raise DitError(f"{where} has a 'quantization_config': {QUANTISED}")
     for key in (*EXPERTS, "layer_scales"):

@@ -34,20 +34,28 @@ def read_rope(raw: dict[str, Any], where: str) -> tuple[float, Scaling]:
             f"{where}: 'rope_parameters' asks for rope scaling of type {kinds[0]!r}, 'rope_scaling' for "
             f"{kinds[1]!r}: remove one of them"
         )
+    for name in sorted((parameters.keys() & scaling.keys()) - {"type", "rope_type"}):
+        if parameters[name] != scaling[name]:  # programs differ in which they take
+            raise DitError(
+                f"{where}: 'rope_parameters' and 'rope_scaling' have different {name!r}: remove one of them"
+            )
     given = {**raw, **scaling, **parameters}
     theta = given.get("rope_theta")
     if not isinstance(theta, int | float) or isinstance(theta, bool) or not 0 < theta < 1e30:
         raise DitError(f"{where}: no usable 'rope_theta' at top level or in 'rope_parameters'")
     if given.get("partial_rotary_factor", 1) not in (1, None):
         raise DitError(f"{where}: 'partial_rotary_factor' is not supported")
-    return float(theta), _read_scaling(kinds[-1] if kinds else "default", given, raw, where)
+    kind = kinds[-1] if kinds else "default"
+    return float(theta), _read_scaling(kind, float(theta), given, raw, where)
 
 
 def _kind(source: dict[str, Any]) -> Any:
     return source.get("rope_type", source.get("type", "default"))
 
 
-def _read_scaling(kind: Any, given: dict[str, Any], raw: dict[str, Any], where: str) -> Scaling:
+def _read_scaling(
+    kind: Any, theta: float, given: dict[str, Any], raw: dict[str, Any], where: str
+) -> Scaling:
     if kind == "default":
         return ()
     longest = raw.get("max_position_embeddings")
@@ -63,12 +71,20 @@ def _read_scaling(kind: Any, given: dict[str, Any], raw: dict[str, Any], where: 
     given = {"original_max_position_embeddings": longest, **given}
     values: dict[str, Any] = {"rope_type": kind}
     for name in (*needed, *optional):
-        value = given.get(name)
+        value: Any = given.get(name)
         if value is None and name in optional:
             continue
-        if not isinstance(value, int | float) or not (0 < value < 1e30 or value is False):
+        if name == "truncate":
+            fits, wanted = isinstance(value, bool), "true or false"
+        else:
+            fits, wanted = type(value) in (int, float) and 0 < value < 1e30, "a positive number"
+        if not fits:
             raise DitError(
-                f"{where}: rope scaling of type {kind!r} needs a positive number as {name!r}, not {value!r}"
+                f"{where}: rope scaling of type {kind!r} needs {wanted} as {name!r}, not {value!r}"
             )
         values[name] = value
+    if kind == "llama3" and not values["low_freq_factor"] < values["high_freq_factor"]:
+        raise DitError(f"{where}: 'low_freq_factor' must be below 'high_freq_factor'")
+    if kind == "yarn" and theta <= 1:
+        raise DitError(f"{where}: rope scaling of type 'yarn' needs a 'rope_theta' above 1")
     return tuple(sorted(values.items()))
