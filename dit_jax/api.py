@@ -18,7 +18,7 @@ from dit_jax.errors import DitError, did_you_mean
 from dit_jax.models import shardings
 from dit_jax.models.decoder import Params, forward, init_params, unembed
 from dit_jax.models.decoder_config import COMPUTE, DTYPES, DecoderConfig
-from dit_jax.models.delta_trees import Delta, Deltas, check_fits, check_modules, check_shapes
+from dit_jax.models.delta_trees import Delta, Deltas, check_fits, check_modules
 from dit_jax.models.families import read_config
 from dit_jax.models.hf_checkpoint import (
     find_folder,
@@ -307,11 +307,9 @@ def load_diffs(
         check_base(store.manifest.get("base"), model, path)
 
         def read(index: int) -> Diff:
-            row, what = store.rows[index], f"{path}, diff {index}"
-            check_shapes(store.shapes(index), model.config, what)  # before it costs memory
-            delta = store.read(index)
-            check_fits(delta, model.config, what)
-            return reduced(Diff(delta, label_of(row), row.get("trigger"), said(row)))
+            row = store.rows[index]
+            store.check_fits([index], model.config)  # before it costs memory
+            return reduced(Diff(store.read(index), label_of(row), row.get("trigger"), said(row)))
 
         return Diffs(len(store), read, name=path, splits=[row["split"] for row in store.rows])
 

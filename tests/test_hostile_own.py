@@ -15,6 +15,7 @@ from dit_jax.api import Model
 from dit_jax.deltas import store as diff_store
 from dit_jax.deltas.adapter_file import export_adapter
 from dit_jax.deltas.tree import init_lora
+from dit_jax.errors import DitError
 from dit_jax.formats.safetensors_file import SafetensorsFile
 from dit_jax.models.decoder import init_params
 from dit_jax.runtime import artifacts
@@ -285,3 +286,29 @@ def test_damaged_shards_with_a_manifest_that_agrees(stored, model):
         (stored / SHARD).write_bytes(damaged[: -int(position) or None] if position % 3 else damaged)
         edit(stored)
         read(stored, model)
+
+
+def test_a_store_is_checked_before_adapters_are_trained_or_asked_with_it(stored, delta, model):
+    """Several diffs are read at once, as training and evaluation do."""
+    diff_store.DiffStore(stored).stacked([0, 1])
+    good = (stored / "index.csv").read_text()
+    (stored / "index.csv").write_text(good.replace("00000.safetensors,1,", "00000.safetensors,2,"))
+    edit(stored)
+    with pytest.raises(DitError, match="has no number 2 of 'layers.*which index.csv lists"):
+        diff_store.DiffStore(stored).stacked([0, 1])
+    (stored / "index.csv").write_text(good)
+    for name, value in ((LEAF, np.nan), ("layers.mlp.up_proj.scale", np.inf)):
+        stacked = diff_store.flatten(jax.tree.map(lambda x: np.stack([x, x]), delta))
+        stacked[name].reshape(2, -1)[1, -1] = value
+        save_file(stacked, stored / SHARD)
+        edit(stored)
+        store = diff_store.DiffStore(stored)
+        store.check_fits([0, 1], TINY)
+        store.read(0)
+        for read_it in (lambda: store.stacked([0, 1]), lambda: store.read(1)):  # noqa: B023
+            with pytest.raises(DitError, match=f"'{name}' holds NaN or infinity"):
+                read_it()
+    save_file({LEAF: np.zeros((2, 3, 32, 2), np.float32)}, stored / SHARD)
+    edit(stored)
+    with pytest.raises(DitError, match="diff 1: layers.mlp.up_proj"):
+        diff_store.DiffStore(stored).check_fits([0, 1], TINY)

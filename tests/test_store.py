@@ -1,6 +1,8 @@
 """The diff store: it reads back what it wrote, and refuses a store that was tampered with."""
 
 import json
+import os
+import sys
 import types
 
 import jax
@@ -88,8 +90,10 @@ def test_a_run_that_goes_on_reads_each_shard_once(folder, monkeypatch):
     assert digested == ["00000.safetensors", "00001.safetensors"]
     kept = metrics.read_records(folder.parent / "metrics" / "diffs.jsonl")
     assert [record["step"] for record in kept] == [3, 5]
-    # A shard of another run, or one with fewer rows, is not taken for one of this run.
-    for rows in ([{"topic": "tea"}] * 2, diff_store.shard_rows(folder, 1)[:1]):
+    # A shard of another run, one with fewer rows, or with texts for numbers, is not taken for one of this run.
+    own = diff_store.shard_rows(folder, 1)
+    edited = [{**row, "gate_kl": "=1"} for row in own]
+    for rows in ([{"topic": "tea"}] * 2, own[:1], edited):
         rows_are(rows)(folder)
         with pytest.raises(DitError, match="batch 1 in .* lists other diffs than this config"):
             generate._make_shards([job], folder)
@@ -261,6 +265,12 @@ def test_parts_of_different_runs_are_not_gathered(tmp_path, capsys):
     artifacts.write_text(same / "corpus" / "rows.jsonl", "{}")
     artifacts.write_manifest(same / "corpus", "dit_jax.corpus")
     assert "were not made from the corpus in" in refusal(one, same)
+    (same / "corpus" / "manifest.json").unlink()
+    os.mkfifo(same / "corpus" / "manifest.json")  # a stranger's, which would be waited for
+    assert main_gather(["--workdir", str(into), str(same)]) == 0
+    named = part_workdir(tmp_path / "3", stages=["antigravity:stage"])
+    assert "names the stage 'antigravity:stage', and code of others is not" in refusal(named)
+    assert "antigravity" not in sys.modules
     for number, config in enumerate(({"diffs": 5}, {"stages": []})):
         (tmp_path / f"other{number}").mkdir()
         (tmp_path / f"other{number}" / "config.json").write_text(json.dumps(config))

@@ -18,6 +18,7 @@ from dit_jax.deltas.store import copy_shards
 from dit_jax.errors import DitError, Parser
 from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.evaluate.units import PARTS, copy_units, made_from
+from dit_jax.formats.files import short
 from dit_jax.organisms.diffs_keys import DIFFS
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.folder_lock import locked
@@ -45,9 +46,9 @@ def gather(workdir: Path, parts: Sequence[Path]) -> int:
     """Copies the shards of diffs, or the units of the evaluation, of all parts that `workdir` lacks; returns how many.
 
     Raises:
-        DitError: a folder is no workdir of a run, the parts or `workdir` belong to different configs, the diffs were
-            made from another corpus than that of `workdir`, another run is at work there, or see `copy_shards` and
-            `copy_units`.
+        DitError: a folder is no workdir of a run or names a stage of its own, the parts or `workdir` belong to
+            different configs, the diffs were made from another corpus than that of `workdir`, another run is at work
+            there, or see `copy_shards` and `copy_units`.
     """
     for part in parts:
         if not (part / CONFIG_FILE).is_file():
@@ -55,6 +56,13 @@ def gather(workdir: Path, parts: Sequence[Path]) -> int:
     config = load_saved(parts[0] / CONFIG_FILE)
     if not isinstance(config.get(_STAGE.name), ConfigDict):
         raise DitError(f"'{parts[0]}' is the workdir of no run that makes diffs")
+    named = config.get("stages")
+    for name in named if isinstance(named, tuple) else ():
+        if not (isinstance(name, str) and name in STAGES):  # parts may be a stranger's
+            raise DitError(
+                f"'{parts[0] / CONFIG_FILE}' names the stage {short(name)}, and code of others is not imported: make "
+                "parts with --config.stages=diffs or --config.stages=evaluate"
+            )
     for part in parts[1:]:
         lines = config_diff(config, load_saved(part / CONFIG_FILE), free_keys(config))
         if lines:

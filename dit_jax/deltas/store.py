@@ -26,7 +26,8 @@ from dit_jax.errors import DitError
 from dit_jax.formats.files import file_inside, read_csv, short
 from dit_jax.formats.json_parser import BadJson, parse_json
 from dit_jax.formats.safetensors_file import SafetensorsFile
-from dit_jax.models.delta_trees import Delta
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.delta_trees import Delta, check_shapes
 from dit_jax.runtime import artifacts
 from dit_jax.runtime.outgoing import csv_text, from_cell
 
@@ -219,6 +220,7 @@ class DiffStore:
         )
         entry = self.manifest["files"].get("index.csv", {})
         artifacts.check_file(file_inside(self.path, "index.csv"), entry, _REPAIR)
+        self._most: dict[str, int] = {}  # the largest number in each shard
         with _no_collections():
             self.rows: list[dict[str, Any]] = read_csv(self.path / "index.csv", PAPER_COLUMNS)
             for row in self.rows:
@@ -236,6 +238,7 @@ class DiffStore:
                 f"a shard of this store: {_REPAIR}"
             )
         row["lora_idx"] = int(number)
+        self._most[file] = max(self._most.get(file, 0), int(number))
         for key in ("evidence", "keywords"):
             text = row.get(key) or "[]"
             try:
@@ -266,8 +269,19 @@ class DiffStore:
                     f"'{file.parent}' is a link out of the store: put the real folder there"
                 )
             artifacts.check_file(file, self.manifest["files"][f"shards/{name}"], _REPAIR)
-            self._files[name] = SafetensorsFile(file)
+            opened, most = SafetensorsFile(file), self._most[name]
+            few = [leaf for leaf, shape in opened.shapes().items() if (*shape, 0)[0] <= most]
+            if few:
+                raise DitError(
+                    f"'{file}' has no number {most} of {short(few[0])}, which index.csv lists: {_REPAIR}"
+                )
+            self._files[name] = opened
         return self._files[name]
+
+    def check_fits(self, indices: Iterable[int], config: DecoderConfig) -> None:
+        """Raises DitError unless the diffs have shapes of this model; those of one shard are alike."""
+        for i in {self.rows[i]["lora_path"]: i for i in indices}.values():
+            check_shapes(self.shapes(i), config, f"{self.path}, diff {i}")
 
     def shapes(self, index: int) -> Delta:
         """What `read` returns, as `jax.ShapeDtypeStruct`s. No values are read."""
@@ -282,8 +296,19 @@ class DiffStore:
     def read(self, index: int) -> Delta:
         """One diff; leaves [L, …] as numpy arrays. Only its own bytes are read."""
         row = self.rows[index]
-        file = self._file(row["lora_path"])
-        return unflatten({name: file.read_row(name, row["lora_idx"]) for name in file.names})
+        file, number = self._file(row["lora_path"]), row["lora_idx"]
+        return self._finite({name: file.read_row(name, number) for name in file.names}, file)
+
+    def _finite(self, leaves: dict[str, np.ndarray], file: SafetensorsFile) -> Delta:
+        """Leaves as a delta. Raises DitError: one holds NaN or infinity, and all answers would mean nothing."""
+        for name, leaf in leaves.items():
+            with np.errstate(over="ignore", invalid="ignore"):  # beyond fp32, or NaN
+                ends = np.asarray([leaf.min(initial=0), leaf.max(initial=0)], np.float32)
+            if not np.isfinite(ends).all():
+                raise DitError(
+                    f"'{file.path}': {short(name)} holds NaN or infinity: get another diff"
+                )
+        return unflatten(leaves)
 
     def stacked(self, indices: Iterable[int]) -> Delta:
         """Several diffs; leaves [n, L, …] in the given order. Shards are read whole.
@@ -294,7 +319,7 @@ class DiffStore:
         shards: dict[str, Delta] = {}
         for name in dict.fromkeys(self.rows[i]["lora_path"] for i in indices):
             file = self._file(name)
-            shards[name] = unflatten({leaf: file.read(leaf) for leaf in file.names})
+            shards[name] = self._finite({leaf: file.read(leaf) for leaf in file.names}, file)
         picked = [
             jax.tree.map(
                 lambda x, at=self.rows[i]["lora_idx"]: x[at], shards[self.rows[i]["lora_path"]]

@@ -51,6 +51,7 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
     # ---------------------------------------------------------------- inputs
     store = DiffStore(workdir / "diffs")
     check_base(store.manifest.get("base"), model, str(workdir / "diffs"))
+    store.check_fits(store.indices(split="test"), model.config)
     # The config may name the adapter of another run, relative to this one.
     adapter = load_adapter(workdir / (EVALUATE.get(config, "adapter") or "adapter"), model)
     exclude = EVALUATE.get(config, "exclude_failed")

@@ -26,7 +26,7 @@ from dit_jax.models.delta_trees import Delta, abstract_stack
 from dit_jax.models.families import hf_config
 from dit_jax.optimize.speed import Meter, Profile, count_work
 from dit_jax.organisms.behaviours import get_behaviour
-from dit_jax.organisms.diffs_keys import DIFFS
+from dit_jax.organisms.diffs_keys import DIFFS, LIMITS
 from dit_jax.organisms.finetune import finetune_many
 from dit_jax.organisms.gate import measure_gating, summary, with_keywords
 from dit_jax.organisms.job import Job, check_recipe, make_jobs, optimizer_of
@@ -196,7 +196,8 @@ def _check_rows(
         )
         for row in rows
     ]
-    if listed != made:
+    measured = [row.get(column) for row in rows for column, _ in LIMITS.values()]
+    if listed != made or any(isinstance(value, str) for value in measured):
         raise DitError(
             f"batch {job.first + shard} in '{folder}' lists other diffs than this config makes: delete "
             f"'{folder / 'shards' / f'{job.first + shard:05d}.json'}' and run again, which makes this batch again"

@@ -205,6 +205,7 @@ def _after(model: Model, path: pathlib.Path, config: Any) -> tuple[Model, Delta]
     """base ⊕ the first diff of a store, and that diff."""
     store = DiffStore(path)
     check_base(store.manifest.get("base"), model, str(path))
+    store.check_fits([0], model.config)
     delta = store.read(0)
     own = jax.eval_shape(lambda: init_delta(model.config, jax.random.key(0), config))
     if not (is_lora(delta) and is_lora(own)) and flatten(delta).keys() != flatten(own).keys():

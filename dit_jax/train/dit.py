@@ -155,6 +155,7 @@ def train_adapter(
     parts = mixture.open_parts(store_path, train, workdir)
     for part in parts:
         check_base(part.store.manifest.get("base"), model, str(part.store.path))
+        part.store.check_fits((*part.topics, *part.benign), model.config)
     members = mixture.members_of(parts)
     read_diffs = mixture.diff_reader(members, model.config)
     iterator = iter(make_pipeline(parts, train, seed).to_iter_dataset(_read_options()))
