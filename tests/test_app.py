@@ -6,6 +6,7 @@ import json
 import pathlib
 import shutil
 import stat
+import struct
 import subprocess
 import urllib.request
 import zipfile
@@ -58,6 +59,7 @@ SMALL = Limits(packed=10_000, unpacked=100_000, entries=4, depth=3)
         ([("pipe", b"", stat.S_IFIFO)], "is no plain file"),
         ([("zeros", bytes(200_000))], "unpacks to more than 100,000 bytes"),
         ([(str(i), b"") for i in range(5)], "has 5 entries"),
+        ([("é" * 200, b"x")], "cannot be unpacked: the name is too long"),
         ([("a", b"x"), ("a", b"y")], "has 'a' twice"),
         ([("a", b"x"), ("a/b", b"y")], "twice"),
         ([("a", np.random.default_rng(0).bytes(20_000))], "and 10,000 are allowed"),
@@ -81,6 +83,17 @@ def test_an_upload_that_lies_about_its_sizes_or_is_none(tmp_path):
         pass
     path.write_bytes(b"no zip")
     with pytest.raises(DitError, match="no zip file"), unpacked(path, SMALL):
+        pass
+    # The library would make an object of each entry before anybody could count them.
+    packed(path, [("a", b"")])
+    raw = path.read_bytes()
+    at = raw.index(b"PK\1\2")
+    end = raw.index(b"PK\5\6")
+    table = raw[at:end] * 200_000
+    path.write_bytes(
+        raw[:at] + table + raw[end : end + 12] + struct.pack("<LL", len(table), at) + raw[-2:]
+    )
+    with pytest.raises(DitError, match="its table is too large"), unpacked(path, Limits()):
         pass
 
 

@@ -31,6 +31,7 @@ from dit_jax.serving.uploads import Limits, unpacked
 
 COLUMNS = ("base", "finetuned", "with adapter")
 FILES = ("audit.html", "audit.csv", "audit.jsonl")
+UPLOADS = 4  # that are unpacked at the same time
 EVERY = 4  # tokens between two looks at an answer that is being written
 
 
@@ -91,6 +92,7 @@ class Desk:
     def __init__(self, offer: Offer):
         self.offer = offer
         self._loading, self._auditing = threading.Lock(), threading.Lock()
+        self._uploads = threading.BoundedSemaphore(UPLOADS)
         self._audits = tempfile.TemporaryDirectory(prefix="dit_jax-audits-")
         self._model = functools.lru_cache(maxsize=None)(lambda name: load_model(name, offer.dtype))
         self._read_adapter = functools.lru_cache(maxsize=None)(
@@ -124,7 +126,7 @@ class Desk:
                 _check(path_and_range(choice.diff)[0], offered, "diff")
             yield list_targets([choice.diff], model)
             return
-        with unpacked(Path(choice.upload), self.offer.upload) as folder:
+        with self._room(), unpacked(Path(choice.upload), self.offer.upload) as folder:
 
             def told(text: str) -> str:  # the user knows the name of the file, nobody the folder
                 return text.replace(str(folder), Path(choice.upload or "").stem)
@@ -138,6 +140,16 @@ class Desk:
                 ]
             except DitError as error:
                 raise DitError(told(str(error))) from None
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """Room on the disk for one upload: many at once would fill it."""
+        if not self._uploads.acquire(timeout=self.offer.seconds):
+            raise DitError("other uploads are being read: try again when they have ended")
+        try:
+            yield
+        finally:
+            self._uploads.release()
 
     def _diff(self, choice: Choice, number: int) -> Diff:
         if not (choice.diff or choice.upload):

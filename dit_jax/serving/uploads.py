@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import io
+import os
 import stat
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -11,8 +14,10 @@ from pathlib import Path, PurePosixPath
 
 from dit_jax.errors import DitError, first_line
 from dit_jax.formats.files import is_plain_name, short
+from dit_jax.runtime.os_errors import reason
 
 _PIECE = 2**20
+_MOST_AT_ONCE = 2**22  # bytes; the table of an archive is read at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +33,17 @@ class Limits:
     depth: int = 8
 
 
+class _InPieces(io.FileIO):
+    """A file of which nothing large is read at once: zipfile makes an object of each 46 bytes of a table."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or size < 0:
+            size = os.fstat(self.fileno()).st_size - self.tell()
+        if size > _MOST_AT_ONCE:
+            raise zipfile.BadZipFile("its table is too large")
+        return super().read(size)
+
+
 @contextlib.contextmanager
 def unpacked(path: Path, limits: Limits) -> Iterator[Path]:
     """The folder with the content of a zip file, for as long as the context lasts.
@@ -37,11 +53,16 @@ def unpacked(path: Path, limits: Limits) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory(prefix="dit_jax-upload-") as folder:
         try:
-            with zipfile.ZipFile(_small_enough(path, limits)) as archive:
+            with (
+                _InPieces(_small_enough(path, limits)) as file,
+                zipfile.ZipFile(file) as archive,
+            ):
                 members = archive.infolist()
                 _check(members, limits)
                 _extract(archive, members, Path(folder), limits)
-        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError) as error:
+        except (
+            zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, OverflowError, struct.error
+        ) as error:  # fmt: skip
             raise DitError(
                 f"the upload is no zip file that can be read ({first_line(error)}): pack it anew"
             ) from None
@@ -101,6 +122,10 @@ def _extract(
                     target.write(piece)
         except (FileExistsError, NotADirectoryError):
             raise DitError(f"the upload has {short(member.filename)} twice: pack it anew") from None
+        except OSError as error:  # a name of too many bytes, a full disk
+            raise DitError(
+                f"the upload's entry {short(member.filename)} cannot be unpacked: {reason(error.errno or 0)}"
+            ) from None
 
 
 def _too_large(limits: Limits) -> DitError:
