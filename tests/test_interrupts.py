@@ -80,6 +80,35 @@ def ended(process, seconds=30):
     return process.returncode, out, error.splitlines()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_other_signals_leave_nothing_unfinished(tmp_path, number, ignored):
+    """Where they are ignored, as under nohup, they stay so."""
+    ignore = f"import signal; signal.signal({int(number)}, signal.SIG_IGN)\n" if ignored else ""
+    program = f"""
+from dit_jax.runtime import artifacts
+import time
+with artifacts.atomic_dir({str(tmp_path / "folder")!r}) as folder:
+    (folder / "part").write_text("new")
+    print("ready", flush=True)
+    time.sleep(1)
+"""
+    process = started("-c", ignore + START + program)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    status, _, lines = ended(process)
+    assert status == (0 if ignored else 128 + number) and len(lines) == 1 - ignored
+    assert [path.name for path in tmp_path.iterdir()] == (["folder"] if ignored else [])
+
+
+def test_the_end_of_the_terminal_ends_a_run():
+    process = started("-c", START + BUSY["a run that listens"])
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    status, _, lines = ended(process)
+    assert (status, len(lines)) == (129, 1) and lines[0].startswith("the terminal is gone (SIGHUP)")
+
+
 @pytest.mark.parametrize("doing", BUSY)
 def test_it_ends_whatever_it_is_doing(doing):
     process = started("-c", START + BUSY[doing])

@@ -19,21 +19,41 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what shells expect after Ctrl-C
-INTERRUPTED = "interrupted: what was finished is kept, run the same command again to go on"
+_GO_ON = "what was finished is kept, run the same command again to go on"
+INTERRUPTED = f"interrupted: {_GO_ON}"
 POLL_SECONDS = 0.5
 _FLUSH_SECONDS = 0.5
 
 unfinished: set[Path] = set()  # what `exit_now` deletes: files and folders under temporary names
-_ends = False
+_ends = _started = False
+_ENDS: dict[int, str] = {
+    signal.SIGTERM: f"terminated (SIGTERM): {_GO_ON}",
+    signal.SIGHUP: f"the terminal is gone (SIGHUP): {_GO_ON}",
+}
 
 
 def end_at_once() -> None:
-    """From now on Ctrl-C ends this program; for command lines. A background job, which ignores it, goes on."""
-    global _ends
+    """From now on Ctrl-C ends this program; for command lines. A background job, which ignores it, goes on.
+
+    SIGTERM and the end of the terminal do as well, which alone would leave unfinished files behind.
+    """
+    global _ends, _started
     _open_streams()
-    if not _ends and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        _ends = True
-        _start({signal.SIGINT: _nothing}, lambda heard: exit_now() if heard else None)
+    if _started:
+        return
+    _started = True
+    _ends = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    heard = [signal.SIGINT] if _ends else []
+    heard += [number for number in _ENDS if signal.getsignal(number) is signal.SIG_DFL]
+
+    def react(signals: set[int]) -> None:
+        if signal.SIGINT in signals:
+            exit_now()
+        for number in signals:
+            exit_now(128 + number, _ENDS[number])
+
+    if heard:
+        _start(dict.fromkeys(heard, _nothing), react)
 
 
 def ends_at_once() -> bool:
@@ -105,7 +125,11 @@ def _start(handlers: Mapping[int, Any], react: Callable[[set[int]], None]) -> Ca
     def wait() -> None:
         while not closed.is_set():
             ready, _, _ = select.select([reader], [], [], POLL_SECONDS)
-            react(set(os.read(reader, 64) if ready else b"") & handlers.keys())
+            heard = set(os.read(reader, 64) if ready else b"")
+            others = bytes(heard - handlers.keys() - {0})
+            if others and wakeup >= 0:
+                os.write(wakeup, others)  # for who listened before
+            react(heard & handlers.keys())
 
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     earlier = {number: signal.signal(number, handler) for number, handler in handlers.items()}
