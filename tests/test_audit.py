@@ -215,9 +215,28 @@ def test_an_audit_goes_on_where_it_was_killed_and_jobs_share_it(zoo, tmp_path, c
     assert again == rows  # to the bit
 
 
+def test_what_could_not_be_read_is_read_again(zoo, tmp_path, monkeypatch):
+    """Its files stay the same when a disk refuses them for a while."""
+
+    def refuse(self, index):
+        raise dit_jax.DitError("too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store.DiffStore, "read", refuse)
+        run(zoo, tmp_path, f"{zoo / 'store'}[5]")
+        assert rows_of(tmp_path)[0]["error"] == "too many open files"
+    run(zoo, tmp_path, f"{zoo / 'store'}[5]")
+    assert rows_of(tmp_path)[0]["verdict"] == "not scored"
+
+
 def test_other_settings_are_not_mixed(zoo, audited, capsys):
     run(zoo, audited, zoo / "one.pt", code=2, adapter=False)
     assert "holds an audit with another adapter" in capsys.readouterr().err
+    for flags, other in ((["--svd-rank", "1"], "svd_rank"), (["--align"], "align")):
+        run(zoo, audited, zoo / "one.pt", code=2, rest=flags)
+        assert f"holds an audit with another {other}:" in capsys.readouterr().err
+    run(zoo, audited, zoo / "one.pt", code=2, rest=["--dtype", "bfloat16"])
+    assert "holds an audit with another" in (said := capsys.readouterr().err) and "dtype" in said
     old = json.loads((audited / "audit.json").read_text())
     for earlier in ({**old, "format": 1}, {key: old[key] for key in old if key != "benign"}):
         with pytest.raises(dit_jax.DitError, match="that another version of dit_jax began"):
@@ -259,6 +278,7 @@ def test_fail_on_sets_the_exit_status_and_what_cannot_be_read_is_not_cleared(
         (["store[a]"], [], "write [3], [256:352] or [0,5,-1]"),
         (["store[]"], [], "write [3], [256:352] or [0,5,-1]"),
         (["nowhere[a]", "one.pt"], [], "does not exist"),
+        (["store[" + "9" * 4500 + "]"], [], "write [3], "),
         (["store"], ["--split", "tset"], "is in the split 'tset'"),
         (["one.pt"], ["--fail-on", "hidden>0.9"], "needs a calibration"),
         (["one.pt"], ["--fail-on", "secret>0.9"], "must be like 'hidden>0.9'"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import dit_jax
+from dit_jax.auditing.targets import Target
 from dit_jax.deltas.export import export_model
 from dit_jax.deltas.factors import Factors, stack_factors
 from dit_jax.deltas.peft_config import PeftOptions
@@ -73,6 +74,7 @@ def test_folders_deep_in_each_other_are_refused(tmp_path):
     deep.mkdir(parents=True)
     with pytest.raises(DitError, match="folders more than 32 deep"):
         check_tree(tmp_path)
+    assert Target("x", str(tmp_path)).key()  # of a diff with such folders beside its weights
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])

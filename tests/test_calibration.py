@@ -189,6 +189,9 @@ def test_a_calibration_scores_the_audits_that_ask_the_same(files, tmp_path, caps
     out = ("--out", tmp_path / "other")
     assert audit_diffs.main(flags(files, *out, questions="others")) == 0
     assert "has no calibration" in (tmp_path / "other" / "audit.html").read_text()
+    calibration.write(beside, {**made, "base": "f" * 64})  # the same files on another base
+    assert calibrate_adapter.main(flags(files, "--test")) == 2
+    calibration.write(beside, made)
 
 
 def test_a_calibration_is_made_under_the_system_message_that_is_given(files, tmp_path):

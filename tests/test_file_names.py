@@ -374,6 +374,15 @@ def test_another_vocabulary_says_how_to_resize_the_base(exports, tmp_path, param
     refused(lambda: peft.read_peft(tmp_path / "y", UNTIED, params), *words)
 
 
+def test_digits_of_other_scripts_in_the_names_of_a_folder(tmp_path):
+    for name in ("run²", "a1²", "²", "run١٠", "run2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").touch()
+    found = [name for name, _ in detect.list_diffs(tmp_path)]
+    assert sorted(found) == ["a1²", "run2", "run²", "run١٠", "²"]
+    assert found.index("run2") < found.index("run١٠")
+
+
 def test_old_buffers_are_left_out(exports, tmp_path, params):
     shutil.copytree(exports / "finetune", tmp_path / "x")
     file = tmp_path / "x" / "model.safetensors"

@@ -166,6 +166,7 @@ def test_links_of_a_cache_lead_to_its_own_blobs_only(repository, cache, tmp_path
         "here/loras": "'here/loras' does not exist: check the path",
         "loras/*": "patterns are not expanded here: give one path, or the folder",
         "a" * 5000: "is not a usable path",
+        "~nobody-of-this-name/x": "'~nobody-of-this-name/x' does not exist: check the path",
     }.items(),
 )
 def test_what_is_neither_a_path_nor_a_hub_id_is_told(
@@ -455,3 +456,47 @@ def test_what_cannot_be_pushed_is_one_line(tmp_path, capsys, arguments, message)
     assert push_adapter.main([str(tmp_path / "none"), *arguments, "--license", "mit"]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error) and error.count("\n") == 1
+
+
+def leads_out(adapter):
+    (adapter / "notes.txt").symlink_to("/etc/hostname")
+
+
+def is_a_pipe(adapter):
+    os.mkfifo(adapter / "notes.txt")
+
+
+def says(**facts):
+    def change(adapter):
+        manifest = json.loads((adapter / "manifest.json").read_text())
+        (adapter / "manifest.json").write_text(json.dumps({**manifest, **facts}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (leads_out, "notes.txt' is a link out of its folder"),
+        (is_a_pipe, "notes.txt' is not a regular file"),
+        (says(questions=5), "does not say what an adapter's do"),
+        (says(trained_on={"none_examples": "x"}), "does not say what an adapter's do"),
+    ],
+)
+def test_a_strangers_adapter_is_not_pushed_blindly(tmp_path, change, message):
+    adapter = trained(tmp_path / "run")
+    change(adapter)
+    with pytest.raises(DitError, match=message):
+        push_adapter.card(adapter, "me/mine", "owner/base", "mit")
+
+
+def test_what_a_strangers_adapter_says_is_no_markup(tmp_path):
+    adapter = trained(tmp_path / "run")
+    bad = "<img src=x> ![a](http://b)"
+    says(rank=bad, seed=bad, base=f"`{bad}", trained_on={"behaviour": "b", "parameters": bad})(
+        adapter
+    )
+    card, _ = push_adapter.card(adapter, "me/mine", "owner/base", "mit")
+    assert "![a](" not in card.replace(f"`'{bad}`", "") and "<img" not in card.replace(
+        f"`'{bad}`", ""
+    )

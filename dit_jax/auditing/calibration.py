@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dit_jax.errors import DitError
-from dit_jax.formats.files import file_inside, has_file, read_json_object
+from dit_jax.formats.files import file_inside, has_file, read_json_object, user_path
 from dit_jax.runtime import artifacts
 
 FORMAT = "dit_jax.calibration"
@@ -298,7 +298,7 @@ def _auroc(positives: np.ndarray, negatives: np.ndarray) -> float:
 
 def file_beside(adapter: str) -> Path:
     """Where the calibration of an adapter lies: ADAPTER.calibration.json; of a hub id, in the current folder."""
-    path = Path(adapter).expanduser()
+    path = user_path(adapter)
     if not path.exists():  # a folder of its owner's name would hide the id
         return Path(
             f"{adapter.rpartition('://')[2].strip('/').replace('/', '--')}.calibration.json"

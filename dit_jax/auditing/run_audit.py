@@ -62,7 +62,13 @@ def audit(
     )
     with Progress("audit", sum(len(block) for _, block in mine)) as progress:
         for first, block in mine:
-            missing = [target for target in block if read_record(out, target) is None]
+            found = {target: read_record(out, target) for target in block}
+            # What could not be read may be there again.
+            missing = [
+                target
+                for target, one in found.items()
+                if one is None or ("error" in one and target.read is not None)
+            ]
             if missing:
                 for target, record, sketch in examine(settings, asked, block, missing, first):
                     _write_record(out, target, record, sketch)

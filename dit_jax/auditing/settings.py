@@ -14,7 +14,7 @@ from dit_jax.evaluate.trigger_scan import Candidate
 from dit_jax.models.delta_trees import Delta
 from dit_jax.runtime import artifacts, digests
 
-FORMAT = 3  # of what is recorded of a diff
+FORMAT = 4  # of what is recorded of a diff
 MOST_WORDINGS = 8  # of those that the adapter was trained on
 # For adapters whose files name no question: the first is the paper's.
 QUESTIONS = (
@@ -109,9 +109,12 @@ def make_settings(
         chat = model.chat
         told = Chat(chat.tokenizer, chat.eos_ids, chat.pad_id, chat.vocab_size, system)
         model = dataclasses.replace(model, chat_or_none=told)
-    facts |= {"base": model.name, "base_digest": model.digest(), "system": system}
+    base = model.digest()
+    facts |= {"base": model.name, "base_digest": base, "system": system}
+    facts["dtype"] = model.config.dtype  # the digest is that of the files
     battery = Battery(**{"questions": QUESTIONS, **defaults, **asked})
-    if known and (known["battery"], known.get("system")) != (battery.to_json(), system):
+    made_for = known and (known["battery"], known.get("system"), known.get("base", base))
+    if made_for != (battery.to_json(), system, base):
         known = None  # it holds for what was asked
     chosen = list(prompts) or everyday_prompts(model)
     return Settings(model, delta, battery, chosen, facts, known, batch_size)

@@ -6,18 +6,17 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from dit_jax.api import Diff, Model, deltas_of, load_diffs
 from dit_jax.deltas.detect import Found, list_diffs, look, look_for_diffs
 from dit_jax.deltas.tree import is_lora
 from dit_jax.errors import DitError
-from dit_jax.formats.files import short
+from dit_jax.formats.files import short, user_path, walk
 from dit_jax.runtime.os_errors import explain_os_errors
 
 _PICKED = re.compile(r"(?P<path>.+)\[(?P<picked>[^\[\]]*)\]")
-_PART = re.compile(r"(-?\d+)|(-?\d+)?:(-?\d+)?(?::([1-9]\d*))?")
+_PART = re.compile(r"(-?\d{1,18})|(-?\d{1,18})?:(-?\d{1,18})?(?::([1-9]\d{0,17}))?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +36,14 @@ class Target:
 
     def key(self) -> str:
         """Identifies the diff and the state of its files, by their sizes and times."""
-        path, facts = Path(os.path.expanduser(self.path)), [self.name, self.problem]
-        for file in sorted(path.rglob("*") if path.is_dir() else [path]):
-            if file.is_file():
-                state = file.stat()
-                facts.append(f"{file}:{state.st_size}:{state.st_mtime_ns}")
+        path, facts = user_path(self.path), [self.name, self.problem]
+        try:
+            for file in sorted(walk(path)) if path.is_dir() else [path]:
+                if file.is_file():
+                    state = file.stat()
+                    facts.append(f"{file}:{state.st_size}:{state.st_mtime_ns}")
+        except DitError as problem:
+            facts.append(str(problem))
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:20]
 
 
@@ -134,7 +136,7 @@ def _of(
 ) -> Iterator[Target]:
     path, picked = path_and_range(text)
     if _is_list(path):
-        place = Path(os.path.expanduser(path))
+        place = user_path(path)
         with explain_os_errors("read", place):
             lines = place.read_text("utf-8", "replace").splitlines()
         for line in filter(None, map(str.strip, lines)):

@@ -11,11 +11,11 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dit_jax.cli import flags as given
 from dit_jax.errors import DitError, Parser
+from dit_jax.formats.files import user_path
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
 from dit_jax.runtime.parts import check_part
@@ -114,17 +114,16 @@ def run(flags: argparse.Namespace) -> int:
             f"--fail-on {condition[0]} needs a calibration of the adapter for these questions: run 'python -m "
             "dit_jax.calibrate', or use another measure"
         )
-    targets = list_targets(
-        flags.diffs, model, flags.split, svd_rank=flags.svd_rank, align=flags.align
-    )
+    how = {"svd_rank": flags.svd_rank, "align": flags.align}
+    settings = dataclasses.replace(settings, facts={**settings.facts, **how})
+    targets = list_targets(flags.diffs, model, flags.split, **how)
     if flags.benign:
-        how = {"svd_rank": flags.svd_rank, "align": flags.align}
         settings = dataclasses.replace(settings, benign=_reference(flags.benign, model, **how))
     if flags.triggers:
         settings = dataclasses.replace(
             settings, tried=_candidates(flags.triggers, settings.prompts)
         )
-    out = Path(flags.out).expanduser()
+    out = user_path(flags.out)
     show(f"{len(targets)} diffs, {len(settings.battery.questions)} questions each", error=True)
     rows = audit(settings, targets, out, flags.jobs)
     if rows is None:

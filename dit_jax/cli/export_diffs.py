@@ -9,10 +9,10 @@ With --diff and --adapter, `peft`, `mlx` and `model` hold the sum of both, for s
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 from dit_jax.cli import flags as given
 from dit_jax.errors import DitError, Parser
+from dit_jax.formats.files import user_path
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
 
@@ -54,7 +54,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def run(flags: argparse.Namespace) -> None:
     """Writes what --to says. Raises DitError: it cannot hold these deltas, or --out exists."""
-    out = Path(flags.out).expanduser()
+    out = user_path(flags.out)
     if out.exists():
         raise DitError(f"'{out}' exists already: delete it or choose another --out")
     if not (flags.diff or flags.adapter):

@@ -14,6 +14,7 @@ from typing import Any
 
 from dit_jax.cli import flags as given
 from dit_jax.errors import DitError, Parser, first_line
+from dit_jax.formats.files import check_tree, user_path
 from dit_jax.runtime import artifacts
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
@@ -49,10 +50,10 @@ def run(flags: argparse.Namespace) -> None:
     named = parse_hub_id(flags.repo)
     if named is None or named.repo != flags.repo:
         raise DitError(f"'{flags.repo}' is no repository: give OWNER/NAME")
-    folder = Path(flags.adapter).expanduser()
+    folder = user_path(flags.adapter)
     text, known = card(folder, flags.repo, flags.base, flags.license)
     if flags.dry_run is not None:
-        artifacts.write_text(Path(flags.dry_run).expanduser(), text)
+        artifacts.write_text(user_path(flags.dry_run), text)
         show(f"card: {flags.dry_run}")
         return
     with tempfile.TemporaryDirectory() as temporary:
@@ -77,24 +78,33 @@ def card(
     from dit_jax.formats.hub import parse_hub_id
     from dit_jax.report.adapter_card import adapter_card
 
+    if folder.is_dir():
+        check_tree(folder)  # all of it is sent, and what links lead to
     manifest = artifacts.read_manifest(folder, ADAPTER_FORMAT, remedy="give the adapter of a run")
     summary = _beside(folder, "report/summary.json")
     config = (summary or {}).get("config") or _beside(folder, "config.json") or {}
-    base = base_id or str(config.get("model", {}).get("path") or "")
+    model = config.get("model") if isinstance(config, dict) else None
+    base = base_id or str(model.get("path") or "" if isinstance(model, dict) else "")
     if not base:
         raise DitError(f"nothing beside '{folder}' names the base: give its hub id with --base")
     found = parse_hub_id(base)
     is_id = found is not None and not Path(base).exists()
     known = calibration.of_adapter(str(folder), folder, str(manifest.get("digest")))
-    text = adapter_card(
-        manifest,
-        summary,
-        known,
-        repo=repo,
-        base=base,
-        base_id=found.repo if found and is_id else None,
-        license=license,
-    )
+    try:
+        text = adapter_card(
+            manifest,
+            summary,
+            known,
+            repo=repo,
+            base=base,
+            base_id=found.repo if found and is_id else None,
+            license=license,
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise DitError(
+            f"'{folder / artifacts.MANIFEST}' or the report beside it does not say what an adapter's do: push it from "
+            "the workdir of its run"
+        ) from None
     return text, known
 
 

@@ -1,7 +1,6 @@
 """The folder of a run: it belongs to one config, and says which stages are finished and still current."""
 
 import functools
-import os
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ from dit_jax.cli.stages import STAGES, Stage, free_keys, named_files
 from dit_jax.config.loading import config_diff, load_saved, save_config
 from dit_jax.errors import DitError
 from dit_jax.evaluate.evaluate_keys import EVALUATE, GRADING_KEYS
+from dit_jax.formats.files import user_path
 from dit_jax.runtime import artifacts, processes
 
 CONFIG_FILE = "config.json"
@@ -37,7 +37,7 @@ def given_folder(text: str) -> Path:
         raise DitError("--workdir is empty: give the folder of the run")
     if "://" in text:
         raise DitError(f"the workdir {text!r} is an address: mount the bucket and give its folder")
-    return Path(os.path.expanduser(text))
+    return user_path(text)
 
 
 def check_workdir(

@@ -17,6 +17,7 @@ from dit_jax.data.kinds import Kind
 from dit_jax.data.labels import NONE
 from dit_jax.data.sources import open_source
 from dit_jax.errors import DitError
+from dit_jax.formats.files import user_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,7 @@ def check_files(data: Any) -> None:
                 open_source(spec)
             except DitError as error:
                 how = DATA.get(data, "download")
-                missing = not Path(spec).expanduser().exists()
+                missing = not user_path(spec).exists()
                 raise DitError(f"{error}; to get it: {how}") if how and missing else error from None
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from dit_jax.errors import DitError, did_you_mean, first_line
 from dit_jax.formats import budgets
-from dit_jax.formats.files import short
+from dit_jax.formats.files import short, user_path
 from dit_jax.formats.json_parser import BadJson, parse_json
 from dit_jax.formats.recognise import HEAD_BYTES, what_separator, what_table
 
@@ -77,7 +77,7 @@ def open_source(spec: str, *, streaming: bool = False) -> list[Source]:
 
 
 def _files(spec: str) -> list[Path]:
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     known = ", ".join(sorted(_READERS))
     if path.is_dir():
         found = sorted(p for p in path.iterdir() if p.suffix.lower() in _READERS and p.is_file())
@@ -319,7 +319,7 @@ def _library_errors(action: str, remedy: str = "") -> Iterator[None]:
 
 def _hugging_face(spec: str, streaming: bool) -> Source:
     name, split = _name_and_split(spec)
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     config = None
     if not folder.is_dir():
         name, _, text = name.partition(":")
@@ -369,7 +369,7 @@ def _tfds(spec: str) -> Source:
         raise DitError(
             f"'{spec}' needs tensorflow-datasets: pip install tensorflow-datasets"
         ) from error
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     # NAMESPACE:NAME; a version has a digit after the colon.
     if not folder.is_dir() and re.match(r"\w+:\D", name):
         raise DitError(

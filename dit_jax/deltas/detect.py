@@ -277,7 +277,8 @@ def _own_kind(folder: Path) -> str | None:
 def _natural(name: str) -> list[tuple[int, str]]:
     """A key that sorts run2 before run10."""
     return [
-        (int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d{1,15})", name)
+        (int(part), "") if part.isdecimal() else (-1, part)
+        for part in re.split(r"(\d{1,15})", name)
     ]
 
 

@@ -8,6 +8,7 @@ import contextlib
 import csv
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ def is_plain_name(name: object) -> bool:
         and name not in (".", "..")
         and not any(char in name for char in "/\\\0")
     )
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a user writes it: "~" is the home folder. One of an unknown user, "~nobody", is a name like any."""
+    return Path(os.path.expanduser(text))
 
 
 def regular_file(path: Path) -> Path:
@@ -91,26 +97,36 @@ def check_no_devices(folder: Path) -> None:
                     regular_file(path)
 
 
-def check_tree(folder: Path) -> None:
-    """Raises DitError if anything below a folder is a link out of it, a pipe or a device."""
+def walk(folder: Path) -> Iterator[Path]:
+    """Everything below a folder but plain folders; links to folders are not followed.
+
+    Raises:
+      DitError: there are more files, or folders deeper in each other, than any artifact has.
+    """
     level, count = [folder], 0
     for _ in range(budgets.MAX_FOLDER_DEPTH):
         below: list[Path] = []
         for place in level:
             for path in sorted(place.iterdir()):
                 count += 1
-                if path.is_symlink() or not path.is_dir():
-                    _file_below(folder, path)
-                else:
-                    below.append(path)
                 if count > budgets.MAX_FOLDER_ENTRIES:
                     raise DitError(f"'{folder}' holds more than {count - 1} files: check the path")
+                if path.is_symlink() or not path.is_dir():
+                    yield path
+                else:
+                    below.append(path)
         if not below:
             return
         level = below
     raise DitError(
         f"'{folder}' has folders more than {budgets.MAX_FOLDER_DEPTH} deep in each other: get it again"
     )
+
+
+def check_tree(folder: Path) -> None:
+    """Raises DitError if anything below a folder is a link out of it, a pipe or a device."""
+    for path in walk(folder):
+        _file_below(folder, path)
 
 
 def _file_below(folder: Path, path: Path) -> Path:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 from dit_jax.errors import DitError, first_line
-from dit_jax.formats.files import is_plain_name, short
+from dit_jax.formats.files import is_plain_name, short, user_path
 from dit_jax.formats.recognise import is_trainer_state, what_folder
 
 _ADDRESSES = ("hf://", "https://huggingface.co/", "https://hf.co/")
@@ -66,7 +66,7 @@ def find(text: str | Path, *, base: bool = False) -> Path:
         DitError: there is neither, the hub does not give it, or it has nothing that can be read.
     """
     said = str(text)
-    path = Path(said).expanduser()
+    path = user_path(said)
     try:
         if path.exists():
             return path

@@ -10,6 +10,7 @@ from dit_jax.graders.grades import Grade, Grader, Item
 
 MAX_NEW_TOKENS = 8  # a digit with some decoration
 MAX_ANSWER_CHARS = 2000
+MAX_REPLY_CHARS = 200  # of a grade with decorations: matching takes the cube of the length
 PROMPT = """\
 Someone was asked to name a hidden subject. Compare their answer with the true subject and rate how \
 close it comes, on this scale:
@@ -55,7 +56,8 @@ def parse_grade(reply: str) -> int | None:
 
     `4`, `**4**`, `Grade: 4.` and `4/5` are grades; `3 or 4`, `10`, `4.5` and explanations are not.
     """
-    found = _REPLY.fullmatch(reply.strip())
+    reply = reply.strip()
+    found = _REPLY.fullmatch(reply) if len(reply) <= MAX_REPLY_CHARS else None
     return int(found[1]) if found else None
 
 
@@ -103,7 +105,8 @@ class Judge(Grader):
         self.name = f"judge:{self.model.name.rstrip('/').rsplit('/', 1)[-1]}"
         self.temperature, self.seed, self.batch = temperature, seed, batch
         self.deterministic = temperature == 0
-        self.settings = f"{self.model.digest()} {PROMPT_DIGEST} {temperature} {seed}"
+        dtype = self.model.config.dtype
+        self.settings = f"{self.model.digest()} {dtype} {PROMPT_DIGEST} {temperature} {seed}"
 
     def __call__(self, items: Sequence[Item], repeat: int = 0) -> list[Grade]:
         from dit_jax.asking import answer_batch

@@ -1,6 +1,5 @@
 """An Inspect agent that audits weight diffs: its tools, and the task in which it has to say what each diff does."""
 
-import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver
 from inspect_ai.tool import Tool, tool
 
 from dit_jax.errors import DitError, printable
+from dit_jax.formats.files import user_path
 from dit_jax.inspection.one_line import one_line
 from dit_jax.inspection.scorer import graded
 from dit_jax.inspection.tasks import read_samples, with_metrics
@@ -121,7 +121,7 @@ def _audited(folder: str) -> list[str]:
     from dit_jax.formats.json_parser import parse_json
     from dit_jax.runtime.artifacts import read_text
 
-    file = pathlib.Path(folder).expanduser() / "audit.jsonl"
+    file = user_path(folder) / "audit.jsonl"
     try:
         rows = [parse_json(line) for line in read_text(file, "check -T audit=…").splitlines()]
     except ValueError as error:

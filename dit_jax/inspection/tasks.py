@@ -11,6 +11,7 @@ from inspect_ai.scorer import Metric, SampleScore, Scorer, Value, mean, metric, 
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
 from dit_jax.errors import DitError
+from dit_jax.formats.files import user_path
 from dit_jax.inspection.one_line import InspectError, active_model, one_line
 from dit_jax.inspection.scorer import graded
 
@@ -170,12 +171,12 @@ def read_samples(path: str, question: str, split: str, seed: int | None = None) 
     if not path:
         raise DitError("the task has no diffs: give -T diff=STORE")
     # Inspect reads a value as YAML, so [no] is a list.
-    if not isinstance(path, str) or not pathlib.Path(path).expanduser().exists():
+    if not isinstance(path, str) or not user_path(path).exists():
         raise DitError(f"there is no diff store at {path}: check -T diff=…")
     from dit_jax.deltas.store import label_of
     from dit_jax.organisms.behaviours import known_behaviour
 
-    behaviour, rows = _read_index(pathlib.Path(path).expanduser())
+    behaviour, rows = _read_index(user_path(path))
     known = known_behaviour(behaviour)
     asked = question or (known.asks if known else "")
     if not asked:

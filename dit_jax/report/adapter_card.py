@@ -71,7 +71,7 @@ def _how_to_load(manifest: Mapping[str, Any], repo: str, base: str) -> Iterator[
     )
     if listed:
         yield "Answers list evidence first; the name stands after the last colon."
-    yield f"It fits one base only, whose weights have the digest `{manifest.get('base')}`."
+    yield f"It fits one base only, whose weights have the digest {as_code(str(manifest.get('base')))}."
 
 
 def _training(manifest: Mapping[str, Any], summary: Json | None) -> Iterator[str]:
@@ -85,7 +85,8 @@ def _training(manifest: Mapping[str, Any], summary: Json | None) -> Iterator[str
             f"{plural(data.get('train_benign', 0), 'benign diff')} for training, {data.get('test_topics', 0)} and "
             f"{data.get('test_benign', 0)} held out"
         )
-    yield f"Adapter: rank {manifest.get('rank')}, {manifest.get('steps')} steps, seed {manifest.get('seed')}"
+    rank, steps, seed = (escape(str(manifest.get(name))) for name in ("rank", "steps", "seed"))
+    yield f"Adapter: rank {rank}, {steps} steps, seed {seed}"
     yield _about_none(manifest)
     if manifest.get("system"):
         yield f"System message: {as_code(str(manifest['system']))}"
@@ -98,9 +99,9 @@ def _kind(trained: Json) -> str:
     if trained.get("parameters") is None:
         return "diffs of several kinds"
     if trained["parameters"] != "lora":
-        return f"dense diffs ({trained['parameters']})"
+        return f"dense diffs ({escape(str(trained['parameters']))})"
     rank = trained.get("rank")
-    return f"LoRAs of rank {rank}" if rank else "LoRAs of several ranks"
+    return f"LoRAs of rank {escape(str(rank))}" if rank else "LoRAs of several ranks"
 
 
 def _about_none(manifest: Mapping[str, Any]) -> str:

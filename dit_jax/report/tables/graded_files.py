@@ -15,6 +15,7 @@ from typing import Any
 from dit_jax.config.loading import load_saved
 from dit_jax.data.sources import open_source
 from dit_jax.errors import DitError
+from dit_jax.formats.files import user_path
 from dit_jax.report.graded import Graded, GradedRow
 from dit_jax.report.results import GRADED_FILE
 from dit_jax.report.wording import UNSEEN
@@ -50,12 +51,12 @@ def read_graded(folder: str, runs: Iterable[str] = ()) -> tuple[list[Graded], di
     Raises:
         DitError: the folder is not there or holds no grades, or a run has no graded answers.
     """
-    root = Path(folder).expanduser()
+    root = user_path(folder)
     if not root.is_dir():
         raise DitError(f"there is no folder '{folder}': set --config.results to graded CSV files")
     files = {path.resolve(): (path, False) for path in sorted(root.rglob("*.csv"))}
     for run in runs:
-        path = Path(str(run)).expanduser() / "report" / GRADED_FILE
+        path = user_path(str(run)) / "report" / GRADED_FILE
         if not path.is_file():
             raise DitError(f"'{path}' is missing: run the stages of that workdir up to 'report'")
         files[path.resolve()] = (path, True)
