@@ -40,6 +40,22 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert names(file.parent) == ["a.txt"]
 
 
+@pytest.mark.parametrize("name", ["pipe", "device", "link to a device"])
+def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path, name):
+    path = tmp_path / name
+    if name == "pipe":
+        os.mkfifo(path)
+    elif name == "device":
+        path.symlink_to("/dev/null")
+    elif name == "link to a device":
+        (tmp_path / "first").symlink_to("/dev/null")
+        path.symlink_to(tmp_path / "first")
+    before = path.lstat()
+    with pytest.raises(DitError, match="is no regular file"):
+        artifacts.write_text(path, "x")
+    assert path.lstat() == before
+
+
 def test_text_of_models_is_written_whatever_it_holds(tmp_path):
     """A lone surrogate has no UTF-8; JSON reads its escape back."""
     artifacts.write_text(tmp_path / "page.md", "half \ud800 \u00e9")
@@ -273,9 +289,13 @@ def test_a_manifest_cannot_point_outside(store, name):
         read(store)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"files": []}', '{"files": {"a": 1}}'])
+@pytest.mark.parametrize("text", ["[]", "{}", '{"files": []}', '{"files": {"a": 1}}', None])
 def test_a_broken_manifest_is_refused(store, text):
-    (store / "manifest.json").write_text(text)
+    if text is None:  # a pipe, which nobody writes to
+        (store / "manifest.json").unlink()
+        os.mkfifo(store / "manifest.json")
+    else:
+        (store / "manifest.json").write_text(text)
     with pytest.raises(DitError):
         read(store)
 

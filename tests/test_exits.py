@@ -124,6 +124,7 @@ FORMULAS = [
     "@SUM(A1)",
     "\t=1",
     "\r=1",
+    "\n=1",
     "\uff1d1",
     "=cmd|' /C calc'!A0",
     "-a",

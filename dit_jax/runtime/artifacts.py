@@ -23,6 +23,7 @@ import numpy as np
 
 import dit_jax
 from dit_jax.errors import DitError
+from dit_jax.formats.files import regular_file
 from dit_jax.formats.json_parser import BadJson, parse_json
 from dit_jax.runtime import interrupts
 from dit_jax.runtime.os_errors import explain_os_errors
@@ -62,9 +63,14 @@ def atomic_file(path: PathLike) -> Iterator[Path]:
     """Yields a temporary path to write to; on success it replaces `path` in one step.
 
     If the body raises, `path` keeps its old content and the temporary file is removed.
-    Raises DitError: the file system refuses (permissions, disk full).
+    Raises DitError: the file system refuses (permissions, disk full), or `path` is a device or a pipe.
     """
     path = Path(path)
+    # A rename would put a file in the place of /dev/null, or of /dev/stdout, which is a link.
+    if path.absolute().parent == Path("/dev") or not (
+        path.is_file() or path.is_dir() or not path.exists()
+    ):
+        raise DitError(f"'{path}' is no regular file: give the name of a file, or leave it out")
     make_dir(path.parent)
     temporary = _temporary_sibling(path)
     with explain_os_errors("write", path):
@@ -281,6 +287,8 @@ def check_file(
 
 def _read_listing(folder: Path, repair: str, remedy: str) -> dict[str, Any]:
     """The content of a manifest that lists files. Raises DitError: it is missing or broken."""
+    if (folder / MANIFEST).exists():
+        regular_file(folder / MANIFEST)  # the folder may be a stranger's, and a pipe waits forever
     manifest = read_json(folder / MANIFEST, remedy)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise DitError(f"'{folder / MANIFEST}' is not a manifest: {repair}")

@@ -19,6 +19,9 @@ _REMEDIES = {
     errno.ENOTDIR: "a part of the path is a file, choose another folder",
     errno.EMFILE: "too many open files, raise the limit (ulimit -n)",
     errno.ENFILE: "the system has too many open files, close some programs",
+    errno.ENAMETOOLONG: "the name is too long, choose a shorter one",
+    errno.ELOOP: "links lead in a circle, give what they should lead to",
+    errno.EISDIR: "it is a folder, give a file",
     errno.EEXIST: "something of that name is in the way, choose another folder",
 }
 # Errors of the connection, the permissions or this process, not of the files.

@@ -15,8 +15,8 @@ from typing import Any
 from dit_jax.errors import HIDDEN, printable
 
 # What spreadsheets compute, also in the wide forms of other keyboards. An apostrophe before it makes it a text.
-_FORMULA = re.compile("(?='*[=+\\-@\t\r\uff1d\uff0b\uff0d\uff20])")
-_QUOTED = re.compile("'(?='*[=+\\-@\t\r\uff1d\uff0b\uff0d\uff20])")
+_FORMULA = re.compile("(?='*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20])")
+_QUOTED = re.compile("'(?='*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20])")
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?")
 _ESCAPE = re.compile(r"\\(?=u[0-9a-f]{4})")
 _ESCAPED = re.compile(r"\\u([0-9a-f]{4})")
