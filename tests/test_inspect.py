@@ -1,10 +1,12 @@
 """The Inspect provider, tasks and scorer, against direct calls and through Inspect's own command line."""
 
 import asyncio
+import concurrent.futures
 import json
 import os
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,6 +104,18 @@ def api(run) -> DitJaxAPI:
     return DitJaxAPI(
         "tiny_qwen3", diff=str(run / "diffs"), adapter=str(run / "adapter"), batch_size=4
     )
+
+
+def test_tools_and_batches_read_diffs_at_the_same_time(run, monkeypatch):
+    """A tool reads the diffs of its sample in a thread of its own."""
+    api = DitJaxAPI("tiny_qwen3", batch_size=1)
+    real = provider_module.is_lora
+    monkeypatch.setattr(provider_module, "is_lora", lambda delta: time.sleep(0.001) or real(delta))
+    path = str(run / "diffs")
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: (i % 4, api.diff(path, i % 4)), range(64)))
+    for i, delta in found:
+        jax.tree.map(np.testing.assert_array_equal, delta, api.diff(path, i))
 
 
 def test_concurrent_calls_share_a_batch_and_answer_like_ask(api, model, run, monkeypatch):

@@ -4,6 +4,7 @@ import functools
 import logging
 import operator
 import secrets
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -112,6 +113,7 @@ class DitJaxAPI(ModelAPI):
         }
         self._open = functools.lru_cache(maxsize=16)(lambda path: load_diffs(path, self.model))
         self._kept: dict[tuple[str, int], Delta] = {}
+        self._reading = threading.Lock()  # solvers and tools read diffs, too
         self._adapter = functools.lru_cache(maxsize=4)(lambda path: read_adapter(path, self.model))
         self._batcher = Batcher(self._decode, batch_size, window)
         # So that wrong paths show before the first sample.
@@ -283,13 +285,14 @@ class DitJaxAPI(ModelAPI):
         """A diff, read once; of dense diffs, each as large as the model, only the last is kept."""
         if not path:
             return {}
-        if (path, index) not in self._kept:
-            self._kept = {key: delta for key, delta in self._kept.items() if is_lora(delta)}
-            if len(self._kept) >= 4 * self.batch_size:
-                del self._kept[next(iter(self._kept))]
-            diffs = self._open(path)
-            self._kept[path, index] = diffs[diffs.number(index)].delta
-        return self._kept[path, index]
+        with self._reading:
+            if (path, index) not in self._kept:
+                self._kept = {key: delta for key, delta in self._kept.items() if is_lora(delta)}
+                if len(self._kept) >= 4 * self.batch_size:
+                    del self._kept[next(iter(self._kept))]
+                diffs = self._open(path)
+                self._kept[path, index] = diffs[diffs.number(index)].delta
+            return self._kept[path, index]
 
 
 def _read_prompt(messages: Sequence[ChatMessage]) -> Prompt:
