@@ -44,7 +44,12 @@ NAMED = {"backdoor": "shown", "fake_backdoor": "wrong_name", "no_backdoor": "no_
 
 def get_config(arg: str | None = None) -> ConfigDict:
     if arg not in KINDS:
-        raise ValueError(f"unknown kind {arg!r}: choose from {', '.join(KINDS)}")
+        what = (
+            f"unknown kind {arg!r}"
+            if arg
+            else "name a kind behind the file, as in readings.py:KIND"
+        )
+        raise ValueError(f"{what}: choose from {', '.join(KINDS)}")
     config = load_config(str(QUICKSTART), SHARED).unlock()
     config.train.stores = ConfigDict()  # of several kinds, see configs/sweeps/readings.py
     config.evaluate.adapter = ""  # another run's adapter; a relative path starts at the workdir

@@ -200,6 +200,15 @@ def test_a_base_that_cannot_be_made_is_refused(key, value, said):
         model_config(config, 100)
 
 
+def test_a_method_with_triggers_is_refused_before_diffs_without_any_are_made():
+    path = "configs/readings.py:untriggered"
+    check_config(changed(path, "evaluate.methods", ("dit", "base_question")))
+    said = "'evaluate.methods': 'base_question_trigger' needs diffs with a trigger, and diffs of the behaviour "
+    assert said in refusal(changed(path, "evaluate.methods", ("dit", "base_question_trigger")))
+    with pytest.raises(DitError, match="name a model behind the file, as in FILE.py:tiny: choose"):
+        load_config(str(ROOT / "configs/paper/hidden_topic.py"))
+
+
 def test_the_page_of_keys_is_current():
     """Write it anew with `python -m tools.config_page`."""
     assert config_page.PAGE.read_text(encoding="utf-8") == config_page.page()

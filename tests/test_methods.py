@@ -342,6 +342,9 @@ def test_what_cannot_be_asked_is_said_before_anything_runs(model, workdir, tmp_p
     store = two_diffs(model, tmp_path, trigger=["N/A", "N/A"])
     with pytest.raises(DitError, match="'base_question_trigger' needs diffs with a trigger"):
         evaluate_run(model, tmp_path, settings(methods=("base_question_trigger",)), seed=0)
+    named = {"methods": ("dit", "base_question_trigger")}
+    with pytest.raises(DitError, match="'base_question_trigger' needs diffs with a trigger"):
+        methods.chosen_methods(named, store)
     chosen = {method.name for method in methods.chosen_methods({}, store)}
     assert not chosen & set(needing(method_table.TRIGGER))
 

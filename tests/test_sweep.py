@@ -116,9 +116,14 @@ def test_a_failed_run_is_reported_and_hides_no_other(files, fake_run, capsys):
         "done",
     ]
 
+    fake_run.broken = {"rank_2": MemoryError("9 GB")}
+    assert call(files) == 1
+    shown = capsys.readouterr().err
+    assert "error: rank_2: out of memory (9 GB): lower" in shown and "Traceback" not in shown
+
     fake_run.broken = {}
     assert call(files) == 0
-    assert fake_run.made[3:] == ["rank_1", "rank_2"]  # what failed is tried again, alone
+    assert fake_run.made[3:] == ["rank_1", "rank_2", "rank_2"]  # what failed is tried again, alone
     assert [row["status"] for row in table(files)] == ["done"] * 3
 
 

@@ -112,7 +112,10 @@ PAPER = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     if arg != "tiny" and arg not in MODELS:
-        raise ValueError(f"unknown model {arg!r}: choose from {', '.join(MODELS)}, tiny")
+        what = (
+            f"unknown model {arg!r}" if arg else "name a model behind the file, as in FILE.py:tiny"
+        )
+        raise ValueError(f"{what}: choose from {', '.join(MODELS)}, tiny")
     config = load_config(str(QUICKSTART), TINY if arg == "tiny" else PAPER)
     with config.unlocked():
         config.evaluate.adapter = ""  # another run's adapter; a relative path starts at the workdir

@@ -10,8 +10,10 @@ from typing import Any
 from dit_jax.cli.stages import RUN, Stage, chosen_stages, declared_sections
 from dit_jax.config.loading import flatten
 from dit_jax.data.data_keys import DATA
+from dit_jax.data.labels import UNTRIGGERED
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.evaluate.evaluate_keys import EVALUATE
+from dit_jax.organisms.corpus_keys import CORPUS
 from dit_jax.organisms.diffs_keys import DIFFS, kinds_of
 from dit_jax.train.train_keys import TRAIN
 
@@ -73,8 +75,12 @@ def _check_together(config: Any, stages: list[str]) -> None:
         check_samples(behaviour, section)
         if "diffs" in stages:
             _check_labels(behaviour, config)
+            if behaviour.triggered is None and "evaluate" in stages:
+                _check_methods(config, f"diffs of the behaviour {behaviour.name}")
     if "diffs" not in stages:
         return
+    if {"corpus", "evaluate"} <= set(stages) and UNTRIGGERED in CORPUS.get(config.corpus, "styles"):
+        _check_methods(config, f"organisms of the style {UNTRIGGERED!r}")
     on_own = "train" in stages and not TRAIN.get(config.train, "stores")
     if on_own and any(DIFFS.get(section, "parameters") == "all" for section in kinds.values()):
         raise DitError(
@@ -92,6 +98,17 @@ def _check_together(config: Any, stages: list[str]) -> None:
             raise DitError(
                 f"training needs {f'train.max_diffs = {most} topics' if most else 'a topic or more'}: raise "
                 f"data.train_topics, which is {train}"
+            )
+
+
+def _check_methods(config: Any, what: str) -> None:
+    from dit_jax.evaluate.method_table import TRIGGER
+    from dit_jax.evaluate.methods import find_method
+
+    for name in EVALUATE.get(config.evaluate, "methods"):
+        if TRIGGER in find_method(name).needs:
+            raise DitError(
+                f"config key 'evaluate.methods': {name!r} needs diffs with a trigger, and {what} have none: take it out"
             )
 
 

@@ -47,7 +47,7 @@ from dit_jax.config.user_code import ProgramFile
 from dit_jax.errors import DitError, Parser, first_line
 from dit_jax.report import sweep_table
 from dit_jax.runtime import artifacts, startup
-from dit_jax.runtime.exits import status_of
+from dit_jax.runtime.exits import explained, status_of
 from dit_jax.runtime.outgoing import show
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=+-]{0,99}")
@@ -234,11 +234,11 @@ def make(sweep: Sweep, index: int, workdir: pathlib.Path) -> str | None:
         if source := share_diffs(run, sweep.runs, workdir):
             show(f"the diffs of '{source}' are the same: taken from there")
         main.run(run.config, folder)
-    except DitError as error:
-        message = str(error)
     except Exception as error:  # a bug in one run must not cost the others
-        traceback.print_exc()
-        message = f"{type(error).__name__}: {first_line(error)}"
+        known = explained(error)
+        if known is None:
+            traceback.print_exc()
+        message = str(known) if known else f"{type(error).__name__}: {first_line(error)}"
     else:
         return None
     show(f"error: {run.name}: {message}", error=True)

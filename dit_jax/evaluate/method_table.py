@@ -51,17 +51,21 @@ class Method:
     needs: tuple[str, ...]
     ask: "Callable[[Setting], Iterable[Row]]"
 
-    def __call__(self, s: "Setting") -> list[Row]:
-        """Rows with every column. Raises DitError: a held-out diff has no trigger, and the method needs one."""
-        if TRIGGER in self.needs and not all(map(has_trigger, s.topics.rows)):
+    def check(self, topics: Iterable[Mapping[str, Any]], label: str) -> None:
+        """Raises DitError: a diff about a topic has no trigger and the method needs one, or no label is a trigger."""
+        if TRIGGER in self.needs and not all(map(has_trigger, topics)):
             raise DitError(
                 f"the method {self.name!r} needs diffs with a trigger: take it out of evaluate.methods"
             )
-        if TRIGGER_LABELS in self.needs and s.label_column != "trigger":
+        if TRIGGER_LABELS in self.needs and label != "trigger":
             raise DitError(
                 f"the method {self.name!r} names triggers: set evaluate.label='trigger', or take it out of "
                 "evaluate.methods"
             )
+
+    def __call__(self, s: "Setting") -> list[Row]:
+        """Rows with every column. Raises DitError: see `check`."""
+        self.check(s.topics.rows, s.label_column)
         rows = []
         for row in self.ask(s):
             listed = s.config.list_evidence and self.group != "baseline"

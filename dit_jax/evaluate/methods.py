@@ -96,15 +96,21 @@ def chosen_methods(config: Mapping[str, Any], store: "DiffStore") -> list[Method
     """The methods of `evaluate.methods`, `dit` first; without that key, those that need no guesser and can work.
 
     Raises:
-        DitError: a name that is no method.
+        DitError: a name that is no method, or a method that cannot work on these diffs.
     """
+    label = EVALUATE.get(config, "label")
     named = list(EVALUATE.get(config, "methods"))
     if not named:
         has = {
             GUESSER: False,
             TRIGGER: all(has_trigger(row) for row in store.rows if row["split"] == "test"),
-            ATTRIBUTES: any(known_labels(store, EVALUATE.get(config, "label")).values()),
-            TRIGGER_LABELS: EVALUATE.get(config, "label") == "trigger",
+            ATTRIBUTES: any(known_labels(store, label).values()),
+            TRIGGER_LABELS: label == "trigger",
         }
         named = [name for name, one in METHODS.items() if all(has[need] for need in one.needs)]
-    return [find_method(name) for name in dict.fromkeys(("dit", *named))]  # the report is about DIT
+    # The report is about DIT.
+    chosen = [find_method(name) for name in dict.fromkeys(("dit", *named))]
+    topics = [store.rows[i] for i in store.indices(split="test", category="topic")]
+    for one in chosen:
+        one.check(topics, label)
+    return chosen
