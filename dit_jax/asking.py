@@ -235,7 +235,19 @@ def _answer(
             batch_size is None or _is_count(batch_size),
             "1 or more, a whole number",
         ),
-        ("temperature", temperature, 0 <= temperature < math.inf, "a number from 0 up"),
+        (
+            "temperature",
+            temperature,
+            hasattr(temperature, "__float__") and 0 <= temperature < math.inf,
+            "a number from 0 up",
+        ),
+        # jax would silently take another seed.
+        (
+            "seed",
+            seed,
+            hasattr(seed, "__index__") and 0 <= seed < 2**32,
+            "a whole number from 0 to 4294967295",
+        ),
     ):
         if not fits:
             raise DitError(f"{name} is {value!r}: give {wanted}")

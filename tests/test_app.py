@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import json
 import pathlib
 import shutil
@@ -103,6 +104,17 @@ def test_an_upload_is_there_while_it_is_read(tmp_path):
         assert (folder / "a" / "b.txt").read_bytes() == b"one"
         assert (folder / "c").stat().st_mode & 0o111 == 0
     assert not folder.exists()
+
+
+def test_few_uploads_are_unpacked_at_once():
+    desk = Desk(Offer(("tiny_qwen3",), seconds=0.01))
+    with contextlib.ExitStack() as stack:
+        for _ in range(desk_module.UPLOADS):
+            stack.enter_context(desk._room())
+        with pytest.raises(DitError, match="other uploads are being read"), desk._room():
+            pass
+    with desk._room():
+        pass
 
 
 @pytest.mark.parametrize(

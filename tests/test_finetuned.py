@@ -286,6 +286,14 @@ def test_a_lora_is_reduced_as_its_product_is(rank):
     assert delta == {} and facts["svd"]["captured_energy"] == 1
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_change_that_no_factors_can_hold_is_refused():
+    size = (UNTIED.num_hidden_layers, UNTIED.hidden_size, UNTIED.intermediate_size)
+    huge = {"layers": {"mlp": {"up_proj": {"w": np.full(size, 3e38, np.float32)}}}}
+    with pytest.raises(DitError, match="'x' changes up_proj by more than the factors of a LoRA"):
+        truncate_delta(huge, 1, UNTIED, "x")
+
+
 def test_every_kind_of_diff_is_reduced(tied, tmp_path):
     """Store, .pt, PEFT: the rank counts for all of them."""
     model = dit_jax.load_model(tied.base)

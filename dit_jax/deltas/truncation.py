@@ -33,7 +33,8 @@ def best_rank(change: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray, fl
     top = vectors[:, ::-1][:, :rank]
     a, b = (wide @ top, top.T) if tall else (top, top.T @ wide)
     energy = float(np.clip(values[::-1][:rank], 0, None).sum())
-    return a.astype(np.float32), np.ascontiguousarray(b, np.float32), energy
+    with np.errstate(over="ignore"):
+        return a.astype(np.float32), np.ascontiguousarray(b, np.float32), energy
 
 
 def truncate(
@@ -67,6 +68,11 @@ def truncate(
                 kept[slot] += captured
                 if outer is not None:
                     a, b = (outer[0] @ a).astype(np.float32), (b @ outer[1]).astype(np.float32)
+                if not (np.isfinite(a).all() and np.isfinite(b).all()):
+                    raise DitError(
+                        f"'{source}' changes {path[-1]} by more than the factors of a LoRA can hold: leave out the "
+                        "rank of the SVD, or get another diff"
+                    )
                 factors[path, layer] = lambda a=a, b=b: Factors(a, b, 1.0)  # type: ignore[misc]
             shares.append(_share(captured, energy))
         per_module[".".join(path)] = shares

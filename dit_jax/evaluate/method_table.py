@@ -5,6 +5,7 @@ checks read it without JAX.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +135,7 @@ def make_row(
         "wording_seen": known,
         "question": question,
         "answer": answer,
-        "logprob": None if logprob is None else round(logprob, 4),
+        "logprob": None if logprob is None or not math.isfinite(logprob) else round(logprob, 4),
     }
 
 
