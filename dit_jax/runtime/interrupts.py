@@ -43,7 +43,7 @@ def end_at_once() -> None:
         return
     _started = True
     _ends = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-    heard = [signal.SIGINT] if _ends else []
+    heard: list[int] = [signal.SIGINT] if _ends else []
     heard += [number for number in _ENDS if signal.getsignal(number) is signal.SIG_DFL]
 
     def react(signals: set[int]) -> None:
