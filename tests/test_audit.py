@@ -215,6 +215,18 @@ def test_an_audit_goes_on_where_it_was_killed_and_jobs_share_it(zoo, tmp_path, c
     assert again == rows  # to the bit
 
 
+def test_a_diff_whose_logits_overflow_is_not_cleared(model, zoo, tmp_path):
+    """Its weights are finite. No calibration may say that nothing was found, and its neighbours are as they are."""
+    folder = tmp_path / "huge"
+    shutil.copytree(zoo / "peft" / "rank1_00", folder)
+    raw = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**raw, "lora_alpha": 1e28}))
+    run(zoo, tmp_path / "out", folder, zoo / "one.pt", code=1, rest=["--fail-on", "kl>1e9"])
+    huge, one = rows_of(tmp_path / "out")
+    assert huge["error"] == run_audit.OVERFLOWS and huge["verdict"] == "unreadable"
+    assert one["verdict"] == "not scored" and one["kl"] < 1e9
+
+
 def test_what_could_not_be_read_is_read_again(zoo, tmp_path, monkeypatch):
     """Its files stay the same when a disk refuses them for a while."""
 

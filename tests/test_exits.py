@@ -56,7 +56,7 @@ ALLOWED = {
         "report/sweep_table.py": 1,  # a cell of a page
     },
     "jinja2.Environment": {"report/html.py": 1},
-    "os.write": {"runtime/interrupts.py": 2},  # a line of ours, and what wakes a thread
+    "os.write": {"runtime/interrupts.py": 3},  # a line of ours, and what wakes and tells threads
     "logging": {"inspection/provider.py": 1},  # `printable`
     "Score": {"inspection/scorer.py": 1},
     # An answer, which is scored as it is.

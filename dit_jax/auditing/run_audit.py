@@ -29,6 +29,7 @@ from dit_jax.runtime.progress import Progress
 Json = dict[str, Any]
 SETTINGS, PARTS = "audit.json", "parts"
 NEAREST = 3  # other diffs shown of each
+OVERFLOWS = "its logits overflow, so its answers mean nothing: check its scale (lora_alpha)"
 SAID = (
     "split",
     "found_in",
@@ -164,6 +165,9 @@ def _examine_batch(
         for name in readers.READERS
     }  # fmt: skip
     for i, (target, diff) in enumerate(batch):
+        if not math.isfinite(readings[i].logprob + changes[i]["kl"]):
+            yield target, {"name": target.name, "error": OVERFLOWS}, {}
+            continue
         record: Json = {
             "name": target.name,
             "path": target.path,
