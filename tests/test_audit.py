@@ -235,7 +235,7 @@ def test_what_could_not_be_read_is_read_again(zoo, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(store.DiffStore, "read", refuse)
-        run(zoo, tmp_path, f"{zoo / 'store'}[5]")
+        run(zoo, tmp_path, f"{zoo / 'store'}[5]", code=2)
         assert rows_of(tmp_path)[0]["error"] == "too many open files"
     run(zoo, tmp_path, f"{zoo / 'store'}[5]")
     assert rows_of(tmp_path)[0]["verdict"] == "not scored"
