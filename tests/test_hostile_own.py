@@ -1,6 +1,7 @@
 """Hostile diff stores and adapters in our own formats, with manifests that agree with them."""
 
 import json
+import logging
 from types import SimpleNamespace
 
 import jax
@@ -18,7 +19,7 @@ from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
 from dit_jax.formats.safetensors_file import SafetensorsFile
 from dit_jax.models.decoder import init_params
-from dit_jax.runtime import artifacts
+from dit_jax.runtime import artifacts, orbax_errors
 
 LEAF = "layers.mlp.up_proj.a"
 SHARD = "shards/00000.safetensors"
@@ -171,7 +172,7 @@ def test_a_chunk_that_unpacks_to_more_than_its_array_is_refused(adapter, model):
     assert read(adapter, model) == "error"
 
 
-def test_damaged_checkpoints_with_a_manifest_that_agrees(adapter, model):
+def test_damaged_checkpoints_with_a_manifest_that_agrees(adapter, model, caplog):
     rng = np.random.default_rng(3)
     files = sorted(
         f for f in (adapter / "checkpoint").rglob("*") if f.is_file() and f.stat().st_size
@@ -187,6 +188,15 @@ def test_damaged_checkpoints_with_a_manifest_that_agrees(adapter, model):
             edit(adapter)
             read(adapter, model)
         file.write_bytes(content)
+    assert not caplog.records  # nothing beside the line of ours
+
+
+def test_what_asyncio_forgets_of_tensorstore_is_not_told_again(caplog):
+    orbax_errors.say_errors_once()
+    logger = logging.getLogger("asyncio")
+    for error in (ValueError('DATA_LOSS: Error reading "a"'), ValueError("another bug")):
+        logger.error("Task exception was never retrieved", exc_info=error)
+    assert [str(record.exc_info[1]) for record in caplog.records] == ["another bug"]
 
 
 def test_a_checkpoint_of_deep_or_large_metadata(adapter, model):

@@ -1,11 +1,7 @@
 """The DIT adapter on disk: an Orbax checkpoint with a manifest of shapes and digest beside it."""
 
-import contextlib
-import gc
-import logging
 import pathlib
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,7 +13,7 @@ from dit_jax.formats.files import check_tree, short
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import FLOATS, Delta, check_shapes
 from dit_jax.runtime import artifacts, digests, parallel, processes
-from dit_jax.runtime.orbax_errors import explain_save, host_target, say_errors_once
+from dit_jax.runtime.orbax_errors import explain_save, host_target, said_by_us, say_errors_once
 
 ADAPTER_FORMAT = "dit_jax.adapter"
 MAX_EXTRA_BYTES = 16 * 2**20  # what Orbax may write besides the values of an adapter
@@ -85,17 +81,20 @@ def load_adapter(folder: str | pathlib.Path, config: DecoderConfig) -> tuple[Del
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(promised))
     if held > 4 * needed + MAX_EXTRA_BYTES:
         raise DitError(f"'{checkpoint}' has {held} bytes, its adapter needs {needed}: {remedy}")
-    with _silent():
+    problem = ""
+    say_errors_once()
+    with said_by_us():
         try:
             _check_chunks(store.flatten(ocp.metadata(checkpoint).metadata), promised)
             adapter = ocp.load(
                 checkpoint, jax.tree.map(lambda x: host_target(x.shape, x.dtype), promised)
             )
-        except Exception as e:
+        except (
+            Exception
+        ) as e:  # of many kinds; raised below, without what holds the tasks of asyncio
             problem = f"{folder} cannot be restored ({first_line(e)[:100]}): {remedy}"
-            del e
-            gc.collect()  # asyncio logs the errors of tasks when these are freed
-            raise DitError(problem) from None
+    if problem:
+        raise DitError(problem)
     if digests.digest_tree(adapter) != manifest.get("digest"):
         raise DitError(f"{folder} is damaged (its values differ from the digest): {remedy}")
     return jax.tree.map(jnp.asarray, adapter), manifest
@@ -116,17 +115,6 @@ def _promised(manifest: dict[str, Any], folder: pathlib.Path) -> Delta:
             "another adapter"
         )
     return store.unflatten(leaves)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Hides what Orbax and asyncio log, with tracebacks, about a damaged file: one message here says it."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _check_chunks(stored: dict[str, Any], promised: Delta) -> None:

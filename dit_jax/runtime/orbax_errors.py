@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -15,11 +16,21 @@ from dit_jax.runtime.os_errors import explain_os_errors, has_remedy, os_error
 explain_save = functools.partial(explain_os_errors, "save a checkpoint in")
 
 
+# How errors of tensorstore begin, such as "DATA_LOSS: Error reading".
+_STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")
+
+
 class _Reported(logging.Filter):
-    """Drops the tracebacks that Orbax's threads log for errors that are reported in one line."""
+    """Drops the tracebacks that Orbax's threads log for errors that are reported in one line.
+
+    Of several arrays that cannot be read one error is raised. Asyncio tells of the others when it forgets them, at any
+    time after that.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
+        if record.name == "asyncio":
+            return not _STATUS.match(str(error))
         return not ("orbax" in record.pathname and error and has_remedy(os_error(error)))
 
 
@@ -39,8 +50,9 @@ _REPORTED = _Reported()
 
 
 def say_errors_once() -> None:
-    """A refused save is one line of `explain_save`, without the tracebacks of the libraries' threads."""
-    logging.getLogger("absl").addFilter(_REPORTED)
+    """A refused save or a damaged file is one line, without the tracebacks of the libraries' threads."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_REPORTED)
     if not isinstance(sys.unraisablehook, _Unraisable):
         sys.unraisablehook = _Unraisable(sys.unraisablehook)
 
