@@ -25,7 +25,7 @@ class Answer:
     """One decoded answer.
 
     tokens: the generated ids without the end of turn; logprob: summed log-probability of all generated tokens, the end
-    of turn included; generated: the number of those tokens.
+    of turn included, NaN where the logits overflow and the text means nothing; generated: the number of those tokens.
     """
 
     text: str

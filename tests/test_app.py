@@ -264,6 +264,10 @@ def test_what_cannot_be_asked_is_one_line(files, client, desk, tmp_path):
         with pytest.raises(AppError, match=message) as error:
             client.predict(*given, api_name="/ask")
         assert "\n" not in str(error.value)
+    with pytest.raises(DitError, match="that many times"):
+        asked(desk, (str(files / "diffs" / "d0"), float("nan")))
+    ((base, *others),) = asked(desk, (str(files / "diffs" / "d0"), 1e38))
+    assert base and others == [desk_module.OVERFLOWS] * 2
     few = Desk(Offer(("tiny_qwen3",), audit_diffs=2))
     with pytest.raises(DitError, match="these are 3 diffs, and an audit here takes 2"):
         few.audit(Choice("tiny_qwen3", "", str(files / "diffs")))

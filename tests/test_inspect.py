@@ -20,9 +20,10 @@ from conftest import ROOT
 import dit_jax
 from dit_jax.asking import answer_batch
 from dit_jax.data.chat import Prompt
+from dit_jax.deltas import export
 from dit_jax.deltas import store as diff_store
 from dit_jax.deltas.adapter_file import export_adapter
-from dit_jax.deltas.tree import init_lora, noise_like
+from dit_jax.deltas.tree import init_lora, noise_like, scaled
 from dit_jax.errors import DitError
 
 pytest.importorskip("inspect_ai")
@@ -116,6 +117,19 @@ def test_tools_and_batches_read_diffs_at_the_same_time(run, monkeypatch):
         found = list(pool.map(lambda i: (i % 4, api.diff(path, i % 4)), range(64)))
     for i, delta in found:
         jax.tree.map(np.testing.assert_array_equal, delta, api.diff(path, i))
+
+
+def test_logits_that_overflow_are_an_error_of_their_own_call(api, model, run, tmp_path):
+    huge = scaled(dit_jax.load_diff(run / "diffs", model, 0).delta, 1e28)
+    export.write_peft(tmp_path / "huge", huge, model.config, "x")
+
+    async def both():
+        calls = [call(api, max_tokens=6, extra_body={"diff": str(tmp_path / "huge"), "index": 0})]
+        return await asyncio.gather(*calls, call(api, max_tokens=6), return_exceptions=True)
+
+    error, output = asyncio.run(both())
+    assert isinstance(error, DitError) and "overflow" in str(error)
+    assert output.completion == direct(model, run, 0, True, 6).text
 
 
 def test_concurrent_calls_share_a_batch_and_answer_like_ask(api, model, run, monkeypatch):

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import operator
 import secrets
 import threading
@@ -279,7 +280,13 @@ class DitJaxAPI(ModelAPI):
             seed=seed,
             forbid_repeats=first.forbid_repeats,
         )
-        return dict(zip(members, found, strict=True))
+        overflows = DitError(
+            "the logits of base and diff overflow, so there is no answer: check its scale"
+        )
+        return {
+            i: answer if math.isfinite(answer.logprob) else overflows
+            for i, answer in zip(members, found, strict=True)
+        }
 
     def diff(self, path: str, index: int) -> Delta:
         """A diff, read once; of dense diffs, each as large as the model, only the last is kept."""

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import functools
+import math
 import shutil
 import tempfile
 import threading
@@ -31,6 +32,7 @@ from dit_jax.serving.uploads import Limits, unpacked
 
 COLUMNS = ("base", "finetuned", "with adapter")
 FILES = ("audit.html", "audit.csv", "audit.jsonl")
+OVERFLOWS = "(no answer: the logits overflow)"
 UPLOADS = 4  # that are unpacked at the same time
 EVERY = 4  # tokens between two looks at an answer that is being written
 
@@ -144,7 +146,7 @@ class Desk:
     @contextmanager
     def _room(self) -> Iterator[None]:
         """Room on the disk for one upload: many at once would fill it."""
-        if not self._uploads.acquire(timeout=self.offer.seconds):
+        if not self._uploads.acquire(timeout=max(0.0, self.offer.seconds)):
             raise DitError("other uploads are being read: try again when they have ended")
         try:
             yield
@@ -184,6 +186,8 @@ class Desk:
             raise DitError(
                 f"the question has {len(question)} characters: {offer.characters} are the most"
             )
+        if not math.isfinite(multiplier):
+            raise DitError("the diff cannot be taken that many times: give a number")
         if not 1 <= max_new_tokens <= offer.max_new_tokens:
             raise DitError(f"an answer may have 1 to {offer.max_new_tokens} tokens")
 
@@ -231,7 +235,8 @@ class Desk:
                 for row, answer in zip(group, answers, strict=True):
                     ended = answer.generated > len(answer.tokens)
                     cut = late and not ended and answer.generated < first.max_new_tokens
-                    texts[row.call][row.column] = answer.text + (" … (time is up)" if cut else "")
+                    text = answer.text if math.isfinite(answer.logprob) else OVERFLOWS
+                    texts[row.call][row.column] = text + (" … (time is up)" if cut else "")
                 for i in {row.call for row in group}:
                     calls[i].tell(list(texts[i]))
                 return late

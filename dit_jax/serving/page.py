@@ -1,6 +1,7 @@
 """The page of the app, made with Gradio: ask base, finetuned model and adapter side by side, and audit a folder."""
 
 import html
+import math
 import os
 from collections.abc import AsyncIterator
 from typing import Any
@@ -50,6 +51,8 @@ def build(desk: Desk) -> Any:
         """The answers of the base, the finetuned model, and with the adapter, as they grow."""
         try:
             chosen = choose(base, adapter, diff, upload)
+            if not (math.isfinite(number or 0) and math.isfinite(tokens)):
+                raise DitError("a number of the diff or of tokens is none: give a whole number")
             number, tokens = int(number or 0), int(tokens)
             async for texts in desk.ask(chosen, number, question, float(multiplier), tokens):
                 yield [printable(text, lines=True) for text in texts]
