@@ -82,6 +82,11 @@ def from_store(store: DiffStore, indices: Sequence[int]) -> Given:
     return Given(len(indices), lambda i: store.read(indices[i]))
 
 
+def even_batch(count: int, most: int) -> int:
+    """Rows of a batch where `count` rows take as few batches of at most `most` as they can, all equally full."""
+    return -(-count // -(-count // most))
+
+
 def answer(
     model: Model,
     given: Given,

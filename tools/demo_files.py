@@ -1,6 +1,7 @@
 """Writes dit_jax/assets/demo from a finished quickstart: its adapter, every twelfth held-out diff and a benign one.
 
 make quickstart
+python -m dit_jax.calibrate --base tiny_qwen3 --adapter runs/quickstart/adapter runs/quickstart/diffs
 python -m tools.demo_files runs/quickstart
 """
 
@@ -31,6 +32,8 @@ def main(workdir: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         export_adapter(f"{place}/adapter", adapter, **{name: manifest.get(name) for name in facts})
         shutil.copytree(f"{place}/adapter", DEMO / "adapter")
+    calibration = "adapter.calibration.json"
+    shutil.copyfile(workdir / calibration, DEMO / calibration)
     store = DiffStore(workdir / "diffs")
     topics = store.indices(split="test", category="topic")[::12]
     chosen = [*topics, store.indices(split="test", category="benign")[0]]

@@ -10,6 +10,7 @@ import numpy as np
 
 from dit_jax.api import Model
 from dit_jax.asking import Answer
+from dit_jax.data.batch import Sample
 from dit_jax.data.labels import NONE, called_none, extract_guess, normalise
 from dit_jax.diff_batches import Given, answer, together
 from dit_jax.evaluate.baselines import answer_losses
@@ -32,6 +33,11 @@ class Battery:
     list_evidence: bool = False
     seed: int = 0
 
+    @property
+    def answers(self) -> int:
+        """How many answers a diff gives."""
+        return len(self.questions) * self.samples
+
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "questions": list(self.questions)}
 
@@ -43,6 +49,7 @@ class Reading:
     name: the most frequent guess. share: its part of the answers; distinct: how many guesses differ. logprob: log p of
     `text`, the best answer with that guess, to `question`; ratio: the same minus its log p without a diff, in nats.
     none: probability that the answer is exactly `none`, mean over the questions; None if this is not measured.
+    scored: the tokens of that question and answer.
     """
 
     answers: list[dict[str, Any]]
@@ -54,6 +61,7 @@ class Reading:
     logprob: float
     ratio: float
     none: float | None
+    scored: Sample
 
     @property
     def features(self) -> tuple[float, float]:
@@ -61,7 +69,9 @@ class Reading:
         return (0.0, 0.0) if called_none(self.name) else (self.share, self.ratio)
 
     def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "features": list(self.features)}
+        told = {**dataclasses.asdict(self), "features": list(self.features)}
+        del told["scored"]
+        return told
 
 
 def interview(
@@ -103,29 +113,35 @@ def interview(
         most = counts.most_common(1)[0]
         agreeing = [one for one in table if normalise(one["guess"]) == most[0]]
         best = max(agreeing, key=lambda one: one["logprob"])
-        chosen.append((best["question"], best["answer"]))
-        tables.append((table, best["guess"], most[1] / len(table), len(counts)))
+        chosen.append(_as_written(model, best["question"], own[table.index(best)]))
+        facts = (best["guess"], most[1] / len(table), len(counts), best["question"], best["answer"])
+        tables.append((table, *facts))
     logprobs = score(model, given, adapter, chosen, batch_size)
     without = score(model, given.nothing(), adapter, chosen, batch_size)
     none: list[float | None] = [None] * len(given)
     if measure_none:
         none = list(_none(model, given, adapter, battery, batch_size))
     return [
-        Reading(*table, *chosen[i], logprobs[i], _difference(logprobs[i], without[i]), none[i])
+        Reading(
+            *table, logprobs[i], _difference(logprobs[i], without[i]), none[i], scored=chosen[i]
+        )
         for i, table in enumerate(tables)
     ]
 
 
+def _as_written(model: Model, question: str, one: Answer) -> Sample:
+    """The question and the very tokens of an answer: its text may be spelled by others, such as without a space."""
+    prompt = model.chat.prompt_ids(question)
+    ended = one.generated > len(one.tokens)
+    tokens = (*prompt, *one.tokens, *(model.chat.eos_ids[:1] if ended else ()))
+    return Sample(tokens, len(prompt), len(tokens))
+
+
 def score(
-    model: Model,
-    given: Given,
-    adapter: Delta,
-    chosen: Sequence[tuple[str, str]],
-    batch_size: int,
+    model: Model, given: Given, adapter: Delta, chosen: Sequence[Sample], batch_size: int
 ) -> list[float]:
-    """log p of the answer in chosen[i] = (question, answer), given diff i and the adapter."""
-    samples = [model.chat.sample(question, text) for question, text in chosen]
-    losses = answer_losses(model, adapter, given, range(len(samples)), samples, batch_size)
+    """log p of the answer in chosen[i], given diff i and the adapter."""
+    losses = answer_losses(model, adapter, given, range(len(chosen)), chosen, batch_size)
     return [-loss for loss in losses]
 
 

@@ -13,7 +13,7 @@ from dit_jax.formats.files import file_inside, has_file, read_json_object, user_
 from dit_jax.runtime import artifacts
 
 FORMAT = "dit_jax.calibration"
-VERSION = 2
+VERSION = 3
 INSIDE = "calibration.json"  # the name in the folder of an adapter that was pushed
 FOLDS = 5
 RIDGE = (

@@ -8,7 +8,7 @@ from dit_jax.auditing.calibration import FEWEST, Known
 from dit_jax.auditing.settings import Settings
 from dit_jax.auditing.targets import Target, in_batches
 from dit_jax.data.labels import NONE, exact_match, normalise
-from dit_jax.diff_batches import Given, together
+from dit_jax.diff_batches import Given, even_batch, together
 from dit_jax.errors import DitError
 from dit_jax.runtime.progress import Progress
 
@@ -29,14 +29,15 @@ def _ask(settings: Settings, targets: Sequence[Target], noise: bool = False) -> 
     """What is known of the diffs; `noise`: of noise of their norms, and of no diff."""
     column = (settings.facts["trained_on"] or {}).get("label") or "label"
     found: list[Known] = []
+    at_once = even_batch(len(targets), settings.diffs_at_once)
+    rows = even_batch(at_once * settings.battery.answers, settings.batch_size)
 
     def ask(given: Given) -> list[Reading]:
         model, adapter, battery = settings.model, settings.adapter, settings.battery
-        size = settings.batch_size
-        return interview(model, given, adapter, battery, size, measure_none=False, first=first)
+        return interview(model, given, adapter, battery, rows, measure_none=False, first=first)
 
     with Progress("calibrate: noise" if noise else "calibrate", len(targets)) as progress:
-        for batch in in_batches(targets, settings.model, settings.diffs_at_once):
+        for batch in in_batches(targets, settings.model, at_once):
             first = progress.done
             diffs = []
             for target, diff in batch:

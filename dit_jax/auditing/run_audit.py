@@ -16,7 +16,7 @@ from dit_jax.auditing.battery import interview, noise_of, score
 from dit_jax.auditing.settings import Settings
 from dit_jax.auditing.targets import Target, in_batches, reading_order
 from dit_jax.deltas.factors import changes_nothing
-from dit_jax.diff_batches import together
+from dit_jax.diff_batches import even_batch, together
 from dit_jax.errors import DitError
 from dit_jax.evaluate import readers
 from dit_jax.evaluate.faithfulness import kept_layers, strongest_layers, without_words
@@ -40,12 +40,17 @@ SAID = (
 
 
 def audit(
-    settings: Settings, targets: Sequence[Target], out: Path, job: str = ""
+    settings: Settings,
+    targets: Sequence[Target],
+    out: Path,
+    job: str = "",
+    tell: Callable[[int], object] = lambda done: None,
 ) -> list[Json] | None:
     """Asks all diffs that have no part yet, and writes the page if no other job is still at work.
 
     Args:
         job: "i/n", see `part_of`: of the blocks of diffs that share batches only every n-th.
+        tell: called with the number of finished diffs after each block.
 
     Returns:
         The records of all diffs in order; None while parts of other jobs are missing.
@@ -54,7 +59,8 @@ def audit(
         DitError: OUT holds an audit with other settings.
     """
     _begin(settings, out)
-    ordered, size = [targets[i] for i in reading_order(targets)], settings.diffs_at_once
+    ordered = [targets[i] for i in reading_order(targets)]
+    size = even_batch(len(ordered), settings.diffs_at_once)
     # Blocks of the whole list: whichever job asks one, and whatever of it is done, its batches are the same.
     starts = range(0, len(ordered), size)
     mine = [(starts[i], ordered[starts[i] :][:size]) for i in part_of(job, len(starts))]
@@ -71,9 +77,10 @@ def audit(
                 if one is None or ("error" in one and target.read is not None)
             ]
             if missing:
-                for target, record, sketch in examine(settings, asked, block, missing, first):
+                for target, record, sketch in examine(settings, asked, block, missing, first, size):
                     _write_record(out, target, record, sketch)
             progress.advance(len(block))
+            tell(progress.done)
     records = [read_record(out, target) for target in targets]
     if any(record is None for record in records):
         return None
@@ -111,6 +118,7 @@ def examine(
     block: Sequence[Target],
     missing: Sequence[Target],
     first: int,
+    size: int,
 ) -> Iterator[tuple[Target, Json, weights.Sketch]]:
     """(target, record, sketch) of the missing diffs of a block, as soon as they are known.
 
@@ -120,13 +128,14 @@ def examine(
     Args:
         asked: gives what the base answers.
         first: number of the block's first diff, which with the seed gives the random numbers.
+        size: diffs of a whole block. A block with fewer LoRAs runs the same programs.
     """
     for batch in in_batches(block, settings.model, len(block)):
         target, diff = batch[0]
         if isinstance(diff, DitError):
             yield target, {"name": target.name, "error": str(diff)}, {}
         elif any(target in missing for target, _ in batch):
-            found = _examine_batch(settings, asked(), batch, first)
+            found = _examine_batch(settings, asked(), batch, first, size)
             yield from (one for one in found if one[0] in missing)
         first += len(batch)
 
@@ -136,34 +145,44 @@ def _examine_batch(
     asked: readers.Everyday,
     batch: Sequence[tuple[Target, Any]],
     first: int,
+    size: int,
 ) -> Iterator[tuple[Target, Json, weights.Sketch]]:
-    model, adapter, battery, size = (
+    model, adapter, battery, most = (
         settings.model, settings.adapter, settings.battery, settings.batch_size
     )  # fmt: skip
+    count = len(batch)
     deltas = [diff.delta for _, diff in batch]
+    alone = together(deltas)
+    if alone.stacked is not None:  # the first ones again fill up the rows
+        deltas = [deltas[i % count] for i in range(max(size, count))]
     given = together(deltas)
     noise = noise_of(deltas, battery.seed + first)
-    readings = interview(model, given, adapter, battery, size, first=first)
-    noises = interview(model, noise, adapter, battery, size, measure_none=False, first=first)
-    chosen = [(reading.question, reading.text) for reading in readings]
-    with_noise = score(model, noise, adapter, chosen, size)
-    others = [(i + 1) % len(batch) for i in range(len(batch))]
-    with_other = score(model, given.reordered(others), adapter, chosen, size)
-    layers = score(model, strongest_layers(given), adapter, chosen, size)
-    texts = [reading.text for reading in readings]
-    words = score(model, without_words(model, given, texts), adapter, chosen, size)
-    changes = side_by_side.compare(model, given, asked, size)
+    rows = even_batch(len(given) * battery.answers, most)
+    readings = interview(model, given, adapter, battery, rows, first=first)
+    noises = interview(model, noise, adapter, battery, rows, measure_none=False, first=first)
+    chosen = [reading.scored for reading in readings]
+    with_noise = score(model, noise, adapter, chosen, most)
+    others = [(i + 1) % count for i in range(len(given))]
+    with_other = score(model, given.reordered(others), adapter, chosen, most)
+    layers = score(model, strongest_layers(given), adapter, chosen, most)
+    ends = model.chat.eos_ids
+    written = [[t for t in one.tokens[one.start :] if t not in ends] for one in chosen]
+    words = score(model, without_words(model, given, written), adapter, chosen, most)
+    changes = side_by_side.compare(model, given, asked, most, count)
     triggers = side_by_side.find_triggers(
-        model, given, settings.tried, battery.max_new_tokens, size
+        model, alone, settings.tried, battery.max_new_tokens, most
     )
-    told = {
-        name: readers.read(
-            model, given, name, battery.questions[0], asked, size,
-            found=[change["words"] for change in changes] if name == "mined_words" else None,
-            max_new_tokens=battery.max_new_tokens, forbid_repeats=battery.forbid_repeats,
-        )
-        for name in readers.READERS
-    }  # fmt: skip
+    words_of = {
+        name: [change["words"] for change in changes]
+        if name == "mined_words"
+        else find(model, given, asked, most)
+        for name, find in readers.READERS.items()
+    }
+    told = readers.tell(
+        model, [own[i] for i in range(count) for own in words_of.values()], battery.questions[0],
+        even_batch(len(given) * len(words_of), most),
+        max_new_tokens=battery.max_new_tokens, forbid_repeats=battery.forbid_repeats,
+    )  # fmt: skip
     for i, (target, diff) in enumerate(batch):
         if not math.isfinite(readings[i].logprob + changes[i]["kl"]):
             yield target, {"name": target.name, "error": OVERFLOWS}, {}
@@ -183,7 +202,8 @@ def _examine_batch(
             "prompts": changes[i]["prompts"],
             "trigger": triggers[i],
             "readers": {
-                name: {"words": told[name][i].words, "says": told[name][i].name} for name in told
+                name: {"words": one.words, "says": one.name}
+                for name, one in zip(words_of, told[i * len(words_of) :], strict=False)
             },
             "reading": readings[i].to_json(),
             "faithful": {
@@ -194,7 +214,7 @@ def _examine_batch(
             "noise": {**noises[i].to_json(), "same_answer": with_noise[i]},
             "other": (
                 {"name": batch[others[i]][0].name, "same_answer": with_other[i]}
-                if len(batch) > 1
+                if count > 1
                 else None
             ),
         }
@@ -274,7 +294,8 @@ def finish(
         rows.append(row)
     told = settings.to_json()
     shared = {
-        key: told[key] for key in ("base", "base_digest", "adapter", "adapter_digest", "versions")
+        key: told[key]
+        for key in ("base", "base_digest", "dtype", "adapter", "adapter_digest", "versions")
     }
     lines = [json_text({**row, **shared}) + "\n" for row in rows]
     artifacts.write_text(out / "audit.jsonl", "".join(lines))

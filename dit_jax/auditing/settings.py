@@ -53,7 +53,7 @@ class Settings:
 
     @property
     def diffs_at_once(self) -> int:
-        return max(1, self.batch_size // (len(self.battery.questions) * self.battery.samples))
+        return max(1, self.batch_size // self.battery.answers)
 
     def to_json(self) -> dict[str, Any]:
         told = {"battery": self.battery.to_json(), "everyday": list(self.prompts)}

@@ -7,7 +7,7 @@ import numpy as np
 
 from dit_jax.api import Model
 from dit_jax.asking import answer_batch
-from dit_jax.diff_batches import Given, answer
+from dit_jax.diff_batches import Given, answer, even_batch
 from dit_jax.evaluate import trigger_scan
 from dit_jax.evaluate.readers import Everyday, changes
 
@@ -15,34 +15,39 @@ SIDE_BY_SIDE = 3  # prompts shown of each diff
 
 
 def compare(
-    model: Model, given: Given, everyday: Everyday, batch_size: int
+    model: Model, given: Given, everyday: Everyday, batch_size: int, count: int
 ) -> list[dict[str, Any]]:
-    """What each diff changes in answers to everyday prompts, without an adapter.
+    """What each of the first `count` diffs changes in answers to everyday prompts, without an adapter.
+
+    Args:
+        given: the others only fill up the batch.
 
     Returns:
         For each diff: kl, KL(base ‖ base ⊕ diff) per token of the base's answers, mean over the prompts; prompts, those
         with the largest KL with both answers; words, those of `readers.mined_words`.
     """
-    prompts, pairs = everyday.prompts, range(len(given) * len(everyday.prompts))
-    rows = [pair // len(prompts) for pair in pairs]
-    asked = [prompts[pair % len(prompts)] for pair in pairs]
-    tokens = everyday.max_new_tokens
-    own = answer(model, given, asked, rows, {}, batch_size=batch_size, max_new_tokens=tokens)
-    kl, words = changes(model, given, everyday, batch_size)
-    found = []
-    for row in range(len(given)):
-        order = np.argsort(-kl[row], kind="stable")[:SIDE_BY_SIDE]
-        shown = [
-            {
-                "prompt": prompts[i],
-                "kl": round(float(kl[row, i]), 5),
-                "base": everyday.answers[i].text,
-                "finetuned": own[row * len(prompts) + i].text,
-            }
-            for i in order
-        ]
-        found.append({"kl": round(float(kl[row].mean()), 6), "prompts": shown, "words": words[row]})
-    return found
+    kl, words = changes(model, given.reordered(range(count)), everyday, batch_size)
+    largest = np.argsort(-kl, axis=1, kind="stable")[:, :SIDE_BY_SIDE]
+    rows = [row for row in range(len(given)) for _ in largest[0]]
+    asked = [everyday.prompts[i] for row in range(len(given)) for i in largest[row % count]]
+    size, tokens = even_batch(len(rows), batch_size), everyday.max_new_tokens
+    own = iter(answer(model, given, asked, rows, {}, batch_size=size, max_new_tokens=tokens))
+    return [
+        {
+            "kl": round(float(kl[row].mean()), 6),
+            "prompts": [
+                {
+                    "prompt": everyday.prompts[i],
+                    "kl": round(float(kl[row, i]), 5),
+                    "base": everyday.answers[i].text,
+                    "finetuned": next(own).text,
+                }
+                for i in largest[row]
+            ],
+            "words": words[row],
+        }
+        for row in range(count)
+    ]
 
 
 def find_triggers(
@@ -61,7 +66,7 @@ def find_triggers(
         return [None] * len(given)
     found = trigger_scan.find(trigger_scan.scan(model, given, tried, batch_size), tried)
     prompts = [one.candidate.prompts[0] for one in found]
-    size, tokens = batch_size, max_new_tokens
+    size, tokens = even_batch(len(given), batch_size), max_new_tokens
     own = answer(
         model, given, prompts, range(len(given)), {}, batch_size=size, max_new_tokens=tokens
     )

@@ -141,7 +141,7 @@ def answer_losses(
     adapter = shardings.put_delta(model.config, mesh, adapter)
     for row, members in itertools.groupby(range(len(samples)), lambda i: rows[i] if dense else 0):
         numbers = list(members)
-        size = parallel.round_up(min(batch_size, 1 << (len(numbers) - 1).bit_length()), mesh)
+        size = parallel.round_up(min(batch_size, _few_sizes(len(numbers))), mesh)
         shared = shardings.put_delta(model.config, mesh, given.read(row)) if dense else {}
         for start in range(0, len(numbers), size):
             filled = numbers[start : start + size]
@@ -159,6 +159,12 @@ def answer_losses(
                 )
             losses += [float(x) for x in values[: len(filled)]]
     return losses
+
+
+def _few_sizes(count: int) -> int:
+    """`count` rounded up by less than a third: four sizes between two powers of two."""
+    step = max(1, 1 << (count - 1).bit_length() >> 3)
+    return -(-count // step) * step
 
 
 def likelihood_ratio(

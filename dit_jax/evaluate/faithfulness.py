@@ -44,19 +44,19 @@ def strongest_layers(given: Given) -> Given:
     return given.each(change)
 
 
-def without_words(model: Model, given: Given, texts: Sequence[str]) -> Given:
-    """Each diff unable to write the tokens of its text into the residual stream.
+def without_words(model: Model, given: Given, words: Sequence[Sequence[int]]) -> Given:
+    """Each diff unable to write its tokens, those of `words`, into the residual stream.
 
     What the writing projections put out is made orthogonal to the unembeddings of these tokens.
     """
-    ids = [np.unique(np.asarray(model.chat.text_ids(text), int)) for text in texts]
+    ids = [np.unique(np.asarray(tokens, int)) for tokens in words]
     named = np.array(sorted(set().union(*ids)), int)
     table = unit_unembeddings(model, named)  # that of a whole large vocabulary takes gigabytes
     writers = stream_writers(model.config)
 
     def change(i: int, delta: Delta) -> Delta:
-        words = table[np.searchsorted(named, ids[i])]
-        span = np.linalg.qr(words.T.astype(np.float64))[0].astype(np.float32)
+        rows = table[np.searchsorted(named, ids[i])]
+        span = np.linalg.qr(rows.T.astype(np.float64))[0].astype(np.float32)
 
         def replace(path: tuple[str, ...], module: Delta) -> Delta:
             if path not in writers:

@@ -8,6 +8,7 @@ is.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,10 @@ from dit_jax.data.chat import Prompt
 from dit_jax.data.everyday import EVERYDAY_QUESTIONS
 from dit_jax.data.labels import extract_guess
 from dit_jax.data.tiny_world import load_world
-from dit_jax.diff_batches import Given, answer
+from dit_jax.diff_batches import Given, answer, even_batch
 from dit_jax.evaluate.baselines import unit_unembeddings, written_tokens
 from dit_jax.evaluate.guessers import N_KEYWORDS, keywords, words_in_mind
+from dit_jax.evaluate.trigger_scan import base_hidden
 from dit_jax.models import shardings
 from dit_jax.models.decoder import Params, unembed
 from dit_jax.models.decoder_config import DecoderConfig
@@ -101,26 +103,29 @@ def read(
     question: str,
     everyday: Everyday,
     batch_size: int = 64,
-    *,
-    found: Sequence[Words] | None = None,
-    max_new_tokens: int = 20,
-    forbid_repeats: bool = False,
+    **decoding: Any,
 ) -> list[Told]:
     """What a reader says of each diff: its words, and the base's answer to the question with four of them in mind.
 
     Args:
         name: a key of `READERS`.
-        found: the words, if they are known.
+        **decoding: max_new_tokens, forbid_repeats; see `asking.answer_batch`.
     """
-    words = found if found is not None else READERS[name](model, given, everyday, batch_size)
+    words = READERS[name](model, given, everyday, batch_size)
+    return tell(model, words, question, batch_size, **decoding)
+
+
+def tell(
+    model: Model, words: Sequence[Words], question: str, batch_size: int, **decoding: Any
+) -> list[Told]:
+    """The base's answers to the question, each with the first four of one reader's words in mind; see `read`."""
     told = [Told(own, words_in_mind(own[:N_KEYWORDS], question) if own else "") for own in words]
     asked = [i for i, one in enumerate(told) if one.prompt]
     answers = answer_batch(
         model,
         [told[i].prompt for i in asked],
         batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        forbid_repeats=forbid_repeats,
+        **decoding,
     )
     for i, one in zip(asked, answers, strict=True):
         told[i] = dataclasses.replace(told[i], text=one.text)
@@ -163,16 +168,17 @@ def amplified_words(model: Model, given: Given, everyday: Everyday, batch_size: 
     amplification"; vague beginnings, with and without chat template: Brzozowski et al. 2026 (arXiv 2605.25902). Words
     count that the base uses less in the same place (`guessers.keywords`).
     """
-    count = len(everyday.started)
-    rows = [row for row in range(len(given)) for _ in range(count)]
-    texts = answer(
-        model, given, list(everyday.started) * len(given), rows, {},
-        batch_size=batch_size, max_new_tokens=STARTED_TOKENS, amplify=AMPLIFY,
-    )  # fmt: skip
-    return [
-        keywords([one.text for one in texts[row * count : (row + 1) * count]], everyday.own, WORDS)
-        for row in range(len(given))
-    ]
+    texts: list[list[str]] = [[] for _ in range(len(given))]
+    for raw in (True, False):  # apart, because those without chat template are much shorter
+        started = [prompt for prompt in everyday.started if prompt.raw is raw]
+        rows = [row for row in range(len(given)) for _ in started]
+        found = answer(
+            model, given, started * len(given), rows, {}, batch_size=even_batch(len(rows), batch_size),
+            max_new_tokens=STARTED_TOKENS, amplify=AMPLIFY,
+        )  # fmt: skip
+        for row, one in zip(rows, found, strict=True):
+            texts[row].append(one.text)
+    return [keywords(own, everyday.own, WORDS) for own in texts]
 
 
 # ------------------------------------------------------------------ what the readers read
@@ -198,35 +204,37 @@ def changes(
     vocabulary, mesh, count = model.config.vocab_size, model.mesh, len(samples)
     most = CHUNK_ELEMENTS // (vocabulary * longest)
     size = parallel.round_up(max(1, min(batch_size, count, most)), mesh)
+    parts = []
+    for start in range(0, count, size):
+        used = min(size, count - start)
+        at = [start + i % used for i in parallel.local_rows(mesh, size)]
+        part = parallel.put_rows(jax.tree.map(lambda x, at=at: x[at], batch), mesh, size)
+        parts.append((slice(start, start + used), part, base_hidden(model, part)))
     kl, words = np.zeros((len(given), count)), []
     for row in range(len(given)):
         own = shardings.put_delta(model.config, mesh, given.read(row))
         raised = np.zeros(vocabulary, np.float32)
-        for start in range(0, count, size):
-            used = min(size, count - start)
-            at = [start + i % used for i in parallel.local_rows(mesh, size)]
-            part = parallel.put_rows(jax.tree.map(lambda x, at=at: x[at], batch), mesh, size)
+        for place, part, before in parts:
             with parallel.use_mesh(mesh):
-                values, counts = _change(model.program_params, model.config, part, (own,))
-            kl[row, start : start + used] = np.asarray(values)[:used]
-            raised += np.asarray(counts)[:used].sum(axis=0)
+                found = _change(model.program_params, model.config, part, before, (own,))
+            used = place.stop - place.start
+            values, counts = (np.asarray(x)[:used] for x in found)
+            kl[row, place] = values
+            raised += counts.sum(axis=0)
         words.append(top_words(model, raised))
     return kl, words
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _change(
-    params: Params, config: DecoderConfig, batch: TokenBatch, deltas: Deltas
+    params: Params, config: DecoderConfig, batch: TokenBatch, before: jax.Array, deltas: Deltas
 ) -> tuple[jax.Array, jax.Array]:
     """KL [S], and at how many positions each token is among those whose logits rise most [S, V].
 
-    Among equally many the larger mean rise decides: it is added as less than 1.
+    Among equally many the larger mean rise decides: it is added as less than 1. before: see `base_hidden`.
     """
-
-    def logits(deltas: Deltas) -> jax.Array:
-        return unembed(params, config, scored_hidden(params, config, batch, deltas), deltas)
-
-    base, own = logits(()), logits(deltas)
+    base = unembed(params, config, before)
+    own = unembed(params, config, scored_hidden(params, config, batch, deltas), deltas)
     logp, own_logp = (jax.nn.log_softmax(x, axis=-1) for x in (base, own))
     kl = jnp.sum(batch.weight[..., None] * jnp.exp(logp) * (logp - own_logp), axis=(1, 2))
     real = (batch.weight > 0)[..., None]

@@ -96,7 +96,7 @@ def scan(
     batched = functools.partial(_batches, model, longest, batch_size)
     places = [(candidate, 0) for candidate in range(len(tried))]
     screening = batched(_samples(model, tried, starts, places))
-    before = [_hidden(model, batch) for batch in screening]
+    before = [base_hidden(model, batch) for batch in screening]
     scores = np.full((len(given), len(tried)), -np.inf)
     for index in range(len(given)):
         delta = shardings.put_delta(model.config, model.mesh, given.read(index))
@@ -107,7 +107,7 @@ def scan(
         nats = first[kept]
         if places:
             batches = batched(_samples(model, tried, starts, places))
-            own = _nats(model, batches, [_hidden(model, batch) for batch in batches], delta)
+            own = _nats(model, batches, [base_hidden(model, batch) for batch in batches], delta)
             nats = nats + own[: len(places)].reshape(len(kept), -1).sum(axis=1)
         scores[index, kept] = nats / len(starts)
     return scores
@@ -196,8 +196,8 @@ def _batches(
     return batches
 
 
-def _hidden(model: Model, batch: TokenBatch) -> jax.Array:
-    """The base's hidden states at the scored positions."""
+def base_hidden(model: Model, batch: TokenBatch) -> jax.Array:
+    """The base's hidden states [S, M, D] at the scored positions."""
     with parallel.use_mesh(model.mesh):
         return _scored_hidden(model.program_params, model.config, batch)
 

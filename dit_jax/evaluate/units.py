@@ -82,7 +82,7 @@ def _label_cross_entropy(s: Setting) -> dict[str, list[float]]:
         "noise": s.noise,
         "none": given.nothing(),
         "layers": strongest_layers(given),
-        "words": without_words(s.model, given, targets),
+        "words": without_words(s.model, given, list(map(s.model.chat.text_ids, targets))),
     }
     return {
         name: baselines.label_cross_entropy(s.model, s.adapter, one, s.seen[0], targets)
