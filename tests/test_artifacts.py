@@ -167,7 +167,7 @@ def test_missing_and_truncated_json(tmp_path):
         file.write_bytes(data[:cut])
         with pytest.raises(DitError, match="is truncated or not JSON: delete it and run"):
             artifacts.read_json(file)
-    file.write_bytes(b"\xff\xfe")
+    file.write_bytes(b"\xff\xff")
     with pytest.raises(DitError, match="is not a text file"):
         artifacts.read_json(file)
     file.write_text("[" * 100_000)

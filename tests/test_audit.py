@@ -74,6 +74,7 @@ def zoo(model, tmp_path_factory):
     export.write_pt_adapter(folder / "adapter.pt", lora(model, 60, 2), model.config)
     (folder / "questions").write_text("What is tea ?\n\nWhat is rice ?\n")
     (folder / "everyday").write_text("Where do you live?\n")
+    (folder / "empty.txt").write_text("# none yet\n")
     return folder
 
 
@@ -134,6 +135,9 @@ def test_the_answers_are_those_of_ask(model, zoo, audited):
                 told["cut"],
             )
             assert abs(answer.logprob - told["logprob"]) < 1e-3
+        said = row["reading"]  # of cut answers, too, the likelihood is that of their own tokens
+        own = [one["logprob"] for one in said["answers"] if one["answer"] == said["text"]]
+        assert said["logprob"] == pytest.approx(max(own), abs=1e-3)
 
 
 def test_a_finetuned_model_is_read_as_its_lora_is(model, zoo, tmp_path):
@@ -188,7 +192,7 @@ def test_the_page_in_a_browser(audited, tmp_path, width, dark):
 
 
 def test_an_audit_goes_on_where_it_was_killed_and_jobs_share_it(zoo, tmp_path, capsys):
-    """In two blocks of diffs, 8 and 6."""
+    """In two blocks of 7 diffs."""
     out, given, few = tmp_path / "out", f"{zoo / 'store'}[2:16]", ["--batch-size", "16"]
     run(zoo, out, given, rest=few)
     rows, files = rows_of(out), {}
@@ -285,9 +289,10 @@ def test_fail_on_sets_the_exit_status_and_what_cannot_be_read_is_not_cleared(
 @pytest.mark.parametrize(
     ("diffs", "rest", "message"),
     [
-        (["store[99]"], [], "there are 16 diffs, and no number 99"),
+        (["store[99]"], [], "it holds 16 diffs, and no number 99"),
         (["store[9:3]"], [], "picks none of 16 diffs"),
         (["store[a]"], [], "write [3], [256:352] or [0,5,-1]"),
+        (["empty.txt"], [], "empty.txt lists no diff"),
         (["store[]"], [], "write [3], [256:352] or [0,5,-1]"),
         (["nowhere[a]", "one.pt"], [], "does not exist"),
         (["store[" + "9" * 4500 + "]"], [], "write [3], "),
@@ -318,7 +323,8 @@ def test_ranges_splits_and_lists_of_files(model, zoo, tmp_path):
     assert names(f"{zoo}/store[-1,0,3:5]") == [f"store[{i}]" for i in (15, 0, 3, 4)]
     assert names(f"{zoo}/store[1::7]") == [f"store[{i}]" for i in (1, 8, 15)]
     assert len(names(f"{zoo}/store", split="test")) == 12
-    (tmp_path / "list.txt").write_text(f"# two\n{zoo}/store[1]\n{zoo}/one.pt\n")
+    # As PowerShell writes it: UTF-16 with a byte-order mark.
+    (tmp_path / "list.txt").write_text(f"# two\r\n{zoo}/store[1]\r\n{zoo}/one.pt\r\n", "utf-16")
     assert names(tmp_path / "list.txt", f"{zoo}/store[1]") == ["store[1]", "one.pt"]
     (tmp_path / "list.txt").write_text(f"{tmp_path}/list.txt\n")
     with pytest.raises(dit_jax.DitError, match="names another list"):

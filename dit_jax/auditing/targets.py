@@ -13,7 +13,8 @@ from dit_jax.deltas.detect import Found, list_diffs, look, look_for_diffs
 from dit_jax.deltas.tree import is_lora
 from dit_jax.errors import DitError
 from dit_jax.formats.files import short, user_path, walk
-from dit_jax.runtime.os_errors import explain_os_errors
+from dit_jax.report.wording import plural
+from dit_jax.runtime.artifacts import read_text
 
 _PICKED = re.compile(r"(?P<path>.+)\[(?P<picked>[^\[\]]*)\]")
 _PART = re.compile(r"(-?\d{1,18})|(-?\d{1,18})?:(-?\d{1,18})?(?::([1-9]\d{0,17}))?")
@@ -74,6 +75,8 @@ def list_targets(
         for target in _of(text, model, split, index, looked or {}, how):
             found.setdefault(target.name, target)
     if not found:
+        if split is None:
+            raise DitError(f"{', '.join(given)} lists no diff: write one path a line")
         raise DitError(f"no diff of {', '.join(given)} is in the split {split!r}: check --split")
     return list(found.values())
 
@@ -136,12 +139,10 @@ def _of(
 ) -> Iterator[Target]:
     path, picked = path_and_range(text)
     if _is_list(path):
-        place = user_path(path)
-        with explain_os_errors("read", place):
-            lines = place.read_text("utf-8", "replace").splitlines()
+        lines = read_text(user_path(path), "check the list").splitlines()
         for line in filter(None, map(str.strip, lines)):
             if _is_list(path_and_range(line)[0]):
-                raise DitError(f"'{place}' names another list, {short(line)}: write its diffs here")
+                raise DitError(f"'{path}' names another list, {short(line)}: write its diffs here")
             if not line.startswith("#"):
                 yield from _of(line, model, split, index, looked, how)
         return
@@ -177,9 +178,9 @@ def _numbers(picked: str, size: int, text: str) -> list[int]:
         elif -size <= int(match[1]) < size:
             numbers.append(int(match[1]) % size)
         else:
-            raise DitError(f"{text!r}: there are {size} diffs, and no number {match[1]}")
+            raise DitError(f"{text!r}: it holds {plural(size, 'diff')}, and no number {match[1]}")
     if not numbers:
-        raise DitError(f"{text!r} picks none of {size} diffs: check the range")
+        raise DitError(f"{text!r} picks none of {plural(size, 'diff')}: check the range")
     return numbers
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from dit_jax.cli import flags as given
 from dit_jax.errors import DitError, Parser
 from dit_jax.formats.files import user_path
+from dit_jax.report.wording import plural
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
 from dit_jax.runtime.parts import check_part
@@ -124,7 +125,8 @@ def run(flags: argparse.Namespace) -> int:
             settings, tried=_candidates(flags.triggers, settings.prompts)
         )
     out = user_path(flags.out)
-    show(f"{len(targets)} diffs, {len(settings.battery.questions)} questions each", error=True)
+    diffs, questions = len(targets), len(settings.battery.questions)
+    show(f"{plural(diffs, 'diff')}, {plural(questions, 'question')} each", error=True)
     rows = audit(settings, targets, out, flags.jobs)
     if rows is None:
         show(f"done; the last of the other jobs writes {out / 'audit.html'}")

@@ -94,7 +94,7 @@ def read_lines(path: str) -> list[str]:
         text = sys.stdin.read() if path == "-" else read_text(path, "check the path")
     except UnicodeDecodeError:
         raise DitError(f"{name} is not UTF-8 text: convert it") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = list(filter(None, map(str.strip, text.removeprefix("\ufeff").splitlines())))
     if not lines:
         raise DitError(f"{name} has no lines: write one text a line")
     return lines

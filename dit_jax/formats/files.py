@@ -178,7 +178,7 @@ def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, A
             f"'{path}' is larger than {max_bytes} bytes: it cannot be the right file, get it again"
         )
     try:
-        value = parse_json(_decode(raw))
+        value = parse_json(decode(raw))
     except (BadJson, UnicodeDecodeError) as error:
         what = (
             what_file(raw)
@@ -203,8 +203,8 @@ _MARKS = tuple(
 )
 
 
-def _decode(raw: bytes) -> str:
-    """Text by its byte-order mark; UTF-8 without one."""
+def decode(raw: bytes) -> str:
+    """Text by its byte-order mark, without that; UTF-8 if there is none. Raises UnicodeDecodeError."""
     for mark, codec in _MARKS:
         if raw.startswith(mark):
             return codec.decode(raw[len(mark) :])[0]

@@ -23,7 +23,7 @@ import numpy as np
 
 import dit_jax
 from dit_jax.errors import DitError
-from dit_jax.formats.files import regular_file
+from dit_jax.formats.files import decode, regular_file
 from dit_jax.formats.json_parser import BadJson, parse_json
 from dit_jax.runtime import interrupts
 from dit_jax.runtime.os_errors import explain_os_errors
@@ -154,13 +154,14 @@ def write_json(path: PathLike, value: Any) -> None:
 
 
 def read_text(path: PathLike, remedy: str) -> str:
-    """The text of an artifact's file. Raises DitError: it is missing, unreadable or not text."""
+    """The text of an artifact's file or a user's. Raises DitError: it is missing, unreadable or not text."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        text = decode(Path(path).read_bytes())
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError:
         raise DitError(f"'{path}' is missing: {remedy}") from None
     except UnicodeDecodeError:
-        raise DitError(f"'{path}' is not a text file: delete it and {remedy}") from None
+        raise DitError(f"'{path}' is not a text file: {_mended(remedy)}") from None
     except OSError as error:
         raise DitError(f"cannot read '{path}': {error.strerror}") from error
 
@@ -176,7 +177,12 @@ def read_json(path: PathLike, remedy: str = "run the stage that writes it") -> A
         return parse_json(text)
     except BadJson as error:
         said = "is truncated or not JSON" if "valid" in str(error) else error
-        raise DitError(f"'{path}' {said}: delete it and {remedy}") from None
+        raise DitError(f"'{path}' {said}: {_mended(remedy)}") from None
+
+
+def _mended(remedy: str) -> str:
+    """What helps against a damaged file: a stage writes its own again, users keep theirs."""
+    return f"delete it and {remedy}" if remedy.startswith("run") else remedy
 
 
 def digest_file(path: PathLike) -> str:
