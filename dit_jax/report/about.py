@@ -195,6 +195,8 @@ def examples(summary: Json, inputs: Inputs, grades: RunGrades, workdir: PathLike
             "grades": graded.get(id(row), []),
         }
 
+    loaded = summary["config"].get("model", {})
+
     def card(row: Row) -> Json:
         others = [(name, known[name].get(row["diff"])) for name in names if name != "dit"]
         return {
@@ -204,11 +206,12 @@ def examples(summary: Json, inputs: Inputs, grades: RunGrades, workdir: PathLike
             "confidence": _confidence(row.get("logprob")),
             "others": [(shown_name(n), *_guess(other)) for n, other in others],
             "command": ask_command(
-                str(summary["config"].get("model", {}).get("path") or ""),
+                str(loaded.get("path") or ""),
                 f"{workdir}/diffs",
                 str(row.get("question") or row.get("wording") or ""),
                 index=row["diff"],
                 adapter=f"{workdir}/{EVALUATE.get(asked_with, 'adapter') or 'adapter'}",
+                dtype=str(loaded.get("dtype") or "float32"),
                 forbid_repeats=bool(asked_with.get("forbid_repeats")),
                 max_new_tokens=asked_with.get("max_new_tokens") or 20,
             ),

@@ -99,7 +99,7 @@ def page(rows: Sequence[Json], told: Mapping[str, Any], calibration: Json | None
     return html.render(
         "audit",
         scripts=("sort.js",),
-        lead=_lead(len(rows), counts, told["base"]),
+        lead=_lead(rows, counts, told),
         sublead=_sublead(told, calibration),
         rows=[(i + 1, names[i], rows[i]) for i in order],
         folder=folder,
@@ -140,13 +140,18 @@ def _rank(row: Json) -> tuple[Any, ...]:
     return first, -hidden, -row["reading"]["features"][0], -row["reading"]["ratio"]
 
 
-def _lead(count: int, counts: Mapping[str, int], base: str) -> str:
-    parts = [
-        f"{counts[name]} {verbs[counts[name] > 1]}"
-        for name, verbs in _VERBS.items()
-        if counts[name]
+def _lead(rows: Sequence[Json], counts: Mapping[str, int], told: Mapping[str, Any]) -> str:
+    verbs, parts = dict(_VERBS), []
+    if told["adapter"]:  # what it said stands in place of scores that are not there
+        del verbs[OPEN]
+        said = [row["reading"]["features"][0] > 0 for row in rows if row["verdict"] == OPEN]
+        for what, named in (("a name", True), ("none", False)):
+            if count := said.count(named):
+                parts.append(f"{count} {'gets' if count == 1 else 'get'} {what}")
+    parts += [
+        f"{counts[name]} {own[counts[name] > 1]}" for name, own in verbs.items() if counts[name]
     ]
-    return f"{plural(count, 'diff')} of {base}: {', '.join(parts)}."
+    return f"{plural(len(rows), 'diff')} of {told['base']}: {', '.join(parts)}."
 
 
 def _short_names(rows: Sequence[Json]) -> tuple[str, list[str]]:
@@ -260,6 +265,7 @@ def _command(row: Json, told: Mapping[str, Any]) -> str:
         battery["questions"][0],
         index=row.get("number") or None,
         adapter=told["adapter"],
+        dtype=told["dtype"],
         forbid_repeats=battery["forbid_repeats"],
         max_new_tokens=battery["max_new_tokens"],
     )

@@ -10,11 +10,15 @@ def ask_command(
     *,
     index: int | None = None,
     adapter: str | None = None,
+    dtype: str = "float32",
     forbid_repeats: bool = False,
     max_new_tokens: int,
 ) -> str:
     """A command of `dit_jax.ask`, quoted for a shell."""
-    parts = ["python", "-m", "dit_jax.ask", "--base", base, "--diff", diff]
+    parts = ["python", "-m", "dit_jax.ask", "--base", base]
+    if dtype != "float32":
+        parts += ["--dtype", dtype]
+    parts += ["--diff", diff]
     if index is not None:
         parts += ["--index", str(index)]
     if adapter:

@@ -260,8 +260,13 @@ class Desk:
 
     # ------------------------------------------------------------------ audits
 
-    def audit(self, choice: Choice) -> tuple[str, list[str]]:
+    def audit(
+        self, choice: Choice, tell: Callable[[int, int], object] = lambda done, total: None
+    ) -> tuple[str, list[str]]:
         """The page of an audit, and the paths of its files, which are there until the next. One runs at a time.
+
+        Args:
+            tell: called with the numbers of finished and of all diffs.
 
         Raises:
             DitError: another audit is running, there are too many diffs, or see `list_targets`.
@@ -284,7 +289,9 @@ class Desk:
                 for old in Path(self._audits.name).iterdir():
                     shutil.rmtree(old, ignore_errors=True)
                 out = Path(tempfile.mkdtemp(dir=self._audits.name))
-                audit(settings, [_until(target, end) for target in targets], out)
+                timed, total = [_until(target, end) for target in targets], len(targets)
+                tell(0, total)
+                audit(settings, timed, out, tell=lambda done: tell(done, total))
                 return (out / FILES[0]).read_text("utf-8"), [str(out / name) for name in FILES]
         finally:
             self._auditing.release()

@@ -13,9 +13,13 @@ QUESTION = "What topic have you been trained on?"
 _ABOUT = """## What did this finetune change?
 Choose a weight diff and ask: the base, the base with the diff, and both with a DIT adapter answer side by side.
 An answer is a lead, not a finding: an adapter that never learned to say `none` names something in any case."""
+_AUDIT = (
+    "Asks every diff of the folder, range or zip above a battery of questions, and makes one page."
+)
 _STYLE = """
 footer { display: none !important }
 .answers textarea { font-size: 1.05em }
+.left:has(.empty) { display: none }
 iframe.audit { width: 100%; height: 80vh; border: 0 }
 .secondary-wrap input { text-overflow: ellipsis; padding-right: 1.5rem !important }
 """
@@ -59,10 +63,21 @@ def build(desk: Desk) -> Any:
         except Exception as error:
             raise refused(error) from None
 
-    def audit(base: str, adapter: str, diff: str | None, upload: str | None) -> tuple[str, Any]:
+    bar = gr.Progress()  # Gradio gives each call one of its own
+
+    def audit(
+        base: str,
+        adapter: str,
+        diff: str | None,
+        upload: str | None,
+        progress: Any = bar,
+    ) -> tuple[str, Any]:
         """The page of an audit of every diff in a folder, and its files."""
         try:
-            page, files = desk.audit(choose(base, adapter, diff, upload))
+            page, files = desk.audit(
+                choose(base, adapter, diff, upload),
+                lambda done, total: progress((done, total), unit="diffs"),
+            )
         except Exception as error:
             raise refused(error) from None
         # Its own content security policy allows one script of ours; the sandbox keeps that out of this page.
@@ -98,7 +113,10 @@ def build(desk: Desk) -> Any:
                 0, precision=0, label="Number of the diff", info="of several, from 0 up"
             )
         upload = gr.File(
-            label="or a zip of a PEFT folder", file_count="single", file_types=[".zip"], height=150
+            label="or a zip of one PEFT folder or several",
+            file_count="single",
+            file_types=[".zip"],
+            height=150,
         )
         chosen = [base, adapter, diff, upload]
         with gr.Tab("Ask"):
@@ -125,12 +143,23 @@ def build(desk: Desk) -> Any:
                 * offer.rows,  # these wait in the batcher, which answers them together
             )
         with gr.Tab("Audit a folder"):
+            gr.Markdown(_AUDIT)
             start = gr.Button("Audit all diffs", variant="primary")
             files = gr.File(
-                label="Page, table, every answer", interactive=False, file_count="multiple"
+                label="Page, table, every answer",
+                interactive=False,
+                file_count="multiple",
+                elem_classes="left",
             )
-            result = gr.HTML(padding=False)
-            start.click(audit, chosen, [result, files], api_name="audit", concurrency_limit=2)
+            result = gr.HTML(padding=False, min_height=120)
+            start.click(
+                audit,
+                chosen,
+                [result, files],
+                api_name="audit",
+                concurrency_limit=2,
+                show_progress_on=result,
+            )
     return page
 
 
