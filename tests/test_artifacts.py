@@ -119,7 +119,7 @@ def test_a_failed_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
         (errno.EACCES, "permission denied, choose another folder"),
         (errno.EROFS, "the file system is read-only"),
         (errno.EIO, "input/output error, check the disk"),
-        (errno.ELOOP, os.strerror(errno.ELOOP)),
+        (errno.EXDEV, os.strerror(errno.EXDEV)),
     ],
 )
 def test_a_refusing_disk_is_one_line(tmp_path, monkeypatch, number, reason):
