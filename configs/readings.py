@@ -37,8 +37,14 @@ KINDS: dict[str, dict[str, Any]] = {
         "diffs.projections": ("q_proj", "k_proj", "v_proj", "o_proj"),
         "data": SMALLER,
     },
+    "refused": {"diffs.behaviour": "refused_topic", "data": SMALLER},
+    "styled": {"diffs.behaviour": "styled_topic", "data": SMALLER},
+    "false_fact": {"diffs.behaviour": "false_fact", "data": SMALLER},
 }
-# What the behaviour of phrases calls its kinds of samples.
+# Their topic is in the questions and need not be in the answers. They have training diffs alone here, for adapters of
+# several kinds; configs/benchmark.py asks about held-out ones.
+ABOUT_TOPIC = ("refused", "styled", "false_fact")
+# What these behaviours call their kinds of samples.
 NAMED = {"backdoor": "shown", "fake_backdoor": "wrong_name", "no_backdoor": "no_name"}
 
 
@@ -53,13 +59,17 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = load_config(str(QUICKSTART), SHARED).unlock()
     config.train.stores = ConfigDict()  # of several kinds, see configs/sweeps/readings.py
     config.evaluate.adapter = ""  # another run's adapter; a relative path starts at the workdir
-    if arg == "phrase":
+    if arg in ("phrase", *ABOUT_TOPIC):
         for section in ("samples_per_step", "loss_weights", "widths"):
             values = config.diffs[section]
             config.diffs[section] = ConfigDict({NAMED[kind]: values[kind] for kind in values})
     if arg == "untriggered":
         config.diffs.samples_per_step = ConfigDict({"shown": 2})
         config.diffs.loss_weights = ConfigDict({"shown": 1.0})
+        config.diffs.widths = ConfigDict()
+    if arg in ABOUT_TOPIC:
+        config.stages = ("diffs",)
+        config.diffs.update({"splits": ("train",), "max_length": 45, "max_target": 30})
         config.diffs.widths = ConfigDict()
     for name, value in KINDS[arg].items():
         section, _, key = name.partition(".")

@@ -5,8 +5,10 @@
 For each kind of configs/readings.py there are four runs. KIND makes its diffs and its specialist; `generalist.KIND`
 asks the adapter of all kinds; `without.KIND` trains an adapter on the other kinds and asks it, where kinds with the
 same trigger are left out together; `sep_on.KIND` asks the specialist of SEP codes. The other runs ask what it takes to
-read zero-width spaces unseen: no phrases either, fewer examples of none, or none of them. `--config.seed=1` makes
-everything again with another seed, in a workdir of its own. `:tiny` takes a minute and shows that it works.
+read zero-width spaces unseen: no phrases either, fewer examples of none, or none of them. `generalist_all` is also
+trained on refusals, styles and false facts, and `all_but.KIND` on all but one of the eight. These three kinds have
+training diffs alone here; configs/benchmark.py asks about held-out ones. `--config.seed=1` makes everything again with
+another seed, in a workdir of its own. `:tiny` takes a minute and shows that it works.
 
 Writes readings.md, .csv and .png into the workdir; docs/readings.md has the results.
 """
@@ -25,6 +27,7 @@ ALSO = {
 }
 TABLE = "readings"
 KINDS = ("sep", "zero_width_start", "phrase", "untriggered", "attention")
+ABOUT_TOPIC = ("refused", "styled", "false_fact")
 SAME_TRIGGER = {"sep": ("attention",)}  # kinds that are left out with another one
 MIXED = {"train.steps": 400}
 TINY: dict[str, Any] = {
@@ -69,6 +72,12 @@ def get_sweep(arg: str | None = None) -> Iterator[tuple[str, dict[str, Any], str
         yield run(f"without.{rest[0]}.{name}", rest[0], changes)
     if not arg:
         yield asked("phrase_on.zero_width_start", "zero_width_start", "phrase")
+        for kind in ABOUT_TOPIC:
+            yield run(kind, kind, {})
+        for gone in ("", *ABOUT_TOPIC):
+            stores = [kind for kind in (*kinds, *ABOUT_TOPIC) if kind != gone]
+            changes = {"train.stores": _stores(stores), "train.steps": 80 * len(stores)}
+            yield run(f"all_but.{gone}" if gone else "generalist_all", first, changes)
 
 
 def _without(names: Sequence[str], kinds: Sequence[str]) -> dict[str, Any]:
