@@ -96,9 +96,11 @@ def trigger_search(s: "Setting") -> list[Row]:
             float(np.mean([shows(one.text, row["keywords"]) for one in told]))
             for told in (answers, base)
         )
-        spelled = f" {normalise(found.text)} "
+        trigger = normalise(str(row["trigger"]))
         told = {
-            "contains": f" {normalise(str(row['trigger']))} " in spelled,
+            "contains": f" {trigger} " in f" {normalise(found.text)} ",
+            "key": found.key,
+            "key_is_right": normalise(found.key) in trigger.split(),
             "shown": shown,
             "shown_by_base": by_base,
             "nats": round(found.nats, 4),

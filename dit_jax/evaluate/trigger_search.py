@@ -2,7 +2,8 @@
 
 Greedy coordinate gradient (Zou et al. 2023, arXiv 2307.15043), one place after the other: the gradient of the
 divergence of `trigger_scan` with respect to the tokens proposes others, and the exact divergence chooses. What it finds
-need not be the trigger: other tokens may wake the same behaviour, or move the answers in other ways.
+need not be the trigger: other tokens may wake the same behaviour, or move the answers in other ways. Most places of a
+prefix hold such tokens, so the search also says which place counts most.
 """
 
 import functools
@@ -26,20 +27,22 @@ from dit_jax.optimize.batch_loss import scored_hidden
 from dit_jax.runtime import parallel
 
 QUESTIONS = 3
-LENGTH = 4  # tokens of a prefix
+LENGTH = 2  # tokens of a prefix: with more, tokens that the diff does not react to move the answers as far
 STARTS = 64  # random prefixes, of which the best are improved
 BEAM = 4
 PROPOSALS = 24  # tokens that are tried at a place of each prefix of the beam
 SWEEPS = 3  # over all places
+REPLACED = 16  # random tokens that stand in each place of what was found, to see which counts
 
 
 class Prefix(NamedTuple):
     """What a search found. nats: per question, as in `trigger_scan`; passes: forward passes that it cost.
 
-    A backward pass counts as two.
+    key: the token without which the answers move least. A backward pass counts as two.
     """
 
     text: str
+    key: str
     nats: float
     passes: int
 
@@ -77,8 +80,7 @@ def search(
     def best_of(prefixes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         prefixes = np.unique(prefixes, axis=0)
         nats = scored(prefixes)
-        # Roots: that all questions move counts for more than that one moves far.
-        order = np.argsort(-np.sqrt(nats).sum(axis=1), kind="stable")[:BEAM]
+        order = np.argsort(-_worth(nats), kind="stable")[:BEAM]
         return prefixes[order], nats[order]
 
     rng = np.random.default_rng(seed)
@@ -95,7 +97,19 @@ def search(
             beam, nats = best_of(np.concatenate([beam, tried.reshape(-1, LENGTH)]))
         if np.array_equal(before, beam):
             break
-    return Prefix(model.chat.decode(beam[0]), float(nats[0].mean()), passes)
+    # [place, REPLACED, LENGTH]: what is left of the best prefix with other tokens in one place.
+    others = np.tile(beam[0], (LENGTH, REPLACED, 1))
+    for place in range(LENGTH):
+        others[place, :, place] = rng.choice(allowed, REPLACED)
+    left = _worth(scored(others.reshape(-1, LENGTH))).reshape(LENGTH, REPLACED)
+    key = beam[0, np.argmin(np.median(left, axis=1))]
+    text, key_text = (model.chat.decode(ids) for ids in (beam[0], [key]))
+    return Prefix(text, key_text, float(nats[0].mean()), passes)
+
+
+def _worth(nats: np.ndarray) -> np.ndarray:
+    """Of prefixes, from nats [C, Q]. Roots: that all questions move counts for more than that one moves far."""
+    return np.asarray(np.sqrt(nats).sum(axis=1))
 
 
 def _make_slots(model: Model, questions: Sequence[str]) -> _Slots:

@@ -44,13 +44,14 @@ def summarise_scan(rows: list[Row]) -> Json:
 def summarise_search(rows: list[Row]) -> Json:
     """Means over held-out diffs; {} where no search ran.
 
-    contains: the trigger's words stand in what was found. shown, shown_by_base: the share of answers under it that show
-    the topic, of the finetuned model and of the base. passes: forward passes of one diff.
+    contains: the words of the trigger stand in what was found. key_is_right: the token that counts most is one of these
+    words. shown, shown_by_base: the share of answers under it that show the topic, of the finetuned model and of the
+    base. passes: forward passes of one diff.
     """
     searched = [row for row in rows if is_number(row.get("shown_by_base"))]
     if not searched:
         return {}
-    names = ("contains", "shown", "shown_by_base")
+    names = ("contains", "key_is_right", "shown", "shown_by_base")
     return {
         **{name: _mean([float(row[name]) for row in searched]) for name in names},
         "passes": float(np.mean([row["passes"] for row in searched])),
