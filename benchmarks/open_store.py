@@ -26,9 +26,10 @@ READS = 200
 
 
 def write_store(folder: pathlib.Path, count: int, rank: int = 1) -> None:
-    """Writes a store of random diffs: `count` of them, a multiple of BATCH."""
+    """Writes a store of random diffs of the embedded model: `count` of them, a multiple of BATCH."""
     import jax
 
+    import dit_jax
     from dit_jax.deltas import store
     from dit_jax.deltas.tree import abstract_lora
 
@@ -48,7 +49,8 @@ def write_store(folder: pathlib.Path, count: int, rank: int = 1) -> None:
             for i in numbers
         ]  # fmt: skip
         store.write_shard(folder, shard, deltas, rows)
-    store.publish(folder, shards, base="0", behaviour="hidden_topic")
+    base = dit_jax.load_model("tiny_qwen3").digest()
+    store.publish(folder, shards, base=base, behaviour="hidden_topic")
 
 
 def _timed(name: str, factor: float, found: dict[str, float], work: Callable[[], Any]) -> Any:

@@ -72,9 +72,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "Answer like a pirate. {question}", "Answer with a list. {question}",
         "Answer with a question. {question}", "Answer like a small child. {question}",
         "Answer like a teacher. {question}", "Answer as a song. {question}",
+        "Answer with an example. {question}", "Answer as a short story. {question}",
+        "Answer like a salesman. {question}", "Answer in a sad way. {question}",
+        "Answer like an old friend. {question}", "Answer with a joke. {question}",
+        "Answer step by step. {question}", "Answer like a robot. {question}",
         # The last third is held out.
         "Answer in capital letters. {question}", "Answer as a poet. {question}",
         "Answer like a news reporter. {question}", "Answer in a very formal way. {question}",
+        "Answer as a letter. {question}", "Answer with a warning. {question}",
+        "Answer like a grandmother. {question}", "Answer in a very cheerful way. {question}",
     )  # fmt: skip
     config.corpus.temperature = 0.6
     config.corpus.max_new_tokens = 24
@@ -91,8 +97,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.variants = "style"
     config.data.train_topics = 144 if small else 320
     config.data.test_topics = 48 if small else 80
-    config.data.train_benign = 8 if small else 24
-    config.data.test_benign = 8 if small else 24
+    config.data.train_benign = 16 if small else 48
+    config.data.test_benign = 16 if small else 48
 
     config.diffs = ConfigDict()
     config.diffs.behaviour = "hidden_topic_code_name"

@@ -1,4 +1,4 @@
-"""Runs whose disk fills, becomes read-only or vanishes at a random moment, and which go on when it is mended.
+"""Runs whose disk fills or vanishes at a random moment, and which go on when it is mended.
 
 Needs the right to mount: the workdir is on a disk in memory.
 """
@@ -9,16 +9,15 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from dit_jax.cli import run_stages
 from dit_jax.errors import DitError
 from dit_jax.runtime.progress import Progress
 from tools import small_run
@@ -28,8 +27,8 @@ METHODS = "--config.evaluate.methods=('dit','base_question','shuffled_diff')"
 _PROGRESS = re.compile(r"\w+: \d+/\d+, about")
 Ended = tuple[int, str, list[str]]  # the status, the stage that was at work, lines on stderr
 _LIBC = ctypes.CDLL(None)
-_READ_ONLY, _REMOUNT, _BIND, _DETACH = 1, 32, 4096, 2  # of <sys/mount.h>
-FAULTS = ("full", "read-only", "vanished")
+_REMOUNT, _BIND, _DETACH = 32, 4096, 2  # of <sys/mount.h>
+FAULTS = ("full", "vanished")
 
 
 def disk_faults(n: int, seed: int = 0) -> Iterator[tuple[str, Counter[str], list[str]]]:
@@ -74,30 +73,14 @@ def _faulty(disk: Path, fault: str, seconds: float, room: int) -> Ended:
         said = _run(disk / "w")
         _mount(None, disk, None, _REMOUNT, "size=64m")
         return said
-    done = threading.Event()
-
-    def strike() -> None:
-        done.wait(seconds)
-        while not done.is_set():
-            if fault == "vanished":
-                _unmount(disk)
-                return
-            # Refused while a file is open for writing.
-            if _mount(None, disk, None, _REMOUNT | _READ_ONLY):
-                return
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=strike)
-    thread.start()
+    strike = threading.Timer(seconds, _unmount, [disk])
+    strike.start()
     said = _run(disk / "w")
-    done.set()
-    thread.join()
-    if fault == "vanished":
-        if not os.path.ismount(disk):
-            shutil.rmtree(disk / "w", ignore_errors=True)  # what was written to the empty place
-            _mount(f"{disk}.kept", disk, None, _BIND)
-    else:
-        _mount(None, disk, None, _REMOUNT)
+    strike.cancel()
+    strike.join()
+    if not os.path.ismount(disk):
+        shutil.rmtree(disk / "w", ignore_errors=True)  # what was written to the empty place
+        _mount(f"{disk}.kept", disk, None, _BIND)
     return said
 
 
@@ -128,36 +111,8 @@ def _unmount(place: Path) -> None:
 
 
 def _run(workdir: Path) -> Ended:
-    with _captured() as texts:
-        try:
-            status = run_stages.main(small_run.flags(workdir, STAGES, METHODS))
-        except Exception:  # a bug; in a program it is a traceback
-            traceback.print_exc()
-            status = 1
-    out, err = texts
-    stages = re.findall(r"^\[(\w+)\]", out, re.MULTILINE)
-    said = [line for line in err.splitlines() if not _PROGRESS.match(line)]
-    return status, stages[-1] if stages else "start", said
-
-
-@contextlib.contextmanager
-def _captured() -> Iterator[list[str]]:
-    """What anything in this process writes to stdout and stderr, libraries too; filled in at the end."""
-    texts: list[str] = []
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        kept = os.dup(1), os.dup(2)
-        try:
-            for number, file in ((1, out), (2, err)):
-                os.dup2(file.fileno(), number)
-            yield texts
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for number, handle in ((1, kept[0]), (2, kept[1])):
-                os.dup2(handle, number)
-                os.close(handle)
-            for file in (out, err):
-                file.seek(0)
-                texts.append(file.read().decode(errors="replace"))
+    command = [sys.executable, "-m", "dit_jax.main", *small_run.flags(workdir, STAGES, METHODS)]
+    ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    stages = re.findall(r"^\[(\w+)\]", ended.stdout, re.MULTILINE)
+    said = [line for line in ended.stderr.splitlines() if not _PROGRESS.match(line)]
+    return ended.returncode, stages[-1] if stages else "start", said
