@@ -261,7 +261,8 @@ class Diffs(Sequence[Diff]):
     def number(self, index: int) -> int:
         """The number of a diff, from 0 up; a negative index counts from the end. Raises DitError: no such diff."""
         if not -self._size <= index < self._size:
-            raise DitError(f"{self._name} holds {self._size} diffs: there is no diff {index}")
+            diffs = "1 diff" if self._size == 1 else f"{self._size} diffs"
+            raise DitError(f"{self._name} holds {diffs}: there is no diff {index}")
         return index % self._size
 
 

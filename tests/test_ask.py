@@ -101,8 +101,9 @@ def test_a_truncated_finetune_says_what_it_keeps(files, capsys):
             ["--diff", "diff.pt", "--svd-rank", "999"],
             "rank of the SVD must be from 1 to 128, not 999",
         ),
-        (["--diff", "diff.pt", "--index", "1"], "diff.pt holds 1 diffs: there is no diff 1"),
-        (["--diff", "diff.pt", "--index", "-2"], "diff.pt holds 1 diffs: there is no diff -2"),
+        (["--diff", "diff.pt", "--index", "1"], "diff.pt holds 1 diff: there is no diff 1"),
+        (["--diff", "diff.pt[0]", "--index", "0"], "says which diffs already: leave out --index"),
+        (["--diff", "diff.pt", "--index", "-2"], "diff.pt holds 1 diff: there is no diff -2"),
         (
             ["--diff", "merged", "--svd-rank", "999"],
             "rank of the SVD must be from 1 to 128, not 999",

@@ -93,7 +93,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One record per (diff, variant, question, sample), in that order."""
     from dit_jax.api import Diff, Diffs, read_adapter
     from dit_jax.asking import ask_many
-    from dit_jax.auditing.targets import list_targets, look_at, reading_order
+    from dit_jax.auditing.targets import list_targets, look_at, path_and_range, reading_order
     from dit_jax.data.chat import Prompt
     from dit_jax.deltas.detect import look_for_adapter
     from dit_jax.deltas.factors import changes_nothing
@@ -107,6 +107,9 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         raise DitError(
             "--index, --all, --split, --svd-rank, --align and --multiplier say something about a diff: add --diff"
         )
+    picked = [text for text in flags.diff or () if path_and_range(text)[1] is not None]
+    if picked and flags.index is not None:
+        raise DitError(f"'{picked[0]}' says which diffs already: leave out --index")
     if flags.n > 1 and flags.temperature == 0:
         raise DitError(
             "--n asks for several samples, but greedy decoding gives one: add --temperature 1"
