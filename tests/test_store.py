@@ -90,6 +90,9 @@ def test_a_run_that_goes_on_reads_each_shard_once(folder, monkeypatch):
     assert digested == ["00000.safetensors", "00001.safetensors"]
     kept = metrics.read_records(folder.parent / "metrics" / "diffs.jsonl")
     assert [record["step"] for record in kept] == [3, 5]
+    # Nothing is measured of a benign diff.
+    rows_are([{**row, "right_code": ""} for row in diff_store.shard_rows(folder, 1)])(folder)
+    assert len(generate._make_shards([job], folder)[0]) == len(TOPICS)
     # A shard of another run, one with fewer rows, or with texts for numbers, is not taken for one of this run.
     own = diff_store.shard_rows(folder, 1)
     edited = [{**row, "gate_kl": "=1"} for row in own]
