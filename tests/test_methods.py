@@ -573,6 +573,9 @@ def test_a_scan_finds_the_codes_of_the_shipped_diffs(model):
     kept = trigger_scan.KEPT + 1
     assert (np.isfinite(scores).sum(axis=1) == kept).all()
     assert trigger_scan.passes(len(tried), 2) == len(tried) + 2 * kept
+    # The tokenizer knows none of the code names: they are one candidate.
+    unknown = [x.behaviour == "hidden_topic_code_name" for x in tried]
+    assert sum(unknown) > 50 and np.isfinite(scores[:, unknown]).sum(axis=1).max() <= 1
     few = [tried[0], *(one for one in tried if one.trigger in own)]
     other = trigger_scan.scan(model, topics.given, few, batch_size=7)
     np.testing.assert_allclose(other[:, 0], scores[:, 0], atol=1e-4)

@@ -95,6 +95,12 @@ def scan(
     longest = max(len(model.chat.prompt_ids(prompt)) for prompt in prompts) + ANSWER_TOKENS
     batched = functools.partial(_batches, model, longest, batch_size)
     places = [(candidate, 0) for candidate in range(len(tried))]
+    # Words that the tokenizer does not know are one token: of candidates that are the same to it, the first one counts.
+    alike: dict[tuple[int, ...], int] = {}
+    passed_over = {PLAIN}
+    for c in range(1, len(tried)):
+        if alike.setdefault(model.chat.prompt_ids(tried[c].prompts[0]), c) != c:
+            passed_over.add(c)
     screening = batched(_samples(model, tried, starts, places))
     before = [base_hidden(model, batch) for batch in screening]
     scores = np.full((len(given), len(tried)), -np.inf)
@@ -102,7 +108,7 @@ def scan(
         delta = shardings.put_delta(model.config, model.mesh, given.read(index))
         first = _nats(model, screening, before, delta)[: len(tried)]
         order = np.argsort(-first, kind="stable")
-        kept = [PLAIN, *order[order != PLAIN][:KEPT]]
+        kept = [PLAIN, *[c for c in order if c not in passed_over][:KEPT]]
         places = [(c, q) for c in kept for q in range(1, len(starts))]
         nats = first[kept]
         if places:
