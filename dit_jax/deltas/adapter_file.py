@@ -89,9 +89,8 @@ def load_adapter(folder: str | pathlib.Path, config: DecoderConfig) -> tuple[Del
             adapter = ocp.load(
                 checkpoint, jax.tree.map(lambda x: host_target(x.shape, x.dtype), promised)
             )
-        except (
-            Exception
-        ) as e:  # of many kinds; raised below, without what holds the tasks of asyncio
+        # Of many kinds; raised below, without what holds the tasks of asyncio.
+        except Exception as e:
             problem = f"{folder} cannot be restored ({first_line(e)[:100]}): {remedy}"
     if problem:
         raise DitError(problem)
