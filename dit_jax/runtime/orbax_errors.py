@@ -6,6 +6,7 @@ import gc
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,11 +63,14 @@ def said_by_us() -> Iterator[None]:
     """Libraries log nothing: what is wrong with a checkpoint is one line of ours."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        gc.collect()  # asyncio logs errors of tasks when it forgets them
-        logging.disable(disabled)
+    with warnings.catch_warnings():
+        # Orbax gives up a checkpoint whose handler is damaged without waiting for what it began.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        try:
+            yield
+        finally:
+            gc.collect()  # asyncio logs errors of tasks when it forgets them
+            logging.disable(disabled)
 
 
 def host_target(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
