@@ -58,6 +58,12 @@ with preemption.listen(), preemption.hold() as notice:
 """
 
 
+def listening():
+    """Signals as in a terminal: the suite itself may run in the background or under nohup."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def started(*command):
     return subprocess.Popen(
         [sys.executable, *command],
@@ -66,7 +72,7 @@ def started(*command):
         stderr=subprocess.PIPE,
         text=True,
         restore_signals=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=listening,
     )
 
 

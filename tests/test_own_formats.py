@@ -61,7 +61,7 @@ def other_width(_):
     ("change", "message"),
     [
         (unknown_module, "z_proj', which is no weight of this model"),
-        (not_a_number, "q_proj.b holds NaN"),
+        (not_a_number, "q_proj.b'? holds NaN"),
         (one_factor, "q_proj has the shapes"),
         (lora_on_a_norm, "norm has the shapes"),
         (other_width, "this model needs"),
