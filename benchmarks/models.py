@@ -28,7 +28,7 @@ PRESETS: dict[tuple[str, str], dict[str, int]] = {
     ),
     ("train", "tiny"): dict(diffs=64, batch=32, steps=24, length=32, scored=12),
     ("train", "slice"): dict(diffs=8, batch=8, steps=4, length=32, scored=8),
-    ("train", "small"): dict(diffs=8, batch=8, steps=12, length=24, scored=10),
+    ("train", "small"): dict(diffs=8, batch=8, steps=16, length=24, scored=10),
     ("train", "full"): dict(diffs=64, batch=8, steps=12, length=64, scored=16),
     ("ask", "tiny"): dict(diffs=100, batch=100, length=24, new_tokens=16),
     ("ask", "slice"): dict(diffs=32, batch=32, length=32, new_tokens=8),
