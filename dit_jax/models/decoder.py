@@ -20,7 +20,7 @@ from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Deltas, check_modules
 from dit_jax.models.kv_cache import Cache, cached_masks, view
 from dit_jax.models.layer_kinds import Layer, layer_kinds, scanned, window_over
-from dit_jax.models.layer_views import cut_layers, unstack
+from dit_jax.models.layer_views import cut_layers
 from dit_jax.models.layers import PROJECTION, make_norm, pick, ready
 from dit_jax.models.modules import EMBEDDING, HEAD, Module, module_table
 from dit_jax.models.products import precision
@@ -130,15 +130,9 @@ def ready_deltas(deltas: Deltas, config: DecoderConfig, batch: int) -> Deltas:
     if config.scan_layers:
         return done
     return tuple(
-        {**delta, "layers": _by_layer(delta["layers"])} if "layers" in delta else delta
+        {**delta, "layers": cut_layers(delta["layers"], config)} if "layers" in delta else delta
         for delta in done
     )
-
-
-def _by_layer(layers: Any) -> tuple[Any, ...]:
-    leaves, structure = jax.tree.flatten(layers)
-    by_layer = zip(*map(unstack, leaves), strict=True)
-    return tuple(jax.tree.unflatten(structure, own) for own in by_layer)
 
 
 def _remat_policy(config: DecoderConfig) -> Any:

@@ -30,13 +30,16 @@ def as_program_takes(params: dict[str, Any], config: DecoderConfig) -> dict[str,
     return {**jax.device_put(rest, device), "layers": layers}
 
 
-def cut_layers(layers: Any, config: DecoderConfig, take: Any = lambda x, i: x[i]) -> Any:
-    """A tuple of L trees, made by take(x, i) from every stacked leaf. A tuple stays as it is."""
+def cut_layers(layers: Any, config: DecoderConfig, take: Any = None) -> Any:
+    """A tuple of L trees, made by take(x, i) from every stacked leaf (default: `unstack`). A tuple stays as it is."""
     if isinstance(layers, tuple):
         return layers
-    return tuple(
-        jax.tree.map(lambda x, i=i: take(x, i), layers) for i in range(config.num_hidden_layers)
-    )
+    count = config.num_hidden_layers
+    if take is not None:
+        return tuple(jax.tree.map(lambda x, i=i: take(x, i), layers) for i in range(count))
+    leaves, structure = jax.tree.flatten(layers)
+    cut = list(map(unstack, leaves))
+    return tuple(jax.tree.unflatten(structure, [x[i] for x in cut]) for i in range(count))
 
 
 @jax.custom_vjp
