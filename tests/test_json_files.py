@@ -63,9 +63,15 @@ def test_a_wrong_file_is_one_line_at_once(tmp_path, name, wrong):
     assert time.process_time() - start < 5
 
 
-@pytest.mark.parametrize("wrong", WRONG)
+NO_NUMBERS = {
+    text: (f'{{"a": [0, {text}]}}', f"holds {text}, which is no finite number")
+    for text in ("NaN", "Infinity", "-Infinity", "1e999")
+}
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, *NO_NUMBERS])
 def test_headers_and_lines_have_the_same_parser(tmp_path, wrong):
-    text, said = WRONG[wrong]
+    text, said = {**WRONG, **NO_NUMBERS}[wrong]
     header = text.encode()
     (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(DitError, match=f"the header .*{said}"):

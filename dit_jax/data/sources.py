@@ -152,7 +152,7 @@ def _json_lines(path: Path) -> Source:
                     yield Record(number, {}, "not UTF-8")
                     continue
                 try:
-                    values = parse_json(line)
+                    values = parse_json(line, finite=False)  # NaN is a missing cell
                 except BadJson as error:
                     yield Record(number, {}, str(error))
                     continue

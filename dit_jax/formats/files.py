@@ -178,7 +178,7 @@ def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, A
             f"'{path}' is larger than {max_bytes} bytes: it cannot be the right file, get it again"
         )
     try:
-        value = parse_json(decode(raw))
+        value = parse_json(decode(raw), finite=False)
     except (BadJson, UnicodeDecodeError) as error:
         what = (
             what_file(raw)

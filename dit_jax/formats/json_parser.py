@@ -1,6 +1,7 @@
 """JSON of any file, ours included: the one parser, with a budget and without ambiguity."""
 
 import json
+import math
 from typing import Any
 
 MAX_BYTES = 256 * 2**20
@@ -12,8 +13,12 @@ class BadJson(ValueError):
     """What is wrong with a text, as the end of a sentence: "is not JSON", "is ambiguous: 'a' occurs twice"."""
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
     """The value of a JSON text in UTF-8.
+
+    Args:
+        finite: whether to refuse NaN, Infinity and 1e999. Files as a whole may hold them, as Python writes and reads
+            them: their numbers are checked where they count.
 
     Raises:
         BadJson: it is no JSON, has a key twice in one object (`json.loads` would keep the last), or is larger, deeper
@@ -27,7 +32,7 @@ def parse_json(text: str | bytes) -> Any:
         opened = text.count("[") + text.count("{")
         if opened + text.count(",") > MAX_VALUES:
             raise BadJson(f"holds more than {MAX_VALUES} values")
-        value = _DECODER.decode(text)
+        value = (_FINITE if finite else _ANY_FLOAT).decode(text)
     except BadJson:
         raise
     except UnicodeDecodeError:
@@ -68,4 +73,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise BadJson(f"holds {text[:20]}, which is no finite number")
+    return number
+
+
+_ANY_FLOAT = json.JSONDecoder(object_pairs_hook=_unique)
+_FINITE = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)

@@ -174,7 +174,7 @@ def read_json(path: PathLike, remedy: str = "run the stage that writes it") -> A
     """
     text = read_text(path, remedy)
     try:
-        return parse_json(text)
+        return parse_json(text, finite=False)  # a limit in a config may be infinite
     except BadJson as error:
         said = "is truncated or not JSON" if "valid" in str(error) else error
         raise DitError(f"'{path}' {said}: {_mended(remedy)}") from None

@@ -29,7 +29,7 @@ def part_of(part: str, count: int) -> range:
 
 def write_part(file: Path, value: Mapping[str, Any]) -> None:
     """Writes a finished part atomically, with a digest of its values."""
-    content = parse_json(json.dumps(dict(value)))  # as it is read
+    content = parse_json(json.dumps(dict(value)), finite=False)  # as it is read
     artifacts.write_json(file, {**content, "digest": _digest(content)})
 
 
