@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -503,6 +504,17 @@ def test_what_stops_inside_a_stage_is_one_line(copy, monkeypatch, capfd):
     run_stage(lambda *_: SimpleNamespace().missing)
     with pytest.raises(AttributeError):  # a bug keeps its traceback
         run(copy)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("place, kind", [("run/c", DitError), ("run2/c", FileNotFoundError)])
+def test_a_file_is_of_the_run_by_its_path_not_by_its_letters(
+    tmp_path, monkeypatch, place, kind, absolute
+):
+    monkeypatch.chdir(tmp_path)
+    place = str(tmp_path / place) if absolute else place
+    with pytest.raises(kind), main._explain(Path("run")):
+        raise FileNotFoundError(errno.ENOENT, "No such file", place)
 
 
 def test_a_config_without_a_key_is_one_line_before_any_stage(tmp_path, capfd):

@@ -204,7 +204,9 @@ def _explain(workdir: pathlib.Path) -> Iterator[None]:
         yield
     except OSError as error:
         place = error.filename or workdir
-        if error.errno == errno.ENOENT and str(place).startswith(str(workdir)):
+        # Orbax names absolute paths.
+        inside = pathlib.Path(str(place)).absolute().is_relative_to(workdir.absolute())
+        if error.errno == errno.ENOENT and inside:
             raise DitError(
                 f"'{place}' vanished while the run used it (a disk that went away, a folder that was deleted): "
                 "see to that, and run the same command again"
