@@ -9,7 +9,7 @@ import pathlib
 # Tokenizers and chat templates (`data.tokenizer_process`), which run in a process of their own.
 TOKENIZER_BYTES = 512 * 2**20  # memory that rendering and cutting texts may take
 TOKENIZER_BYTES_PER_BYTE = 32  # of its files, while a tokenizer is loaded
-TOKENIZER_SECONDS = 5.0  # of CPU time, for one text
+TOKENIZER_SECONDS = 2.0  # of CPU time, for one text, which takes milliseconds
 CHARACTERS_PER_SECOND = 50_000  # longer texts may take longer
 LOADING_SECONDS = 60.0
 MAX_TOKENS = 4_000_000  # of one text
