@@ -242,9 +242,11 @@ def test_llama_3_frequencies_are_recognised(tmp_path):
         dit_jax.load_model(odd)
 
 
-def write_lora(path, architecture="llama", alpha=6.0, drop=(), **facts):
+def write_lora(path, architecture="llama", alpha=6.0, drop=(), add=(), array=None, **facts):
     random = np.random.default_rng(3)
     writer = gguf.GGUFWriter(path, architecture)
+    if array:
+        writer.add_array(array, [1, 2])
     writer.add_type(facts.get("type", "adapter"))
     writer.add_string("adapter.type", facts.get("kind", "lora"))
     writer.add_float32("adapter.lora.alpha", alpha)
@@ -255,6 +257,10 @@ def write_lora(path, architecture="llama", alpha=6.0, drop=(), **facts):
             name = f"blk.{layer}.{part}.weight"
             factors[f"{name}.lora_a"] = random.standard_normal((3, inputs)).astype(np.float32)
             factors[f"{name}.lora_b"] = random.standard_normal((outputs, 3)).astype(np.float32)
+    for name in add:
+        for letter in "ab":
+            old = factors[f"blk.1.attn_q.weight.lora_{letter}"]
+            factors[f"{name}.weight.lora_{letter}"] = old
     for name, values in factors.items():
         if name not in drop:
             writer.add_tensor(name, values)
@@ -305,6 +311,31 @@ def test_what_is_no_lora_is_refused_by_name(tmp_path):
         dit_jax.load_diff(tmp_path / "half.gguf", model)
 
 
+OTHER_LORAS = {
+    "of another architecture": (
+        {"architecture": "qwen2"},
+        "is a LoRA of the architecture 'qwen2', this model is of llama",
+    ),
+    "after certain tokens": (
+        {"array": "adapter.alora.invocation_tokens"},
+        "alora.invocation_tokens' = a list is not supported",
+    ),
+    **{
+        f"layer {number[:4]}": ({"add": [f"blk.{number}.attn_q"]}, "which no dense llama has")
+        for number in ("01", "00", "\u0661", "-1", "9" * 5000)
+    },
+}
+
+
+@pytest.mark.parametrize("other", OTHER_LORAS)
+def test_loras_that_mean_something_else_are_refused_by_name(tmp_path, other):
+    how, said = OTHER_LORAS[other]
+    config = read_config(write_model(tmp_path / "model.gguf", "llama", "F32"))
+    write_lora(tmp_path / "lora.gguf", **how)
+    with pytest.raises(DitError, match=said):
+        read_gguf_lora(tmp_path / "lora.gguf", config)
+
+
 def test_other_models_are_refused_by_name(tmp_path):
     with pytest.raises(DitError, match="architecture 'phi3': GGUF files of llama, qwen2"):
         dit_jax.load_model(write_model(tmp_path / "phi.gguf", "phi3", "F32"))
@@ -327,6 +358,7 @@ ATTENTION = [
     ("attention.causal", False, "causal' = False is not supported"),
     ("attention.sliding_window", 32, "sliding_window' = 32 is not supported"),
     ("final_logit_softcapping", 30.0, "softcapping' = 30.0 is not supported"),
+    ("logit_scale", 8.0, "logit_scale' = 8.0 is not supported"),
 ]
 
 

@@ -13,11 +13,13 @@ from dit_jax.formats.gguf_file import GgufFile
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import check_rank
 from dit_jax.models.file_names import locate
-from dit_jax.models.gguf_checkpoint import hf_name, undo_row_order
+from dit_jax.models.gguf_checkpoint import ARCHITECTURES, hf_name, undo_row_order
 from dit_jax.models.misfits import shape_error
 from dit_jax.models.modules import Path
 
 _A, _B = ".weight.lora_a", ".weight.lora_b"
+# Of these, the last two say what the LoRA is for.
+_KNOWN = ("type", "lora.alpha", "lora.task_name", "lora.prompt_prefix")
 
 
 def read_gguf_lora(path: FilePath, config: DecoderConfig) -> RawDiff:
@@ -36,6 +38,17 @@ def read_gguf_lora(path: FilePath, config: DecoderConfig) -> RawDiff:
     if file.metadata.get("adapter.type", "lora") != "lora":
         raise DitError(
             f"'{path}' is an adapter of type {short(file.metadata['adapter.type'])}: only 'lora' is read"
+        )
+    for key, value in file.metadata.items():
+        if key.startswith("adapter.") and key.removeprefix("adapter.") not in _KNOWN:
+            raise DitError(
+                f"'{path}': {short(key)} = {short(value)} is not supported: the LoRA may act after certain tokens "
+                "only, so it is no weight diff"
+            )
+    if config.model_type not in ARCHITECTURES.get(str(file.architecture), ()):
+        raise DitError(
+            f"'{path}' is a LoRA of the architecture {short(file.architecture)}, this model is of {config.model_type}: "
+            "use the model that it was made for"
         )
     alpha = file.metadata.get("adapter.lora.alpha", 0)
     if type(alpha) not in (int, float) or not abs(alpha) < 1e30:

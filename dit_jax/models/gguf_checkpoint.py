@@ -5,6 +5,7 @@ Source: `convert_hf_to_gguf.py` of llama.cpp.
 """
 
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,13 @@ from dit_jax.errors import DitError
 from dit_jax.formats.files import short
 from dit_jax.formats.gguf_file import GgufFile, open_gguf
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+# With the model types whose files llama.cpp's scripts call so, of a model in a file the first.
+ARCHITECTURES = {
+    "llama": ("llama", "mistral"),
+    "qwen2": ("qwen2",),
+    "qwen3": ("qwen3",),
+    "gemma3": ("gemma3_text",),
+}
 
 # Modules outside the layers, and of a layer `blk.N`.
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -36,6 +43,7 @@ _GEMMA3 = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_NUMBER = re.compile("0|[1-9][0-9]{0,5}")  # of a layer: only one way to write it
 _ROPE_FACTORS = "rope_freqs.weight"
 # Llama 3's rule for these factors is not in the file: the released models have one of these.
 _LLAMA3_FACTORS = (8.0, 32.0)
@@ -91,7 +99,7 @@ def gguf_config(path: pathlib.Path) -> dict[str, Any]:
     head_dim = get("attention.key_length", int, get("embedding_length", int) // heads or 1)
     theta = get("rope.freq_base", float, 10000.0)
     config: dict[str, Any] = {
-        "model_type": {"gemma3": "gemma3_text"}.get(architecture, architecture),
+        "model_type": ARCHITECTURES[architecture][0],
         "vocab_size": shapes.get("token_embd.weight", (None,))[0],
         "hidden_size": get("embedding_length", int),
         "intermediate_size": get("feed_forward_length", int),
@@ -120,6 +128,7 @@ _KNOWN = {
     "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
 }  # fmt: skip
 _KNOWN_OF_GEMMA = {"attention.sliding_window", "rope.freq_base_swa"}
+_FACTORS = ("softcapping", "_scale")
 _AS_COMPUTED = {
     "attention.causal": True,
     "attention.sliding_window_pattern": 6,
@@ -132,7 +141,7 @@ def _check_known(file: GgufFile, architecture: str) -> None:
     known = _KNOWN | (_KNOWN_OF_GEMMA if architecture == "gemma3" else set())
     for key, value in file.metadata.items():
         name = key.removeprefix(f"{architecture}.")
-        matters = name.startswith(("attention.", "rope.")) or "softcapping" in name
+        matters = name.startswith(("attention.", "rope.")) or name.endswith(_FACTORS)
         if name == key or not matters or name in known or value == _AS_COMPUTED.get(name, 0):
             continue
         raise DitError(
@@ -148,7 +157,7 @@ def _architecture(file: GgufFile) -> str:
             f"'{file.path}' is a LoRA and no base model: give the model that it was trained on as the base (--base), "
             "and this file as --diff or --adapter"
         )
-    if architecture not in ARCHITECTURES:
+    if architecture not in [*ARCHITECTURES]:  # which may be of any type
         raise DitError(
             f"'{file.path}' holds the architecture {short(architecture)}: GGUF files of {', '.join(ARCHITECTURES)} "
             "are read"
@@ -263,10 +272,10 @@ def hf_name(name: str, architecture: str, source: pathlib.Path) -> str:
     if module in _TOP:
         return f"{_TOP[module]}.{kind}"
     match module.split("."):
-        case ["blk", number, part] if number.isdecimal():
+        case ["blk", number, part] if _NUMBER.fullmatch(number):
             inside = (_GEMMA3 if architecture == "gemma3" else _LAYER).get(part)
             if inside is not None:
-                return f"model.layers.{int(number)}.{inside}.{kind}"
+                return f"model.layers.{number}.{inside}.{kind}"
     raise DitError(
         f"'{source}' holds the tensor {short(name)}, which no dense {architecture} has: use another model"
     )
