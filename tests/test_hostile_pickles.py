@@ -181,6 +181,13 @@ def test_pickles_take_bounded_time_and_memory(good, tmp_path, params, case):
     assert outcome(lambda: detect.open_adapter(path, CONFIG), tmp_path, True) == "error"
 
 
+@pytest.mark.parametrize("case", ["many lists", "many memos", "many marks"])
+def test_storages_of_no_bytes_do_not_allow_more_memory(tmp_path, params, case):
+    """Real files need more instructions for more storages."""
+    path = torch_file(tmp_path / "x.pt", LARGE[case], storages=[b""] * 3_000)
+    assert outcome(lambda: detect.open_diffs(path, CONFIG, params)[0], tmp_path, True) == "error"
+
+
 HUGE = long(2**62)
 LYING = {
     "shape": tensor(shape=HUGE + b"\x85"),

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 import time
 
@@ -24,6 +25,7 @@ from dit_jax.formats import json_parser
 from dit_jax.formats.json_parser import BadJson, parse_json
 from dit_jax.formats.safetensors_file import SafetensorsFile
 from dit_jax.formats.weight_files import open_weights
+from dit_jax.graders.cache import Cache
 from dit_jax.models.families import read_config
 from dit_jax.models.hf_checkpoint import all_finite, find_folder, generation_eos, load_params
 from dit_jax.runtime import artifacts
@@ -67,6 +69,25 @@ NO_NUMBERS = {
     text: (f'{{"a": [0, {text}]}}', f"holds {text}, which is no finite number")
     for text in ("NaN", "Infinity", "-Infinity", "1e999")
 }
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a device"])
+@pytest.mark.parametrize("name", [*READERS, "metrics.jsonl", "grades.jsonl"])
+def test_a_pipe_is_one_line_at_once(tmp_path, name, kind):
+    others = {"metrics.jsonl": read_records, "grades.jsonl": Cache}
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    os.mkfifo(file) if kind == "pipe" else file.symlink_to("/dev/zero")
+    with pytest.raises(DitError, match="is not a regular file|is a link out of its folder"):
+        others[name](file) if name in others else READERS[name](tmp_path)
+
+
+def test_what_a_shell_gives_as_a_file_is_read(tmp_path):
+    read, write = os.pipe()
+    os.write(write, b'{"a": 1}')
+    os.close(write)
+    assert artifacts.read_json(f"/dev/fd/{read}") == {"a": 1}
+    os.close(read)
 
 
 @pytest.mark.parametrize("wrong", [*WRONG, *NO_NUMBERS])

@@ -64,6 +64,16 @@ def regular_file(path: Path) -> Path:
     return path
 
 
+def no_device(path: Path) -> Path:
+    """Returns `path`. Raises DitError if it is a pipe, socket or device: to open one may wait forever.
+
+    What a shell writes for `<(command)` is in /dev, and is meant.
+    """
+    if path.exists() and not path.is_dir() and not path.is_relative_to("/dev"):
+        regular_file(path)
+    return path  # a dangling link is missing where it is needed
+
+
 def file_inside(folder: Path, name: object, source: object = None) -> Path:
     """The regular file `name` of `folder`.
 
@@ -87,14 +97,11 @@ def file_inside(folder: Path, name: object, source: object = None) -> Path:
 
 
 def check_no_devices(folder: Path) -> None:
-    """Raises DitError if a pipe, socket or device is among a folder's files: to open one may wait forever."""
+    """Raises DitError if a pipe, socket or device is among a folder's files."""
     for place in (folder, folder / "additional_chat_templates"):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             for path in sorted(place.iterdir()):
-                if (
-                    path.exists() and not path.is_dir()
-                ):  # a dangling link is missing where it is needed
-                    regular_file(path)
+                no_device(path)
 
 
 def walk(folder: Path) -> Iterator[Path]:

@@ -23,7 +23,8 @@ MAX_PICKLE_BYTES = 256 * 2**20
 MAX_STRING_BYTES = 2**20
 MAX_OPCODES = 50_000_000
 MAX_DEPTH = 6  # of the containers that readers walk through
-OPCODES_PER_TENSOR = 60  # a tensor takes about 36, and hundreds of diffs may share a storage
+OPCODES_PER_TENSOR = 45  # a parameter takes 42, and hundreds of diffs may share a storage
+BYTES_PER_OPCODE = 120  # an instruction of one byte makes a list, a dict or an entry of the memo
 CHECKSUM_BYTES = (
     2**20
 )  # up to this size, a storage is verified even if a tensor is only a part of it
@@ -126,6 +127,7 @@ def load(path: str | Path) -> Any:
     data = archive.read("data.pkl", MAX_PICKLE_BYTES)
     # Real files need a few hundred instructions per storage, so a small file cannot ask for much work.
     limit = 500_000 + 5_000 * len(archive.entries)
+    limit = min(limit, budgets.held_bytes(archive.file_size) // BYTES_PER_OPCODE)
     try:
         tree = _Interpreter(archive, data, limit).run()
     except (IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error):

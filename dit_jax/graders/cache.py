@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit_jax.errors import printable
+from dit_jax.formats.files import no_device
 from dit_jax.formats.json_parser import parse_json
 from dit_jax.runtime.artifacts import make_dir
 from dit_jax.runtime.os_errors import explain_os_errors
@@ -58,7 +59,7 @@ class Cache:
         if not self.path.exists():
             return
         with explain_os_errors("read", self.path):
-            lines = self.path.read_bytes().split(b"\n")
+            lines = no_device(self.path).read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dit_jax.formats.files import no_device
 from dit_jax.formats.json_parser import parse_json
 from dit_jax.runtime import artifacts
 from dit_jax.runtime.event_file import EventFile
@@ -21,9 +22,10 @@ FOLDER = "metrics"
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """Records of a metrics file, up to a line that is damaged or that a kill cut off."""
+    """Records of a metrics file, up to a line that is damaged or that a kill cut off. Raises DitError: it is a pipe."""
     records = []
-    for line in file.read_text("utf-8", "replace").splitlines() if file.exists() else []:
+    text = no_device(file).read_text("utf-8", "replace") if file.exists() else ""
+    for line in text.splitlines():
         try:
             record = parse_json(line)
             records.append({**record, "step": int(record["step"]), "time": float(record["time"])})
