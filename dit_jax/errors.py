@@ -74,5 +74,11 @@ class Parser(argparse.ArgumentParser):
                 raise DitError(f"unrecognized arguments: {text}{hint}")
         return super().parse_args(given, namespace)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """As argparse does, which ignores that an output is closed or its disk full."""
+        file = file or sys.stdout
+        file.write(message)
+        file.flush()
+
     def error(self, message: str) -> NoReturn:
         raise DitError(f"{message}: '{self.prog} --help' lists the flags")

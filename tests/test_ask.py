@@ -395,7 +395,8 @@ def test_questions_history_and_prefill_come_from_files(files, tmp_path, capsys, 
         {"role": "assistant", "content": "A food ."},
     ]
     (tmp_path / "turns.json").write_text(json.dumps(turns))
-    monkeypatch.setattr("sys.stdin", io.StringIO("what is tea ?\n\nwhat is rice ?\n"))
+    stdin = io.BytesIO("what is tea ?\n\nwhat is rice ?".encode("utf-16"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(stdin, "ascii"))
     flags = ["--questions", "-", "--history", str(tmp_path / "turns.json"), "--prefill", "It is"]
     out = tmp_path / "answers.jsonl"
     assert ask.main([*BASE, *flags, "--json", "--out", str(out), "What is tea ?"]) == 0

@@ -129,6 +129,8 @@ def test_bad_overrides_are_one_line(path, overrides, message):
         ("x = 1\ny = (", "", "line 2: '(' was never closed"),
         ("x = 1\nimport missing_module", "", ", line 2: ModuleNotFoundError: No module named"),
         ("x = 1\ny = z", "", ", line 2: NameError: name 'z' is not defined"),
+        ("raise SystemExit('no')", "", ", line 1: SystemExit: no"),
+        ("def get_config():\n  raise SystemExit(0)", "", ", line 2: SystemExit: 0"),
     ],
 )
 def test_bad_config_files_are_one_line(tmp_path, text, arg, message):

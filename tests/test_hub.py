@@ -26,7 +26,7 @@ from dit_jax.cli import ask_diffs as ask
 from dit_jax.cli import push_adapter
 from dit_jax.deltas import adapter_file, export
 from dit_jax.deltas.tree import init_lora
-from dit_jax.errors import DitError
+from dit_jax.errors import HIDDEN, DitError
 from dit_jax.formats.hub import HubId, find, parse_hub_id
 from dit_jax.models.hf_checkpoint import find_folder
 
@@ -496,7 +496,12 @@ def test_what_a_strangers_adapter_says_is_no_markup(tmp_path):
     says(rank=bad, seed=bad, base=f"`{bad}", trained_on={"behaviour": "b", "parameters": bad})(
         adapter
     )
-    card, _ = push_adapter.card(adapter, "me/mine", "owner/base", "mit")
-    assert "![a](" not in card.replace(f"`'{bad}`", "") and "<img" not in card.replace(
-        f"`'{bad}`", ""
+    file = adapter.parent / "report" / "summary.json"
+    file.write_text(
+        re.sub(r'("n"|"test_topics"|"train_topics"): \d+', rf'\1: "{bad}"', file.read_text())
     )
+    says(system="a\x1b[2J\u202eb")(adapter)
+    card, _ = push_adapter.card(adapter, "me/mine", "owner/base", "mit")
+    assert "`a\\x1b[2J\\u202eb`" in card and not HIDDEN.search(card.replace("\n", ""))
+    card = card.replace(f"`'{bad}`", "")
+    assert "![a](" not in card and "<img" not in card

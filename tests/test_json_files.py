@@ -21,7 +21,7 @@ from dit_jax.deltas.peft import read_peft
 from dit_jax.deltas.store import DiffStore
 from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
-from dit_jax.formats import json_parser
+from dit_jax.formats import files, json_parser
 from dit_jax.formats.json_parser import BadJson, parse_json
 from dit_jax.formats.safetensors_file import SafetensorsFile
 from dit_jax.formats.weight_files import open_weights
@@ -29,6 +29,7 @@ from dit_jax.graders.cache import Cache
 from dit_jax.models.families import read_config
 from dit_jax.models.hf_checkpoint import all_finite, find_folder, generation_eos, load_params
 from dit_jax.runtime import artifacts
+from dit_jax.runtime.artifacts import read_json, read_text
 from dit_jax.runtime.metrics import read_records
 
 TINY = find_folder("tiny_qwen3")
@@ -122,6 +123,21 @@ def test_damaged_audits_and_configs_are_one_line(tmp_path, row):
     (tmp_path / "config.json").write_text(f'{{"a.b": {row}}}')
     with pytest.raises(DitError, match="config.json' is not a config"):
         load_saved(tmp_path / "config.json")
+
+
+def test_what_never_ends_is_not_waited_for(tmp_path, monkeypatch):
+    """A pipe among files; a shell's own pipes are read."""
+    monkeypatch.setattr(files, "MAX_STREAM_BYTES", 1000)
+    os.mkfifo(tmp_path / "summary.json")
+    with pytest.raises(DitError, match="summary.json' is not a regular file"):
+        read_json(tmp_path / "summary.json")
+    with pytest.raises(DitError, match="'/dev/zero' has more than 1000 bytes: give a file"):
+        read_text("/dev/zero", "check the path")
+    reader, writer = os.pipe()
+    os.write(writer, b"5")
+    os.close(writer)
+    assert read_json(f"/dev/fd/{reader}") == 5
+    os.close(reader)
 
 
 def test_sound_json_is_read_as_json_reads_it():

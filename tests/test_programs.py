@@ -91,6 +91,8 @@ def test_what_is_exported_gives_the_same_logits(files, tmp_path):
     [
         (["--to", "peft"], "nothing to export"),
         (["--to", "pt", "--diff", "d", "--adapter", "a"], "export them one by one"),
+        (["--to", "pt", "--adapter", "a", "--index", "0"], "say something about a diff"),
+        (["--to", "pt", "--adapter", "a", "--svd-rank", "2"], "say something about a diff"),
     ],
 )
 def test_what_cannot_be_exported_is_said_before_a_base_is_loaded(flags, message, tmp_path, capsys):

@@ -52,6 +52,17 @@ def test_an_output_on_a_full_disk_is_one_line(body):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("program", [[], ["--help"], ["ask", "--help"]])
+def test_help_on_a_full_disk_is_one_line(program):
+    command = [sys.executable, "-m", "dit_jax", *program]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 2 and done.stderr.startswith("error: the disk is full")
+    assert done.stderr.count("\n") == 1
+
+
 def test_files_do_not_take_the_place_of_closed_streams(tmp_path):
     body = f"""
     with open({str(tmp_path / "file")!r}, "w") as file:

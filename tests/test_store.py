@@ -278,5 +278,7 @@ def test_parts_of_different_runs_are_not_gathered(tmp_path, capsys):
         (tmp_path / f"other{number}").mkdir()
         (tmp_path / f"other{number}" / "config.json").write_text(json.dumps(config))
         assert "is the workdir of no run that makes diffs" in refusal(tmp_path / f"other{number}")
+    wrong = part_workdir(tmp_path / "w0", evaluate={"part": {}})
+    assert "'evaluate.part' must be one value, and is a section" in refusal(wrong)
     assert main_gather(["--workdir", str(into), str(one)]) == 0
     assert json.loads((into / "config.json").read_text())["diffs"] == {"part": ""}

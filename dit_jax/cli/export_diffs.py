@@ -9,6 +9,7 @@ With --diff and --adapter, `peft`, `mlx` and `model` hold the sum of both, for s
 
 import argparse
 import dataclasses
+import os
 
 from dit_jax.cli import flags as given
 from dit_jax.errors import DitError, Parser
@@ -35,7 +36,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     given.add_model_flags(parser)
     add("--diff", type=given.TEXT, action=given.Once, help="a diff in any format")
-    add("--index", type=int, default=0, help="which diff of --diff (default 0; -1: the last)")
+    add("--index", type=int, help="which diff of --diff (default 0; -1: the last)")
     add(
         "--svd-rank",
         type=given.COUNT,
@@ -55,10 +56,12 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 def run(flags: argparse.Namespace) -> None:
     """Writes what --to says. Raises DitError: it cannot hold these deltas, or --out exists."""
     out = user_path(flags.out)
-    if out.exists():
+    if os.path.lexists(out):
         raise DitError(f"'{out}' exists already: delete it or choose another --out")
     if not (flags.diff or flags.adapter):
         raise DitError("there is nothing to export: add --diff or --adapter")
+    if not flags.diff and (flags.index, flags.svd_rank) != (None, None):
+        raise DitError("--index and --svd-rank say something about a diff: add --diff")
     if flags.to == "pt" and flags.diff and flags.adapter:
         raise DitError("a .pt file holds a diff or an adapter: export them one by one")
 
@@ -74,7 +77,7 @@ def run(flags: argparse.Namespace) -> None:
     diffs = look_for_diffs(flags.diff) if flags.diff else None
     found = look_for_adapter(flags.adapter) if flags.adapter else None
     model = given.load_base(flags)
-    diff = load_diff(diffs, model, flags.index, flags.svd_rank) if diffs else None
+    diff = load_diff(diffs, model, flags.index or 0, flags.svd_rank) if diffs else None
     adapter = to_host(load_adapter(found, model)) if found else None
     deltas = [delta for delta in (diff.delta if diff else None, adapter) if delta is not None]
     params, config = model.params, model.config

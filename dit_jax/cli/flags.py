@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from dit_jax.errors import DitError
+from dit_jax.formats.files import decode, read_stream
 
 T = TypeVar("T")
 
@@ -91,10 +92,15 @@ def read_lines(path: str) -> list[str]:
 
     name = "standard input" if path == "-" else f"'{path}'"
     try:
-        text = sys.stdin.read() if path == "-" else read_text(path, "check the path")
+        if path == "-":  # as bytes, whatever the terminal's encoding
+            text = decode(read_stream(sys.stdin.buffer, name))
+        else:
+            text = read_text(path, "check the path")
     except UnicodeDecodeError:
         raise DitError(f"{name} is not UTF-8 text: convert it") from None
-    lines = list(filter(None, map(str.strip, text.removeprefix("\ufeff").splitlines())))
+    except OSError as error:
+        raise DitError(f"cannot read {name}: {error.strerror}") from None
+    lines = list(filter(None, map(str.strip, text.splitlines())))
     if not lines:
         raise DitError(f"{name} has no lines: write one text a line")
     return lines

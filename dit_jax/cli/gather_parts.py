@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from dit_jax.cli.config_checks import check_values
 from dit_jax.cli.stages import STAGES, free_keys
 from dit_jax.cli.workdir import CONFIG_FILE, check_workdir, given_folder, input_digests
 from dit_jax.config.loading import config_diff, load_saved
@@ -46,9 +47,9 @@ def gather(workdir: Path, parts: Sequence[Path]) -> int:
     """Copies the shards of diffs, or the units of the evaluation, of all parts that `workdir` lacks; returns how many.
 
     Raises:
-        DitError: a folder is no workdir of a run or names a stage of its own, the parts or `workdir` belong to
-            different configs, the diffs were made from another corpus than that of `workdir`, another run is at work
-            there, or see `copy_shards` and `copy_units`.
+        DitError: a folder is no workdir of a run, or its config has wrong values or a stage of its own, the parts or
+            `workdir` belong to different configs, the diffs were made from another corpus than that of `workdir`,
+            another run is at work there, or see `copy_shards` and `copy_units`.
     """
     for part in parts:
         if not (part / CONFIG_FILE).is_file():
@@ -63,6 +64,7 @@ def gather(workdir: Path, parts: Sequence[Path]) -> int:
                 f"'{parts[0] / CONFIG_FILE}' names the stage {short(name)}, and code of others is not imported: make "
                 "parts with --config.stages=diffs or --config.stages=evaluate"
             )
+    check_values(config)
     for part in parts[1:]:
         lines = config_diff(config, load_saved(part / CONFIG_FILE), free_keys(config))
         if lines:

@@ -66,7 +66,7 @@ class ProgramFile:
             spec.loader.exec_module(module)
         except SyntaxError as error:
             raise DitError(f"{self.name}, line {error.lineno}: {error.msg}") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise DitError(f"{self.name}{self._line_of(error)}: {_describe(error)}") from error
         return module
 
@@ -76,18 +76,18 @@ class ProgramFile:
             return finish(self._function(*self._given))
         except DitError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             where = f"{self.what} '{self.path}'{self._line_of(error)}"
             raise DitError(f"{where}: {_describe(error)}") from error
 
-    def _line_of(self, error: Exception) -> str:
+    def _line_of(self, error: BaseException) -> str:
         """The last line of the file in the error's traceback, as ', line N'."""
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if Path(frame.filename) == self.file]
         return f", line {lines[-1]}" if lines else ""
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     message = str(error.args[0]) if error.args else ""
     # What a locked ConfigDict says of a key that it does not have, in the words of this package.
     if key := re.search(r'Key "(\w+)" does not exist', message):

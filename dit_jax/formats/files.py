@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dit_jax.errors import DitError
 from dit_jax.formats import budgets
@@ -19,6 +19,7 @@ from dit_jax.formats.recognise import HEAD_BYTES, what_file, what_separator, wha
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_CSV_BYTES = 64 * 2**20
+MAX_STREAM_BYTES = 64 * 2**20  # of what has no size: a pipe, a device
 MAX_CSV_COLUMNS = 1_000
 MAX_CSV_FIELDS = 5_000_000
 
@@ -72,6 +73,21 @@ def no_device(path: Path) -> Path:
     if path.exists() and not path.is_dir() and not path.is_relative_to("/dev"):
         regular_file(path)
     return path  # a dangling link is missing where it is needed
+
+
+def read_bytes(path: Path) -> bytes:
+    """A whole file, or the pipe of `<(command)`. Raises OSError; DitError: see `no_device`, or the pipe has no end."""
+    with open(no_device(path), "rb") as file:
+        plain = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+        return file.read() if plain else read_stream(file, f"'{path}'")
+
+
+def read_stream(file: BinaryIO, name: str) -> bytes:
+    """What a pipe or a device holds. Raises DitError: it is too much."""
+    data = file.read(MAX_STREAM_BYTES + 1)
+    if len(data) > MAX_STREAM_BYTES:
+        raise DitError(f"{name} has more than {MAX_STREAM_BYTES} bytes: give a file")
+    return data
 
 
 def file_inside(folder: Path, name: object, source: object = None) -> Path:

@@ -80,10 +80,14 @@ def _training(manifest: Mapping[str, Any], summary: Json | None) -> Iterator[str
         yield f"Behaviour of the diffs: {as_code(str(trained['behaviour']))}, {_kind(trained)}"
     data = config.get("data")
     if data:
-        yield (
-            f"Data: {as_code(str(data.get('source')))}; {plural(data.get('train_topics', 0), 'topic')} and "
-            f"{plural(data.get('train_benign', 0), 'benign diff')} for training, {data.get('test_topics', 0)} and "
-            f"{data.get('test_benign', 0)} held out"
+        topics, benign, held_topics, held_benign = (
+            data.get(f"{split}_{kind}", 0)
+            for split in ("train", "test")
+            for kind in ("topics", "benign")
+        )
+        yield f"Data: {as_code(str(data.get('source')))}; " + escape(
+            f"{plural(topics, 'topic')} and {plural(benign, 'benign diff')} for training, {held_topics} and "
+            f"{held_benign} held out"
         )
     rank, steps, seed = (escape(str(manifest.get(name))) for name in ("rank", "steps", "seed"))
     yield f"Adapter: rank {rank}, {steps} steps, seed {seed}"
@@ -127,7 +131,7 @@ def _numbers(summary: Json | None, calibration: Json | None) -> Iterator[str]:
                     _KINDS[methods[name]["kind"]],
                     percent(methods[name]["exact_match"]),
                     between(methods[name]),
-                    str(methods[name]["n"]),
+                    escape(str(methods[name]["n"])),
                 ]
                 for name in ordered_methods(methods)
             ],
@@ -138,8 +142,9 @@ def _numbers(summary: Json | None, calibration: Json | None) -> Iterator[str]:
         ):
             share = summary["none_intervals"].get("seen", {}).get(name)
             if share:
+                count = escape(str(share["n"]))
                 yield (
-                    f"Of {about} it calls {percent(share['mean'])} `none` ({between(share)} %, n = {share['n']})."
+                    f"Of {about} it calls {percent(share['mean'])} `none` ({between(share)} %, n = {count})."
                 )
     if calibration:
         hidden = calibration["hidden"]

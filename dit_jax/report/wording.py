@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from dit_jax.errors import printable
 from dit_jax.evaluate.method_table import GROUPS
 from dit_jax.evaluate.methods import METHODS
 from dit_jax.graders import GRADERS
@@ -47,7 +48,7 @@ def ordered_methods(methods: Mapping[str, Json]) -> list[str]:
 
 def as_code(text: str) -> str:
     """A name that is not ours inside prose: as code, in which nothing is markup."""
-    return "`" + " ".join(text.replace("`", "'").split()) + "`"
+    return "`" + printable(" ".join(text.replace("`", "'").split())) + "`"
 
 
 # ------------------------------------------------------------------ numbers as text

@@ -23,7 +23,7 @@ import numpy as np
 
 import dit_jax
 from dit_jax.errors import DitError
-from dit_jax.formats.files import decode, no_device, regular_file
+from dit_jax.formats.files import decode, read_bytes, regular_file
 from dit_jax.formats.json_parser import BadJson, parse_json
 from dit_jax.runtime import interrupts
 from dit_jax.runtime.os_errors import explain_os_errors
@@ -156,7 +156,7 @@ def write_json(path: PathLike, value: Any) -> None:
 def read_text(path: PathLike, remedy: str) -> str:
     """The text of an artifact's file or a user's. Raises DitError: it is missing, unreadable, a pipe or not text."""
     try:
-        text = decode(no_device(Path(path)).read_bytes())
+        text = decode(read_bytes(Path(path)))
         return text.replace("\r\n", "\n").replace("\r", "\n")
     except FileNotFoundError:
         raise DitError(f"'{path}' is missing: {remedy}") from None

@@ -53,8 +53,8 @@ def start(module: str, function: str = "main") -> NoReturn:
     """Imports a command line program, runs it, and ends the process with the status that it returns."""
     interrupts.end_at_once()  # before the imports, which take seconds
     with exit_on_error():
-        program = importlib.import_module(module)
-    sys.exit(getattr(program, function)())
+        status = getattr(importlib.import_module(module), function)()
+    sys.exit(status)
 
 
 def explained(error: BaseException) -> DitError | None:
