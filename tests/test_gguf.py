@@ -16,6 +16,7 @@ from dit_jax.errors import DitError
 from dit_jax.formats import gguf_file
 from dit_jax.formats.gguf_file import GgufFile, open_gguf
 from dit_jax.models.families import read_config
+from dit_jax.models.hf_checkpoint import generation_eos
 
 gguf = pytest.importorskip("gguf")
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 96, 4, 2, 16, 2
@@ -408,6 +409,17 @@ def test_a_token_before_the_first_is_refused(tmp_path):
     open_gguf(path).metadata["tokenizer.ggml.eos_token_id"] = -1
     with pytest.raises(DitError, match=f"its eos token is -1 of {len(TOKENS)}"):
         gguf_tokenizer(path)
+
+
+def test_a_file_names_its_end_of_turn(tmp_path):
+    """llama.cpp ends an answer there, beside the end of a text."""
+    path = write_model(tmp_path / "model.gguf", "llama", "F32")
+    assert generation_eos(path) == []
+    open_gguf(path).metadata["tokenizer.ggml.eot_token_id"] = 5
+    assert set(dit_jax.load_model(path).chat.eos_ids) == {2, 5}
+    open_gguf(path).metadata["tokenizer.ggml.eot_token_id"] = 999
+    with pytest.raises(DitError, match="is token 999"):
+        dit_jax.load_model(path)
 
 
 def test_damaged_files_are_one_line(tmp_path, monkeypatch):

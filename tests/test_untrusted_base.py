@@ -240,6 +240,18 @@ def test_generation_configs_of_every_kind_are_read(base):
     for said, want in ((7, [7]), ([7, 8], [7, 8]), (None, []), ([], [])):
         change(base / "generation_config.json", eos_token_id=said)
         assert generation_eos(base) == want
+    change(base / "config.json", eos_token_id=9, text_config={"eos_token_id": 8})
+    assert generation_eos(base) == []
+    (base / "generation_config.json").unlink()
+    assert generation_eos(base) == [
+        9
+    ]  # as transformers has it, which then makes one of config.json
+    assert 9 in chat.load_chat(base, generation_eos(base)).eos_ids
+    change(base / "config.json", eos_token_id=None)
+    assert generation_eos(base) == [8]
+    change(base / "config.json", eos_token_id=[0] * 2000)
+    with pytest.raises(DitError, match="eos_token_id has 2000 ids"):
+        generation_eos(base)
 
 
 def add_special_tokens(folder):

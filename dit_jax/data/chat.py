@@ -142,7 +142,7 @@ def load_chat(
     """Reads tokenizer and chat template of a model folder or a GGUF file.
 
     Args:
-        generation_eos: end-of-turn ids of `generation_config.json`, beside the tokenizer's own.
+        generation_eos: end-of-turn ids of the model's files, beside the tokenizer's own.
         vocab_size: how many tokens the model knows.
         system: the system message of all prompts; "": none; None: the template's own, if it has one.
 
@@ -166,10 +166,13 @@ def load_chat(
     eos_ids = list(dict.fromkeys([*eos_ids, *generation_eos]))
     if not eos_ids:
         raise DitError(
-            f"{folder}: neither the tokenizer nor generation_config.json names an end-of-turn token"
+            f"{folder}: neither the tokenizer nor the model's configs name an end-of-turn token"
         )
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_ids[0]
-    found = [("eos_token_id of generation_config.json is", i) for i in generation_eos]
+    found = [
+        ("eos_token_id (of generation_config.json, config.json or the GGUF file) is", i)
+        for i in generation_eos
+    ]
     found += [("the end-of-turn token is", eos_ids[0]), ("the padding token is", pad_id)]
     for what, token in (*found, ("the tokenizer's vocabulary reaches", tokenizer.largest)):
         check_id(token, vocab_size, str(folder), f"{what} token")

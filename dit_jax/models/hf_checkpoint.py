@@ -14,6 +14,7 @@ import numpy as np
 
 from dit_jax.errors import DitError
 from dit_jax.formats.files import check_no_devices, read_json_object, short
+from dit_jax.formats.gguf_file import open_gguf
 from dit_jax.formats.hub import find
 from dit_jax.formats.weight_files import Tensors, open_weights
 from dit_jax.models.decoder import Params
@@ -34,6 +35,7 @@ from dit_jax.models.modules import (
 
 TINY = "tiny_qwen3"  # the embedded model
 PACKAGE = "package:"  # before the name of a Python package that ships a model
+MAX_EOS = 1_000  # every token of an answer is compared with them
 
 
 def find_folder(name: str) -> pathlib.Path:
@@ -70,14 +72,27 @@ def _packaged(name: str) -> pathlib.Path:
 
 
 def generation_eos(folder: pathlib.Path) -> list[int]:
-    """The end-of-text ids in `generation_config.json` of a model folder; none without that file.
+    """The end-of-text ids of a model beside its tokenizer's: those of `generation_config.json`, or without that file
+    of `config.json`, as transformers takes them; of a GGUF file its end of turn.
 
     Raises:
-        DitError: the file is not a JSON object, or gives something else than ids.
+        DitError: the file is not a JSON object, or gives something else than a few ids.
     """
-    path = folder / "generation_config.json"
-    eos = read_json_object(path).get("eos_token_id") if path.exists() else None
+    if folder.is_file():
+        path, eos = folder, open_gguf(folder).metadata.get("tokenizer.ggml.eot_token_id")
+    else:
+        files = (folder / name for name in ("generation_config.json", "config.json"))
+        path = next((file for file in files if file.exists()), folder)
+        raw = read_json_object(path) if path != folder else {}
+        text = raw.get("text_config")
+        eos = (
+            raw if raw.get("eos_token_id") is not None or not isinstance(text, dict) else text
+        ).get("eos_token_id")
     found = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if len(found) > MAX_EOS:
+        raise DitError(
+            f"{path}: eos_token_id has {len(found)} ids, more than {MAX_EOS}: get the file again"
+        )
     for i in found:
         if type(i) is not int:
             raise DitError(f"{path}: eos_token_id is {short(i)}, no token id: get the file again")
