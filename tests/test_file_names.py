@@ -325,6 +325,16 @@ def test_whole_weights_in_a_file_by_itself(exports, tmp_path, params):
             "is not a regular file")  # fmt: skip
 
 
+@pytest.mark.parametrize(("key", "other"), [("state_dict", "model"), ("model", "model_ema")])
+def test_two_models_in_one_file_are_refused(exports, tmp_path, params, key, other):
+    tensors = load_file(exports / "finetune" / "model.safetensors")
+    torch_save.save(tmp_path / "one.pt", {key: tensors, "step": 3})
+    assert detect.open_diffs(tmp_path / "one.pt", UNTIED, params)[0].delta
+    torch_save.save(tmp_path / "two.pt", {key: tensors, other: tensors})
+    refused(lambda: detect.open_diffs(tmp_path / "two.pt", UNTIED, params)[0],
+            f"holds two models, '{key}' and '{other}'")  # fmt: skip
+
+
 def test_an_adapter_without_its_config_says_what_lacks(exports, tmp_path):
     for name in (peft.WEIGHTS, peft.TORCH_WEIGHTS, "adapters.safetensors"):
         folder = tmp_path / name.replace(".", "")

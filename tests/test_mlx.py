@@ -204,6 +204,8 @@ NAME = "model.layers.1.mlp.up_proj"
         ({"tensors": {f"{NAME}.weight": (48, 32)}}, "check fine_tune_type"),
         ({"tensors": {"model.layers.9.mlp.up_proj.lora_a": (32, 3)}}, "the model has 3 layers"),
         ({"tensors": {f"{NAME}.lora_b": (3, 99)}}, "has shape"),
+        ({"num_layers": 1}, "which num_layers and keys in adapter_config.json do not name"),
+        ({"lora": {"keys": ["self_attn.q_proj"]}}, "which num_layers and keys in"),
     ],
 )
 def test_what_does_not_fit_is_refused(base, tmp_path, change, message):

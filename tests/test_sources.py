@@ -546,6 +546,84 @@ def test_a_text_that_many_rows_of_a_parquet_file_share_is_held_once(tmp_path):
     assert len(texts) < 400 and peak < 2**22
 
 
+def test_an_optional_column_that_begins_late_is_named(tmp_path):
+    rows = rows_of(40)
+    for row in rows:
+        del row["topic_category"]
+    rows[110]["topic_category"] = "Trees"
+    write(tmp_path / "x.jsonl", rows)
+    assert "x.jsonl:111: 'topic_category' begins here: give it to the first row" in error(
+        config(tmp_path / "x.jsonl", test_topics=1)
+    )
+
+
+OUTSIDE = ("../secret.csv", "/etc/hosts", "https://example.com/x.csv", "~/x.csv", "a/../../x.csv")
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("how", ["README.md", ".huggingface.yaml", "state.json", "dict"])
+def test_a_dataset_that_names_files_outside_its_folder_is_refused(tmp_path, name, how):
+    pytest.importorskip("datasets")
+    folder = tmp_path / "x"
+    folder.mkdir()
+    (tmp_path / "secret.csv").write_text("a\n1\n")
+    listed = (
+        f"configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: '{name}'\n"
+    )
+    texts = {
+        "README.md": f"---\n{listed}---\nA card.\n",
+        ".huggingface.yaml": listed,
+        "state.json": json.dumps({"_data_files": [{"filename": name}]}),
+        "dict": json.dumps({"splits": [name]}),
+    }
+    (folder / {"dict": "dataset_dict.json"}.get(how, how)).write_text(texts[how])
+    with pytest.raises(DitError, match="which is not in its folder"):
+        open_source(f"hf:{folder}@train")
+
+
+def test_a_dataset_whose_card_names_its_own_files_is_read(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "x"
+    (folder / "data").mkdir(parents=True)
+    write(folder / "data" / "a.csv", rows_of(2))
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: data/*.csv\n---\n"
+    )
+    (source,) = open_source(f"hf:{folder}@train")
+    assert len(list(source.read({"topic"}))) == 6
+    (folder / "data" / "a.csv").unlink()
+    (folder / "data" / "a.csv").symlink_to("/etc/hosts")
+    with pytest.raises(DitError, match="is a link out of its folder"):
+        open_source(f"hf:{folder}@train")
+
+
+CLASSES = (
+    {"pythonClassName": "x.evil.Evil", "featuresDict": {"features": {}}},
+    {"type": "x.evil.Evil", "content": {}},
+    {"python_class_name": "antigravity.X"},
+    {
+        "pythonClassName": "tensorflow_datasets.core.features.x.Y",
+        "jsonFeature": {"json": '{"type": "x.evil.Evil"}'},
+    },
+)
+
+
+@pytest.mark.parametrize("features", CLASSES)
+def test_a_prepared_dataset_imports_no_code(tmp_path, monkeypatch, features):
+    pytest.importorskip("tensorflow_datasets")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "evil.py").write_text("open('ran', 'w').close()")
+    (tmp_path / "x" / "features.json").write_text(json.dumps(features))
+    info = {"name": "x", "version": "1.0.0", "fileFormat": "array_record", "splits": []}
+    (tmp_path / "x" / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(DitError, match="names the class .*, which is none of TFDS"):
+        open_source("tfds:x")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_libraries_failures_are_one_line(tmp_path, tfds_folder):
     pytest.importorskip("datasets")
     with pytest.raises(DitError, match="cannot load 'hf:no/such-dataset@train'"):

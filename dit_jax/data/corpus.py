@@ -188,6 +188,8 @@ class _Reader:
         problems, mapped = self.problems, self._column_map(source, split_column)
         self.names.append(source.name)
         columns = tuple(mapped)
+        # JSON lines may bring an optional column after the rows that told which there are.
+        late = [name for name in self.kind.optional if name not in mapped]
         # Questions and base answers repeat with every topic: hold each once.
         shared: dict[str, str] = {}
         for record in source.read({*mapped.values(), *([split_column] if split_column else [])}):
@@ -196,6 +198,9 @@ class _Reader:
                 problems.add(where, record.problem)
                 continue
             before = problems.count
+            for name in late:
+                if record.values.get(name):
+                    problems.add(where, f"'{name}' begins here: give it to the first row, too")
             values = []
             for name, column in mapped.items():
                 text = _as_text(record.values.get(column))

@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dit_jax.data.dataset_folder import check_hf, check_tfds, is_on_disk
 from dit_jax.errors import DitError, did_you_mean, first_line
 from dit_jax.formats import budgets
 from dit_jax.formats.files import short, user_path
@@ -324,11 +325,13 @@ def _hugging_face(spec: str, streaming: bool) -> Source:
     if not folder.is_dir():
         name, _, text = name.partition(":")
         config = text or None
+    else:
+        check_hf(folder)
     import datasets
 
     with _library_errors(f"load '{spec}'", ": check the name, the split and the network"):
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            table: Any = datasets.load_from_disk(str(folder))  # written by save_to_disk
+        if is_on_disk(folder):
+            table: Any = datasets.load_from_disk(str(folder))
             if isinstance(table, datasets.DatasetDict):
                 table = table[split or _one_split(spec, list(table))]
             table = table.to_iterable_dataset() if streaming else table
@@ -370,8 +373,10 @@ def _tfds(spec: str) -> Source:
             f"'{spec}' needs tensorflow-datasets: pip install tensorflow-datasets"
         ) from error
     folder = user_path(name)
+    if folder.is_dir():
+        check_tfds(folder)
     # NAMESPACE:NAME; a version has a digit after the colon.
-    if not folder.is_dir() and re.match(r"\w+:\D", name):
+    elif re.match(r"\w+:\D", name):
         raise DitError(
             f"'{spec}' is a community dataset, whose code TFDS would download and run: prepare it yourself and "
             "name its folder"

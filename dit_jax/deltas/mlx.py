@@ -28,6 +28,8 @@ CONFIG = peft.CONFIG  # mlx-lm chose the same name
 WEIGHTS = "adapters.safetensors"
 _OTHERS = re.compile(r"\d+_adapters\.safetensors|(\d+_)?adapters\.npz")
 
+_IN_LAYER = re.compile(r"(?:^|\.)layers\.(?P<layer>[0-9]{1,6})\.(?P<key>.+)\.\w+$")
+
 # The parts of a module -> PEFT's. Of an embedding, lora_a [V, r] are rows of tokens.
 _PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
 _EMBEDDING_PARTS = {
@@ -92,6 +94,7 @@ def read_mlx(folder: str | Path, config: DecoderConfig, base_params: Any = None)
         delta, facts = difference(weights, config, base_params)
         return RawDiff(delta, metadata={**metadata, **facts}, kind="adapter")
     options, notes = _options(raw, kind, folder / CONFIG)
+    _check_trained(raw, file.names, config, source)
     read = peft.read_tensors(options, source, _tensors(file, source), config, base_params)
     notes = [*read.metadata.get("notes", ()), *notes]
     return RawDiff(
@@ -127,6 +130,24 @@ def _options(raw: dict[str, Any], kind: str, where: Path) -> tuple[PeftOptions, 
         "ensure_weight_tying": True,  # a tied head follows its embedding
     }
     return PeftOptions(like_peft, where), notes
+
+
+def _check_trained(
+    raw: dict[str, Any], names: list[str], config: DecoderConfig, source: Path
+) -> None:
+    """Refuses factors of modules without a LoRA: mlx-lm would leave them out, and say nothing."""
+    count, said = raw.get("num_layers", raw.get("lora_layers")), raw.get("lora_parameters")
+    keys = said.get("keys") if isinstance(said, dict) else None
+    first = config.num_hidden_layers - count if type(count) is int and count > 0 else 0
+    for name in names:
+        match = _IN_LAYER.search(name)
+        if match is None:
+            continue
+        if int(match["layer"]) < first or (isinstance(keys, list) and match["key"] not in keys):
+            raise DitError(
+                f"'{source}' holds {short(name)}, which num_layers and keys in {CONFIG} do not name: get both files of "
+                "one adapter"
+            )
 
 
 def _tensors(file: SafetensorsFile, source: Path) -> dict[str, Tensor]:

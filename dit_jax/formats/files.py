@@ -94,7 +94,7 @@ def file_inside(folder: Path, name: object, source: object = None) -> Path:
     """The regular file `name` of `folder`.
 
     A symbolic link may lead only to a file in the folder or, in a snapshot of the Hugging Face cache
-    (`models--x/snapshots/<revision>`), to the `blobs` of the same model.
+    (`models--x/snapshots/<revision>`), to the `blobs` of the same model or dataset.
 
     Args:
       folder: the folder that the user named.
@@ -160,7 +160,7 @@ def _file_below(folder: Path, path: Path) -> Path:
     allowed = [root]
     for revision in (root, *root.parents):
         if revision.parent.name == "snapshots" and revision.parent.parent.name.startswith(
-            "models--"
+            ("models--", "datasets--")
         ):
             allowed.append(revision.parent.parent / "blobs")
     if not any(target.is_relative_to(place) for place in allowed):

@@ -26,6 +26,10 @@ _SHARD = re.compile(
 )
 
 
+# Under which programs save the weights of a model, beside the states of a trainer.
+_STATE_KEYS = ("state_dict", "model_state_dict", "model", "module")
+
+
 class Tensors(Protocol):
     """Named tensors of one or several files."""
 
@@ -66,11 +70,24 @@ class TorchFile:
 
 
 def state_dict(tree: Any) -> dict[str, torch_pickle.LazyTensor] | None:
-    """The state dict in what a torch file holds: the whole of it, or the one entry that programs put it into."""
-    if not isinstance(tree, dict):
+    """The state dict in what a torch file holds: the whole of it, or the one entry that programs put it into.
+
+    Raises:
+      DitError: another entry has weights of the same names, such as a running mean of the model's.
+    """
+    if not isinstance(tree, dict) or _is_state_dict(tree):
+        return tree if isinstance(tree, dict) else None
+    key = next((key for key in _STATE_KEYS if _is_state_dict(tree.get(key))), None)
+    if key is None:
         return None
-    inner = (tree.get(key) for key in ("state_dict", "model_state_dict", "model", "module"))
-    return next((found for found in (tree, *inner) if _is_state_dict(found)), None)
+    found: dict[str, torch_pickle.LazyTensor] = tree[key]
+    for other, value in tree.items():
+        if other != key and _is_state_dict(value) and value.keys() & found.keys():
+            path = next(iter(found.values())).archive.path
+            raise DitError(
+                f"'{path}' holds two models, {short(key)} and {short(other)}: save the one that you want by itself"
+            )
+    return found
 
 
 def _is_state_dict(tree: Any) -> bool:

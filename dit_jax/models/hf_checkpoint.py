@@ -139,7 +139,8 @@ def load_params(
         host = _aligned(module.stacked, dtype)
         for layer, name in tensors[module]:
             own = host[... if layer is None else layer]
-            own[...] = module.turn(files.read(stored[name]))
+            with np.errstate(over="ignore"):  # it becomes infinite, which is refused
+                own[...] = module.turn(files.read(stored[name]))
             if not all_finite(own):
                 raise DitError(
                     f"{folder}: {name} holds values that are infinite or no numbers: get the weights again"

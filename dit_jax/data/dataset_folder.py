@@ -1,0 +1,121 @@
+"""Local folders of datasets. Their libraries open each path and import each module that a folder names."""
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dit_jax.errors import DitError, first_line
+from dit_jax.formats.files import check_tree, file_inside, has_file, read_json_object, short
+from dit_jax.formats.json_parser import BadJson, parse_json
+
+_ON_DISK = ("dataset_dict.json", "state.json")  # of Hugging Face's save_to_disk
+_CARDS = ("README.md", ".huggingface.yaml")
+_MAX_CARD = 2**20  # bytes
+_TFDS = ("dataset_info.json", "features.json")
+_FEATURES = "tensorflow_datasets.core.features."
+_CLASS_KEYS = ("type", "pythonClassName", "python_class_name")
+
+
+def is_on_disk(folder: Path) -> bool:
+    """Whether a folder is what `save_to_disk` of Hugging Face writes."""
+    return any(has_file(folder, name) for name in _ON_DISK)
+
+
+def check_hf(folder: Path) -> None:
+    """Checks that a dataset's folder in Hugging Face format names files of its own only.
+
+    Raises:
+      DitError: a link or a name leads out of it, a pipe is among its files, or its description cannot be read.
+    """
+    check_tree(folder)
+    for file, said in _data_files(folder):
+        for _, text in _texts(said):
+            _check_path(file, text)
+
+
+def check_tfds(folder: Path) -> None:
+    """Checks that a prepared dataset of TFDS names files of its own only, and no class but those of TFDS.
+
+    Raises:
+      DitError: as `check_hf`, or a class of another module, which TFDS would import.
+    """
+    check_tree(folder)
+    info, features = (
+        (
+            folder / name,
+            read_json_object(file_inside(folder, name)) if has_file(folder, name) else {},
+        )
+        for name in _TFDS
+    )
+    for key, text in _texts(info[1].get("splits")):
+        if "template" in key.lower():
+            _check_path(info[0], text)
+    for key, text in _texts(features[1]):
+        if key in _CLASS_KEYS and not text.startswith(_FEATURES):
+            raise DitError(
+                f"'{features[0]}' names the class {short(text)}, which is none of TFDS: it would be imported, so do "
+                "not trust this folder"
+            )
+
+
+def _check_path(file: Path, text: str) -> None:
+    path = PurePosixPath(text)
+    if path.is_absolute() or ".." in path.parts or ":" in text or text.startswith("~"):
+        raise DitError(f"'{file}' names {short(text)}, which is not in its folder: fix the entry")
+
+
+def _data_files(folder: Path) -> Iterator[tuple[Path, Any]]:
+    """(file, what it says of where the data is)."""
+    splits: Any = []
+    if has_file(folder, _ON_DISK[0]):
+        splits = read_json_object(file_inside(folder, _ON_DISK[0])).get("splits")
+        yield folder / _ON_DISK[0], splits
+    for place in (folder, *(folder / text for _, text in _texts(splits))):
+        if place.is_dir() and has_file(place, _ON_DISK[1]):
+            file = file_inside(place, _ON_DISK[1])
+            yield file, read_json_object(file).get("_data_files")
+    for name in _CARDS:
+        if has_file(folder, name):
+            configs = _card(file_inside(folder, name)).get("configs")
+            for config in configs if isinstance(configs, list) else [configs]:
+                if isinstance(config, dict):
+                    yield folder / name, [config.get("data_files"), config.get("data_dir")]
+
+
+def _card(file: Path) -> dict[str, Any]:
+    """The YAML of a dataset's card: before its text, or the whole file."""
+    import yaml
+    from huggingface_hub import metadata_load
+
+    try:
+        if file.stat().st_size > _MAX_CARD:
+            raise ValueError(f"it has more than {_MAX_CARD} bytes")
+        if file.suffix == ".md":
+            found = metadata_load(file)
+        else:
+            found = yaml.safe_load(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise DitError(f"'{file}' cannot be read: {first_line(error)}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _texts(value: Any) -> Iterator[tuple[str, str]]:
+    """(key of the object that it is in, text) of all texts in a value, and in texts that are JSON themselves.
+
+    YAML may name one value many times: each is looked at once.
+    """
+    level: list[tuple[str, Any]] = [("", value)]
+    seen: set[int] = set()
+    while level:
+        key, item = level.pop()
+        if isinstance(item, str):
+            yield key, item
+            if item.lstrip().startswith(("{", "[")):
+                try:
+                    level.append((key, parse_json(item, finite=False)))
+                except BadJson:
+                    continue
+        elif isinstance(item, dict | list) and id(item) not in seen:
+            seen.add(id(item))
+            inside = item.items() if isinstance(item, dict) else ((key, one) for one in item)
+            level += ((str(name), one) for name, one in inside)
