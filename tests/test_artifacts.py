@@ -4,11 +4,15 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_jax.errors import DitError
@@ -30,7 +34,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert file.read_text(encoding="utf-8") == "old é"
     with pytest.raises(KeyboardInterrupt), artifacts.atomic_file(file) as temporary:
         temporary.write_text("half")
-        assert temporary.parent == file.parent  # a rename across file systems is not atomic
+        assert temporary.parent.parent == file.parent  # a rename across file systems is not atomic
         raise KeyboardInterrupt
     assert file.read_text(encoding="utf-8") == "old é"
     assert names(file.parent) == ["a.txt"]
@@ -342,3 +346,43 @@ def test_programs_end_in_one_line(capsys, error, status, message):
 def test_bugs_keep_their_traceback():
     with pytest.raises(ZeroDivisionError), exit_on_error():
         raise ZeroDivisionError
+
+
+def test_no_room_for_a_temporary_folder_is_one_line(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/none")
+    with pytest.raises(DitError, match="cannot make a temporary folder .* with TMPDIR"):
+        artifacts.TemporaryFolder("x-")
+
+
+def test_what_a_killed_writer_left_goes_and_what_another_writes_stays(tmp_path):
+    """Also what a library leaves in the middle of a file. A kill between two renames costs no folder."""
+    program = f"""
+import os, pathlib, sys
+from dit_jax.runtime import artifacts
+place = pathlib.Path({str(tmp_path)!r})
+if sys.argv[1] == "file":
+    with artifacts.atomic_file(place / "file") as file:
+        (file.parent / ".tmpa1B2c3").write_text("of safetensors")
+        os.kill(os.getpid(), 9)
+rename = os.rename
+os.rename = lambda old, new: os.kill(os.getpid(), 9) if ".tmp-" in str(old) else rename(old, new)
+with artifacts.atomic_dir(place / "folder", replace=True) as folder:
+    (folder / "new").touch()
+"""
+
+    def left():
+        return sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("."))
+
+    artifacts.write_text(tmp_path / "folder" / "old", "old")
+    for kind in ("file", "folder"):
+        subprocess.run([sys.executable, "-c", program, kind], cwd=ROOT, check=False)
+    assert len(left()) == 3 and not (tmp_path / "folder").exists()
+    artifacts.write_text(tmp_path / "other", "x")
+    assert len(left()) == 3
+    with artifacts.atomic_file(tmp_path / "file") as mine:
+        artifacts.write_text(tmp_path / "file", "by another")
+        mine.write_text("mine")
+    assert len(left()) == 2 and (tmp_path / "file").read_text() == "mine"
+    with artifacts.atomic_dir(tmp_path / "folder", replace=True):
+        pass
+    assert left() == []

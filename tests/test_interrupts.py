@@ -169,8 +169,11 @@ def test_another_ctrl_c_does_not_wait_for_the_step(first):
 
 def test_what_is_unfinished_goes_and_what_was_there_stays(tmp_path):
     program = f"""
+import os
 from dit_jax.runtime import artifacts
 artifacts.write_text({str(tmp_path / "file")!r}, "old")
+os.environ["TMPDIR"] = {str(tmp_path)!r}
+uploads = artifacts.TemporaryFolder("uploads-")
 with artifacts.atomic_file({str(tmp_path / "file")!r}) as file, \\
      artifacts.atomic_dir({str(tmp_path / "folder")!r}) as folder:
     file.write_text("new")

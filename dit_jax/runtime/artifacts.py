@@ -5,6 +5,8 @@ the same folder, flushed to the disk, and renamed. Failures of the file system a
 """
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -13,6 +15,7 @@ import platform
 import resource
 import shutil
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -59,6 +62,40 @@ def _fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def _unfinished(temporary: Path) -> Iterator[None]:
+    """Makes a temporary folder, which ends with the context, at the latest with the process.
+
+    Its lock says that its writer is at work; the system releases it, whatever ends the process.
+    """
+    interrupts.unfinished.add(temporary)
+    try:
+        temporary.mkdir()
+        handle = os.open(temporary, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # some network mounts have no locks
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            yield
+        finally:
+            os.close(handle)
+    finally:
+        interrupts.unfinished.discard(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Deletes what killed writers of this file or folder left beside it, and no folder of a writer at work."""
+    pattern = f".{glob.escape(path.name)}.tmp-" + "[0-9a-f]" * 12
+    for leftover in list(path.parent.glob(pattern)):
+        with contextlib.suppress(OSError):
+            handle = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(leftover, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+@contextlib.contextmanager
 def atomic_file(path: PathLike) -> Iterator[Path]:
     """Yields a temporary path to write to; on success it replaces `path` in one step.
 
@@ -72,18 +109,14 @@ def atomic_file(path: PathLike) -> Iterator[Path]:
     ):
         raise DitError(f"'{path}' is no regular file: give the name of a file, or leave it out")
     make_dir(path.parent)
+    # In a folder, because some writers (safetensors) make temporary files of their own.
     temporary = _temporary_sibling(path)
-    with explain_os_errors("write", path):
-        interrupts.unfinished.add(temporary)
-        try:
-            yield temporary
-            _fsync(temporary)
-            os.replace(temporary, path)
-            _fsync(path.parent)  # makes the rename itself durable
-        finally:
-            interrupts.unfinished.discard(temporary)
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+    with explain_os_errors("write", path), _unfinished(temporary):
+        yield temporary / path.name
+        _fsync(temporary / path.name)
+        os.replace(temporary / path.name, path)
+        _fsync(path.parent)  # makes the rename itself durable
+        _remove_leftovers(path)
 
 
 @contextlib.contextmanager
@@ -103,10 +136,8 @@ def atomic_dir(path: PathLike, *, replace: bool = False) -> Iterator[Path]:
     make_dir(path.parent)
     temporary = _temporary_sibling(path)
     retired = _temporary_sibling(path)
-    with explain_os_errors("write", path):
-        interrupts.unfinished.add(temporary)
+    with explain_os_errors("write", path), _unfinished(temporary):
         try:
-            temporary.mkdir()
             yield temporary
             for file in temporary.rglob("*"):
                 _fsync(file)
@@ -116,13 +147,30 @@ def atomic_dir(path: PathLike, *, replace: bool = False) -> Iterator[Path]:
                 os.rename(path, retired)
             os.rename(temporary, path)
             _fsync(path.parent)
+            _remove_leftovers(path)
         finally:
-            interrupts.unfinished.discard(temporary)
-            shutil.rmtree(temporary, ignore_errors=True)
             if path.exists():
                 shutil.rmtree(retired, ignore_errors=True)
             elif retired.exists():  # the last rename failed: put the old folder back
                 os.rename(retired, path)
+
+
+class TemporaryFolder(tempfile.TemporaryDirectory[str]):
+    """A folder that ends with its context or with the process, also by Ctrl-C. Raises DitError: there is no room."""
+
+    def __init__(self, prefix: str):
+        try:
+            super().__init__(prefix=prefix)
+        except OSError as error:
+            raise DitError(
+                f"cannot make a temporary folder ({error.strerror}): free some space there, or name another place with "
+                "TMPDIR"
+            ) from None
+        interrupts.unfinished.add(Path(self.name))
+
+    def cleanup(self) -> None:
+        super().cleanup()
+        interrupts.unfinished.discard(Path(self.name))
 
 
 def write_bytes(path: PathLike, data: bytes) -> None:
@@ -218,9 +266,10 @@ def write_manifest(folder: PathLike, kind: str, *, version: int = 1, **fields: A
       **fields: further facts about the artifact (config, base digest, …), JSON values.
     """
     folder = Path(folder)
-    for leftover in folder.rglob(".*.tmp-" + "[0-9a-f]" * 12):
-        if leftover.is_file():  # a killed writer left it: it belongs to no artifact
-            leftover.unlink()
+    for leftover in list(folder.rglob(".*.tmp-" + "[0-9a-f]" * 12)):
+        shutil.rmtree(
+            leftover, ignore_errors=True
+        )  # a killed writer's, which belong to no artifact
     files = {}
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +49,6 @@ def locked(workdir: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # for the message alone
             os.ftruncate(handle[0], 0)
             os.pwrite(handle[0], f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-        _remove_leftovers(workdir)
 
     def check() -> None:
         there = workdir.stat() if workdir.exists() else None
@@ -67,15 +65,6 @@ def locked(workdir: Path) -> Iterator[None]:
     finally:
         for number in handle:
             os.close(number)
-
-
-def _remove_leftovers(workdir: Path) -> None:
-    # Killed writers left them. Nobody else is writing now.
-    for leftover in list(workdir.rglob(".*.tmp-" + "[0-9a-f]" * 12)):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
 
 
 def _lock(handle: int, file: int, workdir: Path) -> OSError | None:

@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -183,7 +182,7 @@ def _digests(state: Any, iterator_state: Any) -> dict[str, str]:
 
 def _opens(step: pathlib.Path, open_folder: Callable[[pathlib.Path], Any]) -> bool:
     """Whether Orbax can read the metadata of one step."""
-    with tempfile.TemporaryDirectory() as place:
+    with artifacts.TemporaryFolder("dit_jax-checkpoint-") as place:
         alone = pathlib.Path(place) / step.name
         alone.mkdir()
         for file in step.iterdir():
