@@ -125,6 +125,21 @@ def test_other_paths_may_be_named_on_this_machine_only(host, alone):
     assert serve_app.is_this_machine(host) == alone
 
 
+@pytest.mark.parametrize(
+    ("host", "port", "message"),
+    [
+        ("127.0.0.1", 70000, "port must be 0-65535"),
+        ("192.0.2.1", 7860, "assign requested address"),
+        ("a b", 7860, "choose another --host"),
+        ("x" * 70, 7860, "choose another --host"),
+    ],
+)
+def test_where_nothing_can_be_served_is_said_before_a_base_is_loaded(host, port, message, capsys):
+    pytest.importorskip("gradio", reason="the extra 'app' is not installed")
+    assert serve_app.main(["--base", "nowhere", "--host", host, "--port", str(port)]) == 2
+    assert message in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------ a real server
 
 
@@ -248,22 +263,30 @@ def test_an_upload_answers_as_its_folder_does_and_the_multiplier_counts(model, f
     assert client.predict(*given, api_name="/ask") == answers_of(model, files, "d0", 2.0)
 
 
-def test_what_cannot_be_asked_is_one_line(files, client, desk, tmp_path):
+def test_what_cannot_be_asked_is_one_line(files, client, desk, tmp_path, capfd):
     from gradio_client import handle_file
     from gradio_client.exceptions import AppError
 
     good = question(files, str(files / "diffs" / "d0"))
     bad = packed(tmp_path / "bad.zip", [("../adapter_config.json", b"{}")])
-    wrong = {
-        2: (str(files / "none"), "does not exist"),
-        3: (handle_file(str(bad)), "no path below the zip file"),
-        5: ("tea " * 2000, "characters"),
-    }
-    for place, (value, message) in wrong.items():
+    wrong = [
+        (0, ["other"], "the call does not fit"),
+        (2, str(files / "none"), "does not exist"),
+        (2, MARKUP, "&lt;script&gt;"),  # the page shows an error as HTML
+        (3, handle_file(str(bad)), "no path below the zip file"),
+        (3, {"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}, "was not uploaded"),
+        (4, "many", "the call does not fit"),
+        (4, 10**400, "give a whole number"),
+        (5, "tea " * 2000, "characters"),
+        (5, None, "there is no question"),
+        (7, None, "the call does not fit"),
+    ]
+    for place, value, message in wrong:
         given = [*good[:place], value, *good[place + 1 :]]
         with pytest.raises(AppError, match=message) as error:
             client.predict(*given, api_name="/ask")
         assert "\n" not in str(error.value)
+    assert "Traceback" not in capfd.readouterr().err
     with pytest.raises(DitError, match="that many times"):
         asked(desk, (str(files / "diffs" / "d0"), float("nan")))
     ((base, *others),) = asked(desk, (str(files / "diffs" / "d0"), 1e38))

@@ -258,6 +258,9 @@ def test_other_settings_are_not_mixed(zoo, audited, capsys):
         with pytest.raises(dit_jax.DitError, match="that another version of dit_jax began"):
             (audited / "audit.json").write_text(json.dumps(earlier))
             run_audit._begin(SimpleNamespace(to_json=lambda: old), audited)
+    (audited / "audit.json").unlink()
+    with pytest.raises(dit_jax.DitError, match="audit.json' is missing, so nothing says what"):
+        run_audit._begin(SimpleNamespace(to_json=lambda: old), audited)
     (audited / "audit.json").write_text(json.dumps(old))
 
 

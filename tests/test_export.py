@@ -22,7 +22,8 @@ from format_cases import (
 from safetensors.numpy import load_file
 
 import dit_jax
-from dit_jax.deltas import detect, export
+from dit_jax.auditing.targets import Target
+from dit_jax.deltas import detect, export, reference_pt
 from dit_jax.deltas.raw_diff import RawDiff
 from dit_jax.errors import DitError
 
@@ -138,3 +139,12 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     export.export_model(tmp_path / "x", params, CONFIG, random_lora(), replace=True)
     tensors = load_file(tmp_path / "x" / "model.safetensors")
     assert_same(tensors, dict(export.merged_tensors(params, CONFIG, random_lora())))
+
+
+def test_names_and_labels_that_are_no_text_are_written_and_read(tmp_path):
+    """Bytes of a file's name that are no UTF-8, and half a character from an index."""
+    path = tmp_path / "d\udcff.pt"
+    export.write_pt_diffs(path, [RawDiff(random_lora(), "tea \ud800", "7")], CONFIG)
+    (diff,) = reference_pt.read_pt_diffs(path, CONFIG)
+    assert diff.label == "tea \\ud800"
+    assert Target("x", str(path)).key() != Target("x", str(tmp_path / "other")).key()

@@ -1,5 +1,6 @@
 """What the system refuses a program is one line that is true: outputs, folders, files, locks; and damaged programs."""
 
+import errno
 import os
 import resource
 import subprocess
@@ -126,7 +127,6 @@ def test_a_folder_that_vanished_is_said_though_the_run_went_on(tmp_path, replace
 
 
 def test_a_folder_that_cannot_be_locked_is_said_and_used(tmp_path, monkeypatch, capfd):
-    import errno
     import fcntl
 
     def refuse(*_):
@@ -184,6 +184,35 @@ def test_a_damaged_program_is_compiled_again_and_replaced(tmp_path, damage, recw
         jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
         compilation_cache.reset_cache()
     assert not [w for w in recwarn if "cache" in str(w.message)]
+
+
+@pytest.mark.parametrize("refused", ["__init__", "get", "put"])
+def test_programs_that_cannot_be_kept_are_one_note(tmp_path, refused, monkeypatch, recwarn, capfd):
+    from jax._src import compilation_cache, lru_cache
+
+    def full(self, *_, **__):
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: '{len(told)}'")
+
+    told = []
+    before = jax.config.jax_compilation_cache_dir
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    monkeypatch.setattr(lru_cache.LRUCache, refused, full)
+    compilation_cache.reset_cache()
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    try:
+        jax.clear_caches()
+        for number in (2, 3):
+            told.append(jax.jit(lambda x, n=number: x * n)(np.float32(2)))
+    finally:
+        monkeypatch.undo()
+        jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+        compilation_cache.reset_cache()
+    assert told == [4, 6] and not [w for w in recwarn if "cache" in str(w.message)]
+    said = capfd.readouterr().err
+    assert said.startswith(f"note: compiled programs are not all kept in '{tmp_path}'")
+    assert said.count("\n") == 1
 
 
 def test_errors_of_locks_are_clear():

@@ -90,6 +90,11 @@ def audit(
 def _begin(settings: Settings, out: Path) -> None:
     told, file = settings.to_json(), out / SETTINGS
     if not file.exists():
+        if (out / PARTS).exists():
+            raise DitError(
+                f"'{file}' is missing, so nothing says what the diffs in '{out / PARTS}' were asked: choose another "
+                "--out, or delete it"
+            )
         artifacts.write_json(file, told)
         return
     before = artifacts.read_json(file, "choose another --out")

@@ -45,7 +45,7 @@ class Target:
                     facts.append(f"{file}:{state.st_size}:{state.st_mtime_ns}")
         except DitError as problem:
             facts.append(str(problem))
-        return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:20]
+        return hashlib.sha256("\n".join(facts).encode(errors="backslashreplace")).hexdigest()[:20]
 
 
 def list_targets(

@@ -8,7 +8,6 @@ numbers with their intervals, how to load it. Then `dit_jax.load_adapter("owner/
 
 import argparse
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def run(flags: argparse.Namespace) -> None:
         artifacts.write_text(user_path(flags.dry_run), text)
         show(f"card: {flags.dry_run}")
         return
-    with tempfile.TemporaryDirectory() as temporary:
+    with artifacts.TemporaryFolder("dit_jax-push-") as temporary:
         sent = Path(temporary, "adapter")
         shutil.copytree(folder, sent)
         artifacts.write_text(sent / CARD, text)

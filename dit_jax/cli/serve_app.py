@@ -10,6 +10,7 @@ reached from this machine alone (the default), and may upload a PEFT folder as a
 
 import argparse
 import ipaddress
+import os
 from pathlib import Path
 
 from dit_jax.cli import flags as given
@@ -57,10 +58,12 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 def run(flags: argparse.Namespace) -> None:
     """Serves until Ctrl-C. Raises DitError: Gradio is missing, a base cannot be loaded, or the port is taken."""
     from dit_jax.runtime import startup
+    from dit_jax.runtime.artifacts import TemporaryFolder
     from dit_jax.serving.desk import Choice, Desk, Offer
-    from dit_jax.serving.page import build, serve
+    from dit_jax.serving.page import build, check_address, serve
     from dit_jax.serving.uploads import Limits
 
+    check_address(flags.host, flags.port)
     startup.prepare()
     packed = flags.upload_mb * 2**20
     offer = Offer(
@@ -77,10 +80,12 @@ def run(flags: argparse.Namespace) -> None:
         upload=Limits(packed=packed, unpacked=4 * packed),
     )
     desk = Desk(offer)
-    page = build(desk)
-    desk.model(Choice(flags.base[0], "", ""))  # so that a wrong path shows now
-    show(f"serving on http://{flags.host}:{flags.port} (Ctrl-C ends it)", error=True)
-    serve(page, desk, flags.host, flags.port)
+    with TemporaryFolder("dit_jax-app-") as uploads:
+        os.environ.setdefault("GRADIO_TEMP_DIR", uploads)
+        page = build(desk)
+        desk.model(Choice(flags.base[0], "", ""))  # so that a wrong path shows now
+        show(f"serving on http://{flags.host}:{flags.port} (Ctrl-C ends it)", error=True)
+        serve(page, desk, flags.host, flags.port)
 
 
 def is_this_machine(host: str) -> bool:

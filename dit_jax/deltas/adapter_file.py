@@ -120,7 +120,7 @@ def _check_chunks(stored: dict[str, Any], promised: Delta) -> None:
     """Refuses chunks larger than their array: Orbax unpacks chunks whole, so a few bytes could fill any memory."""
     for name, leaf in store.flatten(promised).items():
         if name not in stored:
-            raise ValueError(f"the checkpoint lacks {name}")
+            raise ValueError(f"the checkpoint lacks {name}, or cannot be read")
         chunk = stored[name].storage_metadata.chunk_shape
         if stored[name].shape != leaf.shape or any(
             c > n for c, n in zip(chunk, leaf.shape, strict=True)

@@ -16,7 +16,7 @@ from dit_jax.deltas.factors import Factors, add_once, fold, get_factors, modules
 from dit_jax.deltas.raw_diff import RawDiff, check_values, projection_size, said
 from dit_jax.deltas.store import label_of
 from dit_jax.deltas.whole_weights import Weights, difference, merged_tensors
-from dit_jax.errors import DitError
+from dit_jax.errors import DitError, printable
 from dit_jax.formats import torch_pickle, torch_save
 from dit_jax.formats.files import file_inside, has_file, read_csv, short
 from dit_jax.formats.torch_pickle import LazyTensor
@@ -344,14 +344,14 @@ def write_pt_diffs(
             }
         items.append(value)
     with atomic_file(path) as temporary:
-        torch_save.save(temporary, items, FilePath(path).stem)
+        torch_save.save(temporary, items, printable(FilePath(path).stem))
 
 
 def write_pt_adapter(path: str | FilePath, delta: Any, config: DecoderConfig) -> None:
     """Writes a LoRA delta as an adapter in the reference's format; see `write_pt_diffs`."""
     value = {name: (f.b.T, f.a.T) for name, f in _reference_factors(delta, config)}
     with atomic_file(path) as temporary:
-        torch_save.save(temporary, value, FilePath(path).stem)
+        torch_save.save(temporary, value, printable(FilePath(path).stem))
 
 
 def _reference_factors(delta: Any, config: DecoderConfig) -> Iterator[tuple[str, Factors]]:

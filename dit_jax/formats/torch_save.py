@@ -68,7 +68,7 @@ def _encode(value: Any, arrays: _Arrays) -> bytes:
     if isinstance(value, float):
         return b"G" + struct.pack(">d", value)
     if isinstance(value, str):
-        text = value.encode()
+        text = value.encode(errors="backslashreplace")  # half a character
         return b"X" + struct.pack("<I", len(text)) + text
     if isinstance(value, tuple):
         return b"(" + b"".join(_encode(item, arrays) for item in value) + b"t"

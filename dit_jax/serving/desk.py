@@ -4,8 +4,6 @@ import asyncio
 import dataclasses
 import functools
 import math
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -27,6 +25,7 @@ from dit_jax.errors import DitError
 from dit_jax.formats.files import short
 from dit_jax.inspection.batching import Batcher
 from dit_jax.models.delta_trees import Delta
+from dit_jax.runtime.artifacts import TemporaryFolder
 from dit_jax.runtime.exits import explained
 from dit_jax.serving.uploads import Limits, unpacked
 
@@ -95,7 +94,7 @@ class Desk:
         self.offer = offer
         self._loading, self._auditing = threading.Lock(), threading.Lock()
         self._uploads = threading.BoundedSemaphore(UPLOADS)
-        self._audits = tempfile.TemporaryDirectory(prefix="dit_jax-audits-")
+        self._audits: list[TemporaryFolder] = []
         self._model = functools.lru_cache(maxsize=None)(lambda name: load_model(name, offer.dtype))
         self._read_adapter = functools.lru_cache(maxsize=None)(
             lambda base, name: read_adapter(name, self._model(base))
@@ -263,7 +262,7 @@ class Desk:
     def audit(
         self, choice: Choice, tell: Callable[[int, int], object] = lambda done, total: None
     ) -> tuple[str, list[str]]:
-        """The page of an audit, and the paths of its files, which are there until the next. One runs at a time.
+        """The page of an audit, and the paths of its files, which are there until the next but one. One runs at a time.
 
         Args:
             tell: called with the numbers of finished and of all diffs.
@@ -286,9 +285,10 @@ class Desk:
                 self._adapter(choice)  # refuses what is not offered
                 settings = make_settings(self.model(choice), choice.adapter or None, {})
                 end = time.monotonic() + offer.audit_seconds
-                for old in Path(self._audits.name).iterdir():
-                    shutil.rmtree(old, ignore_errors=True)
-                out = Path(tempfile.mkdtemp(dir=self._audits.name))
+                while len(self._audits) > 1:  # the last one's files may just be on their way
+                    self._audits.pop(0).cleanup()
+                self._audits.append(TemporaryFolder("dit_jax-audit-"))
+                out = Path(self._audits[-1].name)
                 timed, total = [_until(target, end) for target in targets], len(targets)
                 tell(0, total)
                 audit(settings, timed, out, tell=lambda done: tell(done, total))

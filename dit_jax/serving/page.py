@@ -3,10 +3,11 @@
 import html
 import math
 import os
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
-from dit_jax.errors import DitError, printable
+from dit_jax.errors import DitError, first_line, printable
 from dit_jax.serving.desk import COLUMNS, Choice, Desk, problem_of
 
 QUESTION = "What topic have you been trained on?"
@@ -24,6 +25,7 @@ iframe.audit { width: 100%; height: 80vh; border: 0 }
 .secondary-wrap input { text-overflow: ellipsis; padding-right: 1.5rem !important }
 """
 _NONE = "(none)"
+_MANY = 10**9
 
 
 def build(desk: Desk) -> Any:
@@ -36,7 +38,18 @@ def build(desk: Desk) -> Any:
     offer = desk.offer
 
     def refused(error: Exception) -> Exception:
-        return gr.Error(problem_of(error), duration=None, print_exception=False)
+        shown = html.escape(problem_of(error), quote=False)  # Gradio shows HTML
+        return gr.Error(shown, duration=None, print_exception=False)
+
+    class Page(gr.Blocks):  # type: ignore[name-defined]
+        """What Gradio cannot make of a call is one line, too: values of other types, files that were not uploaded."""
+
+        async def preprocess_data(self, *args: Any, **options: Any) -> Any:
+            try:
+                return await super().preprocess_data(*args, **options)
+            except Exception as error:
+                said = getattr(error, "message", None) or str(error)
+                raise refused(DitError(f"the call does not fit: {said}")) from None
 
     def choose(base: str, adapter: str, diff: str | None, upload: str | None) -> Choice:
         chosen = "" if diff in (None, _NONE) else str(diff).strip()
@@ -55,8 +68,10 @@ def build(desk: Desk) -> Any:
         """The answers of the base, the finetuned model, and with the adapter, as they grow."""
         try:
             chosen = choose(base, adapter, diff, upload)
-            if not (math.isfinite(number or 0) and math.isfinite(tokens)):
+            if not -_MANY < (number or 0) < _MANY or not math.isfinite(tokens):
                 raise DitError("a number of the diff or of tokens is none: give a whole number")
+            if not isinstance(question, str):
+                raise DitError("there is no question: write one")
             number, tokens = int(number or 0), int(tokens)
             async for texts in desk.ask(chosen, number, question, float(multiplier), tokens):
                 yield [printable(text, lines=True) for text in texts]
@@ -86,7 +101,7 @@ def build(desk: Desk) -> Any:
         )
         return frame, files
 
-    with gr.Blocks(title="dit_jax", analytics_enabled=False, delete_cache=(600, 3000)) as page:
+    with Page(title="dit_jax", analytics_enabled=False, delete_cache=(600, 3000)) as page:
         gr.Markdown(_ABOUT)
         with gr.Row():
             base = gr.Dropdown(list(offer.bases), value=offer.bases[0], label="Base", min_width=240)
@@ -163,6 +178,19 @@ def build(desk: Desk) -> Any:
     return page
 
 
+def check_address(host: str, port: int) -> None:
+    """Raises DitError: nothing can be served there. Gradio would call every reason a port that is taken."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except (OSError, OverflowError, UnicodeError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise DitError(
+            f"cannot serve on {host}:{port} ({said}): choose another --host or --port"
+        ) from None
+
+
 def serve(page: Any, desk: Desk, host: str, port: int | None, wait: bool = True) -> str:
     """Starts the server and returns its address; `wait`: when it has ended.
 
@@ -172,6 +200,14 @@ def serve(page: Any, desk: Desk, host: str, port: int | None, wait: bool = True)
     gr = _gradio()
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     page.queue(max_size=256)
+    # Gradio looks whether it reaches its own page, which no proxy does.
+    direct = (
+        os.environ.get("no_proxy") or os.environ.get("NO_PROXY"),
+        "localhost",
+        "127.0.0.1",
+        host,
+    )
+    os.environ["no_proxy"] = ",".join(filter(None, direct))
     try:
         _, address, _ = page.launch(
             server_name=host,
@@ -202,4 +238,6 @@ def _gradio() -> Any:
         raise DitError(
             "the app needs Gradio: pip install 'dit_jax[app]' (or pip install -e '.[app]' in a checkout)"
         ) from None
+    except ImportError as error:  # such as a proxy that needs another package
+        raise DitError(f"Gradio cannot be imported: {first_line(error)}") from None
     return gradio

@@ -6,7 +6,6 @@ import io
 import os
 import stat
 import struct
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from dit_jax.errors import DitError, first_line
 from dit_jax.formats.files import is_plain_name, short
+from dit_jax.runtime.artifacts import TemporaryFolder
 from dit_jax.runtime.os_errors import reason
 
 _PIECE = 2**20
@@ -51,7 +51,7 @@ def unpacked(path: Path, limits: Limits) -> Iterator[Path]:
     Raises:
         DitError: it is no zip file, exceeds a limit, or holds anything but plain files in folders below it.
     """
-    with tempfile.TemporaryDirectory(prefix="dit_jax-upload-") as folder:
+    with TemporaryFolder("dit_jax-upload-") as folder:
         try:
             with (
                 _InPieces(_small_enough(path, limits)) as file,
