@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import json
+import math
 import os
 import subprocess
 import sys
@@ -197,7 +198,8 @@ def test_other_mistakes_are_refused_by_name(api, run):
         DitJaxAPI("tiny_qwen3", adaptor=str(run / "adapter"))
     with pytest.raises(DitError, match="nowhere"):
         DitJaxAPI("tiny_qwen3", adapter=str(run / "nowhere"))
-    for name, value in (("index", "abc"), ("batch_size", 1.5), ("batch_size", 0), ("window", "x")):
+    wrong = [("index", "abc"), ("window", "x"), ("window", math.inf)]
+    for name, value in (*wrong, ("batch_size", 1.5), ("batch_size", 0), ("batch_size", 10**9)):
         with pytest.raises(DitError, match=f"model argument {name} is {value!r}: give"):
             DitJaxAPI("tiny_qwen3", **{name: value})
     with pytest.raises(DitError, match="index in extra_body is .x.: give a whole number"):
@@ -387,6 +389,15 @@ def test_a_task_without_diffs_or_a_model_without_adapter_is_refused(run, monkeyp
         weight_diff_qa()
     with pytest.raises(DitError, match="no diff store at .*nowhere: check -T diff="):
         base_question(str(run / "nowhere"))
+    for wrong in (
+        {"question": 5},
+        {"max_tokens": 2.5},
+        {"graders": 5},
+        {"seed": "x"},
+        {"seed": -1},
+    ):
+        with pytest.raises(DitError, match=f"task argument -T {next(iter(wrong))} is "):
+            base_question_trigger(str(run / "diffs"), **wrong)
     bare, whole, other = (
         SimpleNamespace(api=SimpleNamespace(defaults={"adapter": path})) for path in ("", "a", "b")
     )

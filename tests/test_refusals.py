@@ -53,6 +53,14 @@ def test_an_output_on_a_full_disk_is_one_line(body):
     assert done.stderr.count("\n") == 1
 
 
+def test_plots_need_no_home():
+    code = "from dit_jax.report import plots; print(plots.to_svg(plots.new_figure(2)[0], 'x')[:4])"
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": "/proc/none"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("<svg\n", "")
+
+
 @pytest.mark.parametrize("program", [[], ["--help"], ["ask", "--help"]])
 def test_help_on_a_full_disk_is_one_line(program):
     command = [sys.executable, "-m", "dit_jax", *program]

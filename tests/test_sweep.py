@@ -250,6 +250,8 @@ def test_unknown_overrides_and_missing_files_are_one_line(files, fake_run, capsy
     flags = ["--sweep", str(files / "ranks.py"), "--workdir="]
     assert sweep.main_sweep(flags) == 2
     assert "--workdir is empty" in capsys.readouterr().err
+    assert sweep.main_sweep([*flags[:2], "--workdir=/proc/none/w"]) == 2
+    assert re.fullmatch("error: cannot make the folder .*\n", capsys.readouterr().err)
     assert call(files, file="none.py") == 2
     assert "there is no sweep file" in capsys.readouterr().err
 

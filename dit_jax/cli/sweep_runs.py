@@ -300,6 +300,7 @@ def _sweep(parser: Parser, argv: list[str] | None) -> int:
     if flags.list:
         show("\n".join(command(run, workdir) for run in sweep.runs))
         return 0
+    artifacts.make_dir(workdir)  # what refuses it would fail each run
     indices: Sequence[int] = range(len(sweep.runs))
     if flags.index is not None:
         if flags.index not in indices:
@@ -309,7 +310,7 @@ def _sweep(parser: Parser, argv: list[str] | None) -> int:
         startup.prepare()
     messages = {} if flags.table else {i: make(sweep, i, workdir) for i in indices}
     failures = {sweep.runs[i].name: text for i, text in messages.items() if text}
-    unread = write_table(sweep, artifacts.make_dir(workdir), failures)
+    unread = write_table(sweep, workdir, failures)
     if failures:
         show(
             f"error: {len(failures)} of {len(messages)} runs failed: "

@@ -11,7 +11,7 @@ from inspect_ai.tool import Tool, tool
 
 from dit_jax.errors import DitError, printable
 from dit_jax.formats.files import user_path
-from dit_jax.inspection.one_line import one_line
+from dit_jax.inspection.one_line import checked
 from dit_jax.inspection.scorer import graded
 from dit_jax.inspection.tasks import read_samples, with_metrics
 from dit_jax.organisms.behaviours import NO_TRIGGER
@@ -161,7 +161,7 @@ def audit_with_tools(
 
 
 @task
-@one_line
+@checked
 def audit_agent(
     diff: str = "",
     base: str = "dit_jax/tiny_qwen3",

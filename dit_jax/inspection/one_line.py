@@ -4,10 +4,12 @@ import functools
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+import pydantic
 from inspect_ai.model import Model
 from rich.markup import escape
 
 from dit_jax.errors import DitError
+from dit_jax.formats.files import short
 
 try:  # private: without it a traceback stands above the line
     from inspect_ai._util.error import PrerequisiteError
@@ -47,3 +49,19 @@ def one_line(function: Callable[P, T]) -> Callable[P, T]:
             raise InspectError(str(error)) from None
 
     return wrapped
+
+
+def checked(function: Callable[P, T]) -> Callable[P, T]:
+    """A task that refuses arguments of other types than it says in one line: Inspect reads -T as YAML."""
+    valid = pydantic.validate_call(function)
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return valid(*args, **kwargs)
+        except pydantic.ValidationError as error:
+            wrong = error.errors()[0]
+            said = f"is {short(wrong['input'])}: {wrong['msg']}"
+            raise InspectError(f"task argument -T {wrong['loc'][0]} {said}") from None
+
+    return one_line(wrapped)

@@ -98,10 +98,10 @@ class DitJaxAPI(ModelAPI):
             hint = did_you_mean(name, _ARGUMENTS, f": choose from {', '.join(_ARGUMENTS)}")
             raise DitError(f"unknown model argument -M {name} of dit_jax{hint}")
         index = _whole("model argument index", index)
-        if _whole("model argument batch_size", batch_size) < 1:
-            raise DitError(f"model argument batch_size is {batch_size}: give 1 or more")
-        if not isinstance(window, int | float) or not window >= 0:
-            raise DitError(f"model argument window is {window!r}: give seconds, from 0 up")
+        if not 1 <= _whole("model argument batch_size", batch_size) <= 10**6:
+            raise DitError(f"model argument batch_size is {short(batch_size)}: give 1 to 1000000")
+        if not isinstance(window, int | float) or not 0 <= window <= 3600:
+            raise DitError(f"model argument window is {short(window)}: give 0 to 3600 seconds")
         self.model = load_model(model_name, dtype)
         for note in self.model.notes():
             _log.warning("note: %s", printable(note))

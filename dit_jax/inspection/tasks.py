@@ -1,5 +1,6 @@
 """The Inspect tasks: what did a weight diff change? Samples are the diffs of a store, targets their labels."""
 
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -12,12 +13,12 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver
 
 from dit_jax.errors import DitError
 from dit_jax.formats.files import user_path
-from dit_jax.inspection.one_line import InspectError, active_model, one_line
+from dit_jax.inspection.one_line import InspectError, active_model, checked
 from dit_jax.inspection.scorer import graded
 
 
 @task
-@one_line
+@checked
 def weight_diff_qa(
     diff: str = "",
     question: str = "",
@@ -47,7 +48,7 @@ def weight_diff_qa(
 
 
 @task
-@one_line
+@checked
 def base_question(
     diff: str = "",
     question: str = "",
@@ -63,7 +64,7 @@ def base_question(
 
 
 @task
-@one_line
+@checked
 def base_question_trigger(
     diff: str = "",
     question: str = "",
@@ -170,8 +171,9 @@ def read_samples(path: str, question: str, split: str, seed: int | None = None) 
     """One sample per diff of the split, whose id is the diff's number. seed: put the trigger into the question."""
     if not path:
         raise DitError("the task has no diffs: give -T diff=STORE")
-    # Inspect reads a value as YAML, so [no] is a list.
-    if not isinstance(path, str) or not user_path(path).exists():
+    if seed is not None and seed < 0:
+        raise DitError(f"task argument -T seed is {seed}: give a whole number from 0 up")
+    if not os.path.exists(user_path(path)):
         raise DitError(f"there is no diff store at {path}: check -T diff=…")
     from dit_jax.deltas.store import label_of
     from dit_jax.organisms.behaviours import known_behaviour

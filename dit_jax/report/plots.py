@@ -6,6 +6,7 @@ CSS variables of the page, so that the same drawing follows its light or dark th
 
 import contextlib
 import io
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -76,6 +77,8 @@ class Plot(NamedTuple):
 
 def new_figure(height: float, width: float = _WIDTH) -> "tuple[Figure, Axes]":
     """An empty figure, in inches, in the colours that `to_svg` turns into those of the page."""
+    # It would tell of a home that cannot be written.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
