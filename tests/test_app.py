@@ -123,6 +123,7 @@ def test_few_uploads_are_unpacked_at_once():
 )
 def test_other_paths_may_be_named_on_this_machine_only(host, alone):
     assert serve_app.is_this_machine(host) == alone
+    assert page.in_address(host) == ("[::1]" if host == "::1" else host)
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,14 @@ def test_a_folder_is_published_whole_or_not_at_all(tmp_path):
         artifacts.atomic_dir(folder),
     ):
         pass
+    with (
+        pytest.raises(DitError, match="cannot write '.*late': a folder of that name is in the way"),
+        artifacts.atomic_dir(tmp_path / "late"),
+    ):
+        artifacts.write_text(tmp_path / "late" / "mine", "made meanwhile")
+    assert names(tmp_path / "late") == ["mine"]
+    (tmp_path / "late" / "mine").unlink()
+    (tmp_path / "late").rmdir()
     with pytest.raises(ValueError, match="late"), artifacts.atomic_dir(folder, replace=True):
         raise ValueError("late")
     assert (folder / "sub" / "shard").read_text() == "1"

@@ -425,6 +425,7 @@ def test_a_shard_is_the_same_whatever_was_made_before(model, monkeypatch, tmp_pa
         (["--config.stages=('trian',)"], "did you mean 'train'?"),
         (["--config.stages=()"], "'stages' must be"),
         (["--workdir="], "--workdir is empty"),
+        (["--workdir=w\udcff"], "is not UTF-8"),
         (["--num-processes=2"], "say how to join others: add --distributed"),
         (["--confg.seed=1"], "unrecognized arguments: --confg.seed=1"),
         (["--config.train.rank=4"], "train.rank"),

@@ -60,7 +60,7 @@ def run(flags: argparse.Namespace) -> None:
     from dit_jax.runtime import startup
     from dit_jax.runtime.artifacts import TemporaryFolder
     from dit_jax.serving.desk import Choice, Desk, Offer
-    from dit_jax.serving.page import build, check_address, serve
+    from dit_jax.serving.page import build, check_address, in_address, serve
     from dit_jax.serving.uploads import Limits
 
     check_address(flags.host, flags.port)
@@ -84,7 +84,8 @@ def run(flags: argparse.Namespace) -> None:
         os.environ.setdefault("GRADIO_TEMP_DIR", uploads)
         page = build(desk)
         desk.model(Choice(flags.base[0], "", ""))  # so that a wrong path shows now
-        show(f"serving on http://{flags.host}:{flags.port} (Ctrl-C ends it)", error=True)
+        address = f"http://{in_address(flags.host)}:{flags.port}"
+        show(f"serving on {address} (Ctrl-C ends it)", error=True)
         serve(page, desk, flags.host, flags.port)
 
 

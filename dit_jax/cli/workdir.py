@@ -32,9 +32,13 @@ _SHOWN_DIFFERENCES = 5
 
 
 def given_folder(text: str) -> Path:
-    """The folder that --workdir names. Raises DitError: an empty name, or an address."""
+    """The folder that --workdir names. Raises DitError: an empty name, one that is not UTF-8, or an address."""
     if not text.strip():
         raise DitError("--workdir is empty: give the folder of the run")
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise DitError(
+            f"the workdir {text!r} is not UTF-8, which checkpoints need: choose another name"
+        )
     if "://" in text:
         raise DitError(f"the workdir {text!r} is an address: mount the bucket and give its folder")
     return user_path(text)

@@ -143,7 +143,7 @@ def atomic_dir(path: PathLike, *, replace: bool = False) -> Iterator[Path]:
                 _fsync(file)
             _fsync(temporary)
             interrupts.unfinished.discard(temporary)  # from here on it is the only copy
-            if path.exists():
+            if replace and path.exists():
                 os.rename(path, retired)
             os.rename(temporary, path)
             _fsync(path.parent)

@@ -23,6 +23,7 @@ _REMEDIES = {
     errno.ELOOP: "links lead in a circle, give what they should lead to",
     errno.EISDIR: "it is a folder, give a file",
     errno.EEXIST: "something of that name is in the way, choose another folder",
+    errno.ENOTEMPTY: "a folder of that name is in the way, choose another folder",
 }
 # Errors of the connection, the permissions or this process, not of the files.
 _MAY_PASS = frozenset({

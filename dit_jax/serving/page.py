@@ -178,6 +178,11 @@ def build(desk: Desk) -> Any:
     return page
 
 
+def in_address(host: str) -> str:
+    """A host as addresses of pages hold it, an IPv6 one in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 def check_address(host: str, port: int) -> None:
     """Raises DitError: nothing can be served there. Gradio would call every reason a port that is taken."""
     try:
@@ -210,7 +215,7 @@ def serve(page: Any, desk: Desk, host: str, port: int | None, wait: bool = True)
     os.environ["no_proxy"] = ",".join(filter(None, direct))
     try:
         _, address, _ = page.launch(
-            server_name=host,
+            server_name=in_address(host),
             server_port=port,
             share=False,
             inbrowser=False,
