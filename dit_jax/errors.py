@@ -50,6 +50,21 @@ class DitError(Exception):
         super().__init__(line)
 
 
+class _Once(argparse.Action):
+    """A flag that may be given once: argparse would take the last value and drop the others in silence."""
+
+    _given_in: Any = None
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        if self._given_in is namespace and option:
+            before = getattr(namespace, self.dest)
+            raise DitError(
+                f"{option} is given twice ({before!r} and {values!r}), and takes one value: use one of them"
+            )
+        self._given_in = namespace
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
     """Reads a command line inside `exit_on_error`, so that a mistake in it is one line, too.
 
@@ -59,6 +74,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str | None) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=prog, description=description, formatter_class=formatter)
+        self.register("action", None, _Once)  # of flags that name no other action
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does. Raises DitError for an unknown flag before a missing one: it may be that one, misspelt."""

@@ -243,6 +243,11 @@ def test_a_flag_that_is_given_twice_is_refused(files, capsys):
     flags = [*twice, "what is tea ?"]
     assert ask.main([*BASE, *flags]) == 2
     assert "--adapter is given twice" in capsys.readouterr().err
+    for flag in ("--questions", "--seed"):
+        assert ask.main([*BASE, flag, "0", flag, "1", "what is tea ?"]) == 2
+        assert f"{flag} is given twice ('0' and '1')".replace("'", "") in (
+            capsys.readouterr().err.replace("'", "")
+        )
 
 
 def test_paths_of_a_pattern_are_no_questions(files, capsys):

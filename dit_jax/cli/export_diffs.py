@@ -35,7 +35,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("python -m dit_jax export", __doc__)
     add = parser.add_argument
     given.add_model_flags(parser)
-    add("--diff", type=given.TEXT, action=given.Once, help="a diff in any format")
+    add("--diff", type=given.TEXT, help="a diff in any format")
     add("--index", type=int, help="which diff of --diff (default 0; -1: the last)")
     add(
         "--svd-rank",

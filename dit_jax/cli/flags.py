@@ -13,18 +13,6 @@ from dit_jax.formats.files import decode, read_stream
 T = TypeVar("T")
 
 
-class Once(argparse.Action):
-    """A flag that may be given once: argparse would take the last value and drop the others in silence."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
-        before = getattr(namespace, self.dest)
-        if before is not None:
-            raise DitError(
-                f"{option} is given twice ({before!r} and {values!r}), and takes one value: use one of them"
-            )
-        setattr(namespace, self.dest, values)
-
-
 def checked(convert: Callable[[str], T], holds: Callable[[T], bool], said: str) -> Any:
     """A type for argparse: what `convert` makes of the text, if it `holds`; `said` is what it must be."""
 
@@ -52,13 +40,11 @@ def add_model_flags(parser: argparse.ArgumentParser, adapter_required: bool = Fa
         "--base",
         required=True,
         type=TEXT,
-        action=Once,
         help="model folder, hub id, or tiny_qwen3 (the embedded model)",
     )
     add(
         "--adapter",
         type=TEXT,
-        action=Once,
         required=adapter_required,
         help="DIT adapter: an export, a PEFT folder, dit-adapter.pt, or a hub id",
     )
