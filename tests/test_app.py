@@ -141,6 +141,13 @@ def test_where_nothing_can_be_served_is_said_before_a_base_is_loaded(host, port,
     assert message in capsys.readouterr().err
 
 
+def test_too_few_file_handles_for_visitors_are_said(monkeypatch, capsys):
+    pytest.importorskip("gradio", reason="the extra 'app' is not installed")
+    monkeypatch.setattr(page.resource, "getrlimit", lambda _: (24, 24))
+    assert serve_app.main(["--base", "nowhere"]) == 2
+    assert "256 open files, and 24 are allowed" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------ a real server
 
 

@@ -3,6 +3,7 @@
 import html
 import math
 import os
+import resource
 import socket
 from collections.abc import AsyncIterator
 from typing import Any
@@ -26,6 +27,7 @@ iframe.audit { width: 100%; height: 80vh; border: 0 }
 """
 _NONE = "(none)"
 _MANY = 10**9
+_HANDLES = 256  # each visitor takes some
 
 
 def build(desk: Desk) -> Any:
@@ -184,7 +186,12 @@ def in_address(host: str) -> str:
 
 
 def check_address(host: str, port: int) -> None:
-    """Raises DitError: nothing can be served there. Gradio would call every reason a port that is taken."""
+    """Raises DitError: nothing can be served there. Gradio would call every reason a port that is taken, or wait."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if 0 <= allowed < _HANDLES:
+        raise DitError(
+            f"the app needs {_HANDLES} open files, and {allowed} are allowed: raise the limit (ulimit -n {_HANDLES})"
+        )
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
