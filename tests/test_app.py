@@ -282,7 +282,11 @@ def test_what_cannot_be_asked_is_one_line(files, client, desk, tmp_path, capfd):
         (2, str(files / "none"), "does not exist"),
         (2, MARKUP, "&lt;script&gt;"),  # the page shows an error as HTML
         (3, handle_file(str(bad)), "no path below the zip file"),
-        (3, {"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}, "was not uploaded"),
+        (
+            3,
+            {"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}},
+            "the call does not fit",
+        ),
         (4, "many", "the call does not fit"),
         (4, 10**400, "give a whole number"),
         (5, "tea " * 2000, "characters"),
