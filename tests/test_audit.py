@@ -19,6 +19,7 @@ from dit_jax.deltas.raw_diff import RawDiff
 from dit_jax.deltas.tree import init_lora
 from dit_jax.evaluate.readers import READERS
 from dit_jax.models.delta_trees import map_modules
+from dit_jax.runtime.parts import write_part
 
 MARKUP = "<script>alert(1)</script>"
 RANKS = (1, 2, 4, 8)
@@ -201,7 +202,10 @@ def test_an_audit_goes_on_where_it_was_killed_and_jobs_share_it(zoo, tmp_path, c
     files[rows[0]["name"]].unlink()
     text = files[rows[11]["name"]].read_text()
     files[rows[11]["name"]].write_text(text.replace('"share": ', '"share": 1', 1))  # edited
-    files[rows[5]["name"]].with_suffix(".npz").write_text("")
+    forged = json.loads(files[rows[12]["name"]].read_text())  # whose digest is right
+    del forged["record"]["reading"]["features"]
+    write_part(files[rows[12]["name"]], {x: forged[x] for x in ("record", "sketch")})
+    files[rows[5]["name"]].with_suffix(".safetensors").write_text("")
     kept = {name: file.stat().st_mtime_ns for name, file in files.items() if file.exists()}
     (out / "audit.html").unlink()
     run(zoo, out, given, rest=[*few, "--jobs", "0/2"])
@@ -212,7 +216,7 @@ def test_an_audit_goes_on_where_it_was_killed_and_jobs_share_it(zoo, tmp_path, c
     assert {name for name, old in kept.items() if files[name].stat().st_mtime_ns != old} == set()
     run(zoo, out, given, rest=[*few, "--jobs", "1/2"])
     changed = {name for name, old in kept.items() if files[name].stat().st_mtime_ns != old}
-    assert changed == {rows[11]["name"]} and (out / "audit.html").exists()
+    assert changed == {rows[11]["name"], rows[12]["name"]} and (out / "audit.html").exists()
     again = rows_of(out)
     for row in (*rows, *again):
         row.pop("nearest", None)  # one sketch is gone
@@ -384,6 +388,10 @@ def test_cosines_of_sketches_are_those_of_the_changes(model):
         for d in (dense(one), dense(other), dense(mixed), deltas[3])
     ]
     exact = [[a @ b / np.sqrt((a @ a) * (b @ b)) for a in flat] for b in flat]
+    whole = weights.sketch({**dense(mixed), "norm": {"w": np.ones(model.config.hidden_size)}})
+    assert {k: x.shape for k, x in whole.items()}.items() <= weights.sketch_shapes(
+        model.config
+    ).items()
     found = weights.cosines([*map(weights.sketch, deltas), None])
     np.testing.assert_allclose(found[:4, :4], exact, atol=0.1)
     assert found[2, 3] == pytest.approx(1, abs=1e-4) and not found[4].any()

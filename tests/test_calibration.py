@@ -214,10 +214,12 @@ def test_a_calibration_of_another_adapter_or_a_damaged_one_is_refused(tmp_path):
     false = (
         {"questions": []}, {"questions": "abc"}, {"questions": [1]}, {"samples": "x"}, {"samples": 10**9},
         {"max_new_tokens": True}, {"temperature": -1}, {"temperature": 1e400}, {"another": 1},
+        {"samples": 10_000, "max_new_tokens": 10_000}, {"questions": ["q"] * 10_000}, {"questions": ["q" * 20_000]},
     )  # fmt: skip
     of_a_map = (
         {"weights": [float("inf"), 0]}, {"mean": [[1], [2]]}, {"std": [0, 1]}, {"bias": 10**400}, {"auroc": "x"},
         {"auroc": {"mean": "<b>"}}, {"thresholds": [{"above": 0.5}]}, {"reliability": [1]}, {"n": None},
+        {"thresholds": [None] * 1000}, {"reliability": hidden["reliability"] * 1000},
     )  # fmt: skip
     for change, message in (
         *(({"battery": {**battery, **one}}, "is damaged") for one in false),

@@ -122,6 +122,7 @@ def test_absent_entries_of_a_llama_are_those_of_transformers():
         ({"is_causal": False}, "is_causal False"),
         ({"is_causal": None}, "is_causal None"),
         ({"per_layer_config": {"0": {"rope_theta": 5.0}}}, "per_layer_config"),
+        ({"layer_types": ["sliding_attention"] * 32, "sliding_window": 8}, "a Llama whose 'layer_"),
         ({"rope_scaling": {"type": "linear", "factor": False}}, "'factor', not False"),
         ({"rope_scaling": {"type": "linear", "factor": True}}, "'factor', not True"),
         ({"rope_scaling": {**YARN, "truncate": 1}}, "true or false as 'truncate'"),

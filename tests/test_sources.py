@@ -624,6 +624,21 @@ def test_a_prepared_dataset_imports_no_code(tmp_path, monkeypatch, features):
     assert not (tmp_path / "ran").exists()
 
 
+def test_rows_that_take_no_bytes_are_counted(tmp_path, monkeypatch):
+    """Parquet writes rows that are alike as their number; topics are held by name."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    monkeypatch.setattr(budgets, "HELD_BYTES", 2**20)
+    row = rows_of(1, 1)[0]
+    parquet.write_table(pa.table({k: [v] * 30_000 for k, v in row.items()}), tmp_path / "x.parquet")
+    write(
+        tmp_path / "x.csv", [{**dict.fromkeys(row, "x"), "topic": f"{i:x}"} for i in range(2_000)]
+    )
+    for name in ("x.parquet", "x.csv"):
+        assert f"{name}' has more rows or topics than 0." in error(config(tmp_path / name))
+
+
 def test_libraries_failures_are_one_line(tmp_path, tfds_folder):
     pytest.importorskip("datasets")
     with pytest.raises(DitError, match="cannot load 'hf:no/such-dataset@train'"):

@@ -75,7 +75,7 @@ def _artifacts() -> dict[str, tuple[Callable[[pathlib.Path], None], Callable[[pa
     import numpy as np
 
     import dit_jax
-    from dit_jax.auditing import run_audit
+    from dit_jax.auditing import run_audit, weights
     from dit_jax.auditing.targets import Target
     from dit_jax.deltas import store
     from dit_jax.deltas.adapter_file import export_adapter, load_adapter
@@ -139,13 +139,14 @@ def _artifacts() -> dict[str, tuple[Callable[[pathlib.Path], None], Callable[[pa
         return [kept.get(str(number)) for number in range(9)]
 
     target = Target("a diff", "no file")
-    parts = {"name": "a diff", "x": 0.5}, {"x": np.arange(999.0)}
+    parts = {"name": "a diff", "error": "no file"}, weights.sketch(delta)
 
     def read_audit(folder: pathlib.Path) -> Any:
-        record, sketch = run_audit.read_record(folder, target), run_audit._sketch(folder, target)
+        record = run_audit.read_record(folder, target)
+        sketch = run_audit._sketch(folder, target, model.config)
         if record is None or sketch is None:
             raise DitError("asked again")
-        return record, sketch["x"].tolist()
+        return record, {name: values.tolist() for name, values in sketch.items()}
 
     return {
         "diff store": (write_store, read_store),

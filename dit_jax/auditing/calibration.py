@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from dit_jax.errors import DitError
+from dit_jax.formats import budgets
 from dit_jax.formats.files import file_inside, has_file, read_json_object, user_path
+from dit_jax.formats.json_shape import fits, is_count, is_number, is_switch, is_text, maybe
 from dit_jax.runtime import artifacts
 
 FORMAT = "dit_jax.calibration"
@@ -335,44 +337,35 @@ def read(path: Path, adapter_digest: str) -> dict[str, Any] | None:
         raise DitError(f"'{path}' is no calibration that this program reads: {remedy}")
     if found.get("adapter") != adapter_digest:
         raise DitError(f"'{path}' was made for another adapter: {remedy}")
-    if not _fits(found, _SHAPE):
+    if not fits(found, _SHAPE):
         raise DitError(f"'{path}' is damaged: {remedy}")
     return found
 
 
-# What a calibration must hold, since it may come with an adapter: dicts with these keys, lists of one kind, tuples of
-# several, and conditions.
+# What a calibration must hold, since it may come with an adapter.
 _MOST = 10_000  # samples and tokens that a file may ask for
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e30
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**32
+    return is_number(value) and abs(value) < 1e30
 
 
 def _is_few(value: Any) -> bool:
     return type(value) is int and 1 <= value <= _MOST
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_switch(value: Any) -> bool:
-    return isinstance(value, bool)
+def _is_question(value: Any) -> bool:
+    return is_text(value) and len(value) <= budgets.MAX_QUESTION
 
 
 _BATTERY: dict[str, Any] = {
-    "questions": [_is_text],
+    "questions": [_is_question],
     "samples": _is_few,
     "temperature": lambda x: _is_number(x) and x >= 0,
     "max_new_tokens": _is_few,
-    "forbid_repeats": _is_switch,
-    "list_evidence": _is_switch,
-    "seed": _is_count,
+    "forbid_repeats": is_switch,
+    "list_evidence": is_switch,
+    "seed": is_count,
 }
 
 
@@ -380,44 +373,42 @@ def _is_battery(value: Any) -> bool:
     """Keys of a version that had fewer may be missing, but not the questions."""
     if not isinstance(value, dict) or not value.get("questions") or value.keys() - _BATTERY.keys():
         return False
-    return _fits(value, {key: _BATTERY[key] for key in value})
+    if not fits(value, {key: _BATTERY[key] for key in value}):
+        return False
+    answers = len(value["questions"]) * value.get("samples", 1)
+    return bool(answers * value.get("max_new_tokens", 1) <= budgets.MAX_BATTERY_TOKENS)
 
 
-_RATE = {"mean": _is_number, "ci_low": _is_number, "ci_high": _is_number, "n": _is_count}
+def check_battery(told: dict[str, Any]) -> None:
+    """Raises DitError for a battery that no calibration may hold, since reading it would refuse it."""
+    if not _is_battery(told):
+        raise DitError(
+            f"a calibration asks for at most {budgets.MAX_BATTERY_TOKENS} tokens of answers about a diff, and its "
+            f"questions have at most {budgets.MAX_QUESTION} characters: ask less"
+        )
+
+
+_RATE = {"mean": _is_number, "ci_low": _is_number, "ci_high": _is_number, "n": is_count}
 _PAIR = (_is_number, _is_number)
 _THRESHOLD = {"wanted": _is_number, "above": _is_number, "false_positives": _RATE, "found": _RATE}
 _BIN = {"from": _is_number, "to": _is_number, "said": _is_number, **_RATE}
 _MAP = {
     "mean": _PAIR,
-    "std": lambda x: _fits(x, _PAIR) and min(x) > 0,
+    "std": lambda x: fits(x, _PAIR) and min(x) > 0,
     "weights": _PAIR,
     "bias": _is_number,
-    "n": _is_count,
-    "positive": _is_count,
-    "auroc": lambda x: x is None or _fits(x, _RATE),
-    "thresholds": [lambda x: x is None or _fits(x, _THRESHOLD)],
-    "reliability": [_BIN],
+    "n": is_count,
+    "positive": is_count,
+    "auroc": maybe(_RATE),
+    "thresholds": lambda x: fits(x, [maybe(_THRESHOLD)]) and len(x) <= len(RATES),
+    "reliability": lambda x: fits(x, [_BIN]) and len(x) < len(BINS),
     "calibration_error": _is_number,
 }
 _SHAPE = {
     "battery": _is_battery,
-    "system": lambda x: x is None or _is_text(x),
-    "source": _is_text,
-    "controls": _is_switch,
+    "system": maybe(_is_question),
+    "source": is_text,
+    "controls": is_switch,
     "hidden": _MAP,
     "right": _MAP,
 }
-
-
-def _fits(value: Any, shape: Any) -> bool:
-    if isinstance(shape, dict):
-        return isinstance(value, dict) and all(
-            key in value and _fits(value[key], one) for key, one in shape.items()
-        )
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(_fits(one, shape[0]) for one in value)
-    if isinstance(shape, tuple):
-        return (
-            isinstance(value, list) and len(value) == len(shape) and all(map(_fits, value, shape))
-        )
-    return bool(shape(value))

@@ -1,8 +1,7 @@
 """An audit: diffs one after the other into OUT/parts, which a killed audit keeps, then the tables and the page."""
 
+import contextlib
 import functools
-import hashlib
-import io
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 
 from dit_jax.auditing import calibration, side_by_side, weights
 from dit_jax.auditing.battery import interview, noise_of, score
+from dit_jax.auditing.records import is_record
 from dit_jax.auditing.settings import Settings
 from dit_jax.auditing.targets import Target, in_batches, reading_order
 from dit_jax.deltas.factors import changes_nothing
@@ -20,6 +20,8 @@ from dit_jax.diff_batches import even_batch, together
 from dit_jax.errors import DitError
 from dit_jax.evaluate import readers
 from dit_jax.evaluate.faithfulness import kept_layers, strongest_layers, without_words
+from dit_jax.formats.safetensors_file import SafetensorsFile
+from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.report import audit_page
 from dit_jax.runtime import artifacts, digests
 from dit_jax.runtime.outgoing import csv_text, json_text
@@ -236,19 +238,20 @@ def _part(out: Path, target: Target) -> Path:
 def read_record(out: Path, target: Target) -> Json | None:
     """The record of a diff that was audited before; None if it was not, or the part is damaged."""
     record = (read_part(_part(out, target)) or {}).get("record")
-    return record if isinstance(record, dict) and record.get("name") == target.name else None
+    return record if is_record(record) and record["name"] == target.name else None
 
 
 def _write_record(out: Path, target: Target, record: Json, sketch: weights.Sketch) -> None:
-    file = _part(out, target)
-    stored = io.BytesIO()
-    np.savez(stored, **sketch)  # type: ignore[arg-type]
-    artifacts.write_bytes(file.with_suffix(".npz"), stored.getvalue())
-    write_part(file, {"record": _finite(record), "sketch": _digest(stored.getvalue())})
+    from safetensors.numpy import save_file
+
+    file, stored = _part(out, target), _stored_sketch(out, target)
+    with artifacts.atomic_file(stored) as temporary:
+        save_file(sketch, temporary)
+    write_part(file, {"record": _finite(record), "sketch": artifacts.digest_file(stored)})
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _stored_sketch(out: Path, target: Target) -> Path:
+    return _part(out, target).with_suffix(".safetensors")
 
 
 def _finite(value: Any) -> Any:
@@ -260,15 +263,19 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _sketch(out: Path, target: Target) -> weights.Sketch | None:
+def _sketch(out: Path, target: Target, config: DecoderConfig) -> weights.Sketch | None:
     """None if it is damaged: it only tells which diffs are alike."""
-    file = _part(out, target)
-    found, stored = read_part(file), file.with_suffix(".npz")
-    data = stored.read_bytes() if stored.is_file() else b""
-    if not found or _digest(data) != found.get("sketch"):
+    found, stored = read_part(_part(out, target)), _stored_sketch(out, target)
+    if not found or not stored.is_file() or artifacts.digest_file(stored) != found.get("sketch"):
         return None
-    with np.load(io.BytesIO(data), allow_pickle=False) as opened:
-        return dict(opened)
+    shapes = weights.sketch_shapes(config)
+    with contextlib.suppress(DitError):
+        file = SafetensorsFile(stored)
+        if all(file.shape(x) == shapes.get(x) and file.dtype(x) == np.float32 for x in file.names):
+            sketch = {name: file.read(name) for name in file.names}
+            if all(np.isfinite(one).all() for one in sketch.values()):
+                return sketch
+    return None
 
 
 # ------------------------------------------------------------------ what it leaves
@@ -278,7 +285,8 @@ def finish(
     settings: Settings, targets: Sequence[Target], records: Sequence[Json], out: Path
 ) -> list[Json]:
     """Adds what needs all diffs, and writes audit.jsonl, audit.csv and audit.html."""
-    alike = weights.cosines([_sketch(out, target) for target in targets])
+    config = settings.model.config
+    alike = weights.cosines([_sketch(out, target, config) for target in targets])
     known, rows = settings.calibration, []
     for i, record in enumerate(records):
         row = dict(record)

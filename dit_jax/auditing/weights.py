@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from dit_jax.deltas.factors import modules, moments
+from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Delta
+from dit_jax.models.modules import all_modules
 
 SKETCH = 16  # random directions on each side of a module: cosines are right to about 0.01
 Sketch = dict[str, np.ndarray]
@@ -129,6 +131,14 @@ def sketch(delta: Delta) -> Sketch:
             seen = (left.swapaxes(1, 2) @ a) @ (b @ right) / SKETCH
         found[name] = seen.astype(np.float32)
     return found
+
+
+def sketch_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each entry that a sketch of a diff of this model may have."""
+    return {
+        ".".join(path): (module.layers or 1, SKETCH, SKETCH if len(module.shape) == 2 else 1)
+        for path, module in all_modules(config).items()
+    }
 
 
 @functools.cache

@@ -63,6 +63,7 @@ def run(flags: argparse.Namespace) -> None:
             f"there is no calibration of these questions at '{path}': run the same command without --test, on diffs of "
             "the adapter's own kind"
         )
+    calibration.check_battery(settings.battery.to_json())
     targets = list_targets(flags.diffs, model, flags.split)
     known = measure(settings, targets)
     if settings.calibration is not None:

@@ -19,6 +19,7 @@ from dit_jax.data.kinds import Kind, get_kind
 from dit_jax.data.labels import called_none, normalise
 from dit_jax.data.sources import Source, open_source
 from dit_jax.errors import DitError, did_you_mean
+from dit_jax.formats import budgets
 from dit_jax.runtime.outgoing import from_cell
 
 SHOWN_PROBLEMS = 5
@@ -155,6 +156,8 @@ class _Reader:
     columns: Mapping[str, str]
     groups: dict[str, Group] = dataclasses.field(default_factory=dict)
     names: list[str] = dataclasses.field(default_factory=list)
+    size: int = 0  # bytes of the sources that were read
+    held: int = 0  # bytes that rows and topics take beside their texts
     problems: Problems = dataclasses.field(default_factory=Problems)
 
     def _column_map(self, source: Source, split_column: str) -> dict[str, str]:
@@ -183,10 +186,19 @@ class _Reader:
             )
         return {name: column for name, column in mapped.items() if column in source.columns}
 
+    def _hold(self, source: Source, count: int) -> None:
+        """Raises DitError: small files ask for more memory than theirs."""
+        self.held += count
+        if self.held > budgets.held_bytes(self.size):
+            raise DitError(
+                f"'{source.name}' has more rows or topics than {self.size / 1e6:.1f} MB of files may: write fewer"
+            )
+
     def read(self, source: Source, split_column: str, given: str | None) -> None:
         """Adds the rows of a source to the groups of their labels. given: their split, if it is known."""
         problems, mapped = self.problems, self._column_map(source, split_column)
         self.names.append(source.name)
+        self.size += source.size
         columns = tuple(mapped)
         # JSON lines may bring an optional column after the rows that told which there are.
         late = [name for name in self.kind.optional if name not in mapped]
@@ -194,6 +206,7 @@ class _Reader:
         shared: dict[str, str] = {}
         for record in source.read({*mapped.values(), *([split_column] if split_column else [])}):
             where = f"{source.name}:{record.number}"
+            self._hold(source, budgets.ROW_BYTES)
             if record.problem:
                 problems.add(where, record.problem)
                 continue
@@ -221,6 +234,8 @@ class _Reader:
                 _check_split(split, where, split_column, problems)
             if problems.count > before:
                 continue
+            if label not in self.groups:
+                self._hold(source, budgets.GROUP_BYTES)
             group = self.groups.setdefault(
                 label, Group(label, TextRows(columns, self.names), split)
             )
@@ -239,6 +254,7 @@ class _Reader:
         groups, problems = self.groups, self.problems
         seen: dict[str, tuple[str, str]] = {}
         for source in open_source(spec):
+            self.size += source.size
             label_column = "topic" if "topic" in source.columns else self.kind.label
             for name in (label_column, "split"):
                 if name not in source.columns:
@@ -248,6 +264,7 @@ class _Reader:
                     )
             for record in source.read({label_column, "split", "trigger"}):
                 where = f"{source.name}:{record.number}"
+                self._hold(source, budgets.ROW_BYTES)
                 if record.problem:
                     problems.add(where, record.problem)
                     continue
@@ -255,6 +272,8 @@ class _Reader:
                 label = " ".join(said.split())
                 split = _as_text(record.values.get("split")) or ""
                 _check_split(split, where, "split", problems)
+                if label not in seen:
+                    self._hold(source, budgets.GROUP_BYTES)
                 earlier, at = seen.setdefault(label, (split, where))
                 if earlier != split:
                     problems.add(where, f"'{label}' is in {split} here and in {earlier} at {at}")

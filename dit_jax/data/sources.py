@@ -25,12 +25,13 @@ from typing import Any
 from dit_jax.data.dataset_folder import check_hf, check_tfds, is_on_disk
 from dit_jax.errors import DitError, did_you_mean, first_line
 from dit_jax.formats import budgets
-from dit_jax.formats.files import short, user_path
+from dit_jax.formats.files import short, user_path, walk
 from dit_jax.formats.json_parser import BadJson, parse_json
 from dit_jax.formats.recognise import HEAD_BYTES, what_separator, what_table
 
 _ROWS = 16  # of Parquet, held at once: each may be as long as MAX_FIELD
 MAX_COLUMNS = 1_000
+UNKNOWN = 2**62  # bytes: more than any corpus
 MAX_FIELD = 2**24  # characters of one CSV field: a stray quote must not swallow a file of gigabytes
 
 
@@ -47,12 +48,14 @@ class Record:
 class Source:
     """A table that can be read any number of times.
 
-    name: for messages. columns: their names. read: yields rows that hold at least the given columns.
+    name: for messages. columns: their names. read: yields rows that hold at least the given columns. size: bytes on the
+    disk, `UNKNOWN` of what the hub has.
     """
 
     name: str
     columns: tuple[str, ...]
     read: Callable[[Collection[str]], Iterator[Record]]
+    size: int = UNKNOWN
 
 
 def open_source(spec: str, *, streaming: bool = False) -> list[Source]:
@@ -140,7 +143,7 @@ def _csv(path: Path) -> Source:
             values = {} if problem else dict(zip(header, fields, strict=True))
             yield Record(number, values, problem)
 
-    return Source(str(path), names, read)
+    return Source(str(path), names, read, path.stat().st_size)
 
 
 def _json_lines(path: Path) -> Source:
@@ -170,7 +173,7 @@ def _json_lines(path: Path) -> Source:
         columns |= dict.fromkeys(record.values)
     if not columns:
         raise DitError(f"'{path}' holds no JSON object: write one object per line")
-    return Source(str(path), _columns(path, columns), read)
+    return Source(str(path), _columns(path, columns), read, path.stat().st_size)
 
 
 def _columns(path: Path | str, names: Collection[str]) -> tuple[str, ...]:
@@ -232,7 +235,7 @@ def _parquet(path: Path) -> Source:
                 f"cannot read '{path}' after row {number}: {first_line(error)}"
             ) from error
 
-    return Source(str(path), names, read)
+    return Source(str(path), names, read, path.stat().st_size)
 
 
 def _is_plain(kind: Any) -> bool:
@@ -298,6 +301,11 @@ def _name_and_split(spec: str) -> tuple[str, str]:
     return (head, split) if at and "/" not in split else (name, "")
 
 
+def _size(folder: Path) -> int:
+    """Bytes of a local folder, `UNKNOWN` where there is none."""
+    return sum(file.stat().st_size for file in walk(folder)) if folder.is_dir() else UNKNOWN
+
+
 def _one_split(spec: str, splits: Collection[str]) -> str:
     if len(splits) == 1:
         return next(iter(splits))
@@ -361,7 +369,7 @@ def _hugging_face(spec: str, streaming: bool) -> Source:
                 return
             yield _checked(number, {key: _named(classes, key, values[key]) for key in values})
 
-    return Source(spec, names, read)
+    return Source(spec, names, read, _size(folder))
 
 
 def _tfds(spec: str) -> Source:
@@ -405,7 +413,7 @@ def _tfds(spec: str) -> Source:
             decoded = all(_decoded(value) for value in row.values() if isinstance(value, str))
             yield _checked(index + 1, row) if decoded else Record(index + 1, {}, "not UTF-8")
 
-    return Source(spec, names, read)
+    return Source(spec, names, read, _size(folder))
 
 
 def _classes(features: Mapping[str, Any], kind: Any) -> dict[str, Sequence[str]]:

@@ -11,7 +11,7 @@ TOKENIZER_BYTES = 512 * 2**20  # memory that rendering and cutting texts may tak
 TOKENIZER_BYTES_PER_BYTE = 32  # of its files, while a tokenizer is loaded
 TOKENIZER_SECONDS = 2.0  # of CPU time, for one text, which takes milliseconds
 CHARACTERS_PER_SECOND = 50_000  # longer texts may take longer
-LOADING_SECONDS = 60.0
+LOADING_SECONDS = 25.0  # the largest vocabularies take three
 MAX_TOKENS = 4_000_000  # of one text
 MAX_REPLY_BYTES = 128 * 2**20
 MAX_TOKENIZERS = 32  # kept in the process; others are loaded again when they are asked for
@@ -25,9 +25,16 @@ GGUF_ENTRY = 700  # bytes that the library `gguf` takes for each entry of a list
 # A compressed table unpacks to more; texts compress to a tenth, more rarely.
 TABLE_TIMES = 64
 
+ROW_BYTES = 128  # that a row of a corpus takes beside its texts
+GROUP_BYTES = 1_024  # and a topic
+
 MAX_FOLDER_DEPTH = 32
 MAX_FOLDER_ENTRIES = 200_000
 MAX_LAYER_PATTERNS = 64  # of PEFT's layers_pattern
+
+# What a calibration, which comes with an adapter, makes an audit ask.
+MAX_BATTERY_TOKENS = 100_000  # of all answers about a diff; a default battery takes 80
+MAX_QUESTION = 10_000  # characters
 
 
 def held_bytes(size: int) -> int:

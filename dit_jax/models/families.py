@@ -138,6 +138,9 @@ def _write_qwen2(config: DecoderConfig) -> dict[str, Any]:
 
 def _read_llama(raw: dict[str, Any], where: str) -> dict[str, Any]:
     _check_activation(raw, where)
+    # transformers makes its cache by them.
+    if raw.get("layer_types") not in (None, [], [_FULL] * raw["num_hidden_layers"]):
+        raise DitError(f"{where}: a Llama whose 'layer_types' has windows is not supported")
     attention = (*_QKV, "o_proj") if raw.get("attention_bias") else ()
     mlp = ("gate_proj", "up_proj", "down_proj") if raw.get("mlp_bias") else ()
     return {"qk_norm": False, "biases": (*attention, *mlp)}

@@ -12,10 +12,11 @@ import dit_jax
 from dit_jax.auditing import calibration, run_audit
 from dit_jax.auditing.battery import Battery
 from dit_jax.auditing.targets import Target
+from dit_jax.auditing.weights import sketch
 from dit_jax.deltas import store
 from dit_jax.deltas.adapter_file import export_adapter
 from dit_jax.runtime import artifacts
-from tools.hostile.common import factors_of, small_lora, small_model, values_of
+from tools.hostile.common import CONFIG, factors_of, small_lora, small_model, values_of
 
 
 def make_store(folder: Path) -> None:
@@ -80,14 +81,18 @@ def read_calibration(folder: Path) -> Any:
 
 
 _TARGET = Target("a diff", "no file")
+_RECORD = {"name": "a diff", "error": "no file"}
 
 
 def make_audit(folder: Path) -> None:
     folder.mkdir()
-    run_audit._write_record(folder, _TARGET, {"name": "a diff", "x": 0.5}, {"x": np.ones(9)})
+    run_audit._write_record(folder, _TARGET, _RECORD, sketch(small_lora()))
 
 
 def read_audit(folder: Path) -> Any:
     """A part that is damaged is asked again."""
-    record, sketch = run_audit.read_record(folder, _TARGET), run_audit._sketch(folder, _TARGET)
-    return (record or {"name": "a diff", "x": 0.5}), (sketch or {"x": np.ones(9)})["x"].sum()
+    record, seen = (
+        run_audit.read_record(folder, _TARGET),
+        run_audit._sketch(folder, _TARGET, CONFIG),
+    )
+    return record or _RECORD, values_of((seen or sketch(small_lora())).values())
