@@ -123,6 +123,11 @@ def test_absent_entries_of_a_llama_are_those_of_transformers():
         ({"is_causal": None}, "is_causal None"),
         ({"per_layer_config": {"0": {"rope_theta": 5.0}}}, "per_layer_config"),
         ({"layer_types": ["sliding_attention"] * 32, "sliding_window": 8}, "a Llama whose 'layer_"),
+        (
+            {"rope_scaling": YARN, "original_max_position_embeddings": 77},
+            "'original_max_position_embeddings' of the rope scaling differs from that at top level",
+        ),
+        ({"rope_scaling": {"type": "yarn"}, "factor": 8.0}, "needs a positive number as 'factor'"),
         ({"rope_scaling": {"type": "linear", "factor": False}}, "'factor', not False"),
         ({"rope_scaling": {"type": "linear", "factor": True}}, "'factor', not True"),
         ({"rope_scaling": {**YARN, "truncate": 1}}, "true or false as 'truncate'"),

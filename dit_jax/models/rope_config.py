@@ -19,6 +19,11 @@ SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+_BEFORE = "original_max_position_embeddings"
+# What may also stand at the top level of config.json.
+_OUTSIDE = ("rope_theta", "partial_rotary_factor", _BEFORE)
+
+
 def read_rope(raw: dict[str, Any], where: str) -> tuple[float, Scaling]:
     """(theta, scaling) of a config.json, as written before ("rope_theta", "rope_scaling") and since transformers 5.
 
@@ -39,7 +44,12 @@ def read_rope(raw: dict[str, Any], where: str) -> tuple[float, Scaling]:
             raise DitError(
                 f"{where}: 'rope_parameters' and 'rope_scaling' have different {name!r}: remove one of them"
             )
-    given = {**raw, **scaling, **parameters}
+    outside = {name: raw[name] for name in _OUTSIDE if raw.get(name) is not None}
+    given = {**outside, **scaling, **parameters}
+    if outside.get(_BEFORE, given.get(_BEFORE)) != given.get(_BEFORE):
+        raise DitError(
+            f"{where}: {_BEFORE!r} of the rope scaling differs from that at top level: remove one of them"
+        )
     theta = given.get("rope_theta")
     if not isinstance(theta, int | float) or isinstance(theta, bool) or not 0 < theta < 1e30:
         raise DitError(f"{where}: no usable 'rope_theta' at top level or in 'rope_parameters'")
@@ -68,7 +78,7 @@ def _read_scaling(
         known = ", ".join(SCALINGS)
         raise DitError(f"{where}: rope scaling of type {kind!r} is not supported, only {known}")
     needed, optional = SCALINGS[kind]
-    given = {"original_max_position_embeddings": longest, **given}
+    given = {_BEFORE: longest, **given}
     values: dict[str, Any] = {"rope_type": kind}
     for name in (*needed, *optional):
         value: Any = given.get(name)
