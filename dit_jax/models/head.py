@@ -86,7 +86,7 @@ def to_hidden(
     def at_once() -> jax.Array:
         return product(0, vocab, weight)
 
-    if config.tie_word_embeddings and prefers_chunks(vocab):
+    if config.tie_word_embeddings and dtype == jnp.float32 and prefers_chunks(vocab):
         return jax.lax.platform_dependent(cpu=in_chunks, default=at_once)
     return at_once()
 
