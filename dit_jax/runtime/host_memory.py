@@ -11,25 +11,34 @@ import jax
 # mallopt's parameters (malloc.h), and their values in bytes.
 _TRIM_THRESHOLD = -1
 _MMAP_THRESHOLD = -3
-_LARGEST_KEPT = 64 << 20  # the most that the heap of a thread can hold
+_ARENA_MAX = -8
+_MOST = 2**31 - 1  # of an int
+_HEAP_OF_A_THREAD = 64 << 20
 _KEPT_FREE = 128 << 20
+_FEW_CORES = 8
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _LONG = 0.5  # seconds
 
 
 def keep_freed() -> None:
-    """Keeps the memory of freed arrays of up to 64 MiB for later ones.
+    """Keeps the memory of freed arrays for later ones.
 
     A compiled program on a CPU allocates its temporaries in every call. By default glibc gives that memory back to the
-    system and asks for it again, and the system clears every page, which takes a third of a small adapter step
-    (docs/performance.md). Settings in the environment (MALLOC_…_, GLIBC_TUNABLES) take precedence.
+    system and asks for it again, and the system clears every page, which takes a fifth to a third of an adapter step
+    (docs/performance.md). Large temporaries fit only into a heap that all threads share. With many cores, threads would
+    wait for each other there, so each keeps its own and arrays of up to 64 MiB. Settings in the environment (MALLOC_…_,
+    GLIBC_TUNABLES) take precedence.
     """
     said = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     mallopt = _glibc("mallopt")
     if mallopt and not said:
-        mallopt(ctypes.c_int(_MMAP_THRESHOLD), ctypes.c_int(_LARGEST_KEPT))
-        mallopt(ctypes.c_int(_TRIM_THRESHOLD), ctypes.c_int(_KEPT_FREE))
+        shared = (os.cpu_count() or 1) <= _FEW_CORES
+        if shared:
+            mallopt(ctypes.c_int(_ARENA_MAX), ctypes.c_int(1))
+        largest = _MOST if shared else _HEAP_OF_A_THREAD
+        mallopt(ctypes.c_int(_MMAP_THRESHOLD), ctypes.c_int(largest))
+        mallopt(ctypes.c_int(_TRIM_THRESHOLD), ctypes.c_int(_MOST if shared else _KEPT_FREE))
 
 
 @functools.cache
