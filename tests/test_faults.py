@@ -30,6 +30,7 @@ from dit_jax.runtime import artifacts, interrupts, parallel, preemption
 from dit_jax.train import dit
 from dit_jax.train.checkpoints import Checkpoints
 from tools import small_run
+from tools.watching import peak, reset_peak
 
 METHODS = ("--config.stages=('diffs','train','evaluate')", "--config.evaluate.methods=('dit',)")
 
@@ -112,6 +113,7 @@ def test_sigterm_ends_a_computation_that_python_waits_for(tmp_path):
 import jax, jax.numpy as jnp
 from dit_jax.runtime import preemption
 from tools import small_run
+from tools.watching import peak, reset_peak
 endless = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 2, jnp.sin, x))
 with preemption.listen():
     print("ready", flush=True)
@@ -314,6 +316,19 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_newest_good_one_used(
     empty(saved / "8")
     assert restored(saved)[0] == 6
     assert names(saved) == ["6", "damaged-4", "damaged-8", "damaged-8.2"]
+
+
+def test_a_checkpoint_of_other_arrays_is_moved_aside_before_they_are_read(saved, capfd):
+    """A few bytes may unpack to any size."""
+    checkpoints = Checkpoints(saved, keep=3, data="d")
+    huge = {"w": jnp.zeros((9_000, 9_000)), "count": jnp.asarray(6, jnp.int32)}
+    checkpoints.save(6, huge, {"at": 6})
+    checkpoints.close()
+    del huge
+    before = reset_peak()
+    assert restored(saved)[0] == 4
+    assert peak() - before < 100 * 2**20
+    assert "6' is not used (its arrays have other shapes)" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])

@@ -122,12 +122,16 @@ class Checkpoints:
 
     def _load(self, step: int, abstract: Any) -> tuple[Any, Any, "_Problem | None"]:
         try:
-            metadata = self._checkpointer.metadata(step).custom_metadata
+            described = self._checkpointer.metadata(step)
+            metadata = described.custom_metadata
             if metadata.get("data", self._data) != self._data:
                 return None, None, _Problem("other-data", "it was trained on other diffs")
             if not {"digests", "iterator"} <= metadata.keys():
                 return None, None, _Problem("damaged", "it has no digests")
+            _check_sizes(described.metadata, abstract)
             state = self._checkpointer.load(step, abstract)
+            if list(map(np.shape, jax.tree.leaves(state))) != _shapes(abstract):
+                return None, None, _Problem("damaged", _OTHER_SHAPES)
             found, saved = _digests(state, metadata["iterator"]), metadata["digests"]
             for name in sorted(found.keys() | saved.keys()):
                 if found.get(name) != saved.get(name):
@@ -168,6 +172,25 @@ class Checkpoints:
             # It would raise again for a failed save, which `wait` has reported.
             with contextlib.suppress(Exception):
                 self._checkpointer.close()
+
+
+_OTHER_SHAPES = "its arrays have other shapes"
+
+
+def _shapes(tree: Any) -> list[tuple[int, ...]]:
+    return [tuple(leaf.shape) for leaf in jax.tree.leaves(tree)]
+
+
+def _check_sizes(stored: Any, abstract: Any) -> None:
+    """Refuses other arrays before they are read, and chunks larger than their array: Orbax unpacks all of them whole,
+    so that a few bytes could fill any memory. Raises ValueError.
+    """
+    if sorted(_shapes(stored)) != sorted(_shapes(abstract)):
+        raise ValueError(_OTHER_SHAPES)
+    for leaf in jax.tree.leaves(stored):
+        chunk = leaf.storage_metadata.chunk_shape
+        if any(c > n for c, n in zip(chunk, leaf.shape, strict=True)):
+            raise ValueError("its chunks are larger than its arrays")
 
 
 def _digests(state: Any, iterator_state: Any) -> dict[str, str]:
