@@ -221,6 +221,17 @@ def test_a_tokenizer_that_panics_or_takes_too_much_is_one_line(
     assert peak_of_children() <= most_memory
 
 
+def test_a_tokenizer_that_cuts_at_random_is_refused(base):
+    vocabulary = json.loads((base / "tokenizer.json").read_text())["model"]["vocab"]
+    model = {"type": "BPE", "vocab": vocabulary, "merges": [], "unk_token": next(iter(vocabulary))}
+    for dropout in (None, 0.5):
+        change(base / "tokenizer.json", model={**model, "dropout": dropout})
+        if dropout is None:
+            assert chat.load_chat(base).text_ids("tea")
+    with pytest.raises(DitError, match="cannot be read: its dropout cuts a text another way"):
+        chat.load_chat(base)
+
+
 NO_LENGTHS = ["many", -1, 0, [], {}]
 
 

@@ -71,6 +71,8 @@ def _answer(request: dict[str, Any], tokenizers: dict[int, tuple[Any, Template]]
         path = pathlib.Path(request["path"])
         _limit_memory(budgets.tokenizer_bytes(path))
         tokenizer = _load(path)
+        if getattr(tokenizer.backend_tokenizer.model, "dropout", None):
+            raise ValueError("its dropout cuts a text another way each time: set it to null")
         tokenizers[key] = tokenizer, Template(tokenizer)
         _limit_memory(budgets.TOKENIZER_BYTES)
         return _facts(tokenizer)
