@@ -81,7 +81,8 @@ def zoo(model, tmp_path_factory):
 
 def run(zoo, out, *diffs, code=0, adapter=True, rest=()):
     flags = ["--base", "tiny_qwen3", "--out", str(out), "--max-new-tokens", "3"]
-    flags += ["--questions", str(zoo / "questions"), "--everyday", str(zoo / "everyday")]
+    flags += ["--everyday", str(zoo / "everyday")]
+    flags += [] if "--questions" in rest else ["--questions", str(zoo / "questions")]
     flags += ["--adapter", str(zoo / "adapter.pt")] if adapter else []
     assert audit_diffs.main([*flags, *map(str, rest), *map(str, diffs)]) == code
 
