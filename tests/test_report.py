@@ -278,6 +278,28 @@ def test_answers_without_dit_are_refused(tmp_path):
         write_report(workdir)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("evaluate/capability.json", {"facts": 3, "base_right": 2, "kept": []}),
+        ("evaluate/capability.json", {"kept": [0.5]}),
+        ("evaluate/capability.json", {"facts": 3, "base_right": 2, "kept": [[1], "x"]}),
+        ("evaluate/excluded.json", {"held_out": "x"}),
+        ("evaluate/excluded.json", {"held_out": float("inf")}),
+        ("evaluate/cost.json", {"methods": {"dit": {"seconds": "x"}}}),
+        ("evaluate/gating_by_variant.json", {"named": {"right_code": ["x"]}}),
+        ("config.json", {"diffs": "x"}),
+        ("config.json", {"diffs": {"gate": []}}),
+        ("config.json", {"train": [1]}),
+    ],
+)
+def test_values_of_another_kind_are_named_by_file(tmp_path, name, value):
+    workdir = make_workdir(tmp_path, n=4)
+    (workdir / name).write_text(json.dumps(value))
+    with pytest.raises(DitError, match=f"{Path(name).name}' has no valid values"):
+        write_report(workdir)
+
+
 def test_numbers_that_are_not_finite_are_refused(tmp_path):
     workdir = make_workdir(tmp_path, n=4)
     file = workdir / "evaluate/label_cross_entropy.json"

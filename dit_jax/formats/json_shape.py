@@ -27,6 +27,19 @@ def maybe(shape: Shape) -> Shape:
     return lambda value: value is None or fits(value, shape)
 
 
+def each(shape: Shape) -> Shape:
+    """A dict whose values have this shape, whatever its keys."""
+    return lambda value: isinstance(value, dict) and all(fits(one, shape) for one in value.values())
+
+
+def optional(**shapes: Shape) -> Shape:
+    """A dict in which these keys may be missing."""
+    return lambda value: (
+        isinstance(value, dict)
+        and all(fits(value[key], shape) for key, shape in shapes.items() if key in value)
+    )
+
+
 def is_number(value: Any) -> bool:
     """A finite number, no larger than a float."""
     if type(value) is int:

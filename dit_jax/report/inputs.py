@@ -1,6 +1,5 @@
 """What the evaluate stage left in a workdir, read and checked."""
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from dit_jax.errors import DitError
 from dit_jax.evaluate.method_table import EVALUATION_FORMAT, GROUPS
 from dit_jax.formats.json_parser import parse_json
+from dit_jax.formats.json_shape import Shape, each, fits, is_number, is_text, maybe, optional
 from dit_jax.runtime.artifacts import MANIFEST, PathLike, read_json, read_manifest, read_text
 
 Row = dict[str, Any]
@@ -32,6 +32,32 @@ _CROSS_ENTROPIES = ("matched", "shuffled", "noise", "none")
 _SINCE = ("layers", "words")  # which older runs do not have
 _GATING = ("right_code", "wrong_code", "no_code")
 _CURVES = ("adapter_loss", "diff_loss")
+
+
+_METHOD_COST = {
+    "seconds": is_number,
+    "answers": is_number,
+    "prompt_tokens": is_number,
+    "tokens": is_number,
+}
+# Files that an evaluation may lack, or leave empty.
+_OPTIONAL: dict[str, Shape] = {
+    "capability": {
+        "facts": is_number,
+        "base_right": is_number,
+        "kept": lambda x: fits(x, [is_number]) and len(x) > 0,
+    },
+    "cost": optional(
+        device={"kind": is_text, "count": is_number},
+        bytes=each(is_number),
+        parameters=each(is_number),
+        methods=each(_METHOD_COST),
+    ),
+    "excluded": each(maybe(is_number)),
+    "gating_by_variant": each(each([is_number])),
+}
+_LIMIT = lambda x: type(x) in (int, float)  # noqa: E731  which may be infinite
+_CONFIG = optional(data={}, diffs=optional(gate=each(_LIMIT)), train={}, evaluate={})
 
 
 @dataclass(frozen=True)
@@ -86,9 +112,9 @@ def read_inputs(workdir: PathLike) -> Inputs:
     rows = _lines(answers, "not JSON", _answer)
     if not any(row["method"] == "dit" and row["category"] == "topic" for row in rows):
         raise DitError(f"'{answers}' holds no answer of the method 'dit' on a topic: {_REMEDY}")
-    optional = {
-        name: _object(file) if (file := folder / f"{name}.json").exists() else {}
-        for name in ("capability", "cost", "excluded", "gating_by_variant")
+    may_lack = {
+        name: _fitting(file, shape) if (file := folder / f"{name}.json").exists() else {}
+        for name, shape in _OPTIONAL.items()
     }
     entropies = folder / "label_cross_entropy.json"
     more = [name for name in _SINCE if name in _object(entropies)]
@@ -99,13 +125,13 @@ def read_inputs(workdir: PathLike) -> Inputs:
         gating=_table(folder / "gating.json", _GATING, least=0),
         curves=_table(folder / "curves.json", _CURVES, _is_point, least=0),
         stages=_stages(workdir / "stages"),
-        config=_object(workdir / "config.json"),
+        config=_fitting(workdir / "config.json", _CONFIG),
         versions=_object(workdir / "versions.json"),
         # Without a guesser there are no transcripts.
         transcripts=_lines(transcripts, "no transcript", _transcript)
         if transcripts.exists()
         else [],
-        **optional,
+        **may_lack,
     )
 
 
@@ -141,13 +167,6 @@ def _transcript(row: Any, where: str) -> Row:
     return {**texts, "exchanges": exchanges}
 
 
-def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number."""
-    if isinstance(value, int) and value.bit_length() > 1000:  # no float
-        return False
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def _is_point(item: Any) -> bool:
     return isinstance(item, list) and len(item) == 2 and all(map(is_number, item))
 
@@ -168,6 +187,13 @@ def _object(path: Path, remedy: str = _REMEDY) -> Json:
     value = read_json(path, remedy)
     if not isinstance(value, dict):
         raise DitError(f"'{path}' is not a JSON object: delete it and {remedy}")
+    return value
+
+
+def _fitting(path: Path, shape: Shape) -> Json:
+    value = _object(path)
+    if value and not fits(value, shape):
+        raise DitError(f"'{path}' has no valid values: delete it and {_REMEDY}")
     return value
 
 

@@ -7,7 +7,8 @@ import numpy as np
 
 from dit_jax.data import labels
 from dit_jax.errors import DitError
-from dit_jax.report.inputs import Inputs, Json, Row, is_number, seen, variant, variants
+from dit_jax.formats.json_shape import is_number
+from dit_jax.report.inputs import Inputs, Json, Row, seen, variant, variants
 from dit_jax.report.statistics import (
     Estimate,
     bootstrap_mean,

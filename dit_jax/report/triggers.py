@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dit_jax.report.inputs import Json, Row, is_number
+from dit_jax.formats.json_shape import is_number
+from dit_jax.report.inputs import Json, Row
 from dit_jax.report.statistics import Estimate, bootstrap_mean
 
 PASSED = 0.9  # the share of diffs with a topic that pass the threshold of the false alarms
