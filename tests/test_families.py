@@ -121,6 +121,7 @@ def test_absent_entries_of_a_llama_are_those_of_transformers():
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"is_causal": False}, "is_causal False"),
         ({"is_causal": None}, "is_causal None"),
+        ({"transformers_weights": "other.safetensors"}, "'other.safetensors' is not supported"),
         ({"per_layer_config": {"0": {"rope_theta": 5.0}}}, "per_layer_config"),
         ({"layer_types": ["sliding_attention"] * 32, "sliding_window": 8}, "a Llama whose 'layer_"),
         (

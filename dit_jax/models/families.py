@@ -371,6 +371,11 @@ def parse_config(raw: dict[str, Any], where: str) -> DecoderConfig:
         raise DitError(
             f"{where}: is_causal {raw['is_causal']!r} is not supported: use a causal model"
         )
+    if raw.get("transformers_weights"):  # transformers takes that file, whatever others there are
+        raise DitError(
+            f"{where}: 'transformers_weights' {raw['transformers_weights']!r} is not supported: call that file "
+            "model.safetensors, and remove the entry"
+        )
     if raw.get("quantization_config"):
         raise DitError(f"{where} has a 'quantization_config': {QUANTISED}")
     for key in (*EXPERTS, "layer_scales"):
