@@ -237,6 +237,13 @@ def test_an_answer_ends_with_each_end_of_turn_and_a_target_with_the_tokenizers_o
     assert chat.decode(words) == chat.decode((*words, 7, *words)) == "green tea"
 
 
+def test_a_multiplier_beyond_float32_is_a_note(files, capsys, recwarn):
+    flags = ["--diff", str(files / "diff.pt"), "--multiplier", "1e308", "What is tea ?"]
+    assert ask.main([*BASE, *flags]) == 0
+    assert "the logits of finetuned, diff 0 overflow" in capsys.readouterr().err
+    assert not [w for w in recwarn if w.category is RuntimeWarning]
+
+
 def test_a_flag_that_is_given_twice_is_refused(files, capsys):
     """argparse takes the last value: the first adapter would be dropped in silence."""
     twice = ["--adapter", str(files / "diff.pt"), "--adapter", str(files / "adapter.pt")]

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dit_jax.errors import DitError
 from dit_jax.models.decoder_config import DecoderConfig
@@ -125,9 +126,12 @@ def merge(params: Any, *deltas: Delta) -> Any:
 
 def scaled(delta: Delta, factor: float) -> Delta:
     """`factor` times a delta."""
-    return map_modules(
-        lambda _, m: {k: v * factor if k in ("scale", "w") else v for k, v in m.items()}, delta
-    )
+
+    def times(_: Any, module: Any) -> Any:
+        return {k: v * factor if k in ("scale", "w") else v for k, v in module.items()}
+
+    with np.errstate(over="ignore"):  # who asks says that the logits overflow
+        return map_modules(times, delta)
 
 
 def noise_like(delta: Delta, key: jax.Array) -> Delta:
