@@ -53,6 +53,11 @@ def test_a_platform_that_is_not_there_is_named(platform):
     assert status == 2 and f"JAX_PLATFORMS='{platform}'" in said and "dit_jax[gpu]" in said
 
 
+def test_jax_in_64_bits_is_one_line():
+    status, said = program("-m", "dit_jax.ask", "--base", "tiny_qwen3", "hello", JAX_ENABLE_X64="1")
+    assert status == 2 and said.strip().endswith("unset JAX_ENABLE_X64") and "Traceback" not in said
+
+
 @pytest.mark.parametrize(
     ("main", "flags", "said"),
     [
