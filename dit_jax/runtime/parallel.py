@@ -38,7 +38,7 @@ FREE = PartitionSpec.UNCONSTRAINED  # in `constrain`: the partitioner decides ho
 
 def find_devices() -> list[Any]:
     """All devices of all processes. Raises DitError: jax, or this program, cannot use what the environment asks for."""
-    if jax.config.jax_enable_x64:
+    if jax.dtypes.canonicalize_dtype("int64") == "int64":
         raise DitError("jax is set to 64 bits, and models here have 32 or 16: unset JAX_ENABLE_X64")
     try:
         return jax.devices()
