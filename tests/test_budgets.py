@@ -1,6 +1,8 @@
 """What reading a stranger's file may take follows from its size: small files that ask for much are refused."""
 
+import errno
 import json
+import pathlib
 import time
 
 import jax
@@ -10,6 +12,7 @@ import pytest
 
 import dit_jax
 from dit_jax.auditing.targets import Target
+from dit_jax.deltas.detect import list_diffs
 from dit_jax.deltas.export import export_model
 from dit_jax.deltas.factors import Factors, stack_factors
 from dit_jax.deltas.peft_config import PeftOptions
@@ -75,6 +78,23 @@ def test_folders_deep_in_each_other_are_refused(tmp_path):
     with pytest.raises(DitError, match="folders more than 32 deep"):
         check_tree(tmp_path)
     assert Target("x", str(tmp_path)).key()  # of a diff with such folders beside its weights
+    assert Target("x", "x" * 5_000).key()  # a line of a list
+
+
+def test_a_folder_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    usual = pathlib.Path.is_dir
+
+    def refused(path, *args, **kwargs):
+        if path.name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return usual(path, *args, **kwargs)
+
+    monkeypatch.setattr(pathlib.Path, "is_dir", refused)
+    for read in (check_tree, list_diffs):
+        with pytest.raises(DitError, match="cannot read '.*': [Pp]ermission denied"):
+            read(tmp_path)
+    assert Target("x", str(tmp_path)).key()
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])

@@ -43,7 +43,7 @@ class Target:
                 if file.is_file():
                     state = file.stat()
                     facts.append(f"{file}:{state.st_size}:{state.st_mtime_ns}")
-        except DitError as problem:
+        except (DitError, OSError) as problem:  # such as a name that is too long
             facts.append(str(problem))
         return hashlib.sha256("\n".join(facts).encode(errors="backslashreplace")).hexdigest()[:20]
 

@@ -256,7 +256,8 @@ def list_diffs(folder: Path) -> list[tuple[str, Path]]:
             elif path.suffix.lower() in _SUFFIXES and not is_trainer_state(path.name):
                 found.append((path.relative_to(folder).as_posix(), path))
 
-    walk(folder, 1)
+    with explain_os_errors("read", folder):
+        walk(folder, 1)
     if len(found) > 1 and all(re.fullmatch(r"checkpoint-\d+", name) for name, _ in found):
         raise DitError(
             f"'{folder}' holds {len(found)} checkpoints of one training ({_some(name for name, _ in found)}): give "

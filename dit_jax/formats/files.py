@@ -124,17 +124,24 @@ def walk(folder: Path) -> Iterator[Path]:
     """Everything below a folder but plain folders; links to folders are not followed.
 
     Raises:
-      DitError: there are more files, or folders deeper in each other, than any artifact has.
+      DitError: there are more files, or folders deeper in each other, than any artifact has; or one cannot be read.
     """
     level, count = [folder], 0
     for _ in range(budgets.MAX_FOLDER_DEPTH):
         below: list[Path] = []
         for place in level:
-            for path in sorted(place.iterdir()):
+            try:
+                entries = [
+                    (path, path.is_symlink() or not path.is_dir())
+                    for path in sorted(place.iterdir())
+                ]
+            except OSError as error:
+                raise DitError(f"cannot read '{place}': {error.strerror}") from None
+            for path, is_file in entries:
                 count += 1
                 if count > budgets.MAX_FOLDER_ENTRIES:
                     raise DitError(f"'{folder}' holds more than {count - 1} files: check the path")
-                if path.is_symlink() or not path.is_dir():
+                if is_file:
                     yield path
                 else:
                     below.append(path)
