@@ -21,13 +21,15 @@ from dit_jax.deltas.peft import read_peft
 from dit_jax.deltas.store import DiffStore
 from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
+from dit_jax.evaluate.run import _measured
 from dit_jax.formats import files, json_parser
 from dit_jax.formats.json_parser import BadJson, parse_json
 from dit_jax.formats.safetensors_file import SafetensorsFile
 from dit_jax.formats.weight_files import open_weights
-from dit_jax.graders.cache import Cache
+from dit_jax.graders.cache import Cache, _seal
 from dit_jax.models.families import read_config
 from dit_jax.models.hf_checkpoint import all_finite, find_folder, generation_eos, load_params
+from dit_jax.report.sweep_table import read_row
 from dit_jax.runtime import artifacts
 from dit_jax.runtime.artifacts import read_json, read_text
 from dit_jax.runtime.metrics import read_records
@@ -148,6 +150,22 @@ def test_sound_json_is_read_as_json_reads_it():
     for wrong in (f"[{edge}]", b"\xff", "", "{'a': 1}", '[{"a": {"b": 1, "b": 1}}]'):
         with pytest.raises(BadJson):
             parse_json(wrong)
+
+
+def test_an_integer_beyond_all_floats_is_no_number(tmp_path):
+    """float(10**400) is an OverflowError, which is no ValueError."""
+    summary = {"seconds_total": 10**400, "x": {"mean": 0.5, "n": 10**400}}
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "summary.json").write_text(json.dumps(summary))
+    row = read_row("run", 1, "x.mean", tmp_path, None)
+    assert (row.metric, row.seconds) == (0.5, None)
+    (tmp_path / "grades.jsonl").write_text(json.dumps({"score": 10**400, "seal": "x"}) + "\n")
+    assert len(Cache(tmp_path / "grades.jsonl").damaged) == 1
+    line = {"seal": _seal({"score": 10**400}), "score": 10**400}
+    (tmp_path / "grades.jsonl").write_text(json.dumps(line) + "\n")
+    assert len(Cache(tmp_path / "grades.jsonl").damaged) == 1
+    with pytest.raises(DitError, match="index of the diffs has 'much' in the column 'gate_kl'"):
+        _measured({"gate_kl": "much"}, "gate_kl")
 
 
 PARSERS = ("json.load", "json.loads", "json.JSONDecoder")

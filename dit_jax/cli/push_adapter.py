@@ -99,7 +99,7 @@ def card(
             base_id=found.repo if found and is_id else None,
             license=license,
         )
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
         raise DitError(
             f"'{folder / artifacts.MANIFEST}' or the report beside it does not say what an adapter's do: push it from "
             "the workdir of its run"

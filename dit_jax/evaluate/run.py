@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import pathlib
 import shutil
 from typing import Any
@@ -28,6 +29,7 @@ from dit_jax.evaluate.units import (
     read_unit,
     write_unit,
 )
+from dit_jax.formats.files import short
 from dit_jax.organisms.gate import CONDITIONS
 from dit_jax.runtime import artifacts, processes
 from dit_jax.runtime.parts import part_of
@@ -143,7 +145,21 @@ def _cost(setting: Setting, workdir: pathlib.Path) -> dict[str, Any]:
 
 def _shares(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
     """What the gate measured of these diffs, by condition."""
-    return {name: [float(row[name]) for row in rows if row.get(name)] for name in CONDITIONS}
+    return {name: [_measured(row, name) for row in rows if row.get(name)] for name in CONDITIONS}
+
+
+def _measured(row: dict[str, Any], name: str) -> float:
+    """A number of the index of the diffs, which may be a stranger's. Raises DitError: it is none."""
+    try:
+        number = float(row[name])
+    except ValueError:
+        number = math.nan
+    if math.isnan(number):
+        raise DitError(
+            f"the index of the diffs has {short(row[name])} in the column {name!r}, which is no number: run the stage "
+            "'diffs' again"
+        )
+    return number
 
 
 def _bytes(tree: Any) -> int:
@@ -159,8 +175,8 @@ def _write(
 ) -> None:
     folder, index = artifacts.make_dir(workdir / "evaluate"), setting.store.rows
     tested = [row for row in index if row["split"] == "test"]
-    divergences = [float(row["gate_kl"]) for row in tested if row.get("gate_kl")]
-    gated = [row for row in index if row["category"] == "topic"]
+    divergences = [_measured(row, "gate_kl") for row in tested if row.get("gate_kl")]
+    gated = [row for row in index if row.get("category") == "topic"]
     stages = {name: artifacts.stage_done(workdir, name) or {} for name in ("diffs", "train")}
     files: dict[str, Any] = {
         "answers.jsonl": rows,

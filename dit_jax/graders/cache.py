@@ -34,7 +34,7 @@ def _seal(fields: dict[str, Any]) -> str:
 
 def _parse(line: bytes) -> tuple[str, Entry] | None:
     """The key and grade of a line, or None if it is damaged."""
-    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+    with contextlib.suppress(ArithmeticError, ValueError, TypeError, KeyError, AttributeError):
         fields = parse_json(line)
         if fields.pop("seal") != _seal(fields):
             return None

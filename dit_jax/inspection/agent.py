@@ -128,7 +128,7 @@ def _audited(folder: str) -> list[str]:
         raise DitError(f"'{file}' is no list of audited diffs: {error}") from None
     try:
         return [_line_of(row) for row in rows[:MOST_ROWS]]
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
         raise DitError(f"'{file}' is damaged: run the audit again into another folder") from None
 
 

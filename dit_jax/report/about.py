@@ -1,12 +1,12 @@
 """What the report of a run says in words: what was done, examples of answers, what was left out, and its first line."""
 
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from dit_jax.data import labels
 from dit_jax.evaluate.evaluate_keys import EVALUATE
+from dit_jax.formats.json_shape import is_number
 from dit_jax.organisms.behaviours import Behaviour, known_behaviour
 from dit_jax.report.grading import RunGrades
 from dit_jax.report.inputs import Inputs, Json, Row, seen, variant
@@ -256,7 +256,7 @@ def _first_answers(rows: Iterable[Row], wanted: bool) -> dict[str, dict[int, Row
 
 
 def _confidence(logprob: Any) -> str:
-    if not isinstance(logprob, int | float) or not math.isfinite(logprob):
+    if not is_number(logprob):
         return ""
     return f"log-probability {f'−{-logprob:.2f}' if logprob <= -0.005 else '0.00'}"
 

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.evaluate.methods import METHODS
+from dit_jax.formats.json_shape import is_number
 from dit_jax.report import html, markdown, plots
 from dit_jax.report.summary import SCORE_KEYS, SUMMARY_KEYS
 from dit_jax.report.wording import duration
@@ -132,8 +132,7 @@ def _get(place: Any, key: str, metric: str) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
+    return float(value) if is_number(value) else None
 
 
 # ------------------------------------------------------------------ files
