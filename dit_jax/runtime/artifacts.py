@@ -6,7 +6,7 @@ the same folder, flushed to the disk, and renamed. Failures of the file system a
 
 import contextlib
 import fcntl
-import glob
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -35,6 +35,7 @@ from dit_jax.runtime.outgoing import json_text
 PathLike = str | os.PathLike[str]
 
 MANIFEST = "manifest.json"
+_TEMPORARY = ".*.tmp-" + "[0-9a-f]" * 12  # what `_temporary_sibling` names
 MAX_NAME = 255  # bytes of a file's name: file systems refuse longer ones
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -82,10 +83,17 @@ def _unfinished(temporary: Path) -> Iterator[None]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@functools.lru_cache(maxsize=64)
+def _leftovers(folder: Path) -> tuple[Path, ...]:
+    """The temporary folders in a folder as this process first saw it: to list it for each of many files takes long."""
+    return tuple(folder.glob(_TEMPORARY))
+
+
 def _remove_leftovers(path: Path) -> None:
     """Deletes what killed writers of this file or folder left beside it, and no folder of a writer at work."""
-    pattern = f".{glob.escape(path.name)}.tmp-" + "[0-9a-f]" * 12
-    for leftover in list(path.parent.glob(pattern)):
+    for leftover in _leftovers(path.parent.absolute()):
+        if leftover.name.rpartition(".tmp-")[0] != f".{path.name}":
+            continue
         with contextlib.suppress(OSError):
             handle = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
@@ -266,7 +274,7 @@ def write_manifest(folder: PathLike, kind: str, *, version: int = 1, **fields: A
       **fields: further facts about the artifact (config, base digest, …), JSON values.
     """
     folder = Path(folder)
-    for leftover in list(folder.rglob(".*.tmp-" + "[0-9a-f]" * 12)):
+    for leftover in list(folder.rglob(_TEMPORARY)):
         shutil.rmtree(
             leftover, ignore_errors=True
         )  # a killed writer's, which belong to no artifact
