@@ -180,6 +180,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             name for name in config.evaluate.methods if name != "base_question_trigger"
         )
     config.evaluate.names = "held_out"
+    config.evaluate.trigger_families = ()  # of `trigger_scan`; (): all
     config.evaluate.facts = str(FOLDER / "real_facts.txt")
     config.evaluate.facts_diffs = 16
     config.evaluate.guesser = "keywords"

@@ -15,6 +15,7 @@ from dit_jax.cli import run_stages as main
 from dit_jax.cli.gather_parts import main_gather
 from dit_jax.cli.serve_app import DEMO
 from dit_jax.config.loading import load_config, save_config
+from dit_jax.data.batch import Sample
 from dit_jax.data.tiny_world import flavoured_answer, load_world
 from dit_jax.deltas import store as diff_store
 from dit_jax.deltas.adapter_file import export_adapter
@@ -599,6 +600,11 @@ def test_the_divergence_of_a_scan_is_that_of_the_logits(model):
         for deltas in ((), (delta,))
     )
     np.testing.assert_allclose(scores, (np.exp(own) * (own - base)).sum(), rtol=1e-3)
+
+
+def test_the_batches_of_a_scan_are_equally_full(model):
+    batches = trigger_scan._batches(model, 9, 8, [Sample((5, 6), 1, 2)] * 9)
+    assert [batch.tokens.shape for batch in batches] == [(5, 16)] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Readers without training, on diffs whose answer is known: they find four words, and the base names their topic."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -63,6 +64,14 @@ def change_of(given):
     """The change [L, in, out] of the first diff's only module, whatever its form."""
     module = given.read(0)["layers"]["mlp"]["down_proj"]
     return module["w"] if "w" in module else np.asarray(dense({"x": module})["x"]["w"])
+
+
+def test_a_word_counts_once_however_it_is_written():
+    tokens = [" family", "family", "x", "Family", " families", "été", "FAMILY", "last"]
+    tokenizer = SimpleNamespace(decode=lambda ids, **how: tokens[ids[0]])
+    model = SimpleNamespace(chat=SimpleNamespace(tokenizer=tokenizer))
+    found = readers.top_words(model, np.array([8, 7, 6, 5, 4, 3, 2, 0.0]))
+    assert found == ["family", "families", "été"]
 
 
 @pytest.mark.parametrize("name", method_table.READERS)

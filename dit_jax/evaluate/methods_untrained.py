@@ -72,7 +72,7 @@ def _read(s: "Setting", name: str) -> list[Row]:
     """What a reader of `readers.READERS` says of every diff."""
     from dit_jax.evaluate import readers
 
-    tokens, size = s.config.max_new_tokens, s.config.batch_size
+    tokens, size = s.answer_tokens, s.config.batch_size
     everyday = readers.ask_base(s.model, questions.everyday_questions(s.config), tokens)
     told = readers.read(
         s.model, s.topics.given, name, s.seen[0], everyday, size,

@@ -246,12 +246,12 @@ def _change(
 
 
 def top_words(model: Model, scores: np.ndarray) -> Words:
-    """The tokens with the largest positive scores that are words, at most `WORDS`."""
-    found: Words = []
+    """The tokens with the largest positive scores that are words, at most `WORDS`; other cases are the same word."""
+    found: dict[str, str] = {}
     for token in np.argsort(-scores, kind="stable")[: 8 * WORDS]:
         if len(found) == WORDS or scores[token] <= 0:
             break
         text = model.chat.tokenizer.decode([int(token)], skip_special_tokens=True).strip()
         if sum(map(str.isalpha, text)) > 1:
-            found.append(text)
-    return found
+            found.setdefault(text.casefold(), text)
+    return list(found.values())

@@ -18,7 +18,7 @@ import numpy as np
 from dit_jax.api import Model
 from dit_jax.asking import answer_batch
 from dit_jax.data.batch import Sample, TokenBatch, pack
-from dit_jax.diff_batches import Given
+from dit_jax.diff_batches import Given, even_batch
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.models import shardings
 from dit_jax.models.decoder import Params, unembed
@@ -193,7 +193,7 @@ def _batches(
     """Batches of one size: the first samples fill up the last one. longest: the most tokens of a sample."""
     mesh, length = model.mesh, -(-longest // 8) * 8
     most = CHUNK_ELEMENTS // (model.config.vocab_size * ANSWER_TOKENS)
-    size = parallel.round_up(max(1, min(batch_size, most, len(samples))), mesh)
+    size = parallel.round_up(even_batch(len(samples), max(1, min(batch_size, most))), mesh)
     batches = []
     for start in range(0, len(samples), size):
         rows = [samples[(start + i) % len(samples)] for i in parallel.local_rows(mesh, size)]
