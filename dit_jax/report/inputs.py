@@ -53,7 +53,9 @@ _OPTIONAL: dict[str, Shape] = {
         parameters=each(is_number),
         methods=each(_METHOD_COST),
     ),
-    "excluded": each(maybe(is_number)),
+    "excluded": optional(
+        held_out=maybe(is_number), failed_gate=maybe(is_number), excluded=maybe(is_number)
+    ),
     "gating_by_variant": each(each([is_number])),
 }
 _LIMIT = lambda x: type(x) in (int, float)  # noqa: E731  which may be infinite
