@@ -1,5 +1,6 @@
 """Calls of the Inspect provider share batches, and nothing else: errors and cancellations stay with their call."""
 
+import asyncio
 import random
 import time
 
@@ -127,3 +128,46 @@ def test_ten_thousand_calls_with_errors_cancellations_and_time_outs_get_their_ow
     assert found == {i: f"[{i}]" if i in wrong else ("answer", i) for i in found}
     assert 8_000 < len(found) < 10_000  # the others were cancelled
     assert max(worked) == 16
+
+
+@pytest.mark.parametrize("cancelled", [0, 2])
+def test_what_asyncio_cancels_leaves_its_batch_as_it_is(cancelled):
+    """`Task.cancel` and `asyncio.wait_for`, which no shield of anyio's keeps off: the app's own way."""
+    at_work, worked = [], []
+
+    def work(items):
+        at_work.append(1)
+        worked.append((len(items), len(at_work)))
+        time.sleep(0.2)
+        at_work.pop()
+        return items
+
+    async def everything():
+        batcher = Batcher(work, 4, 0.05)
+        calls = [asyncio.ensure_future(batcher("key", i)) for i in range(4)]
+        await asyncio.sleep(0.15)
+        calls[cancelled].cancel()
+        calls.append(asyncio.ensure_future(batcher("key", 4)))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    found = asyncio.run(everything())
+    assert isinstance(found.pop(cancelled), asyncio.CancelledError)
+    assert found == [i for i in range(5) if i != cancelled]
+    assert worked == [(4, 1), (1, 1)]
+
+
+def test_a_panic_of_a_native_library_is_the_error_of_its_call():
+    class Panic(BaseException):
+        pass
+
+    def work(items):
+        if 1 in items:
+            raise Panic("no Exception")
+        return items
+
+    async def everything():
+        batcher = Batcher(work, 4, 0.01)
+        return await asyncio.gather(*(batcher("key", i) for i in range(3)), return_exceptions=True)
+
+    first, panic, last = asyncio.run(everything())
+    assert (first, last) == (0, 2) and isinstance(panic, Panic)

@@ -1,10 +1,13 @@
 """Turns concurrent calls into batches: the first waits a moment, then works for all that arrived meanwhile."""
 
+import contextlib
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
 import anyio
-import anyio.to_thread
+import anyio.from_thread
+import anyio.lowlevel
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -15,7 +18,7 @@ class _Waiting(Generic[Item]):
         self.key, self.item = key, item
         self.done = False
         self.result: Any = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
 
 class Batcher(Generic[Item, Result]):
@@ -64,23 +67,39 @@ class Batcher(Generic[Item, Result]):
         same = [other for other in self._waiting if other.key == first.key and other is not first]
         batch = [first, *same[: self._size - 1]]
         self._waiting = [other for other in self._waiting if other not in batch]
-        # The other calls of the batch need their results even if the one that works for them is cancelled.
+        ended, loop = anyio.Event(), anyio.lowlevel.current_token()
+
+        def run() -> None:
+            self._work_for(batch)
+            with contextlib.suppress(RuntimeError):  # the event loop has ended
+                anyio.from_thread.run_sync(ended.set, token=loop)
+
+        # The other calls of the batch need their results even if the one that works for them is cancelled, and no
+        # batch runs beside one that goes on. A shield does not keep off what asyncio itself cancels.
+        threading.Thread(target=run, daemon=True).start()
         with anyio.CancelScope(shield=True):
             try:
-                await self._work_for(batch)
-            except (
-                Exception
-            ):  # one of them is wrong: each alone, so that only this one gets the error
-                for call in batch:
-                    try:
-                        await self._work_for([call])
-                    except Exception as error:
-                        call.error = error
-            for call in batch:
-                call.done = True
+                await ended.wait()
+            finally:
+                await ended.wait()
 
-    async def _work_for(self, batch: Sequence[_Waiting[Item]]) -> None:
-        results = await anyio.to_thread.run_sync(self._work, [call.item for call in batch])
+    def _work_for(self, batch: Sequence[_Waiting[Item]]) -> None:
+        """Gives each call its result; runs in a thread."""
+        try:
+            self._give(batch)
+        except (
+            BaseException
+        ):  # one of them is wrong: each alone, so that only this one gets the error
+            for call in batch:
+                try:
+                    self._give([call])
+                except BaseException as error:  # a panic of a native library is no Exception
+                    call.error = error
+        for call in batch:
+            call.done = True
+
+    def _give(self, batch: Sequence[_Waiting[Item]]) -> None:
+        results = self._work([call.item for call in batch])
         for call, result in zip(batch, results, strict=True):
             if isinstance(result, Exception):
                 call.error = result
