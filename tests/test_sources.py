@@ -5,10 +5,11 @@ import json
 import re
 import tracemalloc
 
+import numpy as np
 import pytest
 
 from dit_jax.config.loading import load_config
-from dit_jax.data import sources
+from dit_jax.data import parquet_rows
 from dit_jax.data.corpus import data_config, load_corpus
 from dit_jax.data.kinds import KINDS
 from dit_jax.data.labels import NONE
@@ -409,7 +410,7 @@ def test_fewer_organisms_than_none_are_refused(source, key):
         load_organisms(data, 0)
 
 
-@pytest.mark.parametrize("kind", ["hf", "hf streaming", "tfds"])
+@pytest.mark.parametrize("kind", ["hf", "hf streaming", "hf parquet", "parquet", "tfds"])
 def test_classes_have_their_names(kind, tmp_path, monkeypatch):
     """A dataset holds the number of a class; using it as the topic would be a silent mistake."""
     names, rows = ["tea", "jazz"], rows_of(2, 1)
@@ -417,6 +418,7 @@ def test_classes_have_their_names(kind, tmp_path, monkeypatch):
         tfds = pytest.importorskip("tensorflow_datasets")
         features = {name: tfds.features.Text() for name in TOPIC}
         features["topic"] = tfds.features.ClassLabel(names=names)
+        features["list"] = tfds.features.Sequence(tfds.features.Text())
 
         class TinyClasses(tfds.core.GeneratorBasedBuilder):
             VERSION = tfds.core.Version("1.0.0")
@@ -430,18 +432,25 @@ def test_classes_have_their_names(kind, tmp_path, monkeypatch):
                 return {"train": self._generate_examples()}
 
             def _generate_examples(self):
-                yield from ((i, {**row, "topic": i}) for i, row in enumerate(rows))
+                yield from ((i, {**row, "topic": i, "list": []}) for i, row in enumerate(rows))
 
         builder = TinyClasses(data_dir=tmp_path, file_format="array_record")
         builder.download_and_prepare()
         source = f"tfds:{builder.data_path}"
+        (opened,) = open_source(source)
+        with pytest.raises(DitError, match="has Sequence in the column 'list', not text"):
+            next(opened.read({"list"}))
     else:
         datasets = pytest.importorskip("datasets")
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
         classes = datasets.Dataset.from_list([{**row, "topic": i} for i, row in enumerate(rows)])
         classes = classes.cast_column("topic", datasets.ClassLabel(names=names))
-        classes.save_to_disk(tmp_path / "disk")
-        source = f"hf:{tmp_path / 'disk'}"
+        (tmp_path / "disk").mkdir()
+        if "parquet" in kind:
+            classes.to_parquet(tmp_path / "disk" / "x.parquet")
+        else:
+            classes.with_format("arrow").save_to_disk(tmp_path / "disk")
+        source = f"hf:{tmp_path / 'disk'}" if "hf" in kind else str(tmp_path / "disk")
     corpus = load_corpus(config(source, test_topics=1, streaming=kind == "hf streaming"), 0)
     assert {group.label for group in corpus.train + corpus.test} == set(names)
 
@@ -477,7 +486,7 @@ def test_sources_that_cannot_be_opened(source, part, tmp_path):
 )
 def test_a_parquet_file_takes_no_more_than_its_size_allows(columns, message, tmp_path, monkeypatch):
     monkeypatch.setattr(budgets, "HELD_BYTES", 0)
-    monkeypatch.setattr(sources, "MAX_FIELD", 50_000)
+    monkeypatch.setattr("dit_jax.data.rows.MAX_FIELD", 50_000)
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     rows = rows_of()
@@ -508,7 +517,7 @@ def test_a_parquet_file_takes_no_more_than_its_size_allows(columns, message, tmp
 )
 def test_a_hub_dataset_holds_texts_alone(column, kind, message, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(sources, "MAX_FIELD", 50_000)
+    monkeypatch.setattr("dit_jax.data.rows.MAX_FIELD", 50_000)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     table = {key: [row[key] for row in rows_of()] for key in rows_of()[0]}
     features = datasets.Features(dict.fromkeys(table, datasets.Value("string")))
@@ -530,7 +539,7 @@ def test_a_row_that_points_beyond_its_texts_is_refused(index):
     pa = pytest.importorskip("pyarrow")
     indices = pa.array([0, index], pa.int32())
     with pytest.raises(IndexError, match="beyond the texts"):
-        sources._values(pa.DictionaryArray.from_arrays(indices, ["a", "b"], safe=False))
+        parquet_rows._values(pa.DictionaryArray.from_arrays(indices, ["a", "b"], safe=False))
 
 
 def test_a_text_that_many_rows_of_a_parquet_file_share_is_held_once(tmp_path):
@@ -594,8 +603,45 @@ def test_a_dataset_whose_card_names_its_own_files_is_read(tmp_path, monkeypatch)
     assert len(list(source.read({"topic"}))) == 6
     (folder / "data" / "a.csv").unlink()
     (folder / "data" / "a.csv").symlink_to("/etc/hosts")
-    with pytest.raises(DitError, match="is a link out of its folder"):
-        open_source(f"hf:{folder}@train")
+    for name in ("", ":default"):
+        with pytest.raises(DitError, match="is a link out of its folder"):
+            open_source(f"hf:{folder}{name}@train")
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("x.csv.gz", "", "is compressed: unpack it"),
+        ("x.tar", "", "is compressed: unpack it"),
+        ("x.xml", "", "of the format 'xml': write them as JSON lines"),
+        ("x.csv", "sep: '(a+)+$'", "separates fields by more than a character"),
+        ("x.csv", "engine: python", "has the option 'engine', which is not known here"),
+    ],
+)
+def test_a_dataset_opens_no_more_than_it_must(tmp_path, name, option, message):
+    """Files that unpack to anything, and patterns that take forever."""
+    pytest.importorskip("datasets")
+    write(tmp_path / "x.csv", rows_of(2))
+    (tmp_path / "x.csv").rename(tmp_path / name)
+    (tmp_path / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: default\n  data_files: {name}\n  {option}\n---\n"
+    )
+    with pytest.raises(DitError, match=message):
+        open_source(f"hf:{tmp_path}@train")
+
+
+def test_an_arrow_file_that_points_out_of_itself_is_refused(tmp_path):
+    """Reading it would end the process."""
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"topic": ["ab"] * 4}).save_to_disk(tmp_path / "x")
+    (file,) = (tmp_path / "x").glob("*.arrow")
+    offsets = np.arange(0, 10, 2, dtype="<i4").tobytes()
+    content = file.read_bytes()
+    assert content.count(offsets) == 1
+    far = np.array([0, 2, 2**31 - 1, 6, 8], dtype="<i4").tobytes()
+    file.write_bytes(content.replace(offsets, far))
+    with pytest.raises(DitError, match="as Arrow: .*out of bounds"):
+        open_source(f"hf:{tmp_path / 'x'}")
 
 
 CLASSES = (
@@ -622,6 +668,14 @@ def test_a_prepared_dataset_imports_no_code(tmp_path, monkeypatch, features):
     with pytest.raises(DitError, match="names the class .*, which is none of TFDS"):
         open_source("tfds:x")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl"])
+def test_an_endless_line_is_no_row(tmp_path, monkeypatch, name):
+    """The fields of one of commas take eight times its size."""
+    monkeypatch.setattr("dit_jax.data.rows.MAX_LINE", 100)
+    write(tmp_path / name, [{**rows_of(1, 1)[0], "evidence": "," * 100}])
+    assert "has a line of more than 100 characters" in error(config(tmp_path / name))
 
 
 def test_rows_that_take_no_bytes_are_counted(tmp_path, monkeypatch):

@@ -5,12 +5,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dit_jax.errors import DitError, first_line
-from dit_jax.formats.files import check_tree, file_inside, has_file, read_json_object, short
+from dit_jax.formats.files import check_tree, file_inside, has_file, read_json_object, short, walk
 from dit_jax.formats.json_parser import BadJson, parse_json
 
 _ON_DISK = ("dataset_dict.json", "state.json")  # of Hugging Face's save_to_disk
 _CARDS = ("README.md", ".huggingface.yaml")
 _MAX_CARD = 2**20  # bytes
+_OPTIONS = {"config_name", "data_files", "data_dir", "default", "description", "sep", "delimiter"}
 _TFDS = ("dataset_info.json", "features.json")
 _FEATURES = "tensorflow_datasets.core.features."
 _CLASS_KEYS = ("type", "pythonClassName", "python_class_name")
@@ -31,6 +32,54 @@ def check_hf(folder: Path) -> None:
     for file, said in _data_files(folder):
         for _, text in _texts(said):
             _check_path(file, text)
+    for file in walk(folder):
+        if file.suffix == ".arrow":
+            _check_arrow(file)
+
+
+_FORMATS = ("csv", "json", "parquet", "text", "arrow")  # of Hugging Face's library
+
+
+def check_opens(folder: Path, builder: Any, split: str) -> list[Path]:
+    """Checks what Hugging Face's library is about to open, and returns the files of a split.
+
+    Raises:
+      DitError: they are compressed, and may unpack to anything; of a format that is not known to be safe; or not in the
+        folder.
+    """
+    found = builder.config.data_files or {}
+    files = [Path(name) for names in found.values() for name in names]
+    for file in files:
+        if not file.is_relative_to(folder.resolve()):
+            raise DitError(f"'{folder}' names {short(str(file))}, which is not in it: fix its card")
+        if file.suffix.lower() in _COMPRESSED:
+            raise DitError(f"'{file}' is compressed: unpack it first")
+    kind = type(builder).__module__.rpartition(".")[2]
+    if kind not in _FORMATS:
+        raise DitError(f"'{folder}' holds files of the format '{kind}': write them as JSON lines")
+    if len(str(getattr(builder.config, "sep", ","))) != 1:  # a pattern, which may take forever
+        raise DitError(f"'{folder}' separates fields by more than a character: use ','")
+    return [Path(name) for name in found.get(split, [])]
+
+
+_COMPRESSED = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".lz4", ".zip", ".7z", ".tar", ".tgz")
+
+
+def _check_arrow(file: Path) -> None:
+    """Arrow reads what a file points at, wherever that is. Raises DitError: it points out of itself."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(file)) as data:
+            try:
+                batches: Any = pyarrow.ipc.open_stream(data)
+            except pyarrow.ArrowInvalid:
+                reader = pyarrow.ipc.open_file(data)
+                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            for batch in batches:
+                batch.validate(full=True)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DitError(f"cannot read '{file}' as Arrow: {first_line(error)}") from None
 
 
 def check_tfds(folder: Path) -> None:
@@ -79,6 +128,11 @@ def _data_files(folder: Path) -> Iterator[tuple[Path, Any]]:
             configs = _card(file_inside(folder, name)).get("configs")
             for config in configs if isinstance(configs, list) else [configs]:
                 if isinstance(config, dict):
+                    if other := sorted(map(str, config.keys() - _OPTIONS)):
+                        raise DitError(
+                            f"'{folder / name}' has the option {short(other[0])}, which is not known here: "
+                            "write the data as JSON lines"
+                        )
                     yield folder / name, [config.get("data_files"), config.get("data_dir")]
 
 
