@@ -313,6 +313,22 @@ def test_what_cannot_be_asked_is_one_line(files, client, desk, tmp_path, capfd):
         alone.audit(Choice("tiny_qwen3", "", str(files / "diffs")))
 
 
+def test_requests_that_the_page_never_makes_are_one_line_and_other_hosts_are_refused(
+    server, caplog
+):
+    """Whoever's name leads to this machine, its page would else ask here for files of this machine."""
+    httpx = pytest.importorskip("httpx")
+    call = {"data": [], "fn_index": 99, "session_hash": "x"}
+    assert httpx.post(f"{server}gradio_api/queue/join", json=call).status_code == 500
+    with pytest.raises(httpx.RemoteProtocolError):
+        httpx.get(f"{server}gradio_api/call/ask/none")
+    said = [record for record in caplog.records if record.name == "uvicorn.error"]
+    assert [one.exc_info for one in said] == [None, None]
+    assert said[0].getMessage() == "a request failed that the page never makes (KeyError: 99)"
+    for host, status in {"elsewhere.example": 400, "localhost:1": 200, "[::1]:1": 200}.items():
+        assert httpx.get(f"{server}config", headers={"host": host}).status_code == status
+
+
 def test_a_folder_is_audited_and_time_ends_it(files, desk, client, monkeypatch):
     given = ["tiny_qwen3", ADAPTER, str(files / "diffs"), None]
     frame, left = client.predict(*given, api_name="/audit")

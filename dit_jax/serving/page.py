@@ -1,6 +1,7 @@
 """The page of the app, made with Gradio: ask base, finetuned model and adapter side by side, and audit a folder."""
 
 import html
+import logging
 import math
 import os
 import resource
@@ -210,6 +211,9 @@ def serve(page: Any, desk: Desk, host: str, port: int | None, wait: bool = True)
         DitError: the port is taken.
     """
     gr = _gradio()
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     page.queue(max_size=256)
     # Gradio looks whether it reaches its own page, which no proxy does.
@@ -220,6 +224,8 @@ def serve(page: Any, desk: Desk, host: str, port: int | None, wait: bool = True)
         host,
     )
     os.environ["no_proxy"] = ",".join(filter(None, direct))
+    logging.getLogger("uvicorn.error").addFilter(_without_traceback)
+    hosts = ["localhost", "127.0.0.1", "::1", "[::1]", host] if desk.offer.others else ["*"]
     try:
         _, address, _ = page.launch(
             server_name=in_address(host),
@@ -230,14 +236,26 @@ def serve(page: Any, desk: Desk, host: str, port: int | None, wait: bool = True)
             ssr_mode=False,
             pwa=False,
             mcp_server=False,
+            enable_monitoring=False,
             prevent_thread_lock=not wait,
             max_file_size=desk.offer.upload.packed,
             theme=gr.themes.Base(**fonts).set(block_info_text_color="*neutral_500"),
             css=_STYLE,
+            # Another name would be that of a page elsewhere, which leads its visitors' browsers here.
+            app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]},
         )
     except OSError as error:
         raise DitError(f"cannot serve on {host}:{port} ({error}): choose another --port") from None
     return str(address)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """A request that Gradio has no answer to is one line: its server would log a traceback for anybody."""
+    if record.exc_info and record.exc_info[1]:
+        error, record.exc_info = record.exc_info[1], None
+        said = printable(f"{type(error).__name__}: {first_line(error)}")
+        record.msg, record.args = "a request failed that the page never makes (%s)", (said,)
+    return True
 
 
 def _gradio() -> Any:
