@@ -53,9 +53,23 @@ def test_a_platform_that_is_not_there_is_named(platform):
     assert status == 2 and f"JAX_PLATFORMS='{platform}'" in said and "dit_jax[gpu]" in said
 
 
-def test_jax_in_64_bits_is_one_line():
-    status, said = program("-m", "dit_jax.ask", "--base", "tiny_qwen3", "hello", JAX_ENABLE_X64="1")
-    assert status == 2 and said.strip().endswith("unset JAX_ENABLE_X64") and "Traceback" not in said
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("JAX_ENABLE_X64", "1", "unset JAX_ENABLE_X64"),
+        ("JAX_NUMPY_DTYPE_PROMOTION", "strict", "unset JAX_NUMPY_DTYPE_PROMOTION"),
+        (
+            "JAX_NUM_CPU_DEVICES",
+            "many",
+            'Invalid value "many" for JAX flag jax_num_cpu_devices: unset',
+        ),
+        ("JAX_ENABLE_COMPILATION_CACHE", "many", "invalid truth value 'many'"),
+        ("JAX_DEFAULT_DEVICE", "many", "got: 'many': unset it"),
+    ],
+)
+def test_a_setting_of_jax_that_does_not_fit_is_one_line(name, value, message):
+    status, said = program("-m", "dit_jax.ask", "--base", "tiny_qwen3", "hello", **{name: value})
+    assert status == 2 and said.startswith("error: ") and message in said
 
 
 @pytest.mark.parametrize(

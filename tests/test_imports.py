@@ -249,9 +249,15 @@ def test_programs_are_kept_where_the_users_caches_are(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     startup.prepare()
     assert settings == [("jax_compilation_cache_dir", str(tmp_path / "dit_jax" / "xla"))]
-    monkeypatch.setenv(
-        "XDG_CACHE_HOME", "~nobody_of_that_name/cache"
-    )  # as ~ of a user without a home
+    # Such a variable counts as none, and nothing is written to the working directory.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for value in ("", "caches", "~nobody_of_that_name/cache"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        startup.prepare()
+        assert settings.pop()[1] == str(tmp_path / "home" / ".cache" / "dit_jax" / "xla")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dit_jax", "file", "home"]
+    monkeypatch.setenv("HOME", "~nobody_of_that_name")  # of a user without a home
     startup.prepare()
     assert len(settings) == 1
 

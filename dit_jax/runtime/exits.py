@@ -5,6 +5,7 @@ import errno
 import importlib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -13,6 +14,8 @@ from dit_jax.errors import DitError, first_line
 from dit_jax.runtime import interrupts, os_errors
 from dit_jax.runtime.outgoing import show
 
+# What jax says of its settings in the environment, while it is imported.
+_OF_JAX = re.compile("for JAX flag|for environment 'JAX_|^jax.default_device must")
 EXIT_ERROR = 2  # the same code that argparse uses for a bad command line
 
 
@@ -69,6 +72,8 @@ def explained(error: BaseException) -> DitError | None:
             f"out of memory ({first_line(error)[:200]}): lower what is computed at once, use --dtype bfloat16 (in "
             "a config model.dtype), or split it over more devices ('python -m dit_jax.plan' says what fits)"
         )
+    if isinstance(error, ValueError) and _OF_JAX.search(said := first_line(error)):
+        return DitError(f"{said}: unset it in the environment, or give what jax takes")
     missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if missing not in ("", "dit_jax"):
         return DitError(

@@ -36,10 +36,23 @@ FREE = PartitionSpec.UNCONSTRAINED  # in `constrain`: the partitioner decides ho
 # ------------------------------------------------------------------ the mesh
 
 
+# Modes of jax that find mistakes, and take what every model does for one.
+_REFUSED = {
+    "jax_numpy_rank_promotion": ("raise",),
+    "jax_numpy_dtype_promotion": ("strict",),
+    "jax_transfer_guard": ("disallow", "disallow_explicit"),
+}
+
+
 def find_devices() -> list[Any]:
     """All devices of all processes. Raises DitError: jax, or this program, cannot use what the environment asks for."""
     if jax.dtypes.canonicalize_dtype("int64") == "int64":
         raise DitError("jax is set to 64 bits, and models here have 32 or 16: unset JAX_ENABLE_X64")
+    for name, refused in _REFUSED.items():
+        if (value := str(getattr(jax.config, name))) in refused:
+            raise DitError(
+                f"jax is set to {name}={value}, and under that no model here runs: unset {name.upper()}"
+            )
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # a platform without devices is an assertion

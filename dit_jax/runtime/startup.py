@@ -19,7 +19,9 @@ def prepare() -> None:
     host_memory.trim_after_compiling()
     program_cache.check_entries()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        _keep_programs(os.environ.get("XDG_CACHE_HOME", "~/.cache"))
+        caches = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
+        # An empty or relative one counts as none, as its specification says.
+        _keep_programs(caches if os.path.isabs(caches) else "~/.cache")
 
 
 def _keep_programs(caches: str) -> None:
