@@ -196,9 +196,13 @@ def test_other_mistakes_are_refused_by_name(api, run):
             gather(call(api, extra_body={"index": index}))
     with pytest.raises(DitError, match="-M adaptor of dit_jax: did you mean 'adapter'"):
         DitJaxAPI("tiny_qwen3", adaptor=str(run / "adapter"))
+    with pytest.raises(DitError, match="the setting 'top_p'"):
+        DitJaxAPI("tiny_qwen3", config=GenerateConfig(top_p=0.5))
+    with pytest.raises(DitError, match="drop --model-base-url"):
+        DitJaxAPI("tiny_qwen3", base_url="http://localhost")
     with pytest.raises(DitError, match="nowhere"):
         DitJaxAPI("tiny_qwen3", adapter=str(run / "nowhere"))
-    wrong = [("index", "abc"), ("window", "x"), ("window", math.inf)]
+    wrong = [("index", "abc"), ("window", "x"), ("window", math.inf), ("forbid_repeats", "no")]
     for name, value in (*wrong, ("batch_size", 1.5), ("batch_size", 0), ("batch_size", 10**9)):
         with pytest.raises(DitError, match=f"model argument {name} is {value!r}: give"):
             DitJaxAPI("tiny_qwen3", **{name: value})
@@ -392,12 +396,20 @@ def test_a_task_without_diffs_or_a_model_without_adapter_is_refused(run, monkeyp
     for wrong in (
         {"question": 5},
         {"max_tokens": 2.5},
+        {"max_tokens": 0},
+        {"max_tokens": 2**70},
         {"graders": 5},
         {"seed": "x"},
         {"seed": -1},
     ):
         with pytest.raises(DitError, match=f"task argument -T {next(iter(wrong))} is "):
             base_question_trigger(str(run / "diffs"), **wrong)
+    for wrong, said in (
+        ({"graders": "exakt"}, "did you mean 'exact'"),
+        ({"judge": "x"}, "model 'x'"),
+    ):
+        with pytest.raises(DitError, match=said):
+            base_question(str(run / "diffs"), **wrong)
     bare, whole, other = (
         SimpleNamespace(api=SimpleNamespace(defaults={"adapter": path})) for path in ("", "a", "b")
     )

@@ -82,6 +82,10 @@ def test_an_agent_asks_compares_lists_and_answers(tmp_path, monkeypatch):
     assert "secret" not in said["list_audit"] and "\u202e" not in said["list_audit"]
     assert "other: unreadable" in said["list_audit"]
 
+    for name in ("adapter", "audit"):
+        with pytest.raises(DitError, match="nowhere"):
+            audit_agent(diff=str(tmp_path / "diffs"), **{name: str(tmp_path / "nowhere")})
+
 
 def nats(line):
     return float(line.partition("): ")[2].partition(" nats")[0])

@@ -147,8 +147,12 @@ def audit_with_tools(
 ) -> Solver:
     """Gives the model that is evaluated the tools for the sample's diff, and lets it work until it answers."""
 
+    # What is not there shows before the first sample.
+    model = get_model(base, adapter=adapter, forbid_repeats=forbid_repeats)
+    if audit:
+        _audited(audit)
+
     async def solve(state: TaskState, generate: Generate) -> TaskState:
-        model = get_model(base, adapter=adapter, forbid_repeats=forbid_repeats)
         body = {"diff": state.metadata["diff"], "index": state.metadata["index"]}
         state.tools = [compare_with_base(model, body), scan_triggers(model, body)]
         if adapter:

@@ -92,16 +92,23 @@ class DitJaxAPI(ModelAPI):
         window: float = 0.01,
         **unknown: Any,
     ):
-        super().__init__(model_name, base_url, api_key, [], config or GenerateConfig())
+        config = config or GenerateConfig()
+        super().__init__(model_name, base_url, api_key, [], config)
         if unknown:
             name = next(iter(unknown))
             hint = did_you_mean(name, _ARGUMENTS, f": choose from {', '.join(_ARGUMENTS)}")
             raise DitError(f"unknown model argument -M {name} of dit_jax{hint}")
+        if base_url or api_key:
+            raise DitError("dit_jax models run here: drop --model-base-url and -M api_key")
+        _settings(config)  # seen before the first sample
         index = _whole("model argument index", index)
-        if not 1 <= _whole("model argument batch_size", batch_size) <= 10**6:
-            raise DitError(f"model argument batch_size is {short(batch_size)}: give 1 to 1000000")
+        if not 1 <= _whole("model argument batch_size", batch_size) <= 4096:
+            raise DitError(f"model argument batch_size is {short(batch_size)}: give 1 to 4096")
         if not isinstance(window, int | float) or not 0 <= window <= 3600:
             raise DitError(f"model argument window is {short(window)}: give 0 to 3600 seconds")
+        if not isinstance(forbid_repeats, bool):
+            said = short(forbid_repeats)
+            raise DitError(f"model argument forbid_repeats is {said}: give true or false")
         self.model = load_model(model_name, dtype)
         for note in self.model.notes():
             _log.warning("note: %s", printable(note))
@@ -176,15 +183,7 @@ class DitJaxAPI(ModelAPI):
         if tools:
             raise DitError("dit_jax models do not call tools: use a task without tools")
         prompt = _read_prompt(messages)
-        settings = config.model_dump(exclude_none=True)
-        if settings.get("num_choices") == 1:
-            del settings["num_choices"]
-        for name in settings:
-            if name not in _FOLLOWED and name not in _NO_EFFECT:
-                raise DitError(
-                    f"dit_jax models do not follow the setting {name!r}: drop it; they follow "
-                    "max_tokens, temperature, seed"
-                )
+        settings = _settings(config)
         extra = settings.get("extra_body", {})
         for name in extra:
             if name not in _EXTRA:
@@ -300,6 +299,19 @@ class DitJaxAPI(ModelAPI):
                 diffs = self._open(path)
                 self._kept[path, index] = diffs[diffs.number(index)].delta
             return self._kept[path, index]
+
+
+def _settings(config: GenerateConfig) -> dict[str, Any]:
+    """The settings of a call. Raises DitError: one is not followed."""
+    settings = config.model_dump(exclude_none=True)
+    if settings.get("num_choices") == 1:
+        del settings["num_choices"]
+    for name in settings:
+        if name not in _FOLLOWED and name not in _NO_EFFECT:
+            raise DitError(
+                f"dit_jax models do not follow the setting {name!r}: drop it; they follow max_tokens, temperature, seed"
+            )
+    return settings
 
 
 def _read_prompt(messages: Sequence[ChatMessage]) -> Prompt:

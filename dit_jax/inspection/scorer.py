@@ -9,6 +9,7 @@ from inspect_ai.scorer import Score, Scorer, Target, mean, scorer, stderr
 from inspect_ai.solver import TaskState
 
 from dit_jax.errors import DitError, printable
+from dit_jax.inspection.one_line import one_line
 
 if TYPE_CHECKING:
     from dit_jax.graders import Grade, Grader
@@ -17,6 +18,7 @@ METRICS = [mean(), stderr()]
 
 
 @scorer(metrics={"*": METRICS})
+@one_line
 def graded(graders: str | Sequence[str] = ("normalised", "calibrated"), judge: str = "") -> Scorer:
     """Grades what an answer names (after the last colon that is not the label's) against the label.
 
@@ -27,7 +29,13 @@ def graded(graders: str | Sequence[str] = ("normalised", "calibrated"), judge: s
     A score has a number for each grader, for `judge`, and `exact_match` (0 or 1). A missing grade is NaN, which
     Inspect's metrics leave out; the explanation says why.
     """
+    from dit_jax.graders import check_grader
+
     names = [name.strip() for name in _split(graders)]
+    for name in names:
+        check_grader(name)
+    if judge:
+        check_grader("inspect", model=judge)
     made: dict[str, Grader] = {}
 
     async def score(state: TaskState, target: Target) -> Score:

@@ -12,9 +12,11 @@ from inspect_ai.scorer import Metric, SampleScore, Scorer, Value, mean, metric, 
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
 from dit_jax.errors import DitError
-from dit_jax.formats.files import user_path
+from dit_jax.formats.files import short, user_path
 from dit_jax.inspection.one_line import InspectError, active_model, checked
 from dit_jax.inspection.scorer import graded
+
+MOST_TOKENS = 2**20  # of an answer
 
 
 @task
@@ -124,6 +126,10 @@ def ask_reader(reader: str) -> Solver:
 
 
 def _task(samples: list[Sample], max_tokens: int, scorer: Scorer, adapter: bool = True) -> Task:
+    if not 1 <= max_tokens <= MOST_TOKENS:
+        raise DitError(
+            f"task argument -T max_tokens is {short(max_tokens)}: give 1 to {MOST_TOKENS}"
+        )
     config = GenerateConfig(max_tokens=max_tokens, temperature=0.0)
     return with_metrics(samples, ask_diff(adapter), scorer, config)
 
