@@ -116,6 +116,18 @@ def test_a_resumed_run_has_the_curve_once(tmp_path):
     assert lines(tmp_path) == [] == read_events(tmp_path / "tensorboard" / "train")
 
 
+@pytest.mark.parametrize(
+    "record",
+    ["[1]", '{"step": -1, "time": 1}', '{"step": 2, "time": 1, "loss": "a"}', '{"step": 2, "time": null}',
+     '{"step": 2, "time": 1, "loss": 1e300}', '{"step": 2, "time": 1, "\\ud800": 1}'],
+)  # fmt: skip
+def test_records_end_where_one_is_damaged(tmp_path, record):
+    (tmp_path / "train.jsonl").write_text('{"step": 1, "time": 1, "loss": 1}\n' + record + "\n")
+    with metrics.Metrics(tmp_path, "train", lambda step: step < 9):
+        pass
+    assert len(lines(tmp_path)) == len(read_events(tmp_path / "tensorboard" / "train")) == 1
+
+
 def test_only_one_process_writes(tmp_path):
     with metrics.Metrics(tmp_path, "train", enabled=False) as writer:
         writer.write(0, {"loss": 1.0})

@@ -10,6 +10,7 @@ from dit_jax.deltas import store as diff_store
 from dit_jax.deltas.adapter_file import export_adapter
 from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
+from dit_jax.evaluate import units
 from dit_jax.organisms.parameters import init_delta
 
 
@@ -33,6 +34,34 @@ def load_stored(folder, model):
 
 
 KINDS = {"diff": (write_store, load_stored), "adapter": (write_adapter, dit_jax.load_adapter)}
+
+
+UNIT = {"rows": [{"method": "dit"}], "transcripts": [], "values": {}, "cost": {"tokens": 1}}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sound"),
+    [
+        ("dit", {}, True),
+        ("dit", {"rows": [1]}, False),
+        ("dit", {"rows": [{"method": "base"}]}, False),
+        ("dit", {"values": {"matched": 1}}, False),
+        ("dit", {"cost": {"tokens": "1"}}, False),
+        ("dit", {"transcripts": ["x"]}, False),
+        (units.LABELS, {"rows": [], "values": {"matched": [1.5, float("nan")]}}, True),
+        (units.LABELS, {"rows": [], "values": {"matched": 1.5}}, False),
+    ],
+)
+def test_units_of_an_evaluation_that_others_made(tmp_path, name, change, sound):
+    """Their digest is their own; a part that is none of the evaluation is not merged."""
+    unit = units.Unit(name, 0, 1)
+    units.write_unit(tmp_path, unit, "made", {**UNIT, **change})
+    assert (units.read_unit(tmp_path, unit, "made") is not None) == sound
+    if sound:
+        assert units.copy_units(tmp_path, tmp_path / "other", "made") == 1
+    else:
+        with pytest.raises(DitError, match="was not made from the diffs and the adapter"):
+            units.copy_units(tmp_path, tmp_path / "other", "made")
 
 
 def unknown_module(delta):

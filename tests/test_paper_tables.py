@@ -251,6 +251,15 @@ def test_rows_without_a_grade_are_counted_and_never_a_one(tmp_path):
     assert item.estimate().mean == 5.0
 
 
+def test_only_files_are_searched_for_grades(tmp_path):
+    (tmp_path / "x.csv").mkdir()
+    for name in ("a.csv", "x.csv/a.csv", "x.csv/b.csv"):
+        (tmp_path / name).write_text("topic,guessed_topic,score\ntea,coffee,2\n")
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    graded, skipped = read_graded(str(tmp_path))
+    assert len(graded) == 3 and not skipped
+
+
 def test_an_unreadable_row_of_an_own_run_is_counted_under_its_file(tmp_path):
     path = tmp_path / "run/report/results-graded.csv"
     path.parent.mkdir(parents=True)

@@ -268,6 +268,17 @@ def test_other_braces_of_a_prompt_are_text(model, config, tmp_path, monkeypatch)
     assert "what is owl in {one} word ?" in asked and "tell me {} about owl ." in asked
 
 
+@pytest.mark.parametrize("answers", [None, "a" * 40, ["a"], [1] * 40])
+def test_damaged_answers_are_asked_again(model, config, tmp_path, monkeypatch, answers):
+    monkeypatch.setattr(stage, "answer_batch", Writer())
+    write_corpus(model, config, tmp_path / "corpus", seed=0)
+    rows = (tmp_path / "corpus" / "rows.jsonl").read_bytes()
+    (file, *_) = sorted((tmp_path / "corpus" / "answers").iterdir())
+    file.write_text(json.dumps({**json.loads(file.read_text()), "answers": answers}))
+    write_corpus(model, config, tmp_path / "corpus", seed=0)
+    assert (tmp_path / "corpus" / "rows.jsonl").read_bytes() == rows
+
+
 def test_topics_without_usable_answers_are_an_error(model, config, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "answer_batch", Writer())
     config.least_answers = 30

@@ -19,6 +19,7 @@ from dit_jax.evaluate.evaluate_keys import EVALUATE, GRADING_KEYS
 from dit_jax.evaluate.faithfulness import strongest_layers, without_words
 from dit_jax.evaluate.setting import CostMeter, Setting
 from dit_jax.formats.files import file_inside
+from dit_jax.formats.json_shape import Shape, each, fits, is_number
 from dit_jax.runtime import artifacts
 from dit_jax.runtime.parts import read_part, write_part
 
@@ -96,13 +97,13 @@ def merge(units: Iterable[Unit], found: Iterable[dict[str, Any]]) -> dict[str, A
     for unit, one in zip(units, found, strict=True):
         merged["rows"] += one["rows"]
         merged["transcripts"] += one["transcripts"]
-        costs = merged["costs"].setdefault(unit.name, dict.fromkeys(one["cost"], 0))
+        costs = merged["costs"].setdefault(unit.name, {})
         for name, count in one["cost"].items():
-            costs[name] = round(costs[name] + count, 3)
+            costs[name] = round(costs.get(name, 0) + count, 3)
         values = merged["values"].setdefault(unit.name, one["values"])
         if unit.number:
             for name, more in one["values"].items():
-                values[name] += more
+                values[name] = values.get(name, []) + more
     return merged
 
 
@@ -131,13 +132,20 @@ def write_unit(workdir: pathlib.Path, unit: Unit, made: str, found: dict[str, An
 def read_unit(workdir: pathlib.Path, unit: Unit, made: str) -> dict[str, Any] | None:
     """What `write_unit` wrote; None if there is nothing, or it is damaged or was made from something else."""
     found = read_part(unit.file(workdir))
-    return found if found is not None and _is_unit(found, made) else None
+    return found if found is not None and _is_unit(found, unit.name, made) else None
 
 
-def _is_unit(found: dict[str, Any], made: str) -> bool:
-    kinds = {"rows": list, "transcripts": list, "values": dict, "cost": dict}
-    sound = all(isinstance(found.get(name), kind) for name, kind in kinds.items())
-    return sound and found.get("made_from") == made
+def _is_unit(found: dict[str, Any], name: str, made: str) -> bool:
+    """Whether it is a unit of this name. Its rows are checked where they are read, in reports."""
+    numbers = [lambda x: type(x) in (int, float)]
+    shape: dict[str, Shape] = {
+        "made_from": lambda x: x == made,
+        "rows": [{"method": lambda x: x == name}],
+        "transcripts": [{}],
+        "values": {LABELS: each(numbers), CAPABILITY: {}}.get(name, lambda x: x == {}),
+        "cost": each(is_number),
+    }
+    return fits(found, shape)
 
 
 def copy_units(source: pathlib.Path, workdir: pathlib.Path, made: str) -> int:
@@ -152,7 +160,7 @@ def copy_units(source: pathlib.Path, workdir: pathlib.Path, made: str) -> int:
         target = workdir / PARTS / file.name
         if found is None:
             raise DitError(f"'{file}' is damaged: delete it and run that job again")
-        if not _is_unit(found, made):
+        if not _is_unit(found, file.name.partition("-")[0], made):
             raise DitError(
                 f"'{file}' was not made from the diffs and the adapter in '{workdir}': run that job beside them"
             )

@@ -22,6 +22,7 @@ from dit_jax.data.data_keys import BENIGN, ROWS
 from dit_jax.data.labels import UNTRIGGERED, normalise
 from dit_jax.data.organism import stable_seed
 from dit_jax.errors import DitError
+from dit_jax.formats.json_shape import fits, is_text
 from dit_jax.organisms.corpus_keys import CORPUS
 from dit_jax.organisms.topic_words import (
     associated_words,
@@ -155,7 +156,11 @@ def _ask(
             kept = (
                 artifacts.read_json(path, "delete it") if processes.agree(path.exists()) else None
             )
-            if not isinstance(kept, dict) or kept.get("prompts") != list(block):
+            answered = [is_text] * len(block)  # a folder of answers may be a stranger's
+            if kept is None or not (
+                fits(kept, {"prompts": [is_text], "answers": tuple(answered)})
+                and kept["prompts"] == list(block)
+            ):
                 found = answer_batch(
                     model,
                     block,

@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from dit_jax import __version__
 from dit_jax.config.loading import flatten
 from dit_jax.errors import DitError
-from dit_jax.formats.json_parser import parse_json
+from dit_jax.formats.json_parser import BadJson, parse_json
+from dit_jax.formats.json_shape import Shape, each, fits, is_count, is_number, is_switch, is_text
 from dit_jax.models.decoder_config import COMPUTE, DecoderConfig
 from dit_jax.models.families import read_config
 from dit_jax.models.hf_checkpoint import find_folder
@@ -180,6 +181,17 @@ def _sources() -> str:
     return digest.hexdigest()[:16]
 
 
+_PROGRAM: dict[str, Shape] = {
+    "stage": is_text,
+    "batch": is_count,
+    "fits": is_switch,
+    "seconds": is_number,
+    "memory": each(is_number),
+    "collectives": each((is_count, is_number)),
+}
+_RECORD: Shape = {"key": is_text, "program": _PROGRAM}
+
+
 def read_cache(cache: pathlib.Path | None) -> dict[str, Program]:
     """Programs by key; a last line that a kill cut off is dropped."""
     known: dict[str, Program] = {}
@@ -188,11 +200,10 @@ def read_cache(cache: pathlib.Path | None) -> dict[str, Program]:
     for line in read_text(cache, "give another --cache").splitlines():
         try:
             record = parse_json(line)
-            fields = record["program"]
-            counts = {
-                kind: (int(n), float(size)) for kind, (n, size) in fields["collectives"].items()
-            }
-            known[record["key"]] = Program(**{**fields, "collectives": counts})
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        except BadJson:
             continue
+        if fits(record, _RECORD) and record["program"].keys() == _PROGRAM.keys():
+            fields = record["program"]
+            counts = {kind: (n, float(size)) for kind, (n, size) in fields["collectives"].items()}
+            known[record["key"]] = Program(**{**fields, "collectives": counts})
     return known

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.formats.files import no_device
-from dit_jax.formats.json_parser import parse_json
+from dit_jax.formats.json_parser import BadJson, parse_json
+from dit_jax.formats.json_shape import fits, is_count, is_number
 from dit_jax.runtime import artifacts
 from dit_jax.runtime.event_file import EventFile
 from dit_jax.runtime.os_errors import explain_os_errors
@@ -28,10 +29,20 @@ def read_records(file: Path) -> list[dict[str, Any]]:
     for line in text.splitlines():
         try:
             record = parse_json(line)
-            records.append({**record, "step": int(record["step"]), "time": float(record["time"])})
-        except (ValueError, KeyError, TypeError, OverflowError):
+        except BadJson:
             break
+        if not (fits(record, {"step": is_count, "time": is_number}) and _is_record(record)):
+            break
+        records.append(record)
     return records
+
+
+def _is_record(value: dict[str, Any]) -> bool:
+    """Whether names and numbers are such as an event file can hold."""
+    return all(
+        key.isprintable() and is_number(number) and abs(number) < 1e38
+        for key, number in value.items()
+    )
 
 
 class Metrics:

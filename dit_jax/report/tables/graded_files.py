@@ -54,7 +54,8 @@ def read_graded(folder: str, runs: Iterable[str] = ()) -> tuple[list[Graded], di
     root = user_path(folder)
     if not root.is_dir():
         raise DitError(f"there is no folder '{folder}': set --config.results to graded CSV files")
-    files = {path.resolve(): (path, False) for path in sorted(root.rglob("*.csv"))}
+    found = (path for path in sorted(root.rglob("*.csv")) if path.is_file())
+    files = {path.resolve(): (path, False) for path in found}
     for run in runs:
         path = user_path(str(run)) / "report" / GRADED_FILE
         if not path.is_file():
