@@ -16,7 +16,7 @@ from conftest import ROOT
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_jax.errors import DitError
-from dit_jax.runtime import artifacts
+from dit_jax.runtime import artifacts, stage_records
 from dit_jax.runtime.digests import base_digest, digest_tree
 from dit_jax.runtime.exits import exit_on_error
 
@@ -316,17 +316,17 @@ def test_a_broken_manifest_is_refused(store, text):
 
 
 def test_stage_marks(tmp_path):
-    assert artifacts.stage_done(tmp_path, "diffs") is None
-    written = artifacts.mark_done(tmp_path, "diffs", 1.23456, extra={"count": np.int64(3)})
-    record = artifacts.stage_done(tmp_path, "diffs")
+    assert stage_records.stage_done(tmp_path, "diffs") is None
+    written = stage_records.mark_done(tmp_path, "diffs", 1.23456, extra={"count": np.int64(3)})
+    record = stage_records.stage_done(tmp_path, "diffs")
     assert record == written
     assert (record["stage"], record["seconds"], record["count"]) == ("diffs", 1.235, 3)
     # This process holds jax, so it has between 50 MB and 100 GB, whatever the system's unit.
     assert 5e7 < record["peak_memory_bytes"] < 1e11
-    assert artifacts.stage_done(tmp_path, "train") is None
+    assert stage_records.stage_done(tmp_path, "train") is None
     (tmp_path / "stages" / "diffs.json").write_text('{"stage": ')
     with pytest.raises(DitError, match="truncated"):
-        artifacts.stage_done(tmp_path, "diffs")
+        stage_records.stage_done(tmp_path, "diffs")
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_what_a_killed_writer_left_goes_and_what_another_writes_stays(tmp_path):
     """Also what a library leaves in the middle of a file. A kill between two renames costs no folder."""
     program = f"""
 import os, pathlib, sys
-from dit_jax.runtime import artifacts
+from dit_jax.runtime import artifacts, stage_records
 place = pathlib.Path({str(tmp_path)!r})
 if sys.argv[1] == "file":
     with artifacts.atomic_file(place / "file") as file:

@@ -17,7 +17,7 @@ from dit_jax.config.loading import (
     to_dict,
 )
 from dit_jax.errors import DitError
-from dit_jax.runtime import artifacts
+from dit_jax.runtime import artifacts, stage_records
 
 CONFIG = """
 from ml_collections import ConfigDict, config_dict
@@ -285,7 +285,7 @@ def test_a_damaged_config_is_written_anew_or_refused(tmp_path, capsys):
         check_workdir(small(), tmp_path)
     file.unlink()
     copy.unlink()
-    artifacts.mark_done(tmp_path, "diffs", 1.0)
+    stage_records.mark_done(tmp_path, "diffs", 1.0)
     with pytest.raises(DitError, match="is missing beside finished stages"):
         check_workdir(small(), tmp_path)
     with pytest.raises(DitError, match="a part of the path is a file"):

@@ -30,7 +30,7 @@ from dit_jax.graders.cache import Cache, _seal
 from dit_jax.models.families import read_config
 from dit_jax.models.hf_checkpoint import all_finite, find_folder, generation_eos, load_params
 from dit_jax.report.sweep_table import read_row
-from dit_jax.runtime import artifacts
+from dit_jax.runtime import artifacts, stage_records
 from dit_jax.runtime.artifacts import read_json, read_text
 from dit_jax.runtime.metrics import read_records
 
@@ -51,7 +51,7 @@ READERS = {
     "adapter_config.json": lambda folder: read_peft(folder, read_config(TINY)),
     "manifest.json": DiffStore,
     "saved.json": lambda folder: load_saved(folder / "saved.json"),
-    "stages/train.json": lambda folder: artifacts.stage_done(folder, "train"),
+    "stages/train.json": lambda folder: stage_records.stage_done(folder, "train"),
 }
 
 

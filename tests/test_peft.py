@@ -28,7 +28,7 @@ from dit_jax.deltas import detect, export, peft
 from dit_jax.deltas.factors import fuse, modules
 from dit_jax.deltas.patterns import Budget, Pattern
 from dit_jax.errors import DitError
-from dit_jax.runtime.artifacts import peak_memory_bytes
+from dit_jax.runtime.stage_records import peak_memory_bytes
 
 torch = pytest.importorskip("torch")
 peft_library = pytest.importorskip("peft")

@@ -16,7 +16,7 @@ from dit_jax.cli.workdir import is_done
 from dit_jax.config.loading import flatten, load_config, split_flags
 from dit_jax.deltas.store import DiffStore
 from dit_jax.report import sweep_table
-from dit_jax.runtime import artifacts
+from dit_jax.runtime import artifacts, stage_records
 
 CONFIG = """
 from dit_jax.config.loading import load_config
@@ -56,11 +56,11 @@ def fake_run(monkeypatch):
             raise run.broken[workdir.name]
         for stage in config.stages:
             folder = artifacts.make_dir(workdir / STAGES[stage].folder)
-            if stage == "diffs" and not artifacts.stage_done(workdir, stage):
+            if stage == "diffs" and not stage_records.stage_done(workdir, stage):
                 artifacts.write_text(folder / "shard", "made by " + workdir.name)
                 artifacts.write_manifest(folder, "dit_jax.diffs")
-            if not artifacts.stage_done(workdir, stage):
-                artifacts.mark_done(workdir, stage, 1.5)
+            if not stage_records.stage_done(workdir, stage):
+                stage_records.mark_done(workdir, stage, 1.5)
         score = {"exact_match": config.train.rank / 20, "ci_low": 0.0, "ci_high": 1.0, "n": 7}
         summary = {"methods": {"dit": score}, "seconds_total": 3.25}
         artifacts.write_json(workdir / "report" / "summary.json", summary)

@@ -46,7 +46,7 @@ from dit_jax.config.loading import (
 from dit_jax.config.user_code import ProgramFile
 from dit_jax.errors import DitError, Parser, first_line
 from dit_jax.report import sweep_table
-from dit_jax.runtime import artifacts, startup
+from dit_jax.runtime import artifacts, stage_records, startup
 from dit_jax.runtime.exits import explained, status_of
 from dit_jax.runtime.outgoing import show
 
@@ -180,7 +180,7 @@ def is_finished(run: Run, folder: pathlib.Path) -> bool:
     if not file.exists() or config_diff(saved_config(file), run.config, free_keys(run.config)):
         return False
     return all(
-        artifacts.stage_done(folder, stage.name) and (folder / stage.folder).is_dir()
+        stage_records.stage_done(folder, stage.name) and (folder / stage.folder).is_dir()
         for stage in chosen_stages(run.config.stages)
     )
 
@@ -200,7 +200,7 @@ def share_diffs(run: Run, others: Sequence[Run], workdir: pathlib.Path) -> str |
         source = workdir / other.name
         if other.name == run.name or config_diff(other.config, run.config, ignored):
             continue
-        record = artifacts.stage_done(source, "diffs")
+        record = stage_records.stage_done(source, "diffs")
         if record is None or not (source / "diffs" / artifacts.MANIFEST).is_file():
             continue
         check_workdir(other.config, source)

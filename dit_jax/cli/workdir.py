@@ -14,7 +14,7 @@ from dit_jax.config.loading import config_diff, load_saved, save_config
 from dit_jax.errors import DitError
 from dit_jax.evaluate.evaluate_keys import EVALUATE, GRADING_KEYS
 from dit_jax.formats.files import user_path
-from dit_jax.runtime import artifacts, processes
+from dit_jax.runtime import artifacts, processes, stage_records
 
 CONFIG_FILE = "config.json"
 _OF_THE_REPORT = tuple(EVALUATE.dotted(key.name) for key in GRADING_KEYS)
@@ -163,7 +163,7 @@ def is_done(workdir: Path, stage: Stage, config: Any) -> bool:
     Raises:
         DitError: the record or the manifest is broken, or a file has another size than the manifest says.
     """
-    record = artifacts.stage_done(workdir, stage.name)
+    record = stage_records.stage_done(workdir, stage.name)
     folder = workdir / stage.folder
     if not record or not folder.is_dir():
         return False
@@ -197,11 +197,11 @@ def run_once(workdir: Path, stage: Stage, config: Any, work: Callable[[], dict[s
     """
     start = time.monotonic()
     inputs = input_digests(workdir, stage, config)
-    processes.on_main(lambda: artifacts.unmark_done(workdir, stage.name))
+    processes.on_main(lambda: stage_records.unmark_done(workdir, stage.name))
 
     def record(facts: dict[str, Any]) -> None:
         seconds = time.monotonic() - start
-        artifacts.mark_done(workdir, stage.name, seconds, {**facts, "inputs": inputs})
+        stage_records.mark_done(workdir, stage.name, seconds, {**facts, "inputs": inputs})
 
     if stage.always:
         processes.on_main(lambda: record(work()))

@@ -31,7 +31,7 @@ from dit_jax.evaluate.units import (
 )
 from dit_jax.formats.files import short
 from dit_jax.organisms.gate import CONDITIONS
-from dit_jax.runtime import artifacts, processes
+from dit_jax.runtime import artifacts, processes, stage_records
 from dit_jax.runtime.parts import part_of
 from dit_jax.runtime.progress import Progress
 
@@ -177,7 +177,7 @@ def _write(
     tested = [row for row in index if row["split"] == "test"]
     divergences = [_measured(row, "gate_kl") for row in tested if row.get("gate_kl")]
     gated = [row for row in index if row.get("category") == "topic"]
-    stages = {name: artifacts.stage_done(workdir, name) or {} for name in ("diffs", "train")}
+    stages = {name: stage_records.stage_done(workdir, name) or {} for name in ("diffs", "train")}
     files: dict[str, Any] = {
         "answers.jsonl": rows,
         "transcripts.jsonl": transcripts,

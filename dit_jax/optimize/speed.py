@@ -27,7 +27,7 @@ from dit_jax.data.batch import TokenBatch
 from dit_jax.errors import DitError
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.modules import count_parameters
-from dit_jax.runtime import artifacts, processes
+from dit_jax.runtime import artifacts, processes, stage_records
 
 MFU = (
     "MFU = model FLOPs/s ÷ (devices × measured matmul FLOPs/s of one); model FLOPs = "
@@ -120,7 +120,7 @@ def device_memory() -> dict[str, float]:
     """Bytes in use and their peak on this process's first device; on a CPU the peak of this process."""
     stats = jax.local_devices()[0].memory_stats()
     if not stats:
-        return {"process_peak_bytes": float(artifacts.peak_memory_bytes())}
+        return {"process_peak_bytes": float(stage_records.peak_memory_bytes())}
     names = {"bytes_in_use": "device_bytes", "peak_bytes_in_use": "device_peak_bytes"}
     return {names[key]: float(stats[key]) for key in names if key in stats}
 

@@ -27,7 +27,8 @@ from dit_jax.report.wording import (
     percent,
     shown_name,
 )
-from dit_jax.runtime.artifacts import PathLike, make_dir, peak_memory_bytes, write_json, write_text
+from dit_jax.runtime.artifacts import PathLike, make_dir, write_json, write_text
+from dit_jax.runtime.stage_records import peak_memory_bytes
 
 CROSS_ENTROPIES = {
     "matched": "its own diff",

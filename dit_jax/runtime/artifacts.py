@@ -1,4 +1,4 @@
-"""Artifacts on disk: atomic writes, digests of files, manifests, and the records of finished stages.
+"""Artifacts on disk: atomic writes, digests of files, and manifests.
 
 Readers see a file or a folder whole or not at all: everything is written under a temporary name in
 the same folder, flushed to the disk, and renamed. Failures of the file system are DitErrors.
@@ -12,9 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import shutil
-import sys
 import tempfile
 import time
 import uuid
@@ -383,54 +381,3 @@ def content_digest(folder: PathLike) -> str | None:
         return str(manifest["digest"])
     files = sorted((name, facts.get("sha256")) for name, facts in manifest["files"].items())
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
-
-
-# ------------------------------------------------------------------ stages
-
-
-def peak_memory_bytes() -> int:
-    """Peak resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _stage_file(workdir: PathLike, stage: str) -> Path:
-    return Path(workdir) / "stages" / f"{stage}.json"
-
-
-def stage_done(workdir: PathLike, stage: str) -> dict[str, Any] | None:
-    """The record that `mark_done` wrote for a finished stage, or None. Raises DitError: the record is broken."""
-    file = _stage_file(workdir, stage)
-    if not file.exists():
-        return None
-    record = read_json(file, f"run the stage '{stage}' again")
-    if not isinstance(record, dict):
-        raise DitError(f"'{file}' is not the record of a stage: delete it and run the stage again")
-    return record
-
-
-def unmark_done(workdir: PathLike, stage: str) -> None:
-    """Removes the record of a stage, if there is one. Raises DitError when the file system refuses."""
-    file = _stage_file(workdir, stage)
-    with explain_os_errors("delete", file):
-        file.unlink(missing_ok=True)
-
-
-def mark_done(
-    workdir: PathLike, stage: str, seconds: float, extra: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Marks a stage as finished in WORKDIR/stages/<stage>.json and returns the record.
-
-    Args:
-      seconds: wall time of the stage.
-      extra: further JSON values to keep with it.
-    """
-    record = {
-        **(extra or {}),
-        "stage": stage,
-        "seconds": round(float(seconds), 3),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "finished": now(),
-    }
-    write_json(_stage_file(workdir, stage), record)
-    return record
