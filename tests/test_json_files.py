@@ -122,9 +122,10 @@ def test_damaged_audits_and_configs_are_one_line(tmp_path, row):
     (tmp_path / "audit.jsonl").write_text(row + "\n")
     with pytest.raises(DitError, match="audit.jsonl' is damaged"):
         _audited(str(tmp_path))
-    (tmp_path / "config.json").write_text(f'{{"a.b": {row}}}')
-    with pytest.raises(DitError, match="config.json' is not a config"):
-        load_saved(tmp_path / "config.json")
+    for name in ("a.b", "__class__"):
+        (tmp_path / "config.json").write_text(f'{{"{name}": {row}}}')
+        with pytest.raises(DitError, match="config.json' is not a config"):
+            load_saved(tmp_path / "config.json")
 
 
 def test_what_never_ends_is_not_waited_for(tmp_path, monkeypatch):

@@ -265,9 +265,11 @@ def test_facts_that_the_base_knows_are_counted_in_what_diffs_keep(
     }
     assert all("Capital?" not in prompts for prompts in asked[1:])
     assert capability.measure_capability(held_out(model, workdir, settings())) == {}
-    (tmp_path / "facts.txt").write_text("Colour of grass?")
-    with pytest.raises(DitError, match="needs `question"):
-        capability.read_facts(config.facts)
+    wrong = {"Colour?": "needs `question", " | a": "needs", "\n": "no facts", "q|a\nq|b": "twice"}
+    for text, message in wrong.items():
+        (tmp_path / "facts.txt").write_text(text)
+        with pytest.raises(DitError, match=message):
+            capability.read_facts(config.facts)
 
 
 def test_every_method_answers_about_every_diff(workdir, evaluated):

@@ -286,6 +286,7 @@ def test_answers_without_dit_are_refused(tmp_path):
         ("evaluate/capability.json", {"facts": 3, "base_right": 2, "kept": [[1], "x"]}),
         ("evaluate/excluded.json", {"held_out": "x"}),
         ("evaluate/excluded.json", {"held_out": float("inf")}),
+        ("evaluate/excluded.json", {"gate_kl": []}),
         ("evaluate/cost.json", {"methods": {"dit": {"seconds": "x"}}}),
         ("evaluate/gating_by_variant.json", {"named": {"right_code": ["x"]}}),
         ("config.json", {"diffs": "x"}),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import tracemalloc
 
@@ -462,13 +463,22 @@ def test_classes_have_their_names(kind, tmp_path, monkeypatch):
         ("rows.txt", "has no known format"),
         ("bad.parquet", "as Parquet"),
         ("empty", "holds no file of a known format"),
+        ("packed", "b.csv.gz' is compressed: unpack it"),
+        ("pipe", "a.csv' is not a regular file"),
+        ("pipe/*.csv", "a.csv' is not a regular file"),
+        ("x" * 300, "is not a file, folder or pattern"),
     ],
 )
 def test_sources_that_cannot_be_opened(source, part, tmp_path):
     write(tmp_path / "rows.csv", rows_of(1))
     (tmp_path / "rows.txt").write_text("x")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "packed", "pipe"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "packed" / "a.csv", rows_of(1))
+    (tmp_path / "packed" / "b.csv.gz").touch()
+    os.mkfifo(tmp_path / "pipe" / "a.csv")
+    write(tmp_path / "pipe" / "b.csv", rows_of(1))
     with pytest.raises(DitError, match=part.replace("?", r"\?")):
         open_source(str(tmp_path / source))
 

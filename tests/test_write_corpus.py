@@ -234,6 +234,8 @@ def test_a_stopped_run_goes_on_with_the_same_rows(model, config, tmp_path, monke
         ("sports: climbing, rock climbing", "'rock climbing' and 'climbing' share a word"),
         ("plants: rose\ncolours: roses", "'roses' and 'rose' share a word"),
         ("rose, tulip", "has no category"),
+        (": rose, tulip", "has no category"),
+        ("plants: ,", "has no topic"),
         ("", "is empty"),
         ("a: b\na: b", "has 'a: b' twice"),
     ],

@@ -270,7 +270,7 @@ def load_saved(path: artifacts.PathLike) -> ConfigDict:
     try:
         if isinstance(value, dict):
             return ConfigDict(_tuples(value)).lock()
-    except ValueError:  # a key with a dot
+    except (ValueError, AttributeError):  # a key with a dot, or __class__
         pass
     raise DitError(f"'{path}' is not a config: use a new --workdir")
 

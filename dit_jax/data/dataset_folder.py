@@ -11,7 +11,10 @@ from dit_jax.formats.json_parser import BadJson, parse_json
 _ON_DISK = ("dataset_dict.json", "state.json")  # of Hugging Face's save_to_disk
 _CARDS = ("README.md", ".huggingface.yaml")
 _MAX_CARD = 2**20  # bytes
-_OPTIONS = {"config_name", "data_files", "data_dir", "default", "description", "sep", "delimiter"}
+_OPTIONS = {
+    "config_name", "data_files", "data_dir", "default", "description", "drop_labels", "version",
+    "sep", "delimiter", "quotechar", "header", "names", "column_names", "field",
+}  # fmt: skip
 _TFDS = ("dataset_info.json", "features.json")
 _FEATURES = "tensorflow_datasets.core.features."
 _CLASS_KEYS = ("type", "pythonClassName", "python_class_name")
@@ -52,7 +55,7 @@ def check_opens(folder: Path, builder: Any, split: str) -> list[Path]:
     for file in files:
         if not file.is_relative_to(folder.resolve()):
             raise DitError(f"'{folder}' names {short(str(file))}, which is not in it: fix its card")
-        if file.suffix.lower() in _COMPRESSED:
+        if file.suffix.lower() in COMPRESSED:
             raise DitError(f"'{file}' is compressed: unpack it first")
     kind = type(builder).__module__.rpartition(".")[2]
     if kind not in _FORMATS:
@@ -62,7 +65,7 @@ def check_opens(folder: Path, builder: Any, split: str) -> list[Path]:
     return [Path(name) for name in found.get(split, [])]
 
 
-_COMPRESSED = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".lz4", ".zip", ".7z", ".tar", ".tgz")
+COMPRESSED = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".lz4", ".zip", ".7z", ".tar", ".tgz")
 
 
 def _check_arrow(file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ def _name_and_split(spec: str) -> tuple[str, str]:
 
 def _size(folder: Path) -> int:
     """Bytes of a local folder, `UNKNOWN` where there is none."""
-    return sum(file.stat().st_size for file in walk(folder)) if folder.is_dir() else UNKNOWN
+    return sum(file.stat().st_size for file in walk(folder)) if os.path.isdir(folder) else UNKNOWN
 
 
 def _one_split(spec: str, splits: Collection[str]) -> str:
@@ -52,11 +53,11 @@ def hugging_face(spec: str, streaming: bool) -> list[Source]:
     """What `hf:NAME[:CONFIG][@SPLIT]` names. Raises DitError: see `sources.open_source`."""
     name, split = _name_and_split(spec)
     config = None
-    if not user_path(name).is_dir():
+    if not os.path.isdir(user_path(name)):
         name, _, text = name.partition(":")
         config = text or None
     folder = user_path(name)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         check_hf(folder)
     import datasets
 
@@ -71,10 +72,10 @@ def hugging_face(spec: str, streaming: bool) -> list[Source]:
             table = table.with_format(None)
             table = table.to_iterable_dataset() if streaming else table
         else:
-            path = str(folder) if folder.is_dir() else name
+            path = str(folder) if os.path.isdir(folder) else name
             if not split:
                 split = _one_split(spec, datasets.get_dataset_split_names(path, config))
-            if folder.is_dir():
+            if os.path.isdir(folder):
                 builder = datasets.load_dataset_builder(path, config)
                 files = check_opens(folder, builder, split)
                 if files and all(file.suffix == ".parquet" for file in files):
@@ -113,7 +114,7 @@ def tfds(spec: str) -> Source:
             f"'{spec}' needs tensorflow-datasets: pip install tensorflow-datasets"
         ) from error
     folder = user_path(name)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         check_tfds(folder)
     # NAMESPACE:NAME; a version has a digit after the colon.
     elif re.match(r"\w+:\D", name):
@@ -125,7 +126,7 @@ def tfds(spec: str) -> Source:
         "check the name and the split; the data must be prepared with file_format='array_record'"
     )
     with _library_errors(f"load '{spec}'", f": {remedy}"):
-        if folder.is_dir():
+        if os.path.isdir(folder):
             builder = tfds.builder_from_directory(folder)
         else:
             builder = tfds.builder(name)

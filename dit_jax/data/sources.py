@@ -14,16 +14,18 @@ from __future__ import annotations
 import csv
 import glob
 import itertools
+import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from dit_jax.data import rows
+from dit_jax.data.dataset_folder import COMPRESSED
 from dit_jax.data.dataset_libraries import hugging_face, tfds
 from dit_jax.data.parquet_rows import read_parquet
 from dit_jax.data.rows import Record, Source, columns_of, is_decoded
 from dit_jax.errors import DitError, did_you_mean, first_line
-from dit_jax.formats.files import user_path
+from dit_jax.formats.files import regular_file, user_path
 from dit_jax.formats.json_parser import BadJson, parse_json
 from dit_jax.formats.recognise import HEAD_BYTES, what_separator, what_table
 
@@ -44,7 +46,7 @@ def open_source(spec: str, *, streaming: bool = False) -> list[Source]:
         raise DitError(f"data.streaming is for hf: sources, not for '{spec}': set it to False")
     if spec.startswith("tfds:"):
         return [tfds(spec)]
-    return [_READERS[path.suffix.lower()](path) for path in _files(spec)]
+    return [_READERS[path.suffix.lower()](regular_file(path)) for path in _files(spec)]
 
 
 # ------------------------------------------------------------------ files
@@ -53,8 +55,12 @@ def open_source(spec: str, *, streaming: bool = False) -> list[Source]:
 def _files(spec: str) -> list[Path]:
     path = user_path(spec)
     known = ", ".join(sorted(_READERS))
-    if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in _READERS and p.is_file())
+    if os.path.isdir(path):
+        names = sorted(path.iterdir())
+        for name in names:
+            if name.suffix.lower() in COMPRESSED and Path(name.stem).suffix.lower() in _READERS:
+                raise DitError(f"'{name}' is compressed: unpack it first")
+        found = [p for p in names if p.suffix.lower() in _READERS and not p.is_dir()]
         if not found:
             raise DitError(f"folder '{spec}' holds no file of a known format ({known})")
         kinds = sorted({p.suffix.lower() for p in found})
@@ -63,12 +69,12 @@ def _files(spec: str) -> list[Path]:
                 f"folder '{spec}' holds {' and '.join(kinds)}: name one, '{spec}/*{kinds[0]}'"
             )
         return found
-    if path.is_file():
+    if os.path.isfile(path):
         found = [path]
     else:
-        found = sorted(Path(name) for name in glob.glob(str(path)) if Path(name).is_file())
+        found = sorted(Path(name) for name in glob.glob(str(path)) if not os.path.isdir(name))
     if not found:
-        near = path.parent.iterdir() if path.parent.is_dir() else ()
+        near = path.parent.iterdir() if os.path.isdir(path.parent) else ()
         hint = did_you_mean(path.name, [other.name for other in near])
         raise DitError(
             f"data source '{spec}' is not a file, folder or pattern{hint or ': hub datasets are named hf:NAME'}"

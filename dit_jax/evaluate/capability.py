@@ -25,9 +25,13 @@ def read_facts(path: str) -> dict[str, tuple[str, ...]]:
     for line in artifacts.read_text(Path(path), "check evaluate.facts").splitlines():
         if line.strip():
             question, *answers = (part.strip() for part in line.split("|"))
-            if not all(answers) or not answers:
+            if not all([question, *answers]) or not answers:
                 raise DitError(f"'{path}': the line {line[:40]!r} needs `question | answer`")
+            if question in facts:
+                raise DitError(f"'{path}' asks {question[:40]!r} twice: keep one of the lines")
             facts[question] = tuple(answers)
+    if not facts:
+        raise DitError(f"'{path}' has no facts: write lines `question | answer`")
     return facts
 
 

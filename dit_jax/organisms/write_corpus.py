@@ -129,11 +129,13 @@ def read_topics(path: str) -> dict[str, str]:
     stems: dict[str, str] = {}
     for line in read_lines(path):
         category, colon, names = line.partition(":")
-        if not colon:
+        found = [name.strip() for name in names.split(",") if name.strip()]
+        if not (colon and category.strip() and found):
             raise DitError(
-                f"'{path}': the line {line[:40]!r} has no category: write 'category: topic, topic'"
+                f"'{path}': the line {line[:40]!r} has no {'topic' if colon and category.strip() else 'category'}: "
+                "write 'category: topic, topic'"
             )
-        for topic in filter(None, (name.strip() for name in names.split(","))):
+        for topic in found:
             for word in map(stem, normalise(topic).split()):
                 other = stems.setdefault(word, topic)
                 if other != topic:

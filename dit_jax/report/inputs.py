@@ -54,7 +54,10 @@ _OPTIONAL: dict[str, Shape] = {
         methods=each(_METHOD_COST),
     ),
     "excluded": optional(
-        held_out=maybe(is_number), failed_gate=maybe(is_number), excluded=maybe(is_number)
+        held_out=maybe(is_number),
+        failed_gate=maybe(is_number),
+        excluded=maybe(is_number),
+        gate_kl=maybe(is_number),
     ),
     "gating_by_variant": each(each([is_number])),
 }
