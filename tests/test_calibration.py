@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dit_jax
-from dit_jax.auditing import calibration
+from dit_jax.auditing import calibration, calibration_file
 from dit_jax.auditing.battery import Battery
 from dit_jax.auditing.calibration import Known
 from dit_jax.cli import audit_diffs, calibrate_adapter
@@ -189,9 +189,9 @@ def test_a_calibration_scores_the_audits_that_ask_the_same(files, tmp_path, caps
     out = ("--out", tmp_path / "other")
     assert audit_diffs.main(flags(files, *out, questions="others")) == 0
     assert "has no calibration" in (tmp_path / "other" / "audit.html").read_text()
-    calibration.write(beside, {**made, "base": "f" * 64})  # the same files on another base
+    calibration_file.write(beside, {**made, "base": "f" * 64})  # the same files on another base
     assert calibrate_adapter.main(flags(files, "--test")) == 2
-    calibration.write(beside, made)
+    calibration_file.write(beside, made)
 
 
 def test_a_calibration_is_made_under_the_system_message_that_is_given(files, tmp_path):
@@ -204,10 +204,12 @@ def test_a_calibration_is_made_under_the_system_message_that_is_given(files, tmp
 
 def test_a_calibration_of_another_adapter_or_a_damaged_one_is_refused(tmp_path):
     (tmp_path / "adapter").mkdir()
-    path = calibration.file_beside(str(tmp_path / "adapter"))
-    assert path == tmp_path / "adapter.calibration.json" and calibration.read(path, "a") is None
+    path = calibration_file.file_beside(str(tmp_path / "adapter"))
+    assert (
+        path == tmp_path / "adapter.calibration.json" and calibration_file.read(path, "a") is None
+    )
     for named in ("me/mine", "hf://me/mine"):  # a folder "me" would hide the id
-        assert calibration.file_beside(named) == pathlib.Path("me--mine.calibration.json")
+        assert calibration_file.file_beside(named) == pathlib.Path("me--mine.calibration.json")
     facts = {"adapter": "a", "battery": Battery(("q",)).to_json(), "system": None, "source": "s"}
     good = calibration.calibrate(known_diffs(), facts)
     battery, hidden = good["battery"], good["hidden"]
@@ -233,9 +235,9 @@ def test_a_calibration_of_another_adapter_or_a_damaged_one_is_refused(tmp_path):
         ({"hidden": {"mean": [0]}}, "is damaged"),
         ({"battery": None}, "is damaged"),
     ):
-        calibration.write(path, {**good, **change})
+        calibration_file.write(path, {**good, **change})
         if message is None:
-            assert calibration.read(path, "a")["hidden"]["n"] == 200
+            assert calibration_file.read(path, "a")["hidden"]["n"] == 200
         else:
             with pytest.raises(DitError, match=message):
-                calibration.read(path, "a")
+                calibration_file.read(path, "a")

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import dit_jax
-from dit_jax.auditing import calibration
+from dit_jax.auditing import calibration, calibration_file
 from dit_jax.auditing.battery import Battery
 from dit_jax.auditing.calibration import Known
 from dit_jax.cli import ask_diffs as ask
@@ -414,7 +414,7 @@ def test_a_pushed_adapter_has_a_card_and_is_loaded_by_its_id(hub, tmp_path, monk
     diffs = [Known((i / 40, i), i > 20, i > 20, i) for i in range(40)]
     facts = {"adapter": digest, "battery": Battery(("q",)).to_json(), "system": None, "source": "s"}
     made = calibration.calibrate(diffs, facts)
-    calibration.write(calibration.file_beside(str(adapter)), made)
+    calibration_file.write(calibration_file.file_beside(str(adapter)), made)
     push = [str(adapter), "me/mine", "--license", "mit"]
     assert push_adapter.main([*push, "--dry-run", str(tmp_path / "card.md")]) == 0
     assert "me/mine" not in Hub.repos
@@ -441,7 +441,7 @@ def test_a_pushed_adapter_has_a_card_and_is_loaded_by_its_id(hub, tmp_path, monk
     (Hub.repos["me/mine"] / "left-over").unlink()
     found = pathlib.Path(hub("diff", "me/mine")["me/mine"])
     jax.tree.map(np.testing.assert_array_equal, dit_jax.load_adapter(found, model()), lora(5))
-    assert calibration.of_adapter("me/mine", found, digest) == made
+    assert calibration_file.of_adapter("me/mine", found, digest) == made
 
 
 @pytest.mark.parametrize(

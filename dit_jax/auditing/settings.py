@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dit_jax.api import Model, read_adapter
-from dit_jax.auditing import calibration
+from dit_jax.auditing import calibration_file
 from dit_jax.auditing.battery import Battery
 from dit_jax.data.chat import Chat
 from dit_jax.deltas.detect import Found, look_for_adapter
@@ -97,7 +97,7 @@ def make_settings(
         system = own if system is None and isinstance(own, str) else system
         facts |= {"adapter": adapter_path, "adapter_digest": digest, "trained_on": trained}
         if calibrated:
-            known = calibration.of_adapter(adapter_path, found.path, digest)
+            known = calibration_file.of_adapter(adapter_path, found.path, digest)
         questions = adapter.metadata.get("questions")
         if isinstance(questions, list) and all(isinstance(q, str) for q in questions):
             defaults["questions"] = tuple(questions[:MOST_WORDINGS])

@@ -39,7 +39,7 @@ def run(flags: argparse.Namespace) -> None:
     """Writes the calibration, or tests the one that is there, and prints its numbers."""
     asked = battery_of(flags)
 
-    from dit_jax.auditing import calibration
+    from dit_jax.auditing import calibration, calibration_file
     from dit_jax.auditing.known import measure
     from dit_jax.auditing.settings import make_settings
     from dit_jax.auditing.targets import list_targets
@@ -48,7 +48,7 @@ def run(flags: argparse.Namespace) -> None:
 
     found = look_for_adapter(flags.adapter)
     model = given.load_base(flags)
-    path = calibration.file_beside(flags.adapter)
+    path = calibration_file.file_beside(flags.adapter)
     settings = make_settings(
         model,
         flags.adapter,
@@ -63,7 +63,7 @@ def run(flags: argparse.Namespace) -> None:
             f"there is no calibration of these questions at '{path}': run the same command without --test, on diffs of "
             "the adapter's own kind"
         )
-    calibration.check_battery(settings.battery.to_json())
+    calibration_file.check_battery(settings.battery.to_json())
     targets = list_targets(flags.diffs, model, flags.split)
     known = measure(settings, targets)
     if settings.calibration is not None:
@@ -77,7 +77,7 @@ def run(flags: argparse.Namespace) -> None:
             "source": f"{', '.join(flags.diffs)}, split {flags.split}",
         }
         made = calibration.calibrate(known, facts)
-        calibration.write(path, made)
+        calibration_file.write(path, made)
     for name in ("hidden", "right"):
         one = made[name]
         area = (

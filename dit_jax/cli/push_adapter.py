@@ -43,7 +43,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def run(flags: argparse.Namespace) -> None:
     """Writes or sends the card. Raises DitError: there is no adapter, or the hub refuses."""
-    from dit_jax.auditing import calibration
+    from dit_jax.auditing import calibration_file
     from dit_jax.formats.hub import parse_hub_id
 
     named = parse_hub_id(flags.repo)
@@ -60,7 +60,7 @@ def run(flags: argparse.Namespace) -> None:
         shutil.copytree(folder, sent)
         artifacts.write_text(sent / CARD, text)
         if known is not None:
-            calibration.write(sent / calibration.INSIDE, known)
+            calibration_file.write(sent / calibration_file.INSIDE, known)
         show(f"pushed: {_send(sent, flags.repo, flags.private)}")
 
 
@@ -72,7 +72,7 @@ def card(
     Raises:
         DitError: the folder holds no adapter of this program, or a file is damaged.
     """
-    from dit_jax.auditing import calibration
+    from dit_jax.auditing import calibration_file
     from dit_jax.deltas.adapter_file import ADAPTER_FORMAT
     from dit_jax.formats.hub import parse_hub_id
     from dit_jax.report.adapter_card import adapter_card
@@ -88,7 +88,7 @@ def card(
         raise DitError(f"nothing beside '{folder}' names the base: give its hub id with --base")
     found = parse_hub_id(base)
     is_id = found is not None and not Path(base).exists()
-    known = calibration.of_adapter(str(folder), folder, str(manifest.get("digest")))
+    known = calibration_file.of_adapter(str(folder), folder, str(manifest.get("digest")))
     try:
         text = adapter_card(
             manifest,

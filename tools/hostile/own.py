@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 import dit_jax
-from dit_jax.auditing import calibration, run_audit
+from dit_jax.auditing import calibration, calibration_file, run_audit
 from dit_jax.auditing.battery import Battery
 from dit_jax.auditing.targets import Target
 from dit_jax.auditing.weights import sketch
@@ -68,11 +68,11 @@ def make_calibration(folder: Path) -> None:
         )
         for i in range(60)
     ]
-    calibration.write(folder / "x.json", calibration.calibrate(known, facts))
+    calibration_file.write(folder / "x.json", calibration.calibrate(known, facts))
 
 
 def read_calibration(folder: Path) -> Any:
-    found = calibration.read(folder / "x.json", "a")
+    found = calibration_file.read(folder / "x.json", "a")
     assert found is not None
     said = calibration.probabilities(found, (0.5, 3.0))
     if not all(0 <= x <= 1 for x in said.values() if x is not None):
