@@ -258,6 +258,7 @@ def test_missing_and_truncated_inputs_are_named(tmp_path, name):
         ({"kind": "other"}, "line 3 has kind 'other'"),
         ({"category": "cat"}, "line 3 has category 'cat'"),
         ({"diff": "0"}, "line 3 has no valid 'diff'"),
+        ({"question": [[]]}, "line 3 has no valid 'question'"),
     ],
 )
 def test_invalid_rows_are_named_by_line(tmp_path, change, message):

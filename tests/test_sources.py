@@ -12,6 +12,7 @@ import pytest
 from dit_jax.config.loading import load_config
 from dit_jax.data import parquet_rows
 from dit_jax.data.corpus import data_config, load_corpus
+from dit_jax.data.dataset_folder import check_hf
 from dit_jax.data.kinds import KINDS
 from dit_jax.data.labels import NONE
 from dit_jax.data.organism import load_organisms
@@ -652,6 +653,24 @@ def test_an_arrow_file_that_points_out_of_itself_is_refused(tmp_path):
     file.write_bytes(content.replace(offsets, far))
     with pytest.raises(DitError, match="as Arrow: .*out of bounds"):
         open_source(f"hf:{tmp_path / 'x'}")
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+@pytest.mark.parametrize("dictionary", [False, True])
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_a_compressed_arrow_file_is_refused(tmp_path, kind, dictionary, compression):
+    pa = pytest.importorskip("pyarrow")
+    column = pa.array(["a" * 10_000] * 100)
+    table = pa.table({"topic": column.dictionary_encode() if dictionary else column})
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    new = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
+    with new(tmp_path / "x.arrow", table.schema, options=options) as writer:
+        writer.write_table(table)
+    if compression:
+        with pytest.raises(DitError, match="is compressed: write it without"):
+            check_hf(tmp_path)
+    else:
+        check_hf(tmp_path)
 
 
 CLASSES = (

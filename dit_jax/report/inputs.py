@@ -7,6 +7,7 @@ from typing import Any
 
 from dit_jax.errors import DitError
 from dit_jax.evaluate.method_table import EVALUATION_FORMAT, GROUPS
+from dit_jax.formats.files import short
 from dit_jax.formats.json_parser import parse_json
 from dit_jax.formats.json_shape import Shape, each, fits, is_number, is_text, maybe, optional
 from dit_jax.runtime.artifacts import MANIFEST, PathLike, read_json, read_manifest, read_text
@@ -27,6 +28,7 @@ _ROW_TYPES: dict[str, type | tuple[type, ...]] = {
     "answer": str,
     "guess": str,
 }
+_TEXTS = ("question", "trigger", "variant", "topic_category", "wording")  # which a row may lack
 _CHOICES = {"kind": tuple(GROUPS), "category": ("topic", "benign", "no_diff")}
 _CROSS_ENTROPIES = ("matched", "shuffled", "noise", "none")
 _SINCE = ("layers", "words")  # which older runs do not have
@@ -160,9 +162,12 @@ def _answer(row: Any, where: str) -> Row:
     for key, kinds in _ROW_TYPES.items():
         if key not in row or not isinstance(row[key], kinds):
             raise DitError(f"{where} has no valid '{key}': {_REMEDY}")
+    for key in _TEXTS:
+        if not isinstance(row.get(key), str | None):
+            raise DitError(f"{where} has no valid '{key}': {_REMEDY}")
     for key, allowed in _CHOICES.items():
         if row[key] not in allowed:
-            raise DitError(f"{where} has {key} {row[key]!r}, not one of {allowed}: {_REMEDY}")
+            raise DitError(f"{where} has {key} {short(row[key])}, not one of {allowed}: {_REMEDY}")
     return row
 
 
