@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -27,12 +28,29 @@ from dit_jax.cli import push_adapter
 from dit_jax.deltas import adapter_file, export
 from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import HIDDEN, DitError
+from dit_jax.formats import hub as hub_module
 from dit_jax.formats.hub import HubId, find, parse_hub_id
 from dit_jax.models.hf_checkpoint import find_folder
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 OLD = "89abcdef0123456789abcdef0123456789abcdef"
 TINY = find_folder("tiny_qwen3")
+
+
+def test_a_hub_that_takes_a_request_and_says_nothing_is_one_line(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setattr(hub_module, "SILENCE", 0.5)
+        with pytest.raises(DitError, match="'owner/name' does not exist here, and .*timed out"):
+            find("owner/name")
+        with pytest.raises(DitError, match="the hub does not take 'owner/name' .*timed out"):
+            push_adapter._send(tmp_path, "owner/name", False)
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,9 @@ def _send(folder: Path, repo: str, private: bool) -> str:
     """Sends a folder in place of what the repository holds, and returns the address of the commit."""
     import huggingface_hub
 
+    from dit_jax.formats.hub import do_not_wait_forever
+
+    do_not_wait_forever()
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)

@@ -24,6 +24,7 @@ _ID = re.compile(
     rf"(?P<repo>{_NAME}/{_NAME})"
     rf"(?:@(?P<revision>{_REVISION}))?(?P<inside>(?:/[^/@\0]{{1,255}}){{0,32}})(?:@(?P<last>{_REVISION}))?"
 )
+SILENCE = 60.0  # seconds
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")  # the best first
 _SUFFIXES = (*_WEIGHTS, ".json", ".jinja", ".csv")
 # What a folder has of its own: of a model or adapter its files alone count, and of others the folders in it, too.
@@ -87,13 +88,21 @@ def find(text: str | Path, *, base: bool = False) -> Path:
     return _fetch(hub_id, said, base)
 
 
+def do_not_wait_forever() -> None:
+    """From now on the library's calls end where the hub takes a request and says nothing for `SILENCE` seconds."""
+    import huggingface_hub
+
+    huggingface_hub.get_session().timeout = SILENCE
+
+
 def _fetch(hub_id: HubId, said: str, base: bool) -> Path:
     import huggingface_hub
 
+    do_not_wait_forever()
     repo, revision, inside = hub_id
     try:
         # Of the library's listings, this one does not wait half a minute for a hub that cannot be reached.
-        info = huggingface_hub.HfApi().model_info(repo, revision=revision)
+        info = huggingface_hub.HfApi().model_info(repo, revision=revision, timeout=SILENCE)
     except Exception as error:  # network, authorisation, spelling: the library raises many kinds
         return _cached(hub_id, said, error)
     names = [file.rfilename for file in info.siblings or ()]
