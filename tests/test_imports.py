@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 import dit_jax
-from dit_jax.runtime import host_memory, startup, xla_flags
+from dit_jax.runtime import startup, xla_flags
 
 HEAVY = ("torch", "transformers", "datasets", "tensorflow", "tensorflow_datasets", "matplotlib")
 
@@ -179,7 +179,7 @@ def test_eight_devices():
 
 
 PAGE_FAULTS = """
-import resource, sys, threading
+import resource, sys
 import numpy as np
 from dit_jax.runtime import host_memory
 if "keep" in sys.argv:
@@ -187,27 +187,18 @@ if "keep" in sys.argv:
 def faults():
     start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
-        np.ones(int(sys.argv[1]) << 18, np.float32)
+        np.ones(48 << 18, np.float32)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start
-def measure():
-    faults()
-    print(faults())
-# As the thread does that runs a compiled program.
-thread = threading.Thread(target=measure)
-thread.start()
-thread.join()
+faults()
+print(faults())
 """
-FEW_CORES = (os.cpu_count() or 1) <= host_memory._FEW_CORES
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is not glibc's")
-@pytest.mark.parametrize(
-    "mib, environment, kept",
-    [(48, {}, True), (240, {}, FEW_CORES), (48, {"MALLOC_MMAP_MAX_": "65536"}, False)],
-)
-def test_freed_arrays_are_kept_for_the_next_ones(mib, environment, kept):
+@pytest.mark.parametrize("environment, kept", [({}, True), ({"MALLOC_MMAP_MAX_": "65536"}, False)])
+def test_freed_arrays_are_kept_for_the_next_ones(environment, kept):
     def faults(*arguments):
-        command = [sys.executable, "-c", PAGE_FAULTS, str(mib), *arguments]
+        command = [sys.executable, "-c", PAGE_FAULTS, *arguments]
         ours = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
         # Without numpy's huge pages, which make one fault of 512.
         env = {**ours, **environment, "NUMPY_MADVISE_HUGEPAGE": "0"}

@@ -424,8 +424,6 @@ def test_a_shard_is_the_same_whatever_was_made_before(model, monkeypatch, tmp_pa
         (["--config.train.lerning_rate=1"], "learning_rate"),
         (["--config.stages=('trian',)"], "did you mean 'train'?"),
         (["--config.stages=()"], "'stages' must be"),
-        (["--workdir="], "--workdir is empty"),
-        (["--workdir=w\udcff"], "is not UTF-8"),
         (["--num-processes=2"], "say how to join others: add --distributed"),
         (["--confg.seed=1"], "unrecognized arguments: --confg.seed=1"),
         (["--config.train.rank=4"], "train.rank"),
@@ -435,6 +433,13 @@ def test_a_shard_is_the_same_whatever_was_made_before(model, monkeypatch, tmp_pa
 )
 def test_bad_input_is_one_line_and_exit_code_2(finished, extra, said, capsys):
     assert run(finished, *extra) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error:") and "\n" not in error and said in error
+
+
+@pytest.mark.parametrize(("workdir", "said"), [("", "is empty"), ("w\udcff", "is not UTF-8")])
+def test_a_bad_workdir_is_one_line_and_exit_code_2(workdir, said, capsys):
+    assert run(workdir) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error:") and "\n" not in error and said in error
 
