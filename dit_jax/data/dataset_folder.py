@@ -9,6 +9,7 @@ from dit_jax.errors import DitError, first_line
 from dit_jax.formats.files import check_tree, file_inside, has_file, read_json_object, short, walk
 from dit_jax.formats.json_parser import BadJson, parse_json
 
+COMPRESSED = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".lz4", ".zip", ".7z", ".tar", ".tgz")
 _ON_DISK = ("dataset_dict.json", "state.json")  # of Hugging Face's save_to_disk
 _CARDS = ("README.md", ".huggingface.yaml")
 _MAX_CARD = 2**20  # bytes
@@ -16,6 +17,7 @@ _OPTIONS = {
     "config_name", "data_files", "data_dir", "default", "description", "drop_labels", "version",
     "sep", "delimiter", "quotechar", "header", "names", "column_names", "field",
 }  # fmt: skip
+_FORMATS = ("csv", "json", "parquet", "text", "arrow")  # of Hugging Face's library
 _TFDS = ("dataset_info.json", "features.json")
 _FEATURES = "tensorflow_datasets.core.features."
 _CLASS_KEYS = ("type", "pythonClassName", "python_class_name")
@@ -41,9 +43,6 @@ def check_hf(folder: Path) -> None:
             _check_arrow(file)
 
 
-_FORMATS = ("csv", "json", "parquet", "text", "arrow")  # of Hugging Face's library
-
-
 def check_opens(folder: Path, builder: Any, split: str) -> list[Path]:
     """Checks what Hugging Face's library is about to open, and returns the files of a split.
 
@@ -64,9 +63,6 @@ def check_opens(folder: Path, builder: Any, split: str) -> list[Path]:
     if len(str(getattr(builder.config, "sep", ","))) != 1:  # a pattern, which may take forever
         raise DitError(f"'{folder}' separates fields by more than a character: use ','")
     return [Path(name) for name in found.get(split, [])]
-
-
-COMPRESSED = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".lz4", ".zip", ".7z", ".tar", ".tgz")
 
 
 def _check_arrow(file: Path) -> None:
