@@ -13,7 +13,7 @@ from dit_jax.cli.stages import STAGES, Stage, free_keys, named_files
 from dit_jax.config.loading import config_diff, load_saved, save_config
 from dit_jax.errors import DitError
 from dit_jax.evaluate.evaluate_keys import EVALUATE, GRADING_KEYS
-from dit_jax.formats.files import user_path
+from dit_jax.formats.files import is_decoded, user_path
 from dit_jax.runtime import artifacts, processes, stage_records
 
 CONFIG_FILE = "config.json"
@@ -35,7 +35,7 @@ def given_folder(text: str) -> Path:
     """The folder that --workdir names. Raises DitError: an empty name, one that is not UTF-8, or an address."""
     if not text.strip():
         raise DitError("--workdir is empty: give the folder of the run")
-    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+    if not is_decoded(text):
         raise DitError(
             f"the workdir {text!r} is not UTF-8, which checkpoints need: choose another name"
         )

@@ -12,9 +12,9 @@ from typing import Any
 
 from dit_jax.data.dataset_folder import check_hf, check_opens, check_tfds, is_on_disk
 from dit_jax.data.parquet_rows import read_parquet
-from dit_jax.data.rows import UNKNOWN, Record, Source, checked, columns_of, is_decoded, named
+from dit_jax.data.rows import UNKNOWN, Record, Source, checked, columns_of, named
 from dit_jax.errors import DitError, first_line
-from dit_jax.formats.files import short, user_path, walk
+from dit_jax.formats.files import is_decoded, short, user_path, walk
 
 
 def _name_and_split(spec: str) -> tuple[str, str]:

@@ -52,14 +52,6 @@ def columns_of(path: Path | str, names: Collection[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def is_decoded(text: str) -> bool:
-    """Whether a text holds no halves of characters."""
-    try:
-        return text.isascii() or bool(text.encode())
-    except UnicodeEncodeError:
-        return False
-
-
 def checked(number: int, values: Mapping[str, Any]) -> Record:
     """A row whose texts are not too long."""
     long = next((k for k, x in values.items() if isinstance(x, str) and len(x) > MAX_FIELD), None)

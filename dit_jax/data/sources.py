@@ -23,9 +23,9 @@ from dit_jax.data import rows
 from dit_jax.data.dataset_folder import COMPRESSED
 from dit_jax.data.dataset_libraries import hugging_face, tfds
 from dit_jax.data.parquet_rows import read_parquet
-from dit_jax.data.rows import Record, Source, columns_of, is_decoded
+from dit_jax.data.rows import Record, Source, columns_of
 from dit_jax.errors import DitError, did_you_mean, first_line
-from dit_jax.formats.files import regular_file, user_path
+from dit_jax.formats.files import is_decoded, regular_file, user_path
 from dit_jax.formats.json_parser import BadJson, parse_json
 from dit_jax.formats.recognise import HEAD_BYTES, what_separator, what_table
 

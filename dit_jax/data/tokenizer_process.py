@@ -16,7 +16,7 @@ from typing import Any
 from dit_jax.data import tokenizer_worker
 from dit_jax.errors import DitError
 from dit_jax.formats import budgets
-from dit_jax.formats.files import short
+from dit_jax.formats.files import is_decoded, short
 from dit_jax.formats.recognise import HEAD_BYTES, what_file
 from dit_jax.runtime.os_errors import explain_os_errors
 
@@ -255,7 +255,7 @@ class Tokenizer:
 
 def _check_text(text: str) -> None:
     """Raises DitError for a text with half a character: bytes of a shell that are not UTF-8, or JSON's \\ud800."""
-    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+    if not is_decoded(text):
         raise DitError(
             f"{short(text)} is no text: it holds half a character or bytes that are not UTF-8"
         )

@@ -19,7 +19,7 @@ from dit_jax.evaluate.evaluate_keys import EVALUATE, GRADING_KEYS
 from dit_jax.evaluate.faithfulness import strongest_layers, without_words
 from dit_jax.evaluate.setting import CostMeter, Setting
 from dit_jax.formats.files import file_inside
-from dit_jax.formats.json_shape import Shape, each, fits, is_number
+from dit_jax.formats.json_shape import Shape, each, fits, is_any_number, is_number
 from dit_jax.runtime import artifacts
 from dit_jax.runtime.parts import read_part, write_part
 
@@ -137,12 +137,11 @@ def read_unit(workdir: pathlib.Path, unit: Unit, made: str) -> dict[str, Any] | 
 
 def _is_unit(found: dict[str, Any], name: str, made: str) -> bool:
     """Whether it is a unit of this name. Its rows are checked where they are read, in reports."""
-    numbers = [lambda x: type(x) in (int, float)]
     shape: dict[str, Shape] = {
         "made_from": lambda x: x == made,
         "rows": [{"method": lambda x: x == name}],
         "transcripts": [{}],
-        "values": {LABELS: each(numbers), CAPABILITY: {}}.get(name, lambda x: x == {}),
+        "values": {LABELS: each([is_any_number]), CAPABILITY: {}}.get(name, lambda x: x == {}),
         "cost": each(is_number),
     }
     return fits(found, shape)

@@ -233,6 +233,14 @@ _MARKS = tuple(
 )
 
 
+def is_decoded(text: str) -> bool:
+    """Whether a text holds no halves of characters."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def decode(raw: bytes) -> str:
     """Text by its byte-order mark, without that; UTF-8 if there is none. Raises UnicodeDecodeError."""
     for mark, codec in _MARKS:

@@ -47,6 +47,11 @@ def is_number(value: Any) -> bool:
     return type(value) is float and math.isfinite(value)
 
 
+def is_any_number(value: Any) -> bool:
+    """A number, which may be infinite or NaN."""
+    return type(value) in (int, float)
+
+
 def is_count(value: Any) -> bool:
     """An integer from 0 to 2**32 - 1."""
     return type(value) is int and 0 <= value < 2**32

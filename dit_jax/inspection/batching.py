@@ -87,9 +87,8 @@ class Batcher(Generic[Item, Result]):
         """Gives each call its result; runs in a thread."""
         try:
             self._give(batch)
-        except (
-            BaseException
-        ):  # one of them is wrong: each alone, so that only this one gets the error
+        except BaseException:
+            # One of them is wrong: each alone, so that only this one gets the error.
             for call in batch:
                 try:
                     self._give([call])

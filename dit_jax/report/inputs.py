@@ -9,7 +9,16 @@ from dit_jax.errors import DitError
 from dit_jax.evaluate.method_table import EVALUATION_FORMAT, GROUPS
 from dit_jax.formats.files import short
 from dit_jax.formats.json_parser import parse_json
-from dit_jax.formats.json_shape import Shape, each, fits, is_number, is_text, maybe, optional
+from dit_jax.formats.json_shape import (
+    Shape,
+    each,
+    fits,
+    is_any_number,
+    is_number,
+    is_text,
+    maybe,
+    optional,
+)
 from dit_jax.runtime.artifacts import MANIFEST, PathLike, read_json, read_manifest, read_text
 
 Row = dict[str, Any]
@@ -63,8 +72,7 @@ _OPTIONAL: dict[str, Shape] = {
     ),
     "gating_by_variant": each(each([is_number])),
 }
-_LIMIT = lambda x: type(x) in (int, float)  # noqa: E731  which may be infinite
-_CONFIG = optional(data={}, diffs=optional(gate=each(_LIMIT)), train={}, evaluate={})
+_CONFIG = optional(data={}, diffs=optional(gate=each(is_any_number)), train={}, evaluate={})
 
 
 @dataclass(frozen=True)

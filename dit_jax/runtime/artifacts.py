@@ -273,9 +273,8 @@ def write_manifest(folder: PathLike, kind: str, *, version: int = 1, **fields: A
     """
     folder = Path(folder)
     for leftover in list(folder.rglob(_TEMPORARY)):
-        shutil.rmtree(
-            leftover, ignore_errors=True
-        )  # a killed writer's, which belong to no artifact
+        # A killed writer's, which belongs to no artifact.
+        shutil.rmtree(leftover, ignore_errors=True)
     files = {}
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
