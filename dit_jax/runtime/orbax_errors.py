@@ -63,6 +63,7 @@ def said_by_us() -> Iterator[None]:
     """Libraries log nothing: what is wrong with a checkpoint is one line of ours."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
+    gc.freeze()  # the collection below goes through what Orbax makes, not through all that a large process holds
     with warnings.catch_warnings():
         # Orbax gives up a checkpoint whose handler is damaged without waiting for what it began.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
@@ -70,6 +71,7 @@ def said_by_us() -> Iterator[None]:
             yield
         finally:
             gc.collect()  # asyncio logs errors of tasks when it forgets them
+            gc.unfreeze()
             logging.disable(disabled)
 
 
