@@ -222,7 +222,7 @@ def test_a_background_job_goes_on():
 def test_a_quickstart_ends_at_random_moments(tmp_path):
     """DIT_JAX_INTERRUPTS=50 for the long form."""
     rng = random.Random(0)
-    for _ in range(int(os.environ.get("DIT_JAX_INTERRUPTS", "2"))):
+    for _ in range(int(os.environ.get("DIT_JAX_INTERRUPTS", "1"))):
         process = started(*MAIN[:-1], str(tmp_path / "w"))
         seconds = rng.uniform(0.5, 25)
         time.sleep(seconds)

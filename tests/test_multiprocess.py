@@ -30,6 +30,7 @@ from tools import small_run
 TIMEOUT = 15  # seconds after which a silent process counts as dead, in tests that kill one
 DEATHS = int(os.environ.get("DIT_JAX_DEATHS", "1"))
 STAGES = ("train", "diffs", "evaluate")
+MADE_LATER = ("checkpoints", "adapter", "metrics", "train.json", "evaluate*", "report*")
 PATIENCE = 300  # the same in other tests: a busy machine must not fail a test
 SMALL = [
     "--config.model.scan_layers=True",  # compiles in half the time
@@ -200,6 +201,8 @@ def test_when_one_process_dies_the_other_ends_and_the_same_command_goes_on(
     rng = random.Random(number)
     stage, killed = STAGES[number % len(STAGES)], rng.randrange(2)
     workdir = tmp_path / "w"
+    if stage != "diffs":  # made once, as they are not what the death meets
+        shutil.copytree(finished[0], workdir, ignore=shutil.ignore_patterns(*MADE_LATER))
     processes = start(workdir, timeout=TIMEOUT)
     wait_until(lambda: f"[{stage}]" in output(workdir, 0), workdir, processes)
     time.sleep(rng.uniform(0, 5))
