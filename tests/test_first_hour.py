@@ -65,9 +65,11 @@ def test_a_platform_that_is_not_there_is_named(platform):
         ),
         ("JAX_ENABLE_COMPILATION_CACHE", "many", "invalid truth value 'many'"),
         ("JAX_DEFAULT_DEVICE", "many", "got: 'many': unset it"),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "soon", "HF_HUB_DOWNLOAD_TIMEOUT is no number"),
+        ("XLA_FLAGS", "--xla_force_host_platform_device_count=-1", "XLA_FLAGS and"),
     ],
 )
-def test_a_setting_of_jax_that_does_not_fit_is_one_line(name, value, message):
+def test_a_setting_of_the_environment_that_does_not_fit_is_one_line(name, value, message):
     status, said = program("-m", "dit_jax.ask", "--base", "tiny_qwen3", "hello", **{name: value})
     assert status == 2 and said.startswith("error: ") and message in said
 

@@ -39,8 +39,8 @@ from inspect_ai.model import (
 from inspect_ai.scorer import Target
 from inspect_ai.tool import ToolCall, ToolInfo
 
+from dit_jax.inspection import agent, tasks
 from dit_jax.inspection import provider as provider_module
-from dit_jax.inspection import tasks
 from dit_jax.inspection.provider import DitJaxAPI
 from dit_jax.inspection.scorer import graded
 from dit_jax.inspection.tasks import base_question, base_question_trigger, weight_diff_qa
@@ -198,6 +198,14 @@ def test_other_mistakes_are_refused_by_name(api, run):
         DitJaxAPI("tiny_qwen3", adaptor=str(run / "adapter"))
     with pytest.raises(DitError, match="the setting 'top_p'"):
         DitJaxAPI("tiny_qwen3", config=GenerateConfig(top_p=0.5))
+    for wrong, said in (
+        ({"max_tokens": 0}, "give 1 to"),
+        ({"max_tokens": 2**20}, "the model's context has 32768 tokens"),
+        ({"seed": -1}, "give 0 to 4294967295"),
+        ({"temperature": math.nan}, "give 0, or"),
+    ):
+        with pytest.raises(DitError, match=said):
+            DitJaxAPI("tiny_qwen3", config=GenerateConfig(**wrong))
     with pytest.raises(DitError, match="drop --model-base-url"):
         DitJaxAPI("tiny_qwen3", base_url="http://localhost")
     with pytest.raises(DitError, match="nowhere"):
@@ -404,6 +412,14 @@ def test_a_task_without_diffs_or_a_model_without_adapter_is_refused(run, monkeyp
     ):
         with pytest.raises(DitError, match=f"task argument -T {next(iter(wrong))} is "):
             base_question_trigger(str(run / "diffs"), **wrong)
+    for solver, wrong, said in (
+        (tasks.ask_diff, {"adapter": "x"}, "adapter is 'x'"),
+        (tasks.ask_reader, {"reader": 5}, "reader is 5"),
+        (tasks.ask_reader, {}, "reader: Missing"),
+        (agent.audit_with_tools, {"bas": "x"}, "base: Missing"),
+    ):
+        with pytest.raises(DitError, match=f"solver argument -S {said}"):
+            solver(**wrong)
     for wrong, said in (
         ({"graders": "exakt"}, "did you mean 'exact'"),
         ({"judge": "x"}, "model 'x'"),

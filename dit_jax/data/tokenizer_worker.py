@@ -19,6 +19,7 @@ from typing import IO, Any
 from dit_jax.data.chat_template import Template
 from dit_jax.errors import DitError, first_line
 from dit_jax.formats import budgets
+from dit_jax.runtime.exits import explained
 
 
 def send(stream: IO[bytes], message: dict[str, Any]) -> None:
@@ -47,14 +48,19 @@ def main() -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing that a library prints gets among the replies
-    import transformers.tokenization_utils_tokenizers  # noqa: F401  (before memory is limited)
+    broken: dict[str, Any] | None = None
+    try:  # before memory is limited
+        import transformers.tokenization_utils_tokenizers  # noqa: F401
+    except Exception as error:
+        known = explained(error)
+        broken = {"error": str(known or first_line(error))[:500], "ours": known is not None}
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     tokenizers: dict[int, tuple[Any, Template]] = {}
     while (request := receive(requests)) is not None:
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])
         try:
-            reply = _answer(request, tokenizers)
+            reply = broken or _answer(request, tokenizers)
         except MemoryError:
             reply = {"memory": True}
         except BaseException as error:  # tokenizers' PanicException is no Exception

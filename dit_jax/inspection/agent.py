@@ -142,6 +142,7 @@ def _line_of(row: dict[str, Any]) -> str:
 
 
 @solver
+@checked("solver argument -S")
 def audit_with_tools(
     base: str, adapter: str = "", forbid_repeats: bool = False, audit: str = ""
 ) -> Solver:
@@ -165,7 +166,7 @@ def audit_with_tools(
 
 
 @task
-@checked
+@checked("task argument -T")
 def audit_agent(
     diff: str = "",
     base: str = "dit_jax/tiny_qwen3",

@@ -51,17 +51,26 @@ def one_line(function: Callable[P, T]) -> Callable[P, T]:
     return wrapped
 
 
-def checked(function: Callable[P, T]) -> Callable[P, T]:
-    """A task that refuses arguments of other types than it says in one line: Inspect reads -T as YAML."""
-    valid = pydantic.validate_call(function)
+def checked(what: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Makes a task, solver or scorer refuse arguments of other names and types than it says in one line.
 
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return valid(*args, **kwargs)
-        except pydantic.ValidationError as error:
-            wrong = error.errors()[0]
-            said = f"is {short(wrong['input'])}: {wrong['msg']}"
-            raise InspectError(f"task argument -T {wrong['loc'][0]} {said}") from None
+    Args:
+        what: its arguments, such as "task argument -T", which Inspect reads as YAML.
+    """
 
-    return one_line(wrapped)
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        valid = pydantic.validate_call(function)
+
+        @functools.wraps(function)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                return valid(*args, **kwargs)
+            except pydantic.ValidationError as error:
+                wrong = error.errors()[0]
+                missing = wrong["type"] == "missing_argument"
+                said = "" if missing else f" is {short(wrong['input'])}"
+                raise InspectError(f"{what} {wrong['loc'][0]}{said}: {wrong['msg']}") from None
+
+        return one_line(wrapped)
+
+    return decorate

@@ -124,10 +124,20 @@ class DitJaxAPI(ModelAPI):
         self._reading = threading.Lock()  # solvers and tools read diffs, too
         self._adapter = functools.lru_cache(maxsize=4)(lambda path: read_adapter(path, self.model))
         self._batcher = Batcher(self._decode, batch_size, window)
-        # So that wrong paths show before the first sample.
+        # So that wrong paths and lengths show before the first sample.
+        self.check(config)
         if adapter:
             self._adapter(self.defaults["adapter"])
         self.diff(self.defaults["diff"], self.defaults["index"])
+
+    def check(self, config: GenerateConfig) -> None:
+        """Raises DitError: no call with these settings can be answered, whatever it asks."""
+        _settings(config)
+        tokens, context = config.max_tokens or 0, self.model.config.max_position_embeddings
+        if 0 < context <= tokens:
+            raise DitError(
+                f"max_tokens is {tokens}, and the model's context has {context} tokens: give fewer"
+            )
 
     def max_tokens(self) -> int:
         """The longest answer where neither task nor command line sets it."""
@@ -190,28 +200,9 @@ class DitJaxAPI(ModelAPI):
                 hint = did_you_mean(name, _EXTRA, f": choose from {', '.join(_EXTRA)}")
                 raise DitError(f"unknown key {name!r} in extra_body{hint}")
         chosen = {**self.defaults, **extra}
-        tokens, seed = settings.get("max_tokens", MAX_TOKENS), settings.get("seed")
-        temperature = float(settings.get("temperature", 0.0))
-        for name, value, fits, wanted in (
-            ("max_tokens", tokens, 1 <= tokens <= 2**20, "1 to 1048576"),
-            # jax would silently take another seed.
-            ("seed", seed, seed is None or 0 <= seed < 2**32, "0 to 4294967295"),
-            # Beyond these, float32 logits over the temperature are no numbers.
-            (
-                "temperature",
-                temperature,
-                temperature == 0 or 1e-6 <= temperature <= 1e6,
-                "0, or 1e-6 to 1e6",
-            ),
-            (
-                "forbid_repeats",
-                chosen["forbid_repeats"],
-                isinstance(chosen["forbid_repeats"], bool),
-                "true or false",
-            ),
-        ):
-            if not fits:
-                raise DitError(f"{name} is {short(value)}: give {wanted}")
+        if not isinstance(chosen["forbid_repeats"], bool):
+            said = short(chosen["forbid_repeats"])
+            raise DitError(f"forbid_repeats is {said}: give true or false")
         adapter = str(chosen["adapter"] or "")
         trained = self._adapter(adapter).metadata.get("system") if adapter else None
         if prompt.system is None and isinstance(trained, str):
@@ -222,9 +213,9 @@ class DitJaxAPI(ModelAPI):
             str(chosen["diff"] or ""),
             _whole("index in extra_body", chosen["index"]),
             adapter,
-            tokens,
-            temperature,
-            seed if temperature > 0 else None,
+            settings["max_tokens"],
+            settings["temperature"],
+            settings["seed"] if settings["temperature"] > 0 else None,
             chosen["forbid_repeats"],
         )
 
@@ -302,8 +293,9 @@ class DitJaxAPI(ModelAPI):
 
 
 def _settings(config: GenerateConfig) -> dict[str, Any]:
-    """The settings of a call. Raises DitError: one is not followed."""
-    settings = config.model_dump(exclude_none=True)
+    """The settings of a call. Raises DitError: one is not followed, or out of its range."""
+    settings: dict[str, Any] = {"max_tokens": MAX_TOKENS, "temperature": 0.0, "seed": None}
+    settings |= config.model_dump(exclude_none=True)
     if settings.get("num_choices") == 1:
         del settings["num_choices"]
     for name in settings:
@@ -311,6 +303,15 @@ def _settings(config: GenerateConfig) -> dict[str, Any]:
             raise DitError(
                 f"dit_jax models do not follow the setting {name!r}: drop it; they follow max_tokens, temperature, seed"
             )
+    for name, fits, wanted in (
+        ("max_tokens", lambda x: 1 <= x <= 2**20, "1 to 1048576"),
+        # jax would silently take another seed.
+        ("seed", lambda x: x is None or 0 <= x < 2**32, "0 to 4294967295"),
+        # Beyond these, float32 logits over the temperature are no numbers.
+        ("temperature", lambda x: x == 0 or 1e-6 <= x <= 1e6, "0, or 1e-6 to 1e6"),
+    ):
+        if not fits(settings[name]):
+            raise DitError(f"{name} is {short(settings[name])}: give {wanted}")
     return settings
 
 

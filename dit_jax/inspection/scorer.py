@@ -9,7 +9,7 @@ from inspect_ai.scorer import Score, Scorer, Target, mean, scorer, stderr
 from inspect_ai.solver import TaskState
 
 from dit_jax.errors import DitError, printable
-from dit_jax.inspection.one_line import one_line
+from dit_jax.inspection.one_line import checked
 
 if TYPE_CHECKING:
     from dit_jax.graders import Grade, Grader
@@ -18,7 +18,7 @@ METRICS = [mean(), stderr()]
 
 
 @scorer(metrics={"*": METRICS})
-@one_line
+@checked("scorer argument -S")
 def graded(graders: str | Sequence[str] = ("normalised", "calibrated"), judge: str = "") -> Scorer:
     """Grades what an answer names (after the last colon that is not the label's) against the label.
 

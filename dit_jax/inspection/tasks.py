@@ -20,7 +20,7 @@ MOST_TOKENS = 2**20  # of an answer
 
 
 @task
-@checked
+@checked("task argument -T")
 def weight_diff_qa(
     diff: str = "",
     question: str = "",
@@ -50,7 +50,7 @@ def weight_diff_qa(
 
 
 @task
-@checked
+@checked("task argument -T")
 def base_question(
     diff: str = "",
     question: str = "",
@@ -66,7 +66,7 @@ def base_question(
 
 
 @task
-@checked
+@checked("task argument -T")
 def base_question_trigger(
     diff: str = "",
     question: str = "",
@@ -95,6 +95,7 @@ def check_adapter(model: Model) -> None:
 
 
 @solver
+@checked("solver argument -S")
 def ask_diff(adapter: bool = True) -> Solver:
     """Asks the sample's diff the sample's question; without `adapter` it asks base ⊕ diff alone."""
 
@@ -108,6 +109,7 @@ def ask_diff(adapter: bool = True) -> Solver:
 
 
 @solver
+@checked("solver argument -S")
 def ask_reader(reader: str) -> Solver:
     """Gives the sample's diff and question, and the evaluated model as the base, to a function of the user's."""
     from dit_jax.evaluate.methods import import_reader
@@ -131,6 +133,9 @@ def _task(samples: list[Sample], max_tokens: int, scorer: Scorer, adapter: bool 
             f"task argument -T max_tokens is {short(max_tokens)}: give 1 to {MOST_TOKENS}"
         )
     config = GenerateConfig(max_tokens=max_tokens, temperature=0.0)
+    api: Any = getattr(active_model(), "api", None)
+    if hasattr(api, "check"):  # of this provider
+        api.check(config)
     return with_metrics(samples, ask_diff(adapter), scorer, config)
 
 

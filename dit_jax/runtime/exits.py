@@ -7,6 +7,7 @@ import io
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -16,6 +17,7 @@ from dit_jax.runtime.outgoing import show
 
 # What jax says of its settings in the environment, while it is imported.
 _OF_JAX = re.compile("for JAX flag|for environment 'JAX_|^jax.default_device must")
+_OF_OTHERS = re.compile(r"""(?:_as_int|int|float)\(os\.environ\.get\(["'](\w+)""")
 EXIT_ERROR = 2  # the same code that argparse uses for a bad command line
 
 
@@ -72,8 +74,11 @@ def explained(error: BaseException) -> DitError | None:
             f"out of memory ({first_line(error)[:200]}): lower what is computed at once, use --dtype bfloat16 (in "
             "a config model.dtype), or split it over more devices ('python -m dit_jax.plan' says what fits)"
         )
-    if isinstance(error, ValueError) and _OF_JAX.search(said := first_line(error)):
-        return DitError(f"{said}: unset it in the environment, or give what jax takes")
+    if isinstance(error, ValueError):
+        name, said = _setting(error), first_line(error)
+        if name or _OF_JAX.search(said):
+            said = f"{name} is no number ({said})" if name else said
+            return DitError(f"{said}: unset it in the environment, or give what the library takes")
     missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if missing not in ("", "dit_jax"):
         return DitError(
@@ -84,6 +89,14 @@ def explained(error: BaseException) -> DitError | None:
         name = getattr(error, "filename", None)
         place = f"cannot use '{name}': " if name else ""
         return DitError(f"{place}{os_errors.reason(number or 0)}")
+    return None
+
+
+def _setting(error: BaseException) -> str | None:
+    """The variable of the environment of which a library made no number while it was imported."""
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.name == "<module>" and (found := _OF_OTHERS.search(frame.line or "")):
+            return found[1]
     return None
 
 

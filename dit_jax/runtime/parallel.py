@@ -59,8 +59,8 @@ def find_devices() -> list[Any]:
         asked = os.environ.get("JAX_PLATFORMS", "")
         why = f" ({first_line(error)[:200]})" if str(error) else ""
         raise DitError(
-            f"jax finds no device for JAX_PLATFORMS={asked!r}{why}: unset it, or install what it needs (pip install "
-            "'dit_jax[gpu]' or 'dit_jax[tpu]')"
+            f"jax finds no device for JAX_PLATFORMS={asked!r}{why}: check it, XLA_FLAGS and JAX_NUM_CPU_DEVICES in the "
+            "environment, or install what it needs (pip install 'dit_jax[gpu]' or 'dit_jax[tpu]')"
         ) from None
 
 
