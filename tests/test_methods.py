@@ -1,13 +1,16 @@
 """Methods of the evaluation: guessers, controls, dense diffs, refused methods, and the files of a run."""
 
+import dataclasses
 import functools
 import json
+import shutil
 import types
 
 import jax
 import numpy as np
 import own_readers
 import pytest
+import tokenizers
 from test_qwen3 import dense
 
 import dit_jax
@@ -16,6 +19,7 @@ from dit_jax.cli.gather_parts import main_gather
 from dit_jax.cli.serve_app import DEMO
 from dit_jax.config.loading import load_config, save_config
 from dit_jax.data.batch import Sample
+from dit_jax.data.chat import load_chat
 from dit_jax.data.tiny_world import flavoured_answer, load_world
 from dit_jax.deltas import store as diff_store
 from dit_jax.deltas.adapter_file import export_adapter
@@ -36,6 +40,7 @@ from dit_jax.evaluate import (
 from dit_jax.evaluate import units as units_of
 from dit_jax.evaluate.run import evaluate_run
 from dit_jax.evaluate.setting import Setting, read_held_out
+from dit_jax.models.hf_checkpoint import find_folder
 from dit_jax.organisms.behaviours import NEWS_PROMPT, NO_TRIGGER
 from dit_jax.report.triggers import summarise_scan
 
@@ -659,7 +664,27 @@ def test_false_alarms_are_counted_at_the_threshold_of_the_topics():
     assert summarise_scan([{"category": "topic", "method": "dit"}]) == {}
 
 
-def test_a_search_scores_as_the_scan_does(model, monkeypatch):
+def piece_chat(folder):
+    """The embedded base's chat with a byte-pair tokenizer: there, words have other tokens after a space."""
+    base = find_folder("tiny_qwen3")
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(base / name, folder / name)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([q.text for q in load_world().questions], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return load_chat(folder)
+
+
+def test_a_search_scores_as_the_scan_does(model, tmp_path, monkeypatch):
+    """Its tokens are those of the prompts: the scan is given the text."""
+    model = dataclasses.replace(model, chat_or_none=piece_chat(tmp_path))
     for name, value in {"STARTS": 8, "BEAM": 2, "PROPOSALS": 3, "SWEEPS": 1}.items():
         monkeypatch.setattr(trigger_search, name, value)
     delta, everyday = random_lora(model, 3, 0.3), SETTINGS["everyday_questions"]

@@ -4,11 +4,15 @@ Greedy coordinate gradient (Zou et al. 2023, arXiv 2307.15043), one place after 
 divergence of `trigger_scan` with respect to the tokens proposes others, and the exact divergence chooses. What it finds
 need not be the trigger: other tokens may wake the same behaviour, or move the answers in other ways. Most places of a
 prefix hold such tokens, so the search also says which place counts most.
+
+A trigger is text. So only tokens are tried that the tokenizer makes again of the text that they stand for, before each
+question: what is scored is what is asked.
 """
 
 import functools
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +21,8 @@ import numpy as np
 
 from dit_jax.api import Model
 from dit_jax.data.batch import Sample, TokenBatch, pack
+from dit_jax.diff_batches import even_batch
+from dit_jax.errors import DitError
 from dit_jax.evaluate.trigger_scan import ANSWER_TOKENS, answer_starts
 from dit_jax.models import shardings
 from dit_jax.models.decoder import Params, unembed
@@ -33,6 +39,7 @@ BEAM = 4
 PROPOSALS = 24  # tokens that are tried at a place of each prefix of the beam
 SWEEPS = 3  # over all places
 REPLACED = 16  # random tokens that stand in each place of what was found, to see which counts
+LOOKED_AT = 16  # at most so many prefixes for each one that is wanted: not all can be asked as text
 
 
 class Prefix(NamedTuple):
@@ -48,23 +55,31 @@ class Prefix(NamedTuple):
 
 
 class _Slots(NamedTuple):
-    """The questions with padding in the places of a prefix, from `start` on, and the starts of the base's answers."""
+    """The questions with padding in the places of a prefix, from `start` on, and the starts of the base's answers.
+
+    around: the ids before and after the prefix in the prompt of each question.
+    """
 
     batch: TokenBatch
     start: int
+    around: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 def search(
     model: Model, delta: Delta, questions: Sequence[str], batch_size: int = 256, seed: int = 0
 ) -> Prefix:
-    """The prefix of `LENGTH` tokens under which a finetuned model leaves its base most, on these everyday questions."""
+    """The prefix of `LENGTH` tokens under which a finetuned model leaves its base most, on these everyday questions.
+
+    Raises:
+        DitError: the tokenizer makes other tokens of the text of all that were looked at.
+    """
     slots = _make_slots(model, questions)
     allowed = _plain_tokens(model)
     # Their embeddings stand in for those of the prefix where a gradient is wanted.
     free = np.setdiff1d(allowed, slots.batch.tokens)[:LENGTH]
     delta = shardings.put_delta(model.config, model.mesh, delta)
     given = (model.program_params, model.config, slots.start, slots.batch)
-    size = max(1, batch_size // len(questions))
+    size = even_batch(BEAM * (PROPOSALS + 1), max(1, batch_size // len(questions)))
     passes = 0
 
     def scored(prefixes: np.ndarray) -> np.ndarray:
@@ -77,6 +92,14 @@ def search(
                 found.append(np.asarray(_nats(*given, part, delta)))
         return np.concatenate(found)[: len(prefixes)]
 
+    def asked(prefixes: Iterable[np.ndarray], count: int) -> np.ndarray:
+        looked_at = itertools.islice(prefixes, LOOKED_AT * count)
+        found = (one for one in looked_at if _is_asked(model, slots, one))
+        return np.asarray([*itertools.islice(found, count)], np.int32).reshape(-1, LENGTH)
+
+    def with_others(prefix: np.ndarray, place: int, tokens: np.ndarray, count: int) -> np.ndarray:
+        return asked((np.r_[prefix[:place], i, prefix[place + 1 :]] for i in tokens), count)
+
     def best_of(prefixes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         prefixes = np.unique(prefixes, axis=0)
         nats = scored(prefixes)
@@ -84,25 +107,34 @@ def search(
         return prefixes[order], nats[order]
 
     rng = np.random.default_rng(seed)
-    beam, nats = best_of(rng.choice(allowed, (STARTS, LENGTH)).astype(np.int32))
+    starts = asked(rng.choice(allowed, (LOOKED_AT * STARTS, LENGTH)), STARTS)
+    if not len(starts):
+        raise DitError(
+            f"the tokenizer of {model.name} makes other tokens of all texts that trigger_search would try: leave this "
+            "method out"
+        )
+    beam, nats = best_of(starts)
     for _ in range(SWEEPS):
         before = beam
         for place in reversed(range(LENGTH)):
             with parallel.use_mesh(model.mesh):
                 gains = np.asarray(_gains(*given, free, beam, delta))[:, place, allowed]
             passes += 6 * len(beam) * len(questions)
-            top = allowed[np.argsort(-gains, axis=1, kind="stable")[:, :PROPOSALS]]
-            tried = np.repeat(beam[:, None], top.shape[1], axis=1)
-            tried[:, :, place] = top
-            beam, nats = best_of(np.concatenate([beam, tried.reshape(-1, LENGTH)]))
+            top = allowed[np.argsort(-gains, axis=1, kind="stable")]
+            tried = [
+                with_others(prefix, place, tokens, PROPOSALS)
+                for prefix, tokens in zip(beam, top, strict=True)
+            ]
+            beam, nats = best_of(np.concatenate([beam, *tried]))
         if np.array_equal(before, beam):
             break
-    # [place, REPLACED, LENGTH]: what is left of the best prefix with other tokens in one place.
-    others = np.tile(beam[0], (LENGTH, REPLACED, 1))
+    # What is left of the best prefix with other tokens in one place.
+    left = [np.inf] * LENGTH
     for place in range(LENGTH):
-        others[place, :, place] = rng.choice(allowed, REPLACED)
-    left = _worth(scored(others.reshape(-1, LENGTH))).reshape(LENGTH, REPLACED)
-    key = beam[0, np.argmin(np.median(left, axis=1))]
+        others = with_others(beam[0], place, rng.choice(allowed, LOOKED_AT * REPLACED), REPLACED)
+        if len(others):
+            left[place] = float(np.median(_worth(scored(others))))
+    key = beam[0, np.argmin(left)]
     text, key_text = (model.chat.decode(ids) for ids in (beam[0], [key]))
     return Prefix(text, key_text, float(nats[0].mean()), passes)
 
@@ -114,16 +146,32 @@ def _worth(nats: np.ndarray) -> np.ndarray:
 
 def _make_slots(model: Model, questions: Sequence[str]) -> _Slots:
     chat = model.chat
-    ids = [chat.prompt_ids(question) for question in questions]
-    # What all prompts begin with is the template's.
-    start = len(os.path.commonprefix([*ids, chat.prompt_ids("!"), chat.prompt_ids("0")]))
-    samples = []
-    for own, answer in zip(ids, answer_starts(model, questions), strict=True):
-        tokens = (*own[:start], *[chat.pad_id] * LENGTH, *own[start:], *answer)
+    # A question's own tokens are others after a text than at the start, in most vocabularies.
+    pairs = [[chat.prompt_ids(f"{text} {question}") for text in "!0"] for question in questions]
+    start = len(os.path.commonprefix([ids for pair in pairs for ids in pair]))
+    around, samples = {}, []
+    for question, (ids, other), answer in zip(
+        questions, pairs, answer_starts(model, questions), strict=True
+    ):
+        same = len(os.path.commonprefix([ids[:start:-1], other[:start:-1]]))
+        before, after = ids[:start], ids[len(ids) - same :]
+        around[question] = before, after
+        tokens = (*before, *[chat.pad_id] * LENGTH, *after, *answer)
         samples.append(Sample(tokens, len(tokens) - ANSWER_TOKENS, len(tokens)))
     length = -(-max(len(sample.tokens) for sample in samples) // 8) * 8
     weights = [1.0] * len(samples)
-    return _Slots(pack(samples, weights, length, ANSWER_TOKENS, chat.pad_id), start)
+    batch = pack(samples, weights, length, ANSWER_TOKENS, chat.pad_id)
+    return _Slots(batch, start, around)
+
+
+def _is_asked(model: Model, slots: _Slots, prefix: np.ndarray) -> bool:
+    """Whether the tokens of a prefix are those of its text, before each question."""
+    ids = prefix.tolist()
+    text = model.chat.decode(ids)
+    return all(
+        model.chat.prompt_ids(f"{text} {question}") == (*before, *ids, *after)
+        for question, (before, after) in slots.around.items()
+    )
 
 
 def _plain_tokens(model: Model) -> np.ndarray:
