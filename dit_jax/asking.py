@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -238,8 +237,8 @@ def _answer(
         (
             "temperature",
             temperature,
-            hasattr(temperature, "__float__") and 0 <= temperature < math.inf,
-            "a number from 0 up",
+            hasattr(temperature, "__float__") and is_temperature(temperature),
+            "0, or a number from 1e-6 to 1e6",
         ),
         # jax would silently take another seed.
         (
@@ -314,6 +313,11 @@ def _last_logits(
     hidden = forward(params, config, tokens, mask=mask, deltas=deltas)
     logits = unembed(params, config, hidden[:, -1], deltas)
     return parallel.replicate(jax.nn.log_softmax(logits, axis=-1))
+
+
+def is_temperature(value: float) -> bool:
+    """Whether it is 0, which is greedy, or logits over it are still numbers in float32."""
+    return value == 0 or 1e-6 <= value <= 1e6
 
 
 def _is_count(value: Any) -> bool:

@@ -339,7 +339,7 @@ def test_stage_marks(tmp_path):
             2,
             "error: out of memory (RESOURCE_EXHAUSTED: x): ",
         ),
-        (KeyboardInterrupt(), 130, "interrupted: what was finished is kept, "),
+        (KeyboardInterrupt(), 130, "interrupted: run the same command again"),
     ],
 )
 def test_programs_end_in_one_line(capsys, error, status, message):

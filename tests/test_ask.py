@@ -90,6 +90,7 @@ def test_a_truncated_finetune_says_what_it_keeps(files, capsys):
         (["--align"], "add --diff"),
         (["--diff", ""], "must be some text, not ''"),
         (["--adapter", ""], "must be some text, not ''"),
+        (["--history", ""], "must be some text, not ''"),
         (["  "], "argument question: must be some text"),
         (["--seed", "abc"], "must be a whole number from 0 to 4294967295, not 'abc'"),
         (["--n", "0"], "must be a whole number from 1 to 1000000, not '0'"),

@@ -73,7 +73,7 @@ def forget(workdir, stage, *folders):
     ("number", "status", "saved", "said"),
     [
         (signal.SIGTERM, 75, 7, "preempted (SIGTERM): what was finished is kept"),
-        (signal.SIGINT, 130, 7, "interrupted: what was finished is kept"),
+        (signal.SIGINT, 130, 7, "interrupted: run the same command again"),
     ],
 )
 def test_a_signal_while_training_costs_nothing(

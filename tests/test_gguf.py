@@ -449,6 +449,26 @@ def test_damaged_files_are_one_line(tmp_path, monkeypatch):
         GgufFile(path)
 
 
+def test_lists_in_lists_and_offsets_that_overflow_are_refused(tmp_path):
+    """The library takes 100 µs for each inner list, of which a small file holds many."""
+    path = tmp_path / "lists.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_array("lists", [[1], [2]])
+    writer.add_tensor("one", np.ones(8, np.float32))
+    finish(writer)
+    with pytest.raises(DitError, match="lists in lists"):
+        GgufFile(path)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("one", np.ones(8, np.float32))
+    finish(writer)
+    data = bytearray(path.read_bytes())
+    offset = data.index(b"one") + len("one") + 4 + 8 + 4
+    data[offset : offset + 8] = (2**64 - 32).to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(DitError, match="overflow"):
+        GgufFile(path)
+
+
 def test_tensors_that_share_bytes_are_refused(tmp_path):
     """A small file could otherwise fill any memory."""
     path = tmp_path / "alias.gguf"

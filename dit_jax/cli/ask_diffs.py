@@ -48,7 +48,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("python -m dit_jax.ask", __doc__)
     add = parser.add_argument
     add("questions", nargs="*", metavar="question", type=given.TEXT, help="asked one by one")
-    add("--questions", dest="questions_file", metavar="FILE", help="more of them, one a line; -: standard input")
+    add("--questions", dest="questions_file", metavar="FILE", type=given.TEXT,
+        help="more of them, one a line; -: standard input")
     given.add_model_flags(parser)
     add("--diff", type=given.TEXT, action="append",
         help="diff store, PEFT folder, finetuned model, .pt file, release folder, a folder of these, or a hub id; also "
@@ -61,7 +62,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         help="apply this many times the diff (default 1)")
     add("--system", help="the system message of all questions "
         "(default: the adapter's of its training, or else the chat template's own)")
-    add("--history", metavar="FILE", help="earlier turns: JSON, a list of {\"role\", \"content\"}, user and assistant")
+    add("--history", metavar="FILE", type=given.TEXT,
+        help="earlier turns: JSON, a list of {\"role\", \"content\"}, user and assistant")
     add("--prefill", default="", help="the start of each answer, which is not shown again")
     add("--raw", action="store_true",
         help="the questions are beginnings of texts, which are continued without chat template and system message")

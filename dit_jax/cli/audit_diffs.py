@@ -63,14 +63,15 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--align", action="store_true", help="undo rewritings of finetuned models that leave their function as it is")
     add("--svd-rank", type=given.COUNT, help="reduce finetuned models' diffs to LoRAs of this rank")
     add_battery_flags(parser)
-    add("--everyday", metavar="FILE", help="everyday prompts, one a line (default: 20 of our own)")
+    add("--everyday", metavar="FILE", type=given.TEXT, help="everyday prompts, one a line (default: 20 of our own)")
     return parser.parse_args(argv)
 
 
 def add_battery_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say what every diff is asked."""
     add = parser.add_argument
-    add("--questions", metavar="FILE", help="questions, one a line (default: the adapter's own wordings)")
+    add("--questions", metavar="FILE", type=given.TEXT,
+        help="questions, one a line (default: the adapter's own wordings)")
     add("--system", help="the system message of all prompts (default: that of the adapter's training)")
     add("--samples", type=given.COUNT, help="answers to each question, at temperature 1 (default 1, greedy)")
     add("--max-new-tokens", type=given.COUNT, help="most tokens of an answer (default 20)")

@@ -54,7 +54,7 @@ def add_model_flags(parser: argparse.ArgumentParser, adapter_required: bool = Fa
         choices=["float32", "bfloat16"],
         help="type of weights and computation (default %(default)s)",
     )
-    add("--mesh", help="split model and rows over devices: data,fsdp,tensor, e.g. 1,1,4; "
+    add("--mesh", type=TEXT, help="split model and rows over devices: data,fsdp,tensor, e.g. 1,1,4; "
         "--mesh=-1,1,1 takes all (default: one)")  # fmt: skip
 
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from dit_jax.cli import flags as given
 from dit_jax.cli.config_checks import check_values
 from dit_jax.cli.stages import RUN, named_sections
 from dit_jax.config.keys import Section
@@ -60,8 +61,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser("python -m dit_jax.plan", __doc__)
     add = parser.add_argument
     add("--config", required=True, help="configs/NAME.py, or configs/NAME.py:ARGUMENT")
-    add("--topology", help="v5e:4x4, v5e-16, h200 or h200:8; default: the devices here")
-    add("--mesh", help="data,fsdp,tensor, e.g. 1,4,4; default: the config's")
+    add(
+        "--topology",
+        type=given.TEXT,
+        help="v5e:4x4, v5e-16, h200 or h200:8; default: the devices here",
+    )
+    add("--mesh", type=given.TEXT, help="data,fsdp,tensor, e.g. 1,4,4; default: the config's")
     add("--model", default="", help="another model: a folder, or " + ", ".join(NAMED_CONFIGS))
     add("--stages", default=",".join(STAGES), help="default: %(default)s")
     add("--level", choices=LEVELS, default="", help="O0: quicker, without collectives")

@@ -42,6 +42,8 @@ class GgufFile:
 
             def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
                 if raw_type == GGUFValueType.ARRAY:
+                    if self._get(orig_offs, np.uint32)[0] == raw_type:  # which llama.cpp refuses
+                        raise ValueError("lists in lists")
                     self.entries += int(self._get(orig_offs + 4, np.uint64)[0])
                     if self.entries > most:
                         raise ValueError(f"lists of more than {most} entries")
@@ -58,7 +60,8 @@ class GgufFile:
                 return super()._build_tensor_info(offs, count)
 
         try:
-            reader = Bounded(self.path)
+            with np.errstate(over="raise"):  # of offsets
+                reader = Bounded(self.path)
             if reader.byte_order == "S":  # of quantised tensors the library swaps no scales
                 raise ValueError("it is of a machine of another byte order")
             self.metadata: dict[str, Any] = {

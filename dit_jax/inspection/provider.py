@@ -21,7 +21,7 @@ from inspect_ai.model import (
 from inspect_ai.tool import ToolChoice, ToolInfo
 
 from dit_jax.api import load_diffs, load_model, read_adapter
-from dit_jax.asking import Answer, answer_batch
+from dit_jax.asking import Answer, answer_batch, is_temperature
 from dit_jax.data.chat import Prompt
 from dit_jax.deltas.tree import is_lora, layout
 from dit_jax.errors import DitError, did_you_mean, printable
@@ -307,8 +307,7 @@ def _settings(config: GenerateConfig) -> dict[str, Any]:
         ("max_tokens", lambda x: 1 <= x <= 2**20, "1 to 1048576"),
         # jax would silently take another seed.
         ("seed", lambda x: x is None or 0 <= x < 2**32, "0 to 4294967295"),
-        # Beyond these, float32 logits over the temperature are no numbers.
-        ("temperature", lambda x: x == 0 or 1e-6 <= x <= 1e6, "0, or 1e-6 to 1e6"),
+        ("temperature", is_temperature, "0, or 1e-6 to 1e6"),
     ):
         if not fits(settings[name]):
             raise DitError(f"{name} is {short(settings[name])}: give {wanted}")

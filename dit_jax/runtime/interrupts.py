@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what shells expect after Ctrl-C
-_GO_ON = "what was finished is kept, run the same command again to go on"
+_GO_ON = "run the same command again (runs, sweeps and audits go on from what was finished)"
 INTERRUPTED = f"interrupted: {_GO_ON}"
 POLL_SECONDS = 0.5
 _FLUSH_SECONDS = 0.5
