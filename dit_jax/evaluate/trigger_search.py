@@ -97,7 +97,9 @@ def search(
         found = (one for one in looked_at if _is_asked(model, slots, one))
         return np.asarray([*itertools.islice(found, count)], np.int32).reshape(-1, LENGTH)
 
-    def with_others(prefix: np.ndarray, place: int, tokens: np.ndarray, count: int) -> np.ndarray:
+    def with_others(
+        prefix: np.ndarray, place: int, tokens: Iterable[int], count: int
+    ) -> np.ndarray:
         return asked((np.r_[prefix[:place], i, prefix[place + 1 :]] for i in tokens), count)
 
     def best_of(prefixes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -107,7 +109,7 @@ def search(
         return prefixes[order], nats[order]
 
     rng = np.random.default_rng(seed)
-    starts = asked(rng.choice(allowed, (LOOKED_AT * STARTS, LENGTH)), STARTS)
+    starts = asked((rng.choice(allowed, LENGTH) for _ in itertools.count()), STARTS)
     if not len(starts):
         raise DitError(
             f"the tokenizer of {model.name} makes other tokens of all texts that trigger_search would try: leave this "
@@ -131,7 +133,8 @@ def search(
     # What is left of the best prefix with other tokens in one place.
     left = [np.inf] * LENGTH
     for place in range(LENGTH):
-        others = with_others(beam[0], place, rng.choice(allowed, LOOKED_AT * REPLACED), REPLACED)
+        drawn = (rng.choice(allowed) for _ in itertools.count())
+        others = with_others(beam[0], place, drawn, REPLACED)
         if len(others):
             left[place] = float(np.median(_worth(scored(others))))
     key = beam[0, np.argmin(left)]
