@@ -1,6 +1,7 @@
 """Corpora from files, Hugging Face datasets and TFDS have the same rows; every fault is reported by row."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -564,6 +565,29 @@ def test_a_text_that_many_rows_of_a_parquet_file_share_is_held_once(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(texts) < 400 and peak < 2**22
+
+
+def test_parts_of_local_parquet_files_are_those_of_the_library(tmp_path, monkeypatch):
+    """Without the library, which would write each text as often as rows share it."""
+    datasets = pytest.importorskip("datasets")
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    folder, number = tmp_path / "set", itertools.count()
+    folder.mkdir()
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test"):
+        table = pa.table({"a": [f"{name} {next(number)}" for _ in range(7)]})
+        parquet.write_table(table, folder / f"{name}.parquet")
+    splits = ("train[:50%]", "train[6:8]+test[-2:]", "train[9:]", "all", "test+test")
+    expected = {
+        split: datasets.load_dataset(str(folder), split=split, cache_dir=tmp_path / "cache")["a"]
+        for split in splits
+    }
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    for split, texts in expected.items():
+        sources = open_source(f"hf:{folder}@{split}")
+        assert [row.values["a"] for one in sources for row in one.read({"a"})] == list(texts)
+    for split in ("train[10:5]", "train[20:]"):
+        with pytest.raises(DitError, match="picks no rows: check the split"):
+            open_source(f"hf:{folder}@{split}")
 
 
 def test_an_optional_column_that_begins_late_is_named(tmp_path):

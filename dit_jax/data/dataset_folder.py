@@ -43,16 +43,16 @@ def check_hf(folder: Path) -> None:
             _check_arrow(file)
 
 
-def check_opens(folder: Path, builder: Any, split: str) -> list[Path]:
-    """Checks what Hugging Face's library is about to open, and returns the files of a split.
+def check_opens(folder: Path, builder: Any) -> dict[str, list[Path]]:
+    """Checks what Hugging Face's library is about to open, and returns the files of each split if they are Parquet's.
 
     Raises:
       DitError: they are compressed, and may unpack to anything; of a format that is not known to be safe; or not in the
         folder.
     """
     found = builder.config.data_files or {}
-    files = [Path(name) for names in found.values() for name in names]
-    for file in files:
+    files = {str(split): [Path(name) for name in names] for split, names in found.items()}
+    for file in (file for names in files.values() for file in names):
         if not file.is_relative_to(folder.resolve()):
             raise DitError(f"'{folder}' names {short(str(file))}, which is not in it: fix its card")
         if file.suffix.lower() in COMPRESSED:
@@ -62,7 +62,7 @@ def check_opens(folder: Path, builder: Any, split: str) -> list[Path]:
         raise DitError(f"'{folder}' holds files of the format '{kind}': write them as JSON lines")
     if len(str(getattr(builder.config, "sep", ","))) != 1:  # a pattern, which may take forever
         raise DitError(f"'{folder}' separates fields by more than a character: use ','")
-    return [Path(name) for name in found.get(split, [])]
+    return files if kind == "parquet" else {}
 
 
 def _check_arrow(file: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.data.dataset_folder import check_hf, check_opens, check_tfds, is_on_disk
-from dit_jax.data.parquet_rows import read_parquet
+from dit_jax.data.parquet_rows import count_rows, read_parquet
 from dit_jax.data.rows import UNKNOWN, Record, Source, checked, columns_of, named
 from dit_jax.errors import DitError, first_line
 from dit_jax.formats.files import is_decoded, short, user_path, walk
@@ -77,10 +77,12 @@ def hugging_face(spec: str, streaming: bool) -> list[Source]:
                 split = _one_split(spec, datasets.get_dataset_split_names(path, config))
             if os.path.isdir(folder):
                 builder = datasets.load_dataset_builder(path, config)
-                files = check_opens(folder, builder, split)
-                if files and all(file.suffix == ".parquet" for file in files):
+                files = check_opens(folder, builder)
+                if files:
                     classes = _classes(builder.info.features or {}, datasets.ClassLabel)
-                    return [read_parquet(file, classes) for file in files]
+                    if sources := list(_parquet_parts(split, files, classes)):
+                        return sources
+                    raise DitError(f"'{spec}' picks no rows: check the split")
             table = datasets.load_dataset(path, config, split=split, streaming=streaming)
         names = columns_of(spec, table.column_names or list(next(iter(table), {})))
         features = table.features or {}
@@ -102,6 +104,23 @@ def hugging_face(spec: str, streaming: bool) -> list[Source]:
             yield checked(number, {key: named(classes, key, values[key]) for key in values})
 
     return [Source(spec, names, read, _size(folder))]
+
+
+def _parquet_parts(
+    split: str, files: Mapping[str, Sequence[Path]], classes: Mapping[str, Sequence[str]]
+) -> Iterator[Source]:
+    """What a split names, also `train[:50%]+test` and `all`. The library would unpack what many rows share."""
+    import datasets
+
+    counts = {name: [count_rows(file) for file in paths] for name, paths in files.items()}
+    wanted = datasets.ReadInstruction.from_spec("+".join(files) if split == "all" else split)
+    for part in wanted.to_absolute({name: sum(each) for name, each in counts.items()}):
+        start = 0
+        for file, count in zip(files[part.splitname], counts[part.splitname], strict=True):
+            rows = range(max(part.from_ - start, 0), min(part.to - start, count))
+            if rows:
+                yield read_parquet(file, classes, rows)
+            start += count
 
 
 def tfds(spec: str) -> Source:

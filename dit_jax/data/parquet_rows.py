@@ -16,11 +16,22 @@ from dit_jax.formats.json_shape import each, fits, is_text
 _ROWS = 16  # held at once: each may be as long as MAX_FIELD
 
 
-def read_parquet(path: Path, classes: Mapping[str, Sequence[str]] | None = None) -> Source:
+def count_rows(path: Path) -> int:
+    """The number of rows of a Parquet file, as it says. Raises what pyarrow raises."""
+    import pyarrow.parquet
+
+    facts = pyarrow.parquet.read_metadata(path)
+    return sum(facts.row_group(group).num_rows for group in range(facts.num_row_groups))
+
+
+def read_parquet(
+    path: Path, classes: Mapping[str, Sequence[str]] | None = None, part: range | None = None
+) -> Source:
     """The rows of a Parquet file.
 
     Args:
         classes: names of the classes, for each column that holds their numbers, beside those that the file tells.
+        part: the rows that count, from 0; default: all.
 
     Raises:
         DitError: it cannot be read.
@@ -50,6 +61,8 @@ def read_parquet(path: Path, classes: Mapping[str, Sequence[str]] | None = None)
                     lists = [_values(column) for column in batch.columns]
                     for values in zip(*lists, strict=True):
                         number += 1
+                        if part is not None and number - 1 not in part:
+                            continue
                         row = dict(zip(batch.schema.names, values, strict=True))
                         yield checked(number, {k: named(classes, k, row[k]) for k in row})
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError, IndexError) as error:
