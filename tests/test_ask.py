@@ -91,6 +91,8 @@ def test_a_truncated_finetune_says_what_it_keeps(files, capsys):
         (["--diff", ""], "must be some text, not ''"),
         (["--adapter", ""], "must be some text, not ''"),
         (["--history", ""], "must be some text, not ''"),
+        (["--out", "/"], "cannot write '/': it is a folder, give a file"),
+        (["--out", "/proc/x"], "cannot write '/proc/x'"),
         (["  "], "argument question: must be some text"),
         (["--seed", "abc"], "must be a whole number from 0 to 4294967295, not 'abc'"),
         (["--n", "0"], "must be a whole number from 1 to 1000000, not '0'"),

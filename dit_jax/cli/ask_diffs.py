@@ -20,7 +20,7 @@ from dit_jax.cli import flags as given
 from dit_jax.errors import DitError, Parser, printable
 from dit_jax.evaluate.method_table import READERS
 from dit_jax.report.wording import plural
-from dit_jax.runtime.artifacts import read_json, write_text
+from dit_jax.runtime.artifacts import check_place, read_json, write_text
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
 
@@ -126,7 +126,9 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         raise DitError("--raw is without chat template: leave out --system and --history")
     if flags.method:
         _check_method(flags)
-    # Before a base is loaded: that may take minutes.
+    # Before a base is loaded: that may take minutes, and the answers hours.
+    if flags.out is not None:
+        check_place(flags.out)
     history = read_history(flags.history) if flags.history else ()
     one = not (flags.all or flags.split) and flags.index is None
     looked = look_at(flags.diff or (), one)

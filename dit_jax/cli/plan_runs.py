@@ -99,6 +99,8 @@ def run(flags: argparse.Namespace, config: Any) -> int:
         DitError: an unknown stage, model, topology or mesh, a config without a section or with a number out of range,
             no TPU compiler.
     """
+    if flags.json is not None:
+        artifacts.check_place(flags.json)
     stages = _split(flags.stages, "--stages")
     if unknown := [stage for stage in stages if stage not in STAGES]:
         raise DitError(f"unknown stage {unknown[0]!r}: stages of a plan are {', '.join(STAGES)}")
@@ -155,7 +157,7 @@ def run(flags: argparse.Namespace, config: Any) -> int:
     if "diffs" in settings and "train" in settings:
         assumed = number_of_diffs(flags.diffs, config), flags.utilization, flags.price
         show(plan_text.whole_run(model, config, machine, settings, *assumed))
-    if flags.json:
+    if flags.json is not None:
         record = {
             stage: {"mesh": sizes, **dataclasses.asdict(p)} for stage, (sizes, p) in results.items()
         }

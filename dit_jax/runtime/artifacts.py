@@ -5,6 +5,7 @@ the same folder, flushed to the disk, and renamed. Failures of the file system a
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -101,6 +102,27 @@ def _remove_leftovers(path: Path) -> None:
                 os.close(handle)
 
 
+def check_place(path: PathLike) -> None:
+    """Raises DitError: no file can be written there. To be asked before long work whose result would be lost."""
+    path = Path(path)
+    with explain_os_errors("write", path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "")
+        with _unfinished(_temporary_of(path)):
+            pass
+
+
+def _temporary_of(path: Path) -> Path:
+    """A temporary folder for the file, in a folder that is there. Raises DitError: see `atomic_file`."""
+    # A rename would put a file in the place of /dev/null, or of /dev/stdout, which is a link.
+    if path.absolute().parent == Path("/dev") or not (
+        path.is_file() or path.is_dir() or not path.exists()
+    ):
+        raise DitError(f"'{path}' is no regular file: give the name of a file, or leave it out")
+    make_dir(path.parent)
+    return _temporary_sibling(path)
+
+
 @contextlib.contextmanager
 def atomic_file(path: PathLike) -> Iterator[Path]:
     """Yields a temporary path to write to; on success it replaces `path` in one step.
@@ -109,14 +131,8 @@ def atomic_file(path: PathLike) -> Iterator[Path]:
     Raises DitError: the file system refuses (permissions, disk full), or `path` is a device or a pipe.
     """
     path = Path(path)
-    # A rename would put a file in the place of /dev/null, or of /dev/stdout, which is a link.
-    if path.absolute().parent == Path("/dev") or not (
-        path.is_file() or path.is_dir() or not path.exists()
-    ):
-        raise DitError(f"'{path}' is no regular file: give the name of a file, or leave it out")
-    make_dir(path.parent)
     # In a folder, because some writers (safetensors) make temporary files of their own.
-    temporary = _temporary_sibling(path)
+    temporary = _temporary_of(path)
     with explain_os_errors("write", path), _unfinished(temporary):
         yield temporary / path.name
         _fsync(temporary / path.name)
