@@ -104,6 +104,9 @@ def test_an_upload_is_there_while_it_is_read(tmp_path):
         assert (folder / "a" / "b.txt").read_bytes() == b"one"
         assert (folder / "c").stat().st_mode & 0o111 == 0
     assert not folder.exists()
+    path.unlink()  # as the server does, long after it came
+    with pytest.raises(DitError, match="no longer there: upload it again"), unpacked(path, SMALL):
+        pass
 
 
 def test_few_uploads_are_unpacked_at_once():

@@ -70,7 +70,10 @@ def unpacked(path: Path, limits: Limits) -> Iterator[Path]:
 
 
 def _small_enough(path: Path, limits: Limits) -> Path:
-    size = path.stat().st_size
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:  # the server keeps uploads for an hour
+        raise DitError("the upload is no longer there: upload it again") from None
     if size > limits.packed:
         raise DitError(
             f"the upload has {size:,} bytes, and {limits.packed:,} are allowed: give a path or a hub id"
