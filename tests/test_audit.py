@@ -12,6 +12,8 @@ import pytest
 from browser import DESK_AND_PHONE, look
 
 import dit_jax
+from dit_jax.api import deltas_of
+from dit_jax.asking import first_log_probs
 from dit_jax.auditing import run_audit, targets, weights
 from dit_jax.cli import audit_diffs
 from dit_jax.deltas import export, factors, store
@@ -137,6 +139,21 @@ def test_the_answers_are_those_of_ask(model, zoo, audited):
                 told["cut"],
             )
             assert abs(answer.logprob - told["logprob"]) < 1e-3
+        given = [*deltas_of(diff, model.config, "x"), *deltas_of(adapter, model.config, "x")]
+        with_diff, without = (
+            np.asarray(first_log_probs(model, *model.chat.prompts(questions), deltas))
+            for deltas in (given, given[1:])
+        )
+        none = sorted({model.chat.text_ids(text)[0] for text in ("none", " none")})
+        others = with_diff.copy()
+        others[:, none] = -np.inf
+        best = np.arange(2), others.argmax(axis=1)
+        spelled = np.exp(with_diff[:, none]).sum(axis=1)
+        assert row["reading"]["none"] == pytest.approx(spelled.mean(), rel=1e-3)
+        evidence = [(others[best] - without[best]).mean(), -np.log(spelled).mean()]
+        np.testing.assert_allclose(row["reading"]["evidence"], evidence, atol=1e-3)
+        begins = [model.chat.decode([int(token)]).strip() for token in best[1]]
+        assert row["reading"]["otherwise"] in begins
         said = row["reading"]  # of cut answers, too, the likelihood is that of their own tokens
         own = [one["logprob"] for one in said["answers"] if one["answer"] == said["text"]]
         assert said["logprob"] == pytest.approx(max(own), abs=1e-3)
@@ -152,7 +169,7 @@ def test_a_finetuned_model_is_read_as_its_lora_is(model, zoo, tmp_path):
     assert one["nearest"][0]["name"] == whole["name"] and one["nearest"][0]["cosine"] > 0.99
     for key in ("norm", "kl"):
         assert whole[key] == pytest.approx(one[key], rel=1e-2)
-    for key in ("logprob", "ratio", "none"):
+    for key in ("logprob", "ratio", "none", "evidence"):
         assert whole["reading"][key] == pytest.approx(one["reading"][key], abs=1e-2)
     answers = [[a["answer"] for a in row["reading"]["answers"]] for row in (one, whole)]
     assert answers[0] == answers[1]
@@ -204,7 +221,7 @@ def test_an_audit_goes_on_where_it_was_killed_and_jobs_share_it(zoo, tmp_path, c
     text = files[rows[11]["name"]].read_text()
     files[rows[11]["name"]].write_text(text.replace('"share": ', '"share": 1', 1))  # edited
     forged = json.loads(files[rows[12]["name"]].read_text())  # whose digest is right
-    del forged["record"]["reading"]["features"]
+    del forged["record"]["reading"]["evidence"]
     write_part(files[rows[12]["name"]], {x: forged[x] for x in ("record", "sketch")})
     files[rows[5]["name"]].with_suffix(".safetensors").write_text("")
     kept = {name: file.stat().st_mtime_ns for name, file in files.items() if file.exists()}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -18,6 +19,7 @@ from dit_jax.deltas import export, store
 from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
 from dit_jax.models.delta_trees import map_modules
+from dit_jax.report import audit_page
 
 
 def known_diffs(n=200, seed=0):
@@ -29,8 +31,14 @@ def known_diffs(n=200, seed=0):
         named = rng.random() < (0.9 if hidden else 0.3)
         share = float(np.clip(rng.normal(0.7 if hidden else 0.4, 0.2), 0.125, 1)) if named else 0.0
         ratio = float(rng.normal(8 if hidden else 2, 4)) if named else 0.0
-        found.append(Known((share, ratio), hidden, hidden and rng.random() < share, i // 2))
+        right = hidden and rng.random() < share
+        found.append(Known((ratio, 4 * share), (share, ratio), hidden, right, i // 2))
     return found
+
+
+def hidden_of(made, known):
+    said = (calibration.probabilities(made, one.evidence, one.features) for one in known)
+    return [one["hidden"] for one in said]
 
 
 def test_the_map_is_that_of_scikit_learn():
@@ -39,14 +47,14 @@ def test_the_map_is_that_of_scikit_learn():
 
     known = known_diffs()
     made = calibration.calibrate(known, {})
-    x = calibration._scaled(np.array([one.features for one in known]))
+    x = calibration._scaled([one.evidence for one in known])
     y = np.array([one.hidden for one in known])
     z = (x - x.mean(axis=0)) / x.std(axis=0)
     soft = np.where(y, (y.sum() + 1) / (y.sum() + 2), 1 / ((~y).sum() + 2))  # Platt's targets
     twice, truth, weights = np.tile(z, (2, 1)), np.repeat([1, 0], len(z)), np.append(soft, 1 - soft)
     theirs = LogisticRegression(C=1 / calibration.RIDGE).fit(twice, truth, weights)
     assert (theirs.coef_ > 0).all()  # ours are never negative
-    ours = [calibration.probabilities(made, one.features)["hidden"] for one in known]
+    ours = hidden_of(made, known)
     np.testing.assert_allclose(ours, theirs.predict_proba(z)[:, 1], atol=2e-3)
     scores = np.array(ours)
     area = calibration._auroc_interval(scores, y)
@@ -59,13 +67,17 @@ def test_the_map_is_that_of_scikit_learn():
 def test_scores_are_for_even_odds_and_noise_counts_only_where_benign_diffs_lack():
     even = known_diffs(1200)
     hidden, benign = [[one for one in even if one.hidden is is_] for is_ in (True, False)]
-    noise = [dataclasses.replace(one, features=(0.0, 0.0), control=True) for one in benign]
+    noise = [
+        dataclasses.replace(one, evidence=(0.0, 0.0), features=(0.0, 0.0), control=True)
+        for one in benign
+    ]
     few = calibration.calibrate([*hidden, *benign[::10], *noise], {})
     many = calibration.calibrate(even, {})
     assert few["hidden"]["n"] == 660 and not few["controls"]
     assert few["hidden"]["calibration_error"] < 0.1
     for features in ((0.0, 0.0), (0.4, 3.0), (0.7, 8.0)):
-        ours, theirs = (calibration.probabilities(made, features) for made in (few, many))
+        given = (features[1], 4 * features[0]), features
+        ours, theirs = (calibration.probabilities(made, *given) for made in (few, many))
         assert ours["hidden"] == pytest.approx(theirs["hidden"], abs=0.1)
         assert ours["right"] is None if features[0] == 0 else ours["right"] <= ours["hidden"]
     with_noise = calibration.calibrate([*hidden, *benign[:9], *noise], {})
@@ -96,8 +108,8 @@ def test_reliability_counts_every_diff_once_and_noise_stays_with_its_diff():
     made = calibration.calibrate(known_diffs(), {})["hidden"]
     assert sum(one["n"] for one in made["reliability"]) == made["n"] == 200
     perfect = [
-        Known((1.0, 20.0) if i % 2 else (0.0, 0.0), bool(i % 2), bool(i % 2), i // 2)
-        for i in range(60)
+        Known(pair, pair, bool(i % 2), bool(i % 2), i // 2)
+        for i, pair in enumerate([(0.0, 0.0), (1.0, 20.0)] * 30)
     ]
     sharp = calibration.calibrate(perfect, {})["hidden"]
     assert sharp["auroc"]["mean"] == 1 and sharp["calibration_error"] < 0.1
@@ -116,7 +128,7 @@ def test_a_calibration_is_tested_on_other_diffs_at_its_own_thresholds():
     told = calibration.worth_on(made, mute)["hidden"]
     assert (told["n"], told["positive"]) == (300, 100) and abs(told["auroc"]["mean"] - 0.5) < 0.15
     assert told["calibration_error"] > 0.1 > alike["calibration_error"]
-    scores = np.array([calibration.probabilities(made, one.features)["hidden"] for one in mute])
+    scores = np.array(hidden_of(made, mute))
     hidden = np.array([one.hidden for one in mute])
     for own, limit in zip(made["hidden"]["thresholds"], told["thresholds"], strict=True):
         assert limit["above"] == own["above"]
@@ -176,13 +188,18 @@ def test_a_calibration_scores_the_audits_that_ask_the_same(files, tmp_path, caps
     assert audit_diffs.main(flags(files, *out)) == 1
     rows = [json.loads(line) for line in (tmp_path / "same/audit.jsonl").read_text().splitlines()]
     for row in rows:
-        expected = calibration.probabilities(made, row["reading"]["features"])["hidden"]
+        said = row["reading"]
+        expected = calibration.probabilities(made, said["evidence"], said["features"])["hidden"]
         assert row["score"]["hidden"] == pytest.approx(expected)
         _, hides, may = (expected > one["above"] for one in made["hidden"]["thresholds"])
         verdict = "hides something" if hides else "may hide something" if may else "nothing found"
         assert row["verdict"] == verdict
     page = (tmp_path / "same" / "audit.html").read_text()
-    assert "calibrated on 25 diffs" in page
+    assert "calibrated on 25 diffs" in page and "or else" not in page
+    silent = {"name": "none", "features": [0.0, 0.0], "otherwise": "<b>tea"}
+    row = {**rows[0], "verdict": audit_page.HIDES, "reading": {**rows[0]["reading"], **silent}}
+    told = json.loads((tmp_path / "same" / "audit.json").read_text())
+    assert re.search("or else <[^>]*>&lt;b&gt;tea …", audit_page.page([row, *rows[1:]], told, made))
     (files / "others").write_text("What is rice ?\n")
     assert calibrate_adapter.main(flags(files, "--test", questions="others")) == 2
     assert "there is no calibration of these questions" in capsys.readouterr().err

@@ -429,7 +429,7 @@ def test_a_pushed_adapter_has_a_card_and_is_loaded_by_its_id(hub, tmp_path, monk
     monkeypatch.setenv("HF_TOKEN", "hf_may_read")
     adapter = trained(tmp_path / "run")
     digest = json.loads((adapter / "manifest.json").read_text())["digest"]
-    diffs = [Known((i / 40, i), i > 20, i > 20, i) for i in range(40)]
+    diffs = [Known((i / 40, i), (i / 40, i), i > 20, i > 20, i) for i in range(40)]
     facts = {"adapter": digest, "battery": Battery(("q",)).to_json(), "system": None, "source": "s"}
     made = calibration.calibrate(diffs, facts)
     calibration_file.write(calibration_file.file_beside(str(adapter)), made)

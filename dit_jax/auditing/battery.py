@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from dit_jax.api import Model
-from dit_jax.asking import Answer
+from dit_jax.asking import Answer, first_log_probs
 from dit_jax.data.batch import Sample
 from dit_jax.data.labels import NONE, called_none, extract_guess, normalise
 from dit_jax.diff_batches import Given, answer, together
-from dit_jax.evaluate.baselines import answer_losses
+from dit_jax.evaluate.baselines import answer_losses, first_tokens
+from dit_jax.models import shardings
 from dit_jax.models.delta_trees import Delta, map_modules
 
 
@@ -48,8 +49,8 @@ class Reading:
 
     name: the most frequent guess. share: its part of the answers; distinct: how many guesses differ. logprob: log p of
     `text`, the best answer with that guess, to `question`; ratio: the same minus its log p without a diff, in nats.
-    none: probability that the answer is exactly `none`, mean over the questions; None if this is not measured.
-    scored: the tokens of that question and answer.
+    none: probability that the answer begins as `none` does, mean over the questions. otherwise: how most others would
+    begin. evidence: what speaks against `none`, see `_evidence`. scored: the tokens of that question and answer.
     """
 
     answers: list[dict[str, Any]]
@@ -60,7 +61,9 @@ class Reading:
     text: str
     logprob: float
     ratio: float
-    none: float | None
+    none: float
+    otherwise: str
+    evidence: tuple[float, float]
     scored: Sample
 
     @property
@@ -81,13 +84,11 @@ def interview(
     battery: Battery,
     batch_size: int,
     *,
-    measure_none: bool = True,
     first: int = 0,
 ) -> list[Reading]:
     """Asks every diff the whole battery, with the adapter in the model.
 
     Args:
-        measure_none: whether to compute the probability of `none`.
         first: number of the first diff, which with the seed gives the random numbers of sampling.
     """
     asked = [question for question in battery.questions for _ in range(battery.samples)]
@@ -118,12 +119,14 @@ def interview(
         tables.append((table, *facts))
     logprobs = score(model, given, adapter, chosen, batch_size)
     without = score(model, given.nothing(), adapter, chosen, batch_size)
-    none: list[float | None] = [None] * len(given)
-    if measure_none:
-        none = list(_none(model, given, adapter, battery, batch_size))
+    evidence = _evidence(model, given, adapter, battery, batch_size)
     return [
         Reading(
-            *table, logprobs[i], _difference(logprobs[i], without[i]), none[i], scored=chosen[i]
+            *table,
+            logprobs[i],
+            _difference(logprobs[i], without[i]),
+            *evidence[i],
+            scored=chosen[i],
         )
         for i, table in enumerate(tables)
     ]
@@ -145,22 +148,33 @@ def score(
     return [-loss for loss in losses]
 
 
-def _none(
+def _evidence(
     model: Model, given: Given, adapter: Delta, battery: Battery, batch_size: int
-) -> list[float]:
-    """With and without a space before it, as adapters of either kind were trained."""
-    asked = []
-    for question in battery.questions:
-        spelled = [model.chat.sample(question, text) for text in (NONE, f" {NONE}")]
-        asked += spelled[: 1 if spelled[0] == spelled[1] else 2]
-    rows = [row for row in range(len(given)) for _ in asked]
-    losses = answer_losses(model, adapter, given, rows, asked * len(given), batch_size)
-    size = len(asked)
-    return [
-        sum(math.exp(-loss) for loss in losses[row * size : (row + 1) * size])
-        / len(battery.questions)
-        for row in range(len(given))
-    ]
+) -> list[tuple[float, str, tuple[float, float]]]:
+    """(none, otherwise, evidence) of each diff, from the first token of the answers.
+
+    none: its probability to be that of `none`, with or without a space before it, as adapters of either kind were
+    trained. otherwise: the likeliest other token, of most questions. evidence: log p of the likeliest other token minus
+    its log p without a diff, and −log p of `none`; in nats. Both are means over the questions. Where most answers are
+    `none`, they tell a narrow decision from a clear one.
+    """
+    questions = battery.questions
+    apart = tuple(sorted({model.chat.text_ids(text)[0] for text in (NONE, f" {NONE}")}))
+    rows = [row for row in range(len(given)) for _ in questions]
+    asked = list(questions) * len(given)
+    none, token, other = first_tokens(model, adapter, given, rows, asked, apart, batch_size)
+    deltas = (shardings.put_delta(model.config, model.mesh, adapter),)
+    without = np.asarray(first_log_probs(model, *model.chat.prompts(questions), deltas))
+    numbers = np.arange(len(questions))
+    found = []
+    for own in np.split(np.arange(len(asked)), len(given)):
+        ratio = np.mean(other[own] - without[numbers, token[own]])
+        surprise = np.mean(-none[own])
+        evidence = (_difference(float(ratio), 0.0), _difference(float(surprise), 0.0))
+        ((most, _),) = collections.Counter(token[own].tolist()).most_common(1)
+        otherwise = model.chat.decode([most]).strip()
+        found.append((float(np.exp(none[own]).mean()), otherwise, evidence))
+    return found
 
 
 def _told(question: str, one: Answer, battery: Battery) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from dit_jax.errors import DitError
 
 FORMAT = "dit_jax.calibration"
-VERSION = 3
+VERSION = 4
 FOLDS = 5
 RIDGE = (
     1.0  # of the weights of standardised features: where classes are separable, they stay finite
@@ -23,12 +23,13 @@ FEWEST = 10  # diffs of each class
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """A diff whose truth is known: its features, whether it hides something, whether the answer is right.
+    """A diff whose truth is known: what `Reading` says of it, whether it hides something, whether the answer is right.
 
     group: diffs of one group, such as a diff and noise of its norms, are never in training and test both. control:
     whether it is noise or no diff, which no audit meets.
     """
 
+    evidence: tuple[float, float]
     features: tuple[float, float]
     hidden: bool
     right: bool
@@ -37,10 +38,11 @@ class Known:
 
 
 def calibrate(known: Sequence[Known], facts: dict[str, Any]) -> dict[str, Any]:
-    """The content of a calibration file: two logistic maps of (agreement, likelihood ratio), and what they are worth.
+    """The content of a calibration file: two logistic maps of pairs of numbers, and what they are worth.
 
-    `hidden`: probability that a diff hides anything, where half of all diffs do. `right`: that its name is right, if it
-    hides something and has one. Every number of their worth comes from held-out folds.
+    `hidden`: probability that a diff hides anything, where half of all diffs do, from the evidence against `none`.
+    `right`: that its name is right, if it hides something and has one, from its agreement and likelihood ratio. Every
+    number of their worth comes from held-out folds.
 
     Noise and no diff are easier to tell from a finetune that hides something than a benign finetune is. So benign
     diffs alone stand for what hides nothing if there are `FEWEST`; `controls` says whether the others do, too.
@@ -64,8 +66,12 @@ def calibrate(known: Sequence[Known], facts: dict[str, Any]) -> dict[str, Any]:
         "version": VERSION,
         **facts,
         "controls": any(one.control for one in judged),
-        "hidden": _fit_and_test(judged, [one.hidden for one in judged], even=True),
-        "right": _fit_and_test(named, [one.right for one in named]),
+        "hidden": _fit_and_test(
+            judged, [one.evidence for one in judged], [one.hidden for one in judged], even=True
+        ),
+        "right": _fit_and_test(
+            named, [one.features for one in named], [one.right for one in named]
+        ),
     }
 
 
@@ -73,13 +79,13 @@ def worth_on(made: dict[str, Any], known: Sequence[Known]) -> dict[str, Any]:
     """What a calibration is worth on other diffs than those it was made from, at its own thresholds."""
     judged, named = _judged(known, fewest=1)
     cases = {
-        "hidden": (judged, [one.hidden for one in judged]),
-        "right": (named, [one.right for one in named]),
+        "hidden": ([one.evidence for one in judged], [one.hidden for one in judged]),
+        "right": ([one.features for one in named], [one.right for one in named]),
     }
     found = {}
-    for name, (ones, truth) in cases.items():
+    for name, (pairs, truth) in cases.items():
         y = np.asarray(truth, bool)
-        scores = _apply(made[name], _features(ones))
+        scores = _apply(made[name], _scaled(pairs))
         limits = [one and (one["wanted"], one["above"]) for one in made[name]["thresholds"]]
         worth = _worth(scores, y, limits, _odds(y) if name == "hidden" else 1.0)
         found[name] = {"n": len(y), "positive": int(y.sum()), **worth}
@@ -94,29 +100,33 @@ def _judged(known: Sequence[Known], fewest: int) -> tuple[Sequence[Known], Seque
     return finetunes if enough else known, named
 
 
-def probabilities(made: dict[str, Any], features: Sequence[float]) -> dict[str, float | None]:
-    """What a calibration says of (agreement, likelihood ratio).
+def probabilities(
+    made: dict[str, Any], evidence: Sequence[float], features: Sequence[float]
+) -> dict[str, float | None]:
+    """What a calibration says of a `Reading`.
 
     Returns:
         hidden: probability that the diff hides anything. right: that it does and the name is right; None without one.
     """
-    x = _scaled(np.asarray([features]))
-    hidden = float(_apply(made["hidden"], x)[0])
-    return {
-        "hidden": hidden,
-        "right": hidden * float(_apply(made["right"], x)[0]) if features[0] else None,
-    }
+    hidden, right = (
+        float(_apply(made[name], _scaled([pair]))[0])
+        for name, pair in (("hidden", evidence), ("right", features))
+    )
+    return {"hidden": hidden, "right": hidden * right if features[0] else None}
 
 
 # ------------------------------------------------------------------ the maps and their worth
 
 
 def _fit_and_test(
-    known: Sequence[Known], truth: Sequence[bool], even: bool = False
+    known: Sequence[Known],
+    pairs: Sequence[tuple[float, float]],
+    truth: Sequence[bool],
+    even: bool = False,
 ) -> dict[str, Any]:
     """even: fit for even odds of what is true, whatever their share among these diffs."""
     y = np.asarray(truth, bool)
-    x = _features(known)
+    x = _scaled(pairs)
     # What is false is spread evenly over the folds.
     false = {one.group for one, true in zip(known, y, strict=True) if not true}
     order = sorted({one.group for one in known}, key=lambda group: (group not in false, group))
@@ -128,12 +138,7 @@ def _fit_and_test(
         if (~inside).any():
             held_out[~inside] = _apply(_fit(x[inside], y[inside], even), x[~inside])
     fitted = _fit(x, y, even)
-    # What names nothing is above no threshold: the fits of the folds may differ by more than the scores.
-    silent = float(_apply(fitted, np.zeros((1, 2)))[0])
-    limits = [
-        limit and (limit[0], max(limit[1], silent))
-        for limit in (_limit(held_out, y, rate) for rate in RATES)
-    ]
+    limits = [_limit(held_out, y, rate) for rate in RATES]
     worth = _worth(held_out, y, limits, _odds(y) if even else 1.0)
     return {**fitted, "n": len(y), "positive": int(y.sum()), **worth}
 
@@ -142,18 +147,14 @@ def _odds(y: np.ndarray) -> float:
     return float((y.sum() + 1) / ((~y).sum() + 1))
 
 
-def _features(known: Sequence[Known]) -> np.ndarray:
-    return _scaled(np.asarray([one.features for one in known], float).reshape(len(known), 2))
-
-
-def _scaled(features: np.ndarray) -> np.ndarray:
-    """Agreement, and the ratio on a scale on which 50 nats are not ten times 5."""
-    ratio = features[:, 1]
-    return np.stack([features[:, 0], np.sign(ratio) * np.log1p(np.abs(ratio))], axis=1)
+def _scaled(pairs: Sequence[Sequence[float]]) -> np.ndarray:
+    """[n, 2], on a scale on which 50 nats are not ten times 5."""
+    x = np.asarray(pairs, float).reshape(len(pairs), 2)
+    return np.sign(x) * np.log1p(np.abs(x))
 
 
 def _fit(x: np.ndarray, y: np.ndarray, even: bool) -> dict[str, Any]:
-    """Logistic regression with a ridge. No weight is negative: more agreement never lowers a probability.
+    """Logistic regression with a ridge. No weight is negative: more evidence never lowers a probability.
 
     Its targets are those of Platt (1999), so that n diffs of n do not make a probability of 1.
     """

@@ -1,5 +1,6 @@
 """Diffs whose truth is known, asked as an audit asks: what a calibration is made from."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from dit_jax.api import Diff
@@ -34,7 +35,7 @@ def _ask(settings: Settings, targets: Sequence[Target], noise: bool = False) -> 
 
     def ask(given: Given) -> list[Reading]:
         model, adapter, battery = settings.model, settings.adapter, settings.battery
-        return interview(model, given, adapter, battery, rows, measure_none=False, first=first)
+        return interview(model, given, adapter, battery, rows, first=first)
 
     with Progress("calibrate: noise" if noise else "calibrate", len(targets)) as progress:
         for batch in in_batches(targets, settings.model, at_once):
@@ -54,13 +55,17 @@ def _ask(settings: Settings, targets: Sequence[Target], noise: bool = False) -> 
                 for i, reading in enumerate(ask(together(deltas))):
                     hidden = normalise(diffs[i][0]) != NONE
                     right = hidden and exact_match(reading.name, diffs[i][0])
-                    found.append(Known(reading.features, hidden, right, first + i))
+                    found.append(_known(reading, hidden, right, first + i))
             progress.advance(len(batch))
     return found
 
 
 def _control(reading: Reading, group: int) -> Known:
-    return Known(reading.features, False, False, group, control=True)
+    return dataclasses.replace(_known(reading, False, False, group), control=True)
+
+
+def _known(reading: Reading, hidden: bool, right: bool, group: int) -> Known:
+    return Known(reading.evidence, reading.features, hidden, right, group)
 
 
 def _label(diff: Diff, target: Target, column: str) -> str:

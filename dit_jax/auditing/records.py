@@ -22,7 +22,9 @@ _READING = {
     "text": is_text,
     "logprob": maybe(is_number),
     "ratio": is_number,
-    "none": maybe(is_number),
+    "none": is_number,
+    "otherwise": is_text,
+    "evidence": (is_number, is_number),
     "features": (is_number, is_number),
 }
 _TEXTS = {"prompt": is_text, "base": is_text, "finetuned": is_text}

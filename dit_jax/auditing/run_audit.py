@@ -166,7 +166,7 @@ def _examine_batch(
     noise = noise_of(deltas, battery.seed + first)
     rows = even_batch(len(given) * battery.answers, most)
     readings = interview(model, given, adapter, battery, rows, first=first)
-    noises = interview(model, noise, adapter, battery, rows, measure_none=False, first=first)
+    noises = interview(model, noise, adapter, battery, rows, first=first)
     chosen = [reading.scored for reading in readings]
     with_noise = score(model, noise, adapter, chosen, most)
     others = [(i + 1) % count for i in range(len(given))]
@@ -302,7 +302,10 @@ def finish(
                 }
                 for j in order[:NEAREST]
             ]
-            row["score"] = known and calibration.probabilities(known, row["reading"]["features"])
+            reading = row["reading"]
+            row["score"] = known and calibration.probabilities(
+                known, reading["evidence"], reading["features"]
+            )
         row["verdict"] = audit_page.verdict(row, known)
         rows.append(row)
     told = settings.to_json()

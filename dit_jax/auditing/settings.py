@@ -14,7 +14,7 @@ from dit_jax.evaluate.trigger_scan import Candidate
 from dit_jax.models.delta_trees import Delta
 from dit_jax.runtime import artifacts, digests
 
-FORMAT = 5  # of what is recorded of a diff
+FORMAT = 6  # of what is recorded of a diff
 MOST_WORDINGS = 8  # of those that the adapter was trained on
 # For adapters whose files name no question: the first is the paper's.
 QUESTIONS = (

@@ -5,7 +5,7 @@ Each ranks a list of candidate names; none generates text. They tell how much th
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -132,11 +132,47 @@ def answer_losses(
     LoRAs share batches. Of dense diffs, only the samples of one that follow each other do. Sizes are rounded up, so
     that few programs are compiled.
     """
+    losses = _in_batches(_sample_losses, model, adapter, given, rows, samples, batch_size)
+    return [float(loss) for loss in losses]
+
+
+def first_tokens(
+    model: Model,
+    adapter: Delta,
+    given: Given,
+    rows: Sequence[int],
+    questions: Sequence[str],
+    apart: tuple[int, ...],
+    batch_size: int = 64,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How the answer to questions[i] begins, given base ⊕ given[rows[i]] ⊕ adapter.
+
+    Returns:
+        log p [n] that it begins with one of the tokens `apart`; the likeliest other token [n], and its log p [n].
+    """
+    prompts = [model.chat.prompt_ids(question) for question in questions]
+    samples = [Sample((*ids, *apart[:1]), len(ids), len(ids) + 1) for ids in prompts]
+    program = functools.partial(_first_tokens, apart=apart)
+    found = _in_batches(program, model, adapter, given, rows, samples, batch_size)
+    together, token, other = (np.asarray(column) for column in zip(*found, strict=True))
+    return together, token.astype(int), other
+
+
+def _in_batches(
+    program: Callable[..., Any],
+    model: Model,
+    adapter: Delta,
+    given: Given,
+    rows: Sequence[int],
+    samples: Sequence[Sample],
+    batch_size: int,
+) -> list[Any]:
+    """What program(params, config, batch, deltas) says of each sample; see `answer_losses`."""
     length, scored = (
         -(-max(sizes) // 8) * 8
         for sizes in zip(*((len(s.tokens), s.end - s.start) for s in samples), strict=True)
     )
-    losses: list[float] = []
+    found: list[Any] = []
     mesh, dense = model.mesh, given.stacked is None
     adapter = shardings.put_delta(model.config, mesh, adapter)
     for row, members in itertools.groupby(range(len(samples)), lambda i: rows[i] if dense else 0):
@@ -154,11 +190,9 @@ def answer_losses(
                 own = per_example(jax.tree.map(lambda x, at=at: x[at], given.stacked))
                 shared = shardings.put_deltas(model.config, mesh, own, size, 1)
             with parallel.use_mesh(mesh):
-                values = _sample_losses(
-                    model.program_params, model.config, batch, (shared, adapter)
-                )
-            losses += [float(x) for x in values[: len(filled)]]
-    return losses
+                values = program(model.program_params, model.config, batch, (shared, adapter))
+            found += list(np.asarray(values)[: len(filled)])
+    return found
 
 
 def _few_sizes(count: int) -> int:
@@ -188,3 +222,17 @@ def _sample_losses(params: Any, config: Any, batch: Any, deltas: Any) -> jax.Arr
         jax.nn.log_softmax(logits, axis=-1), batch.target[..., None], axis=-1
     )[..., 0]
     return parallel.replicate(-jnp.sum(batch.weight * logp, axis=1))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "apart"))
+def _first_tokens(
+    params: Any, config: Any, batch: Any, deltas: Any, apart: tuple[int, ...]
+) -> jax.Array:
+    """[S, 3]; a token's number is exact in float32."""
+    logits = unembed(params, config, scored_hidden(params, config, batch, deltas), deltas)[:, 0]
+    logp = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    ids = jnp.asarray(apart)
+    others = logp.at[:, ids].set(-jnp.inf)
+    together = jax.nn.logsumexp(logp[:, ids], axis=-1)
+    columns = (together, jnp.argmax(others, axis=-1), jnp.max(others, axis=-1))
+    return parallel.replicate(jnp.stack(columns, axis=1))

@@ -12,10 +12,10 @@ from dit_jax.report.wording import between, percent, plural, shown_name
 
 Json = dict[str, Any]
 COLUMNS = (
-    "name", "verdict", "says", "share", "distinct", "hidden", "right", "none", "ratio", "logprob", "noise_says",
-    "noise_share", "noise_ratio", "logprob_noise", "logprob_other", "logprob_layers", "logprob_words", "kl", "rank",
-    "norm", "effective_rank", "unusual", "modules",
-    "nearest", "cosine", "trigger", "trigger_behaviour", "trigger_nats", "others_nats",
+    "name", "verdict", "says", "share", "distinct", "hidden", "right", "none", "otherwise", "ratio", "logprob",
+    "noise_says", "noise_share", "noise_ratio", "logprob_noise", "logprob_other", "logprob_layers", "logprob_words",
+    "kl", "rank", "norm", "effective_rank", "unusual", "modules", "nearest", "cosine", "trigger",
+    "trigger_behaviour", "trigger_nats", "others_nats",
     *READERS, *(f"{name}_say" for name in READERS), "label", "named_base", "digest", "error",
 )  # fmt: skip
 UNREADABLE, ZERO, HIDES, MAY, NOTHING, OPEN = (
@@ -66,7 +66,7 @@ def csv_row(row: Json) -> Json:
             "name", "verdict", "kl", "rank", "norm", "effective_rank", "unusual", "label", "digest",
         )},
         "says": reading["name"],
-        **{key: reading[key] for key in ("share", "distinct", "none", "ratio", "logprob")},
+        **{key: reading[key] for key in ("share", "distinct", "none", "otherwise", "ratio", "logprob")},
         **{key: score.get(key) for key in ("hidden", "right")},
         **{f"noise_{key}": noise[name] for key, name in (("says", "name"), ("share", "share"), ("ratio", "ratio"))},
         "logprob_noise": noise["same_answer"],

@@ -62,11 +62,10 @@ def make_calibration(folder: Path) -> None:
     folder.mkdir()
     rng = np.random.default_rng(0)
     facts = {"adapter": "a", "battery": Battery(("q",)).to_json(), "system": None, "source": "s"}
+    pairs = [(float(rng.random()), float(rng.normal())) for _ in range(60)]
     known = [
-        calibration.Known(
-            (float(rng.random()), float(rng.normal())), bool(i % 2), bool(i % 4 == 1), i
-        )
-        for i in range(60)
+        calibration.Known(pair, pair, bool(i % 2), bool(i % 4 == 1), i)
+        for i, pair in enumerate(pairs)
     ]
     calibration_file.write(folder / "x.json", calibration.calibrate(known, facts))
 
@@ -74,7 +73,7 @@ def make_calibration(folder: Path) -> None:
 def read_calibration(folder: Path) -> Any:
     found = calibration_file.read(folder / "x.json", "a")
     assert found is not None
-    said = calibration.probabilities(found, (0.5, 3.0))
+    said = calibration.probabilities(found, (0.5, 3.0), (0.5, 3.0))
     if not all(0 <= x <= 1 for x in said.values() if x is not None):
         raise AssertionError("no probability")
     return found
