@@ -15,6 +15,7 @@ import dit_jax
 from dit_jax.api import deltas_of
 from dit_jax.asking import first_log_probs
 from dit_jax.auditing import run_audit, targets, weights
+from dit_jax.auditing.records import is_record
 from dit_jax.cli import audit_diffs
 from dit_jax.deltas import export, factors, store
 from dit_jax.deltas.raw_diff import RawDiff
@@ -221,6 +222,8 @@ def test_an_audit_goes_on_where_it_was_killed_and_jobs_share_it(zoo, tmp_path, c
     text = files[rows[11]["name"]].read_text()
     files[rows[11]["name"]].write_text(text.replace('"share": ', '"share": 1', 1))  # edited
     forged = json.loads(files[rows[12]["name"]].read_text())  # whose digest is right
+    overflowed = {**forged["record"]["noise"], "none": None, "logprob": None}
+    assert is_record({**forged["record"], "noise": overflowed})  # it is not asked again
     del forged["record"]["reading"]["evidence"]
     write_part(files[rows[12]["name"]], {x: forged[x] for x in ("record", "sketch")})
     files[rows[5]["name"]].with_suffix(".safetensors").write_text("")

@@ -124,7 +124,7 @@ def interview(
         Reading(
             *table,
             logprobs[i],
-            _difference(logprobs[i], without[i]),
+            _or_zero(logprobs[i] - without[i]),
             *evidence[i],
             scored=chosen[i],
         )
@@ -159,7 +159,8 @@ def _evidence(
     `none`, they tell a narrow decision from a clear one.
     """
     questions = battery.questions
-    apart = tuple(sorted({model.chat.text_ids(text)[0] for text in (NONE, f" {NONE}")}))
+    spelled = [model.chat.sample(questions[0], text) for text in (NONE, f" {NONE}")]
+    apart = tuple(sorted({one.tokens[one.start] for one in spelled}))
     rows = [row for row in range(len(given)) for _ in questions]
     asked = list(questions) * len(given)
     none, token, other = first_tokens(model, adapter, given, rows, asked, apart, batch_size)
@@ -168,9 +169,8 @@ def _evidence(
     numbers = np.arange(len(questions))
     found = []
     for own in np.split(np.arange(len(asked)), len(given)):
-        ratio = np.mean(other[own] - without[numbers, token[own]])
-        surprise = np.mean(-none[own])
-        evidence = (_difference(float(ratio), 0.0), _difference(float(surprise), 0.0))
+        ratio = float(np.mean(other[own] - without[numbers, token[own]]))
+        evidence = (_or_zero(ratio), _or_zero(-float(np.mean(none[own]))))
         ((most, _),) = collections.Counter(token[own].tolist()).most_common(1)
         otherwise = model.chat.decode([most]).strip()
         found.append((float(np.exp(none[own]).mean()), otherwise, evidence))
@@ -187,8 +187,9 @@ def _told(question: str, one: Answer, battery: Battery) -> dict[str, Any]:
     }
 
 
-def _difference(a: float, b: float) -> float:
-    return a - b if math.isfinite(a - b) else 0.0
+def _or_zero(nats: float) -> float:
+    """0 where logits overflow."""
+    return nats if math.isfinite(nats) else 0.0
 
 
 def noise_of(deltas: Sequence[Delta], seed: int) -> Given:

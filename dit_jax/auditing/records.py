@@ -22,7 +22,7 @@ _READING = {
     "text": is_text,
     "logprob": maybe(is_number),
     "ratio": is_number,
-    "none": is_number,
+    "none": maybe(is_number),
     "otherwise": is_text,
     "evidence": (is_number, is_number),
     "features": (is_number, is_number),
