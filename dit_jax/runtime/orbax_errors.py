@@ -17,8 +17,8 @@ from dit_jax.runtime.os_errors import explain_os_errors, has_remedy, os_error
 explain_save = functools.partial(explain_os_errors, "save a checkpoint in")
 
 
-# How errors of tensorstore begin, such as "DATA_LOSS: Error reading".
-_STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")
+# How errors of tensorstore begin: "DATA_LOSS: Error reading", or without a status "Error opening "zarr3" driver".
+_STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: |Error opening ")
 
 
 class _Reported(logging.Filter):
