@@ -13,6 +13,7 @@ from dit_jax.data.chat import Chat, Prompt
 from dit_jax.deltas.tree import is_lora, layout, per_example
 from dit_jax.errors import DitError
 from dit_jax.models import decode, shardings
+from dit_jax.models.contrast import WIDTH, contrasted
 from dit_jax.models.decoder import forward, unembed
 from dit_jax.models.delta_trees import Delta
 from dit_jax.runtime import parallel
@@ -48,26 +49,31 @@ def ask(
     seed: int = 0,
     forbid_repeats: bool = False,
     system: str | None = None,
+    contrast: float | None = None,
 ) -> Answer:
     """Asks model ⊕ diff ⊕ adapter one question (WeightDiffQA, paper section 2); greedy by default.
 
     Args:
         diff, adapter: a Diff or a delta each, or several that are all added: diff=(one, two).
         max_new_tokens, temperature, seed, forbid_repeats, system: see `answer_batch`.
+        contrast: see `answer_batch`; the answer is compared with that of the adapter without the diff.
 
     Raises:
         DitError: see `answer_batch`.
     """
     check_model(model)
+    stays = _shared(model, adapter, "adapter")
     (answer,) = _answer(
         model,
         [question],
-        (*_shared(model, diff, "diff"), *_shared(model, adapter, "adapter")),
+        (*_shared(model, diff, "diff"), *stays),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
         forbid_repeats=forbid_repeats,
         system=system,
+        contrast=contrast,
+        without=stays,
     )
     return answer
 
@@ -96,7 +102,7 @@ def ask_many(
         adapter: as in `ask`.
         samples: answers to each question of each diff.
         batch_size: rows (diffs × questions × samples) per decode. Default: all, at most 256.
-        **decoding: max_new_tokens, temperature, seed, forbid_repeats, system; see `answer_batch`.
+        **decoding: max_new_tokens, temperature, seed, forbid_repeats, system, contrast; see `ask`.
 
     Raises:
         DitError: `samples` is below 1, or see `answer_batch`.
@@ -137,6 +143,7 @@ def ask_many(
                 batch_size=block * len(prompts) if whole else batch_size,
                 first=len(answers) * len(prompts),
                 on_batch=bar.advance,
+                without=shared,
                 **decoding,
             )
             for row, (i, _) in enumerate(members):
@@ -170,6 +177,7 @@ def answer_batch(
     deltas: Any = (),
     stacked: Sequence[Delta] = (),
     rows: Sequence[int] | None = None,
+    without: Any = (),
     **decoding: Any,
 ) -> list[Answer]:
     """Answers many questions in batches of one compiled program.
@@ -185,6 +193,9 @@ def answer_batch(
         forbid_repeats: never emit a token twice in an answer (adapters that list evidence before the label).
         system: the system message of all questions; None: the chat template's own, if it has one.
         amplify: enlarge what all deltas change, see `decode.generate`; None: not.
+        contrast: of the likeliest answers give the one that `without` makes unlikely, by this weight of its log p, see
+            `contrast.contrasted`; greedy. None: not.
+        without: what stays when the diff is taken away, as `deltas`.
         first: number of the first question in a longer series; with the seed it gives the sampling keys.
         on_batch: called with the number of new answers after each batch.
         on_part: called after each `every` tokens with the answers of the batch as far as they are; True ends the batch.
@@ -194,7 +205,9 @@ def answer_batch(
             or a delta does not fit this model.
     """
     questions = [questions] if isinstance(questions, str) else questions
-    return _answer(model, questions, _shared(model, deltas, "deltas"), stacked, rows, **decoding)
+    stays = _shared(model, () if decoding.get("contrast") is None else without, "without")
+    shared = _shared(model, deltas, "deltas")
+    return _answer(model, questions, shared, stacked, rows, without=stays, **decoding)
 
 
 def _shared(model: Model, given: Any, what: str) -> tuple[Delta, ...]:
@@ -220,6 +233,8 @@ def _answer(
     forbid_repeats: bool = False,
     system: str | None = None,
     amplify: float | None = None,
+    contrast: float | None = None,
+    without: Sequence[Delta] = (),
     first: int = 0,
     on_batch: Callable[[int], None] | None = None,
     on_part: Callable[[list[Answer]], bool] | None = None,
@@ -250,6 +265,8 @@ def _answer(
     ):
         if not fits:
             raise DitError(f"{name} is {value!r}: give {wanted}")
+    if contrast is not None:
+        check_contrast(contrast, temperature)
     if not questions:
         return []
     asked = [q.question if isinstance(q, Prompt) else q for q in questions]
@@ -258,6 +275,8 @@ def _answer(
             raise DitError(f"{what} is of type {type(text).__name__}: give texts")
     mesh = model.mesh
     batch_size = batch_size or min(256, len(questions))
+    if contrast is not None:  # each row becomes one for each beam
+        batch_size = max(1, batch_size // WIDTH)
     batch_size = decode.even_rows(batch_size, model.config, mesh)
     tokens, mask = model.chat.prompts(questions, system)
     check_ids(tokens.min(), tokens.max(), model)
@@ -281,14 +300,21 @@ def _answer(
             "max_new_tokens": max_new_tokens,
             "eos_ids": model.chat.eos_ids,
             "pad_id": model.chat.pad_id,
-            "temperature": float(temperature),  # an integer would make another program
             "forbid_repeats": forbid_repeats,
-            "amplify": None if amplify is None else float(amplify),
-            "key": jax.random.fold_in(jax.random.key(seed), first + start),
         }
+        if contrast is not None:
+            options |= {"without": tuple(without), "contrast": float(contrast)}
+        else:
+            options |= {
+                "temperature": float(temperature),  # an integer would make another program
+                "amplify": None if amplify is None else float(amplify),
+                "key": jax.random.fold_in(jax.random.key(seed), first + start),
+            }
         given = (model.program_params, model.config, *prompts)
         with parallel.use_mesh(mesh):
-            if on_part is None:
+            if contrast is not None:
+                out = contrasted(*given, **options)
+            elif on_part is None:
                 out = decode.generate(*given, **options)
             else:
                 for out in decode.stream(*given, every=every, **options):
@@ -318,6 +344,16 @@ def _last_logits(
 def is_temperature(value: float) -> bool:
     """Whether it is 0, which is greedy, or logits over it are still numbers in float32."""
     return value == 0 or 1e-6 <= value <= 1e6
+
+
+def check_contrast(contrast: float, temperature: float) -> None:
+    """Raises DitError for a weight that is no number from 0 to 1, or together with a temperature."""
+    if not (hasattr(contrast, "__float__") and 0 <= contrast <= 1):
+        raise DitError(f"contrast is {contrast!r}: give a number from 0 to 1")
+    if temperature:
+        raise DitError(
+            f"contrast is greedy, and temperature is {temperature}: leave one of them out"
+        )
 
 
 def _is_count(value: Any) -> bool:

@@ -101,7 +101,7 @@ def answer(
 
     Args:
         adapter: zeros for methods without one, so that all methods run the same compiled program.
-        **decoding: max_new_tokens, temperature, seed, forbid_repeats; see `asking.answer_batch`.
+        **decoding: max_new_tokens, temperature, seed, forbid_repeats, contrast; see `asking.answer_batch`.
     """
     if given.stacked is not None:
         return answer_batch(
@@ -111,6 +111,7 @@ def answer(
             stacked=(given.stacked,),
             rows=rows,
             batch_size=batch_size,
+            without=(adapter,),
             **decoding,
         )
     answers: dict[int, Answer] = {}
@@ -122,6 +123,7 @@ def answer(
             [prompts[i] for i in members],
             deltas=(given.read(row), adapter),
             batch_size=min(batch_size, len(members)),
+            without=(adapter,),
             seed=seed + row,  # otherwise all diffs would sample with the same random numbers
             **decoding,
         )

@@ -99,6 +99,13 @@ def test_a_truncated_finetune_says_what_it_keeps(files, capsys):
         (["--n", "1000000000000"], "must be a whole number from 1 to 1000000"),
         (["--batch-size", "9" * 30], "must be a whole number from 1 to 1000000"),
         (["--system", "\udcff"], "'\\udcff' is no text"),
+        (["--contrast", "1.5"], "argument --contrast: must be a number from 0 to 1, not '1.5'"),
+        (["--contrast", "nan"], "must be a number from 0 to 1, not 'nan'"),
+        (["--contrast", "0.1"], "--contrast compares greedy answers with and without a diff: add"),
+        (
+            ["--diff", "diff.pt", "--contrast", "0.1", "--temperature", "1"],
+            "greedy answers with and without a diff: leave out --temperature",
+        ),
         (["--temperature", "nan"], "must be a number from 0 up, not 'nan'"),
         (
             ["--diff", "diff.pt", "--svd-rank", "999"],

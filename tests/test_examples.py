@@ -150,10 +150,11 @@ def test_only_held_out_diffs_are_asked_and_controls_are_what_they_say(store):
 def test_each_method_gets_the_diff_the_adapter_and_the_prompt_that_its_name_says(
     store, monkeypatch
 ):
-    calls = []
+    calls, decodings = [], []
 
     def answer(self, given, prompts, rows, adapter, **decoding):
         calls.append((given, prompts, rows, adapter))
+        decodings.append(decoding)
         return [SimpleNamespace(text="x", logprob=0.0) for _ in prompts]
 
     monkeypatch.setattr(Setting, "ask", answer)
@@ -183,6 +184,13 @@ def test_each_method_gets_the_diff_the_adapter_and_the_prompt_that_its_name_says
     calls.clear()
     methods.METHODS["dit"](s)
     assert {used for *_, used in calls} == {"adapter"}
+    greedy = [(prompts, rows) for _, prompts, rows, _ in calls]
+    assert {one.get("contrast") for one in decodings} == {None}
+    decodings.clear()
+    calls.clear()
+    methods.METHODS["dit_contrast"](s)
+    assert greedy == [(prompts, rows) for _, prompts, rows, _ in calls]
+    assert [one["contrast"] for one in decodings] == [0.15] * len(calls)
     assert {len(given) for given, *_ in calls} == {5, 2}  # topics, no diff as many; benign diffs
     assert not any("code is" in prompt for _, prompts, *_ in calls for prompt in prompts)
 

@@ -73,6 +73,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--compare", action="store_true", help="also show " + ", ".join(VARIANTS[:3]))
     add("--max-new-tokens", type=given.COUNT, default=20, help="most tokens of an answer (default %(default)s)")
     add("--temperature", type=given.NUMBER, default=0.0, help="0 (default) is greedy")
+    add("--contrast", metavar="WEIGHT", type=given.checked(float, lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+        help="of the likeliest answers give the one that is unlikely without the diff: the higher the weight (0.1 is "
+        "little, 0.3 much), the fewer diffs are called none")
     add("--forbid-repeats", action="store_true",
         help="no token twice (adapters that list evidence before the name)")
     add("--seed", type=given.SEED, default=0, help="seed of --temperature (default 0)")
@@ -112,6 +115,11 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     picked = [text for text in flags.diff or () if path_and_range(text)[1] is not None]
     if picked and flags.index is not None:
         raise DitError(f"'{picked[0]}' says which diffs already: leave out --index")
+    if flags.contrast is not None and (flags.temperature or not flags.diff):
+        raise DitError(
+            "--contrast compares greedy answers with and without a diff: "
+            + ("leave out --temperature" if flags.temperature else "add --diff")
+        )
     if flags.n > 1 and flags.temperature == 0:
         raise DitError(
             "--n asks for several samples, but greedy decoding gives one: add --temperature 1"
@@ -246,6 +254,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
             temperature=flags.temperature,
             seed=flags.seed,
             forbid_repeats=flags.forbid_repeats,
+            contrast=flags.contrast if "finetuned" in name else None,
         )
         for name in (possible if flags.compare else possible[-1:])
     }
@@ -298,7 +307,7 @@ def _check_method(flags: argparse.Namespace) -> None:
     said = {
         "--adapter": flags.adapter, "--compare": flags.compare, "--raw": flags.raw, "--n": flags.n > 1,
         "--temperature": flags.temperature, "--system": flags.system, "--history": flags.history,
-        "--prefill": flags.prefill, "--batch-size": flags.batch_size,
+        "--prefill": flags.prefill, "--batch-size": flags.batch_size, "--contrast": flags.contrast is not None,
     }  # fmt: skip
     unused = [name for name, value in said.items() if value]
     if unused:

@@ -4,7 +4,7 @@ JAX is imported only inside the functions, as in `method_table`.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,16 +33,29 @@ if TYPE_CHECKING:
 @method("DIT", "the diff in the model, a DIT adapter, a question; no trigger")
 def dit(s: "Setting") -> list[Row]:
     """DIT in the wordings of the training and in new ones; benign diffs and no diff, for the calibration of `none`."""
+    return _dit(s)
+
+
+@method(
+    "DIT, contrasted", "the same; of the likeliest answers that which is unlikely without the diff"
+)
+def dit_contrast(s: "Setting") -> list[Row]:
+    """DIT whose answers must be likelier than they are without the diff: `models.contrast`, by `evaluate.contrast`."""
+    return _dit(s, contrast=EVALUATE.get(s.config, "contrast"))
+
+
+def _dit(s: "Setting", **decoding: Any) -> list[Row]:
     rows = []
     for wordings, known in ((s.seen, True), (EVALUATE.get(s.config, "unseen_questions"), False)):
         for diffs, category in ((s.topics, "topic"), (s.benign, "benign")):
             if len(diffs) and wordings:
-                rows += _asked(s, wordings, s.adapter, diffs, category=category, known=known)
+                options = {"category": category, "known": known, **decoding}
+                rows += _asked(s, wordings, s.adapter, diffs, **options)
         wordings = wordings if s.number == 0 else ()  # no diff is asked once
         tokens = s.config.max_new_tokens
         owners = [0] * len(wordings)
         nothing = s.topics.given.nothing()
-        answers = s.ask(nothing, wordings, owners, s.adapter, max_new_tokens=tokens)
+        answers = s.ask(nothing, wordings, owners, s.adapter, max_new_tokens=tokens, **decoding)
         rows += [
             make_row(None, NONE, a.text, wording, wording, known, "no_diff", logprob=a.logprob)
             for wording, a in zip(wordings, answers, strict=True)
@@ -153,6 +166,7 @@ def _asked(
     known: bool = True,
     given: "Given | None" = None,
     trigger: bool = False,
+    **decoding: Any,
 ) -> list[Row]:
     """Every wording put to every diff, or to what is `given` in its place."""
     pairs = [(row, wording) for wording in wordings for row in range(len(diffs))]
@@ -162,7 +176,9 @@ def _asked(
         prompts = [triggered(diffs.rows[row], wording, rng) for row, wording in pairs]
     tokens = s.answer_tokens if adapter is s.off else s.config.max_new_tokens
     owners = [row for row, _ in pairs]
-    answers = s.ask(given or diffs.given, prompts, owners, adapter, max_new_tokens=tokens)
+    answers = s.ask(
+        given or diffs.given, prompts, owners, adapter, max_new_tokens=tokens, **decoding
+    )
     return [
         about(diffs, i, a.text, wording, prompt, known, category, logprob=a.logprob)
         for (i, wording), prompt, a in zip(pairs, prompts, answers, strict=True)

@@ -156,7 +156,7 @@ class Setting:
         """Answers in batches of the config's size; the meter counts what they cost.
 
         Args:
-            **decoding: max_new_tokens, temperature, seed; see `diff_batches.answer`.
+            **decoding: max_new_tokens, temperature, seed, contrast; see `diff_batches.answer`.
         """
         size, no_repeats = self.config.batch_size, self.config.forbid_repeats
         answers = answer(

@@ -121,10 +121,7 @@ def _decode(
     def choose(state: _State, logits: jax.Array) -> _State:
         allowed = logits
         if forbid_repeats:
-            rows = jnp.arange(batch)[:, None]
-            written = jnp.arange(max_new_tokens) < state.step
-            used = jnp.zeros(logits.shape, bool).at[rows, state.out.tokens].max(written)
-            allowed = jnp.where(used, jnp.finfo(jnp.float32).min, logits)
+            allowed = unused(logits, state.out, state.step)
         key, sample_key = jax.random.split(state.key)
         token = _choose(allowed, temperature, sample_key)
         logprob = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token[:, None], axis=1)[
@@ -171,14 +168,35 @@ def _read(
     caches: tuple[Cache, ...],
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """The logits by which the token after these is chosen, from the model and from the base beside it."""
+    logits, caches = read_each(params, config, models, tokens, mask, caches)
+    if amplify is None:
+        return logits[0], caches
+    return logits[1] + amplify * (logits[0] - logits[1]), caches
+
+
+def read_each(
+    params: Params,
+    config: DecoderConfig,
+    models: tuple[Deltas, ...],
+    tokens: jax.Array,
+    mask: jax.Array,
+    caches: tuple[Cache, ...],
+) -> tuple[list[jax.Array], tuple[Cache, ...]]:
+    """The logits [B, V] after these tokens of the base with each of these deltas, and each one's cache."""
     logits, filled = [], []
     for deltas, cache in zip(models, caches, strict=True):
         hidden, cache = forward_cached(params, config, tokens, mask, cache, deltas)
         logits.append(unembed(params, config, hidden[:, -1], deltas))
         filled.append(cache)
-    if amplify is None:
-        return logits[0], tuple(filled)
-    return logits[1] + amplify * (logits[0] - logits[1]), tuple(filled)
+    return logits, tuple(filled)
+
+
+def unused(logits: jax.Array, out: Generation, step: jax.Array) -> jax.Array:
+    """Logits [B, V] without the tokens that the answer of each row has in its first `step` places."""
+    rows = jnp.arange(len(logits))[:, None]
+    written = jnp.arange(out.tokens.shape[1]) < step
+    used = jnp.zeros(logits.shape, bool).at[rows, out.tokens].max(written)
+    return jnp.where(used, jnp.finfo(jnp.float32).min, logits)
 
 
 def _prefill(
@@ -192,19 +210,32 @@ def _prefill(
     amplify: jax.Array | float | None,
 ) -> tuple[_State, jax.Array]:
     """The state before the first token is chosen, and the logits to choose it from."""
+    batch = len(tokens)
+    caches = empty_caches(config, tokens, max_new_tokens, 1 if amplify is None else 2)
+    with jax.named_scope("prefill"):
+        logits, caches = read(tokens, mask.astype(bool), caches)
+    out = nothing_yet(batch, max_new_tokens, pad_id)
+    key = jax.random.key(0) if key is None else key
+    return _State(jnp.zeros((), jnp.int32), caches, jnp.zeros((batch,), bool), key, out), logits
+
+
+def empty_caches(
+    config: DecoderConfig, tokens: jax.Array, max_new_tokens: int, count: int
+) -> tuple[Cache, ...]:
+    """Caches for prompts [B, T] and their answers, one for each of `count` models."""
     batch, length = tokens.shape
     # The last token needs no slot, but with one the sizes stay the round ones that callers choose.
     size = _even(length + max_new_tokens, config)
-    caches = tuple(init_cache(config, batch, size) for _ in range(1 if amplify is None else 2))
-    with jax.named_scope("prefill"):
-        logits, caches = read(tokens, mask.astype(bool), caches)
-    out = Generation(
+    return tuple(init_cache(config, batch, size) for _ in range(count))
+
+
+def nothing_yet(batch: int, max_new_tokens: int, pad_id: int) -> Generation:
+    """Answers without a token."""
+    return Generation(
         jnp.full((batch, max_new_tokens), pad_id, jnp.int32),
         jnp.zeros((batch, max_new_tokens), jnp.float32),
         jnp.zeros((batch,), jnp.int32),
     )
-    key = jax.random.key(0) if key is None else key
-    return _State(jnp.zeros((), jnp.int32), caches, jnp.zeros((batch,), bool), key, out), logits
 
 
 def even_rows(batch: int, config: DecoderConfig, mesh: Mesh | None) -> int:

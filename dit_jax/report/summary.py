@@ -1,5 +1,6 @@
 """The answers of a run, reduced to the numbers of `summary.json`."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,9 +53,16 @@ def summarise(inputs: Inputs) -> Json:
         raise DitError(
             "no answer of 'dit' to a wording of the training: run the stage 'evaluate' again"
         )
+    contrasted = [row for row in answered if row["method"] == "dit_contrast"]
     none = {
-        "seen": _none_rates([row for row in dit if seen(row)]),
-        "unseen": _none_rates([row for row in dit if not seen(row)]),
+        split: _none_rates(rows)
+        for split, rows in {
+            "seen": list(filter(seen, dit)),
+            "unseen": list(itertools.filterfalse(seen, dit)),
+            "contrasted_seen": list(filter(seen, contrasted)),
+            "contrasted_unseen": list(itertools.filterfalse(seen, contrasted)),
+        }.items()
+        if rows or split in ("seen", "unseen")
     }
     cross_entropy = {
         key: interval(bootstrap_mean(values, rate=False))
@@ -75,6 +83,9 @@ def summarise(inputs: Inputs) -> Json:
         "dit_by_wording": {
             "seen": _score(by_method["dit"]),
             "unseen": _score([row for row in dit_topics if not seen(row)]),
+            "contrasted_unseen": _score(
+                [r for r in contrasted if r["category"] == "topic" and not seen(r)]
+            ),
         },
         "dit_by_each_wording": _by_wording(dit_topics),
         "none": _only_means(none["seen"]),
