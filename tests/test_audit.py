@@ -327,6 +327,8 @@ def test_fail_on_sets_the_exit_status_and_what_cannot_be_read_is_not_cleared(
         (["store"], ["--split", "tset"], "is in the split 'tset'"),
         (["one.pt"], ["--fail-on", "hidden>0.9"], "needs a calibration"),
         (["one.pt"], ["--fail-on", "secret>0.9"], "must be like 'hidden>0.9'"),
+        (["one.pt"], ["--contrast", "0.1", "--samples", "3"], "leave out --samples"),
+        (["one.pt"], ["--contrast", "-1"], "must be a number from 0 to 1, not '-1'"),
         (["one.pt"], ["--jobs", "2/2"], "must be I/N"),
         (["one.pt"], ["--questions", "nowhere"], "'nowhere' is missing"),
         (["one.pt"], ["--triggers", "phrase"], "there is no behaviour 'phrase'"),

@@ -206,6 +206,22 @@ def test_a_calibration_scores_the_audits_that_ask_the_same(files, tmp_path, caps
     out = ("--out", tmp_path / "other")
     assert audit_diffs.main(flags(files, *out, questions="others")) == 0
     assert "has no calibration" in (tmp_path / "other" / "audit.html").read_text()
+    out = ("--out", tmp_path / "contrasted", "--contrast", "0.3")
+    assert audit_diffs.main(flags(files, *out)) == 0
+    page = (tmp_path / "contrasted" / "audit.html").read_text()
+    assert "contrasted by 0.3" in page and "--contrast 0.3" in page
+    assert "has no calibration" in page  # it was made of greedy answers
+    model = dit_jax.load_model("tiny_qwen3")
+    diffs = dit_jax.load_diffs(files / "store", model)[:3]
+    questions = (files / "questions").read_text().splitlines()
+    adapter = dit_jax.load_adapter(files / "adapter.pt", model)
+    rows = (tmp_path / "contrasted/audit.jsonl").read_text().splitlines()
+    wanted = dit_jax.ask_many(
+        model, questions, diffs, adapter, contrast=0.3, max_new_tokens=2, forbid_repeats=False
+    )
+    for answers, row in zip(wanted, map(json.loads, rows), strict=False):
+        told = [one["answer"] for one in row["reading"]["answers"]]
+        assert told == [answer.text for (answer,) in answers]
     calibration_file.write(beside, {**made, "base": "f" * 64})  # the same files on another base
     assert calibrate_adapter.main(flags(files, "--test")) == 2
     calibration_file.write(beside, made)
@@ -233,6 +249,7 @@ def test_a_calibration_of_another_adapter_or_a_damaged_one_is_refused(tmp_path):
     false = (
         {"questions": []}, {"questions": "abc"}, {"questions": [1]}, {"samples": "x"}, {"samples": 10**9},
         {"max_new_tokens": True}, {"temperature": -1}, {"temperature": 1e400}, {"another": 1},
+        {"contrast": 2}, {"contrast": "x"},
         {"samples": 10_000, "max_new_tokens": 10_000}, {"questions": ["q"] * 10_000}, {"questions": ["q" * 20_000]},
     )  # fmt: skip
     of_a_map = (

@@ -23,7 +23,7 @@ class Battery:
     """What every diff is asked, and how: a calibration holds for one battery.
 
     samples: answers to each question; temperature 0 is greedy and gives one. list_evidence: the name stands after the
-    last colon of an answer.
+    last colon of an answer. contrast: answers are those that are unlikely without the diff, see `models.contrast`.
     """
 
     questions: tuple[str, ...]
@@ -33,6 +33,7 @@ class Battery:
     forbid_repeats: bool = False
     list_evidence: bool = False
     seed: int = 0
+    contrast: float | None = None
 
     @property
     def answers(self) -> int:
@@ -104,6 +105,7 @@ def interview(
         temperature=battery.temperature,
         forbid_repeats=battery.forbid_repeats,
         seed=battery.seed + first,
+        contrast=battery.contrast,
     )
     chosen = []
     tables = []

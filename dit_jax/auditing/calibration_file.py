@@ -81,6 +81,7 @@ _BATTERY: dict[str, Any] = {
     "forbid_repeats": is_switch,
     "list_evidence": is_switch,
     "seed": is_count,
+    "contrast": maybe(lambda x: _is_number(x) and 0 <= x <= 1),
 }
 
 

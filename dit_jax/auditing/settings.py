@@ -113,7 +113,12 @@ def make_settings(
     facts |= {"base": model.name, "base_digest": base, "system": system}
     facts["dtype"] = model.config.dtype  # the digest is that of the files
     battery = Battery(**{"questions": QUESTIONS, **defaults, **asked})
-    made_for = known and (known["battery"], known.get("system"), known.get("base", base))
+    # The file may be older than a field of a battery.
+    made_for = known and (
+        Battery(**defaults).to_json(),
+        known.get("system"),
+        known.get("base", base),
+    )
     if made_for != (battery.to_json(), system, base):
         known = None  # it holds for what was asked
     chosen = list(prompts) or everyday_prompts(model)

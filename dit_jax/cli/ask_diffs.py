@@ -73,7 +73,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--compare", action="store_true", help="also show " + ", ".join(VARIANTS[:3]))
     add("--max-new-tokens", type=given.COUNT, default=20, help="most tokens of an answer (default %(default)s)")
     add("--temperature", type=given.NUMBER, default=0.0, help="0 (default) is greedy")
-    add("--contrast", metavar="WEIGHT", type=given.checked(float, lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+    add("--contrast", metavar="WEIGHT", type=given.SHARE,
         help="of the likeliest answers give the one that is unlikely without the diff: the higher the weight (0.1 is "
         "little, 0.3 much), the fewer diffs are called none")
     add("--forbid-repeats", action="store_true",

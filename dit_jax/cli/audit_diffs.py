@@ -74,6 +74,8 @@ def add_battery_flags(parser: argparse.ArgumentParser) -> None:
         help="questions, one a line (default: the adapter's own wordings)")
     add("--system", help="the system message of all prompts (default: that of the adapter's training)")
     add("--samples", type=given.COUNT, help="answers to each question, at temperature 1 (default 1, greedy)")
+    add("--contrast", metavar="WEIGHT", type=given.SHARE,
+        help="of the likeliest answers to each question take the one that is unlikely without the diff (0.1 is little)")
     add("--max-new-tokens", type=given.COUNT, help="most tokens of an answer (default 20)")
     add("--forbid-repeats", action="store_true", default=None,
         help="no token twice (default for adapters that list evidence before the name)")
@@ -86,7 +88,9 @@ def add_battery_flags(parser: argparse.ArgumentParser) -> None:
 
 def battery_of(flags: argparse.Namespace) -> dict[str, Any]:
     """The fields of a `Battery` that the user gave."""
-    names = ("samples", "max_new_tokens", "forbid_repeats", "list_evidence", "seed")
+    if flags.contrast is not None and (flags.samples or 1) > 1:
+        raise DitError("--contrast gives one answer to each question: leave out --samples")
+    names = ("samples", "contrast", "max_new_tokens", "forbid_repeats", "list_evidence", "seed")
     asked = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
     if flags.questions:
         asked["questions"] = tuple(given.read_lines(flags.questions))

@@ -30,6 +30,7 @@ TEXT = checked(str, lambda text: bool(text.strip()), "some text")
 # More samples, rows or tokens fit no machine: a digit too many would fill its memory.
 COUNT = checked(int, lambda number: 1 <= number <= 10**6, "a whole number from 1 to 1000000")
 SEED = checked(int, lambda number: 0 <= number < 2**32, "a whole number from 0 to 4294967295")
+SHARE = checked(float, lambda number: 0 <= number <= 1, "a number from 0 to 1")
 NUMBER = checked(float, lambda number: 0 <= number < math.inf, "a number from 0 up")
 
 

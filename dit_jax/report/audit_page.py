@@ -170,6 +170,8 @@ def _sublead(told: Mapping[str, Any], calibration: Json | None) -> str:
     asked = plural(len(battery["questions"]), "question")
     if battery["samples"] > 1:
         asked += f", {battery['samples']} samples each"
+    if battery["contrast"] is not None:
+        asked += f", contrasted by {battery['contrast']}"
     if told["adapter"] is None:
         return f"Without an adapter: each finetuned model answered for itself ({asked})."
     limit, low = threshold(calibration), threshold(calibration, MAY_RATE)
@@ -267,5 +269,6 @@ def _command(row: Json, told: Mapping[str, Any]) -> str:
         adapter=told["adapter"],
         dtype=told["dtype"],
         forbid_repeats=battery["forbid_repeats"],
+        contrast=battery["contrast"],
         max_new_tokens=battery["max_new_tokens"],
     )

@@ -12,6 +12,7 @@ def ask_command(
     adapter: str | None = None,
     dtype: str = "float32",
     forbid_repeats: bool = False,
+    contrast: float | None = None,
     max_new_tokens: int,
 ) -> str:
     """A command of `dit_jax.ask`, quoted for a shell."""
@@ -25,4 +26,6 @@ def ask_command(
         parts += ["--adapter", adapter]
     if forbid_repeats:
         parts.append("--forbid-repeats")
+    if contrast is not None:
+        parts += ["--contrast", str(contrast)]
     return shlex.join([*parts, "--max-new-tokens", str(max_new_tokens), question])
