@@ -20,7 +20,7 @@ SHARED = {
     "data": {"train_topics": 96, "test_topics": 48, "train_benign": 24, "test_benign": 16},
     "diffs": {"diffs_per_batch": 46, "gate_batch": 138},
     "evaluate": {
-        "methods": ("dit", "shuffled_diff"),
+        "methods": ("dit", "dit_contrast", "shuffled_diff"),
         "seen_questions": TRAIN_QUESTIONS[:2],
         "unseen_questions": (),
         "max_new_tokens": 18,
@@ -58,6 +58,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         raise ValueError(f"{what}: choose from {', '.join(KINDS)}")
     config = load_config(str(QUICKSTART), SHARED).unlock()
     config.train.stores = ConfigDict()  # of several kinds, see configs/sweeps/readings.py
+    # The largest at which the adapter of SEP codes calls all their benign diffs none.
+    config.evaluate.contrast = 0.25
     config.evaluate.adapter = ""  # another run's adapter; a relative path starts at the workdir
     if arg in ("phrase", *ABOUT_TOPIC):
         for section in ("samples_per_step", "loss_weights", "widths"):

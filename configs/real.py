@@ -171,14 +171,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.evaluate = ConfigDict()
     config.evaluate.methods = (
-        "dit", "base_question", "base_question_trigger", "dit_of_list", "no_diff", "shuffled_diff", "noise_diff",
-        "name_reading", "logit_difference",
+        "dit", "dit_contrast", "base_question", "base_question_trigger", "dit_of_list", "no_diff", "shuffled_diff",
+        "noise_diff", "name_reading", "logit_difference",
     )  # fmt: skip
     config.evaluate.adapter = ""  # another run's; a relative path starts at the workdir
     if kinds:  # a part of these diffs has no trigger
         config.evaluate.methods = tuple(
             name for name in config.evaluate.methods if name != "base_question_trigger"
         )
+    config.evaluate.contrast = 0.1
     config.evaluate.names = "held_out"
     config.evaluate.trigger_families = ()  # of `trigger_scan`; (): all
     config.evaluate.facts = str(FOLDER / "real_facts.txt")

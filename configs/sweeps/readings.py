@@ -22,6 +22,9 @@ METRIC = "methods.dit.exact_match"
 ALSO = {
     "called none": "none_intervals.seen.topics_called_none.mean",
     "benign called none": "none_intervals.seen.benign_called_none.mean",
+    "contrasted": "methods.dit_contrast.exact_match",
+    "called none, contrasted": "none_intervals.contrasted_seen.topics_called_none.mean",
+    "benign called none, contrasted": "none_intervals.contrasted_seen.benign_called_none.mean",
     "cross-entropy": "label_cross_entropy_intervals.matched.mean",
     "cross-entropy, another diff": "label_cross_entropy_intervals.shuffled.mean",
 }
