@@ -21,6 +21,7 @@ from dit_jax.train.mixture import (
     open_parts,
     trained_on,
 )
+from dit_jax.train.variation import vary
 
 
 def change(module, *at):
@@ -162,3 +163,33 @@ def test_stores_that_cannot_be_trained_on_together_are_refused(runs, stores, sai
     with pytest.raises(DitError, match=said):
         members = members_of(open_parts(runs / "no", settings(**stores), runs / "mixed"))
         diff_reader(members, CONFIG)
+
+
+def test_varied_diffs_are_the_diffs_times_numbers_of_their_own():
+    """Each layer is multiplied as a whole, but for projections that are left out; LoRAs and dense diffs alike."""
+    train = {"vary_size": 0.5, "vary_layers": 0.3, "drop_share": 0.25}
+    seeds = [11, 2**32 - 1, 11]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *(random_lora(seed=i) for i in range(3)))
+    varied = dict(modules(vary(stacked, seeds, train)))
+    factors = []
+    for path, module in modules(stacked):
+        factors.append(np.asarray(varied[path]["scale"]) / np.asarray(module["scale"]))
+        np.testing.assert_array_equal(varied[path]["a"], module["a"])
+        np.testing.assert_array_equal(varied[path]["b"], module["b"])
+    of_layer = np.moveaxis(np.stack(factors), 0, -1)  # [n, L, projections]
+    np.testing.assert_array_equal(of_layer[0], of_layer[2])  # the seed alone decides
+    assert 0.1 < np.mean(of_layer == 0) < 0.4
+    largest = of_layer.max(axis=-1, keepdims=True)
+    assert np.all((of_layer == 0) | np.isclose(of_layer, largest))
+    assert (
+        len(np.unique(largest[:2].round(5))) == largest[:2].size
+    )  # of each diff and layer another one
+    alone = vary(jax.tree.map(lambda x: x[1:2], stacked), seeds[1:2], train)
+    for path, module in modules(alone):
+        np.testing.assert_array_equal(module["scale"][0], varied[path]["scale"][1])
+
+    whole = {path: {"w": np.ones((3, 2, 4, 5), np.float32)} for path in ("up_proj", "down_proj")}
+    for module in vary({"layers": whole}, seeds, train)["layers"].values():
+        assert module["w"].shape == (3, 2, 4, 5)
+        np.testing.assert_array_equal(module["w"], module["w"][..., :1, :1] * whole["up_proj"]["w"])
+    assert vary(stacked, seeds, {}) is stacked

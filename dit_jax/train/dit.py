@@ -28,9 +28,9 @@ from dit_jax.runtime.metrics import Metrics, read_records
 from dit_jax.runtime.progress import Progress
 from dit_jax.train import mixture
 from dit_jax.train.checkpoints import Checkpoints
-from dit_jax.train.examples import check_attention, make_pipeline, to_batch
-from dit_jax.train.mixture import NO_DIFF
+from dit_jax.train.examples import PADDING, check_attention, make_pipeline, to_batch
 from dit_jax.train.train_keys import TRAIN
+from dit_jax.train.variation import vary
 
 
 class State(NamedTuple):
@@ -206,7 +206,9 @@ def train_adapter(
             rows = parallel.local_rows(mesh, size)
             batch = to_batch(examples, model.chat, train, rows)
             meter.add(count_work(batch, share=len(rows) / size))
-            own = read_diffs([examples[i].diff if i < len(examples) else NO_DIFF for i in rows])
+            mine = [examples[i] if i < len(examples) else PADDING for i in rows]
+            seeds = [example.variation for example in mine]
+            own = vary(read_diffs([example.diff for example in mine]), seeds, train)
             # A second program computes all entries of a batch that uses more.
             packed = limit if limit and np.count_nonzero(batch.weight) <= limit[0] else None
             batch = parallel.put_rows(batch, mesh, size)

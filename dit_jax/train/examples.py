@@ -20,11 +20,18 @@ _EPOCHS = 2**31  # in effect endless; grain cannot count batches of a dataset of
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One question about one diff. `diff` is a place in `mixture.members_of`; `NO_DIFF` is the bare base."""
+    """One question about one diff. `diff` is a place in `mixture.members_of`; `NO_DIFF` is the bare base.
+
+    variation: the seed of what `variation.vary` makes of the diff.
+    """
 
     diff: int
     question: str
     answer: str
+    variation: int = 0
+
+
+PADDING = Example(NO_DIFF, "", "")  # of a batch that splits evenly over the mesh
 
 
 def check_room(train: Any) -> int:
@@ -94,7 +101,8 @@ def make_pipeline(parts: Sequence[Part], train: Any, seed: int) -> Any:
         row = part.store.rows[members[diff][1]]
         # The order is new every time and so not predictable: each word must be read from the diff.
         evidence = list(rng.permutation(row["evidence"])) if part.list_evidence else []
-        return Example(diff, question, prefix + answer_text(label_of(row, part.label), evidence))
+        answer = prefix + answer_text(label_of(row, part.label), evidence)
+        return Example(diff, question, answer, int(rng.integers(2**32)))
 
     mixed = grain.MapDataset.mix(datasets, weights=weights)
     return mixed.seed(seed).random_map(to_example).batch(train.batch_size, batch_fn=list)

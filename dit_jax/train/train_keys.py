@@ -37,6 +37,11 @@ def _check_stores(stores: Any, key: str) -> None:
         raise DitError(f"{key} gives no store a share: raise one")
 
 
+def _check_share(share: float, key: str) -> None:
+    if share >= 1:
+        raise DitError(f"{key} is {share}: give a number below 1, or nothing is left of a diff")
+
+
 TRAIN = Section(
     "train",
     (
@@ -56,6 +61,10 @@ TRAIN = Section(
         Key("batch_size", int, "examples of a step, each with its own diff", least=1),
         Key("no_diff_per_batch", int, "how many of them have no diff and the label `none`"),
         Key("benign_per_batch", int, "how many of them have a benign diff and the label `none`"),
+        Key("vary_size", float, "standard deviation of the log of a random number that multiplies an example's diff",
+            0.0, least=0),
+        Key("vary_layers", float, "the same of each layer of it", 0.0, least=0),
+        Key("drop_share", float, "share of its projections that are left out at random", 0.0, check=_check_share),
         Key("reference_labels", bool, "score padding too, as in the reference", False),
         Key("reference_init", bool, "initialise with the rank as fan-in, as in the reference"),
         Key("max_length", int, "most tokens of an example", least=1),
