@@ -86,6 +86,20 @@ def test_overrides_reach_derived_values_and_accept_mappings(path):
     assert (config.train.steps, config.train.learning_rate) == (60, 2.0)
 
 
+def test_an_override_sets_an_optional_key_that_the_file_leaves_out(path):
+    optional = {"train.decay": 0.5, "train.names": (), "data.scale": 1.0, "options": {}}
+    config = load_config(path, ["train.decay=0.25", "train.names=a,b", "options.of.x=3"], optional)
+    assert (config.train.decay, config.train.names, config.options.of.x) == (0.25, ("a", "b"), 3)
+    assert "decay" not in load_config(path, [], optional).train
+    assert load_config(path, {"train.decay": 2}, optional).train.decay == 2.0
+    for override, message in (
+        ("train.decay=much", "config key 'train.decay' must be float: cannot read 'much'"),
+        ("data.scale=2", "unknown config key 'data.scale'"),  # the section is not there
+    ):
+        with pytest.raises(DitError, match=message):
+            load_config(path, [override], optional)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -21,8 +21,8 @@ and runs with your rights: load only files that you trust. `configs/` has some, 
 
     python -m dit_jax.main --config configs/quickstart.py:ARG --workdir runs/mine --config.train.steps=400
 
-`:ARG` goes to `get_config`, and `--config.key=value` replaces a value of the file. A config is checked before the first
-stage runs: one line names the key that is unknown, missing or wrong, and the remedy.
+`:ARG` goes to `get_config`, and `--config.key=value` replaces a value of the file, or sets a key that has a default. A
+config is checked before the first stage runs: one line names the key that is unknown, missing or wrong, and the remedy.
 
 A required key must be there if a stage of the run reads its section; of another key the default is taken. A key marked
 with * changes no result, so two runs in one workdir may differ in it.

@@ -21,7 +21,7 @@ from typing import Any
 
 from dit_jax.cli import flags as given
 from dit_jax.cli.config_checks import check_values
-from dit_jax.cli.stages import RUN, named_sections
+from dit_jax.cli.stages import RUN, optional_keys
 from dit_jax.config.keys import Section
 from dit_jax.config.loading import load_config, split_flags
 from dit_jax.data.data_keys import COUNTS, DATA
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     with exit_on_error():
         rest, overrides = split_flags(sys.argv[1:] if argv is None else argv)
         flags = parser.parse_args(rest)
-        return run(flags, load_config(flags.config, overrides, named_sections()))
+        return run(flags, load_config(flags.config, overrides, optional_keys()))
     return 2
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 
 from dit_jax.cli.config_checks import check_config, check_ranks
-from dit_jax.cli.stages import RUN, STAGES, Stage, chosen_stages, named_sections
+from dit_jax.cli.stages import RUN, STAGES, Stage, chosen_stages, optional_keys
 from dit_jax.cli.workdir import check_workdir, given_folder, is_done, run_once
 from dit_jax.config.loading import flatten, load_config, split_flags
 from dit_jax.errors import DitError, Parser
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             if flags.distributed:
                 processes.initialize_distributed(*joins)
                 several = True
-            run(load_config(flags.config, overrides, named_sections()), workdir)
+            run(load_config(flags.config, overrides, optional_keys()), workdir)
     except SystemExit as stop:
         code = int(stop.code or 0)
     except Exception:

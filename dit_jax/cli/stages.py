@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from dit_jax.config.keys import TEXTS, Key, Section
+from dit_jax.config.keys import REQUIRED, TEXTS, Key, Section
 from dit_jax.config.user_code import import_object
 from dit_jax.data.data_keys import DATA
 from dit_jax.errors import DitError, did_you_mean
@@ -264,9 +264,13 @@ def declared_sections(stages: Iterable[Stage] = ()) -> list[Section]:
     return [section for i, section in enumerate(read) if section not in read[:i]]
 
 
-def named_sections() -> list[str]:
-    """The sections whose keys are names of their own, dotted: `evaluate.grader_options` and its like."""
-    return [s.dotted(key.name) for s in declared_sections() for key in s.keys if key.kind is dict]
+def optional_keys() -> dict[str, Any]:
+    """What an override may set though the config does not have it, see `load_config`."""
+    keys = [(s.dotted(key.name), key) for s in declared_sections() for key in s.keys]
+    named: dict[str, Any] = {name: {} for name, key in keys if key.kind is dict}
+    return named | {
+        n: key.default for n, key in keys if n not in named and key.default is not REQUIRED
+    }
 
 
 def free_keys(config: Any) -> list[str]:

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 
 from dit_jax.cli import run_stages as main
 from dit_jax.cli.config_checks import check_config
-from dit_jax.cli.stages import chosen_stages, free_keys, named_sections
+from dit_jax.cli.stages import chosen_stages, free_keys, optional_keys
 from dit_jax.cli.workdir import (
     CONFIG_FILE,
     LATER_SECTIONS,
@@ -140,9 +140,9 @@ def load_sweep(path: str, common: Sequence[str] = ()) -> Sweep:
 def _make_run(base: str, name: str, common: Sequence[str], overrides: dict[str, Any]) -> Run:
     texts = [*common, *(f"{key}={_as_text(value)}" for key, value in _dotted(overrides))]
     checked = load_config(
-        base, overrides, named_sections()
+        base, overrides, optional_keys()
     )  # types are checked before they become text
-    config = load_config(base, texts, named_sections())
+    config = load_config(base, texts, optional_keys())
     for key, value in _dotted(overrides):
         if flatten(config)[key] != flatten(checked)[key]:
             raise DitError(f"the value {value!r} of '{key}' cannot be written on a command line")

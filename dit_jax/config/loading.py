@@ -7,6 +7,7 @@ import ast
 import fnmatch
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -50,7 +51,9 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def load_config(
-    path: str, overrides: Mapping[str, Any] | Iterable[str] = (), named: Iterable[str] = ()
+    path: str,
+    overrides: Mapping[str, Any] | Iterable[str] = (),
+    optional: Mapping[str, Any] = MappingProxyType({}),
 ) -> ConfigDict:
     """Loads a config file, applies overrides, and locks the result.
 
@@ -58,8 +61,8 @@ def load_config(
       path: `configs/x.py` or `configs/x.py:arg`; arg goes to `get_config`.
       overrides: values by dotted key, or strings `key=value` that are read as the type of the value
         that they replace. Tuples are written `(1,2)` or, for strings, `a,b`.
-      named: dotted names of sections whose keys are names of their own, such as a grader's options. An override may add
-        to them; the config need not have them.
+      optional: by dotted key the value that an absent one stands for. An override may set it; of a section whose keys
+        are names of their own, such as a grader's options, the value is {}, and an override may add to it.
 
     Returns:
       A locked ConfigDict.
@@ -75,13 +78,13 @@ def load_config(
         raise DitError(f"get_config of '{program.file}' returns {kind}, not a ConfigDict")
     if isinstance(overrides, Mapping):
         for key, value in overrides.items():
-            _override(config, key, value, tuple(named), parse=False)
+            _override(config, key, value, optional, parse=False)
     else:
         for override in overrides:
             key, equals, text = override.partition("=")
             if not equals:
                 raise DitError(f"config override '{override}' has no value: write {key}=VALUE")
-            _override(config, key.strip(), text, tuple(named), parse=True)
+            _override(config, key.strip(), text, optional, parse=True)
     flatten(config)  # finds required values that nobody set, on which lock() would stumble
     return config.lock()
 
@@ -90,11 +93,11 @@ def load_config(
 
 
 def _override(
-    config: ConfigDict, key: str, value: Any, named: tuple[str, ...], *, parse: bool
+    config: ConfigDict, key: str, value: Any, optional: Mapping[str, Any], *, parse: bool
 ) -> None:
     *sections, last = key.split(".")
     node: Any = config
-    mine = any(key.startswith(f"{name}.") for name in named)
+    mine = any(key.startswith(f"{name}.") for name, absent in optional.items() if absent == {})
     for section in sections:
         if mine and isinstance(node, ConfigDict) and section not in node:
             with node.unlocked():
@@ -104,6 +107,9 @@ def _override(
         with node.unlocked():
             node[last] = _literal(value) if parse else value
         return
+    if isinstance(node, ConfigDict) and last not in node and optional.get(key, {}) != {}:
+        with node.unlocked():
+            node[last] = optional[key]
     if not isinstance(node, ConfigDict) or last not in node:
         raise DitError(_unknown_key(config, key))
     kind = _kind(node, last)
@@ -111,7 +117,7 @@ def _override(
         if not issubclass(kind, ConfigDict) or not isinstance(value, Mapping):
             raise DitError(f"config key '{key}' is a section: set a key in it, '{key}.NAME'")
         for name, inner in value.items():
-            _override(config, f"{key}.{name}", inner, named, parse=False)
+            _override(config, f"{key}.{name}", inner, optional, parse=False)
         return
     if parse:
         value = _parse(key, value, kind, node[last] if kind in (tuple, list) else ())
