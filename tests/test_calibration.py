@@ -227,6 +227,20 @@ def test_a_calibration_scores_the_audits_that_ask_the_same(files, tmp_path, caps
     calibration_file.write(beside, made)
 
 
+@pytest.mark.parametrize(
+    ("given", "battery"),
+    [
+        (["--contrast", "0.1"], {"samples": 3, "temperature": 1.0}),
+        (["--samples", "3"], {"contrast": 0.3}),
+    ],
+)
+def test_what_is_asked_turns_off_what_a_calibration_says_and_excludes_it(given, battery):
+    flags = audit_diffs.parse_flags(["d", "--base", "b", "--out", "o", *given])
+    asked = Battery(**{"questions": ("q",), **battery, **audit_diffs.battery_of(flags)})
+    assert (asked.contrast, asked.temperature) in ((0.1, 0.0), (None, 1.0))
+    assert asked.samples == (1 if asked.contrast else 3)
+
+
 def test_a_calibration_is_made_under_the_system_message_that_is_given(files, tmp_path):
     adapter = shutil.copy(files / "adapter.pt", tmp_path)
     given = [adapter if x == str(files / "adapter.pt") else x for x in flags(files)]
@@ -249,7 +263,7 @@ def test_a_calibration_of_another_adapter_or_a_damaged_one_is_refused(tmp_path):
     false = (
         {"questions": []}, {"questions": "abc"}, {"questions": [1]}, {"samples": "x"}, {"samples": 10**9},
         {"max_new_tokens": True}, {"temperature": -1}, {"temperature": 1e400}, {"another": 1},
-        {"contrast": 2}, {"contrast": "x"},
+        {"contrast": 2}, {"contrast": "x"}, {"contrast": 0.1, "temperature": 1.0}, {"temperature": 1e-300},
         {"samples": 10_000, "max_new_tokens": 10_000}, {"questions": ["q"] * 10_000}, {"questions": ["q" * 20_000]},
     )  # fmt: skip
     of_a_map = (

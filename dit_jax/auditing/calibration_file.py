@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from dit_jax.asking import is_temperature
 from dit_jax.auditing.calibration import BINS, FORMAT, RATES, VERSION
 from dit_jax.errors import DitError
 from dit_jax.formats import budgets
@@ -76,7 +77,7 @@ def _is_question(value: Any) -> bool:
 _BATTERY: dict[str, Any] = {
     "questions": [_is_question],
     "samples": _is_few,
-    "temperature": lambda x: _is_number(x) and x >= 0,
+    "temperature": lambda x: _is_number(x) and is_temperature(x),
     "max_new_tokens": _is_few,
     "forbid_repeats": is_switch,
     "list_evidence": is_switch,
@@ -90,6 +91,8 @@ def _is_battery(value: Any) -> bool:
     if not isinstance(value, dict) or not value.get("questions") or value.keys() - _BATTERY.keys():
         return False
     if not fits(value, {key: _BATTERY[key] for key in value}):
+        return False
+    if value.get("contrast") is not None and value.get("temperature"):
         return False
     answers = len(value["questions"]) * value.get("samples", 1)
     return bool(answers * value.get("max_new_tokens", 1) <= budgets.MAX_BATTERY_TOKENS)

@@ -87,7 +87,7 @@ def add_battery_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def battery_of(flags: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a `Battery` that the user gave."""
+    """The fields of a `Battery` that the user gave, or that follow from them."""
     if flags.contrast is not None and (flags.samples or 1) > 1:
         raise DitError("--contrast gives one answer to each question: leave out --samples")
     names = ("samples", "contrast", "max_new_tokens", "forbid_repeats", "list_evidence", "seed")
@@ -96,6 +96,11 @@ def battery_of(flags: argparse.Namespace) -> dict[str, Any]:
         asked["questions"] = tuple(given.read_lines(flags.questions))
     if flags.samples is not None:
         asked["temperature"] = 1.0 if flags.samples > 1 else 0.0
+    # A calibration may say the other of the two, which exclude each other.
+    if flags.contrast is not None:
+        asked |= {"samples": 1, "temperature": 0.0}
+    elif asked.get("temperature"):
+        asked["contrast"] = None
     return asked
 
 
