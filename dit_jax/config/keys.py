@@ -25,7 +25,7 @@ class Key:
     name: within its section. about: one line for docs/config.md.
     kind: int, float, bool, str, TEXTS, dict (a section with names of its own), or another tuple, which `check` checks.
     default: what an absent key means; REQUIRED: it must be there, and if it is a text, it must not be empty.
-    least: of a number; of TEXTS, how many there are at least.
+    least, most: of a number; least of TEXTS: how many there are.
     choices: what a text, or each of several, may be.
     check: (value, "config key 'x.y'") -> None; raises DitError for a value of the right type that cannot be.
     needed: (section) -> whether a required key must be there.
@@ -38,6 +38,7 @@ class Key:
     about: str
     default: Any = REQUIRED
     least: int = 0
+    most: float = math.inf
     choices: Iterable[str] = ()
     check: Callable[[Any, str], None] = lambda value, key: None
     needed: Callable[[Any], bool] = lambda section: True
@@ -62,7 +63,7 @@ class Key:
     def _is_of_kind(self, value: Any) -> bool:
         if self.kind in (int, float):
             number = isinstance(value, self.kind | int) and not isinstance(value, bool)
-            return number and self.least <= value < math.inf
+            return number and self.least <= value <= self.most and value < math.inf
         if self.kind is str:
             return isinstance(value, str) and bool(value.strip() or self.default == "")
         if self.kind == TEXTS:
@@ -76,7 +77,7 @@ class Key:
         """What a value must be, for messages and docs/config.md."""
         names = {
             int: f"a whole number from {self.least} up",
-            float: f"a number from {self.least} up",
+            float: f"a number from {self.least} {'up' if self.most == math.inf else f'to {self.most}'}",
             bool: "True or False",
             str: "text",
             TEXTS: "a tuple of one text or more" if self.least else "a tuple of texts",

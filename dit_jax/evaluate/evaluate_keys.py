@@ -38,7 +38,7 @@ EVALUATE = Section(
         Key("story_prompts", TEXTS, "of `generated_story`; empty: those of docs/methods.md", ()),
         Key("multiplier", float, "of diffs, for `multiplied_question`", 2.0),
         Key("svd_rank", int, "rank that these diffs are reduced to; 0: as they are", 0, least=0),
-        Key("contrast", float, "of `dit_contrast`: the weight of an answer's log p without the diff", 0.15, least=0),
+        Key("contrast", float, "of `dit_contrast`: the weight of an answer's log p without the diff", 0.15, most=1),
         Key("logit_prompts", TEXTS, "of `logit_difference`, beside the first seen question", ()),
         Key("names", str, "the names that methods with a list are given: of all topics, or of the held-out ones", "all",
             choices=("all", "held_out")),
