@@ -163,6 +163,8 @@ def test_what_was_compiled_is_remembered(tmp_path, monkeypatch):
     for kind in ("lora", "all"):
         ask(8, load_config(QUICKSTART, {"diffs.parameters": kind}), stage="diffs")
     assert len(calls) == 6
+    cache.write_text(cache.read_text().replace('"peak": 5.0', '"peak": 6.0'))
+    assert ask(8) == first and len(calls) == 7  # what a damaged line says is not believed
     late = workload.Compiler(machine, devices, "O0", None, deadline=0.0)
     with pytest.raises(workload.OutOfTime):
         late.compile("train", model, config, (8, 1, 1), 8)

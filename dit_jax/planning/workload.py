@@ -27,6 +27,7 @@ from dit_jax.planning.programs import Program
 from dit_jax.runtime import parallel
 from dit_jax.runtime.artifacts import make_dir, read_text
 from dit_jax.runtime.os_errors import explain_os_errors
+from dit_jax.runtime.parts import sealed, unsealed
 
 # The config keys on which a stage's program depends, beside its batch.
 _SHAPES = ("parameters", "rank", "projections", "optimizer", "max_length", "max_target")
@@ -134,7 +135,7 @@ class Compiler:
         )
         self._known[key] = found
         if self._cache is not None:
-            record = {"key": key, "program": dataclasses.asdict(found)}
+            record = sealed({"key": key, "program": dataclasses.asdict(found)})
             make_dir(self._cache.parent)
             with (
                 explain_os_errors("write", self._cache),
@@ -193,16 +194,16 @@ _RECORD: Shape = {"key": is_text, "program": _PROGRAM}
 
 
 def read_cache(cache: pathlib.Path | None) -> dict[str, Program]:
-    """Programs by key; a last line that a kill cut off is dropped."""
+    """Programs by key; lines that are damaged, or cut off by a kill, are dropped."""
     known: dict[str, Program] = {}
     if cache is None or not cache.exists():
         return known
     for line in read_text(cache, "give another --cache").splitlines():
         try:
-            record = parse_json(line)
+            record = unsealed(parse_json(line))
         except BadJson:
             continue
-        if fits(record, _RECORD) and record["program"].keys() == _PROGRAM.keys():
+        if record and fits(record, _RECORD) and record["program"].keys() == _PROGRAM.keys():
             fields = record["program"]
             counts = {kind: (n, float(size)) for kind, (n, size) in fields["collectives"].items()}
             known[record["key"]] = Program(**{**fields, "collectives": counts})

@@ -29,8 +29,7 @@ def part_of(part: str, count: int) -> range:
 
 def write_part(file: Path, value: Mapping[str, Any]) -> None:
     """Writes a finished part atomically, with a digest of its values."""
-    content = parse_json(json.dumps(dict(value)), finite=False)  # as it is read
-    artifacts.write_json(file, {**content, "digest": _digest(content)})
+    artifacts.write_json(file, sealed(value))
 
 
 def read_part(file: Path) -> dict[str, Any] | None:
@@ -41,6 +40,17 @@ def read_part(file: Path) -> dict[str, Any] | None:
         found = artifacts.read_json(file)
     except DitError:
         return None
+    return unsealed(found)
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values with a digest of them."""
+    content = parse_json(json.dumps(dict(value)), finite=False)  # as it is read
+    return {**content, "digest": _digest(content)}
+
+
+def unsealed(found: Any) -> dict[str, Any] | None:
+    """What `sealed` was given; None if it differs from its digest, or has none."""
     digest = found.pop("digest", None) if isinstance(found, dict) else None
     return found if digest is not None and digest == _digest(found) else None
 
