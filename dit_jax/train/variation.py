@@ -16,7 +16,8 @@ def vary(diffs: Delta, seeds: Sequence[int], train: Any) -> Delta:
     """Each diff with every projection of every layer multiplied by a number of its own, or left out.
 
     The number is the product of a lognormal one for the diff (`train.vary_size`) and one for the layer
-    (`train.vary_layers`); `train.drop_share` of the projections get 0.
+    (`train.vary_layers`). `train.drop_share` of the projections get 0, and the others more, as in dropout: whole diffs
+    would look larger than those of the training, and fewer benign ones would be called none.
 
     Args:
         diffs: leaves [n, L, …] on the host.
@@ -31,12 +32,12 @@ def vary(diffs: Delta, seeds: Sequence[int], train: Any) -> Delta:
     whole: dict[int, np.ndarray] = {}
 
     def factors(count: int) -> np.ndarray:
-        """[n, count], the same for all projections of a layer but for those that are left out."""
+        """[n, count], the same for all projections of a layer that are not left out."""
         if count not in whole:
             logs = [size * rng.normal() + layers * rng.normal(size=count) for rng in drawn]
             whole[count] = np.exp(np.stack(logs))
         kept = np.stack([rng.random(count) >= drop for rng in drawn])
-        return whole[count] * kept
+        return whole[count] * kept / (1 - drop)
 
     def change(_: tuple[str, ...], module: Delta) -> Delta:
         name = "scale" if "scale" in module else "w"
