@@ -65,6 +65,7 @@ def test_a_platform_that_is_not_there_is_named(platform):
         ),
         ("JAX_ENABLE_COMPILATION_CACHE", "many", "invalid truth value 'many'"),
         ("JAX_DEFAULT_DEVICE", "many", "got: 'many': unset it"),
+        ("JAX_DEFAULT_DEVICE", "tpu", "check it, JAX_DEFAULT_DEVICE"),
         ("HF_HUB_DOWNLOAD_TIMEOUT", "soon", "HF_HUB_DOWNLOAD_TIMEOUT is no number"),
         ("XLA_FLAGS", "--xla_force_host_platform_device_count=-1", "XLA_FLAGS and"),
     ],

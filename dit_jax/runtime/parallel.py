@@ -54,13 +54,17 @@ def find_devices() -> list[Any]:
                 f"jax is set to {name}={value}, and under that no model here runs: unset {name.upper()}"
             )
     try:
+        default = getattr(jax.config, "jax_default_device")  # noqa: B009
+        if isinstance(default, str):
+            jax.devices(default)
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # a platform without devices is an assertion
         asked = os.environ.get("JAX_PLATFORMS", "")
         why = f" ({first_line(error)[:200]})" if str(error) else ""
         raise DitError(
-            f"jax finds no device for JAX_PLATFORMS={asked!r}{why}: check it, XLA_FLAGS and JAX_NUM_CPU_DEVICES in the "
-            "environment, or install what it needs (pip install 'dit_jax[gpu]' or 'dit_jax[tpu]')"
+            f"jax finds no device for JAX_PLATFORMS={asked!r}{why}: check it, JAX_DEFAULT_DEVICE, XLA_FLAGS and "
+            "JAX_NUM_CPU_DEVICES in the environment, or install what it needs (pip install 'dit_jax[gpu]' or "
+            "'dit_jax[tpu]')"
         ) from None
 
 
