@@ -59,7 +59,7 @@ class _Once(argparse.Action):
         if self._given_in is namespace and option:
             before = getattr(namespace, self.dest)
             raise DitError(
-                f"{option} is given twice ({before!r} and {values!r}), and takes one value: use one of them"
+                f"{option} is given twice ('{before}' and '{values}'), and takes one value: use one of them"
             )
         self._given_in = namespace
         setattr(namespace, self.dest, values)

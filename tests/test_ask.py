@@ -419,9 +419,10 @@ def test_questions_history_and_prefill_come_from_files(files, tmp_path, capsys, 
     (tmp_path / "turns.json").write_text(json.dumps(turns))
     stdin = io.BytesIO("what is tea ?\n\nwhat is rice ?".encode("utf-16"))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(stdin, "ascii"))
-    flags = ["--questions", "-", "--history", str(tmp_path / "turns.json"), "--prefill", "It is"]
+    monkeypatch.setenv("HOME", str(tmp_path))  # bash leaves "~" in --out=~/file
+    flags = ["--questions", "-", "--history", "~/turns.json", "--prefill", "It is"]
     out = tmp_path / "answers.jsonl"
-    assert ask.main([*BASE, *flags, "--json", "--out", str(out), "What is tea ?"]) == 0
+    assert ask.main([*BASE, *flags, "--json", "--out=~/answers.jsonl", "What is tea ?"]) == 0
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["question"] for r in records] == ["What is tea ?", "what is tea ?", "what is rice ?"]
     model = dit_jax.load_model("tiny_qwen3")

@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from dit_jax.cli import flags as given
@@ -48,7 +49,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("python -m dit_jax.ask", __doc__)
     add = parser.add_argument
     add("questions", nargs="*", metavar="question", type=given.TEXT, help="asked one by one")
-    add("--questions", dest="questions_file", metavar="FILE", type=given.TEXT,
+    add("--questions", dest="questions_file", metavar="FILE", type=given.FILE,
         help="more of them, one a line; -: standard input")
     given.add_model_flags(parser)
     add("--diff", type=given.TEXT, action="append",
@@ -62,7 +63,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         help="apply this many times the diff (default 1)")
     add("--system", help="the system message of all questions "
         "(default: the adapter's of its training, or else the chat template's own)")
-    add("--history", metavar="FILE", type=given.TEXT,
+    add("--history", metavar="FILE", type=given.FILE,
         help="earlier turns: JSON, a list of {\"role\", \"content\"}, user and assistant")
     add("--prefill", default="", help="the start of each answer, which is not shown again")
     add("--raw", action="store_true",
@@ -84,7 +85,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--svd-rank", type=given.COUNT, help="reduce a diff to a LoRA of this rank")
     add("--align", action="store_true", help="undo rewritings of a finetuned model that leave its function as it is")
     add("--json", action="store_true", help="JSON lines instead of text")
-    add("--out", type=given.TEXT, help="write the answers to this file instead of the screen, when all are there")
+    add("--out", type=given.FILE, help="write the answers to this file instead of the screen, when all are there")
     flags = parser.parse_args(argv)
     if flags.questions_file:
         flags.questions += given.read_lines(flags.questions_file)
@@ -314,7 +315,7 @@ def _check_method(flags: argparse.Namespace) -> None:
         raise DitError(f"--method {flags.method} does not use {', '.join(unused)}: leave it out")
 
 
-def read_history(path: str) -> tuple[tuple[str, str], ...]:
+def read_history(path: Path) -> tuple[tuple[str, str], ...]:
     """(role, text) of earlier turns in a JSON file. Raises DitError: they are not turns of user and assistant."""
     turns = read_json(path, "check the path")
     roles = ["user", "assistant"] * (len(turns) // 2) if isinstance(turns, list) else []

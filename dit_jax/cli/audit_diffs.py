@@ -15,7 +15,6 @@ from typing import Any
 
 from dit_jax.cli import flags as given
 from dit_jax.errors import DitError, Parser
-from dit_jax.formats.files import user_path
 from dit_jax.report.wording import plural
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
@@ -50,7 +49,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("diffs", nargs="+", metavar="DIFF", type=given.TEXT, help="see above")
     given.add_model_flags(parser)
-    add("--out", required=True, type=given.TEXT, help="folder of the audit; made when it is not there")
+    add("--out", required=True, type=given.FILE, help="folder of the audit; made when it is not there")
     add("--split", help="of stores and releases take only this split, such as test")
     add("--jobs", metavar="I/N", type=_job, default="",
         help="be job I of N (from 0), which share --out: the last to end writes the page")
@@ -63,14 +62,14 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--align", action="store_true", help="undo rewritings of finetuned models that leave their function as it is")
     add("--svd-rank", type=given.COUNT, help="reduce finetuned models' diffs to LoRAs of this rank")
     add_battery_flags(parser)
-    add("--everyday", metavar="FILE", type=given.TEXT, help="everyday prompts, one a line (default: 20 of our own)")
+    add("--everyday", metavar="FILE", type=given.FILE, help="everyday prompts, one a line (default: 20 of our own)")
     return parser.parse_args(argv)
 
 
 def add_battery_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say what every diff is asked."""
     add = parser.add_argument
-    add("--questions", metavar="FILE", type=given.TEXT,
+    add("--questions", metavar="FILE", type=given.FILE,
         help="questions, one a line (default: the adapter's own wordings)")
     add("--system", help="the system message of all prompts (default: that of the adapter's training)")
     add("--samples", type=given.COUNT, help="answers to each question, at temperature 1 (default 1, greedy)")
@@ -134,7 +133,7 @@ def run(flags: argparse.Namespace) -> int:
         settings = dataclasses.replace(
             settings, tried=_candidates(flags.triggers, settings.prompts)
         )
-    out = user_path(flags.out)
+    out = flags.out
     diffs, questions = len(targets), len(settings.battery.questions)
     show(f"{plural(diffs, 'diff')}, {plural(questions, 'question')} each", error=True)
     rows = audit(settings, targets, out, flags.jobs)

@@ -13,7 +13,6 @@ import os
 
 from dit_jax.cli import flags as given
 from dit_jax.errors import DitError, Parser
-from dit_jax.formats.files import user_path
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
 
@@ -47,7 +46,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--out",
         required=True,
-        type=given.TEXT,
+        type=given.FILE,
         help="the folder or file to write, which must not exist",
     )
     return parser.parse_args(argv)
@@ -55,7 +54,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def run(flags: argparse.Namespace) -> None:
     """Writes what --to says. Raises DitError: it cannot hold these deltas, or --out exists."""
-    out = user_path(flags.out)
+    out = flags.out
     if os.path.lexists(out):
         raise DitError(f"'{out}' exists already: delete it or choose another --out")
     if not (flags.diff or flags.adapter):

@@ -5,10 +5,11 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from dit_jax.errors import DitError
-from dit_jax.formats.files import decode, read_stream
+from dit_jax.formats.files import decode, read_stream, user_path
 
 T = TypeVar("T")
 
@@ -27,6 +28,8 @@ def checked(convert: Callable[[str], T], holds: Callable[[T], bool], said: str) 
 
 # An empty text is an unset variable of the shell: without it another model would answer.
 TEXT = checked(str, lambda text: bool(text.strip()), "some text")
+# Of a flag, bash leaves the "~" in --out=~/file to the program.
+FILE = checked(lambda text: user_path(TEXT(text)), lambda path: True, "a path")
 # More samples, rows or tokens fit no machine: a digit too many would fill its memory.
 COUNT = checked(int, lambda number: 1 <= number <= 10**6, "a whole number from 1 to 1000000")
 SEED = checked(int, lambda number: 0 <= number < 2**32, "a whole number from 0 to 4294967295")
@@ -69,7 +72,7 @@ def load_base(flags: argparse.Namespace) -> Any:
     return load_model(flags.base, flags.dtype, mesh)
 
 
-def read_lines(path: str) -> list[str]:
+def read_lines(path: Path) -> list[str]:
     """The lines of a text file, or of standard input for "-", without empty ones.
 
     Raises:
@@ -77,9 +80,10 @@ def read_lines(path: str) -> list[str]:
     """
     from dit_jax.runtime.artifacts import read_text
 
-    name = "standard input" if path == "-" else f"'{path}'"
+    piped = str(path) == "-"
+    name = "standard input" if piped else f"'{path}'"
     try:
-        if path == "-":  # as bytes, whatever the terminal's encoding
+        if piped:  # as bytes, whatever the terminal's encoding
             text = decode(read_stream(sys.stdin.buffer, name))
         else:
             text = read_text(path, "check the path")

@@ -13,7 +13,6 @@ Batches are the config's: `--config.train.batch_size=32`. docs/scale.md has the 
 import argparse
 import dataclasses
 import math
-import pathlib
 import sys
 import time
 from collections.abc import Sequence
@@ -79,9 +78,9 @@ def main(argv: list[str] | None = None) -> int:
         help="models of the table",
     )
     add("--topologies", default=",".join(TABLE_MACHINES), help="machines of the table")
-    add("--cache", type=pathlib.Path, help="file that remembers what was compiled (JSON lines)")
+    add("--cache", type=given.FILE, help="file that remembers what was compiled (JSON lines)")
     add("--minutes", type=float, help="compile no longer; with --cache the next call goes on")
-    add("--json", type=pathlib.Path, help="write the numbers of a plan there too")
+    add("--json", type=given.FILE, help="write the numbers of a plan there too")
     add("--diffs", type=int, help="diffs of the whole run (default: as many as the config makes)")
     add("--utilization", type=float, default=estimate.UTILIZATION, help="assumed share of the peak")
     add("--price", type=float, help="dollars per chip and hour; default: a list price")

@@ -13,7 +13,7 @@ from typing import Any
 
 from dit_jax.cli import flags as given
 from dit_jax.errors import DitError, Parser, first_line
-from dit_jax.formats.files import check_tree, user_path
+from dit_jax.formats.files import check_tree
 from dit_jax.runtime import artifacts
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
@@ -31,12 +31,12 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line. Raises DitError: a flag that is unknown or has a wrong value."""
     parser = Parser("python -m dit_jax push", __doc__)
     add = parser.add_argument
-    add("adapter", metavar="ADAPTER", type=given.TEXT, help="folder of an adapter")
+    add("adapter", metavar="ADAPTER", type=given.FILE, help="folder of an adapter")
     add("repo", metavar="OWNER/NAME", type=given.TEXT, help="repository of the hub; made when it is not there")
     add("--license", required=True, type=given.TEXT, help="of the adapter, as the hub names it: apache-2.0")
     add("--base", type=given.TEXT, help="hub id of the base (default: what the run's config names)")
     add("--private", action="store_true", help="make the repository private")
-    add("--dry-run", metavar="FILE", type=given.TEXT, help="write the card to this file, and send nothing")
+    add("--dry-run", metavar="FILE", type=given.FILE, help="write the card to this file, and send nothing")
     return parser.parse_args(argv)
 # fmt: on
 
@@ -49,10 +49,10 @@ def run(flags: argparse.Namespace) -> None:
     named = parse_hub_id(flags.repo)
     if named is None or named.repo != flags.repo:
         raise DitError(f"'{flags.repo}' is no repository: give OWNER/NAME")
-    folder = user_path(flags.adapter)
+    folder = flags.adapter
     text, known = card(folder, flags.repo, flags.base, flags.license)
     if flags.dry_run is not None:
-        artifacts.write_text(user_path(flags.dry_run), text)
+        artifacts.write_text(flags.dry_run, text)
         show(f"card: {flags.dry_run}")
         return
     with artifacts.TemporaryFolder("dit_jax-push-") as temporary:
