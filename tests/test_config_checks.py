@@ -124,6 +124,7 @@ def test_a_key_that_nothing_reads_is_refused_in_a_config_of_its_own():
         ("diffs.widths.no_backdoor", (23.0, 10), "'diffs.widths.no_backdoor' is (23.0, 10): give"),
         ("evaluate.label", "topik", "'evaluate.label': 'topik' is no column of diffs/index.csv to"),
         ("train.label", "final_ce", "'train.label': 'final_ce' is no column of diffs/index.csv"),
+        ("train.vary_size", 1e3, "'train.vary_size' must be a number from 0 to 5, not 1000.0"),
         ("evaluate.contrast", 1.5, "'evaluate.contrast' must be a number from 0 to 1, not 1.5"),
         ("evaluate.methods", "dit", "'evaluate.methods' must be a tuple of texts, not 'dit'"),
         ("evaluate.graders", "exact", "'evaluate.graders' must be a tuple of texts, not 'exact'"),
