@@ -119,6 +119,7 @@ def test_a_truncated_finetune_says_what_it_keeps(files, capsys):
             "rank of the SVD must be from 1 to 128, not 999",
         ),
         (["What is tea ? " * 300], "reads, 512: shorten it"),
+        (["x" * 1_000_001], "1000001 characters is longer than 1000000: shorten it"),
         (
             ["--adapter", "diff.pt"],
             "is a .pt file of weight diffs, not an adapter: give it as the diff",

@@ -189,7 +189,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens around it. Raises DitError."""
-        _check_text(text)
+        _check(text)
         try:
             return self._ask({"do": "encode", "text": text}, len(text))["ids"]
         except Failure as error:
@@ -209,7 +209,7 @@ class Tokenizer:
 
     def raw_ids(self, text: str) -> list[int]:
         """Ids of a text with the tokens that the tokenizer puts around it, and no chat template. Raises DitError."""
-        _check_text(text)
+        _check(text)
         try:
             return self._ask({"do": "encode", "text": text, "special": True}, len(text))["ids"]
         except Failure as error:
@@ -229,8 +229,7 @@ class Tokenizer:
     ) -> dict[str, Any]:
         prompt = {"question": question, "system": system, "history": history, "prefill": prefill}
         texts = (question, system or "", prefill, *(text for _, text in history))
-        for text in texts:
-            _check_text(text)
+        _check(*texts)
         try:
             return self._ask({"do": do, "prompt": prompt}, sum(map(len, texts)))
         except Failure as error:
@@ -253,9 +252,14 @@ class Tokenizer:
         )
 
 
-def _check_text(text: str) -> None:
-    """Raises DitError for a text with half a character: bytes of a shell that are not UTF-8, or JSON's \\ud800."""
-    if not is_decoded(text):
+def _check(*texts: str) -> None:
+    """Raises DitError for half a character (bytes of a shell that are not UTF-8, JSON's \\ud800), or too many."""
+    for text in texts:
+        if not is_decoded(text):
+            raise DitError(
+                f"{short(text)} is no text: it holds half a character or bytes that are not UTF-8"
+            )
+    if (size := sum(map(len, texts))) > budgets.MAX_CHARACTERS:
         raise DitError(
-            f"{short(text)} is no text: it holds half a character or bytes that are not UTF-8"
+            f"a text of {size} characters is longer than {budgets.MAX_CHARACTERS}: shorten it"
         )

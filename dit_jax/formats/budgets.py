@@ -12,7 +12,8 @@ TOKENIZER_BYTES_PER_BYTE = 32  # of its files, while a tokenizer is loaded
 TOKENIZER_SECONDS = 2.0  # of CPU time, for one text, which takes milliseconds
 CHARACTERS_PER_SECOND = 50_000  # longer texts may take longer
 LOADING_SECONDS = 25.0  # the largest vocabularies take three
-MAX_TOKENS = 4_000_000  # of one text
+MAX_CHARACTERS = 1_000_000  # of one text: twice as many may take more than TOKENIZER_BYTES
+MAX_TOKENS = 4_000_000  # of what a template makes of it
 MAX_REPLY_BYTES = 128 * 2**20
 MAX_TOKENIZERS = 32  # kept in the process; others are loaded again when they are asked for
 
