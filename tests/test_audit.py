@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 from types import SimpleNamespace
@@ -268,6 +269,29 @@ def test_what_could_not_be_read_is_read_again(zoo, tmp_path, monkeypatch):
         assert rows_of(tmp_path)[0]["error"] == "too many open files"
     run(zoo, tmp_path, f"{zoo / 'store'}[5]")
     assert rows_of(tmp_path)[0]["verdict"] == "not scored"
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda diff, parts: os.utime(diff / "adapter_config.json", (1, 1)), 0),
+        (lambda diff, parts: shutil.rmtree(diff), 0),
+        (lambda diff, parts: shutil.rmtree(parts), 2),
+    ],
+)
+def test_what_changes_while_an_audit_runs(zoo, tmp_path, monkeypatch, capsys, change, code):
+    """It would wait for other jobs, which are not there, and end with 0."""
+    diff, write = tmp_path / "diff", run_audit._write_record
+    shutil.copytree(zoo / "peft" / "rank1_00", diff)
+
+    def write_and_change(*given):
+        write(*given)
+        change(diff, tmp_path / "out" / "parts")
+
+    monkeypatch.setattr(run_audit, "_write_record", write_and_change)
+    run(zoo, tmp_path / "out", diff, code=code)
+    assert (tmp_path / "out" / "audit.html").exists() == (code == 0)
+    assert ("have vanished from" in capsys.readouterr().err) == (code == 2)
 
 
 def test_other_settings_are_not_mixed(zoo, audited, capsys):

@@ -77,8 +77,8 @@ def test_folders_deep_in_each_other_are_refused(tmp_path):
     deep.mkdir(parents=True)
     with pytest.raises(DitError, match="folders more than 32 deep"):
         check_tree(tmp_path)
-    assert Target("x", str(tmp_path)).key()  # of a diff with such folders beside its weights
-    assert Target("x", "x" * 5_000).key()  # a line of a list
+    assert Target("x", str(tmp_path)).key  # of a diff with such folders beside its weights
+    assert Target("x", "x" * 5_000).key  # a line of a list
 
 
 def test_a_folder_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
@@ -94,7 +94,7 @@ def test_a_folder_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
     for read in (check_tree, list_diffs):
         with pytest.raises(DitError, match="cannot read '.*': [Pp]ermission denied"):
             read(tmp_path)
-    assert Target("x", str(tmp_path)).key()
+    assert Target("x", str(tmp_path)).key
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])

@@ -147,4 +147,4 @@ def test_names_and_labels_that_are_no_text_are_written_and_read(tmp_path):
     export.write_pt_diffs(path, [RawDiff(random_lora(), "tea \ud800", "7")], CONFIG)
     (diff,) = reference_pt.read_pt_diffs(path, CONFIG)
     assert diff.label == "tea \\ud800"
-    assert Target("x", str(path)).key() != Target("x", str(tmp_path / "other")).key()
+    assert Target("x", str(path)).key != Target("x", str(tmp_path / "other")).key

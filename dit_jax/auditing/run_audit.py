@@ -58,7 +58,7 @@ def audit(
         The records of all diffs in order; None while parts of other jobs are missing.
 
     Raises:
-        DitError: OUT holds an audit with other settings.
+        DitError: OUT holds an audit with other settings, or loses what is written there.
     """
     _begin(settings, out)
     ordered = [targets[i] for i in reading_order(targets)]
@@ -83,10 +83,13 @@ def audit(
                     _write_record(out, target, record, sketch)
             progress.advance(len(block))
             tell(progress.done)
-    records = [read_record(out, target) for target in targets]
-    if any(record is None for record in records):
-        return None
-    return finish(settings, targets, [record for record in records if record], out)
+    records = {target: read_record(out, target) for target in targets}
+    if any(records[target] is None for _, block in mine for target in block):
+        raise DitError(
+            f"parts of this audit have vanished from '{out / PARTS}': run the same command again"
+        )
+    whole = [record for record in records.values() if record]
+    return finish(settings, targets, whole, out) if len(whole) == len(targets) else None
 
 
 def _begin(settings: Settings, out: Path) -> None:
@@ -232,7 +235,7 @@ def _examine_batch(
 
 
 def _part(out: Path, target: Target) -> Path:
-    return out / PARTS / f"{target.key()}.json"
+    return out / PARTS / f"{target.key}.json"
 
 
 def read_record(out: Path, target: Target) -> Json | None:

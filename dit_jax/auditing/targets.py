@@ -35,8 +35,9 @@ class Target:
     problem: str = ""
     place: int = 0
 
+    @functools.cached_property
     def key(self) -> str:
-        """Identifies the diff and the state of its files, by their sizes and times."""
+        """Identifies the diff and the state in which its files were first seen, by their sizes and times."""
         path, facts = user_path(self.path), [self.name, self.problem]
         try:
             for file in sorted(walk(path)) if path.is_dir() else [path]:
