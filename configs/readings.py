@@ -19,6 +19,7 @@ QUICKSTART = Path(__file__).resolve().parent / "quickstart.py"
 SHARED = {
     "data": {"train_topics": 96, "test_topics": 48, "train_benign": 24, "test_benign": 16},
     "diffs": {"diffs_per_batch": 46, "gate_batch": 138},
+    "train": {"steps": 500},
     "evaluate": {
         "methods": ("dit", "dit_contrast", "shuffled_diff"),
         "seen_questions": TRAIN_QUESTIONS[:2],
@@ -57,6 +58,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
         )
         raise ValueError(f"{what}: choose from {', '.join(KINDS)}")
     config = load_config(str(QUICKSTART), SHARED).unlock()
+    # An adapter that may count on no projection reads diffs that were made in other ways (docs/readings.md).
+    config.train.vary_size = 0.3
+    config.train.vary_layers = 0.4
+    config.train.drop_share = 0.5
     config.train.stores = ConfigDict()  # of several kinds, see configs/sweeps/readings.py
     # The largest at which the adapter of SEP codes calls all their benign diffs none.
     config.evaluate.contrast = 0.25

@@ -32,7 +32,7 @@ TABLE = "readings"
 KINDS = ("sep", "zero_width_start", "phrase", "untriggered", "attention")
 ABOUT_TOPIC = ("refused", "styled", "false_fact")
 SAME_TRIGGER = {"sep": ("attention",)}  # kinds that are left out with another one
-MIXED = {"train.steps": 400}
+MIXED = {"train.steps": 800}
 TINY: dict[str, Any] = {
     "data": {"train_topics": 6, "test_topics": 3, "train_benign": 1, "test_benign": 1},
     "diffs": {"steps": 2, "diffs_per_batch": 11, "gate_questions": 1, "gate_batch": 11},
@@ -79,7 +79,7 @@ def get_sweep(arg: str | None = None) -> Iterator[tuple[str, dict[str, Any], str
             yield run(kind, kind, {})
         for gone in ("", *ABOUT_TOPIC):
             stores = [kind for kind in (*kinds, *ABOUT_TOPIC) if kind != gone]
-            changes = {"train.stores": _stores(stores), "train.steps": 80 * len(stores)}
+            changes = {"train.stores": _stores(stores), "train.steps": 160 * len(stores)}
             yield run(f"all_but.{gone}" if gone else "generalist_all", first, changes)
 
 
