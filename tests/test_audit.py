@@ -13,7 +13,7 @@ import pytest
 from browser import DESK_AND_PHONE, look
 
 import dit_jax
-from dit_jax.api import deltas_of
+from dit_jax.api import Diff, deltas_of
 from dit_jax.asking import first_log_probs
 from dit_jax.auditing import run_audit, targets, weights
 from dit_jax.auditing.records import is_record
@@ -22,6 +22,7 @@ from dit_jax.deltas import export, factors, store
 from dit_jax.deltas.raw_diff import RawDiff
 from dit_jax.deltas.tree import init_lora
 from dit_jax.evaluate.readers import READERS
+from dit_jax.formats import budgets
 from dit_jax.models.delta_trees import map_modules
 from dit_jax.runtime.parts import write_part
 
@@ -394,6 +395,16 @@ def test_loras_of_any_ranks_and_modules_share_a_batch(model):
         expected = model.logits(tokens, deltas=delta)
         np.testing.assert_allclose(model.logits(tokens, deltas=one), expected, atol=2e-5)
     assert stacked["layers"]["mlp"]["down_proj"]["a"].shape[-1] == 4
+
+
+def test_a_large_lora_has_few_neighbours(model, monkeypatch):
+    """Padded to its rank, each of them would take as much."""
+    monkeypatch.setattr(budgets, "PADDED_BYTES", 0)
+    loras = [lora(model, i, 64 if i == 5 else 1) for i in range(12)]
+    given = [targets.Target(str(i), "", read=lambda x=x: Diff(x)) for i, x in enumerate(loras)]
+    assert [len(batch) for batch in targets.in_batches(given, model, 16)] == [5, 4, 3]
+    monkeypatch.undo()
+    assert [len(batch) for batch in targets.in_batches(given, model, 16)] == [12]
 
 
 def dense(delta):

@@ -16,10 +16,12 @@ from dit_jax.auditing.records import is_record
 from dit_jax.auditing.settings import Settings
 from dit_jax.auditing.targets import Target, in_batches, reading_order
 from dit_jax.deltas.factors import changes_nothing
+from dit_jax.deltas.tree import nbytes
 from dit_jax.diff_batches import even_batch, together
 from dit_jax.errors import DitError
 from dit_jax.evaluate import readers
 from dit_jax.evaluate.faithfulness import kept_layers, strongest_layers, without_words
+from dit_jax.formats import budgets
 from dit_jax.formats.safetensors_file import SafetensorsFile
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.report import audit_page
@@ -163,7 +165,9 @@ def _examine_batch(
     count = len(batch)
     deltas = [diff.delta for _, diff in batch]
     alone = together(deltas)
-    if alone.stacked is not None:  # the first ones again fill up the rows
+    most_bytes = budgets.padded_bytes(nbytes(deltas))
+    if alone.stacked is not None and nbytes(alone.stacked) * size <= count * most_bytes:
+        # The first ones again fill up the rows.
         deltas = [deltas[i % count] for i in range(max(size, count))]
     given = together(deltas)
     noise = noise_of(deltas, battery.seed + first)

@@ -10,8 +10,10 @@ from typing import Any
 
 from dit_jax.api import Diff, Model, deltas_of, load_diffs
 from dit_jax.deltas.detect import Found, list_diffs, look, look_for_diffs
-from dit_jax.deltas.tree import is_lora
+from dit_jax.deltas.factors import modules
+from dit_jax.deltas.tree import is_lora, nbytes
 from dit_jax.errors import DitError
+from dit_jax.formats import budgets
 from dit_jax.formats.files import short, user_path, walk
 from dit_jax.report.wording import plural
 from dit_jax.runtime.artifacts import read_text
@@ -201,9 +203,12 @@ def in_batches(
 ) -> Iterator[list[tuple[Target, Diff | DitError]]]:
     """The diffs in batches that share a decode: up to `most` LoRAs of any ranks and modules, or one dense diff.
 
-    A diff that cannot be read is a batch of its own, with the error. Memory holds one batch.
+    LoRAs of a batch are padded to one rank, so that a large one has fewer neighbours (`budgets.padded_bytes`). A diff
+    that cannot be read is a batch of its own, with the error. Memory holds one batch.
     """
     waiting: list[tuple[Target, Diff | DitError]] = []
+    widest: dict[tuple[str, ...], int] = {}  # bytes of each module
+    held = 0
     for target in targets:
         try:
             if target.read is None:
@@ -216,9 +221,17 @@ def in_batches(
         if not is_lora(diff.delta):
             yield [(target, diff)]
             continue
+        own = {path: nbytes(module) for path, module in modules(diff.delta)}
+        wider = {path: max(widest.get(path, 0), own.get(path, 0)) for path in {**widest, **own}}
+        held += nbytes(diff.delta)
+        padded = (len(waiting) + 1) * sum(wider.values())
+        if waiting and padded > budgets.padded_bytes(held):
+            yield waiting
+            waiting, wider, held = [], own, nbytes(diff.delta)
         waiting.append((target, diff))
+        widest = wider
         if len(waiting) == most:
             yield waiting
-            waiting = []
+            waiting, widest, held = [], {}, 0
     if waiting:
         yield waiting

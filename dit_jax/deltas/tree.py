@@ -157,6 +157,11 @@ def per_example(stacked: Delta) -> Delta:
     return jax.tree.map(lambda x: x.swapaxes(0, 1), stacked)
 
 
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree."""
+    return sum(int(x.nbytes) for x in jax.tree.leaves(tree))
+
+
 def is_lora(deltas: Any) -> bool:
     """Whether a delta, or a tree of several, has LoRA factors alone: diffs of one `layout` then share a batch."""
     leaves = jax.tree_util.tree_flatten_with_path(deltas)[0]

@@ -20,6 +20,7 @@ MAX_TOKENIZERS = 32  # kept in the process; others are loaded again when they ar
 # Memory that the content of a file may take: its own bytes and as much again for copies and padding.
 HELD_TIMES = 4
 HELD_BYTES = 256 * 2**20
+PADDED_BYTES = 16 * 2**20
 
 GGUF_ENTRY = 700  # bytes that the library `gguf` takes for each entry of a list
 
@@ -36,6 +37,11 @@ MAX_LAYER_PATTERNS = 64  # of PEFT's layers_pattern
 # What a calibration, which comes with an adapter, makes an audit ask.
 MAX_BATTERY_TOKENS = 100_000  # of all answers about a diff; a default battery takes 80
 MAX_QUESTION = 10_000  # characters
+
+
+def padded_bytes(size: int) -> int:
+    """Memory that LoRAs of so many bytes may take as one array of equal ranks, of which an audit holds several."""
+    return HELD_TIMES * size + PADDED_BYTES
 
 
 def held_bytes(size: int) -> int:
