@@ -266,7 +266,7 @@ def _answer(
         if not fits:
             raise DitError(f"{name} is {value!r}: give {wanted}")
     if contrast is not None:
-        check_contrast(contrast, temperature)
+        check_contrast(contrast, temperature, amplify)
     if not questions:
         return []
     asked = [q.question if isinstance(q, Prompt) else q for q in questions]
@@ -274,9 +274,8 @@ def _answer(
         if not isinstance(text, str):
             raise DitError(f"{what} is of type {type(text).__name__}: give texts")
     mesh = model.mesh
-    batch_size = batch_size or min(256, len(questions))
-    if contrast is not None:  # each row becomes one for each beam
-        batch_size = max(1, batch_size // WIDTH)
+    beams = 1 if contrast is None else WIDTH  # rows of each question
+    batch_size = max(1, batch_size // beams) if batch_size else min(256 // beams, len(questions))
     batch_size = decode.even_rows(batch_size, model.config, mesh)
     tokens, mask = model.chat.prompts(questions, system)
     check_ids(tokens.min(), tokens.max(), model)
@@ -314,6 +313,8 @@ def _answer(
         with parallel.use_mesh(mesh):
             if contrast is not None:
                 out = contrasted(*given, **options)
+                if on_part is not None:  # beams are no part of an answer before one is chosen
+                    on_part(_read_out(model.chat, out, count))
             elif on_part is None:
                 out = decode.generate(*given, **options)
             else:
@@ -346,14 +347,16 @@ def is_temperature(value: float) -> bool:
     return value == 0 or 1e-6 <= value <= 1e6
 
 
-def check_contrast(contrast: float, temperature: float) -> None:
-    """Raises DitError for a weight that is no number from 0 to 1, or together with a temperature."""
+def check_contrast(contrast: float, temperature: float, amplify: float | None) -> None:
+    """Raises DitError for a weight that is no number from 0 to 1, or beside another way to choose tokens."""
     if not (hasattr(contrast, "__float__") and 0 <= contrast <= 1):
         raise DitError(f"contrast is {contrast!r}: give a number from 0 to 1")
     if temperature:
         raise DitError(
             f"contrast is greedy, and temperature is {temperature}: leave one of them out"
         )
+    if amplify is not None:
+        raise DitError("contrast and amplify are two ways to choose: leave one of them out")
 
 
 def _is_count(value: Any) -> bool:

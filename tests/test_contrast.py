@@ -99,9 +99,13 @@ def test_an_answer_is_the_same_alone_and_in_a_batch(model, loras):
             assert alone.logprob == pytest.approx(answer.logprob, abs=1e-3)
 
 
-def test_a_contrast_needs_a_weight_and_no_temperature(model):
+def test_a_contrast_needs_a_weight_and_no_other_way_to_choose(model):
     for wrong in (-0.1, 1.5, "much", float("nan")):
         with pytest.raises(DitError, match="give a number from 0 to 1"):
             answer_batch(model, QUESTIONS, contrast=wrong)
-    with pytest.raises(DitError, match="leave one of them out"):
-        ask(model, QUESTIONS[0], contrast=0.1, temperature=0.7)
+    for other in ({"temperature": 0.7}, {"amplify": 2.0}):
+        with pytest.raises(DitError, match="leave one of them out"):
+            answer_batch(model, QUESTIONS, contrast=0.1, **other)
+    parts = []
+    whole = answer_batch(model, QUESTIONS, contrast=0.1, max_new_tokens=3, on_part=parts.append)
+    assert parts == [whole]
