@@ -27,7 +27,7 @@ def grader_title(grader: str) -> str:
 
 def colour(method: str, kind: str) -> str:
     """The colour name of a method in tables and plots."""
-    return "dit" if method == "dit" else kind
+    return "dit" if method in ("dit", "dit_contrast") else kind
 
 
 def in_order(methods: Iterable[str]) -> list[str]:
