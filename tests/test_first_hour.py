@@ -9,6 +9,7 @@ from conftest import ROOT
 
 from dit_jax.api import load_model
 from dit_jax.cli import ask_diffs, plan_runs, run_stages, sweep_runs
+from dit_jax.cli.stages import optional_keys
 from dit_jax.config.loading import load_config
 from dit_jax.data.organism import Organism
 from dit_jax.errors import DitError
@@ -129,10 +130,10 @@ def test_a_mistake_is_one_line(main, flags, said, tmp_path, monkeypatch, capsys)
 
 
 def test_options_of_graders_need_not_be_in_the_config():
-    named = ["evaluate.grader_options"]
-    overrides = ["evaluate.grader_options.judge.temperature=0.5"]
-    options = load_config(str(ROOT / QUICKSTART), overrides, named).evaluate.grader_options
-    assert options.to_dict() == {"judge": {"temperature": 0.5}}
+    overrides = ["evaluate.grader_options.judge.temperature=0.5", "train.drop_share=0.5"]
+    config = load_config(str(ROOT / QUICKSTART), overrides, optional_keys())
+    assert config.evaluate.grader_options.to_dict() == {"judge": {"temperature": 0.5}}
+    assert config.train.drop_share == 0.5  # as any key that has a default
 
 
 def test_words_that_the_base_does_not_know_are_shown_before_the_finetunes(capsys):
