@@ -155,10 +155,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.train.weight_decay = 0.01
     config.train.warmup_steps = 10
     config.train.final_fraction = 0.0
-    # Varied diffs are not learnt by heart. What names a topic then stands in more than a few layers.
-    config.train.vary_size = 0.0 if kinds else 0.3
-    config.train.vary_layers = 0.0 if kinds else 0.4
-    config.train.drop_share = 0.0 if kinds else 0.5
+    if not kinds:  # an adapter learns diffs by heart that are not varied
+        config.train.vary_size = 0.3
+        config.train.vary_layers = 0.4
+        config.train.drop_share = 0.5
     config.train.steps = 320 if small else 560
     config.train.batch_size = 24
     config.train.no_diff_per_batch = 1

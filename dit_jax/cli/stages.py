@@ -266,10 +266,11 @@ def declared_sections(stages: Iterable[Stage] = ()) -> list[Section]:
 
 def optional_keys() -> dict[str, Any]:
     """What an override may set though the config does not have it, see `load_config`."""
-    keys = [(s.dotted(key.name), key) for s in declared_sections() for key in s.keys]
-    named: dict[str, Any] = {name: {} for name, key in keys if key.kind is dict}
-    return named | {
-        n: key.default for n, key in keys if n not in named and key.default is not REQUIRED
+    return {
+        section.dotted(key.name): {} if key.kind is dict else key.default
+        for section in declared_sections()
+        for key in section.keys
+        if key.kind is dict or key.default is not REQUIRED
     }
 
 

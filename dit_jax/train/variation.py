@@ -6,6 +6,7 @@ Augmentation of weights as inputs: Shamsian et al. 2024 (arXiv 2402.04081).
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from dit_jax.models.delta_trees import Delta, map_modules
@@ -29,20 +30,15 @@ def vary(diffs: Delta, seeds: Sequence[int], train: Any) -> Delta:
     if not (size or layers or drop):
         return diffs
     drawn = [np.random.default_rng(seed) for seed in seeds]
-    whole: dict[int, np.ndarray] = {}
-
-    def factors(count: int) -> np.ndarray:
-        """[n, count], the same for all projections of a layer that are not left out."""
-        if count not in whole:
-            logs = [size * rng.normal() + layers * rng.normal(size=count) for rng in drawn]
-            whole[count] = np.exp(np.stack(logs))
-        kept = np.stack([rng.random(count) >= drop for rng in drawn])
-        return whole[count] * kept / (1 - drop)
+    count = jax.tree.leaves(diffs)[0].shape[1]  # only layers have changes of each example
+    logs = [size * rng.normal() + layers * rng.normal(size=count) for rng in drawn]
+    of_layers = np.exp(np.stack(logs)) / (1 - drop)
 
     def change(_: tuple[str, ...], module: Delta) -> Delta:
         name = "scale" if "scale" in module else "w"
         leaf = module[name]
-        factor = factors(leaf.shape[1]).reshape(*leaf.shape[:2], *[1] * (leaf.ndim - 2))
+        kept = np.stack([rng.random(count) >= drop for rng in drawn])
+        factor = (of_layers * kept).reshape(*leaf.shape[:2], *[1] * (leaf.ndim - 2))
         return {**module, name: (leaf * factor).astype(leaf.dtype)}
 
     return map_modules(change, diffs)
