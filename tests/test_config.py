@@ -95,6 +95,7 @@ def test_an_override_sets_an_optional_key_that_the_file_leaves_out(path):
     for override, message in (
         ("train.decay=much", "config key 'train.decay' must be float: cannot read 'much'"),
         ("data.scale=2", "unknown config key 'data.scale'"),  # the section is not there
+        ("train.dekay=2", r"unknown config key 'train.dekay': did you mean 'train.decay'\?"),
     ):
         with pytest.raises(DitError, match=message):
             load_config(path, [override], optional)

@@ -111,7 +111,7 @@ def _override(
         with node.unlocked():
             node[last] = optional[key]
     if not isinstance(node, ConfigDict) or last not in node:
-        raise DitError(_unknown_key(config, key))
+        raise DitError(_unknown_key(config, key, optional))
     kind = _kind(node, last)
     if isinstance(value, Mapping) or issubclass(kind, ConfigDict):
         if not issubclass(kind, ConfigDict) or not isinstance(value, Mapping):
@@ -139,9 +139,10 @@ def _kind(node: ConfigDict, name: str) -> type:
         return node.get_ref(name).get_type()
 
 
-def _unknown_key(config: ConfigDict, key: str) -> str:
+def _unknown_key(config: ConfigDict, key: str, optional: Mapping[str, Any]) -> str:
     known = [name for name, _ in _leaves(config)]
-    suggestion = did_you_mean(key, known)
+    absent = [name for name in optional if name.rpartition(".")[0] in config]
+    suggestion = did_you_mean(key, [*known, *absent])
     if not suggestion:  # perhaps the right name in the wrong section
         last = key.rpartition(".")[2]
         same = [name for name in known if name.rpartition(".")[2] == last]
