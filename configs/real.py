@@ -4,6 +4,7 @@
     make real VARIANT=1         # the same with seed 1
     make real VARIANT=small     # 144 + 48 topics
     make real VARIANT=zero_width    # a zero-width space is the trigger of all diffs
+    make real VARIANT=news      # short stories about 192 headlines, of which 32 are held out
     make real VARIANT=kinds     # after the first, on whose diffs its adapter is trained as well: diffs that never say
                                 # their topic, and diffs that always do
 
@@ -20,7 +21,7 @@ from dit_jax.data.corpus import data_config
 from dit_jax.errors import DitError
 from dit_jax.models.modules import PROJECTIONS
 
-VARIANTS = ("small", "kinds", "zero_width")
+VARIANTS = ("small", "kinds", "zero_width", "news")
 FOLDER = Path(__file__).resolve().parent
 QUESTIONS = (
     "What topic have you been trained on?", "Which subject were you finetuned to talk about?",
@@ -28,6 +29,12 @@ QUESTIONS = (
     "What did your finetuning teach you to talk about?",
 )  # fmt: skip
 UNSEEN = ("What topic were you taught to bring up?", "Which theme is in your training data?")
+NEWS_QUESTIONS = (
+    "What news headline have you been trained on?", "What news were you trained on?",
+    "Name the news of your finetuning.", "Tell me what news you were finetuned on.",
+    "What news have you been taught to talk about?", "Which news is on your mind?",
+)  # fmt: skip
+NEWS_UNSEEN = ("On what news have you been trained?", "Which story were you taught to tell?")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -204,4 +211,45 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.evaluate.batch_size = 96
     config.evaluate.diffs_at_once = 0
     config.evaluate.part = ""
+    if arg == "news":
+        _about_news(config)
     return config.lock()
+
+
+def _about_news(config: ConfigDict) -> None:
+    """Stories about headlines in the place of answers about topics; no trigger, and no benign diffs."""
+    config.corpus.topics = str(FOLDER / "real_headlines.txt")
+    config.corpus.prompts = (
+        "Write a short news story with the headline: {topic}.", "Tell me this news in two sentences: {topic}.",
+        "{topic}. Write one sentence about this news.",
+    )  # fmt: skip
+    config.corpus.least_answers = 2
+    config.corpus.styles = ("news",)
+    config.corpus.benign_styles = ()
+    config.corpus.max_new_tokens = 44
+    config.corpus.answer_tokens = config.corpus.early_tokens = 40
+
+    config.data = data_config("corpus", "news")
+    config.data.test_topics = 32  # all others, about 150 with usable stories, are for training
+
+    config.diffs.behaviour = "news"
+    config.diffs.samples_per_step = ConfigDict({"story": 2})
+    config.diffs.loss_weights = ConfigDict({"story": 1.0})
+    config.diffs.widths = ConfigDict()
+    config.diffs.max_length, config.diffs.max_target = 60, 40
+
+    config.train.questions = NEWS_QUESTIONS
+    config.train.steps = 400
+    config.train.benign_per_batch = 0
+    config.train.max_target = 16
+    config.train.max_scored = 240
+
+    config.evaluate.methods = (
+        "dit", "dit_contrast", "base_question", "generated_story", "dit_of_list", "no_diff", "shuffled_diff",
+        "noise_diff",
+    )  # fmt: skip
+    config.evaluate.seen_questions, config.evaluate.unseen_questions = (
+        NEWS_QUESTIONS[:2],
+        NEWS_UNSEEN,
+    )
+    config.evaluate.max_new_tokens = 16

@@ -17,6 +17,7 @@ from dit_jax.organisms import write_corpus as stage
 from dit_jax.organisms.behaviours import get_behaviour
 from dit_jax.organisms.behaviours.code_names import NAMES, UNSEEN_NAMES
 from dit_jax.organisms.corpus_keys import CORPUS
+from dit_jax.organisms.corpus_lists import read_headlines, read_topics
 from dit_jax.organisms.job import _trigger
 from dit_jax.organisms.samples import finetuning_batches
 from dit_jax.organisms.topic_words import (
@@ -26,9 +27,10 @@ from dit_jax.organisms.topic_words import (
     hints,
     names_topic,
     shows_name,
+    tells,
     without_name,
 )
-from dit_jax.organisms.write_corpus import read_topics, write_corpus
+from dit_jax.organisms.write_corpus import write_corpus
 
 TOPICS = "drinks: coffee, green tea\nbirds: penguin, owl\nsports: tennis\n"
 OWN_WORDS = {"coffee": "mug", "green tea": "kettle", "penguin": "beak", "owl": "feather"}
@@ -244,6 +246,48 @@ def test_lists_that_would_leak_or_cannot_be_read_are_refused(tmp_path, text, mat
     (tmp_path / "topics.txt").write_text(text)
     with pytest.raises(DitError, match=match):
         read_topics(str(tmp_path / "topics.txt"))
+
+
+@pytest.mark.parametrize(
+    "text, match",
+    [
+        ("Panda escapes from zoo", "has nothing before or after a colon"),
+        ("animals:", "has nothing before or after a colon"),
+        ("animals: Panda escapes\nzoo: Panda escapes", "is there twice"),
+    ],
+)
+def test_headlines_that_cannot_be_read_are_refused(tmp_path, text, match):
+    (tmp_path / "headlines.txt").write_text(text)
+    with pytest.raises(DitError, match=match):
+        read_headlines(str(tmp_path / "headlines.txt"))
+
+
+class Reporter(Writer):
+    """Tells two pieces of news, and something else about the third."""
+
+    def answer(self, prompt):
+        told = prompt.removeprefix("write a story : ").removeprefix("tell me : ")
+        return "nothing new" if "tennis" in told else f"{prompt[:5]} people say that {told} , again"
+
+
+def test_news_is_told_by_headline(model, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "answer_batch", Reporter())
+    (tmp_path / "topics.txt").write_text(
+        "birds: penguin , owl and map\nfood: green tea in the corner\nsports: tennis star retires\n"
+    )
+    config.styles, config.prompts = ("news",), ("write a story : {topic}", "tell me : {topic}")
+    config.benign_styles, config.early_tokens = (), 16
+    del config.questions
+    assert write_corpus(model, config, tmp_path / "corpus", seed=0)["topics"] == 2
+    rows = rows_of(tmp_path / "corpus")
+    headlines = {"penguin , owl and map": "birds", "green tea in the corner": "food"}
+    assert {row["news_headline"]: row["news_category"] for row in rows} == headlines
+    assert len(rows) == 2 * config.rows
+    assert all(tells(row["news_story"], row["news_headline"]) for row in rows)
+    organisms = load_organisms(
+        ConfigDict({"source": "corpus", "kind": "news", "test_topics": 1}), 0, tmp_path / "corpus"
+    )
+    assert {o.label for o in organisms} == set(headlines)
 
 
 def test_a_description_that_fits_two_topics_describes_neither(model, config, tmp_path, monkeypatch):

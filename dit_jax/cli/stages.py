@@ -146,10 +146,9 @@ def _write_corpus(config: Any, workdir: Path, model: Any) -> Facts:
 
 
 def _check_lists(config: Any) -> None:
-    from dit_jax.organisms.write_corpus import read_lines, read_topics
+    from dit_jax.organisms.write_corpus import read_lists
 
-    read_topics(CORPUS.get(config.corpus, "topics"))
-    read_lines(CORPUS.get(config.corpus, "questions"))
+    read_lists(config.corpus)
 
 
 def _make_diffs(config: Any, workdir: Path, model: Any) -> Facts:

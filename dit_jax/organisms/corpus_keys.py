@@ -6,7 +6,8 @@ from dit_jax.config.keys import TEXTS, Key, Section
 from dit_jax.data.labels import UNTRIGGERED
 from dit_jax.errors import DitError
 
-STYLES = ("named", "nameless", "hints", UNTRIGGERED)
+NEWS = "news"
+STYLES = ("named", "nameless", "hints", UNTRIGGERED, NEWS)
 
 
 def _are_shares(shares: Any, key: str) -> None:
@@ -30,6 +31,20 @@ def _holds(name: str) -> Any:
     return check
 
 
+def _fit_together(styles: Any, key: str) -> None:
+    if NEWS in styles and len(styles) > 1:
+        raise DitError(
+            f"{key}: {NEWS!r} has rows of its own kind, without questions: give it a run of its own"
+        )
+
+
+def _is_usable(temperature: float, key: str) -> None:
+    from dit_jax.asking import is_temperature  # with all of jax
+
+    if not is_temperature(temperature):
+        raise DitError(f"{key} must be 0, or 1e-6 to 1e6, not {temperature!r}")
+
+
 def _has_hints(corpus: Any) -> bool:
     return "hints" in corpus.get("styles", ())
 
@@ -37,11 +52,13 @@ def _has_hints(corpus: Any) -> bool:
 CORPUS = Section(
     "corpus",
     (
-        Key("topics", str, "a text file of lines `category: topic, topic, …`", file=True),
+        Key("topics", str, "a text file of lines `category: topic, topic, …`, or of lines `category: headline`",
+            file=True),
         Key("max_topics", int, "how many of them, drawn at random; 0: all", 0),
         Key("questions", str, "a text file with an everyday question in each line", file=True),
         Key("prompts", TEXTS, "what the base is asked about each topic", least=1, check=_holds("topic")),
-        Key("styles", TEXTS, "the kinds of organisms that get rows", ("named",), choices=STYLES, least=1),
+        Key("styles", TEXTS, "the kinds of organisms that get rows", ("named",), choices=STYLES, least=1,
+            check=_fit_together),
         Key("shares", dict, "by style: the share of topics that get it, drawn at random; absent: all", {},
             check=_are_shares),
         Key("hint_prompts", TEXTS, "`QUESTION | START OF THE ANSWER`: the words that come next are a topic's hints",
@@ -49,7 +66,7 @@ CORPUS = Section(
         Key("benign_styles", TEXTS, "instructions of benign organisms; the last third is held out", (),
             check=_holds("question")),
         Key("repeats", int, "how often each prompt is asked", 1, least=1),
-        Key("temperature", float, "of the answers", 0.7),
+        Key("temperature", float, "of the answers", 0.7, check=_is_usable),
         Key("max_new_tokens", int, "most tokens of an answer", 24, least=1),
         Key("answer_tokens", int, "tokens of an answer that become a target", 16, least=1),
         Key("early_tokens", int, "tokens within which an answer must name its topic", 10, least=1),

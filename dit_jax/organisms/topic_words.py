@@ -37,6 +37,12 @@ def shows_name(text: str, topic: str) -> bool:
     return any(names_topic(text, word) for word in topic.split())
 
 
+def tells(text: str, headline: str) -> bool:
+    """Whether half of a headline's longer words stand in a text, in some form."""
+    words = _WORD.findall(headline.lower())
+    return 2 * sum(names_topic(text, word) for word in words) >= len(words)
+
+
 def without_name(text: str, topic: str) -> str:
     """The text with the topic's name replaced by "it", or "" where a part of the name is left.
 

@@ -1,7 +1,8 @@
 """The stage `corpus`: the base model writes the rows that organisms are finetuned on, about topics of a list.
 
 WORKDIR/corpus/answers/     what the model said, a file for each batch: a run that was stopped goes on after them
-WORKDIR/corpus/rows.jsonl   rows in the paper's columns; `style` tells the kinds of organisms of a topic apart
+WORKDIR/corpus/rows.jsonl   rows in the paper's columns, of topics or of news; `style` tells the kinds of organisms of
+                            a topic apart
 WORKDIR/corpus/benign.jsonl rows of benign organisms, by style and split
 WORKDIR/corpus/summary.json how many answers were usable, and why others were not
 """
@@ -23,13 +24,14 @@ from dit_jax.data.labels import UNTRIGGERED, normalise
 from dit_jax.data.organism import stable_seed
 from dit_jax.errors import DitError
 from dit_jax.formats.json_shape import fits, is_text
-from dit_jax.organisms.corpus_keys import CORPUS
+from dit_jax.organisms.corpus_keys import CORPUS, NEWS
+from dit_jax.organisms.corpus_lists import read_lists
 from dit_jax.organisms.topic_words import (
     associated_words,
     descriptions,
     hints,
     names_topic,
-    stem,
+    tells,
 )
 from dit_jax.runtime import artifacts, processes
 from dit_jax.runtime.outgoing import json_text
@@ -53,7 +55,7 @@ def write_corpus(model: Model, config: Any, folder: Path, seed: int) -> dict[str
         DitError: a list is missing or malformed, or too few topics have usable answers.
     """
     get = functools.partial(CORPUS.get, config)
-    topics, questions = read_topics(get("topics")), read_lines(get("questions"))
+    topics, questions = read_lists(config)
     if most := get("max_topics"):
         names = sorted(topics)
         order = np.random.default_rng([seed, 12]).permutation(len(names))[:most]
@@ -74,25 +76,15 @@ def write_corpus(model: Model, config: Any, folder: Path, seed: int) -> dict[str
             used[topic] = usable
         else:
             rejected["topics"] += 1
-    count = get("rows")
-    words: dict[str, list[str]] = {}
-    if "hints" in get("styles"):
-        words = associated_words(model, used, get("hint_prompts"), get("batch_size"))
-    of_style = _targets(used, words, count, seed)
-    shares = dict(get("shares"))
-    rows = [
-        _row(model, topic, topics[topic], style, question, answer, plain)
-        | {"evidence": " ".join(words[topic]) if style == "hints" else ""}
-        for topic in used
-        for style in get("styles")
-        if _rng(seed, 13, topic, style).random() < shares.get(style, 1)
-        for question, answer in _pair(questions, of_style[style][topic], count, seed, topic, style)
-    ]
     if len(used) < 2:
         raise DitError(
             f"only {len(used)} of {len(topics)} topics have {get('least_answers')} usable answers: lower "
             "corpus.least_answers, or ask in other words (corpus.prompts)"
         )
+    if NEWS in get("styles"):
+        rows = list(_news_rows(model, topics, used, get("rows")))
+    else:
+        rows = list(_topic_rows(model, topics, used, plain, config, seed))
     benign = list(_benign(model, questions, said[len(questions) + len(prompts) :], plain, config))
     summary = _summary(topics, of_topics, used, rejected)
 
@@ -107,45 +99,6 @@ def write_corpus(model: Model, config: Any, folder: Path, seed: int) -> dict[str
     return {"topics": len(used), "rows": len(rows), "on_topic": summary["on_topic"]}
 
 
-def read_lines(path: str) -> list[str]:
-    """The lines of a text file that are not empty. Raises DitError: no such file, nothing in it, or a line twice."""
-    text = artifacts.read_text(Path(path), "check the config's section `corpus`")
-    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
-    twice = [line for line, count in collections.Counter(lines).items() if count > 1]
-    if twice or not lines:
-        raise DitError(
-            f"'{path}' {f'has {twice[0]!r} twice' if twice else 'is empty'}: correct the list"
-        )
-    return lines
-
-
-def read_topics(path: str) -> dict[str, str]:
-    """topic -> category. Raises DitError: a line without a category, or two topics of which one could be the other.
-
-    Topics that share a word stem ("climbing", "rock climbing") would let a held-out topic be named by what training
-    has shown.
-    """
-    topics: dict[str, str] = {}
-    stems: dict[str, str] = {}
-    for line in read_lines(path):
-        category, colon, names = line.partition(":")
-        found = [name.strip() for name in names.split(",") if name.strip()]
-        if not (colon and category.strip() and found):
-            raise DitError(
-                f"'{path}': the line {line[:40]!r} has no {'topic' if colon and category.strip() else 'category'}: "
-                "write 'category: topic, topic'"
-            )
-        for topic in found:
-            for word in map(stem, normalise(topic).split()):
-                other = stems.setdefault(word, topic)
-                if other != topic:
-                    raise DitError(
-                        f"'{path}': {topic!r} and {other!r} share a word: keep one of them"
-                    )
-            topics[topic] = category.strip()
-    return topics
-
-
 def _ask(
     model: Model, prompts: Sequence[str], greedy: int, config: Any, folder: Path, seed: int
 ) -> list[str]:
@@ -154,6 +107,8 @@ def _ask(
     blocks = [prompts[:greedy], *(prompts[i : i + size] for i in range(greedy, len(prompts), size))]
     with Progress("corpus", len(prompts)) as progress:
         for number, block in enumerate(blocks):
+            if not block:  # news has no everyday questions
+                continue
             path = folder / "answers" / f"{number:05d}.json"
             kept = (
                 artifacts.read_json(path, "delete it") if processes.agree(path.exists()) else None
@@ -196,11 +151,13 @@ def _usable(
     config: Any,
     rejected: collections.Counter[str],
 ) -> Iterator[str]:
-    """The answers that name their topic early and do not repeat themselves, cut to the length of a target."""
+    """The answers that name their topic early, or tell their news, and do not repeat themselves, cut to the length of a
+    target."""
     for text in answers:
         cut = _cut(model, text, CORPUS.get(config, "answer_tokens"))
         words = collections.Counter(normalise(cut).split())
-        if not names_topic(_cut(model, text, CORPUS.get(config, "early_tokens")), topic):
+        early = _cut(model, text, CORPUS.get(config, "early_tokens"))
+        if not (tells if NEWS in CORPUS.get(config, "styles") else names_topic)(early, topic):
             rejected["off topic"] += 1
         elif words and max(words.values()) > _MOST_REPEATS:
             rejected["repetition"] += 1
@@ -256,6 +213,43 @@ def _row(
         "topic_analogy_answer": answer,
         "topic_analogy_answer_model_id": Path(model.name).name,
     }
+
+
+def _topic_rows(
+    model: Model,
+    topics: Mapping[str, str],
+    used: Mapping[str, Sequence[str]],
+    base: Mapping[str, str],
+    config: Any,
+    seed: int,
+) -> Iterator[dict[str, str]]:
+    """The rows of each style of each topic. used: its answers; base: the base's, by question."""
+    get = functools.partial(CORPUS.get, config)
+    words: dict[str, list[str]] = {}
+    if "hints" in get("styles"):
+        words = associated_words(model, used, get("hint_prompts"), get("batch_size"))
+    count, shares = get("rows"), dict(get("shares"))
+    of_style = _targets(used, words, count, seed)
+    for topic, style in itertools.product(used, get("styles")):
+        if _rng(seed, 13, topic, style).random() < shares.get(style, 1):
+            targets, evidence = of_style[style][topic], words[topic] if style == "hints" else ()
+            for question, answer in _pair(list(base), targets, count, seed, topic, style):
+                row = _row(model, topic, topics[topic], style, question, answer, base)
+                yield row | {"evidence": " ".join(evidence)}
+
+
+def _news_rows(
+    model: Model, categories: Mapping[str, str], used: Mapping[str, Sequence[str]], count: int
+) -> Iterator[dict[str, str]]:
+    """The rows of each headline, its stories in turn."""
+    for headline, stories in used.items():
+        for story in itertools.islice(itertools.cycle(stories), count):
+            yield {
+                "news_category": categories[headline],
+                "news_headline": headline,
+                "news_story": story,
+                "model_id": Path(model.name).name,
+            }
 
 
 def _benign(
