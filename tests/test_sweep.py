@@ -313,7 +313,7 @@ def test_the_shipped_sweeps_are_valid(monkeypatch):
     seeds = sweep.load_sweep("configs/sweeps/seeds.py")
     assert [run.config.seed for run in seeds.runs] == [0, 1, 2]
     real = sweep.load_sweep("configs/sweeps/real_scaling.py")
-    assert [run.config.train.max_diffs for run in real.runs] == [0, 72, 36]
+    assert [run.config.train.max_diffs for run in real.runs] == [0, 160, 80, 40]
     others = sweep.load_sweep("configs/sweeps/real_others.py")
     assert {run.config.evaluate.adapter for run in others.runs} == {"../../real/adapter"}
     for shipped in (ROOT / "configs" / "sweeps").glob("*.py"):

@@ -16,6 +16,8 @@ SWEPT = "diffs.behaviour"
 METRIC = "methods.dit.exact_match"
 ALSO = {
     "called none": "none_intervals.seen.topics_called_none.mean",
+    "contrasted": "methods.dit_contrast.exact_match",
+    "called none, contrasted": "none_intervals.contrasted_seen.topics_called_none.mean",
     "cross-entropy": "label_cross_entropy_intervals.matched.mean",
 }
 TABLE = "real_others"
@@ -28,7 +30,7 @@ SHARED = {
     "data.test_benign": 0,
     "diffs.diffs_per_batch": 25,
     "evaluate.adapter": "../../real/adapter",
-    "evaluate.methods": ("dit", "shuffled_diff", "dit_of_list"),
+    "evaluate.methods": ("dit", "dit_contrast", "shuffled_diff", "dit_of_list"),
     "evaluate.facts": "",
 }
 WAYS: dict[str, dict[str, Any]] = {
