@@ -18,8 +18,10 @@ import pytest
 import dit_jax
 from dit_jax.cli import serve_app
 from dit_jax.deltas import export
+from dit_jax.deltas.factors import modules
 from dit_jax.deltas.tree import scaled
 from dit_jax.errors import DitError
+from dit_jax.models.delta_trees import map_modules
 from dit_jax.serving import desk as desk_module
 from dit_jax.serving import page
 from dit_jax.serving.desk import Choice, Desk, Offer
@@ -258,6 +260,29 @@ def test_a_dense_diff_is_asked_beside_loras(model, files, desk, tmp_path):
     dense, lora = asked(desk, (str(tmp_path / "merged"), 1.0), (str(files / "diffs" / "d1"), 1.0))
     assert tuple(dense) == answers_of(model, files, "d0")
     assert tuple(lora) == answers_of(model, files, "d1")
+
+
+def test_a_large_rank_does_not_pad_the_diffs_of_others(model, files, desk, tmp_path, monkeypatch):
+    small = dit_jax.load_diff(files / "diffs" / "d1", model).delta
+
+    def repeated(path, module):
+        a, b = np.repeat(module["a"], 48, axis=-1), np.repeat(module["b"], 48, axis=-2)
+        return {"a": a, "b": b, "scale": module["scale"] / 48}
+
+    wide = map_modules(repeated, small)
+    export.write_peft(tmp_path / "wide", wide, model.config, "someone")
+    ranks, real = [], desk_module.stack_padded
+
+    def counted(deltas):
+        stacked = real(deltas)
+        ranks.append({module["a"].shape[-1] for _, module in modules(stacked)})
+        return stacked
+
+    monkeypatch.setattr(desk_module, "stack_padded", counted)
+    found = asked(desk, (str(tmp_path / "wide"), 1.0), (str(files / "diffs" / "d0"), 1.0))
+    assert tuple(found[1]) == answers_of(model, files, "d0")
+    assert found[0][2] == answers_of(model, files, "d1")[2]
+    assert {64} in ranks and any(own and max(own) <= 16 for own in ranks)
 
 
 def test_time_ends_an_answer(files):

@@ -19,7 +19,7 @@ from dit_jax.auditing.run_audit import audit
 from dit_jax.auditing.settings import make_settings
 from dit_jax.auditing.targets import Target, list_targets, path_and_range
 from dit_jax.data.chat import Prompt
-from dit_jax.deltas.factors import stack_padded
+from dit_jax.deltas.factors import modules, stack_padded
 from dit_jax.deltas.tree import is_lora, scaled
 from dit_jax.errors import DitError
 from dit_jax.formats.files import short
@@ -69,12 +69,13 @@ class Choice(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """One question. Calls that agree up to `evidence` share batches. tell: takes the texts as far as they are."""
+    """One question. Calls that agree up to `rank` share batches. tell: takes the texts as far as they are."""
 
     base: str
     adapter: str
     max_new_tokens: int
     evidence: bool
+    rank: int
     prompt: Prompt
     delta: Delta
     tell: Callable[[list[str]], None]
@@ -206,8 +207,8 @@ class Desk:
         def tell(texts: list[str] | None) -> None:
             loop.call_soon_threadsafe(told.put_nowait, texts)
 
-        call = _Call(choice.base, choice.adapter, max_new_tokens, evidence, prompt, delta, tell)
-        work = asyncio.ensure_future(self._batcher(call[:4], call))
+        shared = (choice.base, choice.adapter, max_new_tokens, evidence, _padded_rank(delta))
+        work = asyncio.ensure_future(self._batcher(shared, _Call(*shared, prompt, delta, tell)))
         work.add_done_callback(lambda _: told.put_nowait(None))
         try:
             while (texts := await told.get()) is not None:
@@ -301,6 +302,12 @@ def _check(name: str, offered: Sequence[str], what: str) -> None:
     if name not in offered:
         known = ", ".join(filter(None, offered)) or "none"
         raise DitError(f"the {what} {short(name)} is not offered here: choose from {known}")
+
+
+def _padded_rank(diff: Delta) -> int:
+    """16, or the next power of two: LoRAs of a batch are padded to one rank, and a stranger's would cost all others."""
+    ranks = [module["a"].shape[-1] for _, module in modules(diff) if "a" in module]
+    return 1 << (max([16, *ranks]) - 1).bit_length()
 
 
 def _rows(call: int, diff: Delta, adapter: Delta) -> Iterator[_Row]:
