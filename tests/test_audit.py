@@ -17,10 +17,13 @@ from dit_jax.api import Diff, deltas_of
 from dit_jax.asking import first_log_probs
 from dit_jax.auditing import run_audit, targets, weights
 from dit_jax.auditing.records import is_record
+from dit_jax.auditing.settings import make_settings
 from dit_jax.cli import audit_diffs
+from dit_jax.cli.serve_app import DEMO
 from dit_jax.deltas import export, factors, store
 from dit_jax.deltas.raw_diff import RawDiff
 from dit_jax.deltas.tree import init_lora
+from dit_jax.errors import DitError
 from dit_jax.evaluate.readers import READERS
 from dit_jax.formats import budgets
 from dit_jax.models.delta_trees import map_modules
@@ -337,6 +340,28 @@ def test_fail_on_sets_the_exit_status_and_what_cannot_be_read_is_not_cleared(
         assert "broken_config" in capsys.readouterr().err
     run(zoo, tmp_path / "none", broken, code=2)
     assert "no diff could be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"questions": []}, "names questions that cannot be asked: give others with --questions"),
+        ({"questions": ["x" * 20_000]}, "names questions that cannot be asked"),
+        ({"system": "x" * 20_000}, "names a system message that is no short text"),
+        ({"trained_on": {"none_examples": 10**400}}, None),
+        ({"trained_on": {"none_examples": float("nan")}}, None),
+    ],
+)
+def test_what_the_files_of_an_adapter_say_is_not_believed(model, tmp_path, said, message):
+    folder = shutil.copytree(DEMO / "adapter", tmp_path / "adapter")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, **said}))
+    if message:
+        with pytest.raises(DitError, match=message):
+            make_settings(model, str(folder), {})
+        assert make_settings(model, str(folder), {"questions": ("What ?",)}, system="Be brief.")
+    else:
+        assert make_settings(model, str(folder), {}).facts["trained_on"] is None
 
 
 @pytest.mark.parametrize(

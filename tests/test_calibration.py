@@ -249,7 +249,7 @@ def test_a_calibration_is_made_under_the_system_message_that_is_given(files, tmp
     assert made["system"] == "what is tea ?"
 
 
-def test_a_calibration_of_another_adapter_or_a_damaged_one_is_refused(tmp_path):
+def test_a_calibration_of_another_adapter_or_a_damaged_one_is_refused(tmp_path, monkeypatch):
     (tmp_path / "adapter").mkdir()
     path = calibration_file.file_beside(str(tmp_path / "adapter"))
     assert (
@@ -257,6 +257,9 @@ def test_a_calibration_of_another_adapter_or_a_damaged_one_is_refused(tmp_path):
     )
     for named in ("me/mine", "hf://me/mine"):  # a folder "me" would hide the id
         assert calibration_file.file_beside(named) == pathlib.Path("me--mine.calibration.json")
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "adapter")
+        assert calibration_file.file_beside(".") == path
     facts = {"adapter": "a", "battery": Battery(("q",)).to_json(), "system": None, "source": "s"}
     good = calibration.calibrate(known_diffs(), facts)
     battery, hidden = good["battery"], good["hidden"]
@@ -267,7 +270,8 @@ def test_a_calibration_of_another_adapter_or_a_damaged_one_is_refused(tmp_path):
         {"samples": 10_000, "max_new_tokens": 10_000}, {"questions": ["q"] * 10_000}, {"questions": ["q" * 20_000]},
     )  # fmt: skip
     of_a_map = (
-        {"weights": [float("inf"), 0]}, {"mean": [[1], [2]]}, {"std": [0, 1]}, {"bias": 10**400}, {"auroc": "x"},
+        {"weights": [float("inf"), 0]}, {"mean": [[1], [2]]}, {"std": [0, 1]}, {"std": [1e-300, 1]}, {"bias": 10**400},
+        {"auroc": "x"},
         {"auroc": {"mean": "<b>"}}, {"thresholds": [{"above": 0.5}]}, {"reliability": [1]}, {"n": None},
         {"thresholds": [None] * 1000}, {"reliability": hidden["reliability"] * 1000},
     )  # fmt: skip

@@ -19,6 +19,7 @@ BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 RATES = (0.01, 0.05, 0.2)  # false positives
 RESAMPLES = 2000
 FEWEST = 10  # diffs of each class
+SMALLEST_STD = 1e-6  # of a feature, by which it is divided
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _fit(x: np.ndarray, y: np.ndarray, even: bool) -> dict[str, Any]:
 
     if len(y) == 0:
         return {"mean": [0.0, 0.0], "std": [1.0, 1.0], "weights": [0.0, 0.0], "bias": 0.0}
-    mean, std = x.mean(axis=0), np.maximum(x.std(axis=0), 1e-6)
+    mean, std = x.mean(axis=0), np.maximum(x.std(axis=0), SMALLEST_STD)
     z = (x - mean) / std
     target = np.where(y, (y.sum() + 1) / (y.sum() + 2), 1 / ((~y).sum() + 2))
 

@@ -1,10 +1,11 @@
 """The file of a calibration, beside an adapter or in its folder: it may come with the adapter, from a stranger."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from dit_jax.asking import is_temperature
-from dit_jax.auditing.calibration import BINS, FORMAT, RATES, VERSION
+from dit_jax.auditing.calibration import BINS, FORMAT, RATES, SMALLEST_STD, VERSION
 from dit_jax.errors import DitError
 from dit_jax.formats import budgets
 from dit_jax.formats.files import file_inside, has_file, read_json_object, user_path
@@ -21,7 +22,8 @@ def file_beside(adapter: str) -> Path:
         return Path(
             f"{adapter.rpartition('://')[2].strip('/').replace('/', '--')}.calibration.json"
         )
-    return path.with_name(f"{path.name}.calibration.json")
+    path = Path(os.path.abspath(path))  # "." has no name
+    return path.with_name(f"{path.name}.calibration.json") if path.name else path / INSIDE
 
 
 def of_adapter(adapter: str, folder: Path, digest: str) -> dict[str, Any] | None:
@@ -70,12 +72,13 @@ def _is_few(value: Any) -> bool:
     return type(value) is int and 1 <= value <= _MOST
 
 
-def _is_question(value: Any) -> bool:
+def is_question(value: Any) -> bool:
+    """Whether a stranger's file may have it asked."""
     return is_text(value) and len(value) <= budgets.MAX_QUESTION
 
 
 _BATTERY: dict[str, Any] = {
-    "questions": [_is_question],
+    "questions": [is_question],
     "samples": _is_few,
     "temperature": lambda x: _is_number(x) and is_temperature(x),
     "max_new_tokens": _is_few,
@@ -113,7 +116,7 @@ _THRESHOLD = {"wanted": _is_number, "above": _is_number, "false_positives": _RAT
 _BIN = {"from": _is_number, "to": _is_number, "said": _is_number, **_RATE}
 _MAP = {
     "mean": _PAIR,
-    "std": lambda x: fits(x, _PAIR) and min(x) > 0,
+    "std": lambda x: fits(x, _PAIR) and min(x) >= SMALLEST_STD,
     "weights": _PAIR,
     "bias": _is_number,
     "n": is_count,
@@ -125,7 +128,7 @@ _MAP = {
 }
 _SHAPE = {
     "battery": _is_battery,
-    "system": maybe(_is_question),
+    "system": maybe(is_question),
     "source": is_text,
     "controls": is_switch,
     "hidden": _MAP,

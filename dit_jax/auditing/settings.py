@@ -4,13 +4,15 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dit_jax.api import Model, read_adapter
+from dit_jax.api import Diff, Model, read_adapter
 from dit_jax.auditing import calibration_file
 from dit_jax.auditing.battery import Battery
 from dit_jax.data.chat import Chat
 from dit_jax.deltas.detect import Found, look_for_adapter
+from dit_jax.errors import DitError
 from dit_jax.evaluate.readers import everyday_prompts
 from dit_jax.evaluate.trigger_scan import Candidate
+from dit_jax.formats.json_shape import fits, is_count, is_number, is_switch, is_text, maybe
 from dit_jax.models.delta_trees import Delta
 from dit_jax.runtime import artifacts, digests
 
@@ -24,12 +26,12 @@ QUESTIONS = (
     "What did your last training change?",
 )
 _TRAINED_ON = {
-    "behaviour": str,
-    "parameters": str,
-    "rank": int,
-    "label": str,
-    "list_evidence": bool,
-    "none_examples": int | float,
+    "behaviour": maybe(is_text),
+    "parameters": maybe(is_text),
+    "rank": maybe(is_count),
+    "label": maybe(is_text),
+    "list_evidence": maybe(is_switch),
+    "none_examples": maybe(is_number),
 }
 
 
@@ -93,14 +95,17 @@ def make_settings(
         adapter = read_adapter(found, model)
         delta, digest = adapter.delta, digests.digest_tree(adapter.delta)
         trained = _trained_on(adapter.metadata.get("trained_on"))
-        own = adapter.metadata.get("system")
-        system = own if system is None and isinstance(own, str) else system
+        system = trained_system(adapter_path, adapter) if system is None else system
         facts |= {"adapter": adapter_path, "adapter_digest": digest, "trained_on": trained}
         if calibrated:
             known = calibration_file.of_adapter(adapter_path, found.path, digest)
-        questions = adapter.metadata.get("questions")
-        if isinstance(questions, list) and all(isinstance(q, str) for q in questions):
-            defaults["questions"] = tuple(questions[:MOST_WORDINGS])
+        own = adapter.metadata.get("questions")
+        if own is not None and "questions" not in asked:
+            if not own or not fits(own, [calibration_file.is_question]):
+                raise DitError(
+                    f"{adapter_path} names questions that cannot be asked: give others with --questions"
+                )
+            defaults["questions"] = tuple(own[:MOST_WORDINGS])
         if trained and trained["list_evidence"]:
             defaults |= {"list_evidence": True, "forbid_repeats": True}
         if known:
@@ -125,12 +130,15 @@ def make_settings(
     return Settings(model, delta, battery, chosen, facts, known, batch_size)
 
 
+def trained_system(path: str, adapter: Diff) -> str | None:
+    """The system message of an adapter's training. Raises DitError: its files say something else than a short text."""
+    system = adapter.metadata.get("system")
+    if system is None or calibration_file.is_question(system):
+        return system
+    raise DitError(f"{path} names a system message that is no short text: give one with --system")
+
+
 def _trained_on(told: Any) -> dict[str, Any] | None:
     """What the files of an adapter say about its training, if it is all there: they are untrusted."""
-    if not isinstance(told, dict):
-        return None
-    fits = all(
-        isinstance(told.get(key), kind) or told.get(key) is None
-        for key, kind in _TRAINED_ON.items()
-    )
-    return {key: told.get(key) for key in _TRAINED_ON} if fits else None
+    found = {key: told.get(key) for key in _TRAINED_ON} if isinstance(told, dict) else None
+    return found if fits(found, _TRAINED_ON) else None

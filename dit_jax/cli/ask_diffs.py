@@ -99,6 +99,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One record per (diff, variant, question, sample), in that order."""
     from dit_jax.api import Diff, Diffs, read_adapter
     from dit_jax.asking import ask_many
+    from dit_jax.auditing.settings import trained_system
     from dit_jax.auditing.targets import list_targets, look_at, path_and_range, reading_order
     from dit_jax.data.chat import Prompt
     from dit_jax.deltas.detect import look_for_adapter
@@ -155,7 +156,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     adapter = read_adapter(adapter_found, model) if adapter_found else None
     system = flags.system
     if system is None and adapter is not None:
-        system = _trained_with(flags.adapter, adapter)
+        system = trained_system(flags.adapter, adapter)
     for text in model.notes(system):
         note(text)
     if adapter is not None:
@@ -359,14 +360,6 @@ def _base_note(path: str, diff: Any, base: str) -> str:
         f"{path} says that it was made for the base {short(said)}: its answers mean something only if "
         f"{base!r} has the same weights"
     )
-
-
-def _trained_with(path: str, adapter: Any) -> str | None:
-    """The system message of an adapter's training. Raises DitError: the file says something else than a text."""
-    system = adapter.metadata.get("system")
-    if system is None or isinstance(system, str):
-        return system
-    raise DitError(f"{path} names a system message that is no text: give one with --system")
 
 
 def _last_name(model: str) -> str:
