@@ -310,6 +310,7 @@ def test_a_broken_manifest_is_refused(store, text):
         (store / "manifest.json").write_text(text)
     with pytest.raises(DitError):
         read(store)
+    assert artifacts.content_digest(store) is None or text == "{}"
 
 
 # ------------------------------------------------------------------ stages and exits
@@ -324,6 +325,9 @@ def test_stage_marks(tmp_path):
     # This process holds jax, so it has between 50 MB and 100 GB, whatever the system's unit.
     assert 5e7 < record["peak_memory_bytes"] < 1e11
     assert stage_records.stage_done(tmp_path, "train") is None
+    (tmp_path / "stages" / "diffs.json").write_text('{"inputs": [1]}')
+    with pytest.raises(DitError, match="is not the record of a stage"):
+        stage_records.stage_done(tmp_path, "diffs")
     (tmp_path / "stages" / "diffs.json").write_text('{"stage": ')
     with pytest.raises(DitError, match="truncated"):
         stage_records.stage_done(tmp_path, "diffs")

@@ -276,12 +276,19 @@ ROW = "00000.safetensors,{},1,tea,1,test"
         f"{HEADER},keywords\n" + f'{ROW.format(1)},"{{}}"\n' * 2,
         f'{HEADER}\n"{ROW.format(1)}',
         "\udcff" * 10,
+        HEADER,
     ],
-    ids=range(18),
+    ids=range(19),
 )
 def test_broken_indexes_of_a_store(stored, model, text):
     (stored / "index.csv").write_bytes(text.encode(errors="surrogateescape"))
     edit(stored)
+    assert read(stored, model) == "error"
+
+
+@pytest.mark.parametrize("config", [None, [], {"diffs": 5}, {"diffs": {"kinds": {"a": 5}}}])
+def test_a_manifest_says_what_manifests_say(stored, model, config):
+    edit(stored, config=config)
     assert read(stored, model) == "error"
 
 

@@ -25,6 +25,7 @@ from dit_jax.deltas.tree import is_lora, layout
 from dit_jax.errors import DitError
 from dit_jax.formats.files import file_inside, read_csv, short
 from dit_jax.formats.json_parser import BadJson, parse_json
+from dit_jax.formats.json_shape import each, fits, optional
 from dit_jax.formats.safetensors_file import SafetensorsFile
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Delta, check_shapes
@@ -35,6 +36,8 @@ FORMAT = "dit_jax.diff_store"
 _REPAIR = (
     "delete this file and run the stage 'diffs' again, which recreates it and keeps the others"
 )
+# What a manifest may say beside its files.
+_TOLD = optional(config=optional(diffs=optional(kinds=each({}))))
 MAX_DEPTH = 8  # how deep the dicts of a delta may be nested
 PAPER_COLUMNS = ("lora_path", "lora_idx", "n_params", "topic", "trigger", "split")
 # A finetune's losses stand in the rows of its shard alone: in the index they would be most of what opening it reads.
@@ -218,6 +221,8 @@ class DiffStore:
         self.manifest = artifacts.read_manifest(
             self.path, FORMAT, check_digests=False, remedy=remedy, file_remedy=_REPAIR
         )
+        if not fits(self.manifest, _TOLD):
+            raise DitError(f"'{self.path / artifacts.MANIFEST}' is damaged: {remedy}")
         entry = self.manifest["files"].get("index.csv", {})
         artifacts.check_file(file_inside(self.path, "index.csv"), entry, _REPAIR)
         self._most: dict[str, int] = {}  # the largest number in each shard
@@ -225,6 +230,8 @@ class DiffStore:
             self.rows: list[dict[str, Any]] = read_csv(self.path / "index.csv", PAPER_COLUMNS)
             for row in self.rows:
                 self._parse(row)
+        if not self.rows:
+            raise DitError(f"'{self.path / 'index.csv'}' lists no weight diffs: {_REPAIR}")
         self._files: dict[str, SafetensorsFile] = {}
 
     def _parse(self, row: dict[str, Any]) -> None:

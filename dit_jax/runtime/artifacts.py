@@ -27,6 +27,7 @@ import dit_jax
 from dit_jax.errors import DitError
 from dit_jax.formats.files import decode, read_bytes, regular_file
 from dit_jax.formats.json_parser import BadJson, parse_json
+from dit_jax.formats.json_shape import each, fits
 from dit_jax.runtime import interrupts
 from dit_jax.runtime.os_errors import explain_os_errors
 from dit_jax.runtime.outgoing import json_text
@@ -339,7 +340,7 @@ def read_manifest(
         )
     for name, facts in manifest["files"].items():
         outside = Path(name).is_absolute() or ".." in Path(name).parts
-        if outside or len(name.encode(errors="replace")) > MAX_NAME or not isinstance(facts, dict):
+        if outside or len(name.encode(errors="replace")) > MAX_NAME:
             raise DitError(f"'{folder / MANIFEST}' lists {name!r}: do not trust this artifact")
         repair = file_remedy or f"delete '{folder}' and {remedy}"
         check_file(folder / name, facts, repair, check_digests)
@@ -366,9 +367,10 @@ def _read_listing(folder: Path, repair: str, remedy: str) -> dict[str, Any]:
     if (folder / MANIFEST).exists():
         regular_file(folder / MANIFEST)  # the folder may be a stranger's, and a pipe waits forever
     manifest = read_json(folder / MANIFEST, remedy)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    if not fits(manifest, {"files": each({})}):
         raise DitError(f"'{folder / MANIFEST}' is not a manifest: {repair}")
-    return manifest
+    found: dict[str, Any] = manifest
+    return found
 
 
 def missing_file(folder: PathLike) -> str | None:

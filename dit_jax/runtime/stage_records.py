@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.errors import DitError
+from dit_jax.formats.json_shape import fits, maybe, optional
 from dit_jax.runtime import artifacts
 from dit_jax.runtime.os_errors import explain_os_errors
 
@@ -27,9 +28,10 @@ def stage_done(workdir: artifacts.PathLike, stage: str) -> dict[str, Any] | None
     if not file.exists():
         return None
     record = artifacts.read_json(file, f"run the stage '{stage}' again")
-    if not isinstance(record, dict):
+    if not fits(record, optional(inputs=maybe({}))):
         raise DitError(f"'{file}' is not the record of a stage: delete it and run the stage again")
-    return record
+    found: dict[str, Any] = record
+    return found
 
 
 def unmark_done(workdir: artifacts.PathLike, stage: str) -> None:
