@@ -53,6 +53,21 @@ def test_a_hub_that_takes_a_request_and_says_nothing_is_one_line(tmp_path, monke
             push_adapter._send(tmp_path, "owner/name", False)
 
 
+def test_a_connection_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    """Of proxies and certificates that the environment names, while the library makes its client."""
+    import huggingface_hub
+
+    def refuse():
+        raise ImportError("Using SOCKS proxy, but the 'socksio' package is not installed")
+
+    monkeypatch.setattr(huggingface_hub, "get_session", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(DitError, match="'owner/name' does not exist here, and Using SOCKS"):
+        find("owner/name")
+    with pytest.raises(DitError, match=r"the hub does not take 'owner/name' \(Using SOCKS"):
+        push_adapter._send(tmp_path, "owner/name", False)
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     {

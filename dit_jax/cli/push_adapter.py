@@ -120,9 +120,9 @@ def _send(folder: Path, repo: str, private: bool) -> str:
 
     from dit_jax.formats.hub import do_not_wait_forever
 
-    do_not_wait_forever()
-    api = huggingface_hub.HfApi()
     try:
+        do_not_wait_forever()
+        api = huggingface_hub.HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
         done = api.upload_folder(
             repo_id=repo, folder_path=folder, delete_patterns="*", commit_message="Adapter and card"

@@ -98,9 +98,9 @@ def do_not_wait_forever() -> None:
 def _fetch(hub_id: HubId, said: str, base: bool) -> Path:
     import huggingface_hub
 
-    do_not_wait_forever()
     repo, revision, inside = hub_id
     try:
+        do_not_wait_forever()  # which reads the environment: proxies, certificates
         # Of the library's listings, this one does not wait half a minute for a hub that cannot be reached.
         info = huggingface_hub.HfApi().model_info(repo, revision=revision, timeout=SILENCE)
     except Exception as error:  # network, authorisation, spelling: the library raises many kinds
