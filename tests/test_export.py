@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 
 import dit_jax
 from dit_jax.auditing.targets import Target
+from dit_jax.cli import export_diffs
 from dit_jax.deltas import detect, export, reference_pt
 from dit_jax.deltas.raw_diff import RawDiff
 from dit_jax.errors import DitError
@@ -139,6 +140,29 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     export.export_model(tmp_path / "x", params, CONFIG, random_lora(), replace=True)
     tensors = load_file(tmp_path / "x" / "model.safetensors")
     assert_same(tensors, dict(export.merged_tensors(params, CONFIG, random_lora())))
+
+
+@pytest.mark.filterwarnings("error")
+def test_changes_that_overflow_are_not_written(tmp_path):
+    delta = random_lora(scale=1e29)
+    for module in delta["layers"]["mlp"].values():
+        module["a"] = module["a"] * np.float32(1e20)
+        module["b"] = module["b"] * np.float32(1e10)
+    with pytest.raises(DitError, match="_proj.weight overflows with its change: check the scale"):
+        export.export_model(tmp_path / "x", random_params(), CONFIG, delta)
+    for write in (
+        lambda: export.write_fused_peft(tmp_path / "x", CONFIG, "base", delta, delta),
+        lambda: export.write_pt_adapter(tmp_path / "x", delta, CONFIG),
+    ):
+        with pytest.raises(DitError, match="a factor of a LoRA overflows with its scale"):
+            write()
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_export_is_of_one_diff(tmp_path, capsys):
+    out = ["--to", "pt", "--out", str(tmp_path / "x.pt")]
+    assert export_diffs.main(["--base", "none", "--diff", f"{tmp_path}[3]", *out]) == 2
+    assert f"give --diff '{tmp_path}' --index N" in capsys.readouterr().err
 
 
 def test_names_and_labels_that_are_no_text_are_written_and_read(tmp_path):

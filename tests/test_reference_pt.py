@@ -92,6 +92,9 @@ def test_triggers(tmp_path):
         for t in (7, "N/A", None, "zero_width_space")
     ]
     assert found == ["7", None, None, "zero_width_space"]
+    for text in ("7", "007", "9" * 18, "9" * 19, "9" * 5000):
+        write(tmp_path / "d.pt", [RawDiff(random_lora(), "tea", text)])
+        assert reference_pt.read_pt_diffs(tmp_path / "d.pt", CONFIG)[0].trigger == text
 
 
 def test_diffs_may_be_in_a_tuple(tmp_path):

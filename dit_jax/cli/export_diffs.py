@@ -67,12 +67,16 @@ def run(flags: argparse.Namespace) -> None:
     import jax.numpy as jnp
 
     from dit_jax.api import load_adapter, load_diff
+    from dit_jax.auditing.targets import path_and_range
     from dit_jax.deltas import export
     from dit_jax.deltas.detect import look_for_adapter, look_for_diffs
     from dit_jax.deltas.factors import rounded
     from dit_jax.models.hf_checkpoint import find_folder
     from dit_jax.runtime.parallel import to_host
 
+    path, picked = path_and_range(flags.diff or "")
+    if picked is not None:
+        raise DitError(f"'{flags.diff}': an export is of one diff: give --diff '{path}' --index N")
     diffs = look_for_diffs(flags.diff) if flags.diff else None
     found = look_for_adapter(flags.adapter) if flags.adapter else None
     model = given.load_base(flags)

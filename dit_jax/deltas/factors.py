@@ -143,11 +143,14 @@ def get_factors(module: dict[str, Any], layer: int, *, trim: bool = False) -> Fa
 
 
 def fold(array: np.ndarray, factor: float) -> np.ndarray:
-    """array * factor, in the array's dtype if it is exact there, else in float32."""
+    """array * factor, in the array's dtype if it is exact there, else in float32. Raises DitError: it overflows."""
     if factor == 1:
         return array
-    product = array.astype(np.float32) * np.float32(factor)
-    narrow = product.astype(array.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = array.astype(np.float32) * np.float32(factor)
+        narrow = product.astype(array.dtype)
+    if not np.isfinite(product).all():
+        raise DitError("a factor of a LoRA overflows with its scale: check that (lora_alpha)")
     return narrow if np.array_equal(narrow.astype(np.float32), product) else product
 
 

@@ -385,8 +385,5 @@ def _whole_weights(delta: Any, config: DecoderConfig, base_params: Any) -> dict[
 def _untrigger(trigger: str | None) -> str | int:
     if trigger is None:
         return "N/A"
-    return (
-        int(trigger)
-        if trigger.isascii() and trigger.isdigit() and str(int(trigger)) == trigger
-        else trigger
-    )
+    plain = trigger.isascii() and trigger.isdigit() and len(trigger) < 19  # in 64 bits
+    return int(trigger) if plain and str(int(trigger)) == trigger else trigger

@@ -190,13 +190,13 @@ def merged_tensors(
     changes = [dict(modules(delta)) for delta in deltas]
     for name, (module, layer) in tensor_names(merged_config(config, *deltas)).items():
         base = base_weight(params, module, layer)
-        parts = [_part(change, module, layer, config) for change in changes]
-        found = [part for part in parts if part is not None]
-        if found:
-            merged = base.astype(np.float32)
-            for part in found:
-                merged = merged + part
-            base = merged.astype(base.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # refused below
+            parts = [_part(change, module, layer, config) for change in changes]
+            found = [part for part in parts if part is not None]
+            if found:
+                base = sum(found, base.astype(np.float32)).astype(base.dtype)
+        if found and not np.isfinite(base).all():
+            raise DitError(f"{name} overflows with its change: check the scale (lora_alpha)")
         # safetensors writes the raw buffer: a transposed view would be stored scrambled.
         yield name, np.ascontiguousarray(module.turn(base))
 
