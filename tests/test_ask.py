@@ -343,6 +343,11 @@ def test_a_folder_of_one_training_is_no_folder_of_diffs(tmp_path, capsys):
         (tmp_path / "run" / f"link{link}").symlink_to("..")
     assert ask.main([*BASE, "--diff", str(tmp_path), "What is tea ?"]) == 2
     assert message in capsys.readouterr().err
+    link = tmp_path / "run" / "x.safetensors"
+    link.symlink_to(find_folder("tiny_qwen3") / "model.safetensors")
+    assert ask.main([*BASE, "--diff", str(tmp_path), "What is tea ?"]) == 2
+    assert "x.safetensors' is a link out of its folder" in capsys.readouterr().err
+    link.unlink()
     (tmp_path / "run" / "checkpoint-7").symlink_to(find_folder("tiny_qwen3"))
     assert ask.main([*BASE, "--diff", str(tmp_path), "What is tea ?"]) == 2
     assert "checkpoint-7' is a link out of its folder" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from dit_jax.deltas import finetuned, gguf_lora, mlx, peft, reference_pt
 from dit_jax.deltas.raw_diff import RawDiff
 from dit_jax.errors import DitError
 from dit_jax.formats import budgets, torch_pickle
-from dit_jax.formats.files import file_inside, has_file, read_json_object, short
+from dit_jax.formats.files import file_below, file_inside, has_file, read_json_object, short
 from dit_jax.formats.hub import find
 from dit_jax.formats.recognise import is_trainer_state, what_checkpoint, what_folder
 from dit_jax.formats.weight_files import open_weights, weight_file
@@ -254,6 +254,8 @@ def list_diffs(folder: Path) -> list[tuple[str, Path]]:
                 elif depth < MAX_DEPTH:
                     walk(path, depth + 1)
             elif path.suffix.lower() in _SUFFIXES and not is_trainer_state(path.name):
+                if path.is_symlink() and path.exists():
+                    file_below(folder, path)
                 found.append((path.relative_to(folder).as_posix(), path))
 
     with explain_os_errors("read", folder):

@@ -109,7 +109,7 @@ def file_inside(folder: Path, name: object, source: object = None) -> Path:
         raise DitError(
             f"{said} the file {short(name)}, which is not a plain file name: fix the entry"
         )
-    return _file_below(folder, folder / str(name))
+    return file_below(folder, folder / str(name))
 
 
 def check_no_devices(folder: Path) -> None:
@@ -156,10 +156,11 @@ def walk(folder: Path) -> Iterator[Path]:
 def check_tree(folder: Path) -> None:
     """Raises DitError if anything below a folder is a link out of it, a pipe or a device."""
     for path in walk(folder):
-        _file_below(folder, path)
+        file_below(folder, path)
 
 
-def _file_below(folder: Path, path: Path) -> Path:
+def file_below(folder: Path, path: Path) -> Path:
+    """`path`, which may be a link as in `file_inside`. Raises DitError: it leads out of the folder, or to no file."""
     try:
         root, target = folder.resolve(strict=True), path.resolve(strict=True)
     except (OSError, RuntimeError):
