@@ -53,6 +53,13 @@ NEEDED: tuple[tuple[Section, tuple[str, ...]], ...] = (
     (EVALUATE, ("max_new_tokens", "batch_size")),
 )  # fmt: skip
 TABLE_MACHINES = ("v5e-4", "v5e-16", "v6e-16", "v5p-8", "v5p-64")
+TABLE_MODELS = tuple(name for name in NAMED_CONFIGS if name.startswith("qwen3-"))
+# The flags that each way of planning has no use for.
+_UNREAD = {
+    "--table": ("topology", "mesh", "model", "json"),
+    "--search": ("mesh", "models", "topologies"),
+    "a plan of one mesh": ("tries", "models", "topologies"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,12 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--search", action="store_true", help="recommend a mesh and the largest batch per stage")
     add("--tries", type=int, default=0, help="meshes to compile per stage in a search")
     add("--table", action="store_true", help="search models × machines, print Markdown")
-    add(
-        "--models",
-        default=",".join(name for name in NAMED_CONFIGS if name.startswith("qwen3-")),
-        help="models of the table",
-    )
-    add("--topologies", default=",".join(TABLE_MACHINES), help="machines of the table")
+    add("--models", help="models of the table (default: all Qwen3)")
+    add("--topologies", help=f"machines of the table (default: {','.join(TABLE_MACHINES)})")
     add("--cache", type=given.FILE, help="file that remembers what was compiled (JSON lines)")
     add("--minutes", type=float, help="compile no longer; with --cache the next call goes on")
     add("--json", type=given.FILE, help="write the numbers of a plan there too")
@@ -126,6 +129,10 @@ def run(flags: argparse.Namespace, config: Any) -> int:
             raise DitError(f"--{name} must be a number from {least} up, not {given:g}")
     if not 0 < flags.utilization <= 1:
         raise DitError(f"--utilization must be above 0 and at most 1, not {flags.utilization:g}")
+    way = "--table" if flags.table else "--search" if flags.search else "a plan of one mesh"
+    for name in _UNREAD[way]:
+        if getattr(flags, name):
+            raise DitError(f"{way} does not use --{name}: leave it out")
     deadline = None if flags.minutes is None else time.monotonic() + 60 * flags.minutes
     searching = flags.search or flags.table
     level = flags.level or ("O0" if searching else "default")
@@ -165,7 +172,7 @@ def run(flags: argparse.Namespace, config: Any) -> int:
 
 
 def _split(text: str, flag: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+    parts = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not parts:
         raise DitError(f"{flag} names nothing: leave it out to have all")
     return parts
@@ -247,8 +254,10 @@ def _print_tables(
     level: str,
     deadline: float | None,
 ) -> int:
-    found = [machines.find_machine(name) for name in _split(flags.topologies, "--topologies")]
-    models = {name: model_shape(config, name) for name in _split(flags.models, "--models")}
+    named = TABLE_MACHINES if flags.topologies is None else _split(flags.topologies, "--topologies")
+    found = [machines.find_machine(name) for name in named]
+    shapes = TABLE_MODELS if flags.models is None else _split(flags.models, "--models")
+    models = {name: model_shape(config, name) for name in shapes}
     compilers = [Compiler(machine, None, level, flags.cache, deadline) for machine in found]
 
     def say(line: str) -> None:
