@@ -335,6 +335,13 @@ def test_values_that_are_no_text_are_reported_by_row(tmp_path):
         assert part in message
 
 
+def test_topics_that_no_answer_could_name_are_reported_by_row(tmp_path):
+    rows = rows_of()
+    rows[7]["topic"] = "?!"  # which an empty answer would name
+    message = error(config(write(tmp_path / "rows.jsonl", rows), test_topics=1))
+    assert ":8: '?!' is no name that an answer could give: rename it" in message
+
+
 def test_broken_csv_files_are_reported_by_line(tmp_path):
     path = tmp_path / "rows.csv"
     write(path, rows_of())

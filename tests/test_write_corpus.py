@@ -240,6 +240,7 @@ def test_a_stopped_run_goes_on_with_the_same_rows(model, config, tmp_path, monke
         ("plants: ,", "has no topic"),
         ("", "is empty"),
         ("a: b\na: b", "has 'a: b' twice"),
+        ("animals: owl\nbirds: owl", "has 'owl' twice"),
     ],
 )
 def test_lists_that_would_leak_or_cannot_be_read_are_refused(tmp_path, text, match):
@@ -288,6 +289,12 @@ def test_news_is_told_by_headline(model, config, tmp_path, monkeypatch):
         ConfigDict({"source": "corpus", "kind": "news", "test_topics": 1}), 0, tmp_path / "corpus"
     )
     assert {o.label for o in organisms} == set(headlines)
+    config.shares = {"news": 0}
+    write_corpus(model, config, tmp_path / "corpus", seed=0)
+    assert not rows_of(tmp_path / "corpus")
+    # Headlines without long words of our letters are told by all of theirs.
+    assert tells("the UN will act", "UN to act") and not tells("a walk in the sun", "EU to ban it")
+    assert tells("今日: 猫が逃げた。", "猫が逃げた") and not tells("今日は雨", "猫が逃げた")
 
 
 def test_a_description_that_fits_two_topics_describes_neither(model, config, tmp_path, monkeypatch):
@@ -314,7 +321,7 @@ def test_other_braces_of_a_prompt_are_text(model, config, tmp_path, monkeypatch)
     assert "what is owl in {one} word ?" in asked and "tell me {} about owl ." in asked
 
 
-@pytest.mark.parametrize("answers", [None, "a" * 40, ["a"], [1] * 40])
+@pytest.mark.parametrize("answers", [None, "a" * 40, ["a"], [1] * 40, ["\ud800"] * 40])
 def test_damaged_answers_are_asked_again(model, config, tmp_path, monkeypatch, answers):
     monkeypatch.setattr(stage, "answer_batch", Writer())
     write_corpus(model, config, tmp_path / "corpus", seed=0)

@@ -228,6 +228,8 @@ class _Reader:
                 problems.add(
                     where, f"'{label}' is what a diff without a topic is called: rename it"
                 )
+            elif label and not normalise(label):
+                problems.add(where, f"'{label}' is no name that an answer could give: rename it")
             split = given
             if split_column:
                 split = _as_text(record.values.get(split_column)) or ""

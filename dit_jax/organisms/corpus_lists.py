@@ -67,6 +67,8 @@ def read_topics(path: str) -> dict[str, str]:
                 "write 'category: topic, topic'"
             )
         for topic in found:
+            if topic in topics:
+                raise DitError(f"'{path}' has {topic!r} twice: correct the list")
             for word in map(stem, normalise(topic).split()):
                 other = stems.setdefault(word, topic)
                 if other != topic:

@@ -23,6 +23,7 @@ from dit_jax.data.data_keys import BENIGN, ROWS
 from dit_jax.data.labels import UNTRIGGERED, normalise
 from dit_jax.data.organism import stable_seed
 from dit_jax.errors import DitError
+from dit_jax.formats.files import is_decoded
 from dit_jax.formats.json_shape import fits, is_text
 from dit_jax.organisms.corpus_keys import CORPUS, NEWS
 from dit_jax.organisms.corpus_lists import read_lists
@@ -82,7 +83,9 @@ def write_corpus(model: Model, config: Any, folder: Path, seed: int) -> dict[str
             "corpus.least_answers, or ask in other words (corpus.prompts)"
         )
     if NEWS in get("styles"):
-        rows = list(_news_rows(model, topics, used, get("rows")))
+        share = dict(get("shares")).get(NEWS, 1)
+        told = {one: used[one] for one in used if _rng(seed, 13, one, NEWS).random() < share}
+        rows = list(_news_rows(model, topics, told, get("rows")))
     else:
         rows = list(_topic_rows(model, topics, used, plain, config, seed))
     benign = list(_benign(model, questions, said[len(questions) + len(prompts) :], plain, config))
@@ -113,7 +116,8 @@ def _ask(
             kept = (
                 artifacts.read_json(path, "delete it") if processes.agree(path.exists()) else None
             )
-            answered = [is_text] * len(block)  # a folder of answers may be a stranger's
+            # A folder of answers may be a stranger's.
+            answered = [lambda x: is_text(x) and is_decoded(x)] * len(block)
             if kept is None or not (
                 fits(kept, {"prompts": [is_text], "answers": tuple(answered)})
                 and kept["prompts"] == list(block)
