@@ -19,6 +19,7 @@ from dit_jax.deltas.raw_diff import RawDiff
 from dit_jax.deltas.whole_weights import Weights, difference
 from dit_jax.errors import DitError
 from dit_jax.formats.files import file_inside, has_file, read_json_object, short
+from dit_jax.formats.json_shape import is_number
 from dit_jax.formats.safetensors_file import SafetensorsFile
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.modules import all_modules
@@ -106,18 +107,19 @@ def _options(raw: dict[str, Any], kind: str, where: Path) -> tuple[PeftOptions, 
     """What PEFT's config would say, and what a reader of the answers should know."""
     said = raw.get("lora_parameters")
     said = said if isinstance(said, dict) else {}
+    rank: Any
+    scale: Any
     rank, scale, alpha = (said.get(name) for name in ("rank", "scale", "alpha"))
     if (
-        not isinstance(rank, int)
-        or not isinstance(scale, int | float)
-        or max(abs(rank), abs(scale)) > 1e30
+        not (type(rank) is int and 1 <= rank <= 2**20 and is_number(scale))
+        or not abs(scale * rank) < 1e30
     ):
         raise DitError(
             f"'{where}': lora_parameters must have a rank and a scale, not {short(rank)} and {short(scale)}: get the "
             "file again"
         )
     notes = []
-    if isinstance(alpha, int | float) and alpha != rank and rank > 0 and abs(alpha) < 1e30:
+    if isinstance(alpha, int | float) and alpha != rank and abs(alpha) < 1e30:
         notes.append(
             f"{where} has alpha {alpha}, which mlx-lm before 0.20 multiplied into the scale and later versions ignore, "
             f"as here: if an older one trained the adapter, set its scale to {scale * alpha / rank:g}"
