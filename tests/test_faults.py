@@ -273,10 +273,16 @@ def misspell(folder):
     file.write_text(file.read_text().replace("init_timestamp_nsecs", "init_timestamp_nsgcs"))
 
 
+def pipe(folder):
+    (folder / "_CHECKPOINT_METADATA").unlink()
+    os.mkfifo(folder / "_CHECKPOINT_METADATA")
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         (misspell, "its metadata cannot be read"),
+        (pipe, ""),
         (lambda folder: flip(largest(folder)), "['w'] differs from its digest"),
         (lambda folder: largest(folder).write_bytes(largest(folder).read_bytes()[:-500]), ""),
         (lambda folder: largest(folder).unlink(), ""),
@@ -285,6 +291,7 @@ def misspell(folder):
     ],
     ids=[
         "unknown metadata",
+        "pipe",
         "flipped bit",
         "truncated",
         "file missing",

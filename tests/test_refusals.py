@@ -13,7 +13,9 @@ import pytest
 from conftest import ROOT
 
 from dit_jax.errors import DitError
+from dit_jax.graders.cache import Cache
 from dit_jax.runtime.folder_lock import LOCK, locked
+from dit_jax.runtime.metrics import Metrics
 
 START = """
 from dit_jax.runtime import interrupts
@@ -122,6 +124,29 @@ def test_two_runs_stay_apart_also_without_the_file_of_the_lock(tmp_path, delete)
         who = "unknown process" if delete else f"process {os.getpid()} on "
         assert f"another run is at work in '{tmp_path}' ({who}" in done.stderr
     assert ended(other, stdout=subprocess.PIPE).stdout == "held\n"
+
+
+def test_what_is_written_in_place_is_no_link_out_of_its_folder(tmp_path):
+    """The folder of a run may be a stranger's: all other files are replaced, and a link with them."""
+    secret, workdir = tmp_path / "secret", tmp_path / "w"
+    secret.write_text("secret")
+    events = workdir / "metrics" / "tensorboard" / "train"
+    events.mkdir(parents=True)
+    for file in (
+        workdir / LOCK,
+        workdir / "grades.jsonl",
+        events / "events.out.tfevents.0000000000.dit_jax",
+    ):
+        file.symlink_to(secret)
+    with pytest.raises(DitError, match="lock' is a link out of its folder"), locked(workdir):
+        pass
+    with pytest.raises(DitError, match="grades.jsonl' is a link out of its folder"):
+        Cache(workdir / "grades.jsonl")
+    for _ in range(2):
+        Metrics(workdir / "metrics", "train").close()
+        file.unlink()
+        os.mkfifo(file)
+    assert secret.read_text() == "secret"
 
 
 @pytest.mark.parametrize("replaced", [True, False])

@@ -16,6 +16,7 @@ from dit_jax.errors import DitError, Parser, first_line
 from dit_jax.formats.files import check_tree
 from dit_jax.runtime import artifacts
 from dit_jax.runtime.exits import status_of
+from dit_jax.runtime.os_errors import explain_os_errors
 from dit_jax.runtime.outgoing import show
 
 CARD = "README.md"
@@ -57,7 +58,8 @@ def run(flags: argparse.Namespace) -> None:
         return
     with artifacts.TemporaryFolder("dit_jax-push-") as temporary:
         sent = Path(temporary, "adapter")
-        shutil.copytree(folder, sent)
+        with explain_os_errors("copy", folder):
+            shutil.copytree(folder, sent)
         artifacts.write_text(sent / CARD, text)
         if known is not None:
             calibration_file.write(sent / calibration_file.INSIDE, known)

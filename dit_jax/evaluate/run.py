@@ -32,6 +32,7 @@ from dit_jax.evaluate.units import (
 from dit_jax.formats.files import short
 from dit_jax.organisms.gate import CONDITIONS
 from dit_jax.runtime import artifacts, processes, stage_records
+from dit_jax.runtime.os_errors import explain_os_errors
 from dit_jax.runtime.parts import part_of
 from dit_jax.runtime.progress import Progress
 
@@ -109,7 +110,8 @@ def evaluate_run(model: Model, workdir: pathlib.Path, config: Any, seed: int) ->
         numbers = {**merged["values"], "cost": {**cost, "methods": merged["costs"]}}
         numbers = {name: numbers[name] for name in (LABELS, CAPABILITY, "cost")}
         _write(workdir, setting, merged["rows"], merged["transcripts"], numbers)
-        shutil.rmtree(workdir / PARTS)
+        with explain_os_errors("delete", workdir / PARTS):  # such as a link
+            shutil.rmtree(workdir / PARTS)
         return True
 
     if not processes.on_main(write):

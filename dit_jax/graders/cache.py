@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dit_jax.errors import printable
-from dit_jax.formats.files import no_device
+from dit_jax.formats.files import file_below
 from dit_jax.formats.json_parser import parse_json
 from dit_jax.runtime.artifacts import make_dir
 from dit_jax.runtime.os_errors import explain_os_errors
@@ -52,14 +52,14 @@ class Cache:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        """Reads the file. Raises DitError when it is there and cannot be read."""
+        """Reads the file. Raises DitError: it is there and cannot be read, or is a link out of its folder."""
         self.path = Path(path)
         self.damaged: list[str] = []
         self._entries: dict[str, Entry] = {}
-        if not self.path.exists():
+        if not os.path.lexists(self.path):
             return
         with explain_os_errors("read", self.path):
-            lines = no_device(self.path).read_bytes().split(b"\n")
+            lines = file_below(self.path.parent, self.path).read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

@@ -73,7 +73,8 @@ class EventFile:
     """
 
     def __init__(self, path: Path, wall_time: float):
-        self._file = open(path, "wb")  # noqa: SIM115  closed by close()
+        path.unlink(missing_ok=True)  # it may be a link or a pipe
+        self._file = open(path, "xb")  # noqa: SIM115  closed by close()
         self._record(_event(wall_time, _bytes_field(3, b"brain.Event:2")))
 
     def write(self, step: int, wall_time: float, values: dict[str, float]) -> None:

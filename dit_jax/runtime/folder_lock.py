@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dit_jax.errors import DitError
+from dit_jax.formats.files import file_below
 from dit_jax.runtime import artifacts, processes
 from dit_jax.runtime.os_errors import explain_os_errors
 from dit_jax.runtime.outgoing import show
@@ -26,15 +27,17 @@ def locked(workdir: Path) -> Iterator[None]:
     files alone. Where the file system has no locks (some network mounts), one line says so and the run goes on.
 
     Raises:
-        DitError: another run holds it, the folder cannot be made, or at the end another one is in its place: a mount
+        DitError: another run holds it, LOCK is no file of the folder, the folder cannot be made, or at the end another one is in its place: a mount
             vanished, and what was written after that lies elsewhere.
     """
     handle: list[int] = []
 
     def acquire() -> None:
         file = artifacts.make_dir(workdir) / LOCK
+        if os.path.lexists(file):
+            file_below(workdir, file)  # it is written to
         with explain_os_errors("write", file):
-            handle.append(os.open(file, os.O_RDWR | os.O_CREAT, 0o644))
+            handle.append(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644))
             handle.append(os.open(workdir, os.O_RDONLY | os.O_DIRECTORY))
         refused = [
             error for error in (_lock(number, handle[0], workdir) for number in handle) if error

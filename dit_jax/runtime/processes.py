@@ -56,7 +56,7 @@ def _number(name: str, value: int | None) -> int | None:
     text = os.environ.get(name)
     if value is not None or not text:
         return value
-    if not text.isdecimal():
+    if not (text.isdecimal() and len(text) < 10):
         raise DitError(f"the environment variable {name} must be a number, not {text!r}")
     return int(text)
 

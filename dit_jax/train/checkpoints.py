@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from dit_jax.errors import DitError, first_line
+from dit_jax.formats.files import check_tree
 from dit_jax.runtime import artifacts, digests, parallel, processes
 from dit_jax.runtime.orbax_errors import explain_save, host_target, said_by_us, say_errors_once
 from dit_jax.runtime.os_errors import explain_os_errors, may_pass, os_error
@@ -53,6 +54,11 @@ class Checkpoints:
                     folder, preservation_policy=policy, cleanup_tmp_directories=True
                 )
 
+        for step in self._steps():
+            try:
+                check_tree(self.folder / str(step))  # Orbax would wait for a pipe
+            except DitError as error:
+                self._move_aside(step, "damaged", str(error))
         try:
             self._checkpointer = open_folder(self.folder)
         except DitError:
