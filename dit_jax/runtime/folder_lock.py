@@ -27,8 +27,8 @@ def locked(workdir: Path) -> Iterator[None]:
     files alone. Where the file system has no locks (some network mounts), one line says so and the run goes on.
 
     Raises:
-        DitError: another run holds it, LOCK is no file of the folder, the folder cannot be made, or at the end another one
-            is in its place: a mount vanished, and what was written after that lies elsewhere.
+        DitError: another run holds it, LOCK is no file of the folder, the folder cannot be made, or at the end another
+            one is in its place: a mount vanished, and what was written after that lies elsewhere.
     """
     handle: list[int] = []
 
