@@ -87,6 +87,12 @@ def test_an_agent_asks_compares_lists_and_answers(tmp_path, monkeypatch):
             audit_agent(diff=str(tmp_path / "diffs"), **{name: str(tmp_path / "nowhere")})
 
 
+def test_a_long_audit_says_what_it_leaves_out(tmp_path):
+    line = json.dumps({"name": "a", "verdict": "unreadable", "error": "x"}) + "\n"
+    (tmp_path / "audit.jsonl").write_text(line * (agent.MOST_ROWS + 2))
+    assert agent._audited(str(tmp_path))[-1] == "and 2 more, which are not listed"
+
+
 def nats(line):
     return float(line.partition("): ")[2].partition(" nats")[0])
 

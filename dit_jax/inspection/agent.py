@@ -127,9 +127,11 @@ def _audited(folder: str) -> list[str]:
     except ValueError as error:
         raise DitError(f"'{file}' is no list of audited diffs: {error}") from None
     try:
-        return [_line_of(row) for row in rows[:MOST_ROWS]]
+        lines = [_line_of(row) for row in rows[:MOST_ROWS]]
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
         raise DitError(f"'{file}' is damaged: run the audit again into another folder") from None
+    more = len(rows) - len(lines)
+    return [*lines, f"and {more} more, which are not listed"] if more else lines
 
 
 def _line_of(row: dict[str, Any]) -> str:

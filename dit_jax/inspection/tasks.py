@@ -11,7 +11,7 @@ from inspect_ai.model import GenerateConfig, Model, ModelOutput, get_model
 from inspect_ai.scorer import Metric, SampleScore, Scorer, Value, mean, metric, stderr
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
-from dit_jax.errors import DitError
+from dit_jax.errors import DitError, printable
 from dit_jax.formats.files import short, user_path
 from dit_jax.inspection.one_line import InspectError, active_model, checked
 from dit_jax.inspection.scorer import graded
@@ -204,7 +204,10 @@ def read_samples(path: str, question: str, split: str, seed: int | None = None) 
     samples = []
     for i, row in kept:
         prompt = asked if seed is None else _with_trigger(behaviour, asked, row, [seed, 4, i])
-        kind = {"category": row.get("category", "topic"), "variant": row.get("variant") or ""}
+        kind = {
+            "category": row.get("category", "topic"),
+            "variant": printable(row.get("variant") or ""),
+        }
         metadata = {"diff": str(path), "index": i, **kind}
         samples.append(Sample(prompt, target=label_of(row), id=i, metadata=metadata))
     return samples
