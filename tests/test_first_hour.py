@@ -68,6 +68,7 @@ def test_a_platform_that_is_not_there_is_named(platform):
         ("JAX_DEFAULT_DEVICE", "many", "got: 'many': unset it"),
         ("JAX_DEFAULT_DEVICE", "tpu", "check it, JAX_DEFAULT_DEVICE"),
         ("HF_HUB_DOWNLOAD_TIMEOUT", "soon", "HF_HUB_DOWNLOAD_TIMEOUT is no number"),
+        ("JAX_SERIALIZATION_VERSION", "new", "JAX_SERIALIZATION_VERSION is no number"),
         ("XLA_FLAGS", "--xla_force_host_platform_device_count=-1", "XLA_FLAGS and"),
     ],
 )

@@ -17,7 +17,9 @@ from dit_jax.runtime.outgoing import show
 
 # What jax says of its settings in the environment, while it is imported.
 _OF_JAX = re.compile("for JAX flag|for environment 'JAX_|^jax.default_device must")
-_OF_OTHERS = re.compile(r"""(?:_as_int|int|float)\(os\.environ\.get\(["'](\w+)""")
+_OF_OTHERS = re.compile(
+    r"""(?:int|float)\(os\.(?:environ\.get\(|getenv\(|environ\[)["'](\w+)|int_env\(["'](\w+)"""
+)
 EXIT_ERROR = 2  # the same code that argparse uses for a bad command line
 
 
@@ -93,10 +95,10 @@ def explained(error: BaseException) -> DitError | None:
 
 
 def _setting(error: BaseException) -> str | None:
-    """The variable of the environment of which a library made no number while it was imported."""
+    """The variable of the environment of which a library made no number."""
     for frame in traceback.extract_tb(error.__traceback__):
-        if frame.name == "<module>" and (found := _OF_OTHERS.search(frame.line or "")):
-            return found[1]
+        if found := _OF_OTHERS.search(frame.line or ""):
+            return found[1] or found[2]
     return None
 
 
