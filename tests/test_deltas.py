@@ -10,8 +10,11 @@ import pytest
 from test_qwen3 import TINY, dense, logits, random_lora
 
 import dit_jax
+from dit_jax.auditing.battery import noise_of
 from dit_jax.deltas import tree
 from dit_jax.deltas.factors import fuse
+from dit_jax.deltas.factors import modules as modules_of
+from dit_jax.evaluate.baselines import _output_directions
 from dit_jax.models import delta_trees, modules
 from dit_jax.models.decode import generate
 from dit_jax.models.decoder import forward, init_params
@@ -117,6 +120,34 @@ def test_noise_has_the_norms_of_the_diff_and_nothing_else_of_it():
         return module
 
     delta_trees.map_modules(compare, diff)
+
+
+@pytest.mark.parametrize("shift", [1e-25, 1.0, 1e22])
+def test_readings_do_not_hang_on_the_sizes_of_factors_whose_product_is_the_same(shift):
+    """Squares of float32 overflow and vanish."""
+    diff = jax.tree.map(np.asarray, random_lora(TINY, 1, rank=1))
+
+    def change(_, module):
+        a, b = module["a"] * np.float32(shift), module["b"] / np.float32(shift)
+        return {**module, "a": a, "b": b}
+
+    shifted = delta_trees.map_modules(change, diff)
+    for of_diff, of_shifted in zip(
+        (*modules_of(noise_of([diff], 3).read(0)), *modules_of(diff)),
+        (*modules_of(noise_of([shifted], 3).read(0)), *modules_of(shifted)),
+        strict=True,
+    ):
+        one, two = ({**module} for _, module in (of_diff, of_shifted))
+        np.testing.assert_allclose(two["a"] / np.float32(shift), one["a"], rtol=1e-4)
+        np.testing.assert_allclose(two["b"] * np.float32(shift), one["b"], rtol=1e-4)
+        np.testing.assert_allclose(_output_directions(two), _output_directions(one), rtol=1e-4)
+
+
+def test_noise_in_half_precision_has_its_size():
+    """Of so many numbers the sum of squares is beyond float16."""
+    diff = {"norm": {"w": jnp.full(100_000, 2.0, jnp.float16)}}
+    noise = np.asarray(tree.noise_like(diff, jax.random.key(0))["norm"]["w"], np.float32)
+    np.testing.assert_allclose(np.sqrt((noise**2).mean()), 2.0, rtol=1e-2)
 
 
 def test_unknown_projections_and_ranks_are_refused():

@@ -12,6 +12,7 @@ from dit_jax.api import Model
 from dit_jax.asking import Answer, first_log_probs
 from dit_jax.data.batch import Sample
 from dit_jax.data.labels import NONE, called_none, extract_guess, normalise
+from dit_jax.deltas.factors import squares
 from dit_jax.diff_batches import Given, answer, together
 from dit_jax.evaluate.baselines import answer_losses, first_tokens
 from dit_jax.models import shardings
@@ -204,10 +205,8 @@ def noise_of(deltas: Sequence[Delta], seed: int) -> Given:
                 leaf = np.asarray(module[name])
                 axes = tuple(range(1 if path[0] == "layers" else 0, leaf.ndim))
                 noise = rng.standard_normal(leaf.shape, np.float32)
-                squares = (
-                    np.square(x, dtype=np.float32).sum(axes, keepdims=True) for x in (leaf, noise)
-                )
-                made[name] = (noise * np.sqrt(np.divide(*squares))).astype(leaf.dtype)
+                sizes = (squares(x, axes) for x in (leaf, noise))
+                made[name] = (noise * np.sqrt(np.divide(*sizes))).astype(leaf.dtype)
             return made
 
         return map_modules(replace, delta)

@@ -204,6 +204,14 @@ def rounded(delta: Any, dtype: Any) -> Any:
     return map_modules(round_module, delta)
 
 
+def squares(x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Σx² over axes, which stay with size 1; in float64 where the squares of float32 overflow or vanish."""
+    most = float(np.abs(x).max(initial=0))
+    wide = np.float32 if 1e-12 < most < 1e12 else np.float64
+    total: np.ndarray = np.square(x.astype(wide)).sum(axes, keepdims=True)
+    return total
+
+
 def moments(module: Any, in_layers: bool) -> tuple[np.ndarray, np.ndarray]:
     """Σσ² and Σσ⁴ of each matrix of a module, from Gram matrices: no singular values are computed."""
     if "w" in module:

@@ -144,8 +144,10 @@ def noise_like(delta: Delta, key: jax.Array) -> Delta:
             subkey = jax.random.fold_in(key, _stable_hash((*path, str(index))))
             noise = jax.random.normal(subkey, leaf.shape, leaf.dtype)
             axes = tuple(range(1 if path[0] == "layers" else 0, leaf.ndim))
-            norm, size = (jnp.linalg.norm(x, axis=axes, keepdims=True) for x in (leaf, noise))
-            out[name] = noise * norm / size
+            # Sums of squares in float16 are infinite.
+            wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (leaf, noise)]
+            norm, size = (jnp.linalg.norm(x, axis=axes, keepdims=True) for x in wide)
+            out[name] = (wide[1] * norm / size).astype(leaf.dtype)
         return out
 
     return map_modules(replace, delta)

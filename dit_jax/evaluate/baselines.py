@@ -15,7 +15,7 @@ import numpy as np
 from dit_jax.api import Model
 from dit_jax.asking import first_log_probs
 from dit_jax.data.batch import Sample, pack
-from dit_jax.deltas.factors import modules
+from dit_jax.deltas.factors import modules, squares
 from dit_jax.deltas.tree import per_example
 from dit_jax.diff_batches import Given
 from dit_jax.models import shardings
@@ -81,7 +81,8 @@ def _output_directions(module: Delta) -> np.ndarray:
     else:
         a, b = (np.asarray(module[name], np.float32) for name in ("a", "b"))
         if b.shape[1] == 1:
-            return b[:, 0] / np.maximum(np.linalg.norm(b[:, 0], axis=1, keepdims=True), 1e-12)
+            norms = np.sqrt(squares(b, (1, 2)))[:, 0]
+            return (b[:, 0] / np.where(norms > 0, norms, 1)).astype(np.float32)
         # a = q r with orthonormal q, so r b has the right singular vectors of a b, at [R, out].
         change = np.linalg.qr(a, mode="r") @ b
     return np.linalg.svd(change, full_matrices=False)[2][:, 0]
