@@ -373,6 +373,18 @@ def test_an_own_run_stands_beside_the_paper(generated, tmp_path):
         read_graded(str(generated), [str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    "config", [{"train": 5}, {"diffs": {"parameters": ["lora"]}}, {"evaluate": "x"}]
+)
+def test_a_config_that_is_none_is_one_line(tmp_path, config):
+    path = tmp_path / "run/report/results-graded.csv"
+    path.parent.mkdir(parents=True)
+    path.write_text("topic,guessed_topic,score,method\noak,oak,5,dit\n")
+    write_json(tmp_path / "run/config.json", config)
+    with pytest.raises(DitError, match="run/config.json' is not the config of a run"):
+        read_graded(str(tmp_path))
+
+
 def test_runs_of_a_sweep_are_one_curve(generated, tmp_path):
     """Four runs in one folder: two ranks, a full finetune and a number of diffs, each in its own table."""
     graded_run(tmp_path / "one")

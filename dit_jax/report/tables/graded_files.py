@@ -16,12 +16,20 @@ from dit_jax.config.loading import load_saved
 from dit_jax.data.sources import open_source
 from dit_jax.errors import DitError
 from dit_jax.formats.files import user_path
+from dit_jax.formats.json_shape import fits, is_count, is_text, maybe, optional
 from dit_jax.report.graded import Graded, GradedRow
 from dit_jax.report.results import GRADED_FILE
 from dit_jax.report.wording import UNSEEN
 from dit_jax.runtime.outgoing import from_cell
 
 LOW, HIGH = 1.0, 5.0
+# What the tables read of a run's config, which may be a stranger's.
+_CONFIG = optional(
+    data=optional(train_topics=is_count),
+    diffs=optional(parameters=is_text, rank=maybe(is_count)),
+    train=optional(max_diffs=is_count),
+    evaluate={},
+)
 
 
 def read_grade(text: Any) -> tuple[float | None, str]:
@@ -140,4 +148,6 @@ def _run_of(path: Path) -> tuple[str, Mapping[str, Any], str]:
     folder = (path.parent.parent if path.parent.name == "report" else path.parent).resolve()
     config = folder / "config.json"
     loaded = load_saved(config).to_dict() if config.is_file() else {}
+    if not fits(loaded, _CONFIG):
+        raise DitError(f"'{config}' is not the config of a run: use another folder")
     return folder.name, loaded, str(folder.parent)
