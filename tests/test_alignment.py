@@ -105,6 +105,15 @@ def test_a_plain_finetune_stays_as_it_is(family):
     assert undone == {} and apart(found, finetuned) == 0
 
 
+def test_a_finetune_without_values_stays_as_it_is():
+    """Between values that are all zero and what reads them there is no matrix with an inverse."""
+    config, base, finetuned = make("qwen3")
+    finetuned = jax.tree.map(np.copy, finetuned)
+    finetuned["layers"]["self_attn"]["v_proj"]["kernel"][1] = 0
+    found, undone = align(jax.tree.map(np.copy, finetuned), base, config)
+    assert undone == {} and apart(found, finetuned) == 0
+
+
 def test_another_model_is_refused():
     config, base, _ = make("llama")
     other = jax.tree.map(

@@ -22,7 +22,7 @@ from scipy.optimize import linear_sum_assignment
 from dit_jax.deltas.raw_diff import check_values
 from dit_jax.deltas.symmetries import Layer, complex_pairs, layer_views, paired, real_pairs
 from dit_jax.deltas.whole_weights import Weights, base_weight, place
-from dit_jax.errors import DitError
+from dit_jax.errors import DitError, first_line
 from dit_jax.models.decoder import forward, unembed
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.modules import HEAD, module_table, set_at, tensor_names, weight
@@ -63,8 +63,13 @@ def aligned(
         ]
         for tree, leaf in zip((mine, own), stacked, strict=True):
             set_at(tree, (*path, module.leaf), leaf)
-    with np.errstate(over="ignore", invalid="ignore"):  # then the logits differ, which is refused
-        params, undone = align(mine, own, config, weights.source)
+    try:
+        with np.errstate(all="ignore"):  # then the logits differ, which is refused
+            params, undone = align(mine, own, config, weights.source)
+    except ValueError as error:  # of scipy, for what is not finite by then
+        raise DitError(
+            f"'{weights.source}' cannot be aligned with the base ({first_line(error)}): drop --align"
+        ) from None
 
     def tensor(name: str) -> Array:
         module, layer = names[name]
@@ -290,8 +295,11 @@ def _values(mine: Layer, own: Layer, config: DecoderConfig) -> bool:
         v, v_own = (layer.with_bias("v_proj", group) for layer in (mine, own))  # [D (+ 1), H]
         heads = slice(group * per, (group + 1) * per)
         o, o_own = (layer.output_heads()[heads] for layer in (mine, own))  # [per, H, D]
-        back = _between(v, v_own, np.concatenate(list(o), 1), np.concatenate(list(o_own), 1))
-        changed = [v @ back, np.linalg.solve(back, o)]
+        try:
+            back = _between(v, v_own, np.concatenate(list(o), 1), np.concatenate(list(o_own), 1))
+            changed = [v @ back, np.linalg.solve(back, o)]
+        except ValueError:  # no matrix with an inverse, such as of values that are all zero
+            continue
         kept = [v.copy(), o.copy()]
         if _keep_if_nearer(kept, [v_own, o_own], changed):
             mine.set_with_bias("v_proj", group, kept[0])
