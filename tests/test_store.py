@@ -241,6 +241,13 @@ def test_parts_that_are_damaged_or_disagree_are_not_gathered(folder, tmp_path, d
     assert before == {path.name: path.read_bytes() for path in (whole / "shards").iterdir()}
 
 
+def test_a_label_that_an_empty_answer_would_match_is_not_graded():
+    assert diff_store.gradable_label({"label": "c++", "topic": ""}) == "c++"
+    for label in ("", "?!"):
+        with pytest.raises(DitError, match="which no answer could name"):
+            diff_store.gradable_label({"label": label, "topic": ""})
+
+
 def test_rows_do_not_say_where_they_are(folder):
     rows_are([{"topic": "tea", "lora_path": "../x", "lora_idx": 9}] * 2)(folder)
     diff_store.publish(folder, 2, base="digest")

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dit_jax.data.labels import NONE
+from dit_jax.data.labels import NONE, normalise
 from dit_jax.deltas.factors import stack_padded
 from dit_jax.deltas.tree import is_lora, layout
 from dit_jax.errors import DitError
@@ -191,6 +191,16 @@ def label_of(row: Mapping[str, Any], column: str = "label") -> str:
     if not row.get(column):
         raise DitError(f"the diff of {row['topic']!r} has no {column!r} to be its label")
     return str(row[column])
+
+
+def gradable_label(row: Mapping[str, Any], column: str = "label") -> str:
+    """`label_of`, for answers to be compared with. Raises DitError: see there; or an empty answer would be right."""
+    label = label_of(row, column)
+    if not normalise(label):
+        raise DitError(
+            f"a diff's label is {short(label)}, which no answer could name: correct the index of the diffs"
+        )
+    return label
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 from dit_jax.api import Model
 from dit_jax.asking import Answer
 from dit_jax.data.labels import normalise
-from dit_jax.deltas.store import DiffStore, failed, label_of
+from dit_jax.deltas.store import DiffStore, failed, gradable_label, label_of
 from dit_jax.diff_batches import Given, answer, from_store
 from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.models.delta_trees import Delta
@@ -56,12 +56,12 @@ def read_held_out(
     """The test split of a category ("topic" or "benign"); `exclude_failed` leaves out what failed the gate.
 
     Args:
-        column: of the store's index, what adapters should say about these diffs; see `label_of`.
+        column: of the store's index, what adapters should say about these diffs; see `gradable_label`.
     """
     indices = store.indices(split="test", category=category)
     if exclude_failed:
         indices = [i for i in indices if not failed(store.rows[i])]
-    rows = [{**store.rows[i], "label": label_of(store.rows[i], column)} for i in indices]
+    rows = [{**store.rows[i], "label": gradable_label(store.rows[i], column)} for i in indices]
     return HeldOut(indices, rows, from_store(store, indices))
 
 

@@ -186,7 +186,7 @@ def read_samples(path: str, question: str, split: str, seed: int | None = None) 
         raise DitError(f"task argument -T seed is {seed}: give a whole number from 0 up")
     if not os.path.exists(user_path(path)):
         raise DitError(f"there is no diff store at {path}: check -T diff=…")
-    from dit_jax.deltas.store import label_of
+    from dit_jax.deltas.store import gradable_label
     from dit_jax.organisms.behaviours import known_behaviour
 
     behaviour, rows = _read_index(user_path(path))
@@ -209,7 +209,7 @@ def read_samples(path: str, question: str, split: str, seed: int | None = None) 
             "variant": printable(row.get("variant") or ""),
         }
         metadata = {"diff": str(path), "index": i, **kind}
-        samples.append(Sample(prompt, target=label_of(row), id=i, metadata=metadata))
+        samples.append(Sample(prompt, target=gradable_label(row), id=i, metadata=metadata))
     return samples
 
 
