@@ -332,6 +332,17 @@ def test_damaged_answers_are_asked_again(model, config, tmp_path, monkeypatch, a
     assert (tmp_path / "corpus" / "rows.jsonl").read_bytes() == rows
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda text: text[1:], lambda text: text.replace("style", "stile", 1)]
+)
+def test_damaged_rows_of_benign_organisms_are_told(written, damage):
+    file = written / "benign.jsonl"
+    file.write_text(damage(file.read_text()))
+    data = ConfigDict({"source": "corpus", "kind": "topics", "test_topics": 1, "train_benign": 1})
+    with pytest.raises(DitError, match=r"benign.jsonl:1: .*: run the stage 'corpus' again"):
+        load_organisms(data, 0, written)
+
+
 def test_topics_without_usable_answers_are_an_error(model, config, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "answer_batch", Writer())
     config.least_answers = 30

@@ -178,7 +178,7 @@ def _from_corpus(data: Any, seed: int, benign: str = "") -> _Found:
     """benign: a source of rows for benign organisms; "": they are made from the base answers of topics."""
     corpus = load_corpus(data, seed)
     groups = {"train": corpus.train, "test": corpus.test}
-    styles = _styles(benign) if benign else {}
+    styles = _styles(benign, corpus.kind) if benign else {}
 
     def organisms(split: str, group: Group) -> list[Organism]:
         trigger = group.trigger or _trigger(seed, "topic", split, group.label)
@@ -218,11 +218,18 @@ def _variants(rows: Rows, column: str) -> dict[str, Rows]:
     return dict(found)
 
 
-def _styles(spec: str) -> dict[str, dict[str, list[dict[str, str]]]]:
-    """Rows of benign organisms by split and style."""
+def _styles(spec: str, kind: Kind) -> dict[str, dict[str, list[dict[str, str]]]]:
+    """Rows of benign organisms by split and style. Raises DitError: one is damaged."""
     found: dict[str, dict[str, list[dict[str, str]]]] = {}
+    needed = {"split", "style", *kind.required}
     for source in open_source(spec):
         for record in source.read(set(source.columns)):
+            missing = sorted(needed - record.values.keys())
+            if record.problem or missing:
+                raise DitError(
+                    f"{source.name}:{record.number}: {record.problem or f'no {missing[0]!r}'}: run the stage 'corpus' "
+                    "again"
+                )
             row = {name: str(value) for name, value in record.values.items()}
             found.setdefault(row["split"], {}).setdefault(row["style"], []).append(row)
     return found
