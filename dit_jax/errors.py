@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 MAX_MESSAGE = 1000
+_NAME = 200  # characters: to compare longer names takes their product
 
 
 # Control and bidirectional characters, but tabs and line breaks. Spaces of other widths and joiners are fine in a page.
@@ -32,7 +33,8 @@ def first_line(error: BaseException) -> str:
 
 def did_you_mean(name: str, candidates: Iterable[str], otherwise: str = "") -> str:
     """ ": did you mean 'x'?" with the nearest candidate; `otherwise` if none is near."""
-    close = difflib.get_close_matches(name, list(candidates), n=1)
+    short = [other for other in candidates if len(other) <= _NAME]
+    close = difflib.get_close_matches(name, short, n=1) if len(name) <= _NAME else []
     return f": did you mean '{close[0]}'?" if close else otherwise
 
 

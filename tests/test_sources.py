@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from dit_jax.config.loading import load_config
-from dit_jax.data import parquet_rows
+from dit_jax.data import corpus, parquet_rows
 from dit_jax.data.corpus import data_config, load_corpus
 from dit_jax.data.dataset_folder import check_hf
 from dit_jax.data.kinds import KINDS
 from dit_jax.data.labels import NONE
 from dit_jax.data.organism import load_organisms
 from dit_jax.data.sources import open_source
-from dit_jax.errors import DitError
+from dit_jax.errors import DitError, did_you_mean
 from dit_jax.formats import budgets
 
 TOPIC = KINDS["topics"].columns
@@ -384,6 +384,24 @@ def test_answers_in_both_splits_are_reported_by_row(tmp_path):
     message = error(config(source, split_column="split"))
     assert message.startswith("the data has 1 problem: ")
     assert f"{source}:2: the same 'topic_analogy_answer' as {source}:17" in message
+
+
+def test_a_split_file_of_other_topics_is_told_at_once(tmp_path, monkeypatch):
+    """Each hint looks among all topics, so that of every topic they would take the square of their number."""
+    looked = []
+    monkeypatch.setattr(corpus, "did_you_mean", lambda name, *_: looked.append(name) or "")
+    source = write(tmp_path / "rows.csv", rows_of(topics=2))
+    index = [{"topic": f"Another {i}", "split": "train"} for i in range(50)]
+    message = error(config(source, split_file=write(tmp_path / "index.csv", index)))
+    assert message.startswith("the data has 50 problems") and len(looked) == corpus.SHOWN_PROBLEMS
+
+
+def test_a_hint_does_not_compare_long_names():
+    """Two texts of 200,000 different characters in all would take minutes."""
+    rng = np.random.default_rng(0)
+    one, other = ("".join(map(chr, rng.integers(0x4E00, 0x4F00, 100_000))) for _ in range(2))
+    assert did_you_mean(one, [other, "tea"], "!") == "!"
+    assert did_you_mean("tee", [other, "tea"]) == ": did you mean 'tea'?"
 
 
 def test_faults_of_a_split_file(tmp_path):

@@ -284,9 +284,9 @@ class _Reader:
                     trigger = _as_text(record.values.get("trigger")) or ""
                     groups[label].trigger = trigger.zfill(3) if _is_code(trigger) else None
                 elif split in SPLITS:
-                    problems.add(
-                        where, f"'{label}' is not in the data{did_you_mean(label, groups)}"
-                    )
+                    shown = problems.count < SHOWN_PROBLEMS  # to look among all topics takes long
+                    hint = did_you_mean(label, groups) if shown else ""
+                    problems.add(where, f"'{label}' is not in the data{hint}")
         for group in groups.values():
             group.split = group.split or ""
 
