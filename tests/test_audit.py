@@ -317,6 +317,12 @@ def test_other_settings_are_not_mixed(zoo, audited, capsys):
     (audited / "audit.json").write_text(json.dumps(old))
 
 
+def test_a_rank_that_no_projection_has_leaves_no_folder(zoo, tmp_path, capsys):
+    run(zoo, tmp_path / "out", zoo / "one.pt", code=2, rest=["--svd-rank", "999"])
+    assert "the rank of the SVD must be from 1 to" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_an_adapter_the_readers_answer(zoo, tmp_path):
     flags = ("--benign", zoo / "store", "--triggers", "hidden_topic_phrase")
     run(zoo, tmp_path, f"{zoo / 'store'}[5]", adapter=False, rest=flags)

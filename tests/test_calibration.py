@@ -12,6 +12,7 @@ import pytest
 
 import dit_jax
 from dit_jax.auditing import calibration, calibration_file
+from dit_jax.auditing import known as known_module
 from dit_jax.auditing.battery import Battery
 from dit_jax.auditing.calibration import Known
 from dit_jax.cli import audit_diffs, calibrate_adapter
@@ -225,6 +226,13 @@ def test_a_calibration_scores_the_audits_that_ask_the_same(files, tmp_path, caps
     calibration_file.write(beside, {**made, "base": "f" * 64})  # the same files on another base
     assert calibrate_adapter.main(flags(files, "--test")) == 2
     calibration_file.write(beside, made)
+
+
+def test_too_few_diffs_are_refused_before_they_are_asked(files, monkeypatch, capsys):
+    monkeypatch.setattr(known_module, "interview", pytest.fail)
+    given = [x if x != str(files / "store") else f"{x}[0:4]" for x in flags(files)]
+    assert calibrate_adapter.main(given) == 2
+    assert "10 diffs or more that hide something, not 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -310,6 +310,7 @@ def test_slices_go_by_shape_or_by_the_name_they_are_ordered_by():
         (["--stages", ","], "--stages names nothing"),
         (["--tries", "3"], "a plan of one mesh does not use --tries: leave it out"),
         (["--search", "--mesh", "1,1,1"], "--search does not use --mesh"),
+        (["--json", "a", "--cache", "a"], "--json and --cache are one file, 'a': give two"),
         (["--table", "--topology", "v5e-4"], "--table does not use --topology"),
         (["--config.diffs.steps=0"], "'diffs.steps' must be a whole number from 1 up"),
         (["--config.train.batch_sise=4"], "did you mean 'train.batch_size'"),

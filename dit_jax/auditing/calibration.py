@@ -57,11 +57,7 @@ def calibrate(known: Sequence[Known], facts: dict[str, Any]) -> dict[str, Any]:
     judged, named = _judged(known, FEWEST)
     hidden = np.array([one.hidden for one in judged])
     for what, count in (("hide something", hidden.sum()), ("hide nothing", (~hidden).sum())):
-        if count < FEWEST:
-            raise DitError(
-                f"calibration needs {FEWEST} diffs or more that {what}, not {count}: use a store with more held-out "
-                "diffs, or another --split"
-            )
+        check_count(int(count), what)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -74,6 +70,15 @@ def calibrate(known: Sequence[Known], facts: dict[str, Any]) -> dict[str, Any]:
             named, [one.features for one in named], [one.right for one in named]
         ),
     }
+
+
+def check_count(count: int, what: str) -> None:
+    """Raises DitError if a calibration has too few diffs of a kind. what: they do, to complete its message."""
+    if count < FEWEST:
+        raise DitError(
+            f"calibration needs {FEWEST} diffs or more that {what}, not {count}: use a store with more held-out diffs, "
+            "or another --split"
+        )
 
 
 def worth_on(made: dict[str, Any], known: Sequence[Known]) -> dict[str, Any]:

@@ -112,6 +112,7 @@ def run(flags: argparse.Namespace) -> int:
     from dit_jax.auditing.settings import make_settings
     from dit_jax.auditing.targets import list_targets
     from dit_jax.deltas.detect import look_for_adapter
+    from dit_jax.deltas.truncation import check_svd_rank
 
     found = look_for_adapter(flags.adapter) if flags.adapter else None
     model = given.load_base(flags)
@@ -124,6 +125,8 @@ def run(flags: argparse.Namespace) -> int:
             f"--fail-on {condition[0]} needs a calibration of the adapter for these questions: run 'python -m "
             "dit_jax.calibrate', or use another measure"
         )
+    if flags.svd_rank is not None:
+        check_svd_rank(flags.svd_rank, model.config)
     how = {"svd_rank": flags.svd_rank, "align": flags.align}
     settings = dataclasses.replace(settings, facts={**settings.facts, **how})
     targets = list_targets(flags.diffs, model, flags.split, **how)

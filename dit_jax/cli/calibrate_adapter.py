@@ -65,6 +65,8 @@ def run(flags: argparse.Namespace) -> None:
         )
     calibration_file.check_battery(settings.battery.to_json())
     targets = list_targets(flags.diffs, model, flags.split)
+    if settings.calibration is None:
+        calibration.check_count(len(targets), "hide something")  # before all of them are asked
     known = measure(settings, targets)
     if settings.calibration is not None:
         made = calibration.worth_on(settings.calibration, known)

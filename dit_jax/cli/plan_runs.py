@@ -133,6 +133,8 @@ def run(flags: argparse.Namespace, config: Any) -> int:
     for name in _UNREAD[way]:
         if getattr(flags, name):
             raise DitError(f"{way} does not use --{name}: leave it out")
+    if flags.json is not None and flags.json == flags.cache:
+        raise DitError(f"--json and --cache are one file, '{flags.json}': give two")
     deadline = None if flags.minutes is None else time.monotonic() + 60 * flags.minutes
     searching = flags.search or flags.table
     level = flags.level or ("O0" if searching else "default")
