@@ -43,7 +43,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "attention": {"diffs.projections": ("q_proj", "k_proj", "v_proj", "o_proj")},
     "zero_width": {},
     "many_steps": {"diffs.steps": 72},
-    "rank_64": {"diffs.rank": 64},
+    "rank_64": {"diffs.rank": 64, "diffs.diffs_per_batch": 5},  # 25 at once need more than 24 GB
 }  # fmt: skip
 
 
