@@ -38,7 +38,7 @@ def _fit_together(styles: Any, key: str) -> None:
         )
 
 
-def _is_usable(temperature: float, key: str) -> None:
+def _check_temperature(temperature: float, key: str) -> None:
     from dit_jax.asking import is_temperature  # with all of jax
 
     if not is_temperature(temperature):
@@ -66,7 +66,7 @@ CORPUS = Section(
         Key("benign_styles", TEXTS, "instructions of benign organisms; the last third is held out", (),
             check=_holds("question")),
         Key("repeats", int, "how often each prompt is asked", 1, least=1),
-        Key("temperature", float, "of the answers", 0.7, check=_is_usable),
+        Key("temperature", float, "of the answers", 0.7, check=_check_temperature),
         Key("max_new_tokens", int, "most tokens of an answer", 24, least=1),
         Key("answer_tokens", int, "tokens of an answer that become a target", 16, least=1),
         Key("early_tokens", int, "tokens within which an answer must name its topic", 10, least=1),
