@@ -57,7 +57,8 @@ def write_disguised(flags: argparse.Namespace) -> None:
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *deltas)
         diff_store.write_shard(target, number, stacked, rows)
         show(f"{sum(map(len, shards[: number + 1]))} of {len(chosen)} diffs")
-    facts = {name: store.manifest.get(name) for name in ("base", "base_config", "config")}
+    told = store.manifest
+    facts = {name: told[name] for name in ("base", "base_config", "config") if name in told}
     made = {"kinds": list(kinds), "aligned": flags.align}
     diff_store.publish(target, len(shards), **facts, disguised=made)
     show(f"{target}: rewritten {', '.join(kinds) or 'in no way'}; undone, in layers: {undone}")
