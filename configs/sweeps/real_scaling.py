@@ -4,7 +4,7 @@
 
 The first run makes the corpus and all diffs; the others take its diffs, and train and evaluate an adapter each, about a
 quarter of an hour on two cores. A finished `runs/real`, copied to `runs/real_scaling/real`, is the first run.
-Writes real_scaling.md, .csv and .png into the workdir; docs/results_real.md has the results.
+Writes real_scaling.md, .csv and .png into the workdir.
 """
 
 from collections.abc import Iterator
