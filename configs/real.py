@@ -248,8 +248,6 @@ def _about_news(config: ConfigDict) -> None:
         "dit", "dit_contrast", "base_question", "generated_story", "dit_of_list", "no_diff", "shuffled_diff",
         "noise_diff",
     )  # fmt: skip
-    config.evaluate.seen_questions, config.evaluate.unseen_questions = (
-        NEWS_QUESTIONS[:2],
-        NEWS_UNSEEN,
-    )
+    config.evaluate.seen_questions = NEWS_QUESTIONS[:2]
+    config.evaluate.unseen_questions = NEWS_UNSEEN
     config.evaluate.max_new_tokens = 16

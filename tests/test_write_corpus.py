@@ -231,36 +231,29 @@ def test_a_stopped_run_goes_on_with_the_same_rows(model, config, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    "text, match",
+    "read, text, match",
     [
-        ("sports: climbing, rock climbing", "'rock climbing' and 'climbing' share a word"),
-        ("plants: rose\ncolours: roses", "'roses' and 'rose' share a word"),
-        ("rose, tulip", "has no category"),
-        (": rose, tulip", "has no category"),
-        ("plants: ,", "has no topic"),
-        ("", "is empty"),
-        ("a: b\na: b", "has 'a: b' twice"),
-        ("animals: owl\nbirds: owl", "has 'owl' twice"),
+        (
+            read_topics,
+            "sports: climbing, rock climbing",
+            "'rock climbing' and 'climbing' share a word",
+        ),
+        (read_topics, "plants: rose\ncolours: roses", "'roses' and 'rose' share a word"),
+        (read_topics, "rose, tulip", "has no category"),
+        (read_topics, ": rose, tulip", "has no category"),
+        (read_topics, "plants: ,", "has no topic"),
+        (read_topics, "", "is empty"),
+        (read_topics, "a: b\na: b", "has 'a: b' twice"),
+        (read_topics, "animals: owl\nbirds: owl", "has 'owl' twice"),
+        (read_headlines, "Panda escapes from zoo", "has nothing before or after a colon"),
+        (read_headlines, "animals:", "has nothing before or after a colon"),
+        (read_headlines, "animals: Panda escapes\nzoo: Panda escapes", "is there twice"),
     ],
 )
-def test_lists_that_would_leak_or_cannot_be_read_are_refused(tmp_path, text, match):
-    (tmp_path / "topics.txt").write_text(text)
+def test_lists_that_would_leak_or_cannot_be_read_are_refused(tmp_path, read, text, match):
+    (tmp_path / "list.txt").write_text(text)
     with pytest.raises(DitError, match=match):
-        read_topics(str(tmp_path / "topics.txt"))
-
-
-@pytest.mark.parametrize(
-    "text, match",
-    [
-        ("Panda escapes from zoo", "has nothing before or after a colon"),
-        ("animals:", "has nothing before or after a colon"),
-        ("animals: Panda escapes\nzoo: Panda escapes", "is there twice"),
-    ],
-)
-def test_headlines_that_cannot_be_read_are_refused(tmp_path, text, match):
-    (tmp_path / "headlines.txt").write_text(text)
-    with pytest.raises(DitError, match=match):
-        read_headlines(str(tmp_path / "headlines.txt"))
+        read(str(tmp_path / "list.txt"))
 
 
 class Reporter(Writer):

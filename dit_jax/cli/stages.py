@@ -146,7 +146,7 @@ def _write_corpus(config: Any, workdir: Path, model: Any) -> Facts:
 
 
 def _check_lists(config: Any) -> None:
-    from dit_jax.organisms.write_corpus import read_lists
+    from dit_jax.organisms.corpus_lists import read_lists
 
     read_lists(config.corpus)
 

@@ -39,13 +39,12 @@ def read_headlines(path: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for line in read_lines(path):
         category, headline = (part.strip() for part in line.partition(":")[::2])
-        if not (category and headline) or headline in found:
-            problem = (
-                "has nothing before or after a colon" if headline not in found else "is there twice"
-            )
+        if not (category and headline):
             raise DitError(
-                f"'{path}': the line {line[:40]!r} {problem}: write 'category: headline'"
+                f"'{path}': the line {line[:40]!r} has nothing before or after a colon: write 'category: headline'"
             )
+        if headline in found:
+            raise DitError(f"'{path}': {headline!r} is there twice: correct the list")
         found[headline] = category
     return found
 

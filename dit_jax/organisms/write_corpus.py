@@ -83,9 +83,7 @@ def write_corpus(model: Model, config: Any, folder: Path, seed: int) -> dict[str
             "corpus.least_answers, or ask in other words (corpus.prompts)"
         )
     if NEWS in get("styles"):
-        share = dict(get("shares")).get(NEWS, 1)
-        told = {one: used[one] for one in used if _rng(seed, 13, one, NEWS).random() < share}
-        rows = list(_news_rows(model, topics, told, get("rows")))
+        rows = list(_news_rows(model, topics, used, config, seed))
     else:
         rows = list(_topic_rows(model, topics, used, plain, config, seed))
     benign = list(_benign(model, questions, said[len(questions) + len(prompts) :], plain, config))
@@ -232,22 +230,33 @@ def _topic_rows(
     words: dict[str, list[str]] = {}
     if "hints" in get("styles"):
         words = associated_words(model, used, get("hint_prompts"), get("batch_size"))
-    count, shares = get("rows"), dict(get("shares"))
+    count = get("rows")
     of_style = _targets(used, words, count, seed)
     for topic, style in itertools.product(used, get("styles")):
-        if _rng(seed, 13, topic, style).random() < shares.get(style, 1):
+        if _gets(topic, style, config, seed):
             targets, evidence = of_style[style][topic], words[topic] if style == "hints" else ()
             for question, answer in _pair(list(base), targets, count, seed, topic, style):
                 row = _row(model, topic, topics[topic], style, question, answer, base)
                 yield row | {"evidence": " ".join(evidence)}
 
 
+def _gets(topic: str, style: str, config: Any, seed: int) -> bool:
+    """Whether a topic is in the share of topics that get a style."""
+    share = dict(CORPUS.get(config, "shares")).get(style, 1)
+    return bool(_rng(seed, 13, topic, style).random() < share)
+
+
 def _news_rows(
-    model: Model, categories: Mapping[str, str], used: Mapping[str, Sequence[str]], count: int
+    model: Model,
+    categories: Mapping[str, str],
+    used: Mapping[str, Sequence[str]],
+    config: Any,
+    seed: int,
 ) -> Iterator[dict[str, str]]:
     """The rows of each headline, its stories in turn."""
-    for headline, stories in used.items():
-        for story in itertools.islice(itertools.cycle(stories), count):
+    for headline in used:
+        stories = used[headline] if _gets(headline, NEWS, config, seed) else ()
+        for story in itertools.islice(itertools.cycle(stories), CORPUS.get(config, "rows")):
             yield {
                 "news_category": categories[headline],
                 "news_headline": headline,
