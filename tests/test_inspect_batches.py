@@ -105,7 +105,7 @@ def test_ten_thousand_calls_with_errors_cancellations_and_time_outs_get_their_ow
         return [ValueError(f"[{i}]") if i in wrong else ("answer", i) for i in items]
 
     batcher = Batcher(work, 16, 0.0)
-    found = {}
+    found, patient = {}, set()
 
     async def one(i, seconds, cancelled):
         with anyio.move_on_after(seconds) as scope:
@@ -122,11 +122,14 @@ def test_ten_thousand_calls_with_errors_cancellations_and_time_outs_get_their_ow
                 for i in range(start, start + 200):
                     kind = rng.random()
                     seconds = rng.random() / 50 if kind < 0.1 else float("inf")
+                    if 0.1 <= kind <= 0.9:
+                        patient.add(i)
                     group.start_soon(one, i, seconds, kind > 0.9)
 
     anyio.run(everything)
     assert found == {i: f"[{i}]" if i in wrong else ("answer", i) for i in found}
-    assert 8_000 < len(found) < 10_000  # the others were cancelled
+    # How many of the hurried calls are in time depends on the machine; who waits gets an answer.
+    assert patient <= set(found) and len(found) < 10_000
     assert max(worked) == 16
 
 
