@@ -10,7 +10,7 @@ import numpy as np
 
 from dit_jax.api import Diff, Model, check_ids, check_model, deltas_of
 from dit_jax.data.chat import Chat, Prompt
-from dit_jax.deltas.tree import is_lora, layout, per_example
+from dit_jax.deltas.tree import is_lora, layout, nbytes, per_example
 from dit_jax.errors import DitError
 from dit_jax.models import decode, shardings
 from dit_jax.models.contrast import WIDTH, contrasted
@@ -101,7 +101,8 @@ def ask_many(
             single Diff, delta or None (no diff) is one diff. A generator is read before the first question.
         adapter: as in `ask`.
         samples: answers to each question of each diff.
-        batch_size: rows (diffs × questions × samples) per decode. Default: all, at most 256.
+        batch_size: rows (diffs × questions × samples) per decode. Default: all, at most 256. Large LoRAs take fewer,
+            see `decode.rows_at_once`.
         **decoding: max_new_tokens, temperature, seed, forbid_repeats, system, contrast; see `ask`.
 
     Raises:
@@ -117,12 +118,15 @@ def ask_many(
     prompts = [question for question in questions for _ in range(samples)]
     if not prompts:
         return [[] for _ in diffs]
-    block = max(1, (batch_size or 256) // len(prompts))  # diffs of one batch
     groups: dict[Any, list[tuple[int, tuple[Delta, ...]]]] = {}
     # Layouts of which a whole batch was decoded: the rest then runs the same program.
     filled: set[Any] = set()
     answers: dict[int, list[Answer]] = {}
     with Progress("asking", len(diffs) * len(prompts), enabled=progress) as bar:
+
+        def diffs_at_once(own: tuple[Delta, ...]) -> int:
+            rows = decode.rows_at_once(batch_size or 256, nbytes(own), model.mesh)
+            return max(1, rows // len(prompts))
 
         def flush(members: list[tuple[int, tuple[Delta, ...]]], whole: bool = False) -> None:
             """Asks the diffs of one batch; `whole`: in as many rows as a whole batch has."""
@@ -140,7 +144,7 @@ def ask_many(
                 deltas,
                 stacked,
                 rows,
-                batch_size=block * len(prompts) if whole else batch_size,
+                batch_size=diffs_at_once(members[0][1]) * len(prompts) if whole else batch_size,
                 first=len(answers) * len(prompts),
                 on_batch=bar.advance,
                 without=shared,
@@ -155,10 +159,11 @@ def ask_many(
             key = layout(own) if batched else i
             group = groups.setdefault(key, [])
             group.append((i, own))
+            block = diffs_at_once(own) if batched else 1
             del own
             if batched and len(group) == block > 1:
                 filled.add(key)
-            if not batched or len(group) == block:
+            if len(group) == block:
                 flush(group, key in filled)
                 group.clear()
         for key, group in groups.items():
@@ -188,7 +193,8 @@ def answer_batch(
         stacked: LoRAs [n, L, …] of which question i gets number rows[i]; several such trees are added.
         max_new_tokens: how long an answer may be; default 20.
         batch_size: rows per batch, filled up with repeats: calls of one size share one program.
-            Default: all questions at once, at most 256. Rounded up, see `decode.even_rows`.
+            Default: all questions at once, at most 256. Rounded up, see `decode.even_rows`; large LoRAs in `stacked`
+            take fewer, see `decode.rows_at_once`.
         temperature: 0 (default) is greedy, else samples from softmax(logits / temperature), by `seed` (default 0).
         forbid_repeats: never emit a token twice in an answer (adapters that list evidence before the label).
         system: the system message of all questions; None: the chat template's own, if it has one.
@@ -276,6 +282,8 @@ def _answer(
     mesh = model.mesh
     beams = 1 if contrast is None else WIDTH  # rows of each question
     batch_size = max(1, batch_size // beams) if batch_size else min(256 // beams, len(questions))
+    each = sum(int(x.nbytes) // len(x) for x in jax.tree.leaves(list(stacked)))
+    batch_size = decode.rows_at_once(batch_size, each * beams, mesh)
     batch_size = decode.even_rows(batch_size, model.config, mesh)
     tokens, mask = model.chat.prompts(questions, system)
     check_ids(tokens.min(), tokens.max(), model)

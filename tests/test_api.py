@@ -12,6 +12,10 @@ import dit_jax
 from dit_jax import asking
 from dit_jax.deltas import export
 from dit_jax.deltas.raw_diff import RawDiff
+from dit_jax.deltas.tree import nbytes
+from dit_jax.diff_batches import together
+from dit_jax.evaluate import baselines
+from dit_jax.models import shardings
 from dit_jax.models.decode import generate
 from dit_jax.models.hf_checkpoint import find_folder
 
@@ -136,6 +140,31 @@ def test_half_precision_is_asked_in_rows_that_a_gpu_need_not_pad(monkeypatch):
         found = asking.answer_batch(model, [QUESTION] * count, max_new_tokens=1)
         assert len(found) == count
     assert sizes == [3, 16]
+
+
+@pytest.mark.parametrize(("contrast", "rows"), [(None, 4), (0.1, 16)])
+def test_large_loras_are_asked_in_small_batches(model, monkeypatch, contrast, rows):
+    """96 rows of rank 64 once took more than 24 GB, and the system killed the process without a word."""
+    diffs = [
+        jax.tree.map(np.asarray, random_lora(model.config, i, rank=2, size=2.0)) for i in range(5)
+    ]
+    asked = {"max_new_tokens": 3, "contrast": contrast}
+    whole = answers(dit_jax.ask_many(model, [QUESTION, "What is tea ?"], diffs, **asked))
+    scores = baselines.likelihood_ratio(model, {}, together(diffs), QUESTION, ["tea", "a dog"])
+    sizes = []
+
+    def put_deltas(config, mesh, delta, size, axis):
+        sizes.append(size)
+        return put(config, mesh, delta, size, axis)
+
+    put = shardings.put_deltas
+    monkeypatch.setattr(shardings, "put_deltas", put_deltas)
+    monkeypatch.setattr(asking.decode, "DELTA_BYTES", rows * nbytes(diffs[0]))
+    assert answers(dit_jax.ask_many(model, [QUESTION, "What is tea ?"], diffs, **asked)) == whole
+    assert sizes == [4, 4, 4]  # with contrast each question has four rows
+    found = baselines.likelihood_ratio(model, {}, together(diffs), QUESTION, ["tea", "a dog"])
+    np.testing.assert_allclose(found, scores, rtol=1e-5)
+    assert max(sizes[3:]) == min(rows, 10)
 
 
 def test_answers_can_be_watched_as_they_grow(model, lora):

@@ -43,8 +43,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "attention": {"diffs.projections": ("q_proj", "k_proj", "v_proj", "o_proj")},
     "zero_width": {},
     "many_steps": {"diffs.steps": 72},
-    # In a batch of answers, too, each row has a diff of its own: 96 rows would need more than 24 GB.
-    "rank_64": {"diffs.rank": 64, "diffs.diffs_per_batch": 5, "diffs.gate_batch": 10, "evaluate.batch_size": 12},
+    "rank_64": {"diffs.rank": 64, "diffs.diffs_per_batch": 5},
 }  # fmt: skip
 
 

@@ -16,9 +16,9 @@ from dit_jax.api import Model
 from dit_jax.asking import first_log_probs
 from dit_jax.data.batch import Sample, pack
 from dit_jax.deltas.factors import modules, squares
-from dit_jax.deltas.tree import per_example
+from dit_jax.deltas.tree import nbytes, per_example
 from dit_jax.diff_batches import Given
-from dit_jax.models import shardings
+from dit_jax.models import decode, shardings
 from dit_jax.models.decoder import unembed
 from dit_jax.models.delta_trees import Delta
 from dit_jax.models.head import head_path
@@ -178,7 +178,10 @@ def _in_batches(
     adapter = shardings.put_delta(model.config, mesh, adapter)
     for row, members in itertools.groupby(range(len(samples)), lambda i: rows[i] if dense else 0):
         numbers = list(members)
-        size = parallel.round_up(min(batch_size, _few_sizes(len(numbers))), mesh)
+        size = min(batch_size, _few_sizes(len(numbers)))
+        if not dense:
+            size = decode.rows_at_once(size, nbytes(given.stacked) // max(len(given), 1), mesh)
+        size = parallel.round_up(size, mesh)
         shared = shardings.put_delta(model.config, mesh, given.read(row)) if dense else {}
         for start in range(0, len(numbers), size):
             filled = numbers[start : start + size]

@@ -30,7 +30,7 @@ EVALUATE = Section(
         Key("forbid_repeats", bool, "no token twice in an answer of the adapter"),
         Key("max_new_tokens", int, "most tokens of an answer", least=1),
         Key("answer_tokens", int, "the same without the adapter; 0: `max_new_tokens`", 0),
-        Key("batch_size", int, "questions that are asked at once", least=1),
+        Key("batch_size", int, "questions that are asked at once; fewer where LoRAs are large", least=1),
         Key("diffs_at_once", int, "held-out diffs of a unit of work, which `part` counts; 0: all", 0),
         Key("part", str, "`I/N`: do every N-th unit of work, from I = 0 … N - 1 on; `dit_jax.gather` joins the parts",
             "", check=check_part, free=True),

@@ -16,6 +16,10 @@ from dit_jax.models.delta_trees import Delta, Deltas, abstract_stack
 from dit_jax.models.kv_cache import Cache, init_cache
 from dit_jax.runtime import parallel
 
+DELTA_BYTES = (
+    2**30
+)  # deltas of the rows of a batch that one device gets; a program holds several copies
+
 
 class Generation(NamedTuple):
     """Answers: tokens [B, N] int32 (the pad id after a row's end), logprobs [B, N] float32 (0 after the end).
@@ -243,6 +247,14 @@ def even_rows(batch: int, config: DecoderConfig, mesh: Mesh | None) -> int:
     shards = parallel.batch_shards(mesh)
     rows = -(-batch // shards)  # of one shard
     return shards * (_even(rows, config) if rows > 8 else rows)
+
+
+def rows_at_once(most: int, each: int, mesh: Mesh | None) -> int:
+    """At most `most` rows of a batch, each with deltas of its own of `each` bytes: as many as memory should hold.
+
+    Every machine gets the same number, so that a seed samples the same answers everywhere.
+    """
+    return max(1, min(most, parallel.batch_shards(mesh) * DELTA_BYTES // max(each, 1)))
 
 
 def _even(size: int, config: DecoderConfig) -> int:

@@ -92,7 +92,7 @@ DIFFS = Section(
             ("train", "test"), choices=("train", "test"), least=1),
         Key("recipe", str, "the digest that what diffs are made from must have; empty: any", ""),
         Key("gate_questions", int, "rows of each diff that the gate asks", least=1),
-        Key("gate_batch", int, "questions that the gate asks at once", least=1),
+        Key("gate_batch", int, "questions that the gate asks at once; fewer where LoRAs are large", least=1),
         Key("gate", dict, f"limits that a diff must keep to pass: {', '.join(LIMITS)}", {}, check=_check_gate),
     ),
     takes_others=lambda diffs: ":" in str(diffs.get("behaviour", "")),  # those of a user-defined behaviour
