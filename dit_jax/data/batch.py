@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dit_jax.errors import DitError
+from dit_jax.runtime.sizes import next_multiple, next_power
 
 # numpy where batches are made, jax inside compiled functions.
 Array = Any
@@ -97,8 +98,7 @@ def entry_limit(batches: TokenBatch, num_ce: int, room: float) -> tuple[int, int
     """
 
     def rounded(size: int) -> int:
-        step = max(16, 1 << size.bit_length() >> 6)
-        return -(-size // step) * step
+        return next_multiple(size, max(16, next_power(size + 1) // 64))
 
     ce, kl = (rounded(int(room * used)) for used in used_entries(batches, num_ce))
     return ce, kl

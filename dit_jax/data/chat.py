@@ -14,6 +14,7 @@ from dit_jax.data.batch import Sample
 from dit_jax.data.tokenizer_process import Tokenizer
 from dit_jax.errors import DitError
 from dit_jax.formats.files import short
+from dit_jax.runtime.sizes import next_multiple
 
 
 class Prompt(NamedTuple):
@@ -111,7 +112,7 @@ class Chat:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Left-padded ids and mask [B, T]; T is a multiple of 32, so that few programs are compiled."""
         rows = [self.prompt_ids(question, system) for question in questions]
-        length = -(-max(map(len, rows)) // 32) * 32
+        length = next_multiple(max(map(len, rows)), 32)
         tokens = np.full((len(rows), length), self.pad_id, np.int32)
         mask = np.zeros((len(rows), length), bool)
         for row, ids in enumerate(rows):

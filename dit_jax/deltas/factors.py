@@ -12,6 +12,7 @@ from dit_jax.formats.files import short
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import map_modules
 from dit_jax.models.modules import Path, all_modules, set_at
+from dit_jax.runtime.sizes import next_power
 
 
 @dataclasses.dataclass
@@ -88,7 +89,7 @@ def stack_padded(deltas: Sequence[Any]) -> dict[str, Any]:
     for path in dict.fromkeys(path for one in own for path in one):
         known = [one[path] for one in own if path in one]
         (layers, inputs, _), outputs = known[0]["a"].shape, known[0]["b"].shape[-1]
-        rank = 1 << (max(module["a"].shape[-1] for module in known) - 1).bit_length()
+        rank = next_power(max(module["a"].shape[-1] for module in known))
         dtype = common_dtype(module[name].dtype for module in known for name in ("a", "b"))
         a = np.zeros((len(own), layers, inputs, rank), dtype)
         b = np.zeros((len(own), layers, rank, outputs), dtype)

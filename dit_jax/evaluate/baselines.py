@@ -25,6 +25,7 @@ from dit_jax.models.head import head_path
 from dit_jax.models.modules import module_table, stream_writers, weight
 from dit_jax.optimize.batch_loss import scored_hidden
 from dit_jax.runtime import parallel
+from dit_jax.runtime.sizes import next_multiple, next_power
 
 
 def weight_reading(model: Model, given: Given, words: Sequence[Sequence[str]]) -> np.ndarray:
@@ -170,7 +171,7 @@ def _in_batches(
 ) -> list[Any]:
     """What program(params, config, batch, deltas) says of each sample; see `answer_losses`."""
     length, scored = (
-        -(-max(sizes) // 8) * 8
+        next_multiple(max(sizes), 8)
         for sizes in zip(*((len(s.tokens), s.end - s.start) for s in samples), strict=True)
     )
     found: list[Any] = []
@@ -201,8 +202,7 @@ def _in_batches(
 
 def _few_sizes(count: int) -> int:
     """`count` rounded up by less than a third: four sizes between two powers of two."""
-    step = max(1, 1 << (count - 1).bit_length() >> 3)
-    return -(-count // step) * step
+    return next_multiple(count, max(1, next_power(count) // 8))
 
 
 def likelihood_ratio(

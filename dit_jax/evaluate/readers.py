@@ -32,6 +32,7 @@ from dit_jax.models.delta_trees import Deltas
 from dit_jax.models.hf_checkpoint import TINY
 from dit_jax.optimize.batch_loss import CHUNK_ELEMENTS, scored_hidden
 from dit_jax.runtime import parallel
+from dit_jax.runtime.sizes import next_multiple
 
 Words = list[str]
 WORDS = 10  # of each reader
@@ -197,7 +198,7 @@ def changes(
         ids = model.chat.prompt_ids(prompt)
         tokens = (*ids, *base.tokens, model.chat.eos_ids[0])
         samples.append(Sample(tokens, len(ids), len(tokens)))
-    length = -(-max(len(s.tokens) for s in samples) // 8) * 8
+    length = next_multiple(max(len(s.tokens) for s in samples), 8)
     longest = max(s.end - s.start for s in samples)
     weights = [1 / (s.end - s.start) for s in samples]
     batch = pack(samples, weights, length, longest, model.chat.pad_id)

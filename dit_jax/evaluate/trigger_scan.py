@@ -27,6 +27,7 @@ from dit_jax.models.delta_trees import Delta
 from dit_jax.optimize.batch_loss import CHUNK_ELEMENTS, scored_hidden
 from dit_jax.organisms.behaviours import BEHAVIOURS, NO_TRIGGER, known_behaviour, possible_triggers
 from dit_jax.runtime import parallel
+from dit_jax.runtime.sizes import next_multiple
 
 QUESTIONS = 5  # the first one with every candidate, the others with the best ones
 KEPT = 15  # of these, beside the plain questions
@@ -191,7 +192,7 @@ def _batches(
     model: Model, longest: int, batch_size: int, samples: Sequence[Sample]
 ) -> list[TokenBatch]:
     """Batches of one size: the first samples fill up the last one. longest: the most tokens of a sample."""
-    mesh, length = model.mesh, -(-longest // 8) * 8
+    mesh, length = model.mesh, next_multiple(longest, 8)
     most = CHUNK_ELEMENTS // (model.config.vocab_size * ANSWER_TOKENS)
     size = parallel.round_up(even_batch(len(samples), max(1, min(batch_size, most))), mesh)
     batches = []

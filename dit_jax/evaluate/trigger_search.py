@@ -31,6 +31,7 @@ from dit_jax.models.delta_trees import Delta, Deltas
 from dit_jax.models.modules import EMBEDDING, get_at, module_table
 from dit_jax.optimize.batch_loss import scored_hidden
 from dit_jax.runtime import parallel
+from dit_jax.runtime.sizes import next_multiple
 
 QUESTIONS = 3
 LENGTH = 2  # tokens of a prefix: with more, tokens that the diff does not react to move the answers as far
@@ -161,7 +162,7 @@ def _make_slots(model: Model, questions: Sequence[str]) -> _Slots:
         around[question] = before, after
         tokens = (*before, *[chat.pad_id] * LENGTH, *after, *answer)
         samples.append(Sample(tokens, len(tokens) - ANSWER_TOKENS, len(tokens)))
-    length = -(-max(len(sample.tokens) for sample in samples) // 8) * 8
+    length = next_multiple(max(len(sample.tokens) for sample in samples), 8)
     weights = [1.0] * len(samples)
     batch = pack(samples, weights, length, ANSWER_TOKENS, chat.pad_id)
     return _Slots(batch, start, around)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from dit_jax.models.layer_kinds import Window
 from dit_jax.models.products import product
 from dit_jax.runtime.parallel import per_device, splits
+from dit_jax.runtime.sizes import next_multiple
 
 # (tokens, queries) of each segment of a row.
 Segments = tuple[tuple[int, int], ...]
@@ -139,7 +140,7 @@ def _splash_attention(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     length, count = q.shape[1:3]
-    padded = -(-length // SPLASH_LANES) * SPLASH_LANES
+    padded = next_multiple(length, SPLASH_LANES)
     sizes = range(SPLASH_LANES, SPLASH_BLOCK + 1, SPLASH_LANES)
     block = max(size for size in sizes if padded % size == 0)
 

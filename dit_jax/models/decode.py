@@ -15,10 +15,10 @@ from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import Delta, Deltas, abstract_stack
 from dit_jax.models.kv_cache import Cache, init_cache
 from dit_jax.runtime import parallel
+from dit_jax.runtime.sizes import next_multiple
 
-DELTA_BYTES = (
-    2**30
-)  # deltas of the rows of a batch that one device gets; a program holds several copies
+# Of the deltas of the rows of a batch that one device gets; a program holds several copies.
+DELTA_BYTES = 2**30
 
 
 class Generation(NamedTuple):
@@ -262,7 +262,7 @@ def _even(size: int, config: DecoderConfig) -> int:
 
     Padding copies the factors of the products of every layer and token, including all keys and values.
     """
-    return size if config.dtype == "float32" else -(-size // 8) * 8
+    return size if config.dtype == "float32" else next_multiple(size, 8)
 
 
 def _choose(logits: jax.Array, temperature: jax.Array | float, key: jax.Array) -> jax.Array:
@@ -289,10 +289,12 @@ def abstract_arguments(
     Use: `with parallel.use_mesh(mesh): generate.lower(*args, **kwargs).compile()`.
 
     Args:
-        batch, length: number and length of the prompts; each has a diff of its own, and all share one adapter.
+        batch, length: number (see `rows_at_once`) and length of the prompts; each has a diff of its own, and all
+            share one adapter.
         diff, adapter: see `deltas.tree.abstract_lora`.
     """
-    batch = even_rows(batch, config, mesh)
+    each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(diff))
+    batch = even_rows(rows_at_once(batch, each, mesh), config, mesh)
     tokens, mask = (jax.ShapeDtypeStruct((batch, length), dtype) for dtype in (jnp.int32, bool))
     diffs = abstract_stack(diff, batch, 1)
     if mesh is not None:

@@ -14,6 +14,7 @@ from dit_jax.models.decoder import Params
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.optimize.batch_loss import scored_hidden
 from dit_jax.runtime.parallel import batch_sharding, put, replicate, use_mesh
+from dit_jax.runtime.sizes import next_multiple, next_power
 
 CHUNK = 256  # the most samples in a forward pass of the base
 MAX_BYTES = 2**31  # the largest table, which every device holds whole
@@ -84,9 +85,9 @@ def _chunks(count: int, mesh: Mesh | None) -> tuple[int, int]:
     It depends on the count alone, so that a shard that is made again is the same. There are few sizes (powers of two,
     then whole chunks), so that shards with similar numbers of distinct samples run one program.
     """
-    step = 16 if mesh is None else mesh.size * -(-16 // mesh.size)
-    power = step << (-(-count // step) - 1).bit_length()
-    chunk = min(power, -(-CHUNK // step) * step)
+    step = 16 if mesh is None else next_multiple(16, mesh.size)
+    power = step * next_power(-(-count // step))
+    chunk = min(power, next_multiple(CHUNK, step))
     return -(-count // chunk), chunk
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.errors import DitError, first_line
+from dit_jax.runtime.sizes import next_multiple
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -168,8 +169,7 @@ def traced_batch_shards() -> int:
 
 def round_up(size: int, mesh: Mesh | None) -> int:
     """The next batch size that splits evenly; give added rows weight 0, or drop them from the result."""
-    shards = batch_shards(mesh)
-    return -(-size // shards) * shards
+    return next_multiple(size, batch_shards(mesh))
 
 
 # ------------------------------------------------------------------ shardings

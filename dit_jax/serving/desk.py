@@ -27,6 +27,7 @@ from dit_jax.inspection.batching import Batcher
 from dit_jax.models.delta_trees import Delta
 from dit_jax.runtime.artifacts import TemporaryFolder
 from dit_jax.runtime.exits import explained
+from dit_jax.runtime.sizes import next_power
 from dit_jax.serving.uploads import Limits, unpacked
 
 COLUMNS = ("base", "finetuned", "with adapter")
@@ -250,7 +251,7 @@ class Desk:
                 deltas=group[0].dense,
                 stacked=list(filter(None, stacks)),
                 rows=range(len(group)),
-                batch_size=1 << (len(group) - 1).bit_length(),  # few sizes are few programs
+                batch_size=next_power(len(group)),  # few sizes are few programs
                 max_new_tokens=first.max_new_tokens,
                 forbid_repeats=first.evidence,
                 on_part=show,
@@ -307,7 +308,7 @@ def _check(name: str, offered: Sequence[str], what: str) -> None:
 def _padded_rank(diff: Delta) -> int:
     """16, or the next power of two: LoRAs of a batch are padded to one rank, and a stranger's would cost all others."""
     ranks = [module["a"].shape[-1] for _, module in modules(diff) if "a" in module]
-    return 1 << (max([16, *ranks]) - 1).bit_length()
+    return next_power(max([16, *ranks]))
 
 
 def _rows(call: int, diff: Delta, adapter: Delta) -> Iterator[_Row]:
