@@ -10,8 +10,11 @@ import jax
 import pytest
 
 import dit_jax
+from dit_jax import asking
 from dit_jax.cli import plan_runs as plan
 from dit_jax.config.loading import load_config
+from dit_jax.deltas.tree import init_lora, nbytes
+from dit_jax.models import decode
 from dit_jax.models.modules import count_parameters
 from dit_jax.models.shapes import NAMED_CONFIGS
 from dit_jax.optimize import speed
@@ -66,7 +69,8 @@ def test_a_plan_of_this_machine_counts_every_byte(tmp_path, capsys):
     one = 4 * layers * (residual + inner / 2 + 7)
     adapter = 4 * layers * 16 * (residual / 2 + inner / 2)
     train = stages["train"]
-    assert train["batch"] == 12 and train["memory"]["diffs"] == 12 / 4 * one
+    assert stages["ask"]["batch"] == 8 and train["batch"] == 12
+    assert train["memory"]["diffs"] == 12 / 4 * one
     assert train["memory"]["adapter"] == adapter + 4 * layers * 7
     # Both moments, and counters.
     assert 0 <= train["memory"]["optimizer"] - 2 * adapter <= 16
@@ -100,6 +104,30 @@ def test_adapter_and_questions_are_planned_on_the_projections_of_the_config():
             for part in ("diffs", "adapter")
         ]
         assert changed == [{"up_proj"}, {"q_proj", "down_proj"}]
+
+
+class Asked(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [("float32", 20), ("bfloat16", 24)])
+def test_a_plan_asks_as_many_rows_as_a_run(monkeypatch, dtype, rows):
+    """A plan once compiled `evaluate.batch_size` rows of any rank, and a run asks a few of large ones."""
+    config = load_config(QUICKSTART, {"evaluate.batch_size": 96})
+    model = dit_jax.load_model("tiny_qwen3", dtype=dtype)
+    diff = init_lora(model.config, jax.random.key(0), config.diffs.rank)
+    monkeypatch.setattr(decode, "DELTA_BYTES", 20 * nbytes(diff))
+    _, (_, _, tokens, _), options, _ = programs.stage_step("ask", model.config, None, config)
+    assert len(tokens) == jax.tree.leaves(options["deltas"][0])[0].shape[1] == rows
+
+    def generate(params, config, tokens, mask, **options):
+        raise Asked(len(tokens))
+
+    monkeypatch.setattr(decode, "generate", generate)
+    stacked = jax.tree.map(lambda x: x[None], diff)
+    questions = ["What is tea ?"] * 96
+    with pytest.raises(Asked, match=f"^{rows}$"):
+        asking.answer_batch(model, questions, stacked=[stacked], rows=[0] * 96, batch_size=96)
 
 
 def test_collectives_are_read_from_a_program():
@@ -193,8 +221,23 @@ def test_a_search_ends_at_the_largest_batch_that_fits(stage, gib_per_row):
     assert math.prod(found.sizes) == 16 and found.program.fits
     most = (machine.memory / 2**30 - 2.0) / gib_per_row * shards
     assert found.program.batch <= most
-    assert found.program.batch * 2 > min(most, search.LARGEST[stage])
+    assert found.program.batch * 2 > min(most, search.LARGEST)
     assert len(tried) < 12
+
+
+def test_a_search_ends_at_the_rows_that_a_run_takes_of_large_loras():
+    machine, config = machines.find_machine("v5e-16"), load_config(PAPER)
+    tried = []
+
+    def compile_batch(stage, sizes, batch):
+        tried.append(batch)
+        return Program(stage, min(batch, 80), True, 0, {"peak": 1.0}, {})
+
+    model = workload.model_shape(config, "qwen3-32b")
+    found = search.search_stage("ask", model, config, machine, compile_batch)
+    assert found.program.batch == 80 and not found.next_peak
+    assert table.cell(found, machine).startswith("**80** on")
+    assert max(tried) == max(128, min(tried))
 
 
 def test_a_search_says_that_nothing_fits():

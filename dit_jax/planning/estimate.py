@@ -24,6 +24,7 @@ from dit_jax.organisms.behaviours.behaviour import TO_BASE
 from dit_jax.organisms.samples import sample_widths
 from dit_jax.planning.machines import Chip, Machine
 from dit_jax.planning.programs import batch_size
+from dit_jax.runtime.sizes import next_multiple
 
 UTILIZATION = 0.4  # assumed share of the peak FLOPs per second
 NETWORK_SHARE = 0.5  # assumed share of the links' bandwidth that collectives reach
@@ -235,5 +236,4 @@ def whole_run(
 
 def batch_of(stage: str, config: Any, sizes: tuple[int, int, int]) -> int:
     """A stage's batch in the config, rounded up to what the mesh splits evenly."""
-    shards = sizes[0] * sizes[1]
-    return math.ceil(batch_size(stage, config) / shards) * shards
+    return next_multiple(batch_size(stage, config), sizes[0] * sizes[1])

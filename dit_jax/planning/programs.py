@@ -36,6 +36,7 @@ class Program:
     """A compiled step. Bytes are per device.
 
     Attributes:
+        batch: as many as a run takes at once, which may be more or fewer than it was asked for.
         seconds: to trace and compile it.
         memory: parameters, adapter, optimizer, diffs (their plain sizes); arguments (all of them, as laid out on
             the device), temporaries, code, peak = arguments + results that reuse none of them + temporaries + code.
@@ -143,6 +144,8 @@ def compile_step(
     start = time.perf_counter()
     batch = parallel.round_up(batch_size(stage, config), mesh)
     step, args, options, parts = stage_step(stage, model, mesh, config)
+    if stage == "ask":
+        batch = len(args[2])  # large LoRAs are asked in fewer rows
     sizes = {name: float(device_bytes(tree)) for name, tree in parts.items()}
     if mesh is None and device is not None:
         args, options = on_device((args, options), device)

@@ -12,7 +12,7 @@ from dit_jax.planning.programs import Program
 from dit_jax.runtime.parallel import UnplaceableMesh
 
 Sizes = tuple[int, int, int]
-LARGEST = {"diffs": 1024, "train": 1024, "ask": 1024}
+LARGEST = 1024  # the largest batch that is tried
 # A batch is not tried if the compiled ones suggest that it needs more than this share of the memory.
 HOPELESS = 1.05
 # A mesh is not tried if the estimate for one row per device needs more than this share.
@@ -70,7 +70,7 @@ def ranked(
         if machine.memory and fixed + temporary > UNLIKELY * machine.memory:
             hardly.append((fixed + temporary, batch, sizes))
             continue
-        while batch * 2 <= max(LARGEST[stage], shards):
+        while batch * 2 <= max(LARGEST, shards):
             if machine.memory:
                 needed = sum(estimate.device_memory(stage, model, config, sizes, batch * 2))
                 if needed > 0.97 * machine.memory:
@@ -141,7 +141,7 @@ def _largest(
 ) -> Found:
     """The largest batch on one mesh, from a first guess up or down by factors of two."""
     shards = sizes[0] * sizes[1]
-    most = max(LARGEST[stage], shards)
+    most = max(LARGEST, shards)
     done: dict[int, Program] = {}
 
     def fits(batch: int) -> bool:
@@ -165,7 +165,8 @@ def _largest(
         if batch <= shards:
             return Found(stage, sizes, None, done[batch].memory.get("peak", 0.0), True)
         batch = batch // 2
-    while batch * 2 <= most:
+    # A program of fewer rows than the batch has is that of all larger batches, too.
+    while batch * 2 <= most and done[batch].batch >= batch:
         doubled = done.get(batch * 2)
         if doubled is None and machine.memory and needs(batch * 2) > HOPELESS * machine.memory:
             return Found(stage, sizes, done[batch], needs(batch * 2), False)

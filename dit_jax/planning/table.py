@@ -75,7 +75,7 @@ def cell(found: Found, machine: Machine) -> str:
         if found.next_peak:
             return f"no: {found.next_peak / GIB:.1f} GiB"
         return "no"
-    at_least = "≥ " if not found.next_peak and found.program.batch >= LARGEST[found.stage] else ""
+    at_least = "≥ " if not found.next_peak and found.program.batch >= LARGEST else ""
     mesh = ",".join(str(size) for size in found.sizes)
     peak = found.program.memory["peak"] / GIB
     return f"{at_least}**{found.program.batch:,}** on {mesh} ({peak:.1f})"
