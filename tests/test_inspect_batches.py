@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 import time
 
 import anyio
@@ -137,20 +138,24 @@ def test_ten_thousand_calls_with_errors_cancellations_and_time_outs_get_their_ow
 def test_what_asyncio_cancels_leaves_its_batch_as_it_is(cancelled):
     """`Task.cancel` and `asyncio.wait_for`, which no shield of anyio's keeps off: the app's own way."""
     at_work, worked = [], []
+    begun, may_end = threading.Event(), threading.Event()
 
     def work(items):
         at_work.append(1)
         worked.append((len(items), len(at_work)))
-        time.sleep(0.2)
+        begun.set()
+        assert may_end.wait(60)
         at_work.pop()
         return items
 
     async def everything():
         batcher = Batcher(work, 4, 0.05)
         calls = [asyncio.ensure_future(batcher("key", i)) for i in range(4)]
-        await asyncio.sleep(0.15)
+        assert await asyncio.to_thread(begun.wait, 60)
         calls[cancelled].cancel()
         calls.append(asyncio.ensure_future(batcher("key", 4)))
+        await asyncio.sleep(0.2)  # time enough to begin beside the first batch
+        may_end.set()
         return await asyncio.gather(*calls, return_exceptions=True)
 
     found = asyncio.run(everything())

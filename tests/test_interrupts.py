@@ -97,7 +97,7 @@ import time
 with artifacts.atomic_dir({str(tmp_path / "folder")!r}) as folder:
     (folder / "part").write_text("new")
     print("ready", flush=True)
-    time.sleep(1)
+    time.sleep({1 if ignored else 60})
 """
     process = started("-c", ignore + START + program)
     assert process.stdout.readline() == "ready\n"
@@ -143,7 +143,7 @@ runpy.run_module("dit_jax.main", run_name="__main__", alter_sys=True)
 
 
 def test_a_loop_that_saves_goes_on_to_the_end_of_its_step():
-    process = started("-c", START + SAVING.replace("SECONDS", "0.3"))
+    process = started("-c", START + SAVING.replace("SECONDS", "2"))
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
@@ -154,7 +154,7 @@ def test_a_loop_that_saves_goes_on_to_the_end_of_its_step():
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_another_ctrl_c_does_not_wait_for_the_step(first):
-    process = started("-c", START + SAVING.replace("SECONDS", "3 * (step > 0)"))
+    process = started("-c", START + SAVING.replace("SECONDS", "60 * (step > 0)"))
     assert process.stdout.readline() == "ready\n"
     time.sleep(1)
     process.send_signal(first)
@@ -164,7 +164,7 @@ def test_another_ctrl_c_does_not_wait_for_the_step(first):
     status, out, lines = ended(process)
     assert (status, out, lines[-1]) == (130, "", INTERRUPTED)
     assert lines[:-1] == ([SAVES] if first == signal.SIGINT else [])
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 20  # the step takes 60 s, and the machine may be busy
 
 
 def test_what_is_unfinished_goes_and_what_was_there_stays(tmp_path):
