@@ -18,7 +18,7 @@ from dit_jax.runtime import parallel
 from dit_jax.runtime.sizes import next_multiple
 
 # Of the deltas of the rows of a batch that one device gets; a program holds several copies.
-DELTA_BYTES = 2**30
+DELTA_BYTES = 2**31
 
 
 class Generation(NamedTuple):
