@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -21,6 +22,7 @@ from dit_jax.deltas import export
 from dit_jax.deltas.factors import modules
 from dit_jax.deltas.tree import scaled
 from dit_jax.errors import DitError
+from dit_jax.models import decode
 from dit_jax.models.delta_trees import map_modules
 from dit_jax.serving import desk as desk_module
 from dit_jax.serving import page
@@ -260,6 +262,15 @@ def test_a_dense_diff_is_asked_beside_loras(model, files, desk, tmp_path):
     dense, lora = asked(desk, (str(tmp_path / "merged"), 1.0), (str(files / "diffs" / "d1"), 1.0))
     assert tuple(dense) == answers_of(model, files, "d0")
     assert tuple(lora) == answers_of(model, files, "d1")
+
+
+def test_large_loras_are_asked_in_several_batches(files, desk, monkeypatch):
+    """Where a batch could not hold all columns of all questions, the app once answered none of them."""
+    monkeypatch.setattr(desk, "offer", dataclasses.replace(desk.offer, seconds=3600.0))
+    questions = [(str(files / "diffs" / f"d{i}"), 1.0) for i in (0, 1)]
+    whole = asked(desk, *questions)
+    monkeypatch.setattr(decode, "DELTA_BYTES", 1)
+    assert asked(desk, *questions) == whole
 
 
 def test_a_large_rank_does_not_pad_the_diffs_of_others(model, files, desk, tmp_path, monkeypatch):

@@ -230,17 +230,22 @@ class Desk:
         for row in rows:
             groups.setdefault(tuple(map(id, row.dense)), []).append(row)
         for group in groups.values():
+            waiting = list(group)  # large LoRAs are asked a few at a time
 
-            def show(answers: list[Answer], group: list[_Row] = group) -> bool:
+            def show(answers: list[Answer], waiting: list[_Row] = waiting) -> bool:
                 late = time.monotonic() > end
-                for row, answer in zip(group, answers, strict=True):
+                shown = waiting[: len(answers)]
+                for row, answer in zip(shown, answers, strict=True):
                     ended = answer.generated > len(answer.tokens)
                     cut = late and not ended and answer.generated < first.max_new_tokens
                     text = answer.text if math.isfinite(answer.logprob) else OVERFLOWS
                     texts[row.call][row.column] = text + (" … (time is up)" if cut else "")
-                for i in {row.call for row in group}:
+                for i in {row.call for row in shown}:
                     calls[i].tell(list(texts[i]))
                 return late
+
+            def end_batch(count: int, waiting: list[_Row] = waiting) -> None:
+                del waiting[:count]
 
             stacks = [
                 stack_padded(part) for part in zip(*(row.loras for row in group), strict=True)
@@ -255,6 +260,7 @@ class Desk:
                 max_new_tokens=first.max_new_tokens,
                 forbid_repeats=first.evidence,
                 on_part=show,
+                on_batch=end_batch,
                 every=EVERY,
             )
         return texts
