@@ -140,7 +140,7 @@ def load_model(
     system: str | None = None,
     **compute: Any,
 ) -> Model:
-    """Loads a model of a known family (`models.families`).
+    """Loads a model of a known family (`models.family_table`).
 
     Args:
         path_or_hf_id: a folder in Hugging Face format, a hub id ("Qwen/Qwen3-4B"), "tiny_qwen3" (the embedded

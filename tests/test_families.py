@@ -12,7 +12,8 @@ from family_cases import FAMILY, MODELS, VOCAB, YARN, assert_near, make, make_pa
 import dit_jax
 from dit_jax.models.decode import generate
 from dit_jax.models.decoder import forward, init_params, unembed
-from dit_jax.models.families import FAMILIES, hf_config, parse_config
+from dit_jax.models.families import hf_config, parse_config
+from dit_jax.models.family_table import FAMILIES
 from dit_jax.models.modules import abstract_weights, count_parameters, module_table
 from dit_jax.models.shapes import NAMED_CONFIGS, find_shape
 

@@ -26,7 +26,7 @@ class DecoderConfig:
     """A decoder's architecture, and how to compute it. Hashable, so it can be a static argument.
 
     The fields of the first block are those of Hugging Face's `config.json`. `model_type` is a key of
-    `families.FAMILIES`, and the second block says what that family computes in its own way. The third block never
+    `family_table.FAMILIES`, and the second block says what that family computes in its own way. The third block never
     changes the function that is computed: `dtype` is the compute dtype, `scan_layers` compiles one layer and loops,
     `remat` recomputes activations in the backward pass ("none", "full", or "dots": all but the projections' outputs),
     `attention` picks the implementation ("xla"; "cudnn" on GPUs, "splash" on TPUs).

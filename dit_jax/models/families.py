@@ -1,18 +1,15 @@
-"""Model families: their `config.json`, read and written, and their released sizes by name.
-
-A family is an entry of `FAMILIES`, and where it has modules of its own, entries of `modules.all_modules`.
-"""
+"""The `config.json` of a model of any family, read and written; `family_table` says what families differ in."""
 
 import pathlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from dit_jax.errors import DitError
 from dit_jax.formats.files import read_json_object, short
 from dit_jax.formats.recognise import QUANTISED, adapter_file, what_checkpoint
-from dit_jax.models.decoder_config import WINDOWED, DecoderConfig
+from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.family_table import CONTEXT, FAMILIES, MULTIMODAL, positive_integer
 from dit_jax.models.gguf_checkpoint import gguf_config
-from dit_jax.models.rope_config import read_rope
+from dit_jax.models.rope_config import read_rope, write_rope
 from dit_jax.models.unsupported_families import EXPERTS, what_it_is
 from dit_jax.runtime.os_errors import explain_os_errors
 
@@ -26,293 +23,9 @@ _SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
 )
-
-
-class Family(NamedTuple):
-    """What a family does not share with the others.
-
-    Attributes:
-        title: its name in messages.
-        architecture: the class of transformers.
-        absent: what transformers takes for entries of config.json that are not there. What is not named here either
-            must be there.
-        read: (content of config.json with checked sizes, where it stands) -> its own fields of `DecoderConfig`. Raises
-            DitError for what is not computed exactly.
-        write: config -> its own entries of config.json.
-        flat: (content, where) -> content with the entries where the other families have theirs.
-    """
-
-    title: str
-    architecture: str
-    absent: dict[str, Any]
-    read: Callable[[dict[str, Any], str], dict[str, Any]]
-    write: Callable[[DecoderConfig], dict[str, Any]]
-    flat: Callable[[dict[str, Any], str], dict[str, Any]] = lambda raw, where: raw
-
-
-_QKV = ("q_proj", "k_proj", "v_proj")
-_WINDOW, _FULL = WINDOWED, "full_attention"
-
-
-def _check_activation(raw: dict[str, Any], where: str, key: str = "hidden_act") -> None:
-    wanted = "silu" if key == "hidden_act" else "gelu_pytorch_tanh"
-    if raw.get(key, wanted) != wanted:
-        raise DitError(f"{where}: {key} {raw[key]!r} is not supported, only {wanted!r}")
-
-
-def _read_windows(raw: dict[str, Any], types: Any, where: str) -> dict[str, Any]:
-    """The fields `sliding_window` and `layer_types`; all layers alike have no types."""
-    count = raw["num_hidden_layers"]
-    if (
-        not isinstance(types, list)
-        or [t for t in types if t not in (_WINDOW, _FULL)]
-        or len(types) != count
-    ):
-        raise DitError(
-            f"{where}: 'layer_types' must hold {_FULL!r} or {_WINDOW!r} for each of {count} layers, not {types!r}"
-        )
-    if _WINDOW not in types:
-        return {}
-    size = raw.get("sliding_window")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise DitError(f"{where}: 'sliding_window' must be a positive integer, not {size!r}")
-    return {"sliding_window": size, "layer_types": tuple(types) if _FULL in types else ()}
-
-
-def _layer_types(config: DecoderConfig) -> list[str]:
-    alike = _WINDOW if config.sliding_window else _FULL
-    return [*(config.layer_types or (alike,) * config.num_hidden_layers)]
-
-
-def _qwen_windows(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """Windows of Qwens: off unless `use_sliding_window`, then in the layers from `max_window_layers` on."""
-    types, count = raw.get("layer_types"), raw["num_hidden_layers"]
-    if not raw.get("use_sliding_window"):
-        if isinstance(types, list) and _WINDOW in types:
-            raise DitError(f"{where}: 'layer_types' has sliding windows without use_sliding_window")
-        return _read_windows(raw, types, where) if types else {}
-    if not types:
-        first = raw.get("max_window_layers")
-        if not isinstance(first, int) or first < 0:
-            raise DitError(
-                f"{where}: use_sliding_window=true needs 'sliding_window' and 'max_window_layers'"
-            )
-        types = [_FULL] * min(first, count) + [_WINDOW] * max(0, count - first)
-    return _read_windows(raw, types, where)
-
-
-def _write_qwen_windows(config: DecoderConfig) -> dict[str, Any]:
-    if not config.sliding_window:
-        return {"use_sliding_window": False}
-    return {
-        "use_sliding_window": True,
-        "sliding_window": config.sliding_window,
-        "layer_types": _layer_types(config),
-    }
-
-
-def _read_qwen3(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    if raw.get("attention_bias"):
-        raise DitError(f"{where}: attention_bias=true is not supported")
-    _check_activation(raw, where)
-    return _qwen_windows(raw, where)
-
-
-def _write_qwen3(config: DecoderConfig) -> dict[str, Any]:
-    return {
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        **_write_qwen_windows(config),
-    }
-
-
-def _read_qwen2(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    _check_activation(raw, where)
-    return {"qk_norm": False, "biases": _QKV, **_qwen_windows(raw, where)}
-
-
-def _write_qwen2(config: DecoderConfig) -> dict[str, Any]:
-    return {"attention_dropout": 0.0, "hidden_act": "silu", **_write_qwen_windows(config)}
-
-
-def _read_llama(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    _check_activation(raw, where)
-    # transformers makes its cache by them.
-    if raw.get("layer_types") not in (None, [], [_FULL] * raw["num_hidden_layers"]):
-        raise DitError(f"{where}: a Llama whose 'layer_types' has windows is not supported")
-    attention = (*_QKV, "o_proj") if raw.get("attention_bias") else ()
-    mlp = ("gate_proj", "up_proj", "down_proj") if raw.get("mlp_bias") else ()
-    return {"qk_norm": False, "biases": (*attention, *mlp)}
-
-
-def _write_llama(config: DecoderConfig) -> dict[str, Any]:
-    return {
-        "attention_bias": "o_proj" in config.biases,
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "mlp_bias": "up_proj" in config.biases,
-    }
-
-
-def _read_mistral(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    _check_activation(raw, where)
-    alike = _FULL if raw["sliding_window"] is None else _WINDOW
-    types = [alike] * raw["num_hidden_layers"]
-    if raw.get("layer_types") not in (None, [], types):
-        raise DitError(f"{where}: a Mistral whose 'layer_types' differ is not supported")
-    return {"qk_norm": False, **_read_windows(raw, types, where)}
-
-
-def _write_mistral(config: DecoderConfig) -> dict[str, Any]:
-    return {
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "sliding_window": config.sliding_window or None,
-    }
-
-
-def _flat_gemma3(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    """The text part of a multimodal config, and the two ropes where they stood before transformers 5."""
-    if raw["model_type"] == "gemma3":
-        text = raw.get("text_config")
-        if not isinstance(text, dict):
-            raise DitError(f"{where}: 'text_config' must be an object, not {text!r}")
-        raw = {
-            **{k: v for k, v in raw.items() if k not in ("text_config", "vision_config")},
-            **text,
-        }
-    ropes = raw.get("rope_parameters")
-    if ropes is None:
-        return raw
-    parts = [ropes.get(kind) or {} for kind in (_FULL, _WINDOW)] if isinstance(ropes, dict) else []
-    if not parts or not {*ropes} <= {_FULL, _WINDOW} or not all(isinstance(p, dict) for p in parts):
-        raise DitError(
-            f"{where}: 'rope_parameters' must have the entries {_FULL!r} and {_WINDOW!r}"
-        )
-    full, local = parts
-    return {**raw, "rope_parameters": full, "rope_local_parameters": local}
-
-
-def _read_gemma3(raw: dict[str, Any], where: str) -> dict[str, Any]:
-    _check_activation(raw, where, "hidden_activation")
-    types, every = raw.get("layer_types"), raw.get("sliding_window_pattern")
-    if not types and isinstance(every, int) and every > 0:
-        count = raw["num_hidden_layers"]
-        types = [_WINDOW if (i + 1) % every else _FULL for i in range(count)]
-    windows = _read_windows(raw, types, where)
-    local = {
-        "rope_theta": raw["rope_local_base_freq"],
-        "rope_parameters": raw.get("rope_local_parameters"),
-    }
-    theta, scaling = read_rope(local, f"{where}, sliding_attention")
-    if scaling:
-        raise DitError(f"{where}: rope scaling of layers with sliding windows is not supported")
-    scalar = raw.get("query_pre_attn_scalar")
-    if not isinstance(scalar, int | float) or not 0 < scalar < 1e9:
-        raise DitError(
-            f"{where}: 'query_pre_attn_scalar' must be a positive number, not {scalar!r}"
-        )
-    return {
-        **windows,
-        "rope_local_base_freq": theta if windows else 0.0,
-        "biases": (*_QKV, "o_proj") if raw.get("attention_bias") else (),
-        "sandwich_norm": True,
-        "unit_offset_norm": True,
-        "scale_embeddings": True,
-        "hidden_act": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": float(scalar),
-    }
-
-
-def _write_gemma3(config: DecoderConfig) -> dict[str, Any]:
-    theta = config.rope_local_base_freq or 1e4
-    scalar = config.query_pre_attn_scalar
-    return {
-        "attention_bias": bool(config.biases),
-        "attention_dropout": 0.0,
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "layer_types": _layer_types(config),
-        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
-        "rope_parameters": {
-            _FULL: _rope_parameters(config),
-            _WINDOW: {"rope_theta": theta, "rope_type": "default"},
-        },
-        "sliding_window": config.sliding_window or 4096,
-        "use_bidirectional_attention": False,
-    }
-
-
-_CONTEXT = "max_position_embeddings"
 _MUST_BE_OFF = (
     "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention", "per_layer_config",
 )  # fmt: skip
-_FROM_SIZES = {"head_dim": None, "num_key_value_heads": None}  # D / N, and N
-
-_GEMMA3 = Family(
-    "Gemma 3 (text)",
-    "Gemma3ForCausalLM",
-    {
-        "vocab_size": 262_208,
-        _CONTEXT: 131_072,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
-        "rope_local_base_freq": 1e4,
-        "rope_theta": 1e6,
-        "sliding_window": 4096,
-        "sliding_window_pattern": 6,
-        "tie_word_embeddings": True,
-    },
-    _read_gemma3,
-    _write_gemma3,
-    _flat_gemma3,
-)
-
-FAMILIES = {
-    "qwen3": Family(
-        "dense Qwen3",
-        "Qwen3ForCausalLM",
-        {"head_dim": 128, _CONTEXT: 32_768},
-        _read_qwen3,
-        _write_qwen3,
-    ),
-    "qwen2": Family(
-        "Qwen2 and Qwen2.5",
-        "Qwen2ForCausalLM",
-        {"head_dim": None, _CONTEXT: 32_768},
-        _read_qwen2,
-        _write_qwen2,
-    ),
-    "llama": Family(
-        "Llama 2 and 3 and SmolLM2",
-        "LlamaForCausalLM",
-        {**_FROM_SIZES, "rope_theta": 1e4, _CONTEXT: 2048},
-        _read_llama,
-        _write_llama,
-    ),
-    "mistral": Family(
-        "Mistral",
-        "MistralForCausalLM",
-        {
-            **_FROM_SIZES,
-            "num_key_value_heads": 8,
-            "rope_theta": 1e4,
-            "sliding_window": 4096,
-            _CONTEXT: 131_072,
-        },
-        _read_mistral,
-        _write_mistral,
-    ),
-    "gemma3_text": _GEMMA3,
-}
-_MULTIMODAL = {"gemma3": "gemma3_text"}  # read as its text part
 
 
 def read_config(folder: str | pathlib.Path) -> DecoderConfig:
@@ -320,7 +33,7 @@ def read_config(folder: str | pathlib.Path) -> DecoderConfig:
 
     Raises:
         DitError: the file is missing or not JSON, or it describes something that this program does not compute
-            exactly (another family, rope scaling, sliding windows, biases, quantised weights).
+            exactly, such as another family or quantised weights.
     """
     folder = pathlib.Path(folder)
     if folder.suffix.lower() == ".gguf":
@@ -353,8 +66,8 @@ def read_config(folder: str | pathlib.Path) -> DecoderConfig:
 def parse_config(raw: dict[str, Any], where: str) -> DecoderConfig:
     """The `DecoderConfig` of a `config.json`'s content. Raises DitError that names what is not supported."""
     kind = raw.get("model_type")
-    text_part = isinstance(kind, str) and kind in _MULTIMODAL
-    kind = _MULTIMODAL[str(kind)] if text_part else kind
+    text_part = isinstance(kind, str) and kind in MULTIMODAL
+    kind = MULTIMODAL[str(kind)] if text_part else kind
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     if family is None:
         known = ", ".join(f"{family.title} ({name!r})" for name, family in FAMILIES.items())
@@ -386,9 +99,7 @@ def parse_config(raw: dict[str, Any], where: str) -> DecoderConfig:
         value = raw.get(key)
         if value is None and key == "num_key_value_heads" and key in family.absent:
             value = raw.get("num_attention_heads")
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            raise DitError(f"{where}: {key!r} must be a positive integer, not {value!r}")
-        fields[key] = value
+        fields[key] = positive_integer(value, key, where)
     head_dim = raw["head_dim"] or fields["hidden_size"] // fields["num_attention_heads"]
     if fields["num_hidden_layers"] > MAX_LAYERS:
         raise DitError(f"{where}: more than {MAX_LAYERS} layers are not supported")
@@ -403,16 +114,14 @@ def parse_config(raw: dict[str, Any], where: str) -> DecoderConfig:
     eps = raw.get("rms_norm_eps", 1e-6)
     if not isinstance(eps, int | float) or not 0 < eps < 1:
         raise DitError(f"{where}: 'rms_norm_eps' must be a small positive number, not {eps!r}")
-    context = raw[_CONTEXT]
-    if not isinstance(context, int) or isinstance(context, bool) or not 0 < context < 2**31:
-        raise DitError(f"{where}: {_CONTEXT!r} must be a positive integer, not {context!r}")
+    context = positive_integer(raw[CONTEXT], CONTEXT, where)
     theta, scaling = read_rope(raw, where)
     common = {
         "head_dim": head_dim,
         "rms_norm_eps": float(eps),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        _CONTEXT: context,
+        CONTEXT: context,
         "tie_word_embeddings": tied,
     }
     return DecoderConfig(**{**fields, **common, "model_type": kind, "text_part": text_part})
@@ -427,14 +136,9 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
         **{name: getattr(config, name) for name in _SIZES},
         "head_dim": config.head_dim,
         "rms_norm_eps": config.rms_norm_eps,
-        **({_CONTEXT: config.max_position_embeddings} if config.max_position_embeddings else {}),
-        "rope_parameters": _rope_parameters(config),
+        **({CONTEXT: config.max_position_embeddings} if config.max_position_embeddings else {}),
+        "rope_parameters": write_rope(config),
         "tie_word_embeddings": config.tie_word_embeddings,
         **family.write(config),
         "dtype": config.dtype,
     }
-
-
-def _rope_parameters(config: DecoderConfig) -> dict[str, Any]:
-    default = {"rope_theta": config.rope_theta, "rope_type": "default"}
-    return {**default, **dict(config.rope_scaling)}

@@ -3,7 +3,7 @@
 from typing import Any
 
 from dit_jax.errors import DitError
-from dit_jax.models.decoder_config import Scaling
+from dit_jax.models.decoder_config import DecoderConfig, Scaling
 
 # The kinds of scaling that are computed, and the numbers of each; those of the second tuple may be absent.
 SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -57,6 +57,12 @@ def read_rope(raw: dict[str, Any], where: str) -> tuple[float, Scaling]:
         raise DitError(f"{where}: 'partial_rotary_factor' is not supported")
     kind = kinds[-1] if kinds else "default"
     return float(theta), _read_scaling(kind, float(theta), given, raw, where)
+
+
+def write_rope(config: DecoderConfig) -> dict[str, Any]:
+    """The object "rope_parameters" of a config.json, as transformers >= 5 writes it."""
+    default = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    return {**default, **dict(config.rope_scaling)}
 
 
 def _kind(source: dict[str, Any]) -> Any:
