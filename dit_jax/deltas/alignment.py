@@ -103,7 +103,7 @@ def align(
     undone: dict[str, int] = {"stream": int(_stream(params, base, config))}
     for name, undo in _IN_LAYERS.items():
         pairs = zip(layer_views(params, config), layer_views(base, config), strict=True)
-        undone[name] = sum(undo(mine, theirs, config) for mine, theirs in pairs)
+        undone[name] = sum(undo(mine, theirs) for mine, theirs in pairs)
     undone["norms"] += int(_final_norm(params, base, config))
     after = _logits(params, config, tokens)
     if not np.abs(after - before).max() <= _TOLERANCE * np.abs(before).max():
@@ -215,7 +215,7 @@ def _nonzero(scale: Array) -> Array:
 # ------------------------------------------------------------------ inside a layer
 
 
-def _norms(mine: Layer, own: Layer, config: DecoderConfig) -> bool:
+def _norms(mine: Layer, own: Layer) -> bool:
     """Scales of norms that were folded into the products after them."""
     found = False
     for norm, consumers in mine.consumers():
@@ -247,13 +247,10 @@ def _unfold(
     return _keep_if_nearer([scale, *kernels], [own, *theirs], changed)
 
 
-def _heads(mine: Layer, own: Layer, config: DecoderConfig) -> bool:
+def _heads(mine: Layer, own: Layer) -> bool:
     """The order of KV groups, and of the query heads in each."""
-    groups, per = (
-        config.num_key_value_heads,
-        config.num_attention_heads // config.num_key_value_heads,
-    )
-    like = _head_similarity(mine, own, config).reshape(groups, per, groups, per)
+    groups, per = own.groups, own.heads_per_group
+    like = _head_similarity(mine, own).reshape(groups, per, groups, per)
     best = np.zeros((groups, groups))
     inner = {}
     for a in range(groups):
@@ -268,12 +265,12 @@ def _heads(mine: Layer, own: Layer, config: DecoderConfig) -> bool:
     return True
 
 
-def _head_similarity(mine: Layer, own: Layer, config: DecoderConfig) -> Array:
+def _head_similarity(mine: Layer, own: Layer) -> Array:
     """Cosine [own heads, my heads] of each head's v o product, which no choice of axes between them changes."""
-    per = config.num_attention_heads // config.num_key_value_heads
 
     def parts(layer: Layer) -> tuple[Array, Array]:
-        v = np.repeat(layer.heads("v_proj").astype(np.float64), per, axis=1)  # [D, N, H]
+        v = layer.heads("v_proj").astype(np.float64)
+        v = np.repeat(v, layer.heads_per_group, axis=1)  # [D, N, H]
         return v.transpose(1, 0, 2), layer.output_heads().astype(np.float64)  # [N, D, H], [N, H, D]
 
     (v, o), (v2, o2) = parts(own), parts(mine)
@@ -287,11 +284,10 @@ def _head_similarity(mine: Layer, own: Layer, config: DecoderConfig) -> Array:
     return inner(v, o, v2, o2) / np.sqrt(np.maximum(norms, 1e-30))
 
 
-def _values(mine: Layer, own: Layer, config: DecoderConfig) -> bool:
+def _values(mine: Layer, own: Layer) -> bool:
     """An invertible matrix between v and o of each KV group."""
-    per = config.num_attention_heads // config.num_key_value_heads
-    found = False
-    for group in range(config.num_key_value_heads):
+    per, found = own.heads_per_group, False
+    for group in range(own.groups):
         v, v_own = (layer.with_bias("v_proj", group) for layer in (mine, own))  # [D (+ 1), H]
         heads = slice(group * per, (group + 1) * per)
         o, o_own = (layer.output_heads()[heads] for layer in (mine, own))  # [per, H, D]
@@ -319,21 +315,20 @@ def _between(v: Array, v_own: Array, o: Array, o_own: Array) -> Array:
     return back
 
 
-def _queries(mine: Layer, own: Layer, config: DecoderConfig) -> bool:
+def _queries(mine: Layer, own: Layer) -> bool:
     """What q and k can exchange: a factor for each rotary pair, with its angle where no norm stands between."""
-    if config.qk_norm:
+    if own.config.qk_norm:
         offset = mine.offset
-        (q, q_own), (k, k_own) = (
+        (q, q_own), (k, k_own) = (  # [2, H/2]
             (paired(mine.norms[n] + offset), paired(own.norms[n] + offset))
             for n in ("q_norm", "k_norm")
-        )  # [2, H/2]
+        )
         factor = _exchanged(q, q_own, k, k_own)
         scales = [mine.norms["q_norm"], mine.norms["k_norm"]]
         changed = [(q / factor).reshape(-1) - offset, (k * factor).reshape(-1) - offset]
         return _keep_if_nearer(scales, [own.norms["q_norm"], own.norms["k_norm"]], changed)
-    per = config.num_attention_heads // config.num_key_value_heads
-    found = False
-    for group in range(config.num_key_value_heads):
+    per, found = own.heads_per_group, False
+    for group in range(own.groups):
         heads = range(group * per, (group + 1) * per)
         q, q_own = (
             np.concatenate([complex_pairs(layer.with_bias("q_proj", head)) for head in heads])
@@ -355,9 +350,9 @@ def _queries(mine: Layer, own: Layer, config: DecoderConfig) -> bool:
     return found
 
 
-def _neurons(mine: Layer, own: Layer, config: DecoderConfig) -> bool:
+def _neurons(mine: Layer, own: Layer) -> bool:
     """The order of the MLP's neurons, and a factor between up and down of each."""
-    like = np.zeros((config.intermediate_size,) * 2, np.float32)
+    like = np.zeros((own.config.intermediate_size,) * 2, np.float32)
     for name in ("gate_proj", "up_proj", "down_proj"):
         ours, theirs = (_rows(layer.neurons(name)) for layer in (mine, own))
         cosine = theirs @ ours.T
@@ -396,7 +391,7 @@ def _rows(x: Array) -> Array:
 
 
 # In this order: what is matched later needs what is undone earlier.
-_IN_LAYERS: dict[str, Callable[[Layer, Layer, DecoderConfig], bool]] = {
+_IN_LAYERS: dict[str, Callable[[Layer, Layer], bool]] = {
     "norms": _norms,
     "heads": _heads,
     "values": _values,

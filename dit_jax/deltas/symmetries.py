@@ -42,6 +42,16 @@ class Layer:
     norms: dict[str, Array]
     offset: float
 
+    @property
+    def groups(self) -> int:
+        """How many heads of keys and values there are."""
+        return self.config.num_key_value_heads
+
+    @property
+    def heads_per_group(self) -> int:
+        """How many heads of queries share one of them."""
+        return self.config.num_attention_heads // self.groups
+
     def kernel(self, name: str) -> Array:
         """[in, out] of a projection."""
         return self.weights[_GROUP.get(name, "self_attn")][name]["kernel"]  # type: ignore[no-any-return]
@@ -184,18 +194,15 @@ def _neurons(layer: Layer, rng: np.random.Generator) -> None:
 
 
 def _heads(layer: Layer, rng: np.random.Generator) -> None:
-    count = layer.config.num_key_value_heads
-    per = layer.config.num_attention_heads // count
-    groups = rng.permutation(count)
+    per, groups = layer.heads_per_group, rng.permutation(layer.groups)
     layer.take_heads(
         groups, np.concatenate([group * per + rng.permutation(per) for group in groups])
     )
 
 
 def _values(layer: Layer, rng: np.random.Generator) -> None:
-    size, count = layer.config.head_dim, layer.config.num_key_value_heads
-    per = layer.config.num_attention_heads // count
-    for group in range(count):
+    size, per = layer.config.head_dim, layer.heads_per_group
+    for group in range(layer.groups):
         # Well conditioned: rounding to bfloat16 must not eat a finetune.
         left, right = (ortho_group.rvs(size, random_state=rng) for _ in range(2))
         matrix = left * np.exp(0.3 * rng.normal(size=size)) @ right
@@ -205,14 +212,13 @@ def _values(layer: Layer, rng: np.random.Generator) -> None:
 
 
 def _queries(layer: Layer, rng: np.random.Generator) -> None:
-    half, count = layer.config.head_dim // 2, layer.config.num_key_value_heads
-    per = layer.config.num_attention_heads // count
+    half, per = layer.config.head_dim // 2, layer.heads_per_group
     if layer.config.qk_norm:
         factor = np.tile(np.exp(0.3 * rng.normal(size=half)) * rng.choice([-1, 1], half), 2)
         for name, by in (("q_norm", factor), ("k_norm", 1 / factor)):
             layer.norms[name][...] = (layer.norms[name] + layer.offset) * by - layer.offset
         return
-    for group in range(count):
+    for group in range(layer.groups):
         factor = np.exp(0.3 * rng.normal(size=half) + 2j * np.pi * rng.random(half))
         for name, numbers, by in (
             ("q_proj", range(group * per, (group + 1) * per), factor),
