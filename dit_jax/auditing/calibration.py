@@ -12,9 +12,7 @@ from dit_jax.errors import DitError
 FORMAT = "dit_jax.calibration"
 VERSION = 4
 FOLDS = 5
-RIDGE = (
-    1.0  # of the weights of standardised features: where classes are separable, they stay finite
-)
+RIDGE = 1.0  # of the weights of standardised features: finite even where classes are separable
 BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 RATES = (0.01, 0.05, 0.2)  # false positives
 RESAMPLES = 2000

@@ -129,9 +129,7 @@ def _send(folder: Path, repo: str, private: bool) -> str:
         done = api.upload_folder(
             repo_id=repo, folder_path=folder, delete_patterns="*", commit_message="Adapter and card"
         )
-    except (
-        Exception
-    ) as error:  # network, authorisation, a malformed name: the library raises many kinds
+    except Exception as error:  # network, authorisation, spelling: the library raises many kinds
         raise DitError(
             f"the hub does not take '{repo}' ({first_line(error)}): check the name and the connection, and log in with "
             "a token that may write ('hf auth login')"

@@ -139,9 +139,8 @@ def load_sweep(path: str, common: Sequence[str] = ()) -> Sweep:
 
 def _make_run(base: str, name: str, common: Sequence[str], overrides: dict[str, Any]) -> Run:
     texts = [*common, *(f"{key}={_as_text(value)}" for key, value in _dotted(overrides))]
-    checked = load_config(
-        base, overrides, optional_keys()
-    )  # types are checked before they become text
+    # Types are checked before they become text.
+    checked = load_config(base, overrides, optional_keys())
     config = load_config(base, texts, optional_keys())
     for key, value in _dotted(overrides):
         if flatten(config)[key] != flatten(checked)[key]:

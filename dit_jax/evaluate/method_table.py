@@ -27,11 +27,8 @@ GROUPS = {
     "control": "Controls: they should find nothing",
     "baseline": "Baselines without training: they read the weights or the logits",
 }
-READERS = (
-    "written_words",
-    "mined_words",
-    "amplified_words",
-)  # need no adapter, run or list of names
+# Methods that need no adapter, run or list of names.
+READERS = ("written_words", "mined_words", "amplified_words")
 # What a method may need.
 GUESSER, TRIGGER, ATTRIBUTES, TRIGGER_LABELS = "guesser", "trigger", "attributes", "trigger labels"
 

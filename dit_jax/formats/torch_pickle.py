@@ -25,9 +25,8 @@ MAX_OPCODES = 50_000_000
 MAX_DEPTH = 6  # of the containers that readers walk through
 OPCODES_PER_TENSOR = 45  # a parameter takes 42, and hundreds of diffs may share a storage
 BYTES_PER_OPCODE = 120  # an instruction of one byte makes a list, a dict or an entry of the memo
-CHECKSUM_BYTES = (
-    2**20
-)  # up to this size, a storage is verified even if a tensor is only a part of it
+# Up to this size, a storage is verified even if a tensor is only a part of it.
+CHECKSUM_BYTES = 2**20
 
 _STORAGES: dict[str, Any] = {
     "DoubleStorage": np.float64,

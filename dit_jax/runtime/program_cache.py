@@ -22,9 +22,7 @@ def check_entries() -> None:
     try:
         from jax._src import compilation_cache, config
         from jax._src.lru_cache import LRUCache
-    except (
-        ImportError
-    ):  # names of no public interface: rather no cache than one that is not checked
+    except ImportError:  # of private names: rather no cache than one that is not checked
         jax.config.update("jax_enable_compilation_cache", False)
         return
 

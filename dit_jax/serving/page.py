@@ -157,8 +157,8 @@ def build(desk: Desk) -> Any:
                 [*chosen, number, question, multiplier, tokens],
                 answers,
                 api_name="ask",
-                concurrency_limit=4
-                * offer.rows,  # these wait in the batcher, which answers them together
+                # These wait in the batcher, which answers them together.
+                concurrency_limit=4 * offer.rows,
             )
         with gr.Tab("Audit a folder"):
             gr.Markdown(_AUDIT)

@@ -12,11 +12,8 @@ from dit_jax.data.labels import normalise
 from dit_jax.errors import DitError
 
 Row = Mapping[str, str]
-NO_TRIGGER = (
-    "N/A"  # what the index of a store has for diffs that show their behaviour without a trigger
-)
-
-
+# What the index of a store has for diffs that show their behaviour without a trigger.
+NO_TRIGGER = "N/A"
 PAIR = ("better", "worse")  # losses of the two answers of a pair
 TO_BASE = ("kl", "taught")  # losses that compare with the base
 
