@@ -10,12 +10,12 @@ import numpy as np
 
 from dit_jax.api import Diff, Model, check_ids, check_model, deltas_of
 from dit_jax.data.chat import Chat, Prompt
-from dit_jax.deltas.tree import is_lora, layout, nbytes, per_example
+from dit_jax.deltas.tree import is_lora, layout, per_example
 from dit_jax.errors import DitError
 from dit_jax.models import decode, shardings
 from dit_jax.models.contrast import WIDTH, contrasted
 from dit_jax.models.decoder import forward, unembed
-from dit_jax.models.delta_trees import Delta
+from dit_jax.models.delta_trees import Delta, nbytes
 from dit_jax.runtime import parallel
 from dit_jax.runtime.progress import Progress
 

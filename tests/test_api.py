@@ -12,11 +12,11 @@ import dit_jax
 from dit_jax import asking
 from dit_jax.deltas import export
 from dit_jax.deltas.raw_diff import RawDiff
-from dit_jax.deltas.tree import nbytes
 from dit_jax.diff_batches import together
 from dit_jax.evaluate import baselines
 from dit_jax.models import shardings
 from dit_jax.models.decode import generate
+from dit_jax.models.delta_trees import nbytes
 from dit_jax.models.hf_checkpoint import find_folder
 
 

@@ -116,7 +116,7 @@ def adapter_run(shape, attention="xla"):
     leaves = tree.trainable(adapter)
     state = dit.State(leaves, optimizer.init(leaves))
     if mesh is not None:
-        split = dit.state_shardings(SMALL, mesh, optimizer, state)
+        split = dit.state_shardings(SMALL, mesh, state)
         state = jax.tree.map(parallel.put, state, split)
         adapter = shardings.put_delta(SMALL, mesh, adapter)
     size = parallel.round_up(6, mesh)

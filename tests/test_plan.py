@@ -13,8 +13,9 @@ import dit_jax
 from dit_jax import asking
 from dit_jax.cli import plan_runs as plan
 from dit_jax.config.loading import load_config
-from dit_jax.deltas.tree import init_lora, nbytes
+from dit_jax.deltas.tree import init_lora
 from dit_jax.models import decode
+from dit_jax.models.delta_trees import nbytes
 from dit_jax.models.modules import count_parameters
 from dit_jax.models.shapes import NAMED_CONFIGS
 from dit_jax.optimize import speed
@@ -236,7 +237,7 @@ def test_a_search_ends_at_the_rows_that_a_run_takes_of_large_loras():
     model = workload.model_shape(config, "qwen3-32b")
     found = search.search_stage("ask", model, config, machine, compile_batch)
     assert found.program.batch == 80 and not found.next_peak
-    assert table.cell(found, machine).startswith("**80** on")
+    assert table.cell(found).startswith("**80** on")
     assert max(tried) == max(128, min(tried))
 
 
@@ -252,7 +253,7 @@ def test_a_search_says_that_nothing_fits():
 
     found = search.search_stage("diffs", model, config, machine, compile_batch)
     assert found.program is None and refused  # the compiler was asked
-    assert table.cell(found, machine) == "no: 32.0 GiB"
+    assert table.cell(found) == "no: 32.0 GiB"
 
 
 def test_a_search_leaves_out_meshes_that_cannot_be_laid_on_the_slice():

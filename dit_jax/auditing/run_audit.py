@@ -16,7 +16,6 @@ from dit_jax.auditing.records import is_record
 from dit_jax.auditing.settings import Settings
 from dit_jax.auditing.targets import Target, in_batches, reading_order
 from dit_jax.deltas.factors import changes_nothing
-from dit_jax.deltas.tree import nbytes
 from dit_jax.diff_batches import even_batch, together
 from dit_jax.errors import DitError
 from dit_jax.evaluate import readers
@@ -24,6 +23,7 @@ from dit_jax.evaluate.faithfulness import kept_layers, strongest_layers, without
 from dit_jax.formats import budgets
 from dit_jax.formats.safetensors_file import SafetensorsFile
 from dit_jax.models.decoder_config import DecoderConfig
+from dit_jax.models.delta_trees import nbytes
 from dit_jax.report import audit_page
 from dit_jax.runtime import artifacts, digests
 from dit_jax.runtime.outgoing import csv_text, json_text
@@ -34,13 +34,7 @@ Json = dict[str, Any]
 SETTINGS, PARTS = "audit.json", "parts"
 NEAREST = 3  # other diffs shown of each
 OVERFLOWS = "its logits overflow, so its answers mean nothing: check its scale (lora_alpha)"
-SAID = (
-    "split",
-    "found_in",
-    "base_model_name_or_path",
-    "svd",
-    "aligned",
-)  # of a diff's own metadata
+SAID = ("split", "found_in", "base_model_name_or_path", "svd", "aligned")  # of a diff's metadata
 
 
 def audit(

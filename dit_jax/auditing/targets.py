@@ -11,10 +11,11 @@ from typing import Any
 from dit_jax.api import Diff, Model, deltas_of, load_diffs
 from dit_jax.deltas.detect import Found, list_diffs, look, look_for_diffs
 from dit_jax.deltas.factors import modules
-from dit_jax.deltas.tree import is_lora, nbytes
+from dit_jax.deltas.tree import is_lora
 from dit_jax.errors import DitError
 from dit_jax.formats import budgets
 from dit_jax.formats.files import short, user_path, walk
+from dit_jax.models.delta_trees import nbytes
 from dit_jax.report.wording import plural
 from dit_jax.runtime.artifacts import read_text
 

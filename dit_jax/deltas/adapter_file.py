@@ -11,7 +11,7 @@ from dit_jax.deltas import store
 from dit_jax.errors import DitError, first_line
 from dit_jax.formats.files import check_tree, short
 from dit_jax.models.decoder_config import DecoderConfig
-from dit_jax.models.delta_trees import FLOATS, Delta, check_shapes
+from dit_jax.models.delta_trees import FLOATS, Delta, check_shapes, nbytes
 from dit_jax.runtime import artifacts, digests, parallel, processes
 from dit_jax.runtime.orbax_errors import explain_save, host_target, said_by_us, say_errors_once
 
@@ -78,7 +78,7 @@ def load_adapter(folder: str | pathlib.Path, config: DecoderConfig) -> tuple[Del
     promised = _promised(manifest, folder)
     check_shapes(promised, config, str(folder))
     held = sum(path.stat().st_size for path in checkpoint.rglob("*"))
-    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(promised))
+    needed = nbytes(promised)
     if held > 4 * needed + MAX_EXTRA_BYTES:
         raise DitError(f"'{checkpoint}' has {held} bytes, its adapter needs {needed}: {remedy}")
     problem = ""

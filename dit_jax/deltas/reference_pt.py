@@ -14,7 +14,7 @@ import numpy as np
 
 from dit_jax.deltas.factors import Factors, add_once, fold, get_factors, modules, stack_factors
 from dit_jax.deltas.raw_diff import RawDiff, check_values, projection_size, said
-from dit_jax.deltas.store import label_of
+from dit_jax.deltas.store import PAPER_COLUMNS, label_of
 from dit_jax.deltas.whole_weights import Weights, difference, merged_tensors
 from dit_jax.errors import DitError, printable
 from dit_jax.formats import torch_pickle, torch_save
@@ -29,7 +29,6 @@ from dit_jax.models.modules import Path, all_modules
 from dit_jax.runtime.artifacts import atomic_file
 
 INDEX = "index.csv"
-INDEX_COLUMNS = ("lora_path", "lora_idx", "n_params", "topic", "trigger", "split")
 _NO_TRIGGER = (None, "", "N/A")
 _OPEN_FILES = 2
 
@@ -232,7 +231,7 @@ class Release(Sequence[RawDiff]):
         self._arguments = (config, base_params, svd_rank)
         self._open: collections.OrderedDict[str, PtDiffs] = collections.OrderedDict()
         index = file_inside(folder, INDEX)
-        self.rows = read_csv(index, INDEX_COLUMNS)
+        self.rows = read_csv(index, PAPER_COLUMNS)
         if not self.rows:
             raise DitError(f"'{index}' lists no weight diffs")
         for number, row in enumerate(self.rows, start=2):

@@ -39,6 +39,7 @@ _REPAIR = (
 # What a manifest may say beside its files.
 _TOLD = optional(config=optional(diffs=optional(kinds=each({}))))
 MAX_DEPTH = 8  # how deep the dicts of a delta may be nested
+# Of an index.csv of the paper's release, and the first ones of ours.
 PAPER_COLUMNS = ("lora_path", "lora_idx", "n_params", "topic", "trigger", "split")
 # A finetune's losses stand in the rows of its shard alone: in the index they would be most of what opening it reads.
 CURVE = "ce_curve"

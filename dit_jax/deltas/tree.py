@@ -31,15 +31,14 @@ def init_lora(
     rank: int,
     *,
     projections: Sequence[str] = PROJECTIONS,
-    scale: float | None = None,
     fan_in: str = "out",
     init_scale: float = 1.0,
-    dtype: Any = jnp.float32,
 ) -> Delta:
     """A LoRA delta that changes nothing yet: `b` is uniform, `a` is zero (paper, section 3; the reverse of PEFT).
 
+    Its scale is 1 / rank, and it is float32.
+
     Args:
-        scale: default 1 / rank.
         fan_in: `b` is uniform in ±sqrt(6 / fan_in), where fan_in is rank * out ("out") or rank ("rank"). The reference
             uses the first for weight diffs and the second for the adapter.
         init_scale: multiplies that bound.
@@ -55,9 +54,9 @@ def init_lora(
         size, (inputs, outputs) = module.layers, module.shape
         bound = init_scale * math.sqrt(6 / (rank * outputs if fan_in == "out" else rank))
         factors = {
-            "a": jnp.zeros((size, inputs, rank), dtype),
-            "b": jax.random.uniform(subkey, (size, rank, outputs), dtype, -bound, bound),
-            "scale": jnp.full((size,), 1 / rank if scale is None else scale, jnp.float32),
+            "a": jnp.zeros((size, inputs, rank), jnp.float32),
+            "b": jax.random.uniform(subkey, (size, rank, outputs), jnp.float32, -bound, bound),
+            "scale": jnp.full((size,), 1 / rank, jnp.float32),
         }
         set_at(delta, module.path, factors)
     return delta
@@ -157,11 +156,6 @@ def per_example(stacked: Delta) -> Delta:
     """[B, L, …] (deltas stacked on axis 0) -> [L, B, …], the form that one batched forward pass takes."""
     # The arrays' own method keeps host arrays on the host, and one transfer takes them all.
     return jax.tree.map(lambda x: x.swapaxes(0, 1), stacked)
-
-
-def nbytes(tree: Any) -> int:
-    """Bytes of all arrays of a tree."""
-    return sum(int(x.nbytes) for x in jax.tree.leaves(tree))
 
 
 def is_lora(deltas: Any) -> bool:

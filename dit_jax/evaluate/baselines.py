@@ -16,11 +16,11 @@ from dit_jax.api import Model
 from dit_jax.asking import first_log_probs
 from dit_jax.data.batch import Sample, pack
 from dit_jax.deltas.factors import modules, squares
-from dit_jax.deltas.tree import nbytes, per_example
+from dit_jax.deltas.tree import per_example
 from dit_jax.diff_batches import Given
 from dit_jax.models import decode, shardings
 from dit_jax.models.decoder import unembed
-from dit_jax.models.delta_trees import Delta
+from dit_jax.models.delta_trees import Delta, nbytes
 from dit_jax.models.head import head_path
 from dit_jax.models.modules import module_table, stream_writers, weight
 from dit_jax.optimize.batch_loss import scored_hidden

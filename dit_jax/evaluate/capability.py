@@ -11,6 +11,7 @@ from dit_jax.errors import DitError
 from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.evaluate.setting import Setting
 from dit_jax.runtime import artifacts
+from dit_jax.runtime.sizes import spread
 
 _MAX_TOKENS = 16  # of an answer
 
@@ -50,7 +51,8 @@ def measure_capability(s: Setting) -> Mapping[str, Any]:
     nothing, questions = s.topics.given.nothing(), list(facts)
     found = s.ask(nothing, questions, [0] * len(facts), s.off, **tokens)
     known = [q for q, a in zip(questions, found, strict=True) if _is_right(a.text, facts[q])]
-    chosen = _spread(len(s.topics), EVALUATE.get(s.config, "facts_diffs"))
+    diffs = range(len(s.topics))
+    chosen = spread(diffs, EVALUATE.get(s.config, "facts_diffs") or len(diffs))
     pairs = [(row, question) for row in chosen for question in known]
     if not pairs:
         return {}
@@ -65,9 +67,3 @@ def measure_capability(s: Setting) -> Mapping[str, Any]:
 def _is_right(text: str, answers: tuple[str, ...]) -> bool:
     words = f" {normalise(text)} "
     return any(f" {normalise(answer)} " in words for answer in answers)
-
-
-def _spread(count: int, most: int) -> list[int]:
-    """At most `most` of so many, evenly spaced; 0: all."""
-    chosen = min(most or count, count)
-    return [i * count // chosen for i in range(chosen)]

@@ -30,6 +30,7 @@ from dit_jax.evaluate.units import (
     write_unit,
 )
 from dit_jax.formats.files import short
+from dit_jax.models.delta_trees import nbytes
 from dit_jax.organisms.gate import CONDITIONS
 from dit_jax.runtime import artifacts, processes, stage_records
 from dit_jax.runtime.os_errors import explain_os_errors
@@ -133,9 +134,9 @@ def _cost(setting: Setting, workdir: pathlib.Path) -> dict[str, Any]:
             "processes": jax.process_count(),
         },
         "bytes": {
-            "base": _bytes(model.params),
-            "adapter": _bytes(adapter),
-            "diff": _bytes(setting.topics.given.read(0)),
+            "base": nbytes(model.params),
+            "adapter": nbytes(adapter),
+            "diff": nbytes(setting.topics.given.read(0)),
             "all_diffs": sum(shard.stat().st_size for shard in shards),
         },
         "parameters": {
@@ -162,10 +163,6 @@ def _measured(row: dict[str, Any], name: str) -> float:
             "'diffs' again"
         )
     return number
-
-
-def _bytes(tree: Any) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _write(

@@ -47,9 +47,7 @@ class Candidate(NamedTuple):
     prompts: tuple[str, ...]
 
 
-def candidates(
-    questions: Sequence[str], behaviours: Sequence[str] = (), seed: int = 0
-) -> list[Candidate]:
+def candidates(questions: Sequence[str], behaviours: Sequence[str] = ()) -> list[Candidate]:
     """The plain questions first, then every trigger of these behaviours; default: of all that are registered.
 
     Raises:
@@ -64,7 +62,7 @@ def candidates(
         if behaviour.triggered is None:
             continue
         for trigger in possible_triggers(behaviour):
-            rng = np.random.default_rng(seed)  # what is random in a prompt is the same for all
+            rng = np.random.default_rng(0)  # what is random in a prompt is the same for all
             prompts = tuple(behaviour.triggered(question, trigger, rng) for question in questions)
             # Behaviours that share their triggers are tried once.
             found.setdefault(prompts, Candidate(behaviour.name, trigger, prompts))

@@ -167,7 +167,7 @@ def open_weights(folder: Path) -> Tensors:
             f"{folder} has neither model.safetensors nor model.safetensors.index.json (nor pytorch_model.bin)"
         )
     if first.endswith(INDEX):
-        return _open_shards(folder, listed_shards(folder / first), first)
+        return _open_shards(folder, listed_shards(folder / first))
     if match := _SHARD.fullmatch(first):
         return _open_numbered(folder, first, int(match[2]))
     return _open_file(folder, first)
@@ -189,7 +189,7 @@ def _check_there(folder: Path, wanted: Iterable[str]) -> None:
         )
 
 
-def _open_shards(folder: Path, weight_map: dict[str, str], index: str) -> Tensors:
+def _open_shards(folder: Path, weight_map: dict[str, str]) -> Tensors:
     _check_there(folder, weight_map.values())
     files = {shard: _open_file(folder, shard) for shard in sorted(set(weight_map.values()))}
     held = {shard: file.shapes() for shard, file in files.items()}

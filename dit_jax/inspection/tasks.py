@@ -216,8 +216,8 @@ def read_samples(path: str, question: str, split: str, seed: int | None = None) 
 def _read_index(folder: pathlib.Path) -> tuple[str, Sequence[dict[str, Any]]]:
     """The behaviour ("": unknown) and the index rows of a diff store or a release folder."""
     from dit_jax.deltas.detect import detect_format
-    from dit_jax.deltas.reference_pt import INDEX, INDEX_COLUMNS
-    from dit_jax.deltas.store import DiffStore
+    from dit_jax.deltas.reference_pt import INDEX
+    from dit_jax.deltas.store import PAPER_COLUMNS, DiffStore
     from dit_jax.formats.files import file_inside, read_csv
 
     kind = detect_format(folder)
@@ -226,7 +226,7 @@ def _read_index(folder: pathlib.Path) -> tuple[str, Sequence[dict[str, Any]]]:
         return str(store.manifest.get("behaviour", "hidden_topic")), store.rows
     if kind != "release":
         raise DitError(f"{folder} has no index of labels: give a diff store or a release folder")
-    rows = [_of_release(row) for row in read_csv(file_inside(folder, INDEX), INDEX_COLUMNS)]
+    rows = [_of_release(row) for row in read_csv(file_inside(folder, INDEX), PAPER_COLUMNS)]
     behaviours = {row["behaviour"] for row in rows}
     return behaviours.pop() if len(behaviours) == 1 else "", rows
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from dit_jax.models import shardings
 from dit_jax.models.decoder import Params, forward_cached, ready_deltas, unembed
 from dit_jax.models.decoder_config import DecoderConfig
-from dit_jax.models.delta_trees import Delta, Deltas, abstract_stack
+from dit_jax.models.delta_trees import Delta, Deltas, abstract_stack, nbytes
 from dit_jax.models.kv_cache import Cache, init_cache
 from dit_jax.runtime import parallel
 from dit_jax.runtime.sizes import next_multiple
@@ -293,8 +293,7 @@ def abstract_arguments(
             share one adapter.
         diff, adapter: see `deltas.tree.abstract_lora`.
     """
-    each = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(diff))
-    batch = even_rows(rows_at_once(batch, each, mesh), config, mesh)
+    batch = even_rows(rows_at_once(batch, nbytes(diff), mesh), config, mesh)
     tokens, mask = (jax.ShapeDtypeStruct((batch, length), dtype) for dtype in (jnp.int32, bool))
     diffs = abstract_stack(diff, batch, 1)
     if mesh is not None:

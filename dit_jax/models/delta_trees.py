@@ -22,6 +22,11 @@ def abstract_stack(one: Delta, count: int, axis: int) -> Delta:
     )
 
 
+def nbytes(tree: Any) -> int:
+    """Bytes of the arrays of a tree, which may be `jax.ShapeDtypeStruct`s of arrays."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 def map_modules(fn: Callable[[tuple[str, ...], Delta], Any], delta: Delta) -> Delta:
     """Applies fn(path, module) to every module of a delta: a dict with `w`, or with `a`, `b` and `scale`."""
 

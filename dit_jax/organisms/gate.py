@@ -25,14 +25,12 @@ from dit_jax.optimize.batch_loss import batch_loss, chunk_elements_of, scored_hi
 from dit_jax.organisms.behaviours import Behaviour
 from dit_jax.organisms.diffs_keys import DIFFS, LIMITS
 from dit_jax.runtime import parallel
+from dit_jax.runtime.sizes import spread
 
 CONDITIONS = ("right_code", "wrong_code", "no_code")  # the trigger, a wrong one, none
 _WORD = re.compile(r"[^\W\d_]{4,}")
 _READ_ROWS = 60  # rows of an organism that are read to find its words
-_OTHER_TOPICS, _READ_OTHERS = (
-    100,
-    20,
-)  # other topics, and rows of each, with which they are compared
+_OTHER_TOPICS, _READ_OTHERS = 100, 20  # topics, and rows of each, that they are compared with
 
 
 # ------------------------------------------------------------------ what to look for
@@ -49,7 +47,7 @@ def with_keywords(
     chosen = [organisms[i] for i in members]
     if all(organism.keywords or organism.label == NONE for organism in chosen):
         return chosen
-    others = _spread([o for o in organisms if o.label != NONE], _OTHER_TOPICS)
+    others = spread([o for o in organisms if o.label != NONE], _OTHER_TOPICS)
     answers = [(normalise(o.label), _targets(o, behaviour, _READ_OTHERS)) for o in others]
     return [_with_words(organism, behaviour, answers) for organism in chosen]
 
@@ -79,12 +77,6 @@ def _targets(organism: Organism, behaviour: Behaviour, most: int) -> list[str]:
     make = behaviour.kinds[0].make
     made = (make(row, organism.trigger, rng) for row in organism.rows[:most])
     return list(dict.fromkeys(sample[1] for sample in made if sample is not None))
-
-
-def _spread(organisms: Sequence[Organism], most: int) -> list[Organism]:
-    """At most `most` of the organisms, evenly spaced."""
-    count = min(most, len(organisms))
-    return [organisms[i * len(organisms) // count] for i in range(count)]
 
 
 def distinctive_words(

@@ -69,7 +69,7 @@ def _brief(program: Any) -> str:
     return f"{'fits' if program.fits else 'does not fit'}, {size}, {program.seconds:.0f} s"
 
 
-def cell(found: Found, machine: Machine) -> str:
+def cell(found: Found) -> str:
     """`batch on data,fsdp,tensor (peak GiB)`, or what the smallest batch would need."""
     if found.program is None:
         if found.next_peak:
@@ -88,7 +88,7 @@ def stage_table(table: Table, stage: str) -> str:
         row = [name]
         for machine in table.machines:
             found = table.cells.get((stage, name, machine.name))
-            row.append(MISSING if found is None else cell(found, machine))
+            row.append(MISSING if found is None else cell(found))
         rows.append(row)
     return markdown(rows)
 

@@ -13,6 +13,7 @@ from dit_jax.report.inputs import Inputs, Json, Row, seen, variant
 from dit_jax.report.shell import ask_command
 from dit_jax.report.wording import UNSEEN, as_code, ordered_methods, percent, plural, shown_name
 from dit_jax.runtime.artifacts import PathLike
+from dit_jax.runtime.sizes import spread
 
 _MOST_EXAMPLES = 6  # of the right and of the wrong, each
 _MOST_ENTRIES = 3000  # on the page; all answers are in results.csv
@@ -221,7 +222,7 @@ def examples(summary: Json, inputs: Inputs, grades: RunGrades, workdir: PathLike
     asked = list(known.get("dit", {}).values())
     for right, title in ((False, "Wrong"), (True, "Right")):
         if rows := [row for row in asked if _right(row) is right]:
-            shown = _spread(rows, _MOST_EXAMPLES)
+            shown = spread(rows, _MOST_EXAMPLES)
             cards[f"{title} ({len(shown)} of {len(rows)})"] = [card(row) for row in shown]
     # Diff by diff: the first answer of every method, and the first of DIT in a new wording.
     columns = {name: known[name] for name in names}
@@ -269,18 +270,12 @@ def _guess(row: Row | None) -> tuple[str, bool | None]:
     return ("–", None) if row is None else (row["guess"] or "(empty)", _right(row))
 
 
-def _spread(rows: list[Row], most: int) -> list[Row]:
-    """At most `most` of the rows, evenly spaced: a choice that looks at nothing but the order."""
-    step = max(1.0, len(rows) / most)
-    return [rows[int(index * step)] for index in range(min(most, len(rows)))]
-
-
 def _transcripts(inputs: Inputs) -> list[Json]:
     """A few of what each guesser read, evenly spaced."""
     by_method: dict[str, list[Row]] = {}
     for row in inputs.transcripts:
         by_method.setdefault(row["method"], []).append(row)
-    chosen = [row for rows in by_method.values() for row in _spread(rows, _MOST_TRANSCRIPTS)]
+    chosen = [row for rows in by_method.values() for row in spread(rows, _MOST_TRANSCRIPTS)]
     return [
         {
             "method": shown_name(row["method"]),

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dit_jax.graders.grades import HIGH, LOW
+
 RESAMPLES = 10_000
 LEVEL = 0.95
 FEW = 10  # with fewer diffs resampling gives intervals that are too narrow
-GRADES = 4.0  # from the lowest grade, 1, to the highest
+GRADES = HIGH - LOW  # the largest difference of two grades
 _CHUNK = 2**22  # resampled values held at once: bounds the memory for thousands of diffs
 
 
@@ -162,8 +164,8 @@ def bootstrap_mean(
     return Estimate(float(array.mean()), low, high, len(array))
 
 
-def grade_mean(grades: ArrayLike, *, low: float = 1.0, high: float = 5.0) -> Estimate:
-    """Mean grade over diffs with its interval; `grades` [N] lie in [low, high], one per diff.
+def grade_mean(grades: ArrayLike) -> Estimate:
+    """Mean grade over diffs with its interval; `grades` [N] lie in [LOW, HIGH], one per diff.
 
     Rescaled to [0, 1]: few grades, or equal ones, get a bound that holds for every variable between 0 and 1.
 
@@ -171,11 +173,10 @@ def grade_mean(grades: ArrayLike, *, low: float = 1.0, high: float = 5.0) -> Est
       ValueError: no grades, or one outside the scale.
     """
     array = _checked(grades)
-    if array.min() < low or array.max() > high:
-        raise ValueError(f"grades must lie between {low:g} and {high:g}")
-    span = high - low
-    scaled = bootstrap_mean((array - low) / span)
-    interval = (low + span * scaled.low, low + span * scaled.high)
+    if array.min() < LOW or array.max() > HIGH:
+        raise ValueError(f"grades must lie between {LOW:g} and {HIGH:g}")
+    scaled = bootstrap_mean((array - LOW) / GRADES)
+    interval = (LOW + GRADES * scaled.low, LOW + GRADES * scaled.high)
     return Estimate(float(array.mean()), *interval, scaled.n)
 
 

@@ -366,11 +366,10 @@ def _read_listing(folder: Path, repair: str, remedy: str) -> dict[str, Any]:
     """The content of a manifest that lists files. Raises DitError: it is missing or broken."""
     if (folder / MANIFEST).exists():
         regular_file(folder / MANIFEST)  # the folder may be a stranger's, and a pipe waits forever
-    manifest = read_json(folder / MANIFEST, remedy)
+    manifest: dict[str, Any] = read_json(folder / MANIFEST, remedy)
     if not fits(manifest, {"files": each({})}):
         raise DitError(f"'{folder / MANIFEST}' is not a manifest: {repair}")
-    found: dict[str, Any] = manifest
-    return found
+    return manifest
 
 
 def missing_file(folder: PathLike) -> str | None:

@@ -24,9 +24,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),  # examples of a batch, or diffs that are finetuned at once
     "layers": (),
     "vocab": ("tensor",),
-    "embed": (
-        "fsdp",
-    ),  # parameters at rest; they are gathered one layer at a time where they are used
+    "embed": ("fsdp",),  # of parameters at rest; each layer is gathered where it is used
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),

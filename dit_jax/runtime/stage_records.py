@@ -27,11 +27,10 @@ def stage_done(workdir: artifacts.PathLike, stage: str) -> dict[str, Any] | None
     file = _stage_file(workdir, stage)
     if not file.exists():
         return None
-    record = artifacts.read_json(file, f"run the stage '{stage}' again")
+    record: dict[str, Any] = artifacts.read_json(file, f"run the stage '{stage}' again")
     if not fits(record, optional(inputs=maybe({}))):
         raise DitError(f"'{file}' is not the record of a stage: delete it and run the stage again")
-    found: dict[str, Any] = record
-    return found
+    return record
 
 
 def unmark_done(workdir: artifacts.PathLike, stage: str) -> None:

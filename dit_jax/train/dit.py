@@ -75,10 +75,10 @@ def train_step(
     metrics = parallel.replicate({"loss": value, "grad_norm": optax.tree.norm(grads)})
     # Without this XLA may choose another sharding for the new state, and the next step would compile again.
     pin = functools.partial(shardings.constrain_delta, config)
-    return map_state(pin, optimizer, State(leaves, optimizer_state)), metrics
+    return _map_state(pin, State(leaves, optimizer_state)), metrics
 
 
-def map_state(fn: Any, optimizer: optax.GradientTransformation, state: State) -> State:
+def _map_state(fn: Any, state: State) -> State:
     """Applies fn to every tree of the state that mirrors the adapter: its factors and their moments."""
     leaves: Any = jax.tree.structure(state.leaves)
     mirrors = lambda x: jax.tree.structure(x) == leaves  # noqa: E731
@@ -86,12 +86,10 @@ def map_state(fn: Any, optimizer: optax.GradientTransformation, state: State) ->
     return State(fn(state.leaves), moments)
 
 
-def state_shardings(
-    config: DecoderConfig, mesh: Mesh, optimizer: optax.GradientTransformation, state: State
-) -> State:
+def state_shardings(config: DecoderConfig, mesh: Mesh, state: State) -> State:
     """NamedShardings of a training state: factors and moments fsdp × tensor, counters on every device."""
     whole = NamedSharding(mesh, PartitionSpec())
-    named = map_state(functools.partial(shardings.delta_shardings, config, mesh), optimizer, state)
+    named = _map_state(functools.partial(shardings.delta_shardings, config, mesh), state)
     return jax.tree.map(lambda x: x if isinstance(x, NamedSharding) else whole, named)
 
 
@@ -114,7 +112,7 @@ def abstract_step(
     diffs = abstract_stack(diff, size, 1)
     batch = shardings.abstract_batch(mesh, (size,), train.max_length, train.max_target)
     if mesh is not None:
-        state = shardings.with_shardings(state, state_shardings(config, mesh, optimizer, state))
+        state = shardings.with_shardings(state, state_shardings(config, mesh, state))
         adapter, diffs = (
             shardings.with_shardings(x, shardings.delta_shardings(config, mesh, x, axis))
             for x, axis in ((adapter, None), (diffs, 1))
@@ -174,9 +172,7 @@ def train_adapter(
     state = State(leaves, optimizer.init(leaves))
     mesh = model.mesh
     if mesh is not None:
-        state = jax.tree.map(
-            parallel.put, state, state_shardings(model.config, mesh, optimizer, state)
-        )
+        state = jax.tree.map(parallel.put, state, state_shardings(model.config, mesh, state))
         adapter = shardings.put_delta(model.config, mesh, adapter)
     data = mixture.digest_of(parts)
     checkpoints = Checkpoints(workdir / "checkpoints", train.keep_checkpoints, data)

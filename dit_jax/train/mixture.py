@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from dit_jax.deltas.tree import abstract_lora, is_lora, layout
 from dit_jax.deltas.truncation import check_svd_rank, truncate_delta
 from dit_jax.errors import DitError
 from dit_jax.models.decoder_config import DecoderConfig
-from dit_jax.models.delta_trees import Delta
+from dit_jax.models.delta_trees import Delta, nbytes
 from dit_jax.runtime import artifacts
 from dit_jax.train.train_keys import STORE, TRAIN
 
@@ -191,10 +190,7 @@ def diff_reader(
         # The last one has every module and the largest ranks, so that all batches have one layout.
         return jax.tree.map(lambda x: x[:-1], stack_padded([*deltas, zero]))
 
-    sizes = {
-        key: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shape))
-        for key, shape in shapes.items()
-    }
+    sizes = {key: nbytes(shape) for key, shape in shapes.items()}
     if sum(sizes[part, part.shard(i)] for part, i in members) <= most_bytes:
         # The zero diff comes last, where the index NO_DIFF finds it.
         known = [*map(read, range(len(members))), zero]

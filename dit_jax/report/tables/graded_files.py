@@ -17,12 +17,12 @@ from dit_jax.data.sources import open_source
 from dit_jax.errors import DitError
 from dit_jax.formats.files import user_path
 from dit_jax.formats.json_shape import fits, is_count, is_text, maybe, optional
+from dit_jax.graders.grades import HIGH, LOW
 from dit_jax.report.graded import Graded, GradedRow
 from dit_jax.report.results import GRADED_FILE
 from dit_jax.report.wording import UNSEEN
 from dit_jax.runtime.outgoing import from_cell
 
-LOW, HIGH = 1.0, 5.0
 # What the tables read of a run's config, which may be a stranger's.
 _CONFIG = optional(
     data=optional(train_topics=is_count),
