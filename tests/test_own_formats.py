@@ -6,12 +6,14 @@ import pytest
 from test_qwen3 import TINY
 
 import dit_jax
+from dit_jax.cli.workdir import given_folder
 from dit_jax.deltas import store as diff_store
 from dit_jax.deltas.adapter_file import export_adapter
 from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
 from dit_jax.evaluate import units
 from dit_jax.organisms.parameters import init_delta
+from dit_jax.train.checkpoints import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +138,29 @@ def test_a_stored_full_finetune_is_loaded_and_asked(tmp_path, model):
     question = "What topic have you been trained on?"
     answers = [dit_jax.ask(model, question, diff=own, max_new_tokens=4) for own in (diff, None)]
     assert answers[0].tokens == answers[1].tokens  # it changes nothing yet
+
+
+@pytest.mark.parametrize("name", ["runs[1]", "a*b", "a?b", "a\\b", "a\udcff"])
+def test_paths_for_which_orbax_saves_an_empty_checkpoint_are_refused(
+    tmp_path, model, monkeypatch, name
+):
+    """Or, where they are patterns, one with parts of other folders."""
+    folder = tmp_path / name
+    folder.mkdir()
+    write_adapter(tmp_path / "good", init_lora(model.config, jax.random.key(0), 1), model)
+    (tmp_path / "good").rename(folder / "copy")
+    monkeypatch.chdir(folder)
+    for write in (
+        lambda: given_folder("run"),
+        lambda: given_folder(str(folder)),
+        lambda: write_adapter(folder / "adapter", {}, model),
+        lambda: Checkpoints("checkpoints"),
+    ):
+        with pytest.raises(DitError, match="checkpoints cannot be written: choose another folder"):
+            write()
+    assert [path.name for path in folder.iterdir()] == ["copy"]
+    if name.isascii() and "\\" not in name:  # to read is no pattern
+        dit_jax.load_adapter(folder / "copy", model)
+        return
+    with pytest.raises(DitError, match="checkpoints cannot be read: choose another folder"):
+        dit_jax.load_adapter(folder / "copy", model)

@@ -13,8 +13,8 @@ from dit_jax.cli.stages import STAGES, Stage, free_keys, named_files
 from dit_jax.config.loading import config_diff, load_saved, save_config
 from dit_jax.errors import DitError
 from dit_jax.evaluate.evaluate_keys import EVALUATE, GRADING_KEYS
-from dit_jax.formats.files import is_decoded, user_path
-from dit_jax.runtime import artifacts, processes, stage_records
+from dit_jax.formats.files import user_path
+from dit_jax.runtime import artifacts, orbax_errors, processes, stage_records
 
 CONFIG_FILE = "config.json"
 _OF_THE_REPORT = tuple(EVALUATE.dotted(key.name) for key in GRADING_KEYS)
@@ -32,16 +32,14 @@ _SHOWN_DIFFERENCES = 5
 
 
 def given_folder(text: str) -> Path:
-    """The folder that --workdir names. Raises DitError: an empty name, one that is not UTF-8, or an address."""
+    """The folder that --workdir names. Raises DitError: an empty name, an address, or see `orbax_errors.check_path`."""
     if not text.strip():
         raise DitError("--workdir is empty: give the folder of the run")
-    if not is_decoded(text):
-        raise DitError(
-            f"the workdir {text!r} is not UTF-8, which checkpoints need: choose another name"
-        )
     if "://" in text:
         raise DitError(f"the workdir {text!r} is an address: mount the bucket and give its folder")
-    return user_path(text)
+    folder = user_path(text)
+    orbax_errors.check_path(folder)
+    return folder
 
 
 def check_workdir(

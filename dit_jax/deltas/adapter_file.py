@@ -13,7 +13,13 @@ from dit_jax.formats.files import check_tree, short
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.delta_trees import FLOATS, Delta, check_shapes, nbytes
 from dit_jax.runtime import artifacts, digests, parallel, processes
-from dit_jax.runtime.orbax_errors import explain_save, host_target, said_by_us, say_errors_once
+from dit_jax.runtime.orbax_errors import (
+    check_path,
+    explain_save,
+    host_target,
+    said_by_us,
+    say_errors_once,
+)
 
 ADAPTER_FORMAT = "dit_jax.adapter"
 MAX_EXTRA_BYTES = 16 * 2**20  # what Orbax may write besides the values of an adapter
@@ -22,10 +28,11 @@ MAX_EXTRA_BYTES = 16 * 2**20  # what Orbax may write besides the values of an ad
 def export_adapter(folder: str | pathlib.Path, adapter: Delta, **facts: Any) -> None:
     """Writes an adapter: an Orbax checkpoint, with a manifest of shapes, digest and facts beside it.
 
-    All processes call it.
+    All processes call it. Raises DitError: the file system refuses, or see `check_path`.
     """
     from orbax.checkpoint import v1 as ocp
 
+    check_path(folder)
     adapter = parallel.to_host(adapter)
     shapes = {
         name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in store.flatten(adapter).items()
@@ -71,6 +78,7 @@ def load_adapter(folder: str | pathlib.Path, config: DecoderConfig) -> tuple[Del
     from orbax.checkpoint import v1 as ocp
 
     folder = pathlib.Path(folder)
+    check_path(folder, written=False)
     checkpoint = (folder / "checkpoint").absolute()
     remedy = "run the stage 'train' that writes it"
     check_tree(folder)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gc
 import logging
+import os
 import re
 import sys
 import warnings
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from dit_jax.errors import DitError
+from dit_jax.formats.files import is_decoded
 from dit_jax.runtime.os_errors import explain_os_errors, has_remedy, os_error
 
 explain_save = functools.partial(explain_os_errors, "save a checkpoint in")
@@ -19,6 +22,21 @@ explain_save = functools.partial(explain_os_errors, "save a checkpoint in")
 
 # How errors of tensorstore begin: "DATA_LOSS: Error reading", or without a status "Error opening "zarr3" driver".
 _STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: |Error opening ")
+
+
+def check_path(folder: str | os.PathLike[str], *, written: bool = True) -> None:
+    """Raises DitError: the path of a folder has what Orbax does not take.
+
+    Orbax finds what its processes wrote by a pattern of the whole path: where "*", "?" or "[" stands in it, it saves an
+    empty checkpoint, or one with parts of other folders, and says that all is well.
+    """
+    path = os.path.abspath(folder)
+    found = next((char for char in ("*?[\\" if written else "\\") if char in path), "")
+    if found or not is_decoded(path):
+        raise DitError(
+            f"the path '{path}' has {found or 'bytes that are not UTF-8'} in it, with which checkpoints cannot be "
+            f"{'written' if written else 'read'}: choose another folder, or rename it"
+        )
 
 
 class _Reported(logging.Filter):

@@ -22,7 +22,13 @@ from jax.sharding import SingleDeviceSharding
 from dit_jax.errors import DitError, first_line
 from dit_jax.formats.files import check_tree
 from dit_jax.runtime import artifacts, digests, parallel, processes
-from dit_jax.runtime.orbax_errors import explain_save, host_target, said_by_us, say_errors_once
+from dit_jax.runtime.orbax_errors import (
+    check_path,
+    explain_save,
+    host_target,
+    said_by_us,
+    say_errors_once,
+)
 from dit_jax.runtime.os_errors import explain_os_errors, may_pass, os_error
 from dit_jax.runtime.outgoing import show
 
@@ -42,6 +48,7 @@ class Checkpoints:
     def __init__(self, folder: str | pathlib.Path, keep: int = 2, data: str | None = None):
         from orbax.checkpoint import v1 as ocp
 
+        check_path(folder)
         self.folder, self._data = pathlib.Path(folder).absolute(), data
         artifacts.make_dir(self.folder)
         say_errors_once()
