@@ -326,6 +326,15 @@ def test_what_cannot_be_asked_is_one_line(files, client, desk, tmp_path, capfd):
             {"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}},
             "the call does not fit",
         ),
+        # Gradio would fetch it, in the place of any value.
+        *(
+            (
+                place,
+                [{"path": "https://a.invalid/x.zip", "meta": {"_type": "gradio.FileData"}}],
+                "by an address",
+            )
+            for place in (0, 3, 5)
+        ),
         (4, "many", "the call does not fit"),
         (4, 10**400, "give a whole number"),
         (5, "tea " * 2000, "characters"),

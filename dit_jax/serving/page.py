@@ -47,9 +47,12 @@ def build(desk: Desk) -> Any:
     class Page(gr.Blocks):  # type: ignore[name-defined]
         """What Gradio cannot make of a call is one line, too: values of other types, files that were not uploaded."""
 
-        async def preprocess_data(self, *args: Any, **options: Any) -> Any:
+        async def preprocess_data(
+            self, block_fn: Any, inputs: Any, *args: Any, **options: Any
+        ) -> Any:
             try:
-                return await super().preprocess_data(*args, **options)
+                _check_no_address(inputs)
+                return await super().preprocess_data(block_fn, inputs, *args, **options)
             except Exception as error:
                 said = getattr(error, "message", None) or str(error)
                 raise refused(DitError(f"the call does not fit: {said}")) from None
@@ -179,6 +182,16 @@ def build(desk: Desk) -> Any:
                 show_progress_on=result,
             )
     return page
+
+
+def _check_no_address(value: Any) -> None:
+    """Raises DitError: a file is named by an address, from which Gradio would fetch whatever is there, of any size."""
+    if isinstance(value, dict):
+        if "://" in str(value.get("path")):
+            raise DitError("a file is named by an address: upload it")
+        value = list(value.values())
+    for one in value if isinstance(value, list) else ():
+        _check_no_address(one)
 
 
 def in_address(host: str) -> str:
