@@ -25,7 +25,7 @@ from dit_jax.deltas.raw_diff import RawDiff
 from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
 from dit_jax.evaluate.readers import READERS
-from dit_jax.formats import budgets
+from dit_jax.formats import budgets, hub
 from dit_jax.models.delta_trees import map_modules
 from dit_jax.runtime.parts import write_part
 
@@ -381,6 +381,7 @@ def test_what_the_files_of_an_adapter_say_is_not_believed(model, tmp_path, said,
         (["nowhere[a]", "one.pt"], [], "does not exist"),
         (["store[" + "9" * 4500 + "]"], [], "write [3], "),
         (["store"], ["--split", "tset"], "is in the split 'tset'"),
+        (["store"], ["--split", ""], "must be some text, not ''"),
         (["one.pt"], ["--fail-on", "hidden>0.9"], "needs a calibration"),
         (["one.pt"], ["--fail-on", "secret>0.9"], "must be like 'hidden>0.9'"),
         (["one.pt"], ["--contrast", "0.1", "--samples", "3"], "leave out --samples"),
@@ -415,6 +416,40 @@ def test_ranges_splits_and_lists_of_files(model, zoo, tmp_path):
     (tmp_path / "list.txt").write_text(f"{tmp_path}/list.txt\n")
     with pytest.raises(dit_jax.DitError, match="names another list"):
         names(tmp_path / "list.txt")
+
+
+def test_a_diff_is_named_once_however_it_is_spelled(model, zoo, tmp_path):
+    """Twice in a calibration, it would count twice; and no diff hides another of its name."""
+    (tmp_path / "link").symlink_to(zoo / "store")
+    spelled = [str(zoo / "store"), f"{zoo}/./store/[0:16]", f"{tmp_path}/link"]
+    assert len(targets.list_targets(spelled, model)) == 16
+    (tmp_path / "link").unlink()
+    shutil.copytree(zoo / "store", tmp_path / "store")
+    shutil.copytree(zoo / "peft" / "rank1_00", tmp_path / "store[1]")
+    with pytest.raises(DitError, match=r"two diffs are called .*store\[1\]"):
+        targets.list_targets([str(tmp_path)], model)
+
+
+def test_an_audit_sees_that_files_beside_a_named_one_or_a_hub_id_have_changed(
+    model, zoo, tmp_path, monkeypatch
+):
+    """A scale stands in another file than the weights; a hub id has other files tomorrow."""
+
+    def key(given):
+        (target,) = targets.list_targets([str(given)], model)
+        return target.key
+
+    folder = shutil.copytree(zoo / "peft" / "rank1_00", tmp_path / "a")
+    before = key(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 99}))
+    assert key(folder / "adapter_model.safetensors") != before
+    keys = []
+    for revision in ("one", "two"):
+        snapshot = shutil.copytree(folder, tmp_path / revision)
+        monkeypatch.setattr(hub, "_fetch", lambda *_, snapshot=snapshot: snapshot)
+        keys.append(key("me/mine"))
+    assert keys[0] != keys[1]
 
 
 def test_loras_of_any_ranks_and_modules_share_a_batch(model):

@@ -28,7 +28,7 @@ class Target:
     """One weight diff that a user named: `read` gives it, or `problem` says in a line why nothing can.
 
     name: the path, with the number of the diff where the path holds several; number: that number; place: in the order
-    in which reading all diffs of the path costs least.
+    in which reading all diffs of the path costs least; files: the folder or file that is read (a hub id's snapshot).
     """
 
     name: str
@@ -37,11 +37,12 @@ class Target:
     read: Callable[[], Diff] | None = None
     problem: str = ""
     place: int = 0
+    files: str = ""
 
     @functools.cached_property
     def key(self) -> str:
         """Identifies the diff and the state in which its files were first seen, by their sizes and times."""
-        path, facts = user_path(self.path), [self.name, self.problem]
+        path, facts = user_path(self.files or self.path), [self.name, self.problem]
         try:
             for file in sorted(walk(path)) if path.is_dir() else [path]:
                 if file.is_file():
@@ -60,7 +61,7 @@ def list_targets(
     looked: Mapping[str, Found] | None = None,
     **how: Any,
 ) -> list[Target]:
-    """The diffs of all that a command line names, in its order, each once.
+    """The diffs of all that a command line names, in its order, each once, however its path is spelled.
 
     Args:
         given: paths of diffs in any format (`load_diffs`), each also as PATH[3], PATH[256:352] or PATH[0,5,-1]; folders
@@ -71,13 +72,21 @@ def list_targets(
         **how: `svd_rank` and `align` of `load_diffs`.
 
     Raises:
-        DitError: a range is malformed or holds no diff, there is no diff `index`, or nothing is left. What cannot be
-            read is a target with its problem.
+        DitError: a range is malformed or holds no diff, there is no diff `index`, two diffs have one name, or nothing
+            is left. What cannot be read is a target with its problem.
     """
-    found: dict[str, Target] = {}
+    found: dict[tuple[str, int], Target] = {}
+    names: dict[str, Target] = {}
     for text in given:
         for target in _of(text, model, split, index, looked or {}, how):
-            found.setdefault(target.name, target)
+            place = os.path.realpath(target.files) if target.files else target.path
+            if found.setdefault((place, target.number), target) is not target:
+                continue
+            if names.setdefault(target.name, target) is not target:  # number 1 of "a", and "a[1]"
+                raise DitError(
+                    f"two diffs are called {short(target.name)}, one of {short(target.path)} and one of "
+                    f"{short(names[target.name].path)}: rename one"
+                )
     if not found:
         if split is None:
             raise DitError(f"{', '.join(given)} lists no diff: write one path a line")
@@ -152,7 +161,8 @@ def _of(
         return
     for one, part in _parts(path) if picked is None and index is None else [(path, path)]:
         try:
-            diffs = load_diffs(looked.get(path, part) if part == path else part, model, **how)
+            seen = look(looked.get(path, part) if part == path else part)
+            diffs = load_diffs(seen, model, **how)
         except DitError as problem:
             yield Target(one, one, problem=str(problem))
             continue
@@ -166,7 +176,7 @@ def _of(
             if split is None or diffs.splits[i] in (None, split):
                 name = one if len(diffs) == 1 else f"{one}[{i}]"
                 read = functools.partial(diffs.__getitem__, i)
-                yield Target(name, one, i, read, place=places[i])
+                yield Target(name, one, i, read, place=places[i], files=str(seen.path))
 
 
 def _numbers(picked: str, size: int, text: str) -> list[int]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dit_jax.cli import flags as given
-from dit_jax.errors import DitError, Parser
+from dit_jax.errors import DitError, Parser, printable
 from dit_jax.report.wording import plural
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
@@ -50,7 +50,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("diffs", nargs="+", metavar="DIFF", type=given.TEXT, help="see above")
     given.add_model_flags(parser)
     add("--out", required=True, type=given.FILE, help="folder of the audit; made when it is not there")
-    add("--split", help="of stores and releases take only this split, such as test")
+    add("--split", type=given.TEXT, help="of stores and releases take only this split, such as test")
     add("--jobs", metavar="I/N", type=_job, default="",
         help="be job I of N (from 0), which share --out: the last to end writes the page")
     add("--fail-on", metavar="CONDITION", type=_condition,
@@ -150,7 +150,10 @@ def run(flags: argparse.Namespace) -> int:
     if failing:
         name, sign, limit = condition
         more = f" and {len(failing) - 5} more" if len(failing) > 5 else ""
-        show(f"--fail-on {name}{sign}{limit:g}: {', '.join(failing[:5])}{more}", error=True)
+        shown = printable(
+            ", ".join(failing[:5])
+        )  # names of a stranger's folders may hold line breaks
+        show(f"--fail-on {name}{sign}{limit:g}: {shown}{more}", error=True)
     if all("error" in row for row in rows):
         raise DitError(f"no diff could be read. {rows[0]['error']}")
     return EXIT_FOUND if failing else 0
