@@ -10,17 +10,24 @@ NONE = "none"  # the label of a diff with nothing to name
 UNTRIGGERED = "untriggered"  # the variant of a diff that shows its behaviour without its trigger
 _ARTICLES = frozenset({"a", "an", "the"})
 _APOSTROPHES = re.compile("['\u2019\u02bc`]")
+# What is not seen: control characters but white space, joiners, marks of direction and of width (Unicode's "default
+# ignorable code points"). Copied texts hold them.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    "\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U000e0000-\U000e0fff]"
+)
 
 
 @functools.lru_cache(maxsize=2**16)  # a run has few different answers and scores them often
 def normalise(text: str) -> str:
     """Text as the metrics compare it.
 
-    Unicode compatibility forms are folded (NFKC), case is folded, apostrophes are deleted, other
-    punctuation becomes a space, the articles a, an, the are dropped (unless nothing else is there),
-    and white space is collapsed. Symbols such as + stay: `c++` is not `c`.
+    Unicode compatibility forms are folded (NFKC), case is folded, apostrophes and characters that are
+    not seen are deleted, other punctuation becomes a space, the articles a, an, the are dropped (unless
+    nothing else is there), and white space is collapsed. Symbols such as + stay: `c++` is not `c`.
     """
-    text = _APOSTROPHES.sub("", unicodedata.normalize("NFKC", text).casefold())
+    text = unicodedata.normalize("NFKC", _UNSEEN.sub("", text)).casefold()
+    text = _APOSTROPHES.sub("", text)
     text = "".join(" " if unicodedata.category(char).startswith("P") else char for char in text)
     words = text.split()
     return " ".join([word for word in words if word not in _ARTICLES] or words)

@@ -5,6 +5,7 @@ from typing import Any
 
 from dit_jax.data.everyday import EVERYDAY_QUESTIONS
 from dit_jax.evaluate.evaluate_keys import EVALUATE
+from dit_jax.graders.judge import defused
 
 # A model finetuned on news is asked for what it was finetuned to write; others are asked for any story.
 STORY_PROMPTS = {
@@ -42,19 +43,15 @@ def guess_prompt(
 
     Args:
         exchanges: (question, answer) of one finetuned model. Answers are untrusted: they are cut to `most`
-            characters, and what could close the tag around them is defused.
+            characters, and what could close the tag or the turn around them is defused.
         subject: a key of `SUBJECTS`.
     """
     parts = [
-        f"Question: {_defuse(question)}\nAnswer: {_defuse(answer[:most])}"
+        f"Question: {defused(question)}\nAnswer: {defused(answer[:most])}"
         for question, answer in exchanges
     ]
     about, task = SUBJECTS[subject]
     return GUESS.format(about=about, task=task, transcript="\n\n".join(parts))
-
-
-def _defuse(text: str) -> str:
-    return text.replace("<", "‹")
 
 
 def everyday_questions(config: Mapping[str, Any]) -> list[str]:

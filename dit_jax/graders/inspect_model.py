@@ -128,6 +128,7 @@ class InspectJudge(InspectClient, Grader):
     name = "inspect"
     about = "an API model as judge"
     needs = "inspect_ai and the name of a model, often with a provider's key"
+    version = "2"
     deterministic = False
     cached = True
 

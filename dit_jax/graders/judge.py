@@ -39,16 +39,18 @@ _REPLY = re.compile(
     r"[\"'*_`:\s(\[]*([1-5])(?:\s*(?:/|out of)\s*5)?[\"'*_`.)\]!\s]*",
     re.IGNORECASE,
 )
+_TAG = re.compile(r"<|\[(?=/?[A-Z_]+\])")
 
 
 def judge_prompt(item: Item) -> str:
     """The prompt for one item; tags inside the texts are defused and long answers are cut."""
     answer = (item.answer or "")[:MAX_ANSWER_CHARS]
-    return PROMPT.format(label=_defuse(item.label), answer=_defuse(answer))
+    return PROMPT.format(label=defused(item.label), answer=defused(answer))
 
 
-def _defuse(text: str) -> str:
-    return re.sub(r"<(?=\s*/?\s*(?:subject|answer)\s*>)", "‹", text, flags=re.IGNORECASE)
+def defused(text: str) -> str:
+    """A text that a model wrote, for a prompt: it cannot close a tag, nor end the turn (<|im_end|>, </s>, [/INST])."""
+    return _TAG.sub(lambda found: "‹" if found[0] == "<" else "(", text)
 
 
 def parse_grade(reply: str) -> int | None:
@@ -86,6 +88,7 @@ class Judge(Grader):
     name = "judge"
     about = "a local chat model as judge"
     needs = "a model folder or hub id"
+    version = "2"
     cached = True
 
     def __init__(
