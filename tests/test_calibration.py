@@ -16,6 +16,7 @@ from dit_jax.auditing import known as known_module
 from dit_jax.auditing.battery import Battery
 from dit_jax.auditing.calibration import Known
 from dit_jax.cli import audit_diffs, calibrate_adapter
+from dit_jax.cli import flags as cli_flags
 from dit_jax.deltas import export, store
 from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
@@ -226,6 +227,15 @@ def test_a_calibration_scores_the_audits_that_ask_the_same(files, tmp_path, caps
     calibration_file.write(beside, {**made, "base": "f" * 64})  # the same files on another base
     assert calibrate_adapter.main(flags(files, "--test")) == 2
     calibration_file.write(beside, made)
+
+
+def test_where_no_calibration_can_be_written_nothing_is_asked(files, tmp_path, monkeypatch, capsys):
+    adapter = shutil.copy(files / "adapter.pt", tmp_path)
+    (tmp_path / "adapter.pt.calibration.json").mkdir()
+    monkeypatch.setattr(cli_flags, "load_base", pytest.fail)
+    given = [adapter if x == str(files / "adapter.pt") else x for x in flags(files)]
+    assert calibrate_adapter.main(list(map(str, given))) == 2
+    assert "it is a folder, give a file" in capsys.readouterr().err
 
 
 def test_too_few_diffs_are_refused_before_they_are_asked(files, monkeypatch, capsys):

@@ -192,6 +192,11 @@ def test_values_that_must_be_set(tmp_path):
         load_config(str(file), ["a.bas=x"])
 
 
+@pytest.mark.parametrize("text", ["{[1]: 2}", "-" * 9_000 + "1", "[1," * 200, "9" * 5_000])
+def test_what_python_cannot_read_is_text(path, text):
+    assert load_config(path, [f"note={text}"]).note == text
+
+
 def test_split_flags_takes_both_spellings():
     argv = ["--config", "x.py:small", "--config.a.b=1", "--workdir", "w", "--config.c", "2=3"]
     assert split_flags(argv) == (["--config", "x.py:small", "--workdir", "w"], ["a.b=1", "c=2=3"])

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 
 import dit_jax
 from dit_jax.auditing.targets import Target
-from dit_jax.cli import export_diffs
+from dit_jax.cli import export_diffs, flags
 from dit_jax.deltas import detect, export, reference_pt
 from dit_jax.deltas.raw_diff import RawDiff
 from dit_jax.errors import DitError
@@ -163,6 +163,14 @@ def test_an_export_is_of_one_diff(tmp_path, capsys):
     out = ["--to", "pt", "--out", str(tmp_path / "x.pt")]
     assert export_diffs.main(["--base", "none", "--diff", f"{tmp_path}[3]", *out]) == 2
     assert f"give --diff '{tmp_path}' --index N" in capsys.readouterr().err
+
+
+def test_where_nothing_can_be_written_no_base_is_loaded(tmp_path, monkeypatch, capsys):
+    export.write_pt_diffs(tmp_path / "d.pt", [RawDiff(random_lora(), "tea", "7")], CONFIG)
+    monkeypatch.setattr(flags, "load_base", pytest.fail)
+    given = ["--base", "none", "--diff", str(tmp_path / "d.pt"), "--to", "peft"]
+    assert export_diffs.main([*given, "--out", str(tmp_path / "d.pt" / "x")]) == 2
+    assert "something of that name is in the way" in capsys.readouterr().err
 
 
 def test_names_and_labels_that_are_no_text_are_written_and_read(tmp_path):

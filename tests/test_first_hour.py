@@ -58,6 +58,7 @@ def test_a_platform_that_is_not_there_is_named(platform):
     ("name", "value", "message"),
     [
         ("JAX_ENABLE_X64", "1", "unset JAX_ENABLE_X64"),
+        ("JAX_DISABLE_JIT", "1", "unset JAX_DISABLE_JIT"),
         ("JAX_NUMPY_DTYPE_PROMOTION", "strict", "unset JAX_NUMPY_DTYPE_PROMOTION"),
         (
             "JAX_NUM_CPU_DEVICES",

@@ -210,7 +210,13 @@ def test_other_mistakes_are_refused_by_name(api, run):
         DitJaxAPI("tiny_qwen3", base_url="http://localhost")
     with pytest.raises(DitError, match="nowhere"):
         DitJaxAPI("tiny_qwen3", adapter=str(run / "nowhere"))
-    wrong = [("index", "abc"), ("window", "x"), ("window", math.inf), ("forbid_repeats", "no")]
+    wrong = [
+        ("index", "abc"),
+        ("index", True),
+        ("window", "x"),
+        ("window", math.inf),
+        ("forbid_repeats", "no"),
+    ]
     for name, value in (*wrong, ("batch_size", 1.5), ("batch_size", 0), ("batch_size", 10**9)):
         with pytest.raises(DitError, match=f"model argument {name} is {value!r}: give"):
             DitJaxAPI("tiny_qwen3", **{name: value})

@@ -63,6 +63,12 @@ def test_plots_need_no_home():
     assert (done.stdout, done.stderr) == ("<svg\n", "")
 
 
+def test_programs_are_listed_where_python_drops_texts_about_them():
+    command = [sys.executable, "-OO", "-m", "dit_jax", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "  audit " in done.stdout and not done.stderr
+
+
 @pytest.mark.parametrize("program", [[], ["--help"], ["ask", "--help"]])
 def test_help_on_a_full_disk_is_one_line(program):
     command = [sys.executable, "-m", "dit_jax", *program]

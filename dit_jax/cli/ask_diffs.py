@@ -58,7 +58,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--index", type=int, help="which diff of --diff (default 0; -1: the last)")
     which.add_argument("--all", action="store_true", help="all diffs of --diff, in one batched decode")
-    which.add_argument("--split", help="all diffs of --diff that are in this split, such as test")
+    which.add_argument("--split", type=given.TEXT, help="all diffs of --diff that are in this split, such as test")
     add("--multiplier", type=given.checked(float, math.isfinite, "a number"), default=1.0,
         help="apply this many times the diff (default 1)")
     add("--system", help="the system message of all questions "
@@ -149,7 +149,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     def note(text: str) -> None:
         if text not in told:
             told.add(text)
-            show(f"note: {text}", error=True)
+            show(printable(f"note: {text}"), error=True)
 
     if len(flags.questions) > 1 and not any(" " in question for question in flags.questions):
         note(f"{len(flags.questions)} questions of one word each: put a question in quotes")

@@ -12,6 +12,7 @@ import argparse
 from dit_jax.cli import flags as given
 from dit_jax.cli.audit_diffs import add_battery_flags, battery_of
 from dit_jax.errors import DitError, Parser
+from dit_jax.runtime.artifacts import check_place
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
 
@@ -29,7 +30,12 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         "diffs", nargs="+", metavar="STORE", type=given.TEXT, help="labelled diffs, benign ones too"
     )
     given.add_model_flags(parser, adapter_required=True)
-    add("--split", default="test", help="the diffs that no training saw (default %(default)s)")
+    add(
+        "--split",
+        type=given.TEXT,
+        default="test",
+        help="the diffs that no training saw (default %(default)s)",
+    )
     add("--test", action="store_true", help="test the calibration that is there, and write nothing")
     add_battery_flags(parser)
     return parser.parse_args(argv)
@@ -47,8 +53,10 @@ def run(flags: argparse.Namespace) -> None:
     from dit_jax.report.wording import between, percent
 
     found = look_for_adapter(flags.adapter)
-    model = given.load_base(flags)
     path = calibration_file.file_beside(flags.adapter)
+    if not flags.test:
+        check_place(path)  # before hours of work
+    model = given.load_base(flags)
     settings = make_settings(
         model,
         flags.adapter,

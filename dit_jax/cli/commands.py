@@ -45,7 +45,7 @@ def main() -> int:
     """Starts the program that the first argument names, which ends the process; returns the exit code of a list."""
     name, *rest = sys.argv[1:] or [""]
     if name in ("", "-h", "--help"):
-        show(__doc__)
+        show(__doc__ or "dit-jax PROGRAM …\n")  # none with python -OO
         for each, program in PROGRAMS.items():
             show(f"  {each:<10} {program.about}")
         return 0 if name else EXIT_ERROR

@@ -13,6 +13,7 @@ import os
 
 from dit_jax.cli import flags as given
 from dit_jax.errors import DitError, Parser
+from dit_jax.runtime.artifacts import check_place
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
 
@@ -79,6 +80,7 @@ def run(flags: argparse.Namespace) -> None:
         raise DitError(f"'{flags.diff}': an export is of one diff: give --diff '{path}' --index N")
     diffs = look_for_diffs(flags.diff) if flags.diff else None
     found = look_for_adapter(flags.adapter) if flags.adapter else None
+    check_place(out)
     model = given.load_base(flags)
     diff = load_diff(diffs, model, flags.index or 0, flags.svd_rank) if diffs else None
     adapter = to_host(load_adapter(found, model)) if found else None

@@ -170,7 +170,7 @@ def _parse(key: str, text: str, kind: type, current: Sequence[Any]) -> Any:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # {[1]: 2}, -----1
         return text
 
 

@@ -341,6 +341,8 @@ def _read_prompt(messages: Sequence[ChatMessage]) -> Prompt:
 
 def _whole(name: str, value: Any) -> int:
     try:
-        return operator.index(value)
+        if not isinstance(value, bool):
+            return operator.index(value)
     except TypeError:
-        raise DitError(f"{name} is {value!r}: give a whole number") from None
+        pass
+    raise DitError(f"{name} is {short(value)}: give a whole number")

@@ -35,11 +35,12 @@ FREE = PartitionSpec.UNCONSTRAINED  # in `constrain`: the partitioner decides ho
 # ------------------------------------------------------------------ the mesh
 
 
-# Modes of jax that find mistakes, and take what every model does for one.
+# Modes of jax that find mistakes, and take what every model does for one, or take hours.
 _REFUSED = {
     "jax_numpy_rank_promotion": ("raise",),
     "jax_numpy_dtype_promotion": ("strict",),
     "jax_transfer_guard": ("disallow", "disallow_explicit"),
+    "jax_disable_jit": ("True",),
 }
 
 
