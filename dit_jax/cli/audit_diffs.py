@@ -150,9 +150,8 @@ def run(flags: argparse.Namespace) -> int:
     if failing:
         name, sign, limit = condition
         more = f" and {len(failing) - 5} more" if len(failing) > 5 else ""
-        shown = printable(
-            ", ".join(failing[:5])
-        )  # names of a stranger's folders may hold line breaks
+        # Names of a stranger's folders may hold line breaks.
+        shown = printable(", ".join(failing[:5]))
         show(f"--fail-on {name}{sign}{limit:g}: {shown}{more}", error=True)
     if all("error" in row for row in rows):
         raise DitError(f"no diff could be read. {rows[0]['error']}")
