@@ -13,6 +13,7 @@ from dit_jax.deltas.tree import init_lora
 from dit_jax.errors import DitError
 from dit_jax.evaluate import units
 from dit_jax.organisms.parameters import init_delta
+from dit_jax.train import dit
 from dit_jax.train.checkpoints import Checkpoints
 
 
@@ -164,3 +165,28 @@ def test_paths_for_which_orbax_saves_an_empty_checkpoint_are_refused(
         return
     with pytest.raises(DitError, match="checkpoints cannot be read: choose another folder"):
         dit_jax.load_adapter(folder / "copy", model)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {},
+        {"x": 1},
+        [],
+        None,
+        "x",
+        5,
+        {"next_index": "x"},
+        {"next_index": -1},
+        {"next_index": 10**30},
+    ],
+)
+def test_a_checkpoint_that_names_no_place_in_the_data_is_one_line(tmp_path, place):
+    import grain
+
+    data = grain.MapDataset.source([1, 2, 3]).repeat(5).batch(2)
+    iterator = iter(data.to_iter_dataset(dit._read_options()))
+    next(iterator)
+    dit.set_place(iterator, iterator.get_state(), tmp_path)
+    with pytest.raises(DitError, match="names no place in these diffs to go on from"):
+        dit.set_place(iterator, place, tmp_path)

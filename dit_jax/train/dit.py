@@ -180,7 +180,7 @@ def train_adapter(
     restored = checkpoints.restore(state)
     if restored is not None:
         start, state, iterator_state = restored
-        iterator.set_state(iterator_state)
+        set_place(iterator, iterator_state, checkpoints.folder / str(start))
 
     # ---------------------------------------------------------------- loop
     limit = _entry_limit(train, mesh)
@@ -259,6 +259,21 @@ def train_adapter(
     )
     curve = read_records(folder / "train.jsonl") if processes.is_main() else []
     return {"steps": train.steps, "loss_curve": [[r["step"], round(r["loss"], 5)] for r in curve]}
+
+
+def set_place(iterator: Any, place: Any, checkpoint: pathlib.Path) -> None:
+    """Sets an iterator of grain to its state in a checkpoint, whose digests may be a stranger's.
+
+    Raises:
+        DitError: it is no place in this data.
+    """
+    try:
+        iterator.set_state(place)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise DitError(
+            f"the checkpoint '{checkpoint}' names no place in these diffs to go on from: delete it and run the same "
+            "command again"
+        ) from None
 
 
 def _entry_limit(train: Any, mesh: Mesh | None) -> tuple[int, int] | None:
