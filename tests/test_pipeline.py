@@ -437,7 +437,9 @@ def test_bad_input_is_one_line_and_exit_code_2(finished, extra, said, capsys):
     assert error.startswith("error:") and "\n" not in error and said in error
 
 
-@pytest.mark.parametrize(("workdir", "said"), [("", "is empty"), ("w\udcff", "is not UTF-8")])
+@pytest.mark.parametrize(
+    ("workdir", "said"), [("", "is empty"), ("w\udcff", "not UTF-8"), ("w[0]", "has [ in it")]
+)
 def test_a_bad_workdir_is_one_line_and_exit_code_2(workdir, said, capsys):
     assert run(workdir) == 2
     error = capsys.readouterr().err.strip()
