@@ -15,7 +15,7 @@ from dit_jax.errors import DitError
 from dit_jax.models import decode, shardings
 from dit_jax.models.contrast import WIDTH, contrasted
 from dit_jax.models.decoder import forward, unembed
-from dit_jax.models.delta_trees import Delta, nbytes
+from dit_jax.models.delta_trees import Delta, nbytes, nbytes_each
 from dit_jax.runtime import parallel
 from dit_jax.runtime.progress import Progress
 
@@ -282,8 +282,7 @@ def _answer(
     mesh = model.mesh
     beams = 1 if contrast is None else WIDTH  # rows of each question
     batch_size = max(1, batch_size // beams) if batch_size else min(256 // beams, len(questions))
-    each = sum(int(x.nbytes) // len(x) for x in jax.tree.leaves(list(stacked)))
-    batch_size = decode.rows_at_once(batch_size, each * beams, mesh)
+    batch_size = decode.rows_at_once(batch_size, nbytes_each(stacked) * beams, mesh)
     batch_size = decode.even_rows(batch_size, model.config, mesh)
     tokens, mask = model.chat.prompts(questions, system)
     check_ids(tokens.min(), tokens.max(), model)

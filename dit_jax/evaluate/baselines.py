@@ -20,7 +20,7 @@ from dit_jax.deltas.tree import per_example
 from dit_jax.diff_batches import Given
 from dit_jax.models import decode, shardings
 from dit_jax.models.decoder import unembed
-from dit_jax.models.delta_trees import Delta, nbytes
+from dit_jax.models.delta_trees import Delta, nbytes_each
 from dit_jax.models.head import head_path
 from dit_jax.models.modules import module_table, stream_writers, weight
 from dit_jax.optimize.batch_loss import scored_hidden
@@ -181,7 +181,7 @@ def _in_batches(
         numbers = list(members)
         size = min(batch_size, _few_sizes(len(numbers)))
         if not dense:
-            size = decode.rows_at_once(size, nbytes(given.stacked) // max(len(given), 1), mesh)
+            size = decode.rows_at_once(size, nbytes_each(given.stacked), mesh)
         size = parallel.round_up(size, mesh)
         shared = shardings.put_delta(model.config, mesh, given.read(row)) if dense else {}
         for start in range(0, len(numbers), size):

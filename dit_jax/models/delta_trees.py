@@ -27,6 +27,11 @@ def nbytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def nbytes_each(stacked: Any) -> int:
+    """Bytes of one of the deltas that lie beside each other on the first axis of every array."""
+    return sum(nbytes(x) // len(x) for x in jax.tree.leaves(stacked))
+
+
 def map_modules(fn: Callable[[tuple[str, ...], Delta], Any], delta: Delta) -> Delta:
     """Applies fn(path, module) to every module of a delta: a dict with `w`, or with `a`, `b` and `scale`."""
 
