@@ -234,6 +234,7 @@ class Diffs(Sequence[Diff]):
         order: the numbers of the diffs in the order in which reading all of them costs least.
         name: how messages call the sequence.
         splits: the split of each diff, as far as the files say it.
+        sources: the file or folder of each diff, and its number there.
     """
 
     def __init__(
@@ -243,10 +244,12 @@ class Diffs(Sequence[Diff]):
         order: Sequence[int] | None = None,
         name: str = "the sequence",
         splits: Sequence[str | None] | None = None,
+        sources: Sequence[tuple[str, int]] | None = None,
     ):
         self._size, self._read, self._name = size, read, name
         self.order = range(size) if order is None else order
         self.splits = [None] * size if splits is None else splits
+        self.sources = [(name, i) for i in range(size)] if sources is None else sources
 
     def __len__(self) -> int:
         return self._size
@@ -339,7 +342,8 @@ def _joined(path: str, parts: Sequence[tuple[str, Diffs]]) -> Diffs:
         start + i for start, (_, diffs) in zip(starts, parts, strict=False) for i in diffs.order
     ]
     splits = [split for _, diffs in parts for split in diffs.splits]
-    return Diffs(len(places), read, order, path, splits)
+    sources = [source for _, diffs in parts for source in diffs.sources]
+    return Diffs(len(places), read, order, path, splits, sources)
 
 
 def load_diff(

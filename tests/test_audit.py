@@ -423,6 +423,11 @@ def test_a_diff_is_named_once_however_it_is_spelled(model, zoo, tmp_path):
     (tmp_path / "link").symlink_to(zoo / "store")
     spelled = [str(zoo / "store"), f"{zoo}/./store/[0:16]", f"{tmp_path}/link"]
     assert len(targets.list_targets(spelled, model)) == 16
+    parts = [f"{zoo}/peft[1]", f"{zoo}/peft", f"{zoo}/peft[0]"]
+    whole = {target.source for target in targets.list_targets(parts[1:2], model)}
+    assert [target.name for target in targets.list_targets(parts, model)][:1] == parts[:1]
+    assert {target.source for target in targets.list_targets(parts, model)} == whole
+    assert len(targets.list_targets(parts, model)) == len(whole)
     (tmp_path / "link").unlink()
     shutil.copytree(zoo / "store", tmp_path / "store")
     shutil.copytree(zoo / "peft" / "rank1_00", tmp_path / "store[1]")

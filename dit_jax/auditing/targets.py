@@ -28,7 +28,8 @@ class Target:
     """One weight diff that a user named: `read` gives it, or `problem` says in a line why nothing can.
 
     name: the path, with the number of the diff where the path holds several; number: that number; place: in the order
-    in which reading all diffs of the path costs least; files: the folder or file that is read (a hub id's snapshot).
+    in which reading all diffs of the path costs least; source: the folder or file that is read (a hub id's snapshot),
+    and the diff's number in it.
     """
 
     name: str
@@ -37,12 +38,12 @@ class Target:
     read: Callable[[], Diff] | None = None
     problem: str = ""
     place: int = 0
-    files: str = ""
+    source: tuple[str, int] = ("", 0)
 
     @functools.cached_property
     def key(self) -> str:
         """Identifies the diff and the state in which its files were first seen, by their sizes and times."""
-        path, facts = user_path(self.files or self.path), [self.name, self.problem]
+        path, facts = user_path(self.source[0] or self.path), [self.name, self.problem]
         try:
             for file in sorted(walk(path)) if path.is_dir() else [path]:
                 if file.is_file():
@@ -79,8 +80,9 @@ def list_targets(
     names: dict[str, Target] = {}
     for text in given:
         for target in _of(text, model, split, index, looked or {}, how):
-            place = os.path.realpath(target.files) if target.files else target.path
-            if found.setdefault((place, target.number), target) is not target:
+            path, number = target.source
+            place = os.path.realpath(path) if path else target.path
+            if found.setdefault((place, number), target) is not target:
                 continue
             if names.setdefault(target.name, target) is not target:  # number 1 of "a", and "a[1]"
                 raise DitError(
@@ -176,7 +178,7 @@ def _of(
             if split is None or diffs.splits[i] in (None, split):
                 name = one if len(diffs) == 1 else f"{one}[{i}]"
                 read = functools.partial(diffs.__getitem__, i)
-                yield Target(name, one, i, read, place=places[i], files=str(seen.path))
+                yield Target(name, one, i, read, place=places[i], source=diffs.sources[i])
 
 
 def _numbers(picked: str, size: int, text: str) -> list[int]:
