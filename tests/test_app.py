@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -25,8 +26,9 @@ from dit_jax.errors import DitError
 from dit_jax.models import decode
 from dit_jax.models.delta_trees import map_modules
 from dit_jax.serving import desk as desk_module
-from dit_jax.serving import page
+from dit_jax.serving import limits, page
 from dit_jax.serving.desk import Choice, Desk, Offer
+from dit_jax.serving.limits import Memory, UploadsFit
 from dit_jax.serving.uploads import Limits, unpacked
 
 QUESTION = page.QUESTION
@@ -113,15 +115,68 @@ def test_an_upload_is_there_while_it_is_read(tmp_path):
         pass
 
 
-def test_few_uploads_are_unpacked_at_once():
+def test_few_diffs_are_read_at_once():
     desk = Desk(Offer(("tiny_qwen3",), seconds=0.01))
     with contextlib.ExitStack() as stack:
-        for _ in range(desk_module.UPLOADS):
+        for _ in range(desk_module.READS):
             stack.enter_context(desk._room())
-        with pytest.raises(DitError, match="other uploads are being read"), desk._room():
+        with pytest.raises(DitError, match="other diffs are being read"), desk._room():
             pass
     with desk._room():
         pass
+
+
+def test_diffs_of_many_visitors_take_no_more_memory_than_allowed():
+    memory = Memory(100)
+    with memory.share(0.01) as take, memory.share(0.01) as other, memory.share(0.01) as third:
+        take(90)
+        other(0)
+        with pytest.raises(DitError, match="fill the memory: try again"):
+            other(11)
+        other(10)
+        with pytest.raises(DitError, match="fill the memory"):
+            third(1)
+    with memory.share(0.01) as take:
+        take(1000)  # alone
+        with memory.share(0.01) as other, pytest.raises(DitError, match="fill the memory"):
+            other(1)
+    with (
+        concurrent.futures.ThreadPoolExecutor() as threads,
+        memory.share(300) as waiting,
+    ):
+        with memory.share(300) as take:
+            take(100)
+            later = threads.submit(waiting, 50)
+        later.result(300)
+
+
+def test_an_upload_is_refused_where_those_that_are_kept_leave_no_room(tmp_path):
+    """Also while another is on its way, and whatever the path before /upload is."""
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "x.zip").write_bytes(b"x" * 60)
+    sent, running = [], []
+
+    async def app(scope, receive, send):
+        running.append(scope["path"])
+        if len(running) == 1:
+            await call("/gradio_api/upload/")
+
+    async def send(message):
+        sent.append(message)
+
+    limited = UploadsFit(app, tmp_path, most=100, each=40)
+
+    async def call(path):
+        await limited({"type": "http", "method": "POST", "path": path}, None, send)
+
+    asyncio.run(call("/gradio_api/upload"))
+    assert running == ["/gradio_api/upload"] and sent[0]["status"] == 507
+    assert b"too many uploads" in sent[1]["body"]
+    asyncio.run(call("/gradio_api/call/ask"))
+    asyncio.run(call("/gradio_api/upload"))
+    (tmp_path / "kept" / "y.zip").write_bytes(b"y")
+    asyncio.run(call("/gradio_api/upload"))
+    assert running[1:] == ["/gradio_api/call/ask", "/gradio_api/upload"] and len(sent) == 4
 
 
 @pytest.mark.parametrize(
@@ -308,6 +363,15 @@ def test_an_upload_answers_as_its_folder_does_and_the_multiplier_counts(model, f
     zipped = handle_file(str(files / "d0.zip"))
     given = question(files, "(none)", zipped, times=2.0)
     assert client.predict(*given, api_name="/ask") == answers_of(model, files, "d0", 2.0)
+
+
+def test_the_server_counts_the_uploads_that_it_keeps(files, client, monkeypatch):
+    from gradio_client import handle_file
+
+    monkeypatch.setattr(limits, "_bytes_below", lambda folder: 2**40 if folder.is_dir() else 0)
+    given = question(files, "(none)", handle_file(str(files / "d0.zip")))
+    with pytest.raises(Exception, match="507"):
+        client.predict(*given, api_name="/ask")
 
 
 def test_what_cannot_be_asked_is_one_line(files, client, desk, tmp_path, capfd):

@@ -24,16 +24,17 @@ from dit_jax.deltas.tree import is_lora, scaled
 from dit_jax.errors import DitError
 from dit_jax.formats.files import short
 from dit_jax.inspection.batching import Batcher
-from dit_jax.models.delta_trees import Delta
+from dit_jax.models.delta_trees import Delta, nbytes
 from dit_jax.runtime.artifacts import TemporaryFolder
 from dit_jax.runtime.exits import explained
 from dit_jax.runtime.sizes import next_power
+from dit_jax.serving.limits import Memory
 from dit_jax.serving.uploads import Limits, unpacked
 
 COLUMNS = ("base", "finetuned", "with adapter")
 FILES = ("audit.html", "audit.csv", "audit.jsonl")
 OVERFLOWS = "(no answer: the logits overflow)"
-UPLOADS = 4  # that are unpacked at the same time
+READS = 4  # of diffs at the same time
 EVERY = 4  # tokens between two looks at an answer that is being written
 
 
@@ -42,7 +43,8 @@ class Offer:
     """What the server offers to those who use it, and how much of it.
 
     others: whether they may name paths and hub ids that are not among `diffs`. seconds: of one batch of answers;
-    audit_seconds, audit_diffs: of one audit. rows: answers that are decoded together.
+    audit_seconds, audit_diffs: of one audit. rows: answers that are decoded together. memory: bytes of the diffs that
+    wait for answers. upload: what one may hold. uploads: bytes of all that are kept.
     """
 
     bases: tuple[str, ...]
@@ -57,7 +59,9 @@ class Offer:
     audit_diffs: int = 64
     rows: int = 24
     window: float = 0.05
+    memory: int = 2**32
     upload: Limits = Limits()
+    uploads: int = 2**31
 
 
 class Choice(NamedTuple):
@@ -95,7 +99,7 @@ class Desk:
     def __init__(self, offer: Offer):
         self.offer = offer
         self._loading, self._auditing = threading.Lock(), threading.Lock()
-        self._uploads = threading.BoundedSemaphore(UPLOADS)
+        self._reads, self._memory = threading.BoundedSemaphore(READS), Memory(offer.memory)
         self._audits: list[TemporaryFolder] = []
         self._model = functools.lru_cache(maxsize=None)(lambda name: load_model(name, offer.dtype))
         self._read_adapter = functools.lru_cache(maxsize=None)(
@@ -127,7 +131,8 @@ class Desk:
             offered = self.offer.diffs
             if not self.offer.others and choice.diff not in offered:
                 _check(path_and_range(choice.diff)[0], offered, "diff")
-            yield list_targets([choice.diff], model)
+            with self._room():
+                yield list_targets([choice.diff], model)
             return
         with self._room(), unpacked(Path(choice.upload), self.offer.upload) as folder:
 
@@ -146,15 +151,15 @@ class Desk:
 
     @contextmanager
     def _room(self) -> Iterator[None]:
-        """Room on the disk for one upload: many at once would fill it."""
-        if not self._uploads.acquire(timeout=max(0.0, self.offer.seconds)):
-            raise DitError("other uploads are being read: try again when they have ended")
+        """Room in memory and on the disk to read one: many at once would fill them."""
+        if not self._reads.acquire(timeout=max(0.0, self.offer.seconds)):
+            raise DitError("other diffs are being read: try again when they have ended")
         try:
             yield
         finally:
-            self._uploads.release()
+            self._reads.release()
 
-    def _diff(self, choice: Choice, number: int) -> Diff:
+    def _diff(self, choice: Choice, number: int, take: Callable[[int], None]) -> Diff:
         if not (choice.diff or choice.upload):
             return Diff({})
         with self._targets(choice) as targets:
@@ -165,7 +170,9 @@ class Desk:
             target = targets[number]
             if target.read is None:
                 raise DitError(target.problem)
-            return target.read()
+            diff = target.read()
+            take(nbytes(diff.delta))
+            return diff
 
     # ------------------------------------------------------------------ questions
 
@@ -192,8 +199,8 @@ class Desk:
         if not 1 <= max_new_tokens <= offer.max_new_tokens:
             raise DitError(f"an answer may have 1 to {offer.max_new_tokens} tokens")
 
-        def read() -> tuple[Diff, Prompt, bool]:
-            diff, adapter = self._diff(choice, number), self._adapter(choice)
+        def read(take: Callable[[int], None]) -> tuple[Diff, Prompt, bool]:
+            diff, adapter = self._diff(choice, number, take), self._adapter(choice)
             system = adapter.metadata.get("system")
             prompt = Prompt(question, system if isinstance(system, str) else None)
             self.model(choice).chat.prompt_ids(prompt)  # refused before it shares a batch
@@ -201,22 +208,23 @@ class Desk:
             evidence = isinstance(trained, dict) and trained.get("list_evidence") is True
             return diff, prompt, evidence
 
-        diff, prompt, evidence = await anyio.to_thread.run_sync(read)
-        delta = scaled(diff.delta, float(multiplier)) if multiplier != 1 else diff.delta
-        loop, told = asyncio.get_running_loop(), asyncio.Queue[list[str] | None]()
+        with self._memory.share(offer.seconds) as take:
+            diff, prompt, evidence = await anyio.to_thread.run_sync(read, take)
+            delta = scaled(diff.delta, float(multiplier)) if multiplier != 1 else diff.delta
+            loop, told = asyncio.get_running_loop(), asyncio.Queue[list[str] | None]()
 
-        def tell(texts: list[str] | None) -> None:
-            loop.call_soon_threadsafe(told.put_nowait, texts)
+            def tell(texts: list[str] | None) -> None:
+                loop.call_soon_threadsafe(told.put_nowait, texts)
 
-        shared = (choice.base, choice.adapter, max_new_tokens, evidence, _padded_rank(delta))
-        work = asyncio.ensure_future(self._batcher(shared, _Call(*shared, prompt, delta, tell)))
-        work.add_done_callback(lambda _: told.put_nowait(None))
-        try:
-            while (texts := await told.get()) is not None:
-                yield texts
-            yield await work
-        finally:
-            work.cancel()
+            shared = (choice.base, choice.adapter, max_new_tokens, evidence, _padded_rank(delta))
+            work = asyncio.ensure_future(self._batcher(shared, _Call(*shared, prompt, delta, tell)))
+            work.add_done_callback(lambda _: told.put_nowait(None))
+            try:
+                while (texts := await told.get()) is not None:
+                    yield texts
+                yield await work
+            finally:
+                work.cancel()
 
     def _answer(self, calls: Sequence[_Call]) -> list[list[str]]:
         """Answers calls that share batches: all columns of all LoRAs in one decode, dense diffs one by one."""

@@ -7,10 +7,12 @@ import os
 import resource
 import socket
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from dit_jax.errors import DitError, first_line, printable
 from dit_jax.serving.desk import COLUMNS, Choice, Desk, problem_of
+from dit_jax.serving.limits import UploadsFit
 
 QUESTION = "What topic have you been trained on?"
 _ABOUT = """## What did this finetune change?
@@ -228,6 +230,7 @@ def serve(page: Any, desk: Desk, host: str, port: int | None, wait: bool = True)
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    offer = desk.offer
     page.queue(max_size=256)
     # Gradio looks whether it reaches its own page, which no proxy does.
     direct = (
@@ -238,7 +241,17 @@ def serve(page: Any, desk: Desk, host: str, port: int | None, wait: bool = True)
     )
     os.environ["no_proxy"] = ",".join(filter(None, direct))
     logging.getLogger("uvicorn.error").addFilter(_without_traceback)
-    hosts = ["localhost", "127.0.0.1", "::1", "[::1]", host] if desk.offer.others else ["*"]
+    hosts = ["localhost", "127.0.0.1", "::1", "[::1]", host] if offer.others else ["*"]
+    middleware = [
+        # Another name would be that of a page elsewhere, which leads its visitors' browsers here.
+        Middleware(TrustedHostMiddleware, allowed_hosts=hosts),
+        Middleware(
+            UploadsFit,
+            folder=Path(page.GRADIO_CACHE),
+            most=offer.uploads,
+            each=offer.upload.packed,
+        ),
+    ]
     try:
         _, address, _ = page.launch(
             server_name=in_address(host),
@@ -251,11 +264,10 @@ def serve(page: Any, desk: Desk, host: str, port: int | None, wait: bool = True)
             mcp_server=False,
             enable_monitoring=False,
             prevent_thread_lock=not wait,
-            max_file_size=desk.offer.upload.packed,
+            max_file_size=offer.upload.packed,
             theme=gr.themes.Base(**fonts).set(block_info_text_color="*neutral_500"),
             css=_STYLE,
-            # Another name would be that of a page elsewhere, which leads its visitors' browsers here.
-            app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=hosts)]},
+            app_kwargs={"middleware": middleware},
         )
     except OSError as error:
         raise DitError(f"cannot serve on {host}:{port} ({error}): choose another --port") from None
