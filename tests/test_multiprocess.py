@@ -49,6 +49,7 @@ SMALL = [
     "--config.train.save_every=2",
     "--config.train.log_every=1",
     "--config.evaluate.batch_size=18",
+    "--config.evaluate.methods=('dit','base_question','noise_diff','logit_difference')",
 ]
 
 
