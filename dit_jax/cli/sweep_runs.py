@@ -79,12 +79,12 @@ def load_sweep(path: str, common: Sequence[str] = ()) -> Sweep:
     """Reads a sweep file and builds the config of every run.
 
     Args:
-      path: `configs/sweeps/x.py` or `configs/sweeps/x.py:arg`; arg goes to `get_sweep`.
-      common: overrides `key=value` of all runs; those of the file come after them.
+        path: `configs/sweeps/x.py` or `configs/sweeps/x.py:arg`; arg goes to `get_sweep`.
+        common: overrides `key=value` of all runs; those of the file come after them.
 
     Raises:
-      DitError: the file is missing, fails or lacks a name; runs without names or with the same name; an
-        unknown key, a value of the wrong type, or one with which no stage can run (`check_config`).
+        DitError: the file is missing, fails or lacks a name; runs without names or with the same name; an
+            unknown key, a value of the wrong type, or one with which no stage can run (`check_config`).
     """
     program = ProgramFile(path, "sweep", "get_sweep", "configs/sweeps/")
     values: dict[str, str] = {}
@@ -190,7 +190,7 @@ def share_diffs(run: Run, others: Sequence[Run], workdir: pathlib.Path) -> str |
     The files of a diff store are never changed in place, so links are as good as copies.
 
     Returns:
-      The name of the run that they come from; None if there is none, or if the run has its diffs already.
+        The name of the run that they come from; None if there is none, or if the run has its diffs already.
     """
     folder, ignored = workdir / run.name, (*free_keys(run.config), *LATER_SECTIONS)
     if "diffs" not in run.config.stages or (folder / "diffs").exists():
@@ -251,7 +251,7 @@ def write_table(sweep: Sweep, workdir: pathlib.Path, failures: Mapping[str, str]
     """Writes WORKDIR/TABLE.{md,csv,png} from what the runs have left so far, and prints the table.
 
     Returns:
-      {name of a run whose summary lacks the metric: why}.
+        {name of a run whose summary lacks the metric: why}.
     """
     rows = [
         sweep_table.read_row(

@@ -51,13 +51,13 @@ def check_workdir(
     files that the config names are compared by their text.
 
     Args:
-      config: the config of this run.
-      workdir: the run's folder; made when it is not there.
-      ignore: keys that may differ (patterns as in `config_diff`); None: those that change no result.
+        config: the config of this run.
+        workdir: the run's folder; made when it is not there.
+        ignore: keys that may differ (patterns as in `config_diff`); None: those that change no result.
 
     Raises:
-      DitError: what was made belongs to another config (the differences are in the message), the workdir has
-        finished stages but no config, or cannot be written.
+        DitError: what was made belongs to another config (the differences are in the message), the workdir has
+            finished stages but no config, or cannot be written.
     """
     folder = artifacts.make_dir(workdir)
     file = folder / CONFIG_FILE

@@ -26,13 +26,13 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Takes the overrides out of a command line.
 
     Args:
-      argv: arguments, among them `--config.key=value` or `--config.key value`.
+        argv: arguments, among them `--config.key=value` or `--config.key value`.
 
     Returns:
-      The other arguments, for argparse, and the overrides as `key=value`, for `load_config`.
+        The other arguments, for argparse, and the overrides as `key=value`, for `load_config`.
 
     Raises:
-      DitError: an override has no value.
+        DitError: an override has no value.
     """
     rest, overrides = [], []
     arguments = iter(argv)
@@ -58,18 +58,18 @@ def load_config(
     """Loads a config file, applies overrides, and locks the result.
 
     Args:
-      path: `configs/x.py` or `configs/x.py:arg`; arg goes to `get_config`.
-      overrides: values by dotted key, or strings `key=value` that are read as the type of the value
-        that they replace. Tuples are written `(1,2)` or, for strings, `a,b`.
-      optional: by dotted key the value that an absent one stands for. An override may set it; of a section whose keys
-        are names of their own, such as a grader's options, the value is {}, and an override may add to it.
+        path: `configs/x.py` or `configs/x.py:arg`; arg goes to `get_config`.
+        overrides: values by dotted key, or strings `key=value` that are read as the type of the value
+            that they replace. Tuples are written `(1,2)` or, for strings, `a,b`.
+        optional: by dotted key the value that an absent one stands for. An override may set it; of a section whose
+            keys are names of their own, such as a grader's options, the value is {}, and an override may add to it.
 
     Returns:
-      A locked ConfigDict.
+        A locked ConfigDict.
 
     Raises:
-      DitError: the file is missing or fails, has no get_config or does not accept the argument; a
-        key is unknown; a value has the wrong type; a required value is not set.
+        DitError: the file is missing or fails, has no get_config or does not accept the argument; a
+            key is unknown; a value has the wrong type; a required value is not set.
     """
     program = ProgramFile(path, "config", "get_config", "configs/")
     config = program.call()
@@ -218,7 +218,7 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     """The config's values by dotted key, as JSON values.
 
     Raises:
-      DitError: a required value is not set, or a value has no JSON form.
+        DitError: a required value is not set, or a value has no JSON form.
     """
     return {key: _plain(key, value) for key, value in _leaves(config)}
 
@@ -227,9 +227,9 @@ def config_diff(old: ConfigDict, new: ConfigDict, ignore: Iterable[str] = ()) ->
     """The differences of two configs, one readable line each: `train.steps: 400 -> 800`.
 
     Args:
-      old: what was.
-      new: what is asked for.
-      ignore: keys or patterns (`stages`, `*log_every`) to leave out; a section stands for its keys.
+        old: what was.
+        new: what is asked for.
+        ignore: keys or patterns (`stages`, `*log_every`) to leave out; a section stands for its keys.
     """
     before, after = flatten(old), flatten(new)
     patterns = [pattern for name in ignore for pattern in (name, f"{name}.*")]
@@ -271,7 +271,7 @@ def load_saved(path: artifacts.PathLike) -> ConfigDict:
     """Reads a config that `save_config` wrote, locked; sequences come back as tuples.
 
     Raises:
-      DitError: the file is missing, truncated or not a config.
+        DitError: the file is missing, truncated or not a config.
     """
     value = artifacts.read_json(path, "use a new --workdir")
     try:

@@ -32,7 +32,7 @@ def check_hf(folder: Path) -> None:
     """Checks that a dataset's folder in Hugging Face format names files of its own only.
 
     Raises:
-      DitError: a link or a name leads out of it, a pipe is among its files, or its description cannot be read.
+        DitError: a link or a name leads out of it, a pipe is among its files, or its description cannot be read.
     """
     check_tree(folder)
     for file, said in _data_files(folder):
@@ -47,8 +47,8 @@ def check_opens(folder: Path, builder: Any) -> dict[str, list[Path]]:
     """Checks what Hugging Face's library is about to open, and returns the files of each split if they are Parquet's.
 
     Raises:
-      DitError: they are compressed, and may unpack to anything; of a format that is not known to be safe; or not in the
-        folder.
+        DitError: they are compressed, and may unpack to anything; of a format that is not known to be safe; or not in
+            the folder.
     """
     found = builder.config.data_files or {}
     files = {str(split): [Path(name) for name in names] for split, names in found.items()}
@@ -91,7 +91,7 @@ def check_tfds(folder: Path) -> None:
     """Checks that a prepared dataset of TFDS names files of its own only, and no class but those of TFDS.
 
     Raises:
-      DitError: as `check_hf`, or a class of another module, which TFDS would import.
+        DitError: as `check_hf`, or a class of another module, which TFDS would import.
     """
     check_tree(folder)
     info, features = (

@@ -54,9 +54,9 @@ class Found:
     """What a path holds, before a base model is there to read it with.
 
     Attributes:
-      path: the path, of a hub id that of its snapshot.
-      kind: one of `KINDS`.
-      tree: the content of a `.pt` file, which may take seconds to parse.
+        path: the path, of a hub id that of its snapshot.
+        kind: one of `KINDS`.
+        tree: the content of a `.pt` file, which may take seconds to parse.
     """
 
     path: Path
@@ -73,7 +73,7 @@ def look(path: str | Path | Found) -> Found:
     """What is at a path or hub id.
 
     Raises:
-      DitError: nothing is there, the kind is unknown, or the file is damaged.
+        DitError: nothing is there, the kind is unknown, or the file is damaged.
     """
     if isinstance(path, Found):
         return path
@@ -100,7 +100,7 @@ def look_for_diffs(path: str | Path) -> Found:
     """`look` for a path that should hold weight diffs. What shows without a base model is checked now.
 
     Raises:
-      DitError: see `look`; it is an adapter of this program, files are missing, or options are not supported.
+        DitError: see `look`; it is an adapter of this program, files are missing, or options are not supported.
     """
     found = look(path)
     if found.kind == "adapter":
@@ -218,7 +218,7 @@ def list_diffs(folder: Path) -> list[tuple[str, Path]]:
     program are left out.
 
     Raises:
-      DitError: a link leads out of the folder, it holds too many files, or all are checkpoints of one training.
+        DitError: a link leads out of the folder, it holds too many files, or all are checkpoints of one training.
     """
     root = folder.resolve()
     found: list[tuple[str, Path]] = []
@@ -301,14 +301,14 @@ def open_diffs(
     """The weight diffs of a foreign format as a lazy sequence.
 
     Args:
-      path: a PEFT folder, model folder, release folder with an index.csv, or `.pt` file.
-      config: architecture of the base model.
-      base_params: its parameters, which diffs that are whole weights need.
-      svd_rank: reduces whole weights, and nothing else, to a LoRA of this rank, see `finetuned.read_finetuned`.
-      align: of finetuned models, see there; factors need none, since their product counts.
+        path: a PEFT folder, model folder, release folder with an index.csv, or `.pt` file.
+        config: architecture of the base model.
+        base_params: its parameters, which diffs that are whole weights need.
+        svd_rank: reduces whole weights, and nothing else, to a LoRA of this rank, see `finetuned.read_finetuned`.
+        align: of finetuned models, see there; factors need none, since their product counts.
 
     Raises:
-      DitError: see `detect_format` and the readers. `dit_jax.deltas.store` reads diff stores.
+        DitError: see `detect_format` and the readers. `dit_jax.deltas.store` reads diff stores.
     """
     found = look(path)
     path, kind = found.path, found.kind
@@ -331,7 +331,7 @@ def open_adapter(
     Folders that change whole weights need `base_params`.
 
     Raises:
-      DitError: the path holds another format, or see the readers.
+        DitError: the path holds another format, or see the readers.
     """
     found = look(path)
     if found.kind == "peft":

@@ -58,18 +58,18 @@ def export_model(
     """Writes params ⊕ deltas as a model folder in Hugging Face format. A tied head stays tied.
 
     Args:
-      folder: the folder to create.
-      params: parameters of the base (docs/architecture.md), numpy or jax arrays.
-      config: its architecture.
-      *deltas: LoRA or dense deltas, which are all added.
-      base_folder: the folder from which config.json, tokenizer and chat template are copied. Without it, config.json is
-        made from `config`, and there is no tokenizer.
-      replace: whether an existing folder may be replaced.
-      shard_bytes: files are split at this size; host memory holds one of them.
+        folder: the folder to create.
+        params: parameters of the base (docs/architecture.md), numpy or jax arrays.
+        config: its architecture.
+        *deltas: LoRA or dense deltas, which are all added.
+        base_folder: the folder from which config.json, tokenizer and chat template are copied. Without it, config.json
+            is made from `config`, and there is no tokenizer.
+        replace: whether an existing folder may be replaced.
+        shard_bytes: files are split at this size; host memory holds one of them.
 
     Raises:
-      DitError: the folder exists or is not writable, a file of `base_folder` is a link out of it, or a
-        delta changes modules that the model lacks.
+        DitError: the folder exists or is not writable, a file of `base_folder` is a link out of it, or a
+            delta changes modules that the model lacks.
     """
     for delta in deltas:
         for path, _ in modules(delta):
@@ -143,7 +143,7 @@ def write_fused_peft(
     This suits servers that take one adapter per request. See `fuse` and `write_peft`.
 
     Raises:
-      DitError: a delta is dense, all are empty, or the folder is not writable.
+        DitError: a delta is dense, all are empty, or the folder is not writable.
     """
     write_peft(
         folder, fuse(*deltas), config, base_model_name_or_path, one_rank=True, replace=replace

@@ -41,7 +41,8 @@ def stack_factors(
     changes nothing.
 
     Raises:
-      DitError: nothing was found, the padding would take far more memory than the factors, or see what reads a module.
+        DitError: nothing was found, the padding would take far more memory than the factors, or see what reads a
+            module.
     """
     if not found:
         raise DitError(
@@ -162,7 +163,7 @@ def fuse(*deltas: Any) -> dict[str, Any]:
     dtype.
 
     Raises:
-      DitError: a delta has dense parts, which have no rank to join, or no delta changes anything.
+        DitError: a delta has dense parts, which have no rank to join, or no delta changes anything.
     """
     parts: dict[Path, list[dict[str, Any]]] = {}
     for delta in deltas:

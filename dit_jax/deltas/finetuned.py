@@ -25,18 +25,19 @@ def read_finetuned(
     """The difference between a finetuned model and the base.
 
     Args:
-      path: a folder in Hugging Face format (one file or shards), or a file with a state dict, `.pt` or `.safetensors`.
-      config: architecture of the base.
-      base_params: parameters of the base (docs/architecture.md), numpy or jax arrays.
-      svd_rank: None for the dense difference of all parameters, in the dtype of the base. Otherwise the rank of its
-        best approximation on the projections, a LoRA in float32; `metadata["svd"]` has the share of the squared norm
-        that this keeps.
-      align: undo rewritings of the model that leave its function as it is, see `alignment`; `metadata["aligned"]` says
-        which were found.
+        path: a folder in Hugging Face format (one file or shards), or a file with a state dict, `.pt` or
+            `.safetensors`.
+        config: architecture of the base.
+        base_params: parameters of the base (docs/architecture.md), numpy or jax arrays.
+        svd_rank: None for the dense difference of all parameters, in the dtype of the base. Otherwise the rank of its
+            best approximation on the projections, a LoRA in float32; `metadata["svd"]` has the share of the squared
+            norm that this keeps.
+        align: undo rewritings of the model that leave its function as it is, see `alignment`; `metadata["aligned"]`
+            says which were found.
 
     Raises:
-      DitError: the architecture is another one, tensors are missing, unknown or misshapen, hold NaN or infinity, or all
-        equal the base.
+        DitError: the architecture is another one, tensors are missing, unknown or misshapen, hold NaN or infinity, or
+            all equal the base.
     """
     path = pathlib.Path(path)
     if path.suffix.lower() == ".safetensors":

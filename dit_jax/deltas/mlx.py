@@ -51,7 +51,7 @@ def open_mlx(folder: Path) -> tuple[dict[str, Any], SafetensorsFile]:
     """The options and the file with the tensors, of which no values are read yet.
 
     Raises:
-      DitError: files are missing or malformed, or the kind of finetuning is unknown.
+        DitError: files are missing or malformed, or the kind of finetuning is unknown.
     """
     where = file_inside(folder, CONFIG)
     raw = read_json_object(where, peft.MAX_CONFIG_BYTES)
@@ -77,12 +77,12 @@ def read_mlx(folder: str | Path, config: DecoderConfig, base_params: Any = None)
     `scale` is that of the config, as mlx-lm takes it since version 0.20.
 
     Args:
-      folder: the folder with adapter_config.json and adapters.safetensors.
-      config: architecture of the base model.
-      base_params: its parameters, which everything but LoRA on projections needs.
+        folder: the folder with adapter_config.json and adapters.safetensors.
+        config: architecture of the base model.
+        base_params: its parameters, which everything but LoRA on projections needs.
 
     Raises:
-      DitError: see `open_mlx` and `peft.read_peft`.
+        DitError: see `open_mlx` and `peft.read_peft`.
     """
     folder = Path(folder)
     raw, file = open_mlx(folder)
@@ -184,14 +184,14 @@ def write_mlx(
     lora_b.
 
     Args:
-      folder: the folder to create.
-      delta: LoRA factors only.
-      config: architecture of the base model.
-      base_model_name_or_path: the base that mlx-lm should load.
-      replace: whether an existing folder may be replaced.
+        folder: the folder to create.
+        delta: LoRA factors only.
+        config: architecture of the base model.
+        base_model_name_or_path: the base that mlx-lm should load.
+        replace: whether an existing folder may be replaced.
 
     Raises:
-      DitError: the delta is dense or empty, or the folder is not writable.
+        DitError: the delta is dense or empty, or the folder is not writable.
     """
     from safetensors.numpy import save_file
 

@@ -32,11 +32,11 @@ class Pattern:
     """A compiled pattern with `match` and `fullmatch` as in `re`, which return bool.
 
     Args:
-      budget: shared with the other patterns of a file. None: one of its own.
+        budget: shared with the other patterns of a file. None: one of its own.
 
     Raises:
-      DitError: not a regular expression, or one with flags, back references, or groups other than those that `re`
-        and `regex` share; when matching, a pattern that needs too much time.
+        DitError: not a regular expression, or one with flags, back references, or groups other than those that `re`
+            and `regex` share; when matching, a pattern that needs too much time.
     """
 
     def __init__(self, pattern: str, budget: Budget | None = None):

@@ -49,13 +49,13 @@ def read_peft(folder: str | FilePath, config: DecoderConfig, base_params: Any = 
     changes the result is refused by name.
 
     Args:
-      folder: the folder with adapter_config.json and adapter_model.safetensors (or .bin).
-      config: architecture of the base model.
-      base_params: its parameters, which everything but LoRA on projections needs.
+        folder: the folder with adapter_config.json and adapter_model.safetensors (or .bin).
+        config: architecture of the base model.
+        base_params: its parameters, which everything but LoRA on projections needs.
 
     Raises:
-      DitError: files are missing or malformed, options are not supported, tensors do not fit the model or the config,
-        or tensors that the config asks for are missing.
+        DitError: files are missing or malformed, options are not supported, tensors do not fit the model or the
+            config, or tensors that the config asks for are missing.
     """
     return read_tensors(*open_peft(FilePath(folder)), config, base_params)
 
@@ -64,7 +64,7 @@ def open_peft(folder: FilePath) -> tuple[PeftOptions, FilePath, dict[str, Tensor
     """The options, the file with the tensors, and these, of which no values are read yet.
 
     Raises:
-      DitError: files are missing or malformed, or options are not supported.
+        DitError: files are missing or malformed, or options are not supported.
     """
     where = file_inside(folder, CONFIG)
     options = PeftOptions(read_json_object(where, MAX_CONFIG_BYTES), where)
@@ -290,16 +290,16 @@ def write_peft(
     but one: reading the folder again pads to the largest rank of the projection.
 
     Args:
-      folder: the folder to create.
-      delta: LoRA factors only.
-      config: architecture of the base model.
-      base_model_name_or_path: the base that PEFT should load.
-      one_rank: give every module in every layer the largest rank instead, filled up with zeros, for servers that read
-        one rank and one alpha for all. Its scales must be equal.
-      replace: whether an existing folder may be replaced.
+        folder: the folder to create.
+        delta: LoRA factors only.
+        config: architecture of the base model.
+        base_model_name_or_path: the base that PEFT should load.
+        one_rank: give every module in every layer the largest rank instead, filled up with zeros, for servers that
+            read one rank and one alpha for all. Its scales must be equal.
+        replace: whether an existing folder may be replaced.
 
     Raises:
-      DitError: the delta is dense or empty, or the folder is not writable.
+        DitError: the delta is dense or empty, or the folder is not writable.
     """
     from safetensors.numpy import save_file
 

@@ -19,11 +19,11 @@ class RawDiff:
     """A weight diff as read from a foreign file, in numpy.
 
     Attributes:
-      delta: the tree of docs/architecture.md, factors in the dtype of the file, scales in float32.
-      label: what the diff was trained on, if the file says so.
-      trigger: its trigger, if the file says so.
-      metadata: everything else that the file says about it (JSON values).
-      kind: 'diff' or 'adapter'.
+        delta: the tree of docs/architecture.md, factors in the dtype of the file, scales in float32.
+        label: what the diff was trained on, if the file says so.
+        trigger: its trigger, if the file says so.
+        metadata: everything else that the file says about it (JSON values).
+        kind: 'diff' or 'adapter'.
     """
 
     delta: dict[str, Any]

@@ -125,13 +125,13 @@ def read_pt_diffs(
     """The weight diffs of a `.pt` file as a lazy sequence. Reading one reads only its own bytes.
 
     Args:
-      path: the file.
-      config: architecture of the base model.
-      base_params: parameters of the base, which diffs that hold whole weights need.
-      svd_rank: see `finetuned.read_finetuned`; for whole weights only.
+        path: the file.
+        config: architecture of the base model.
+        base_params: parameters of the base, which diffs that hold whole weights need.
+        svd_rank: see `finetuned.read_finetuned`; for whole weights only.
 
     Raises:
-      DitError: there is no such file, or it does not hold weight diffs; on access, a diff does not fit the model.
+        DitError: there is no such file, or it does not hold weight diffs; on access, a diff does not fit the model.
     """
     return PtDiffs(FilePath(path), config, base_params, svd_rank)
 
@@ -140,7 +140,7 @@ def read_pt_adapter(path: str | FilePath, config: DecoderConfig, tree: Any = Non
     """The adapter in a `.pt` file, {module: (A [out, r], B [r, in])}, scale 1/r. `tree`: its content, if it is known.
 
     Raises:
-      DitError: the file does not hold an adapter, or one of another model.
+        DitError: the file does not hold an adapter, or one of another model.
     """
     tree = _load(path, "adapter", "an adapter") if tree is None else tree
     if not all(isinstance(name, str) for name in tree):
@@ -301,8 +301,8 @@ def read_release(
     row must be those in the file.
 
     Raises:
-      DitError: the index is missing or malformed; on access, a path leads out of the folder, a file or diff is missing,
-        or see `read_pt_diffs`.
+        DitError: the index is missing or malformed; on access, a path leads out of the folder, a file or diff is
+            missing, or see `read_pt_diffs`.
     """
     return Release(FilePath(folder), config, base_params, svd_rank)
 
@@ -330,7 +330,7 @@ def write_pt_diffs(
     Dense deltas become whole weights, which needs `base_params`.
 
     Raises:
-      DitError: a delta is empty, or dense without `base_params`, or the path is not writable.
+        DitError: a delta is empty, or dense without `base_params`, or the path is not writable.
     """
     items = []
     for diff in diffs:

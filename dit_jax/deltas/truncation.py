@@ -43,11 +43,11 @@ def truncate(
     """A LoRA delta on the projections, and the share of the squared norm that it keeps.
 
     Args:
-      paths: the modules that change.
-      change: the change of a module in a layer, dense or as factors. One is in memory at a time.
+        paths: the modules that change.
+        change: the change of a module in a layer, dense or as factors. One is in memory at a time.
 
     Returns:
-      (delta, {"svd": …}), see docs/formats.md.
+        (delta, {"svd": …}), see docs/formats.md.
     """
     table, layers = all_modules(config), config.num_hidden_layers
     # The last entry is for modules outside the layers.

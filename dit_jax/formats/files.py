@@ -54,7 +54,7 @@ def regular_file(path: Path) -> Path:
     """Returns `path` if it leads to a regular file, which can be opened without waiting.
 
     Raises:
-      DitError: nothing there, or a folder, pipe, socket or device.
+        DitError: nothing there, or a folder, pipe, socket or device.
     """
     try:
         mode = path.stat().st_mode
@@ -97,12 +97,12 @@ def file_inside(folder: Path, name: object, source: object = None) -> Path:
     (`models--x/snapshots/<revision>`), to the `blobs` of the same model or dataset.
 
     Args:
-      folder: the folder that the user named.
-      name: a plain file name, possibly from an untrusted index.
-      source: the file that gave the name, for messages.
+        folder: the folder that the user named.
+        name: a plain file name, possibly from an untrusted index.
+        source: the file that gave the name, for messages.
 
     Raises:
-      DitError: not a plain file name, no regular file, or a link out of the folder.
+        DitError: not a plain file name, no regular file, or a link out of the folder.
     """
     said = f"'{source}' names" if source else "asked for"
     if not is_plain_name(name):
@@ -124,7 +124,7 @@ def walk(folder: Path) -> Iterator[Path]:
     """Everything below a folder but plain folders; links to folders are not followed.
 
     Raises:
-      DitError: there are more files, or folders deeper in each other, than any artifact has; or one cannot be read.
+        DitError: there are more files, or folders deeper in each other, than any artifact has; or one cannot be read.
     """
     level, count = [folder], 0
     for _ in range(budgets.MAX_FOLDER_DEPTH):
@@ -196,8 +196,8 @@ def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, A
     """Reads a JSON object from a file of at most `max_bytes`.
 
     Raises:
-      DitError: the file is unreadable, too large, not UTF-8, not JSON, nested too deeply, not an object, or has a
-        repeated key.
+        DitError: the file is unreadable, too large, not UTF-8, not JSON, nested too deeply, not an object, or has a
+            repeated key.
     """
     try:
         with open(regular_file(path), "rb") as handle:
@@ -254,8 +254,8 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     """Rows of a CSV file with a header that has at least `columns`.
 
     Raises:
-      DitError: the file is unreadable or too large, columns are missing, a row has too few or too many fields, or a
-        field exceeds the limit of the csv module (131,072 characters).
+        DitError: the file is unreadable or too large, columns are missing, a row has too few or too many fields, or a
+            field exceeds the limit of the csv module (131,072 characters).
     """
     if regular_file(path).stat().st_size > MAX_CSV_BYTES:
         raise DitError(f"'{path}' is larger than {MAX_CSV_BYTES} bytes: it cannot be an index")

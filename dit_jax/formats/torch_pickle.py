@@ -94,7 +94,7 @@ class LazyTensor:
         """The values in the dtype of the file, C-contiguous. Only the bytes that the tensor spans are read.
 
         Raises:
-          DitError: the file is truncated, or its checksum is wrong.
+            DitError: the file is truncated, or its checksum is wrong.
         """
         itemsize, name = self.dtype.itemsize, f"data/{self.storage.key}"
         if 0 in self.shape:
@@ -118,7 +118,7 @@ def load(path: str | Path) -> Any:
     contain themselves, so walk the result to a fixed depth only.
 
     Raises:
-      DitError: the file is of another kind, is damaged, or holds anything but tensors in plain containers.
+        DitError: the file is of another kind, is damaged, or holds anything but tensors in plain containers.
     """
     archive = TorchZip(Path(path))
     if "byteorder" in archive.entries and archive.read("byteorder", 16) != b"little":

@@ -27,13 +27,13 @@ def save(path: str | Path, value: Any, name: str = "archive") -> None:
     """Writes nested lists, tuples and dicts (str keys) of arrays, strings, numbers and None.
 
     Args:
-      path: the file to write.
-      value: arrays are stored in their dtype, C-contiguous; an array that occurs twice is stored once.
-      name: the archive's folder; torch uses the name of the file without its suffix.
+        path: the file to write.
+        value: arrays are stored in their dtype, C-contiguous; an array that occurs twice is stored once.
+        name: the archive's folder; torch uses the name of the file without its suffix.
 
     Raises:
-      DitError: torch has no storage type for the dtype of an array.
-      TypeError: a value has another type.
+        DitError: torch has no storage type for the dtype of an array.
+        TypeError: a value has another type.
     """
     arrays: _Arrays = {}
     pickle = b"\x80\x02" + _encode(value, arrays) + b"."

@@ -34,11 +34,11 @@ class TorchZip:
     """The entries of a `torch.save` file by their names below the archive's own folder.
 
     Args:
-      path: the file.
+        path: the file.
 
     Raises:
-      DitError: at construction, if the file is not a zip file (torch's old format included), its directory is wrong,
-        or its entries overlap, repeat, or are compressed or encrypted.
+        DitError: at construction, if the file is not a zip file (torch's old format included), its directory is wrong,
+            or its entries overlap, repeat, or are compressed or encrypted.
     """
 
     def __init__(self, path: Path):

@@ -47,7 +47,7 @@ class TorchFile:
     """The tensors of a state dict that torch.save wrote, also one inside a checkpoint {"model": {…}, …}.
 
     Raises:
-      DitError: not such a file, damaged, or an entry that is no tensor.
+        DitError: not such a file, damaged, or an entry that is no tensor.
     """
 
     def __init__(self, path: Path, tree: Any = None):
@@ -73,7 +73,7 @@ def state_dict(tree: Any) -> dict[str, torch_pickle.LazyTensor] | None:
     """The state dict in what a torch file holds: the whole of it, or the one entry that programs put it into.
 
     Raises:
-      DitError: another entry has weights of the same names, such as a running mean of the model's.
+        DitError: another entry has weights of the same names, such as a running mean of the model's.
     """
     if not isinstance(tree, dict) or _is_state_dict(tree):
         return tree if isinstance(tree, dict) else None
@@ -129,7 +129,7 @@ def listed_shards(index: Path) -> dict[str, str]:
     """Tensor name -> file name of an index.
 
     Raises:
-      DitError: not an index, or it names what is no plain name of a weight file.
+        DitError: not an index, or it names what is no plain name of a weight file.
     """
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not all(
@@ -150,8 +150,8 @@ def open_weights(folder: Path) -> Tensors:
     """Opens the weights of a folder in Hugging Face format.
 
     Raises:
-      DitError: there are none, shards are missing, or the index names files outside the folder or tensors that do
-        not exist.
+        DitError: there are none, shards are missing, or the index names files outside the folder or tensors that do
+            not exist.
     """
     first = next((name for name in _CANDIDATES if has_file(folder, name)), None)
     if first is None:

@@ -117,7 +117,7 @@ def read_inputs(workdir: PathLike) -> Inputs:
     """Reads everything that the report needs.
 
     Raises:
-      DitError: a file is missing, truncated or not what it should be; the message names it.
+        DitError: a file is missing, truncated or not what it should be; the message names it.
     """
     workdir = Path(workdir)
     folder = workdir / "evaluate"

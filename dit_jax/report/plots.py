@@ -244,8 +244,8 @@ def grade_curves(
     """Mean grade over a number on a logarithmic axis, a line for each series.
 
     Args:
-      series: shown name -> (x, mean, low, high), x above 0.
-      label: of the x axis.
+        series: shown name -> (x, mean, low, high), x above 0.
+        label: of the x axis.
     """
     figure, axes = new_figure(3.0, width=6.0)
     names = ("dit", "method", "baseline", "control")
@@ -346,8 +346,8 @@ def to_svg(figure: "Figure", prefix: str) -> str:
     """An `<svg>` element for the body of a page: CSS variables for colours, no addresses in it.
 
     Args:
-      figure: drawn with `COLOURS`.
-      prefix: put before every id, so that figures on one page do not share any.
+        figure: drawn with `COLOURS`.
+        prefix: put before every id, so that figures on one page do not share any.
     """
     import matplotlib
 

@@ -48,15 +48,15 @@ def write_report(workdir: PathLike, grading: Mapping[str, Any] | None = None) ->
     there without the pages that show it.
 
     Args:
-      workdir: the run's folder, with `evaluate/`, `stages/`, `config.json` and `versions.json`.
-      grading: how to grade (see `grading.grade_run`); None: as the `evaluate` section of config.json says.
+        workdir: the run's folder, with `evaluate/`, `stages/`, `config.json` and `versions.json`.
+        grading: how to grade (see `grading.grade_run`); None: as the `evaluate` section of config.json says.
 
     Returns:
-      The content of `summary.json`.
+        The content of `summary.json`.
 
     Raises:
-      DitError: an input is missing, truncated or not valid (the message names the file), or the
-        folder cannot be written.
+        DitError: an input is missing, truncated or not valid (the message names the file), or the
+            folder cannot be written.
     """
     start = time.perf_counter()
     inputs = read_inputs(workdir)

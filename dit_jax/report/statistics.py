@@ -48,7 +48,7 @@ def cluster_means(values: ArrayLike, clusters: Sequence[Hashable]) -> dict[Hasha
     """Mean of `values` [N] in each cluster, in order of first appearance.
 
     Raises:
-      ValueError: the lengths differ.
+        ValueError: the lengths differ.
     """
     groups: dict[Hashable, list[float]] = {}
     for value, cluster in zip(np.asarray(values, np.float64).tolist(), clusters, strict=True):
@@ -145,16 +145,16 @@ def bootstrap_mean(
     """Mean over diffs with a percentile bootstrap interval over diffs.
 
     Args:
-      values: [N] scores.
-      clusters: the diff of each score; None when every score has its own.
-      rate: whether the scores are rates in [0, 1], so that few of them, or equal ones, get an exact bound
-        (`_bounded`): a sample without spread has none under resampling either, and 0 of 96 is not surely 0.
-        Others are cross-entropies: few of them get Student's interval, as far as it is not negative.
-      seed: seed of the resampling; the same input gives the same interval.
-      resamples: number of resampled means.
+        values: [N] scores.
+        clusters: the diff of each score; None when every score has its own.
+        rate: whether the scores are rates in [0, 1], so that few of them, or equal ones, get an exact bound
+            (`_bounded`): a sample without spread has none under resampling either, and 0 of 96 is not surely 0.
+            Others are cross-entropies: few of them get Student's interval, as far as it is not negative.
+        seed: seed of the resampling; the same input gives the same interval.
+        resamples: number of resampled means.
 
     Raises:
-      ValueError: no values, values that are not finite, or `clusters` of another length.
+        ValueError: no values, values that are not finite, or `clusters` of another length.
     """
     if clusters is not None:
         values = list(cluster_means(values, clusters).values())
@@ -170,7 +170,7 @@ def grade_mean(grades: ArrayLike) -> Estimate:
     Rescaled to [0, 1]: few grades, or equal ones, get a bound that holds for every variable between 0 and 1.
 
     Raises:
-      ValueError: no grades, or one outside the scale.
+        ValueError: no grades, or one outside the scale.
     """
     array = _checked(grades)
     if array.min() < LOW or array.max() > HIGH:
@@ -206,14 +206,14 @@ def paired_difference(
     ones. It holds for any n; resampled means would call four differences of one sign among sixty significant.
 
     Args:
-      a: score of each diff under one method.
-      b: score of each diff under the other.
-      span: the largest difference that two scores can have, for the interval of few or equal differences.
-      seed: seed of the resampling.
-      resamples: number of resampled means, and of drawn signs.
+        a: score of each diff under one method.
+        b: score of each diff under the other.
+        span: the largest difference that two scores can have, for the interval of few or equal differences.
+        seed: seed of the resampling.
+        resamples: number of resampled means, and of drawn signs.
 
     Raises:
-      ValueError: no diff is in both.
+        ValueError: no diff is in both.
     """
     both = [diff for diff in a if diff in b]
     array = _checked([a[diff] - b[diff] for diff in both])

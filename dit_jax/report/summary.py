@@ -264,11 +264,11 @@ def paired_with_dit(scores: Mapping[str, Mapping[Any, float]], span: float) -> J
     """The score of `dit` minus that of every other method, over the diffs that both have.
 
     Args:
-      scores: by method, the score of each diff.
-      span: the largest difference that two scores can have.
+        scores: by method, the score of each diff.
+        span: the largest difference that two scores can have.
 
     Returns:
-      By method: difference, interval, two-sided p, p adjusted by Holm's method over all of them, n.
+        By method: difference, interval, two-sided p, p adjusted by Holm's method over all of them, n.
     """
     dit = scores["dit"]
     pairs = {

@@ -93,9 +93,9 @@ def read_row(
     """The row of a run, from FOLDER/report/summary.json.
 
     Args:
-      metric: dotted path of a number in the summary.
-      failure: message of a failed run; its summary may be an old one and is not read.
-      also: paths of other numbers.
+        metric: dotted path of a number in the summary.
+        failure: message of a failed run; its summary may be an old one and is not read.
+        also: paths of other numbers.
     """
     nothing = (None,) * len(also)
     empty = Row(name, value, None, None, None, None, None, failure or NOT_RUN, nothing)
@@ -149,7 +149,7 @@ def write(
     """Writes WORKDIR/NAME.csv, NAME.md, NAME.html and, if a run has a number, NAME.png. Returns the Markdown table.
 
     Args:
-      also: what the other numbers of the rows are called.
+        also: what the other numbers of the rows are called.
     """
     done = [row for row in rows if row.metric is not None]
     title, alt = f"{metric} over {swept}", f"{metric} of every run over {swept}, with its interval"

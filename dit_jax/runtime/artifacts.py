@@ -147,11 +147,11 @@ def atomic_dir(path: PathLike, *, replace: bool = False) -> Iterator[Path]:
     """Yields a temporary folder to fill; on success it is renamed to `path`.
 
     Args:
-      path: the folder to publish.
-      replace: whether to replace an existing folder, which is moved aside first and deleted last.
+        path: the folder to publish.
+        replace: whether to replace an existing folder, which is moved aside first and deleted last.
 
     Raises:
-      DitError: `path` exists and replace is False, or the file system refuses.
+        DitError: `path` exists and replace is False, or the file system refuses.
     """
     path = Path(path)
     if path.exists() and not replace:
@@ -241,7 +241,7 @@ def read_json(path: PathLike, remedy: str = "run the stage that writes it") -> A
     """Reads JSON. Raises DitError: the file is missing, unreadable, truncated or not JSON.
 
     Args:
-      remedy: what the user can do about that, as an imperative.
+        remedy: what the user can do about that, as an imperative.
     """
     text = read_text(path, remedy)
     try:
@@ -283,10 +283,10 @@ def write_manifest(folder: PathLike, kind: str, *, version: int = 1, **fields: A
     """Writes `manifest.json` of an artifact: its kind, versions, and size and sha256 of every file.
 
     Args:
-      folder: the complete artifact; every file in it is listed.
-      kind: format name, for example 'dit_jax.diffs'.
-      version: format version; readers refuse others.
-      **fields: further facts about the artifact (config, base digest, …), JSON values.
+        folder: the complete artifact; every file in it is listed.
+        kind: format name, for example 'dit_jax.diffs'.
+        version: format version; readers refuse others.
+        **fields: further facts about the artifact (config, base digest, …), JSON values.
     """
     folder = Path(folder)
     for leftover in list(folder.rglob(_TEMPORARY)):
@@ -315,16 +315,16 @@ def read_manifest(
     """Reads `manifest.json` and checks that the artifact is complete and of the expected format.
 
     Args:
-      folder: the artifact.
-      kind: expected format name.
-      version: expected format version.
-      check_digests: whether to compare the content of the files, not only their sizes.
-      remedy: what the user can do if something is missing or broken, as an imperative.
-      file_remedy: the same for a single file; default: delete the folder, then `remedy`.
+        folder: the artifact.
+        kind: expected format name.
+        version: expected format version.
+        check_digests: whether to compare the content of the files, not only their sizes.
+        remedy: what the user can do if something is missing or broken, as an imperative.
+        file_remedy: the same for a single file; default: delete the folder, then `remedy`.
 
     Raises:
-      DitError: the manifest is missing or broken, or has another format or version; a listed file is missing,
-        truncated, changed or outside the folder.
+        DitError: the manifest is missing or broken, or has another format or version; a listed file is missing,
+            truncated, changed or outside the folder.
     """
     folder = Path(folder)
     for path in (folder, folder / MANIFEST):

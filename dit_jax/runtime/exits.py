@@ -28,8 +28,8 @@ def exit_on_error() -> Iterator[None]:
     """Runs a command line program: a `DitError`, what the system refuses and Ctrl-C become one line and a status.
 
     Raises:
-      SystemExit: with status 2 after a DitError, lack of memory, a package that is not installed or a refusal of the
-        system, and 130 after Ctrl-C. Other exceptions are bugs and keep their traceback.
+        SystemExit: with status 2 after a DitError, lack of memory, a package that is not installed or a refusal of the
+            system, and 130 after Ctrl-C. Other exceptions are bugs and keep their traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

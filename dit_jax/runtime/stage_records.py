@@ -46,8 +46,8 @@ def mark_done(
     """Marks a stage as finished in WORKDIR/stages/<stage>.json and returns the record.
 
     Args:
-      seconds: wall time of the stage.
-      extra: further JSON values to keep with it.
+        seconds: wall time of the stage.
+        extra: further JSON values to keep with it.
     """
     record = {
         **(extra or {}),
