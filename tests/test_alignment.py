@@ -163,7 +163,8 @@ def test_the_tool_writes_stores_of_disguised_and_of_aligned_diffs(tmp_path, caps
     )
     diff_store.publish(tmp_path / "own", 1, base=model.digest())
     found = {}
-    for name, more in (("disguised", []), ("aligned", ["--align"])):
+    rounded = ["--kinds", "none", "--dtype", "bfloat16"]
+    for name, more in (("disguised", []), ("aligned", ["--align"]), ("rounded", rounded)):
         flags = [str(tmp_path / "own"), str(tmp_path / name), "--most", "2", *more]
         assert tool.main(flags) == 0
         made = diff_store.DiffStore(tmp_path / name / "diffs")
@@ -179,3 +180,4 @@ def test_the_tool_writes_stores_of_disguised_and_of_aligned_diffs(tmp_path, caps
         # The matrix between v and o, which no rewriting has named, takes a part of their change.
         most = 0.5 if path[-1] in ("v_proj", "o_proj") else 0.1
         assert apart["aligned"] < most and apart["disguised"] > 1, (path, apart)
+        assert 1e-4 < apart["rounded"] < 1, (path, apart)

@@ -6,8 +6,8 @@
 
 Each diff is added to the base, the sum is rewritten in all ways of `deltas.symmetries` that leave its function as it
 is, and the base is taken off again. `--kinds neurons,heads` rewrites in these ways alone, `--kinds none` in none.
-`--align` undoes what it finds before it takes the base off, as `--align` of the programs does. `--most` takes the first
-diffs of each category.
+`--dtype bfloat16` rounds the sum, as checkpoints are stored. `--align` undoes what it finds before it takes the base
+off, as `--align` of the programs does. `--most` takes the first diffs of each category.
 """
 
 import argparse
@@ -49,6 +49,7 @@ def write_disguised(flags: argparse.Namespace) -> None:
         deltas = []
         for i in members:
             whole = disguise(merge(base, store.read(i)), model.config, kinds, seed=i)
+            whole = jax.tree.map(lambda x: np.asarray(x, flags.dtype).astype(np.float32), whole)
             if flags.align:
                 whole, found = align(whole, base, model.config, f"diff {i}")
                 undone = {name: undone.get(name, 0) + found.get(name, 0) for name in undone | found}
@@ -59,7 +60,7 @@ def write_disguised(flags: argparse.Namespace) -> None:
         show(f"{sum(map(len, shards[: number + 1]))} of {len(chosen)} diffs")
     told = store.manifest
     facts = {name: told[name] for name in ("base", "base_config", "config") if name in told}
-    made = {"kinds": list(kinds), "aligned": flags.align}
+    made = {"kinds": list(kinds), "aligned": flags.align, "dtype": flags.dtype}
     diff_store.publish(target, len(shards), **facts, disguised=made)
     show(f"{target}: rewritten {', '.join(kinds) or 'in no way'}; undone, in layers: {undone}")
 
@@ -90,6 +91,12 @@ def main(argv: list[str] | None = None) -> int:
     add("workdir", metavar="WORKDIR")
     add("--base", default="tiny_qwen3")
     add("--kinds", default="all", help="ways of rewriting, with commas between (default all)")
+    add(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="in which the sum is kept",
+    )
     add("--align", action="store_true", help="undo the rewriting before the base is taken off")
     add("--most", type=int, default=48, help="diffs of each category (default %(default)s)")
     return status_of(lambda: write_disguised(parser.parse_args(argv)))
