@@ -16,9 +16,8 @@ DEVICE_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimizat
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICE_FLAGS}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # each core has a pytest process: more threads wait for each other
+# Each core has a pytest process: more threads would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A second run can skip compilation, which is most of the tests' time.
 ROOT = Path(__file__).resolve().parent.parent

@@ -78,7 +78,6 @@ def run(flags: argparse.Namespace) -> None:
         audit_diffs=flags.audit_diffs,
         rows=flags.rows,
         upload=Limits(packed=packed, unpacked=4 * packed),
-        uploads=4 * packed,
     )
     desk = Desk(offer)
     with TemporaryFolder("dit_jax-app-") as uploads:

@@ -44,7 +44,7 @@ class Offer:
 
     others: whether they may name paths and hub ids that are not among `diffs`. seconds: of one batch of answers;
     audit_seconds, audit_diffs: of one audit. rows: answers that are decoded together. memory: bytes of the diffs that
-    wait for answers. upload: what one may hold. uploads: bytes of all that are kept.
+    wait for answers. upload: what one may hold.
     """
 
     bases: tuple[str, ...]
@@ -61,7 +61,6 @@ class Offer:
     window: float = 0.05
     memory: int = 2**32
     upload: Limits = Limits()
-    uploads: int = 2**31
 
 
 class Choice(NamedTuple):

@@ -31,6 +31,7 @@ iframe.audit { width: 100%; height: 80vh; border: 0 }
 _NONE = "(none)"
 _MANY = 10**9
 _HANDLES = 256  # each visitor takes some
+_UPLOADS = 4  # of the largest size, that are kept at the same time
 
 
 def build(desk: Desk) -> Any:
@@ -248,7 +249,7 @@ def serve(page: Any, desk: Desk, host: str, port: int | None, wait: bool = True)
         Middleware(
             UploadsFit,
             folder=Path(page.GRADIO_CACHE),
-            most=offer.uploads,
+            most=_UPLOADS * offer.upload.packed,
             each=offer.upload.packed,
         ),
     ]
