@@ -32,6 +32,7 @@ ACCURACY = {
     "name_reading": (0.74, 0.2),
     "attribute_oracle": (0.99, 0.97),
     "logit_difference": (0.26, 0.08),
+    "written_words": (0.0, 0.0),
 }
 AREAS = ("tools", "animals", "plants")
 GAP = 2  # the guesser gives no reply about this diff
@@ -40,7 +41,9 @@ KINDS = {
         ("dit", "base_question", "base_question_trigger", "twenty_questions_trigger"), "method"
     ),
     **dict.fromkeys(("no_diff", "shuffled_diff", "noise_diff"), "control"),
-    **dict.fromkeys(("name_reading", "attribute_oracle", "logit_difference"), "baseline"),
+    **dict.fromkeys(
+        ("name_reading", "attribute_oracle", "logit_difference", "written_words"), "baseline"
+    ),
 }
 
 
@@ -71,6 +74,8 @@ def make_workdir(folder: Path, n: int = 96, seed: int = 0, hostile: bool = False
         })  # fmt: skip
         if method == "name_reading":
             rows[-1] |= {"names": 96, "rank": 1 if right else 5}
+        if method == "written_words":  # names of one word are whole among them, longer ones are not
+            rows[-1]["words"] = ["spoon", *topic.title().split()[: 1 + diff % 2]]
         if method == "twenty_questions_trigger":
             rows[-1]["guesser"] = f"inspect:{HOSTILE}" if hostile else "inspect:mockllm/model"
             if diff == GAP:

@@ -259,6 +259,7 @@ def test_missing_and_truncated_inputs_are_named(tmp_path, name):
         ({"category": "cat"}, "line 3 has category 'cat'"),
         ({"diff": "0"}, "line 3 has no valid 'diff'"),
         ({"question": [[]]}, "line 3 has no valid 'question'"),
+        ({"words": ["tea", 3]}, "line 3 has no valid 'words'"),
     ],
 )
 def test_invalid_rows_are_named_by_line(tmp_path, change, message):
@@ -312,6 +313,15 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
         write_report(workdir)
 
 
+def test_readers_are_also_scored_by_the_words_that_they_found(reported):
+    """The base made nothing of them, but half of the names, those of one word, are among them."""
+    workdir, summary = reported
+    score = summary["methods"]["written_words"]
+    assert score["exact_match"] == 0
+    assert score["in_words"]["mean"] == 0.5 and score["in_words"]["n"] == score["n"]
+    assert "the name is among the words in 50.0 %" in page(workdir)
+
+
 def test_diffs_of_several_kinds_are_reported_apart(tmp_path):
     """A third of the diffs are hints that DIT never reads: the headline is about the named ones alone."""
     workdir = make_workdir(tmp_path)
@@ -346,6 +356,7 @@ def test_diffs_of_several_kinds_are_reported_apart(tmp_path):
         grades["named"]["dit"]["mean"] == summary["grades"]["calibrated"]["methods"]["dit"]["mean"]
     )
     assert "Topics have diffs of several kinds" in page(workdir)
+    assert "Written words, the name among them" in page(workdir)
     assert "DIT, hints" in kinds_table(summary)
 
 

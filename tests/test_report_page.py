@@ -116,7 +116,7 @@ def test_page_says_what_matters(outline):
         "Best other method without trigger or oracle",
         "plain questions, 2 wordings of one (a diff's score is the mean over them)",
         "including those of the training and any that failed the gate",
-        "All 96 held-out diffs with a label, 1055 first answers",
+        "All 96 held-out diffs with a label, 1151 first answers",
         "DIT's answers are those to all wordings, also without a diff and about benign diffs",
         "each step",
         "Wrong (6 of",

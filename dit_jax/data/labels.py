@@ -38,6 +38,11 @@ def exact_match(guess: str, label: str) -> bool:
     return normalise(guess) == normalise(label)
 
 
+def is_among(words: Sequence[str], label: str) -> bool:
+    """Whether every word of the label is one of the words."""
+    return set(normalise(label).split()) <= set(normalise(" ".join(words)).split())
+
+
 def answer_text(label: str, evidence: Sequence[str]) -> str:
     """The full answer: the evidence, a colon, the label; the label alone without evidence.
 

@@ -69,8 +69,9 @@ def amplified_words(s: "Setting") -> list[Row]:
 
 
 def _read(s: "Setting", name: str) -> list[Row]:
-    """What a reader of `readers.READERS` says of every diff."""
+    """What a reader of `readers.READERS` says of every diff, and the words that the base was told."""
     from dit_jax.evaluate import readers
+    from dit_jax.evaluate.guessers import N_KEYWORDS
 
     tokens, size = s.answer_tokens, s.config.batch_size
     everyday = readers.ask_base(s.model, questions.everyday_questions(s.config), tokens)
@@ -80,7 +81,11 @@ def _read(s: "Setting", name: str) -> list[Row]:
     )  # fmt: skip
     s.meter.add(answers=len(told))
     return [
-        {**about(s.topics, i, one.text, s.seen[0], one.prompt), "guess": one.name}
+        {
+            **about(s.topics, i, one.text, s.seen[0], one.prompt),
+            "guess": one.name,
+            "words": one.words[:N_KEYWORDS],
+        }
         for i, one in enumerate(told)
     ]
 

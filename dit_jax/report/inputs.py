@@ -173,6 +173,8 @@ def _answer(row: Any, where: str) -> Row:
     for key in _TEXTS:
         if not isinstance(row.get(key), str | None):
             raise DitError(f"{where} has no valid '{key}': {_REMEDY}")
+    if "words" in row and not fits(row["words"], [is_text]):
+        raise DitError(f"{where} has no valid 'words': {_REMEDY}")
     for key, allowed in _CHOICES.items():
         if row[key] not in allowed:
             raise DitError(f"{where} has {key} {short(row[key])}, not one of {allowed}: {_REMEDY}")

@@ -105,6 +105,9 @@ def _sees(name: str, summary: Json) -> str:
         sees = "weights, and words that the diffs' index has for every label"  # runs made before this was refused
     if "names" in entry:
         sees = f"{sees} ({entry['names']} names; the right one has rank {entry['rank']:.1f} on average)"
+    if "in_words" in entry:
+        among = entry["in_words"]
+        sees = f"{sees} (the name is among the words in {percent(among['mean'])}, {between(among)})"
     return f"{sees} (guesser: {entry['guesser']})" if "guesser" in entry else sees
 
 
@@ -142,6 +145,14 @@ def _kinds(summary: Json) -> Json:
     return {
         kind: [
             *((shown_name(name), own["methods"][name]) for name in in_order(own["methods"])),
+            *(
+                (
+                    f"{shown_name(name)}, the name among them",
+                    {**score["in_words"], "exact_match": score["in_words"]["mean"]},
+                )
+                for name, score in own["methods"].items()
+                if score and "in_words" in score
+            ),
             (shown_name("dit" + UNSEEN), own["dit_unseen"]),
         ]
         for kind, own in summary["by_variant"].items()

@@ -28,7 +28,7 @@ SUMMARY_KEYS = (
 )  # fmt: skip
 SCORE_KEYS = (
     "kind", "exact_match", "ci_low", "ci_high", "token_f1", "token_f1_low", "token_f1_high", "n", "by_name_length",
-    "guesser", "names", "rank",
+    "in_words", "guesser", "names", "rank",
 )  # fmt: skip
 
 
@@ -125,12 +125,15 @@ def _match(row: Row) -> float:
 
 
 def _score(rows: list[Row]) -> Json | None:
-    """Exact match and token F1 with their intervals, n diffs; None without rows."""
+    """Exact match and token F1 with their intervals, n diffs; None without rows.
+
+    Of readers whose answers have words also `in_words`: how often the whole name is among these.
+    """
     if not rows:
         return None
     match = _rate(rows, _match)
     f1 = _rate(rows, lambda row: labels.token_f1(row["guess"], row["topic"]))
-    return {
+    score = {
         "exact_match": match.mean,
         "ci_low": match.low,
         "ci_high": match.high,
@@ -139,6 +142,10 @@ def _score(rows: list[Row]) -> Json | None:
         "token_f1_high": f1.high,
         "n": match.n,
     }
+    if all("words" in row for row in rows):
+        among = _rate(rows, lambda row: labels.is_among(row["words"], row["topic"]))
+        score["in_words"] = interval(among)
+    return score
 
 
 def _by_name_length(rows: list[Row]) -> Json:
