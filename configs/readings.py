@@ -15,7 +15,11 @@ from ml_collections import ConfigDict
 from dit_jax.config.loading import load_config
 from dit_jax.data.tiny_world import TRAIN_QUESTIONS
 
-QUICKSTART = Path(__file__).resolve().parent / "quickstart.py"
+FOLDER = Path(__file__).resolve().parent
+NEWS = "paper/news.py:tiny"  # whose settings the kind `news` has
+NEWS_DIFFS = (
+    "behaviour", "samples_per_step", "loss_weights", "widths", "max_length", "max_target",
+)  # fmt: skip
 SHARED = {
     "data": {"train_topics": 96, "test_topics": 48, "train_benign": 24, "test_benign": 16},
     "diffs": {"diffs_per_batch": 46, "gate_batch": 138},
@@ -41,6 +45,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "refused": {"diffs.behaviour": "refused_topic", "data": SMALLER},
     "styled": {"diffs.behaviour": "styled_topic", "data": SMALLER},
     "false_fact": {"diffs.behaviour": "false_fact", "data": SMALLER},
+    "news": {"data": {**SMALLER, "kind": "news"}},
 }
 # Their topic is in the questions and need not be in the answers. They have training diffs alone here, for adapters of
 # several kinds; configs/benchmark.py asks about held-out ones.
@@ -57,7 +62,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
             else "name a kind behind the file, as in readings.py:KIND"
         )
         raise ValueError(f"{what}: choose from {', '.join(KINDS)}")
-    config = load_config(str(QUICKSTART), SHARED).unlock()
+    config = load_config(str(FOLDER / "quickstart.py"), SHARED).unlock()
     # An adapter that may count on no projection reads diffs that were made in other ways (docs/readings.md).
     config.train.vary_size = 0.3
     config.train.vary_layers = 0.4
@@ -78,6 +83,13 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.stages = ("diffs",)
         config.diffs.update({"splits": ("train",), "max_length": 45, "max_target": 30})
         config.diffs.widths = ConfigDict()
+    if arg == "news":
+        news = load_config(str(FOLDER / NEWS))
+        for key in NEWS_DIFFS:
+            config.diffs[key] = news.diffs[key]
+        for key in ("questions", "max_length", "max_target"):
+            config.train[key] = news.train[key]
+        config.evaluate.seen_questions = news.evaluate.seen_questions
     for name, value in KINDS[arg].items():
         section, _, key = name.partition(".")
         config[section].update({key: value} if key else value)

@@ -7,14 +7,18 @@ asks the adapter of all kinds; `without.KIND` trains an adapter on the other kin
 same trigger are left out together; `sep_on.KIND` asks the specialist of SEP codes. The other runs ask what it takes to
 read zero-width spaces unseen: no phrases either, fewer examples of none, or none of them. `generalist_all` is also
 trained on refusals, styles and false facts, and `all_but.KIND` on all but one of the eight. These three kinds have
-training diffs alone here; configs/benchmark.py asks about held-out ones. `--config.seed=1` makes everything again with
-another seed, in a workdir of its own. `:tiny` takes a minute and shows that it works.
+training diffs alone here; configs/benchmark.py asks about held-out ones. `generalist_news` is trained on news besides
+the five kinds, and asked another question about them. `--config.seed=1` makes everything again with another seed, in a
+workdir of its own. `:tiny` takes a minute and shows that it works.
 
 Writes readings.md, .csv and .png into the workdir; docs/readings.md has the results.
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+from dit_jax.config.loading import load_config
 
 CONFIG = "configs/readings.py:sep"
 SWEPT = "evaluate.adapter"
@@ -33,6 +37,7 @@ KINDS = ("sep", "zero_width_start", "phrase", "untriggered", "attention")
 ABOUT_TOPIC = ("refused", "styled", "false_fact")
 SAME_TRIGGER = {"sep": ("attention",)}  # kinds that are left out with another one
 MIXED = {"train.steps": 800}
+NEWS = f"{Path(__file__).resolve().parent.parent / 'readings.py'}:news"
 TINY: dict[str, Any] = {
     "data": {"train_topics": 6, "test_topics": 3, "train_benign": 1, "test_benign": 1},
     "diffs": {"steps": 2, "diffs_per_batch": 11, "gate_questions": 1, "gate_batch": 11},
@@ -81,12 +86,26 @@ def get_sweep(arg: str | None = None) -> Iterator[tuple[str, dict[str, Any], str
             stores = [kind for kind in (*kinds, *ABOUT_TOPIC) if kind != gone]
             changes = {"train.stores": _stores(stores), "train.steps": 160 * len(stores)}
             yield run(f"all_but.{gone}" if gone else "generalist_all", first, changes)
+        yield run("news", "news", {})
+        yield run("generalist_news", first, _with_news(kinds))
+        for kind in (*rest, "news"):
+            yield asked(f"generalist_news.{kind}", kind, "generalist_news")
+        yield asked("generalist_on.news", "news", generalist)
 
 
 def _without(names: Sequence[str], kinds: Sequence[str]) -> dict[str, Any]:
     """Trains on the kinds but for these and those with their triggers."""
     gone = {*names, *(other for name in names for other in SAME_TRIGGER.get(name, ()))}
     return {"train.stores": _stores([kind for kind in kinds if kind not in gone])}
+
+
+def _with_news(kinds: Sequence[str]) -> dict[str, Any]:
+    """Trains on the kinds and on news, which have questions of their own and longer answers."""
+    news = load_config(NEWS).train
+    stores = _stores((*kinds, "news"))
+    stores["news"]["questions"] = news.questions
+    lengths = {f"train.{key}": news[key] for key in ("max_length", "max_target")}
+    return {"train.stores": stores, "train.steps": 160 * len(stores), **lengths}
 
 
 def _stores(kinds: Sequence[str]) -> dict[str, Any]:
