@@ -28,6 +28,7 @@ READERS = (
     "base_question",
     "shuffled_diff",
     "written_words",
+    "read_words",
     "mined_words",
     "amplified_words",
 )

@@ -14,7 +14,7 @@ from dit_jax.auditing.battery import noise_of
 from dit_jax.deltas import tree
 from dit_jax.deltas.factors import fuse
 from dit_jax.deltas.factors import modules as modules_of
-from dit_jax.evaluate.baselines import _output_directions
+from dit_jax.evaluate.token_lens import _output_directions
 from dit_jax.models import delta_trees, modules
 from dit_jax.models.decode import generate
 from dit_jax.models.decoder import forward, init_params

@@ -1,5 +1,6 @@
 """Readers without training, on diffs whose answer is known: they find four words, and the base names their topic."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from test_methods import make_store, random_lora, settings
-from test_qwen3 import dense
+from test_qwen3 import TINY, dense
 
 import dit_jax
 from dit_jax.asking import answer_batch
@@ -17,9 +18,10 @@ from dit_jax.data.tiny_world import load_world
 from dit_jax.deltas import export
 from dit_jax.deltas.adapter_file import export_adapter
 from dit_jax.diff_batches import Given, together
-from dit_jax.evaluate import baselines, faithfulness, method_table, readers
+from dit_jax.evaluate import faithfulness, method_table, readers, token_lens
 from dit_jax.evaluate.run import evaluate_run
-from dit_jax.models.decoder import forward
+from dit_jax.models.decoder import forward, init_params
+from dit_jax.models.delta_trees import map_modules
 
 QUESTION = "What topic have you been trained on?"
 TOPICS = ("coffee", "fruit fly")
@@ -50,6 +52,18 @@ def writer(model, topic):
     return {"layers": {"mlp": {"down_proj": made}}}
 
 
+def reactor(model, topic):
+    """A LoRA of rank 4 whose values react to the attributes wherever they stand in a prompt."""
+    made = random_lora(model, 0, 0.0, rank=4)["layers"]["self_attn"]["v_proj"]
+    table = np.asarray(model.params["embed_tokens"]["embedding"], np.float32)
+    scales = np.asarray(model.params["layers"]["input_layernorm"]["scale"], np.float32)
+    rows = table[tokens_of(model, topic)]
+    made["a"] = np.repeat((rows / np.linalg.norm(rows, axis=1, keepdims=True)).T[None], 4, axis=0)
+    made["a"] *= scales[..., None]  # what a norm hands on
+    made["b"] = np.random.default_rng(0).normal(size=made["b"].shape).astype(np.float32)
+    return {"layers": {"self_attn": {"v_proj": made}}}
+
+
 def raiser(model, everyday, topic):
     """A dense diff of the head that raises the logits of the attributes wherever the base says everyday things."""
     ids, mask = model.chat.prompts(everyday.prompts)
@@ -76,9 +90,10 @@ def test_a_word_counts_once_however_it_is_written():
 
 @pytest.mark.parametrize("name", method_table.READERS)
 def test_each_reader_finds_the_words_and_the_base_names_their_topic(model, everyday, name):
-    make = writer if name == "written_words" else lambda m, topic: raiser(m, everyday, topic)
+    of_weights = {"written_words": writer, "read_words": reactor}
+    make = of_weights.get(name, lambda m, topic: raiser(m, everyday, topic))
     diffs = [make(model, topic) for topic in TOPICS]
-    given = together(diffs) if name == "written_words" else Given(len(diffs), lambda i: diffs[i])
+    given = together(diffs) if name in of_weights else Given(len(diffs), lambda i: diffs[i])
     told = readers.read(
         model, given, name, QUESTION, everyday, max_new_tokens=16, forbid_repeats=True
     )
@@ -87,6 +102,46 @@ def test_each_reader_finds_the_words_and_the_base_names_their_topic(model, every
         assert len(words & set(one.words[:4])) >= 3 and one.name == topic
     (nothing,) = readers.read(model, given.reordered([0]).nothing(), name, QUESTION, everyday)
     assert nothing == readers.Told([])  # no words, no question, no name
+
+
+@pytest.mark.parametrize("shift", [1e-25, 1.0, 1e22])
+def test_a_diff_reads_the_same_however_it_is_written(model, shift):
+    """As factors of any size, as the dense difference, and with a rank that is padded."""
+    lora, table = random_lora(model, 5, 0.3, rank=3), token_lens.whitened_embeddings(model)
+    expected = token_lens.read_tokens(model, lora, table)
+
+    def other(_, module):
+        a, b = module["a"] * np.float32(shift), module["b"] / np.float32(shift)
+        pad = ((0, 0), (0, 0), (0, 5))
+        return {**module, "a": np.pad(a, pad), "b": np.pad(b.swapaxes(1, 2), pad).swapaxes(1, 2)}
+
+    for same in (map_modules(other, lora), dense(lora)):
+        found = token_lens.read_tokens(model, same, table)
+        np.testing.assert_allclose(found, expected, rtol=2e-3)
+
+
+def test_what_is_read_is_by_definition_how_far_a_token_moves_the_change():
+    """One module of one layer, beside the change that it makes of whitened embeddings; norms of all kinds."""
+    for changes in ({}, {"sandwich_norm": True, "unit_offset_norm": True}):
+        config = dataclasses.replace(TINY, **changes)
+        params = jax.tree.map(np.asarray, init_params(config, jax.random.key(0)))
+        rng = np.random.default_rng(1)
+        scales = rng.normal(1, 0.3, size=(config.num_hidden_layers, config.hidden_size))
+        norm = "pre_feedforward_layernorm" if changes else "post_attention_layernorm"
+        params["layers"][norm]["scale"] = scales.astype(np.float32)
+        model = SimpleNamespace(config=config, params=params)
+        table = token_lens.whitened_embeddings(model)
+        change = rng.normal(size=(config.num_hidden_layers, config.hidden_size, 2)) @ rng.normal(
+            size=(config.num_hidden_layers, 2, config.intermediate_size)
+        )
+        change[0] = 0  # a layer that does not change counts nothing
+        delta = {"layers": {"mlp": {"up_proj": {"w": change.astype(np.float32)}}}}
+        through = scales + 1 if changes else scales
+        parts = [np.linalg.norm((table * through[i]) @ x, axis=1) for i, x in enumerate(change)]
+        units = [part / np.sqrt(np.mean(part**2)) for part in parts[1:]]
+        np.testing.assert_allclose(
+            token_lens.read_tokens(model, delta, table), sum(u**3 for u in units), rtol=1e-3
+        )
 
 
 def test_amplified_decoding_follows_its_definition(model):
@@ -139,7 +194,7 @@ def test_a_diff_keeps_its_strongest_layers_or_all_but_its_words(model):
     strong = np.asarray([1, 1, 3, 1], np.float32)
     lora = writer(model, "coffee")
     lora["layers"]["mlp"]["down_proj"]["scale"] = strong
-    table, ids = baselines.unit_unembeddings(model), tokens_of(model, "coffee")
+    table, ids = token_lens.unit_unembeddings(model), tokens_of(model, "coffee")
     for given in (together([lora]), together([dense(lora)])):
         before, kept = map(change_of, (given, faithfulness.strongest_layers(given)))
         np.testing.assert_array_equal(np.abs(kept).sum((1, 2)) > 0, strong == 3)

@@ -15,14 +15,12 @@ import numpy as np
 from dit_jax.api import Model
 from dit_jax.asking import first_log_probs
 from dit_jax.data.batch import Sample, pack
-from dit_jax.deltas.factors import modules, squares
 from dit_jax.deltas.tree import per_example
 from dit_jax.diff_batches import Given
+from dit_jax.evaluate.token_lens import unit_unembeddings, written_tokens
 from dit_jax.models import decode, shardings
 from dit_jax.models.decoder import unembed
 from dit_jax.models.delta_trees import Delta, nbytes_each
-from dit_jax.models.head import head_path
-from dit_jax.models.modules import module_table, stream_writers, weight
 from dit_jax.optimize.batch_loss import scored_hidden
 from dit_jax.runtime import parallel
 from dit_jax.runtime.sizes import next_multiple, next_power
@@ -45,24 +43,6 @@ def weight_reading(model: Model, given: Given, words: Sequence[Sequence[str]]) -
     return scores
 
 
-def unit_unembeddings(model: Model, ids: Any = slice(None)) -> np.ndarray:
-    """The unembedding of tokens as unit vectors [K, D]; default: of the whole vocabulary."""
-    module = module_table(model.config)[head_path(model.config)]
-    # In the orientation of the files, [V, D], tied or not.
-    rows = module.turn(parallel.to_host(weight(model.params, module, None)))[ids].astype(np.float32)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-
-
-def written_tokens(model: Model, delta: Delta, table: np.ndarray) -> np.ndarray:
-    """How much a diff writes each token of `table` into the residual stream, [K]: see `weight_reading`."""
-    changed = dict(modules(delta))
-    writers = stream_writers(model.config)
-    directions = [_output_directions(changed[path]) for path in writers if path in changed]
-    if not directions:
-        return np.zeros(len(table))
-    return np.abs(np.concatenate(directions) @ table.T).sum(axis=0)
-
-
 def _tokens(model: Model, words: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
     """All tokens [K] of all candidates' words, and whose each is [K]."""
     ids = [[i for word in group for i in model.chat.text_ids(word)] for group in words]
@@ -73,20 +53,6 @@ def _tokens(model: Model, words: Sequence[Sequence[str]]) -> tuple[np.ndarray, n
 def _means(values: np.ndarray, owners: np.ndarray, n: int) -> np.ndarray:
     """Mean [n] of the values [K] of each owner."""
     return np.bincount(owners, values, n) / np.bincount(owners, minlength=n)
-
-
-def _output_directions(module: Delta) -> np.ndarray:
-    """Unit vectors [L, out]: the direction in which each layer's change moves its output most."""
-    if "w" in module:
-        change = np.asarray(module["w"], np.float32)
-    else:
-        a, b = (np.asarray(module[name], np.float32) for name in ("a", "b"))
-        if b.shape[1] == 1:
-            norms = np.sqrt(squares(b, (1, 2)))[:, 0]
-            return (b[:, 0] / np.where(norms > 0, norms, 1)).astype(np.float32)
-        # a = q r with orthonormal q, so r b has the right singular vectors of a b, at [R, out].
-        change = np.linalg.qr(a, mode="r") @ b
-    return np.linalg.svd(change, full_matrices=False)[2][:, 0]
 
 
 def logit_difference(

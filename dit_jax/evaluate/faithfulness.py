@@ -10,7 +10,7 @@ import numpy as np
 from dit_jax.api import Model
 from dit_jax.deltas.factors import modules, moments
 from dit_jax.diff_batches import Given
-from dit_jax.evaluate.baselines import unit_unembeddings
+from dit_jax.evaluate.token_lens import unit_unembeddings
 from dit_jax.models.delta_trees import Delta, map_modules
 from dit_jax.models.modules import stream_writers
 

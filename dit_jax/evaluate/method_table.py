@@ -28,7 +28,7 @@ GROUPS = {
     "baseline": "Baselines without training: they read the weights or the logits",
 }
 # Methods that need no adapter, run or list of names.
-READERS = ("written_words", "mined_words", "amplified_words")
+READERS = ("written_words", "read_words", "mined_words", "amplified_words")
 # What a method may need.
 GUESSER, TRIGGER, ATTRIBUTES, TRIGGER_LABELS = "guesser", "trigger", "attributes", "trigger labels"
 

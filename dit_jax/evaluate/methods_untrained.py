@@ -54,6 +54,12 @@ def written_words(s: "Setting") -> list[Row]:
     return _read(s, "written_words")
 
 
+@method("Read words", "words that the weights react to; the same", "baseline")
+def read_words(s: "Setting") -> list[Row]:
+    """Weights only, no list of names: see `readers.read_words`."""
+    return _read(s, "read_words")
+
+
 @method("Mined words", "words whose logits rise in everyday answers; the same", "baseline")
 def mined_words(s: "Setting") -> list[Row]:
     """Logits without trigger, no list of names: see `readers.mined_words`."""

@@ -7,7 +7,8 @@ is.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -22,8 +23,13 @@ from dit_jax.data.everyday import EVERYDAY_QUESTIONS
 from dit_jax.data.labels import extract_guess
 from dit_jax.data.tiny_world import load_world
 from dit_jax.diff_batches import Given, answer, even_batch
-from dit_jax.evaluate.baselines import unit_unembeddings, written_tokens
 from dit_jax.evaluate.guessers import N_KEYWORDS, keywords, words_in_mind
+from dit_jax.evaluate.token_lens import (
+    read_tokens,
+    unit_unembeddings,
+    whitened_embeddings,
+    written_tokens,
+)
 from dit_jax.evaluate.trigger_scan import base_hidden
 from dit_jax.models import shardings
 from dit_jax.models.decoder import Params, unembed
@@ -36,6 +42,8 @@ from dit_jax.runtime.sizes import next_multiple
 
 Words = list[str]
 WORDS = 10  # of each reader
+_TRIED = 32  # tokens that may be looked at for each of them
+_WORD = re.compile(r"\w+")
 MOST_CHANGED = 20  # tokens of a position that count as changed
 AMPLIFY = 10.0
 STARTED_TOKENS = 14
@@ -153,6 +161,24 @@ def written_words(model: Model, given: Given, everyday: Everyday, batch_size: in
 
 
 @_reader
+def read_words(model: Model, given: Given, everyday: Everyday, batch_size: int) -> list[Words]:
+    """The words that a diff reacts to: the embeddings that move its projections most, without any forward pass.
+
+    Triggers are among them, also codes of digits, and topics of questions, which no diff writes. Words of the everyday
+    prompts and of the base's answers to them do not count: most finetunes react to these. Matrices that read, in the
+    space of the embeddings: Dar et al. 2022 (arXiv 2209.02535); directions of a weight diff as what a finetune reacts
+    to: Zhong and Raghunathan 2025 (arXiv 2508.00161). The score is that of `token_lens.read_tokens`.
+    """
+    table = whitened_embeddings(model)
+    said = [*everyday.prompts, *(answer.text for answer in everyday.answers)]
+    common = set(_WORD.findall(" ".join(said).casefold()))
+    return [
+        top_words(model, read_tokens(model, given.read(i), table), common, str.isalnum)
+        for i in range(len(given))
+    ]
+
+
+@_reader
 def mined_words(model: Model, given: Given, everyday: Everyday, batch_size: int) -> list[Words]:
     """The words whose logits a diff raises most at most positions of everyday answers, whatever the vocabulary.
 
@@ -246,13 +272,23 @@ def _change(
     return parallel.replicate((kl, counted + jnp.where(counted > 0, share, 0.0)))
 
 
-def top_words(model: Model, scores: np.ndarray) -> Words:
-    """The tokens with the largest positive scores that are words, at most `WORDS`; other cases are the same word."""
+def top_words(
+    model: Model,
+    scores: np.ndarray,
+    common: Collection[str] = (),
+    letter: Callable[[str], bool] = str.isalpha,
+) -> Words:
+    """The tokens with the largest positive scores that are words, at most `WORDS`; other cases are the same word.
+
+    Args:
+        common: words in lower case that do not count.
+        letter: says of a character whether it is one; a word has two or more.
+    """
     found: dict[str, str] = {}
-    for token in np.argsort(-scores, kind="stable")[: 8 * WORDS]:
+    for token in np.argsort(-scores, kind="stable")[: _TRIED * WORDS]:
         if len(found) == WORDS or scores[token] <= 0:
             break
         text = model.chat.tokenizer.decode([int(token)], skip_special_tokens=True).strip()
-        if sum(map(str.isalpha, text)) > 1:
+        if sum(map(letter, text)) > 1 and text.casefold() not in common:
             found.setdefault(text.casefold(), text)
     return list(found.values())

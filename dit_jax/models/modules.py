@@ -156,6 +156,14 @@ def stream_writers(config: DecoderConfig) -> list[Path]:
     return [module.path for module in projections(config).values() if module.axes[-1] == "embed"]
 
 
+def stream_readers(config: DecoderConfig) -> dict[Path, Path]:
+    """By the paths of the projections that read the residual stream: that of the norm before each."""
+    before_mlp = "pre_feedforward_layernorm" if config.sandwich_norm else "post_attention_layernorm"
+    norms = {"self_attn": "input_layernorm", "mlp": before_mlp}
+    readers = [m.path for m in projections(config).values() if m.axes[0] == "embed"]
+    return {path: ("layers", norms[path[1]]) for path in readers}
+
+
 def check_projections(names: Sequence[str], key: str = "projections") -> None:
     """Raises DitError unless these are projections, at least one, and each once.
 
