@@ -133,7 +133,7 @@ def _score(rows: list[Row]) -> Json | None:
         return None
     match = _rate(rows, _match)
     f1 = _rate(rows, lambda row: labels.token_f1(row["guess"], row["topic"]))
-    score = {
+    score: Json = {
         "exact_match": match.mean,
         "ci_low": match.low,
         "ci_high": match.high,
