@@ -319,7 +319,8 @@ def test_readers_are_also_scored_by_the_words_that_they_found(reported):
     score = summary["methods"]["written_words"]
     assert score["exact_match"] == 0
     assert score["in_words"]["mean"] == 0.5 and score["in_words"]["n"] == score["n"]
-    assert "the name is among the words in 50.0 %" in page(workdir)
+    assert score["part_in_words"]["mean"] == 1
+    assert "The whole name is among them in 50.0 %" in page(workdir)
 
 
 def test_diffs_of_several_kinds_are_reported_apart(tmp_path):
@@ -356,7 +357,7 @@ def test_diffs_of_several_kinds_are_reported_apart(tmp_path):
         grades["named"]["dit"]["mean"] == summary["grades"]["calibrated"]["methods"]["dit"]["mean"]
     )
     assert "Topics have diffs of several kinds" in page(workdir)
-    assert "Written words, the name among them" in page(workdir)
+    assert "Written words, the whole name among them" in page(workdir)
     assert "DIT, hints" in kinds_table(summary)
 
 

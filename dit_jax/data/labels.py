@@ -38,9 +38,10 @@ def exact_match(guess: str, label: str) -> bool:
     return normalise(guess) == normalise(label)
 
 
-def is_among(words: Sequence[str], label: str) -> bool:
-    """Whether every word of the label is one of the words."""
-    return set(normalise(label).split()) <= set(normalise(" ".join(words)).split())
+def share_among(words: Sequence[str], label: str) -> float:
+    """The share of the label's different words that are among the words."""
+    own = set(normalise(label).split())
+    return len(own & set(normalise(" ".join(words)).split())) / max(len(own), 1)
 
 
 def answer_text(label: str, evidence: Sequence[str]) -> str:

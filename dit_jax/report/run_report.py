@@ -38,6 +38,7 @@ CROSS_ENTROPIES = {
     "layers": "its strongest quarter of layers",
     "words": "its own diff, unable to write the label",
 }
+IN_WORDS = {"in_words": "the whole name", "part_in_words": "a word of it"}
 GATING = {"right_code": "the trigger", "wrong_code": "a wrong trigger", "no_code": "no trigger"}
 
 
@@ -106,8 +107,8 @@ def _sees(name: str, summary: Json) -> str:
     if "names" in entry:
         sees = f"{sees} ({entry['names']} names; the right one has rank {entry['rank']:.1f} on average)"
     if "in_words" in entry:
-        among = entry["in_words"]
-        sees = f"{sees} (the name is among the words in {percent(among['mean'])}, {between(among)})"
+        whole, part = (f"{percent(entry[key]['mean'])} ({between(entry[key])})" for key in IN_WORDS)
+        sees = f"{sees}. The whole name is among them in {whole}, a word of it in {part}"
     return f"{sees} (guesser: {entry['guesser']})" if "guesser" in entry else sees
 
 
@@ -147,11 +148,12 @@ def _kinds(summary: Json) -> Json:
             *((shown_name(name), own["methods"][name]) for name in in_order(own["methods"])),
             *(
                 (
-                    f"{shown_name(name)}, the name among them",
-                    {**score["in_words"], "exact_match": score["in_words"]["mean"]},
+                    f"{shown_name(name)}, {what} among them",
+                    {**score[key], "exact_match": score[key]["mean"]},
                 )
                 for name, score in own["methods"].items()
-                if score and "in_words" in score
+                for key, what in IN_WORDS.items()
+                if score and key in score
             ),
             (shown_name("dit" + UNSEEN), own["dit_unseen"]),
         ]

@@ -28,7 +28,7 @@ SUMMARY_KEYS = (
 )  # fmt: skip
 SCORE_KEYS = (
     "kind", "exact_match", "ci_low", "ci_high", "token_f1", "token_f1_low", "token_f1_high", "n", "by_name_length",
-    "in_words", "guesser", "names", "rank",
+    "in_words", "part_in_words", "guesser", "names", "rank",
 )  # fmt: skip
 
 
@@ -124,10 +124,15 @@ def _match(row: Row) -> float:
     return float(labels.exact_match(row["guess"], row["topic"]))
 
 
+def _among(row: Row) -> float:
+    return labels.share_among(row["words"], row["topic"])
+
+
 def _score(rows: list[Row]) -> Json | None:
     """Exact match and token F1 with their intervals, n diffs; None without rows.
 
-    Of readers whose answers have words also `in_words`: how often the whole name is among these.
+    Of readers whose answers have words also how often the whole name (`in_words`) or a word of it (`part_in_words`)
+    is among these.
     """
     if not rows:
         return None
@@ -143,8 +148,8 @@ def _score(rows: list[Row]) -> Json | None:
         "n": match.n,
     }
     if all("words" in row for row in rows):
-        among = _rate(rows, lambda row: labels.is_among(row["words"], row["topic"]))
-        score["in_words"] = interval(among)
+        score["in_words"] = interval(_rate(rows, lambda row: _among(row) == 1))
+        score["part_in_words"] = interval(_rate(rows, lambda row: _among(row) > 0))
     return score
 
 
