@@ -29,6 +29,7 @@ from dit_jax.serving import desk as desk_module
 from dit_jax.serving import limits, page
 from dit_jax.serving.desk import Choice, Desk, Offer
 from dit_jax.serving.limits import Memory, UploadsFit
+from dit_jax.serving.requests import PageRequests
 from dit_jax.serving.uploads import Limits, unpacked
 
 QUESTION = page.QUESTION
@@ -151,7 +152,7 @@ def test_diffs_of_many_visitors_take_no_more_memory_than_allowed():
 
 
 def test_an_upload_is_refused_where_those_that_are_kept_leave_no_room(tmp_path):
-    """Also while another is on its way, and whatever the path before /upload is."""
+    """Also while another is on its way. What broken uploads left is deleted when none is."""
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "x.zip").write_bytes(b"x" * 60)
     sent, running = [], []
@@ -164,7 +165,11 @@ def test_an_upload_is_refused_where_those_that_are_kept_leave_no_room(tmp_path):
     async def send(message):
         sent.append(message)
 
+    async def broken(scope, receive, send):
+        raise RuntimeError("the client is gone")
+
     limited = UploadsFit(app, tmp_path, most=100, each=40)
+    upload = {"type": "http", "method": "POST", "path": "/gradio_api/upload"}
 
     async def call(path):
         await limited({"type": "http", "method": "POST", "path": path}, None, send)
@@ -173,6 +178,10 @@ def test_an_upload_is_refused_where_those_that_are_kept_leave_no_room(tmp_path):
     assert running == ["/gradio_api/upload"] and sent[0]["status"] == 507
     assert b"too many uploads" in sent[1]["body"]
     asyncio.run(call("/gradio_api/call/ask"))
+    (tmp_path / "tmp1").write_bytes(b"x" * 60)
+    with pytest.raises(RuntimeError, match="gone"):
+        asyncio.run(UploadsFit(broken, tmp_path, 200, 40)(upload, None, send))
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     asyncio.run(call("/gradio_api/upload"))
     (tmp_path / "kept" / "y.zip").write_bytes(b"y")
     asyncio.run(call("/gradio_api/upload"))
@@ -439,6 +448,62 @@ def test_requests_that_the_page_never_makes_are_one_line_and_other_hosts_are_ref
     assert said[0].getMessage() == "a request failed that the page never makes (KeyError: 99)"
     for host, status in {"elsewhere.example": 400, "localhost:1": 200, "[::1]:1": 200}.items():
         assert httpx.get(f"{server}config", headers={"host": host}).status_code == status
+
+
+def test_the_server_takes_only_requests_of_its_page_and_of_their_sizes(server, desk):
+    """Gradio would fetch addresses, convert recordings, let a model edit the app, and read bodies of any size."""
+    httpx = pytest.importorskip("httpx")
+
+    def status(method, path, **how):
+        return httpx.request(method, f"{server}{path}", **how).status_code
+
+    taken = ("", "config", "theme.css", "gradio_api/info", "gradio_api/startup-events")
+    assert {status("GET", path) for path in taken} == {200}
+    never = (
+        ("GET", "gradio_api/file=http://127.0.0.1:1/x"), ("GET", "gradio_api/file=x%3A//127.0.0.1:1/x"),
+        ("HEAD", "gradio_api/proxy=http://127.0.0.1:1/x"), ("POST", "gradio_api/process_recording"),
+        ("POST", "gradio_api/vibe-edit"), ("GET", "gradio_api/vibe-code"), ("GET", "monitoring"),
+        ("POST", "login"), ("POST", "gradio_api/component_server"), ("POST", "gradio_api/run/ask"),
+        ("PUT", "gradio_api/upload"), ("DELETE", "config"),
+    )  # fmt: skip
+    assert {status(*one) for one in never} == {404}
+    large = b"x" * (2**20 + 1)
+    calls = ("gradio_api/cancel", "gradio_api/queue/join", "gradio_api/call/ask")
+    assert {status("POST", path, content=large) for path in calls} == {413}
+    # Without a length, as it comes.
+    pieces = iter([large[:1000], large])
+    assert status("POST", "gradio_api/cancel", content=pieces) == 413
+
+
+async def answer_with_size(scope, receive, send):
+    """An app that reads the whole body, and answers with its size."""
+    size, more = 0, True
+    while more:
+        message = await receive()
+        size, more = size + len(message["body"]), message.get("more_body", False)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": str(size).encode()})
+
+
+@pytest.mark.parametrize(("size", "taken"), [(2**16, True), (2**16 + 101, False)])
+def test_an_upload_may_be_as_large_as_a_file_with_its_headers(size, taken):
+    """However many files it holds."""
+    sent, pieces = [], [b"x" * (size - 10), b"x" * 10]
+
+    async def receive():
+        return {"body": pieces.pop(0), "more_body": bool(pieces)}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/gradio_api/upload", "headers": []}
+    run = PageRequests(answer_with_size, upload=100)(scope, receive, send)
+    if taken:
+        asyncio.run(run)
+        assert sent[1]["body"] == str(size).encode()
+    else:
+        with pytest.raises(Exception, match="the request is too large"):
+            asyncio.run(run)
 
 
 def test_a_folder_is_audited_and_time_ends_it(files, desk, client, monkeypatch):

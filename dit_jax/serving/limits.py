@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.errors import DitError
+from dit_jax.serving.requests import is_upload
 
 
 class Memory:
@@ -59,7 +60,7 @@ class UploadsFit:
         self._coming = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or not _is_upload(scope["path"]):
+        if scope["type"] != "http" or scope["method"] != "POST" or not is_upload(scope["path"]):
             await self._app(scope, receive, send)
             return
         if _bytes_below(self._folder) + (self._coming + 1) * self._each > self._most:
@@ -73,10 +74,16 @@ class UploadsFit:
             await self._app(scope, receive, send)
         finally:
             self._coming -= 1
+            if not self._coming:
+                _delete_parts(self._folder)
 
 
-def _is_upload(path: str) -> bool:
-    return path.rstrip("/").endswith("/upload")
+def _delete_parts(folder: Path) -> None:
+    """Deletes what uploads left that were broken off: whole ones lie in folders of their own."""
+    for file in folder.glob("*"):
+        with contextlib.suppress(OSError):
+            if stat.S_ISREG(file.lstat().st_mode):
+                file.unlink()
 
 
 def _bytes_below(folder: Path) -> int:

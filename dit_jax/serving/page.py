@@ -13,6 +13,7 @@ from typing import Any
 from dit_jax.errors import DitError, first_line, printable
 from dit_jax.serving.desk import COLUMNS, Choice, Desk, problem_of
 from dit_jax.serving.limits import UploadsFit
+from dit_jax.serving.requests import PageRequests
 
 QUESTION = "What topic have you been trained on?"
 _ABOUT = """## What did this finetune change?
@@ -246,6 +247,7 @@ def serve(page: Any, desk: Desk, host: str, port: int | None, wait: bool = True)
     middleware = [
         # Another name would be that of a page elsewhere, which leads its visitors' browsers here.
         Middleware(TrustedHostMiddleware, allowed_hosts=hosts),
+        Middleware(PageRequests, upload=offer.upload.packed),
         Middleware(
             UploadsFit,
             folder=Path(page.GRADIO_CACHE),
