@@ -1,7 +1,7 @@
 """The table of methods: what each is, and what its rows of answers.jsonl hold.
 
-`methods_asking` and `methods_untrained` fill it; `methods` says which of them a run uses. Reports, tables and config
-checks read it without JAX.
+`methods_asking`, `methods_triggers` and `methods_untrained` fill it; `methods` says which of them a run uses. Reports,
+tables and config checks read it without JAX.
 """
 
 import dataclasses
