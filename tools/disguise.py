@@ -16,7 +16,7 @@ import pathlib
 import sys
 from typing import Any
 
-from dit_jax.errors import Parser
+from dit_jax.cli.flags import Parser
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
 

@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from dit_jax.errors import DitError, Parser
+from dit_jax.cli.flags import Parser
+from dit_jax.errors import DitError
 from dit_jax.graders.calibrated import (
     KINDS,
     Calibrated,

@@ -19,7 +19,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dit_jax.errors import DitError, Parser
+from dit_jax.cli.flags import Parser
+from dit_jax.errors import DitError
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
 from tools.hostile.files import SOUND, hostile

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_jax.errors import Parser
+from dit_jax.cli.flags import Parser
 from dit_jax.graders import sentences, words
 from dit_jax.graders.embeddings import Encoder, load_encoder, minilm
 from dit_jax.runtime import artifacts

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.cli import flags as given
-from dit_jax.errors import DitError, Parser, printable
+from dit_jax.errors import DitError, printable
 from dit_jax.evaluate.method_table import READERS
 from dit_jax.report.wording import plural
 from dit_jax.runtime.artifacts import check_place, read_json, write_text
@@ -46,7 +46,7 @@ def _answer(flags: argparse.Namespace) -> None:
 # fmt: off
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line. Raises DitError: a flag that is unknown or has a wrong value."""
-    parser = Parser("python -m dit_jax.ask", __doc__)
+    parser = given.Parser("python -m dit_jax.ask", __doc__)
     add = parser.add_argument
     add("questions", nargs="*", metavar="question", type=given.TEXT, help="asked one by one")
     add("--questions", dest="questions_file", metavar="FILE", type=given.FILE,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dit_jax.cli import flags as given
-from dit_jax.errors import DitError, Parser, printable
+from dit_jax.errors import DitError, printable
 from dit_jax.report.wording import plural
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 # fmt: off
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line. Raises DitError: a flag that is unknown or has a wrong value."""
-    parser = Parser("python -m dit_jax.audit", __doc__)
+    parser = given.Parser("python -m dit_jax.audit", __doc__)
     add = parser.add_argument
     add("diffs", nargs="+", metavar="DIFF", type=given.TEXT, help="see above")
     given.add_model_flags(parser)

@@ -11,7 +11,7 @@ import argparse
 
 from dit_jax.cli import flags as given
 from dit_jax.cli.audit_diffs import add_battery_flags, battery_of
-from dit_jax.errors import DitError, Parser
+from dit_jax.errors import DitError
 from dit_jax.runtime.artifacts import check_place
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line. Raises DitError: a flag that is unknown or has a wrong value."""
-    parser = Parser("python -m dit_jax.calibrate", __doc__)
+    parser = given.Parser("python -m dit_jax.calibrate", __doc__)
     add = parser.add_argument
     add(
         "diffs", nargs="+", metavar="STORE", type=given.TEXT, help="labelled diffs, benign ones too"

@@ -12,7 +12,7 @@ import dataclasses
 import os
 
 from dit_jax.cli import flags as given
-from dit_jax.errors import DitError, Parser
+from dit_jax.errors import DitError
 from dit_jax.runtime.artifacts import check_place
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line. Raises DitError: a flag that is unknown or has a wrong value."""
-    parser = Parser("python -m dit_jax export", __doc__)
+    parser = given.Parser("python -m dit_jax export", __doc__)
     add = parser.add_argument
     given.add_model_flags(parser)
     add("--diff", type=given.TEXT, help="a diff in any format")

@@ -12,11 +12,12 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from dit_jax.cli.config_checks import check_values
+from dit_jax.cli.flags import Parser
 from dit_jax.cli.stages import STAGES, free_keys
 from dit_jax.cli.workdir import CONFIG_FILE, check_workdir, given_folder, input_digests
 from dit_jax.config.loading import config_diff, load_saved
 from dit_jax.deltas.store import copy_shards
-from dit_jax.errors import DitError, Parser
+from dit_jax.errors import DitError
 from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.evaluate.units import PARTS, copy_units, made_from
 from dit_jax.formats.files import short

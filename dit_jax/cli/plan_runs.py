@@ -24,7 +24,7 @@ from dit_jax.cli.stages import RUN, optional_keys
 from dit_jax.config.keys import Section
 from dit_jax.config.loading import load_config, split_flags
 from dit_jax.data.data_keys import COUNTS, DATA
-from dit_jax.errors import DitError, Parser
+from dit_jax.errors import DitError
 from dit_jax.evaluate.evaluate_keys import EVALUATE
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.models.model_keys import MODEL
@@ -64,7 +64,7 @@ _UNREAD = {
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if a stage does not fit, 2 for a problem the user can fix."""
-    parser = Parser("python -m dit_jax.plan", __doc__)
+    parser = given.Parser("python -m dit_jax.plan", __doc__)
     add = parser.add_argument
     add("--config", required=True, help="configs/NAME.py, or configs/NAME.py:ARGUMENT")
     add(

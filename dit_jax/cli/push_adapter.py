@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_jax.cli import flags as given
-from dit_jax.errors import DitError, Parser, first_line
+from dit_jax.errors import DitError, first_line
 from dit_jax.formats.files import check_tree
 from dit_jax.runtime import artifacts
 from dit_jax.runtime.exits import status_of
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 # fmt: off
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line. Raises DitError: a flag that is unknown or has a wrong value."""
-    parser = Parser("python -m dit_jax push", __doc__)
+    parser = given.Parser("python -m dit_jax push", __doc__)
     add = parser.add_argument
     add("adapter", metavar="ADAPTER", type=given.FILE, help="folder of an adapter")
     add("repo", metavar="OWNER/NAME", type=given.TEXT, help="repository of the hub; made when it is not there")

@@ -23,10 +23,11 @@ from typing import Any
 import jax
 
 from dit_jax.cli.config_checks import check_config, check_ranks
+from dit_jax.cli.flags import Parser
 from dit_jax.cli.stages import RUN, STAGES, Stage, chosen_stages, optional_keys
 from dit_jax.cli.workdir import check_workdir, given_folder, is_done, run_once
 from dit_jax.config.loading import flatten, load_config, split_flags
-from dit_jax.errors import DitError, Parser
+from dit_jax.errors import DitError
 from dit_jax.models.decoder_config import COMPUTE
 from dit_jax.models.model_keys import MODEL
 from dit_jax.organisms.diffs_keys import DIFFS

@@ -14,7 +14,6 @@ import os
 from pathlib import Path
 
 from dit_jax.cli import flags as given
-from dit_jax.errors import Parser
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
 
@@ -30,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 # fmt: off
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Reads the command line. Raises DitError: a flag that is unknown or has a wrong value."""
-    parser = Parser("python -m dit_jax.app", __doc__)
+    parser = given.Parser("python -m dit_jax.app", __doc__)
     add = parser.add_argument
     add("--base", action="append", type=given.TEXT, help="model folder, hub id, or tiny_qwen3 (default: see above)")
     add("--adapter", default=[], action="append", type=given.TEXT, help="DIT adapter: a path or a hub id")

@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 
 from dit_jax.cli import run_stages as main
 from dit_jax.cli.config_checks import check_config
+from dit_jax.cli.flags import Parser
 from dit_jax.cli.stages import chosen_stages, free_keys, optional_keys
 from dit_jax.cli.workdir import (
     CONFIG_FILE,
@@ -44,7 +45,7 @@ from dit_jax.config.loading import (
     split_flags,
 )
 from dit_jax.config.user_code import ProgramFile
-from dit_jax.errors import DitError, Parser, first_line
+from dit_jax.errors import DitError, first_line
 from dit_jax.report import sweep_table
 from dit_jax.runtime import artifacts, stage_records, startup
 from dit_jax.runtime.exits import explained, status_of

@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dit_jax.errors import DitError, Parser
+from dit_jax.cli.flags import Parser
+from dit_jax.errors import DitError
 from dit_jax.formats import budgets
 from dit_jax.runtime.exits import status_of
 
