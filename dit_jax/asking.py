@@ -335,13 +335,17 @@ def _answer(
 
 
 def first_log_probs(model: Model, tokens: np.ndarray, mask: np.ndarray, deltas: Any) -> jax.Array:
-    """Log-probabilities [B, V] of the first token of the answers to prompts [B, T], with shared deltas."""
+    """Log-probabilities [B, V], fp32, of the first token of the answers to left-padded prompts [B, T].
+
+    Args:
+        deltas: shared by all prompts.
+    """
     with parallel.use_mesh(model.mesh):
-        return _last_logits(model.program_params, model.config, tokens, mask, deltas)
+        return _first_log_probs(model.program_params, model.config, tokens, mask, deltas)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _last_logits(
+def _first_log_probs(
     params: Any, config: Any, tokens: jax.Array, mask: jax.Array, deltas: Any
 ) -> jax.Array:
     hidden = forward(params, config, tokens, mask=mask, deltas=deltas)
