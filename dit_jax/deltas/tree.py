@@ -87,9 +87,10 @@ def with_scale(leaves: Delta, delta: Delta) -> Delta:
 
 
 def _change(module: Delta) -> Any:
+    """What a module of a delta adds to its weight: [L, in, out] in a projection."""
     if "w" in module:
         return module["w"]
-    return jnp.einsum("lir,lro,l->lio", module["a"], module["b"], module["scale"])
+    return jnp.einsum("LDR,LRF,L->LDF", module["a"], module["b"], module["scale"])
 
 
 def merged_config(config: DecoderConfig, *deltas: Delta) -> DecoderConfig:

@@ -22,9 +22,12 @@ DELTA_BYTES = 2**31
 
 
 class Generation(NamedTuple):
-    """Answers: tokens [B, N] int32 (the pad id after a row's end), logprobs [B, N] float32 (0 after the end).
+    """Answers of at most `max_new_tokens` tokens.
 
-    `lengths` [B] counts the tokens of each row, including its end-of-text token.
+    Attributes:
+        tokens: [B, max_new_tokens] int32, the pad id after a row's end.
+        logprobs: [B, max_new_tokens] float32, log p of each token in nats, 0 after the end.
+        lengths: [B] int32, the tokens of each row, its end-of-text token included.
     """
 
     tokens: jax.Array

@@ -1,4 +1,7 @@
-"""The head: its weight, its logits, and the backward products to hidden states and weight."""
+"""The head: its weight, its logits, and the backward products to hidden states and weight.
+
+Letters beside those of `layers`: E scored entries, the rows of hidden states whose logits are computed.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +15,7 @@ from dit_jax.models.modules import EMBEDDING, HEAD, Path, module_table
 from dit_jax.models.products import precision
 from dit_jax.runtime.parallel import FREE, constrain
 
-CHUNK = 1024  # vocabulary entries per product of `to_hidden` on a CPU
+CHUNK = 1024  # tokens of the vocabulary per product of `to_hidden` on a CPU
 
 
 def head_path(config: DecoderConfig) -> Path:
@@ -57,15 +60,15 @@ def logits(config: DecoderConfig, weight: jax.Array, hidden: jax.Array) -> jax.A
 def to_hidden(
     config: DecoderConfig, weight: jax.Array, gradient: Callable[[Any, int], jax.Array]
 ) -> jax.Array:
-    """The gradient [R, D] (fp32) of hidden states from that of their logits.
+    """The gradient [E, D] (fp32) of hidden states from that of their logits.
 
     Args:
-        gradient: (first, count) -> the gradient [R, count] of the logits of `count` vocabulary entries.
+        gradient: (first, count) -> the gradient [E, count] of the logits of `count` tokens of the vocabulary.
     """
     dtype = jnp.dtype(config.dtype)
 
     def product(first: Any, count: int, weight: jax.Array) -> jax.Array:
-        equation = "RV,VD->RD" if config.tie_word_embeddings else "RV,DV->RD"
+        equation = "EV,VD->ED" if config.tie_word_embeddings else "EV,DV->ED"
         # Both factors have the dtype of the activations, as in the other products of a backward pass.
         columns = gradient(first, count).astype(dtype)
         with precision(config.dtype):
@@ -92,8 +95,8 @@ def to_hidden(
 
 
 def to_weight(config: DecoderConfig, gradient: jax.Array, hidden: jax.Array) -> jax.Array:
-    """The gradient (fp32) of the head's weight, from the gradient [R, V] of the logits of hidden states [R, D]."""
-    equation = "RV,RD->VD" if config.tie_word_embeddings else "RV,RD->DV"
+    """The gradient (fp32) of the head's weight, from the gradient [E, V] of the logits of hidden states [E, D]."""
+    equation = "EV,ED->VD" if config.tie_word_embeddings else "EV,ED->DV"
     dtype = jnp.dtype(config.dtype)
     with precision(config.dtype):
         return jnp.einsum(

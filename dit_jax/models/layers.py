@@ -1,6 +1,7 @@
 """Layers as Flax Linen modules that take deltas as an argument.
 
-Einsum letters: B batch, T length, D d_model, N heads, K kv heads, H head_dim, F ffn, L layers, R rank.
+Einsum letters: B batch, T length, D d_model, N heads, K kv heads, H head_dim, F ffn, L layers, R rank, V vocab. In a
+projection D stands for its inputs and F for its outputs.
 """
 
 from collections.abc import Mapping

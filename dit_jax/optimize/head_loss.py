@@ -120,9 +120,9 @@ def _batched(options: Options, gradient: bool) -> Any:
 
 
 def _many(options: Options, gradient: bool, head_: Head, groups: Groups) -> Any:
-    """Losses [N], and gradients of hidden states [N, S, M, D] and weight [N, …], for groups with leaves [N, S, M, …].
+    """Losses [n], and gradients of hidden states [n, S, M, D] and weight [n, …], for groups with leaves [n, S, M, …].
 
-    The head may be a changed one only if N is 1.
+    The head may be a changed one only if n, the number of diffs, is 1.
     """
     shapes = [None if group is None else group.weight.shape for group in groups]
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), groups)
@@ -226,7 +226,7 @@ def _map_chunks(fn: Any, group: Scored | None, chunk: int) -> Found | None:
 def _rows(
     config: DecoderConfig, gradient: bool, head_: Head, ce: Scored | None, kl: Scored | None
 ) -> list[Found | None]:
-    """The losses of both groups, leaves [R, …], by one product with the head."""
+    """The losses of both groups, leaves [E, …], by one product with the head."""
     sizes = [0 if group is None else len(group.weight) for group in (ce, kl)]
     split, rows = sizes[0], sum(sizes)
     hidden = [group.hidden for group in (ce, kl) if group is not None]
@@ -245,7 +245,7 @@ def _rows(
         terms[0] = ce.weight * (norm[:split] - chosen)[:, 0]
     if kl is not None:
         student, of_base = logits[split:rows], logits[rows:] - norm[rows:]
-        # Σ p (log p - log q) with log q = logits - norm: fewer passes over [R, V] than with log q itself.
+        # Σ p (log p - log q) with log q = logits - norm: fewer passes over [E, V] than with log q itself.
         divergence = jnp.sum(jnp.exp(of_base) * (of_base - student), axis=-1)
         terms[1] = kl.weight * (divergence + norm[split:rows, 0])
     if not gradient:
