@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dit_jax.deltas import finetuned, gguf_lora, mlx, peft, reference_pt
+from dit_jax.deltas import adapter_file, finetuned, gguf_lora, mlx, peft, reference_pt, store
 from dit_jax.deltas.raw_diff import RawDiff
 from dit_jax.errors import DitError
 from dit_jax.formats import budgets, torch_pickle
@@ -34,10 +34,7 @@ KINDS = {
 _ADAPTERS = ("adapter", "peft", "mlx", "pt_adapter", "gguf")  # what may be the adapter that answers
 # The files that mark a foreign folder, in this order: a PEFT folder may hold the base's config as well.
 _MARKS = {peft.CONFIG: "peft", reference_pt.INDEX: "release", "config.json": "model"}
-_MANIFESTS = {
-    "dit_jax.diff_store": "diff_store",
-    "dit_jax.adapter": "adapter",
-}
+_MANIFESTS = {store.FORMAT: "diff_store", adapter_file.ADAPTER_FORMAT: "adapter"}
 
 MAX_DEPTH = 4  # how deep folders of diffs are searched
 _SUFFIXES = (".pt", ".pth", ".bin", ".gguf", ".safetensors")

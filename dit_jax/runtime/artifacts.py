@@ -284,7 +284,7 @@ def write_manifest(folder: PathLike, kind: str, *, version: int = 1, **fields: A
 
     Args:
         folder: the complete artifact; every file in it is listed.
-        kind: format name, for example 'dit_jax.diffs'.
+        kind: format name, for example 'dit_jax.diff_store'.
         version: format version; readers refuse others.
         **fields: further facts about the artifact (config, base digest, …), JSON values.
     """
