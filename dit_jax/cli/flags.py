@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeVar
 
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.formats.files import decode, read_stream, user_path
+from dit_jax.models.decoder_config import DTYPES
 
 T = TypeVar("T")
 
@@ -105,7 +106,7 @@ def add_model_flags(parser: argparse.ArgumentParser, adapter_required: bool = Fa
     add(
         "--dtype",
         default="float32",
-        choices=["float32", "bfloat16"],
+        choices=DTYPES,
         help="type of weights and computation (default %(default)s)",
     )
     add("--mesh", type=TEXT, help="split model and rows over devices: data,fsdp,tensor, e.g. 1,1,4; "

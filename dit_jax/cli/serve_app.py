@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 
 from dit_jax.cli import flags as given
+from dit_jax.models.decoder_config import DTYPES
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
 
@@ -34,7 +35,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--base", action="append", type=given.TEXT, help="model folder, hub id, or tiny_qwen3 (default: see above)")
     add("--adapter", default=[], action="append", type=given.TEXT, help="DIT adapter: a path or a hub id")
     add("--diff", default=[], action="append", type=given.TEXT, help="weight diff, or several, in any format")
-    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of all bases (default %(default)s)")
+    add("--dtype", default="float32", choices=DTYPES, help="of all bases (default %(default)s)")
     add("--host", default="127.0.0.1", type=given.TEXT, help="address to serve on (default %(default)s: this machine)")
     add("--port", type=given.COUNT, default=PORT, help="default %(default)s")
     add("--offered-only", action="store_true",

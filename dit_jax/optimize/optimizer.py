@@ -56,4 +56,4 @@ def make_optimizer(
         return optax.adam(schedule, *betas)
     if name == "adamw":
         return optax.adamw(schedule, *betas, weight_decay=weight_decay)
-    raise DitError(f"unknown optimizer {name!r}: choose 'adam' or 'adamw'")
+    raise DitError(f"unknown optimizer {name!r}: choose from {', '.join(OPTIMIZERS)}")
