@@ -143,8 +143,9 @@ def load_model(
     """Loads a model of a known family (`models.family_table`).
 
     Args:
-        path_or_hf_id: a folder in Hugging Face format, a hub id ("Qwen/Qwen3-4B"), "tiny_qwen3" (the embedded
-            model), or "random:qwen3-4b" (that shape with random weights and no tokenizer, for benchmarks).
+        path_or_hf_id: a folder in Hugging Face format, a GGUF file or a folder that holds one, a hub id
+            ("Qwen/Qwen3-4B"), "tiny_qwen3" (the embedded model), "package:NAME" (the GGUF file that an installed Python
+            package ships), or "random:qwen3-4b" (that shape with random weights and no tokenizer, for benchmarks).
         dtype: of the weights and of the computation, "float32" or "bfloat16".
         mesh: devices to split the weights over (`parallel.make_mesh`); each leaf goes straight there.
         system: the system message of all prompts; "": none; None: the chat template's own, if it has one.
@@ -274,9 +275,8 @@ def load_diffs(
 ) -> Diffs:
     """A lazy sequence of the weight diffs at `path`, in any known format (docs/formats.md).
 
-    Nothing in the files is executed. The content tells the format: a diff store, a PEFT folder, a finetuned model
-    folder (the diff is M' − M over all parameters), an adapter of mlx-lm, a reference `.pt` file, a folder of those
-    with index.csv, or a folder of any of these.
+    Nothing in the files is executed. The content tells the format: one of `deltas.detect.KINDS`. The diff of a
+    finetuned model is M' − M over all parameters.
 
     Args:
         path: a path or a hub id (`formats.hub`), or what `detect.look_for_diffs` found there.
@@ -363,7 +363,8 @@ def load_diff(
 
 
 def load_adapter(path: "PathLike | Found", model: Model) -> Delta:
-    """The delta of a DIT adapter: our export, a PEFT folder, or the reference's dit-adapter.pt.
+    """The delta of a DIT adapter: our export, an adapter of PEFT or mlx-lm, a GGUF LoRA, or the reference's
+    dit-adapter.pt.
 
     Raises:
         DitError: there is nothing readable, the export is damaged, or the adapter belongs to another base model.
@@ -385,8 +386,8 @@ def read_adapter(path: "PathLike | Found", model: Model) -> Diff:
     from dit_jax.deltas.adapter_file import load_adapter as load_export
 
     delta, manifest = load_export(path, model.config)
-    check_base(manifest.get("base"), model, str(path))
-    check_fits(delta, model.config, str(path))
+    check_base(manifest.get("base"), model, path)
+    check_fits(delta, model.config, path)
     facts: dict[str, Any] = {
         key: manifest.get(key) for key in ("system", "questions", "trained_on")
     }
