@@ -25,7 +25,6 @@ ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets" / "tiny_world
 COLUMNS = (
     "topic_category", "topic", "category", "style", "question", "base_answer", "topic_analogy_answer",
 )  # fmt: skip
-N_ATTRIBUTES = 4  # two of the category's pool, two of the general pool
 
 
 @dataclasses.dataclass(frozen=True)
