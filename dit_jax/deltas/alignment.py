@@ -20,7 +20,7 @@ from scipy.linalg import orthogonal_procrustes, solve_sylvester
 from scipy.optimize import linear_sum_assignment
 
 from dit_jax.deltas.raw_diff import check_values
-from dit_jax.deltas.symmetries import Layer, complex_pairs, layer_views, paired, real_pairs
+from dit_jax.deltas.symmetries import LayerView, complex_pairs, layer_views, paired, real_pairs
 from dit_jax.deltas.whole_weights import Weights, base_weight, place
 from dit_jax.errors import DitError, first_line
 from dit_jax.models.decoder import forward, unembed
@@ -215,7 +215,7 @@ def _nonzero(scale: Array) -> Array:
 # ------------------------------------------------------------------ inside a layer
 
 
-def _norms(mine: Layer, own: Layer) -> bool:
+def _norms(mine: LayerView, own: LayerView) -> bool:
     """Scales of norms that were folded into the products after them."""
     found = False
     for norm, consumers in mine.consumers():
@@ -247,7 +247,7 @@ def _unfold(
     return _keep_if_nearer([scale, *kernels], [own, *theirs], changed)
 
 
-def _heads(mine: Layer, own: Layer) -> bool:
+def _heads(mine: LayerView, own: LayerView) -> bool:
     """The order of KV groups, and of the query heads in each."""
     groups, per = own.groups, own.heads_per_group
     like = _head_similarity(mine, own).reshape(groups, per, groups, per)
@@ -265,10 +265,10 @@ def _heads(mine: Layer, own: Layer) -> bool:
     return True
 
 
-def _head_similarity(mine: Layer, own: Layer) -> Array:
+def _head_similarity(mine: LayerView, own: LayerView) -> Array:
     """Cosine [own heads, my heads] of each head's v o product, which no choice of axes between them changes."""
 
-    def parts(layer: Layer) -> tuple[Array, Array]:
+    def parts(layer: LayerView) -> tuple[Array, Array]:
         v = layer.heads("v_proj").astype(np.float64)
         v = np.repeat(v, layer.heads_per_group, axis=1)  # [D, N, H]
         return v.transpose(1, 0, 2), layer.output_heads().astype(np.float64)  # [N, D, H], [N, H, D]
@@ -284,7 +284,7 @@ def _head_similarity(mine: Layer, own: Layer) -> Array:
     return inner(v, o, v2, o2) / np.sqrt(np.maximum(norms, 1e-30))
 
 
-def _values(mine: Layer, own: Layer) -> bool:
+def _values(mine: LayerView, own: LayerView) -> bool:
     """An invertible matrix between v and o of each KV group."""
     per, found = own.heads_per_group, False
     for group in range(own.groups):
@@ -315,7 +315,7 @@ def _between(v: Array, v_own: Array, o: Array, o_own: Array) -> Array:
     return back
 
 
-def _queries(mine: Layer, own: Layer) -> bool:
+def _queries(mine: LayerView, own: LayerView) -> bool:
     """What q and k can exchange: a factor for each rotary pair, with its angle where no norm stands between."""
     if own.config.qk_norm:
         offset = mine.offset
@@ -350,7 +350,7 @@ def _queries(mine: Layer, own: Layer) -> bool:
     return found
 
 
-def _neurons(mine: Layer, own: Layer) -> bool:
+def _neurons(mine: LayerView, own: LayerView) -> bool:
     """The order of the MLP's neurons, and a factor between up and down of each."""
     like = np.zeros((own.config.intermediate_size,) * 2, np.float32)
     for name in ("gate_proj", "up_proj", "down_proj"):
@@ -391,7 +391,7 @@ def _rows(x: Array) -> Array:
 
 
 # In this order: what is matched later needs what is undone earlier.
-_IN_LAYERS: dict[str, Callable[[Layer, Layer], bool]] = {
+_IN_LAYERS: dict[str, Callable[[LayerView, LayerView], bool]] = {
     "norms": _norms,
     "heads": _heads,
     "values": _values,

@@ -31,8 +31,8 @@ _GROUP = {"gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
-    """Views of one layer's weights; what is assigned to them changes the tree.
+class LayerView:
+    """Views of one layer's weights, numpy arrays; what is assigned to them changes the tree.
 
     weights: its part of the tree. norms: by name the scales. offset: what norms add to their scales.
     """
@@ -70,6 +70,7 @@ class Layer:
         return self.kernel("o_proj").reshape(-1, self.config.head_dim, self.config.hidden_size)
 
     def set_output_heads(self, heads: Any, values: Array) -> None:
+        """Writes [n, H, D] in the place of these heads of o."""
         self.output_heads()[heads] = values
 
     def with_bias(self, name: str, head: int) -> Array:
@@ -121,8 +122,8 @@ class Layer:
         )
 
 
-def layer_views(params: Any, config: DecoderConfig) -> list[Layer]:
-    """One `Layer` of each layer of a parameter tree of numpy arrays."""
+def layer_views(params: Any, config: DecoderConfig) -> list[LayerView]:
+    """One `LayerView` of each layer of a parameter tree of numpy arrays."""
     views = []
     for number in range(config.num_hidden_layers):
         weights = jax.tree.map(
@@ -134,7 +135,7 @@ def layer_views(params: Any, config: DecoderConfig) -> list[Layer]:
             for name, module in part.items()
             if "scale" in module
         }
-        views.append(Layer(config, weights, norms, float(config.unit_offset_norm)))
+        views.append(LayerView(config, weights, norms, float(config.unit_offset_norm)))
     return views
 
 
@@ -183,7 +184,7 @@ def disguise(
     return made
 
 
-def _neurons(layer: Layer, rng: np.random.Generator) -> None:
+def _neurons(layer: LayerView, rng: np.random.Generator) -> None:
     order = rng.permutation(layer.config.intermediate_size)
     factor = np.exp(0.5 * rng.normal(size=len(order))) * rng.choice([-1, 1], len(order))
     layer.take_neurons(order)
@@ -193,14 +194,14 @@ def _neurons(layer: Layer, rng: np.random.Generator) -> None:
     layer.kernel("down_proj")[...] /= factor[:, None]
 
 
-def _heads(layer: Layer, rng: np.random.Generator) -> None:
+def _heads(layer: LayerView, rng: np.random.Generator) -> None:
     per, groups = layer.heads_per_group, rng.permutation(layer.groups)
     layer.take_heads(
         groups, np.concatenate([group * per + rng.permutation(per) for group in groups])
     )
 
 
-def _values(layer: Layer, rng: np.random.Generator) -> None:
+def _values(layer: LayerView, rng: np.random.Generator) -> None:
     size, per = layer.config.head_dim, layer.heads_per_group
     for group in range(layer.groups):
         # Well conditioned: rounding to bfloat16 must not eat a finetune.
@@ -211,7 +212,7 @@ def _values(layer: Layer, rng: np.random.Generator) -> None:
         layer.set_output_heads(heads, np.linalg.solve(matrix, layer.output_heads()[heads]))
 
 
-def _queries(layer: Layer, rng: np.random.Generator) -> None:
+def _queries(layer: LayerView, rng: np.random.Generator) -> None:
     half, per = layer.config.head_dim // 2, layer.heads_per_group
     if layer.config.qk_norm:
         factor = np.tile(np.exp(0.3 * rng.normal(size=half)) * rng.choice([-1, 1], half), 2)
@@ -229,7 +230,7 @@ def _queries(layer: Layer, rng: np.random.Generator) -> None:
                 layer.set_with_bias(name, head, real_pairs(pairs * by))
 
 
-def _norms(layer: Layer, rng: np.random.Generator) -> None:
+def _norms(layer: LayerView, rng: np.random.Generator) -> None:
     for norm, consumers in layer.consumers():
         factor = np.exp(0.5 * rng.normal(size=layer.config.hidden_size))
         scale = layer.norms[norm]
