@@ -16,6 +16,7 @@ from dit_jax.runtime import artifacts, digests, parallel, processes
 from dit_jax.runtime.orbax_errors import (
     check_path,
     explain_save,
+    has_larger_chunks,
     host_target,
     said_by_us,
     say_errors_once,
@@ -125,12 +126,9 @@ def _promised(manifest: dict[str, Any], folder: pathlib.Path) -> Delta:
 
 
 def _check_chunks(stored: dict[str, Any], promised: Delta) -> None:
-    """Refuses chunks larger than their array: Orbax unpacks chunks whole, so a few bytes could fill any memory."""
+    """Raises ValueError for an array that is missing, has another shape, or chunks larger than itself."""
     for name, leaf in store.flatten(promised).items():
         if name not in stored:
             raise ValueError(f"the checkpoint lacks {name}, or cannot be read")
-        chunk = stored[name].storage_metadata.chunk_shape
-        if stored[name].shape != leaf.shape or any(
-            c > n for c, n in zip(chunk, leaf.shape, strict=True)
-        ):
+        if stored[name].shape != leaf.shape or has_larger_chunks(stored[name]):
             raise ValueError(f"{name} is stored in another shape")

@@ -93,6 +93,15 @@ def said_by_us() -> Iterator[None]:
             logging.disable(disabled)
 
 
+def has_larger_chunks(stored: Any) -> bool:
+    """Whether an array of a checkpoint's metadata has chunks larger than itself.
+
+    Orbax unpacks chunks whole, so a few bytes could fill any memory.
+    """
+    chunk = stored.storage_metadata.chunk_shape
+    return any(c > n for c, n in zip(chunk, stored.shape, strict=True))
+
+
 def host_target(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """What to restore into: Orbax would put jax arrays on the devices that wrote them, which may not exist here."""
     return np.empty(shape, dtype)

@@ -25,6 +25,7 @@ from dit_jax.runtime import artifacts, digests, parallel, processes
 from dit_jax.runtime.orbax_errors import (
     check_path,
     explain_save,
+    has_larger_chunks,
     host_target,
     said_by_us,
     say_errors_once,
@@ -195,15 +196,11 @@ def _shapes(tree: Any) -> list[tuple[int, ...]]:
 
 
 def _check_sizes(stored: Any, abstract: Any) -> None:
-    """Refuses other arrays before they are read, and chunks larger than their array: Orbax unpacks all of them whole,
-    so that a few bytes could fill any memory. Raises ValueError.
-    """
+    """Raises ValueError: the arrays differ from those of the run, or have chunks larger than themselves."""
     if sorted(_shapes(stored)) != sorted(_shapes(abstract)):
         raise ValueError(_OTHER_SHAPES)
-    for leaf in jax.tree.leaves(stored):
-        chunk = leaf.storage_metadata.chunk_shape
-        if any(c > n for c, n in zip(chunk, leaf.shape, strict=True)):
-            raise ValueError("its chunks are larger than its arrays")
+    if any(map(has_larger_chunks, jax.tree.leaves(stored))):
+        raise ValueError("its chunks are larger than its arrays")
 
 
 def _digests(state: Any, iterator_state: Any) -> dict[str, str]:
