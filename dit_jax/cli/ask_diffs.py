@@ -100,42 +100,13 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from dit_jax.api import Diff, Diffs, read_adapter
     from dit_jax.asking import ask_many
     from dit_jax.auditing.settings import trained_system
-    from dit_jax.auditing.targets import list_targets, look_at, path_and_range, reading_order
+    from dit_jax.auditing.targets import list_targets, look_at, reading_order
     from dit_jax.data.chat import Prompt
     from dit_jax.deltas.detect import look_for_adapter
     from dit_jax.deltas.factors import changes_nothing
     from dit_jax.deltas.tree import scaled
-    from dit_jax.diff_batches import together
-    from dit_jax.evaluate import readers
 
-    about_a_diff = (flags.index, flags.split, flags.svd_rank) != (None,) * 3
-    about_a_diff |= flags.all or flags.align or flags.multiplier != 1
-    if about_a_diff and not flags.diff:
-        raise DitError(
-            "--index, --all, --split, --svd-rank, --align and --multiplier say something about a diff: add --diff"
-        )
-    picked = [text for text in flags.diff or () if path_and_range(text)[1] is not None]
-    if picked and flags.index is not None:
-        raise DitError(f"'{picked[0]}' says which diffs already: leave out --index")
-    if flags.contrast is not None and (flags.temperature or not flags.diff):
-        raise DitError(
-            "--contrast compares greedy answers with and without a diff: "
-            + ("leave out --temperature" if flags.temperature else "add --diff")
-        )
-    if flags.n > 1 and flags.temperature == 0:
-        raise DitError(
-            "--n asks for several samples, but greedy decoding gives one: add --temperature 1"
-        )
-    for question in flags.questions:
-        if os.path.lexists(question):
-            raise DitError(
-                f"the question '{question}' is a path: the shell makes several paths of a pattern such as DIR/*, of "
-                "which --diff takes the first. Give the folder, with --all"
-            )
-    if flags.raw and (flags.system is not None or flags.history):
-        raise DitError("--raw is without chat template: leave out --system and --history")
-    if flags.method:
-        _check_method(flags)
+    _check_flags(flags)
     # Before a base is loaded: that may take minutes, and the answers hours.
     if flags.out is not None:
         check_place(flags.out)
@@ -211,23 +182,16 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
         diffs = Diffs(len(targets), read, reading_order(targets))
     if flags.method:
-        everyday = readers.ask_base(model)
-        for i, diff in enumerate(diffs):
-            alone = together([diff.delta])
-            for question in flags.questions:
-                (found,) = readers.read(
-                    model, alone, flags.method, question, everyday,
-                    max_new_tokens=flags.max_new_tokens, forbid_repeats=flags.forbid_repeats,
-                )  # fmt: skip
-                yield {
-                    "diff": targets[i].number,
-                    **known[i],
-                    "question": question,
-                    "variant": flags.method,
-                    "sample": 0,
-                    "answer": found.text,
-                    "words": found.words,
-                }
+        for i, words, text, question in _read_words(flags, model, diffs):
+            yield {
+                "diff": targets[i].number,
+                **known[i],
+                "question": question,
+                "variant": flags.method,
+                "sample": 0,
+                "answer": text,
+                "words": words,
+            }
         return
     if adapter is None:
         name = "finetuned" if flags.diff else "base"
@@ -282,6 +246,24 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     }
 
 
+def _read_words(
+    flags: argparse.Namespace, model: Any, diffs: Sequence[Any]
+) -> Iterator[tuple[int, list[str], str, str]]:
+    """(number of the diff, words that --method finds, the base's answer with them in mind, question)."""
+    from dit_jax.diff_batches import together
+    from dit_jax.evaluate import readers
+
+    everyday = readers.ask_base(model)
+    for i, diff in enumerate(diffs):
+        alone = together([diff.delta])
+        for question in flags.questions:
+            (found,) = readers.read(
+                model, alone, flags.method, question, everyday,
+                max_new_tokens=flags.max_new_tokens, forbid_repeats=flags.forbid_repeats,
+            )  # fmt: skip
+            yield i, found.words, found.text, question
+
+
 def _as_text(records: Iterable[dict[str, Any]], flags: argparse.Namespace) -> Iterator[str]:
     """The lines of the output: a question about a diff, then its answers, of several samples each with its number."""
 
@@ -300,6 +282,40 @@ def _as_text(records: Iterable[dict[str, Any]], flags: argparse.Namespace) -> It
                 yield head + (f"{count} × " if flags.n > 1 else "") + printable(text)
         if flags.method:
             yield printable(f"  words: {', '.join(answers[0]['words']) or 'none'}")
+
+
+def _check_flags(flags: argparse.Namespace) -> None:
+    """Raises DitError for flags that exclude each other, or that need another one."""
+    from dit_jax.auditing.targets import path_and_range
+
+    about_a_diff = (flags.index, flags.split, flags.svd_rank) != (None,) * 3
+    about_a_diff |= flags.all or flags.align or flags.multiplier != 1
+    if about_a_diff and not flags.diff:
+        raise DitError(
+            "--index, --all, --split, --svd-rank, --align and --multiplier say something about a diff: add --diff"
+        )
+    picked = [text for text in flags.diff or () if path_and_range(text)[1] is not None]
+    if picked and flags.index is not None:
+        raise DitError(f"'{picked[0]}' says which diffs already: leave out --index")
+    if flags.contrast is not None and (flags.temperature or not flags.diff):
+        raise DitError(
+            "--contrast compares greedy answers with and without a diff: "
+            + ("leave out --temperature" if flags.temperature else "add --diff")
+        )
+    if flags.n > 1 and flags.temperature == 0:
+        raise DitError(
+            "--n asks for several samples, but greedy decoding gives one: add --temperature 1"
+        )
+    for question in flags.questions:
+        if os.path.lexists(question):
+            raise DitError(
+                f"the question '{question}' is a path: the shell makes several paths of a pattern such as DIR/*, of "
+                "which --diff takes the first. Give the folder, with --all"
+            )
+    if flags.raw and (flags.system is not None or flags.history):
+        raise DitError("--raw is without chat template: leave out --system and --history")
+    if flags.method:
+        _check_method(flags)
 
 
 def _check_method(flags: argparse.Namespace) -> None:
