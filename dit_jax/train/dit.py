@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -159,21 +160,8 @@ def train_adapter(
     iterator = iter(make_pipeline(parts, train, seed).to_iter_dataset(_read_options()))
 
     # ---------------------------------------------------------------- state
-    key = jax.random.fold_in(jax.random.key(seed), 2**20)
-    adapter = init_lora(
-        model.config,
-        key,
-        train.rank,
-        projections=train.projections,
-        fan_in="rank" if train.reference_init else "out",
-    )
-    optimizer = _optimizer(train)
-    leaves = trainable(adapter)
-    state = State(leaves, optimizer.init(leaves))
-    mesh = model.mesh
-    if mesh is not None:
-        state = jax.tree.map(parallel.put, state, state_shardings(model.config, mesh, state))
-        adapter = shardings.put_delta(model.config, mesh, adapter)
+    mesh, optimizer = model.mesh, _optimizer(train)
+    adapter, state = _first_state(model, train, optimizer, seed)
     data = mixture.digest_of(parts)
     checkpoints = Checkpoints(workdir / "checkpoints", train.keep_checkpoints, data)
     start = 0
@@ -227,15 +215,7 @@ def train_adapter(
             if saves or (step + 1) % train.log_every == 0:
                 # The log is written before a checkpoint, so that a resumed run leaves no gap. Only here the loop waits
                 # for the device.
-                for at, values in pending:
-                    numbers = {name: float(value) for name, value in values.items()}
-                    if not np.isfinite([numbers["loss"], numbers["grad_norm"]]).all():
-                        curves.flush()
-                        raise DitError(
-                            f"adapter training diverged at step {at}: lower train.learning_rate"
-                        )
-                    curves.write(at, {**numbers, **(meter.lap() if at == step else {})})
-                curves.flush()
+                _write_log(curves, pending, meter)
                 progress.advance(len(pending), note=f"loss {float(metrics['loss']):.3f}")
                 pending = []
             if saves:
@@ -259,6 +239,40 @@ def train_adapter(
     )
     curve = read_records(folder / "train.jsonl") if processes.is_main() else []
     return {"steps": train.steps, "loss_curve": [[r["step"], round(r["loss"], 5)] for r in curve]}
+
+
+def _first_state(
+    model: Model, train: Any, optimizer: optax.GradientTransformation, seed: int
+) -> tuple[Delta, State]:
+    """A new adapter and the state of its training, on the model's mesh if it has one."""
+    adapter = init_lora(
+        model.config,
+        jax.random.fold_in(jax.random.key(seed), 2**20),
+        train.rank,
+        projections=train.projections,
+        fan_in="rank" if train.reference_init else "out",
+    )
+    leaves = trainable(adapter)
+    state = State(leaves, optimizer.init(leaves))
+    if model.mesh is not None:
+        places = state_shardings(model.config, model.mesh, state)
+        state = jax.tree.map(parallel.put, state, places)
+        adapter = shardings.put_delta(model.config, model.mesh, adapter)
+    return adapter, state
+
+
+def _write_log(
+    curves: Metrics, pending: Sequence[tuple[int, dict[str, jax.Array]]], meter: Meter
+) -> None:
+    """Writes the metrics of steps, and with the last one their speed. Raises DitError: training diverged."""
+    last, _ = pending[-1]
+    for step, values in pending:
+        numbers = {name: float(value) for name, value in values.items()}
+        if not np.isfinite([numbers["loss"], numbers["grad_norm"]]).all():
+            curves.flush()
+            raise DitError(f"adapter training diverged at step {step}: lower train.learning_rate")
+        curves.write(step, {**numbers, **(meter.lap() if step == last else {})})
+    curves.flush()
 
 
 def set_place(iterator: Any, place: Any, checkpoint: pathlib.Path) -> None:
