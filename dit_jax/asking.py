@@ -247,30 +247,7 @@ def _answer(
     every: int = 4,
 ) -> list[Answer]:
     """`answer_batch` with deltas that are checked and on the device."""
-    for name, value, fits, wanted in (
-        ("max_new_tokens", max_new_tokens, _is_count(max_new_tokens), "1 or more, a whole number"),
-        (
-            "batch_size",
-            batch_size,
-            batch_size is None or _is_count(batch_size),
-            "1 or more, a whole number",
-        ),
-        (
-            "temperature",
-            temperature,
-            hasattr(temperature, "__float__") and is_temperature(temperature),
-            "0, or a number from 1e-6 to 1e6",
-        ),
-        # jax would silently take another seed.
-        (
-            "seed",
-            seed,
-            hasattr(seed, "__index__") and 0 <= seed < 2**32,
-            "a whole number from 0 to 4294967295",
-        ),
-    ):
-        if not fits:
-            raise DitError(f"{name} is {value!r}: give {wanted}")
+    _check_decoding(max_new_tokens, batch_size, temperature, seed)
     if contrast is not None:
         check_contrast(contrast, temperature, amplify)
     if not questions:
@@ -356,6 +333,34 @@ def _first_log_probs(
 def is_temperature(value: float) -> bool:
     """Whether it is 0, which is greedy, or logits over it are still numbers in float32."""
     return value == 0 or 1e-6 <= value <= 1e6
+
+
+def _check_decoding(max_new_tokens: Any, batch_size: Any, temperature: Any, seed: Any) -> None:
+    """Raises DitError for an option of `answer_batch` that is out of its range."""
+    for name, value, fits, wanted in (
+        ("max_new_tokens", max_new_tokens, _is_count(max_new_tokens), "1 or more, a whole number"),
+        (
+            "batch_size",
+            batch_size,
+            batch_size is None or _is_count(batch_size),
+            "1 or more, a whole number",
+        ),
+        (
+            "temperature",
+            temperature,
+            hasattr(temperature, "__float__") and is_temperature(temperature),
+            "0, or a number from 1e-6 to 1e6",
+        ),
+        # jax would silently take another seed.
+        (
+            "seed",
+            seed,
+            hasattr(seed, "__index__") and 0 <= seed < 2**32,
+            "a whole number from 0 to 4294967295",
+        ),
+    ):
+        if not fits:
+            raise DitError(f"{name} is {value!r}: give {wanted}")
 
 
 def check_contrast(contrast: float, temperature: float, amplify: float | None) -> None:
