@@ -68,6 +68,7 @@ class Stage:
 
     @property
     def all_sections(self) -> tuple[Section, ...]:
+        """The sections that it reads, with those of the model and the top where it needs a model."""
         return (*self.sections, MODEL, RUN) if self.needs_model else self.sections
 
 

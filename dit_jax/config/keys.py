@@ -101,6 +101,7 @@ class Section:
     takes_others: Callable[[Any], bool] = lambda section: False
 
     def dotted(self, name: str) -> str:
+        """A key as messages and overrides write it: `train.steps`."""
         return f"{self.name}.{name}" if self.name else name
 
     def get(self, values: Any, name: str) -> Any:

@@ -98,6 +98,7 @@ class Told:
 
     @property
     def name(self) -> str:
+        """The name in the base's answer."""
         return extract_guess(self.text)
 
 

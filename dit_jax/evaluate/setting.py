@@ -110,10 +110,12 @@ class Setting:
 
     @functools.cached_property
     def topics(self) -> HeldOut:
+        """The diffs of this block that have something to name."""
         return self.all_topics.block(self.number, self.blocks)
 
     @functools.cached_property
     def benign(self) -> HeldOut:
+        """The benign diffs of this block."""
         return self.all_benign.block(self.number, self.blocks)
 
     @functools.cached_property
@@ -123,6 +125,7 @@ class Setting:
 
     @property
     def seen(self) -> list[str]:
+        """Wordings of the question that the adapter was trained on."""
         return list(self.config.seen_questions)
 
     @property

@@ -61,6 +61,8 @@ def _linear(
 
 
 class Attention(nn.Module):
+    """Self-attention: [B, T, D] -> [B, T, D], or [B, P, D] at the queries; and `kv`, the cache with new entries."""
+
     config: DecoderConfig
     segments: Segments | None = None
 
@@ -119,6 +121,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """The gated feed-forward network, [B, T, D] -> [B, T, D]: down(act(gate x) · up x)."""
+
     config: DecoderConfig
 
     @nn.compact
@@ -131,6 +135,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer as a scan takes it: (x [B, T, D], kv) -> the same; with `queries` x becomes [B, P, D]."""
+
     config: DecoderConfig
     segments: Segments | None = None
 

@@ -137,6 +137,7 @@ class Meter:
         self._start = time.perf_counter()
 
     def add(self, work: Work) -> None:
+        """Counts the work of one step."""
         self._work = self._work.plus(work)
 
     def lap(self) -> dict[str, float]:

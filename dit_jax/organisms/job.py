@@ -85,6 +85,7 @@ class Job:
 
     @property
     def shards(self) -> int:
+        """How many shards all diffs of the job are, whichever of them this run makes."""
         return -(-len(self.organisms) // self.size)
 
     @property

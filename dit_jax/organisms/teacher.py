@@ -21,8 +21,12 @@ MAX_BYTES = 2**31  # the largest table, which every device holds whole
 
 
 class Teacher(NamedTuple):
-    """hidden [U, M, D]: the base's hidden states at the scored positions of U distinct samples;
-    rows [steps, S] int32 (one more leading axis for many diffs): which of the U each KL sample is."""
+    """What the base makes of the KL samples.
+
+    Attributes:
+        hidden: [U, M, D] in the compute dtype, hidden states at the scored positions of U distinct samples.
+        rows: [steps, S] int32, which of the U each KL sample is; for many diffs with one more leading axis.
+    """
 
     hidden: Any
     rows: Any
