@@ -182,7 +182,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
         diffs = Diffs(len(targets), read, reading_order(targets))
     if flags.method:
-        for i, words, text, question in _read_words(flags, model, diffs):
+        for i, words, text, question in _told_without_adapter(flags, model, diffs):
             yield {
                 "diff": targets[i].number,
                 **known[i],
@@ -246,7 +246,7 @@ def run(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     }
 
 
-def _read_words(
+def _told_without_adapter(
     flags: argparse.Namespace, model: Any, diffs: Sequence[Any]
 ) -> Iterator[tuple[int, list[str], str, str]]:
     """(number of the diff, words that --method finds, the base's answer with them in mind, question)."""
