@@ -1,6 +1,8 @@
 """What a reader does with a file: the outcome, watched, and its time and memory."""
 
+import shlex
 import shutil
+import sys
 import time
 
 import numpy as np
@@ -14,6 +16,20 @@ from tools.watching import peak, reset_peak, watch
 
 SECONDS = 20  # the machine may be busy; a reader that is caught here takes minutes or never ends
 BYTES = 300 * 2**20
+
+
+NAME = "x'); open('pwned', 'w') # $(touch pwned)"  # of a folder, where a command names it
+
+
+def run_told(message, folder, monkeypatch):
+    """Runs the program of a message that tells `python -c "…" PATH`, in a folder, as a shell would hand it over."""
+    told = message[message.index('python -c "') :]
+    command, _, rest = told.removeprefix('python -c "').partition('" ')
+    assert not set("$`!\\") & set(command)  # what a shell replaces within these quotes
+    monkeypatch.setattr(sys, "argv", ["-c", shlex.split(rest)[0]])
+    monkeypatch.chdir(folder)
+    exec(command, {})
+    assert not (folder / "pwned").exists()
 
 
 def outcome(read, folder, memory=False):

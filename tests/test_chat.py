@@ -1,12 +1,12 @@
 """Chat templates of other families: system texts, thinking blocks, dates, and the end of a turn."""
 
-import re
 import shutil
 
 import jax
 import numpy as np
 import pytest
 import transformers
+from hostile import NAME, run_told
 
 import dit_jax
 from dit_jax.data.chat import Prompt, load_chat
@@ -252,8 +252,12 @@ def test_a_template_that_refuses_a_conversation_is_not_broken(chat_of):
         (lambda raw: raw.decode().encode("utf-16"), "byte-order mark"),
     ],
 )
-def test_files_that_are_no_tokenizer_say_what_they_are(tmp_path, name, change, message):
+def test_files_that_are_no_tokenizer_say_what_they_are(
+    tmp_path, monkeypatch, name, change, message
+):
     """A pointer as a chat template would silently be every prompt."""
+    here, tmp_path = tmp_path, tmp_path / NAME
+    tmp_path.mkdir()
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(find_folder("tiny_qwen3") / file, tmp_path)
     whole = (tmp_path / name).read_bytes()
@@ -262,5 +266,5 @@ def test_files_that_are_no_tokenizer_say_what_they_are(tmp_path, name, change, m
         load_chat(tmp_path)
     assert message in str(error.value) and f"/{name}' " in str(error.value)
     if message == "byte-order mark":  # the command that is told mends it
-        exec(re.search(r'python -c "(.*)"', str(error.value))[1], {})
+        run_told(str(error.value), here, monkeypatch)
         assert (tmp_path / name).read_bytes() == whole

@@ -12,7 +12,7 @@ from test_qwen3 import TINY, dense, logits, random_lora
 import dit_jax
 from dit_jax.auditing.battery import noise_of
 from dit_jax.deltas import tree
-from dit_jax.deltas.factors import fuse
+from dit_jax.deltas.factors import fuse, moments
 from dit_jax.deltas.factors import modules as modules_of
 from dit_jax.evaluate.token_lens import _output_directions
 from dit_jax.models import delta_trees, modules
@@ -141,6 +141,11 @@ def test_readings_do_not_hang_on_the_sizes_of_factors_whose_product_is_the_same(
         np.testing.assert_allclose(two["a"] / np.float32(shift), one["a"], rtol=1e-4)
         np.testing.assert_allclose(two["b"] * np.float32(shift), one["b"], rtol=1e-4)
         np.testing.assert_allclose(_output_directions(two), _output_directions(one), rtol=1e-4)
+    matrices = np.random.default_rng(0).normal(size=(2, 4, 6)).astype(np.float32)
+    squares, fourths = moments({"w": matrices}, True)
+    large = moments({"w": matrices * np.float32(shift)}, True)
+    np.testing.assert_allclose(large[0], squares * shift**2, rtol=1e-4)
+    np.testing.assert_allclose(large[1], fourths * shift**4, rtol=1e-4)
 
 
 def test_noise_in_half_precision_has_its_size():

@@ -162,7 +162,7 @@ def test_changes_that_overflow_are_not_written(tmp_path):
 def test_an_export_is_of_one_diff(tmp_path, capsys):
     out = ["--to", "pt", "--out", str(tmp_path / "x.pt")]
     assert export_diffs.main(["--base", "none", "--diff", f"{tmp_path}[3]", *out]) == 2
-    assert f"give --diff '{tmp_path}' --index N" in capsys.readouterr().err
+    assert f"give --diff {tmp_path} --index N" in capsys.readouterr().err
 
 
 def test_where_nothing_can_be_written_no_base_is_loaded(tmp_path, monkeypatch, capsys):

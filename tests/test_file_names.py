@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from format_cases import CONFIG, UNTIED, assert_same, random_lora, random_params
+from hostile import NAME, run_told
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -255,24 +256,24 @@ def test_a_tensor_says_what_its_file_is(exports, tmp_path, params, case):
 
 
 def test_the_body_of_a_classifier_is_compared_by_the_command_that_is_told(
-    exports, tmp_path, params
+    exports, tmp_path, params, monkeypatch
 ):
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
     wanted = dict(modules(read_finetuned(exports / "finetune", UNTIED, params).delta))
     score = {"score.weight": np.ones((1, 32), np.float32)}
 
-    def command(read):
+    def follow(read):
         with pytest.raises(DitError, match="no causal language model") as caught:
             read()
-        return re.search(r'python -c "(.*)"', str(caught.value))[1]
+        run_told(str(caught.value), tmp_path, monkeypatch)
 
-    shutil.copytree(exports / "finetune", tmp_path / "full")
-    tensors = load_file(tmp_path / "full" / "model.safetensors")
+    full = tmp_path / NAME
+    shutil.copytree(exports / "finetune", full)
+    tensors = load_file(full / "model.safetensors")
     tensors.pop("lm_head.weight")
-    save_file({**tensors, **score}, tmp_path / "full" / "model.safetensors", {"format": "pt"})
-    code = command(lambda: read_finetuned(tmp_path / "full", UNTIED, params))
-    exec(code.replace("'body.pt'", repr(str(tmp_path / "body.pt"))), {})
+    save_file({**tensors, **score}, full / "model.safetensors", {"format": "pt"})
+    follow(lambda: read_finetuned(full, UNTIED, params))
     assert torch.load(tmp_path / "body.pt")
     found = dict(modules(read_finetuned(tmp_path / "body.pt", UNTIED, params).delta))
     assert found.keys() == wanted.keys()
@@ -282,7 +283,7 @@ def test_the_body_of_a_classifier_is_compared_by_the_command_that_is_told(
     shutil.copytree(exports / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter" / peft.WEIGHTS
     save_file({**load_file(file), **score}, file)
-    exec(command(lambda: peft.read_peft(tmp_path / "adapter", UNTIED)), {})
+    follow(lambda: peft.read_peft(tmp_path / "adapter", UNTIED))
     assert_same(peft.read_peft(tmp_path / "adapter", UNTIED).delta, LORA)
 
 

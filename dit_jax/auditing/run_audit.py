@@ -33,7 +33,9 @@ from dit_jax.runtime.progress import Progress
 Json = dict[str, Any]
 SETTINGS, PARTS = "audit.json", "parts"
 NEAREST = 3  # other diffs shown of each
-OVERFLOWS = "its logits overflow, so its answers mean nothing: check its scale (lora_alpha)"
+OVERFLOWS = (
+    "its weights or logits overflow, so its answers mean nothing: check its scale (lora_alpha)"
+)
 SAID = ("split", "found_in", "base_model_name_or_path", "svd", "aligned")  # of a diff's metadata
 
 
@@ -192,7 +194,8 @@ def _examine_batch(
         max_new_tokens=battery.max_new_tokens, forbid_repeats=battery.forbid_repeats,
     )  # fmt: skip
     for i, (target, diff) in enumerate(batch):
-        if not math.isfinite(readings[i].logprob + changes[i]["kl"]):
+        facts = weights.weight_facts(diff.delta)
+        if not math.isfinite(readings[i].logprob + changes[i]["kl"] + facts["norm"]):
             yield target, {"name": target.name, "error": OVERFLOWS}, {}
             continue
         record: Json = {
@@ -204,7 +207,7 @@ def _examine_batch(
             "said": {key: diff.metadata[key] for key in SAID if diff.metadata.get(key)},
             "notes": list(diff.metadata.get("notes", ())),
             "zero": changes_nothing(diff.delta),
-            **weights.weight_facts(diff.delta),
+            **facts,
             "unusual": weights.unusual(weights.spectrum(diff.delta), settings.benign),
             "kl": changes[i]["kl"],
             "prompts": changes[i]["prompts"],

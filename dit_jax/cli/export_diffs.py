@@ -10,6 +10,7 @@ With --diff and --adapter, `peft`, `mlx` and `model` hold the sum of both, for s
 import argparse
 import dataclasses
 import os
+import shlex
 
 from dit_jax.cli import flags as given
 from dit_jax.errors import DitError
@@ -77,7 +78,9 @@ def run(flags: argparse.Namespace) -> None:
 
     path, picked = path_and_range(flags.diff or "")
     if picked is not None:
-        raise DitError(f"'{flags.diff}': an export is of one diff: give --diff '{path}' --index N")
+        raise DitError(
+            f"'{flags.diff}': an export is of one diff: give --diff {shlex.quote(path)} --index N"
+        )
     diffs = look_for_diffs(flags.diff) if flags.diff else None
     found = look_for_adapter(flags.adapter) if flags.adapter else None
     check_place(out)

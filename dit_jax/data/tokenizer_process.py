@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -130,8 +131,9 @@ def check_files(folder: pathlib.Path) -> None:
         for mark, encoding in _MARKS.items():
             if head.startswith(mark):
                 raise DitError(
-                    f"'{file}' begins with a byte-order mark, which no tokenizer reads: python -c \"import pathlib; "
-                    f"f = pathlib.Path('{file}'); f.write_bytes(f.read_text('{encoding}').encode())\""
+                    f"'{file}' begins with a byte-order mark, which no tokenizer reads: python -c \"import pathlib, "
+                    f"sys; f = pathlib.Path(sys.argv[1]); f.write_bytes(f.read_text('{encoding}').encode())\" "
+                    f"{shlex.quote(str(file))}"
                 )
 
 

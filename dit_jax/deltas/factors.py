@@ -221,9 +221,12 @@ def moments(module: Any, in_layers: bool) -> tuple[np.ndarray, np.ndarray]:
         squares, fourths = [], []
         for matrix in w if in_layers else w[None]:
             matrix = np.atleast_2d(matrix)
+            # Squares of float32 may overflow or vanish.
+            unit = float(np.abs(matrix).max(initial=0)) or 1.0
+            matrix = matrix / np.float32(unit)
             gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-            squares.append(float(np.trace(gram)))
-            fourths.append(float(np.square(gram, dtype=np.float64).sum()))
+            squares.append(float(np.trace(gram)) * unit**2)
+            fourths.append(float(np.square(gram, dtype=np.float64).sum()) * unit**4)
         return np.asarray(squares), np.asarray(fourths)
     a, b = (np.asarray(module[name], np.float64) for name in ("a", "b"))
     a = a * np.asarray(module["scale"], np.float64)[:, None, None]

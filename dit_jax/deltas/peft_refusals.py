@@ -1,5 +1,6 @@
 """Adapters of PEFT that are no LoRA of this model: what each is, and the command that makes a readable diff of it."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ _CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 def merge_command(folder: Path) -> str:
     """How to make a whole model of a base and its adapter."""
     return (
-        'merge it into its base: python -c "from peft import AutoPeftModelForCausalLM as A; '
-        f"A.from_pretrained('{folder}').merge_and_unload().save_pretrained('MERGED')\" and give MERGED as the diff"
+        'merge it into its base: python -c "import sys; from peft import AutoPeftModelForCausalLM as A; '
+        "A.from_pretrained(sys.argv[1]).merge_and_unload().save_pretrained('MERGED')\" "
+        f"{shlex.quote(str(folder))} and give MERGED as the diff"
     )
 
 

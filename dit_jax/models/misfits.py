@@ -1,6 +1,7 @@
 """What a tensor that does not fit the model says about its file, and the command that mends the file."""
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -62,16 +63,18 @@ def tensor_error(source: object, name: str, shape: Iterable[int] = ()) -> DitErr
 
 def _without_head(source: Path, head: str) -> str:
     """How the rest of a file or folder becomes a diff: the head takes no part in text."""
-    keep = f"{{k: v for k, v in s.load_file('{source}').items() if '{head}.' not in k}}"
+    keep = f"{{k: v for k, v in s.load_file(f).items() if '{head}.' not in k}}"
+    given = shlex.quote(str(source))
     if source.suffix == ".safetensors":
         return (
-            'Without that head the rest can be read: python -c "import safetensors.torch as s; '
-            f"s.save_file({keep}, '{source}', {{'format': 'pt'}})\""
+            'Without that head the rest can be read: python -c "import sys, safetensors.torch as s; '
+            f"f = sys.argv[1]; s.save_file({keep}, f, {{'format': 'pt'}})\" {given}"
         )
     if source.is_dir():
         return (
-            'Without that head its body can be compared with the base: python -c "import torch, transformers as t; '
-            f"torch.save(t.AutoModel.from_pretrained('{source}').state_dict(), 'body.pt')\", and give body.pt"
+            'Without that head its body can be compared with the base: python -c "import sys, torch, transformers as '
+            f"t; torch.save(t.AutoModel.from_pretrained(sys.argv[1]).state_dict(), 'body.pt')\" {given} and give "
+            "body.pt"
         )
     return (
         "Without that head its body can be compared with the base: remove its tensors from the file"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dit_jax.evaluate.method_table import READERS
+from dit_jax.evaluate.methods import METHODS
 from dit_jax.report import html, plots
 from dit_jax.report.shell import ask_command
 from dit_jax.report.wording import between, percent, plural, shown_name
@@ -111,7 +112,9 @@ def page(rows: Sequence[Json], told: Mapping[str, Any], calibration: Json | None
         commands={i + 1: _command(rows[i], told) for i in range(len(rows))},
         HIDES=HIDES,
         figures=_figures(calibration),
-        reader_titles={name: shown_name(name) for name in READERS},
+        readers={
+            name: (shown_name(name), METHODS[name].sees.partition(";")[0]) for name in READERS
+        },
     )
 
 
