@@ -268,6 +268,20 @@ def test_a_flag_that_is_given_twice_is_refused(files, capsys):
         )
 
 
+def test_two_hyphens_are_no_value(capsys):
+    """argparse would hand on an empty list."""
+    assert ask.main([*BASE, "--diff=--", "what is tea ?"]) == 2
+    assert "--diff needs a value, not '--'" in capsys.readouterr().err
+
+
+def test_texts_of_any_size_are_not_read(tmp_path, capsys):
+    """A file without content takes no room on the disk."""
+    with open(tmp_path / "many", "wb") as file:
+        file.truncate(2**34)
+    assert ask.main([*BASE, "--questions", str(tmp_path / "many")]) == 2
+    assert "has 17179869184 bytes, and a text may have" in capsys.readouterr().err
+
+
 def test_paths_of_a_pattern_are_no_questions(files, capsys):
     """--diff DIR/* is one diff for --diff, and the others would be asked as questions."""
     flags = ["--diff", str(files / "diff.pt"), str(files / "adapter.pt"), "What is tea ?"]

@@ -491,6 +491,8 @@ NO_DATA = [f"data.{n}=0" for n in ("train_topics", "test_topics", "train_benign"
         ),
         (["evaluate.graders=exactt"], "'evaluate.graders': unknown 'exactt': did you mean"),
         (["train.benign_per_batch=400"], "leaves no room for topics beside"),
+        ([f"train.profile=(0x{'f' * 5000},1)"], "'train.profile' must be tuple: cannot read"),
+        (["stages=../x:Y"], "cannot import the stage '../x:Y'"),
         (["train.learning_rate=inf"], "'train.learning_rate' must be a number from 0 up, not inf"),
     ],
 )

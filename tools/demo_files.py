@@ -25,8 +25,9 @@ def _cell(value: Any) -> Any:
 
 
 def main(workdir: Path) -> None:
-    shutil.rmtree(DEMO, ignore_errors=True)
     adapter, manifest = load_adapter(workdir / "adapter", load_model("tiny_qwen3").config)
+    store = DiffStore(workdir / "diffs")
+    shutil.rmtree(DEMO, ignore_errors=True)
     facts = ("base", "system", "questions", "rank", "steps", "diffs", "seed", "trained_on")
     # Orbax notes the path that it wrote to.
     with tempfile.TemporaryDirectory() as place:
@@ -34,7 +35,6 @@ def main(workdir: Path) -> None:
         shutil.copytree(f"{place}/adapter", DEMO / "adapter")
     calibration = "adapter.calibration.json"
     shutil.copyfile(workdir / calibration, DEMO / calibration)
-    store = DiffStore(workdir / "diffs")
     topics = store.indices(split="test", category="topic")[::12]
     chosen = [*topics, store.indices(split="test", category="benign")[0]]
     kept = store.rows[chosen[0]].keys() - {"lora_path", "lora_idx"}  # where it was

@@ -47,7 +47,9 @@ class Parser(argparse.ArgumentParser):
         flags = given[: given.index("--")] if "--" in given else given
         known = [flag for action in self._actions for flag in action.option_strings]
         for text in flags:
-            flag = text.partition("=")[0]
+            flag, _, value = text.partition("=")
+            if value == "--":  # argparse would take it for the end of the flags
+                raise DitError(f"{flag} needs a value, not '--'")
             if flag.startswith("--") and not any(one.startswith(flag) for one in known):
                 listed = f": '{self.prog} --help' lists the flags"
                 # Of a key, as in --confg.seed, only the flag before it can be misspelt.

@@ -12,7 +12,6 @@ Batches are the config's: `--config.train.batch_size=32`. docs/scale.md has the 
 
 import argparse
 import dataclasses
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -45,6 +44,7 @@ from dit_jax.train.train_keys import TRAIN
 
 # What shapes, and the steps of a whole run, depend on.
 _OPTIMIZER = ("optimizer", "learning_rate", "warmup_steps", "final_fraction", "steps")
+_MOST = 10**15  # of any number: no run has as many diffs
 _SIZES = ("rank", "projections", "max_length", "max_target")
 NEEDED: tuple[tuple[Section, tuple[str, ...]], ...] = (
     (MODEL, ("path", "dtype")),
@@ -124,9 +124,9 @@ def run(flags: argparse.Namespace, config: Any) -> int:
             "plan --stages diffs alone, or set it to 'lora'"
         )
     for name, least in (("tries", 0), ("diffs", 1), ("minutes", 0), ("price", 0)):
-        given = getattr(flags, name)
-        if given is not None and not least <= given < math.inf:
-            raise DitError(f"--{name} must be a number from {least} up, not {given:g}")
+        value = getattr(flags, name)
+        if value is not None and not least <= value <= _MOST:
+            raise DitError(f"--{name} must be a number from {least} to 10^15, not {value}")
     if not 0 < flags.utilization <= 1:
         raise DitError(f"--utilization must be above 0 and at most 1, not {flags.utilization:g}")
     way = "--table" if flags.table else "--search" if flags.search else "a plan of one mesh"

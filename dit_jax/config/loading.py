@@ -169,7 +169,9 @@ def _parse(key: str, text: str, kind: type, current: Sequence[Any]) -> Any:
 
 def _literal(text: str) -> Any:
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
+        str(value)  # whole numbers may have more digits than Python shows
+        return value
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # {[1]: 2}, -----1
         return text
 

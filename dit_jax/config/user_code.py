@@ -109,7 +109,7 @@ def import_object(path: str, what: str) -> Any:
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise DitError(
             f"cannot import the {what} {path!r}: {error}; its file must be in the current folder "
             "or in a folder of PYTHONPATH"

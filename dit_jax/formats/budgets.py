@@ -22,6 +22,8 @@ HELD_TIMES = 4
 HELD_BYTES = 256 * 2**20
 PADDED_BYTES = 16 * 2**20
 
+MAX_TEXT_BYTES = 2**30  # of a text that is read whole: 100,000 diffs have an index of 50 MB
+
 GGUF_ENTRY = 700  # bytes that the library `gguf` takes for each entry of a list
 
 # A compressed table unpacks to more; texts compress to a tenth, more rarely.

@@ -76,10 +76,16 @@ def no_device(path: Path) -> Path:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A whole file, or the pipe of `<(command)`. Raises OSError; DitError: see `no_device`, or the pipe has no end."""
+    """A whole text file, or the pipe of `<(command)`. Raises OSError; DitError: see `no_device`, or it is too large."""
     with open(no_device(path), "rb") as file:
-        plain = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-        return file.read() if plain else read_stream(file, f"'{path}'")
+        state = os.fstat(file.fileno())
+        if not stat.S_ISREG(state.st_mode):
+            return read_stream(file, f"'{path}'")
+        if state.st_size > budgets.MAX_TEXT_BYTES:
+            raise DitError(
+                f"'{path}' has {state.st_size} bytes, and a text may have {budgets.MAX_TEXT_BYTES}: check what it is"
+            )
+        return file.read()
 
 
 def read_stream(file: BinaryIO, name: str) -> bytes:
