@@ -171,6 +171,8 @@ def test_the_tool_writes_stores_of_disguised_and_of_aligned_diffs(tmp_path, caps
         assert len(made) == 2 and made.rows[1]["evidence"] == ["hot", "brown"]
         found[name] = made.read(1)
     assert "'stream': 2" in capsys.readouterr().out
+    assert tool.main(flags) == 2  # it might be the store that is read
+    assert "is there already" in capsys.readouterr().err
     for path, module in modules(deltas[1]):
         change = np.einsum("lir,lro,l->lio", *(module[leaf] for leaf in ("a", "b", "scale")))
         apart = {

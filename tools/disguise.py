@@ -16,7 +16,8 @@ import pathlib
 import sys
 from typing import Any
 
-from dit_jax.cli.flags import Parser
+from dit_jax.cli.flags import COUNT, Parser
+from dit_jax.errors import DitError
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
 
@@ -28,7 +29,7 @@ def write_disguised(flags: argparse.Namespace) -> None:
     import jax
     import numpy as np
 
-    from dit_jax.api import load_model
+    from dit_jax.api import check_base, load_model
     from dit_jax.deltas import store as diff_store
     from dit_jax.deltas.alignment import align
     from dit_jax.deltas.symmetries import KINDS, disguise
@@ -38,6 +39,9 @@ def write_disguised(flags: argparse.Namespace) -> None:
     base = jax.tree.map(lambda leaf: np.array(leaf, np.float32), model.params)
     kinds = KINDS if flags.kinds == "all" else [k for k in flags.kinds.split(",") if k != "none"]
     store, target = diff_store.DiffStore(flags.store), pathlib.Path(flags.workdir) / "diffs"
+    if target.exists():
+        raise DitError(f"'{target}' is there already: choose another WORKDIR, or delete it")
+    check_base(store.manifest.get("base"), model, flags.store)
     chosen = [
         i
         for category in ("topic", "benign")
@@ -98,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         help="in which the sum is kept",
     )
     add("--align", action="store_true", help="undo the rewriting before the base is taken off")
-    add("--most", type=int, default=48, help="diffs of each category (default %(default)s)")
+    add("--most", type=COUNT, default=48, help="diffs of each category (default %(default)s)")
     return status_of(lambda: write_disguised(parser.parse_args(argv)))
 
 
