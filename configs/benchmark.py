@@ -56,6 +56,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.data.update(
             {"train_topics": 120, "test_topics": 40, "train_benign": 8, "test_benign": 4}
         )
+        # Diffs that are asked together get one rank: those of rank 16 would pad the others in memory.
+        config.evaluate.diffs_at_once = 40
     config.train.stores = ConfigDict()
     config.evaluate.update({"methods": READERS, "unseen_questions": ()})
     config.evaluate.adapter = ""  # another run's adapter; a relative path starts at the workdir

@@ -43,9 +43,8 @@ class Given:
             return from_stacked(stack_padded([change(i, self.read(i)) for i in range(self.size)]))
         return Given(self.size, lambda i: change(i, self.read(i)))
 
-    def noise(self, seed: int) -> "Given":
-        """Noise in place of every diff, with the norm that each factor has in each layer."""
-        keys = jax.random.split(jax.random.key(seed), self.size)
+    def noise(self, keys: jax.Array) -> "Given":
+        """Noise in place of every diff, with the norm that each factor has in each layer; keys: one for each diff."""
         if self.stacked is not None:
             return from_stacked(jax.device_get(jax.jit(jax.vmap(noise_like))(self.stacked, keys)))
         return Given(self.size, lambda i: noise_like(self.read(i), keys[i]))

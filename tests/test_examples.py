@@ -135,15 +135,15 @@ def test_only_held_out_diffs_are_asked_and_controls_are_what_they_say(store):
         return given.stacked["layers"]["mlp"]["up_proj"]["a"][:, 0, 0, 0]
 
     np.testing.assert_array_equal(numbers(topics.given), np.arange(13, 18))
-    shuffled = numbers(topics.shuffled())
+    shuffled = numbers(topics.shuffled(range(5)))
     assert sorted(shuffled) == list(range(13, 18)) and not (shuffled == np.arange(13, 18)).any()
     # User-defined behaviours may give several diffs one label.
     rows = [{"label": label} for label in ("tea", "tea", "The Tea", "jazz", "tea")]
     alike = dataclasses.replace(topics, rows=rows)
-    given = [rows[int(i) - 13]["label"] for i in numbers(alike.shuffled())]
+    given = [rows[int(i) - 13]["label"] for i in numbers(alike.shuffled(range(5)))]
     assert given == ["jazz", "jazz", "jazz", "The Tea", "jazz"]
     alone = dataclasses.replace(topics, rows=[{"label": "tea"}] * 5)
-    np.testing.assert_array_equal(numbers(alone.shuffled()), np.roll(np.arange(13, 18), 1))
+    np.testing.assert_array_equal(numbers(alone.shuffled(range(5))), np.roll(np.arange(13, 18), 1))
     assert not numbers(topics.given.nothing()).any()
 
 

@@ -5,8 +5,11 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+import jax
+import numpy as np
 
 from dit_jax.api import Model
 from dit_jax.asking import Answer
@@ -19,35 +22,43 @@ from dit_jax.models.delta_trees import Delta
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Diffs that no training saw: store indices, their rows, and the diffs themselves."""
+    """Diffs that no training saw: their indices in the store, and their rows."""
 
+    store: DiffStore
     indices: Sequence[int]
     rows: Sequence[dict[str, Any]]
-    given: Given
 
     def __len__(self) -> int:
         return len(self.indices)
 
+    @functools.cached_property
+    def given(self) -> Given:
+        """The diffs themselves, which are read when somebody asks for them."""
+        return from_store(self.store, self.indices)
+
+    def of_block(self, number: int, count: int) -> range:
+        """The rows of the number-th of `count` blocks of neighbouring diffs, which together are all."""
+        return range(*(len(self) * i // count for i in (number, number + 1)))
+
     def block(self, number: int, count: int) -> "HeldOut":
-        """The number-th of `count` blocks of neighbouring diffs, which together are all."""
-        rows = range(*(len(self) * i // count for i in (number, number + 1)))
+        """The diffs of a block, see `of_block`."""
+        rows = self.of_block(number, count)
         if len(rows) == len(self):
             return self
-        given = self.given.reordered(rows) if rows else Given(0, self.given.read)
-        return HeldOut([self.indices[i] for i in rows], [self.rows[i] for i in rows], given)
+        return HeldOut(self.store, [self.indices[i] for i in rows], [self.rows[i] for i in rows])
 
     def label(self, row: int) -> str:
         """What the adapter should say about a diff."""
         return label_of(self.rows[row])
 
-    def shuffled(self) -> Given:
-        """Every diff replaced by its nearest neighbour, of another label if there is one: real diffs, wrong labels."""
+    def shuffled(self, rows: Iterable[int]) -> Given:
+        """Diffs replaced by their nearest neighbours, of another label if there is one: real diffs, wrong labels."""
         labels, n = [normalise(self.label(row)) for row in range(len(self))], len(self)
         order = []
-        for i in range(n):
+        for i in rows:
             others = (j % n for j in range(i - 1, i - n, -1) if labels[j % n] != labels[i])
             order.append(next(others, i - 1))
-        return self.given.reordered(order)
+        return from_store(self.store, [self.indices[i] for i in order])
 
 
 def read_held_out(
@@ -62,7 +73,7 @@ def read_held_out(
     if exclude_failed:
         indices = [i for i in indices if not failed(store.rows[i])]
     rows = [{**store.rows[i], "label": gradable_label(store.rows[i], column)} for i in indices]
-    return HeldOut(indices, rows, from_store(store, indices))
+    return HeldOut(store, indices, rows)
 
 
 class CostMeter:
@@ -121,7 +132,7 @@ class Setting:
     @functools.cached_property
     def shuffled(self) -> Given:
         """Diffs of other topics in place of the topics' own."""
-        return self._of_block(self.all_topics.shuffled())
+        return self.all_topics.shuffled(self._rows)
 
     @property
     def seen(self) -> list[str]:
@@ -136,12 +147,12 @@ class Setting:
     @functools.cached_property
     def noise(self) -> Given:
         """Noise in place of the topics' diffs, the same whoever asks about it."""
-        return self._of_block(self.all_topics.given.noise(self.seed))
+        keys = jax.random.split(jax.random.key(self.seed), len(self.all_topics))
+        return self.topics.given.noise(keys[np.asarray(self._rows)])
 
-    def _of_block(self, given: Given) -> Given:
-        """Of what stands in place of all topics, that in place of this block's."""
-        whole = self.all_topics
-        return HeldOut(whole.indices, whole.rows, given).block(self.number, self.blocks).given
+    @property
+    def _rows(self) -> range:
+        return self.all_topics.of_block(self.number, self.blocks)
 
     @property
     def answer_tokens(self) -> int:
