@@ -326,6 +326,15 @@ def test_whole_weights_in_a_file_by_itself(exports, tmp_path, params):
             "is not a regular file")  # fmt: skip
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "gguf"])
+def test_a_file_is_looked_at_before_a_base_is_loaded(tmp_path, suffix):
+    """That may take minutes."""
+    (tmp_path / f"empty.{suffix}").write_bytes(b"")
+    os.mkfifo(tmp_path / f"pipe.{suffix}")
+    refused(lambda: detect.look_for_diffs(tmp_path / f"empty.{suffix}"), f"empty.{suffix}")
+    refused(lambda: detect.look_for_diffs(tmp_path / f"pipe.{suffix}"), "not a regular file")
+
+
 @pytest.mark.parametrize(("key", "other"), [("state_dict", "model"), ("model", "model_ema")])
 def test_two_models_in_one_file_are_refused(exports, tmp_path, params, key, other):
     tensors = load_file(exports / "finetune" / "model.safetensors")

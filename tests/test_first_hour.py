@@ -59,6 +59,9 @@ def test_a_platform_that_is_not_there_is_named(platform):
     [
         ("JAX_ENABLE_X64", "1", "unset JAX_ENABLE_X64"),
         ("JAX_DISABLE_JIT", "1", "unset JAX_DISABLE_JIT"),
+        ("JAX_DEFAULT_PRNG_IMPL", "rbg", "unset JAX_DEFAULT_PRNG_IMPL"),
+        ("JAX_RANDOM_SEED_OFFSET", "5", "unset JAX_RANDOM_SEED_OFFSET"),
+        ("JAX_THREEFRY_PARTITIONABLE", "0", "unset JAX_THREEFRY_PARTITIONABLE"),
         ("JAX_NUMPY_DTYPE_PROMOTION", "strict", "unset JAX_NUMPY_DTYPE_PROMOTION"),
         (
             "JAX_NUM_CPU_DEVICES",

@@ -11,9 +11,18 @@ from dit_jax.deltas import adapter_file, finetuned, gguf_lora, mlx, peft, refere
 from dit_jax.deltas.raw_diff import RawDiff
 from dit_jax.errors import DitError
 from dit_jax.formats import budgets, torch_pickle
-from dit_jax.formats.files import file_below, file_inside, has_file, read_json_object, short
+from dit_jax.formats.files import (
+    file_below,
+    file_inside,
+    has_file,
+    read_json_object,
+    regular_file,
+    short,
+)
+from dit_jax.formats.gguf_file import open_gguf
 from dit_jax.formats.hub import find
 from dit_jax.formats.recognise import is_trainer_state, what_checkpoint, what_folder
+from dit_jax.formats.safetensors_file import SafetensorsFile
 from dit_jax.formats.weight_files import open_weights, weight_file
 from dit_jax.models.decoder_config import DecoderConfig
 from dit_jax.runtime.os_errors import explain_os_errors
@@ -123,6 +132,10 @@ def _check_files(found: Found) -> None:
     elif found.kind == "model":
         finetuned.read_own_config(found.path)
         open_weights(found.path)
+    elif found.kind == "gguf":
+        open_gguf(regular_file(found.path))
+    elif found.kind == "pt_state_dict" and found.tree is None:  # safetensors
+        SafetensorsFile(regular_file(found.path))
 
 
 def _no_diff(found: Found) -> DitError:

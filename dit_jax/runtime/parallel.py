@@ -42,6 +42,12 @@ _REFUSED = {
     "jax_transfer_guard": ("disallow", "disallow_explicit"),
     "jax_disable_jit": ("True",),
 }
+# What random numbers hang on: with another value the same seed would silently give other results.
+_WANTED = {
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": "True",
+    "jax_random_seed_offset": "0",
+}
 
 
 def find_devices() -> list[Any]:
@@ -52,6 +58,11 @@ def find_devices() -> list[Any]:
         if (value := str(getattr(jax.config, name))) in refused:
             raise DitError(
                 f"jax is set to {name}={value}, and under that no model here runs: unset {name.upper()}"
+            )
+    for name, wanted in _WANTED.items():
+        if (value := str(getattr(jax.config, name))) != wanted:
+            raise DitError(
+                f"jax is set to {name}={value}, with which seeds give other numbers: unset {name.upper()}"
             )
     try:
         default = getattr(jax.config, "jax_default_device")  # noqa: B009
