@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dit_jax.cli.flags import Parser
+from dit_jax.cli.flags import COUNT, SEED, Parser
 from dit_jax.errors import DitError
 from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
@@ -215,12 +215,12 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if something was wrong."""
     parser = Parser("python -m tools.soak", __doc__)
     parser.add_argument("what", choices=["flips", "hostile", "disks", "provider"])
-    parser.add_argument("--n", type=int, default=100, help="of each kind (default %(default)s)")
+    parser.add_argument("--n", type=COUNT, default=100, help="of each kind (default %(default)s)")
     parser.add_argument(
         "--first", type=int, default=0, help="of hostile files: the number of the first"
     )
     parser.add_argument("--kind", action="append", help="of hostile files: this one alone")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     return status_of(lambda: _run(parser.parse_args(argv)))
 
 
@@ -238,6 +238,9 @@ def _rows(flags: argparse.Namespace) -> Iterator[tuple[str, Counter[str], list[s
     if flags.what == "hostile":
         from tools.hostile.kinds import KINDS
 
+        for kind in flags.kind or ():
+            if kind not in KINDS:
+                raise DitError(f"there is no kind {kind!r}: choose from {', '.join(KINDS)}")
         yield from hostile(flags.kind or list(KINDS), flags.n, flags.seed, flags.first)
     elif flags.what == "disks":
         from tools.disk_faults import disk_faults
