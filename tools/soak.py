@@ -240,7 +240,7 @@ def _rows(flags: argparse.Namespace) -> Iterator[tuple[str, Counter[str], list[s
 
         for kind in flags.kind or ():
             if kind not in KINDS:
-                raise DitError(f"there is no kind {kind!r}: choose from {', '.join(KINDS)}")
+                raise DitError(f"there is no kind {kind!r}: choose from {'; '.join(KINDS)}")
         yield from hostile(flags.kind or list(KINDS), flags.n, flags.seed, flags.first)
     elif flags.what == "disks":
         from tools.disk_faults import disk_faults
