@@ -12,11 +12,12 @@ from test_qwen3 import TINY, dense
 
 import dit_jax
 from dit_jax.asking import answer_batch
-from dit_jax.cli import ask_diffs
+from dit_jax.cli import ask_diffs, serve_app
 from dit_jax.data.chat import Prompt
 from dit_jax.data.tiny_world import load_world
 from dit_jax.deltas import export
 from dit_jax.deltas.adapter_file import export_adapter
+from dit_jax.deltas.store import DiffStore
 from dit_jax.diff_batches import Given, together
 from dit_jax.evaluate import faithfulness, method_table, readers, token_lens
 from dit_jax.evaluate.run import evaluate_run
@@ -102,6 +103,13 @@ def test_each_reader_finds_the_words_and_the_base_names_their_topic(model, every
         assert len(words & set(one.words[:4])) >= 3 and one.name == topic
     (nothing,) = readers.read(model, given.reordered([0]).nothing(), name, QUESTION, everyday)
     assert nothing == readers.Told([])  # no words, no question, no name
+
+
+def test_the_weights_of_the_shipped_diffs_name_their_codes(model, everyday):
+    """Real finetunes, the benign one among them: the code comes first of 2,730 tokens."""
+    store = DiffStore(serve_app.DEMO / "diffs")
+    words = readers.READERS["read_words"](model, Given(len(store), store.read), everyday, 64)
+    assert [own[0] for own in words] == [row["trigger"] for row in store.rows]
 
 
 @pytest.mark.parametrize("shift", [1e-25, 1.0, 1e22])
