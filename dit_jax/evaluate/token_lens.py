@@ -127,21 +127,26 @@ def _input_sides(model: Model, delta: Delta) -> Iterator[np.ndarray]:
 
 def _sized_inputs(module: Delta) -> np.ndarray:
     """The strongest left singular vectors of each layer's change times their singular values, [L, in, r], float64."""
-    if "w" in module:
-        change = np.asarray(module["w"], np.float64)
-    else:
-        a, b = (np.asarray(module[name], np.float64) for name in ("a", "b"))
-        # b b' = c c', so a c has the left singular vectors and values of a b.
-        change = a @ _columns(b @ b.swapaxes(1, 2), b.shape[1])
-    inputs, outputs = change.shape[1:]
-    turned = change.swapaxes(1, 2)
+    if "w" in module:  # one layer at a time: a copy of all would take gigabytes
+        return np.stack([_strongest(np.asarray(w, np.float64)) for w in module["w"]])
+    a, b = (np.asarray(module[name], np.float64) for name in ("a", "b"))
+    # b b' = c c', so a c has the left singular vectors and values of a b.
+    return np.stack(
+        [_strongest(left @ _columns(right @ right.T)) for left, right in zip(a, b, strict=True)]
+    )
+
+
+def _strongest(change: np.ndarray) -> np.ndarray:
+    """Of a matrix [in, out], as `_sized_inputs` says."""
+    inputs, outputs = change.shape
     if inputs < outputs:
-        return _columns(change @ turned, DIRECTIONS)
-    return change @ np.linalg.eigh(turned @ change)[1][..., -DIRECTIONS:]
+        return _columns(change @ change.T)[:, -DIRECTIONS:]
+    vectors: np.ndarray = np.linalg.eigh(change.T @ change)[1]
+    return change @ vectors[:, -DIRECTIONS:]
 
 
-def _columns(gram: np.ndarray, count: int) -> np.ndarray:
-    """The largest `count` eigenvectors of symmetric matrices [L, n, n], times the roots of their eigenvalues."""
+def _columns(gram: np.ndarray) -> np.ndarray:
+    """The eigenvectors of a symmetric matrix times the roots of their eigenvalues, the largest last."""
     values, vectors = np.linalg.eigh(gram)
-    scaled: np.ndarray = vectors * np.sqrt(np.maximum(values, 0))[:, None]
-    return scaled[..., -count:]
+    scaled: np.ndarray = vectors * np.sqrt(np.maximum(values, 0))
+    return scaled
