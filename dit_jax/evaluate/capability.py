@@ -48,19 +48,17 @@ def measure_capability(s: Setting) -> Mapping[str, Any]:
         return {}
     facts = read_facts(path)
     tokens = {"max_new_tokens": _MAX_TOKENS}
-    nothing, questions = s.topics.given.nothing(), list(facts)
+    diffs = range(len(s.topics))
+    asked = s.topics.some(spread(diffs, EVALUATE.get(s.config, "facts_diffs") or len(diffs)))
+    nothing, questions = asked.given.nothing(), list(facts)
     found = s.ask(nothing, questions, [0] * len(facts), s.off, **tokens)
     known = [q for q, a in zip(questions, found, strict=True) if _is_right(a.text, facts[q])]
-    diffs = range(len(s.topics))
-    chosen = spread(diffs, EVALUATE.get(s.config, "facts_diffs") or len(diffs))
-    pairs = [(row, question) for row in chosen for question in known]
+    pairs = [(row, question) for row in range(len(asked)) for question in known]
     if not pairs:
         return {}
-    answers = s.ask(
-        s.topics.given, [q for _, q in pairs], [row for row, _ in pairs], s.off, **tokens
-    )
+    answers = s.ask(asked.given, [q for _, q in pairs], [row for row, _ in pairs], s.off, **tokens)
     right = [_is_right(a.text, facts[q]) for a, (_, q) in zip(answers, pairs, strict=True)]
-    kept = np.reshape(right, (len(chosen), len(known))).mean(axis=1)
+    kept = np.reshape(right, (len(asked), len(known))).mean(axis=1)
     return {"facts": len(facts), "base_right": len(known), "kept": [float(share) for share in kept]}
 
 

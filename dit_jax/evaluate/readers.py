@@ -163,7 +163,7 @@ def written_words(model: Model, given: Given, everyday: Everyday, batch_size: in
 
 @_reader
 def read_words(model: Model, given: Given, everyday: Everyday, batch_size: int) -> list[Words]:
-    """The words that a diff reacts to: the embeddings that move its projections most, without any forward pass.
+    """The words that a diff reacts to: those whose embeddings move its projections most. The diff is never run.
 
     Triggers are among them, also codes of digits, and topics of questions, which no diff writes. Words of the everyday
     prompts and of the base's answers to them do not count: most finetunes react to these. Matrices that read, in the

@@ -43,8 +43,10 @@ class HeldOut:
     def block(self, number: int, count: int) -> "HeldOut":
         """The diffs of a block, see `of_block`."""
         rows = self.of_block(number, count)
-        if len(rows) == len(self):
-            return self
+        return self if len(rows) == len(self) else self.some(rows)
+
+    def some(self, rows: Sequence[int]) -> "HeldOut":
+        """These of the diffs."""
         return HeldOut(self.store, [self.indices[i] for i in rows], [self.rows[i] for i in rows])
 
     def label(self, row: int) -> str:
