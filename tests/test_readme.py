@@ -149,7 +149,7 @@ def test_the_release_of_the_paper(folder, capsys):
 
 def test_the_first_command_asks_the_diff_of_the_python_example():
     first, *others = commands()
-    assert len(others) == 3
+    assert len(others) == 4
     flags = parse_flags(first)
     (diff,) = flags.diff
     assert f'load_diff("{diff}", model, index={flags.index})' in (ROOT / "README.md").read_text()
