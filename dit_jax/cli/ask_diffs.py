@@ -26,6 +26,7 @@ from dit_jax.runtime.exits import status_of
 from dit_jax.runtime.outgoing import show
 
 VARIANTS = ("base", "finetuned", "adapter", "finetuned + adapter")
+_ROWS = 64  # answers of a reader without training that are decoded together
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -255,10 +256,10 @@ def _told_without_adapter(
 
     everyday = readers.ask_base(model)
     for i, diff in enumerate(diffs):
-        alone = together([diff.delta])
+        words = readers.READERS[flags.method](model, together([diff.delta]), everyday, _ROWS)
         for question in flags.questions:
-            (found,) = readers.read(
-                model, alone, flags.method, question, everyday,
+            (found,) = readers.tell(
+                model, words, question, _ROWS,
                 max_new_tokens=flags.max_new_tokens, forbid_repeats=flags.forbid_repeats,
             )  # fmt: skip
             yield i, found.words, found.text, question

@@ -23,7 +23,7 @@ from scipy.stats import ortho_group
 
 from dit_jax.errors import DitError, did_you_mean
 from dit_jax.models.decoder_config import DecoderConfig
-from dit_jax.models.modules import bias_of
+from dit_jax.models.modules import bias_of, stream_readers
 
 Array = NDArray[Any]
 KINDS = ("neurons", "heads", "values", "queries", "norms", "stream")
@@ -109,9 +109,9 @@ class LayerView:
 
     def consumers(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Each norm before products, and these products."""
-        yield "input_layernorm", ("q_proj", "k_proj", "v_proj")
-        before = "pre_feedforward" if self.config.sandwich_norm else "post_attention"
-        yield f"{before}_layernorm", ("gate_proj", "up_proj")
+        readers = stream_readers(self.config)
+        for norm in dict.fromkeys(readers.values()):
+            yield norm[-1], tuple(path[-1] for path, before in readers.items() if before == norm)
 
     def output_norms(self) -> tuple[str, ...]:
         """The norms after products, whose results go to the residual stream."""

@@ -12,7 +12,6 @@ from dit_jax.models.head import head_path
 from dit_jax.models.modules import (
     EMBEDDING,
     all_modules,
-    get_at,
     module_table,
     stream_readers,
     stream_writers,
@@ -115,11 +114,11 @@ def _input_sides(model: Model, delta: Delta) -> Iterator[np.ndarray]:
 
     As seen from the normed stream before the norm's scales; the largest number of each layer is 1, or all are 0.
     """
-    changed = dict(modules(delta))
+    changed, table = dict(modules(delta)), all_modules(model.config)
     for path, norm in stream_readers(model.config).items():
         if path not in changed:
             continue
-        scales = np.asarray(parallel.to_host(get_at(model.params, norm)["scale"]), np.float64)
+        scales = parallel.to_host(weight(model.params, table[norm], None)).astype(np.float64)
         side = _sized_inputs(changed[path]) * (scales + model.config.unit_offset_norm)[..., None]
         largest = np.abs(side).max(axis=(1, 2), keepdims=True)
         yield (side / np.where(largest > 0, largest, 1)).astype(np.float32)

@@ -15,6 +15,7 @@ _SENT = re.compile(r"/gradio_api/(?:queue/join|cancel|reset|call/[^/]+)/?")
 _UPLOADED = re.compile(r"/gradio_api/upload/?")
 _MOST_SENT = 2**20  # bytes of a call
 _AROUND_UPLOAD = 2**16  # bytes of an upload's request that are not its file
+_TOO_LARGE = "the request is too large"
 
 
 class PageRequests:
@@ -48,9 +49,6 @@ class PageRequests:
         if is_upload(path):
             return self._upload + _AROUND_UPLOAD
         return _MOST_SENT if _SENT.fullmatch(path) else None
-
-
-_TOO_LARGE = "the request is too large"
 
 
 def is_upload(path: str) -> bool:
